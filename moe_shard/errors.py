@@ -1,0 +1,42 @@
+"""The one exception that reaches a person, and how every command line reports it.
+
+A command answers bad input with one to three lines on standard error (what, where, the fix) and
+exit code 2. Anything else that escapes is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+EXIT_DONE = 0
+EXIT_FINDING = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+class UserError(ValueError):
+    """Bad input: the message says what is wrong, where, and the fix, in at most three lines."""
+
+
+def run_command(main: Callable[[], int]) -> None:
+    """Run a command line's `main` and leave the process with its exit code.
+
+    Args:
+        main: returns the exit code: 0 done, 1 a finding. Raises `UserError` for bad input.
+    """
+    try:
+        code = main()
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = EXIT_USAGE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of a pipe (`| head`) has left; silence the flush at exit as well.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_DONE
+    sys.exit(code)
