@@ -1,0 +1,101 @@
+"""How a dataclass leaf names its YAML key and the values it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, get_type_hints
+
+from moe_shard.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """The YAML key of a leaf, for `Annotated[type, Key(...)]`.
+
+    Attributes:
+        name: as written in YAML.
+        least: smallest value.
+        above: values are larger than this.
+        most: largest value.
+        below: values are smaller than this.
+        off: one more value, outside the range, that switches the thing off.
+        choices: the only values, where the leaf is a name.
+    """
+
+    name: str
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+    off: float | None = None
+    choices: tuple[str, ...] = ()
+
+    def range_text(self) -> str:
+        """The range in words, such as "at least 1, or -1"."""
+        bounds = {
+            "at least": self.least,
+            "above": self.above,
+            "at most": self.most,
+            "below": self.below,
+        }
+        words = [f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None]
+        return " and ".join(words) + (f", or {self.off:g}" if self.off is not None else "")
+
+    def admits(self, value: float) -> bool:
+        """Whether a number lies in the range."""
+        return value == self.off or (
+            math.isfinite(value)
+            and (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+
+@functools.cache
+def leaf_keys(schema: type) -> dict[str, Key]:
+    """Attribute name -> key, of the leaves of one dataclass."""
+    hints = get_type_hints(schema, include_extras=True)
+    return {
+        attribute: extra
+        for attribute, hint in hints.items()
+        for extra in getattr(hint, "__metadata__", ())
+        if isinstance(extra, Key)
+    }
+
+
+def check_leaves(part: object) -> None:
+    """Check every leaf of a dataclass instance against its own key.
+
+    Raises:
+        UserError: a number out of its range or a name that is not among the choices.
+    """
+    for attribute, key in leaf_keys(type(part)).items():
+        value = getattr(part, attribute)
+        if key.choices and value not in key.choices:
+            raise UserError(
+                f"{key.name}={value} is not a known {key.name}\n"
+                f"fix: {key.name} one of {', '.join(key.choices)}"
+            )
+        if isinstance(value, int | float) and not isinstance(value, bool) and not key.admits(value):
+            raise UserError(
+                f"{key.name}={value} is out of range\n"
+                f"fix: {key.name} {key.range_text() or 'a finite number'}"
+            )
+
+
+def keyed_values(part: object) -> dict[str, Any]:
+    """YAML key -> value in plain YAML types, of the leaves of one dataclass instance."""
+    return {
+        key.name: to_plain(getattr(part, attribute))
+        for attribute, key in leaf_keys(type(part)).items()
+    }
+
+
+def to_plain(value: Any) -> Any:
+    """Tuples as lists, all the way down: what YAML writes and reads back."""
+    if isinstance(value, tuple | list):
+        return [to_plain(item) for item in value]
+    return value

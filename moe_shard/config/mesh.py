@@ -1,0 +1,172 @@
+"""The mesh as configured: axes, sizes on both levels, and the rule table. Plain arithmetic, no jax.
+
+ICI is the network inside a slice (or node group), DCN the one between slices. Every axis has a
+size on each level; the size of a mesh axis is the product of the two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Annotated
+
+from moe_shard.config.keys import Key, check_leaves
+from moe_shard.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "fsdp_transpose", "tensor", "context", "expert")
+LEVELS = ("ici", "dcn")
+RULE_CONFLICTS = ("warn", "error")
+
+Rule = tuple[str, tuple[str, ...]]
+
+
+def parallelism_key(level: str, axis: str) -> str:
+    """The YAML key of one axis on one level, such as `ici_expert_parallelism`."""
+    return f"{level}_{axis}_parallelism"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Axes, sizes and rule table.
+
+    Attributes:
+        axes: mesh axes in order, slowest first; always all of `MESH_AXES`.
+        ici: size of each axis inside a slice, in the order of `axes`; at most one is -1 (the rest).
+        dcn: size of each axis across slices, in the order of `axes`; at most one is -1.
+        rules: rows (logical axis, mesh axes); several rows of one logical axis are alternatives.
+        rule_conflicts: whether two dims that want one mesh axis are a warning or an error.
+        num_simulated_devices: CPU devices to simulate where there is no accelerator.
+
+    Raises:
+        UserError: a size out of range, two sizes of -1 on one level, or a row that names a mesh
+            axis that does not exist or the same one twice.
+    """
+
+    axes: Annotated[tuple[str, ...], Key("mesh_axes")]
+    ici: tuple[int, ...]
+    dcn: tuple[int, ...]
+    rules: Annotated[tuple[Rule, ...], Key("logical_axis_rules")]
+    rule_conflicts: Annotated[str, Key("rule_conflicts", choices=RULE_CONFLICTS)]
+    num_simulated_devices: Annotated[int, Key("num_simulated_devices", least=1)]
+
+    def __post_init__(self) -> None:
+        check_leaves(self)
+        for level in LEVELS:
+            self._check_sizes(level)
+        for name, axes in self.rules:
+            row = f"[{name}, [{', '.join(axes)}]]"
+            for axis in axes:
+                if axis not in self.axes:
+                    raise UserError(
+                        f"logical_axis_rules row {row} names the mesh axis {axis!r}, "
+                        "which does not exist\n"
+                        f"fix: one of {', '.join(self.axes)}"
+                    )
+            if len(set(axes)) < len(axes):
+                raise UserError(
+                    f"logical_axis_rules row {row} names a mesh axis twice\nfix: name it once"
+                )
+
+    def _check_sizes(self, level: str) -> None:
+        sizes = self.level_sizes(level)
+        for axis, size in sizes.items():
+            if size < 1 and size != -1:
+                raise UserError(
+                    f"{parallelism_key(level, axis)}={size} is out of range\n"
+                    "fix: at least 1, or -1 for what the other axes leave"
+                )
+        free = [f"{parallelism_key(level, axis)}=-1" for axis, size in sizes.items() if size == -1]
+        if len(free) > 1:
+            raise UserError(
+                f"{' and '.join(free)}: only one axis of a level can take what the others leave\n"
+                f"fix: give {' or '.join(entry.removesuffix('=-1') for entry in free[:2])} a size"
+            )
+
+    def level_sizes(self, level: str) -> dict[str, int]:
+        """Mesh axis -> size as configured (-1 included) on `ici` or `dcn`."""
+        return dict(zip(self.axes, getattr(self, level), strict=True))
+
+    def flat_sizes(self) -> dict[str, int]:
+        """YAML key -> size, of both levels."""
+        return {
+            parallelism_key(level, axis): size
+            for level in LEVELS
+            for axis, size in self.level_sizes(level).items()
+        }
+
+    def axes_of(self, logical_axis: str) -> tuple[str, ...]:
+        """Mesh axes in the first row of a logical axis; empty where it has no row."""
+        return next((axes for name, axes in self.rules if name == logical_axis), ())
+
+    def resolve(self, num_devices: int, num_slices: int = 1) -> dict[str, int]:
+        """Fill the -1s for a number of devices.
+
+        Args:
+            num_devices: devices in all slices together.
+            num_slices: groups of devices joined by DCN.
+
+        Returns:
+            Mesh axis -> size, in the order of `axes`; the sizes multiply to `num_devices`.
+
+        Raises:
+            UserError: as `resolve_levels`.
+        """
+        ici, dcn = self.resolve_levels(num_devices, num_slices)
+        return {axis: ici[axis] * dcn[axis] for axis in self.axes}
+
+    def resolve_levels(
+        self, num_devices: int, num_slices: int = 1
+    ) -> tuple[dict[str, int], dict[str, int]]:
+        """Fill the -1s of each level by itself, for meshes that span slices.
+
+        Args:
+            num_devices: devices in all slices together.
+            num_slices: groups of devices joined by DCN.
+
+        Returns:
+            Mesh axis -> size inside a slice, and mesh axis -> size across slices.
+
+        Raises:
+            UserError: the sizes cannot multiply to the devices (or slices) there are.
+        """
+        if num_slices < 1 or num_devices < 1 or num_devices % num_slices:
+            raise UserError(
+                f"{num_devices} devices do not split into {num_slices} equal slices\n"
+                "fix: a number of devices that is a multiple of the number of slices"
+            )
+        per_slice = num_devices // num_slices
+        devices_text = f"{per_slice} devices" + (" in a slice" if num_slices > 1 else "")
+        ici = _fill("ici", self.level_sizes("ici"), per_slice, devices_text)
+        dcn = _fill("dcn", self.level_sizes("dcn"), num_slices, f"{num_slices} slices")
+        return ici, dcn
+
+
+def _fill(level: str, sizes: Mapping[str, int], total: int, what: str) -> dict[str, int]:
+    """Replace the -1 of one level so that the sizes multiply to `total`."""
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    free = next((axis for axis, size in sizes.items() if size == -1), None)
+    if fixed == total or (free is not None and total % fixed == 0):
+        return {axis: total // fixed if size == -1 else size for axis, size in sizes.items()}
+    named = [
+        f"{parallelism_key(level, axis)}={size}" for axis, size in sizes.items() if size not in {1}
+    ]
+    product = f"multiply to {fixed}" if len(named) > 1 or free is None else f"is {fixed}"
+    raise UserError(
+        f"{' * '.join(named) or f'{level}_*_parallelism=1'}: the axes {product}"
+        f"{' (without the -1)' if free is not None else ''}, there are {what}\n"
+        f"fix: {_mesh_fix(level, sizes, total)}"
+    )
+
+
+def _mesh_fix(level: str, sizes: Mapping[str, int], total: int) -> str:
+    """One change of one key that makes the level's product come out, or a plain statement."""
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    for axis, size in sorted(sizes.items(), key=lambda item: -item[1]):
+        rest = fixed // size if size > 0 else fixed
+        if size > 1 and total % rest == 0:
+            return f"{parallelism_key(level, axis)}={total // rest}"
+    if fixed == 1:
+        axis = "data" if level == "dcn" else "fsdp"
+        return f"{parallelism_key(level, axis)}=-1 takes all {total}"
+    return f"sizes whose product is {total}"
