@@ -20,6 +20,8 @@ from moe_shard.errors import UserError
 DTYPES = ("bfloat16", "float32")
 REMAT_POLICIES = ("none", "dots", "full", "save_exchanged")
 DISPATCH_STRATEGIES = ("einsum", "gather")
+CAPACITY_RULES = ("maxtext", "gshard")
+DROP_POLICIES = ("position", "probability")
 LOAD_BALANCE_LOSSES = ("maxtext", "gshard", "huggingface")
 OPTIMIZERS = ("adamw", "sgd")
 GATE_ACTIVATIONS = ("silu", "gelu", "relu")
@@ -36,7 +38,11 @@ class MoEConfig:
         num_experts: E, experts in each MoE layer.
         num_experts_per_tok: K, experts each token is sent to.
         mlp_dim: H, hidden size of one expert.
-        capacity_factor: slots per expert over the slots of a perfect balance; -1.0: no drops.
+        capacity_factor: slots per expert over the slots of a perfect balance; 0 or less: as many
+            slots as the row has tokens, so that nothing is dropped.
+        capacity_rule: one of `CAPACITY_RULES`; how the factor is rounded.
+        min_capacity: fewest slots of an expert for a batch row.
+        drop_policy: one of `DROP_POLICIES`; which choices an overfull expert keeps.
         dispatch: one of `DISPATCH_STRATEGIES`.
         no_expert_sharding: the flag: the dispatched batch dim leaves the expert axes alone.
         norm_topk_prob: the K weights of a token are divided by their sum.
@@ -52,6 +58,9 @@ class MoEConfig:
     num_experts_per_tok: Annotated[int, Key("num_experts_per_tok", least=1)]
     mlp_dim: Annotated[int, Key("base_moe_mlp_dim", least=1)]
     capacity_factor: Annotated[float, Key("capacity_factor")]
+    capacity_rule: Annotated[str, Key("capacity_rule", choices=CAPACITY_RULES)]
+    min_capacity: Annotated[int, Key("min_capacity", least=0)]
+    drop_policy: Annotated[str, Key("drop_policy", choices=DROP_POLICIES)]
     dispatch: Annotated[str, Key("moe_dispatch", choices=DISPATCH_STRATEGIES)]
     no_expert_sharding: Annotated[bool, Key("moe_dispatch_no_expert_sharding")]
     norm_topk_prob: Annotated[bool, Key("norm_topk_prob")]
@@ -68,11 +77,6 @@ class MoEConfig:
                 f"num_experts_per_tok={self.num_experts_per_tok} is more than "
                 f"num_experts={self.num_experts}: a token cannot go to an expert twice\n"
                 f"fix: num_experts_per_tok from 1 to {self.num_experts}"
-            )
-        if self.capacity_factor <= 0 and self.capacity_factor != -1:
-            raise UserError(
-                f"capacity_factor={self.capacity_factor} leaves the experts no slots\n"
-                "fix: a factor above 0 (1.0 fits a perfect balance), or -1 for no drops"
             )
 
 

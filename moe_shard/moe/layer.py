@@ -1,0 +1,132 @@
+"""The MoE layer: route, dispatch, exchange, experts, exchange, combine.
+
+The named scopes `router`, `dispatch`, `experts` and `combine` are what the HLO tools attribute
+collectives by.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from moe_shard.config.schema import MoEConfig
+from moe_shard.moe.capacity import assign_slots, expert_capacity
+from moe_shard.moe.dispatch import STRATEGIES
+from moe_shard.moe.experts import Experts
+from moe_shard.moe.losses import expert_counts, load_balance_loss, router_z_loss
+from moe_shard.moe.placement import Placement
+from moe_shard.moe.router import Router
+from moe_shard.sharding.annotate import Annotator
+
+
+class MoEStats(NamedTuple):
+    """What the layer tells of each batch row; unreduced, so that it costs no collective here.
+
+    Attributes:
+        load_balance_loss: see `losses.load_balance_loss`; not yet weighted.
+        router_z_loss: see `losses.router_z_loss`; not yet weighted.
+        expert_counts: choices of each expert, before drops.
+        dropped: choices that found no slot.
+    """
+
+    load_balance_loss: Float[Array, "B"]
+    router_z_loss: Float[Array, "B"]
+    expert_counts: Int[Array, "B E"]
+    dropped: Int[Array, "B"]
+
+
+class MoELayer(nnx.Module):
+    """A routed mixture of gated MLPs.
+
+    Args:
+        config: experts, capacity, strategy, the flag.
+        model_dim: M.
+        activation: a name of `layers.activation.ACTIVATIONS`.
+        dtype: of the experts' products and the layer's output.
+        weight_dtype: of the experts' parameters; the router is always float32.
+        annotate: the mesh and its rules.
+        rngs: source of the initial weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: MoEConfig,
+        model_dim: int,
+        activation: str,
+        dtype: DTypeLike,
+        weight_dtype: DTypeLike,
+        annotate: Annotator,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.config = config
+        self.placement = Placement(annotate, no_expert_sharding=config.no_expert_sharding)
+        self.strategy = STRATEGIES[config.dispatch]
+        self.router = Router(
+            model_dim=model_dim,
+            num_experts=config.num_experts,
+            k=config.num_experts_per_tok,
+            renormalise=config.norm_topk_prob,
+            rngs=rngs,
+        )
+        self.experts = Experts(
+            num_experts=config.num_experts,
+            model_dim=model_dim,
+            hidden_dim=config.mlp_dim,
+            activation=activation,
+            dtype=dtype,
+            weight_dtype=weight_dtype,
+            pins=self.placement,
+            rngs=rngs,
+        )
+
+    def __call__(self, x: Float[Array, "B S M"]) -> tuple[Float[Array, "B S M"], MoEStats]:
+        """Apply the layer.
+
+        Returns:
+            The weighted sum of the experts' outputs, in `x`'s dtype, and the rows' statistics.
+        """
+        num_experts = self.config.num_experts
+        x = self.placement.tokens(x)
+        with jax.named_scope("router"):
+            routing = self.router(x)
+            slots = assign_slots(
+                routing.indices,
+                routing.probs,
+                capacity=self.capacity(tokens=x.shape[1]),
+                drop=self.config.drop_policy,
+            )
+            stats = MoEStats(
+                load_balance_loss(
+                    routing.probs, routing.indices, self.config.load_balance_loss_type
+                ),
+                router_z_loss(routing.logits),
+                expert_counts(routing.indices, num_experts),
+                jnp.sum(~slots.kept(), axis=(1, 2), dtype=jnp.int32),
+            )
+        with jax.named_scope("dispatch"):
+            expert_input = self.strategy.dispatch(x, slots, num_experts)
+            expert_input = self.placement.to_experts(expert_input)
+        with jax.named_scope("experts"):
+            expert_output = self.experts(expert_input)
+        with jax.named_scope("combine"):
+            expert_output = self.placement.to_rows(expert_output)
+            y = self.strategy.combine(expert_output, routing.weights, slots)
+        return self.placement.tokens(y), stats
+
+    def capacity(self, *, tokens: int) -> int:
+        """Slots an expert has for one row of this many tokens."""
+        slots = expert_capacity(
+            tokens=tokens,
+            num_experts=self.config.num_experts,
+            k=self.config.num_experts_per_tok,
+            factor=self.config.capacity_factor,
+            rule=self.config.capacity_rule,
+            minimum=self.config.min_capacity,
+        )
+        return min(slots, tokens)  # more than a row has tokens could never be filled
