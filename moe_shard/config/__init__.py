@@ -1,5 +1,7 @@
 """Configuration: `configs/base.yml`, then a model YAML, then `key=value`."""
 
+from moe_shard.config.checks import check_against_mesh, expert_axes, expert_parallelism
+from moe_shard.config.load import configs_dir, list_models, load_config
 from moe_shard.config.mesh import MESH_AXES, MeshConfig
 from moe_shard.config.schema import (
     Config,
@@ -15,8 +17,14 @@ __all__ = [
     "Config",
     "DataConfig",
     "MeshConfig",
-    "ModelConfig",
     "MoEConfig",
+    "ModelConfig",
     "RunConfig",
     "TrainConfig",
+    "check_against_mesh",
+    "configs_dir",
+    "expert_axes",
+    "expert_parallelism",
+    "list_models",
+    "load_config",
 ]

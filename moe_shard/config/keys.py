@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any, get_type_hints
 
@@ -46,7 +45,7 @@ class Key:
     def admits(self, value: float) -> bool:
         """Whether a number lies in the range."""
         return value == self.off or (
-            math.isfinite(value)
+            (isinstance(value, int) or math.isfinite(value))
             and (self.least is None or value >= self.least)
             and (self.above is None or value > self.above)
             and (self.most is None or value <= self.most)
@@ -54,7 +53,6 @@ class Key:
         )
 
 
-@functools.cache
 def leaf_keys(schema: type) -> dict[str, Key]:
     """Attribute name -> key, of the leaves of one dataclass."""
     hints = get_type_hints(schema, include_extras=True)
@@ -76,8 +74,14 @@ def check_leaves(part: object) -> None:
         value = getattr(part, attribute)
         if key.choices and value not in key.choices:
             raise UserError(
-                f"{key.name}={value} is not a known {key.name}\n"
+                f"{key.name}={shown(value)} is not a known {key.name}\n"
                 f"fix: {key.name} one of {', '.join(key.choices)}"
+            )
+        texts = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(text, str) and not text.isprintable() for text in texts):
+            raise UserError(
+                f"{key.name}={shown(value)} has a line break or another unprintable character\n"
+                f"fix: {key.name} on one line"
             )
         if isinstance(value, int | float) and not isinstance(value, bool) and not key.admits(value):
             raise UserError(
@@ -99,3 +103,13 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [to_plain(item) for item in value]
     return value
+
+
+def shown(value: Any) -> str:
+    """A value as a person would write it in YAML, on one line and not too long."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    is_list = isinstance(value, tuple | list)
+    text = f"[{', '.join(map(shown, value))}]" if is_list else str(value)
+    text = "".join(character if character.isprintable() else " " for character in text)
+    return text if len(text) <= 60 else f"{text[:57]}..."

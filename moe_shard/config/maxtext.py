@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moe_shard.config.keys import shown
 from moe_shard.errors import UserError
 
 ALIASES = {
@@ -155,7 +156,7 @@ def check_refused(key: str, value: Any, where: str) -> None:
     """
     neutral = REFUSED[key]
     if not is_neutral(value, neutral):
-        plain = str(neutral[0]).lower()
         raise UserError(
-            f"{where}: {key}={value} is not built in this version\nfix: leave it out ({key}={plain})"
+            f"{where}: {key}={shown(value)} is not built in this version\n"
+            f"fix: leave it out ({key}={shown(neutral[0])})"
         )

@@ -14,7 +14,7 @@ from typing import Annotated
 from moe_shard.config.keys import Key, check_leaves
 from moe_shard.errors import UserError
 
-MESH_AXES = ("data", "fsdp", "fsdp_transpose", "tensor", "context", "expert")
+MESH_AXES: tuple[str, ...] = ("data", "fsdp", "fsdp_transpose", "tensor", "context", "expert")
 LEVELS = ("ici", "dcn")
 RULE_CONFLICTS = ("warn", "error")
 
@@ -145,28 +145,29 @@ class MeshConfig:
 def _fill(level: str, sizes: Mapping[str, int], total: int, what: str) -> dict[str, int]:
     """Replace the -1 of one level so that the sizes multiply to `total`."""
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    free = next((axis for axis, size in sizes.items() if size == -1), None)
-    if fixed == total or (free is not None and total % fixed == 0):
+    has_free = -1 in sizes.values()
+    if fixed == total or (has_free and total % fixed == 0):
         return {axis: total // fixed if size == -1 else size for axis, size in sizes.items()}
     named = [
-        f"{parallelism_key(level, axis)}={size}" for axis, size in sizes.items() if size not in {1}
-    ]
-    product = f"multiply to {fixed}" if len(named) > 1 or free is None else f"is {fixed}"
+        f"{parallelism_key(level, axis)}={size}" for axis, size in sizes.items() if size != 1
+    ] or [f"{level}_*_parallelism=1"]
+    without, multiply = ("without the -1 ", "do not divide") if has_free else ("", "are not")
     raise UserError(
-        f"{' * '.join(named) or f'{level}_*_parallelism=1'}: the axes {product}"
-        f"{' (without the -1)' if free is not None else ''}, there are {what}\n"
+        f"{', '.join(named)}: {without}the axes multiply to {fixed}, which {multiply} {what}\n"
         f"fix: {_mesh_fix(level, sizes, total)}"
     )
 
 
 def _mesh_fix(level: str, sizes: Mapping[str, int], total: int) -> str:
-    """One change of one key that makes the level's product come out, or a plain statement."""
+    """A change of one key that makes the level's product come out, where there is one."""
     fixed = math.prod(size for size in sizes.values() if size != -1)
     for axis, size in sorted(sizes.items(), key=lambda item: -item[1]):
-        rest = fixed // size if size > 0 else fixed
+        rest = fixed // size
         if size > 1 and total % rest == 0:
-            return f"{parallelism_key(level, axis)}={total // rest}"
+            room = total // rest
+            if -1 in sizes.values():  # any divisor will do: the nearest below
+                room = max(part for part in range(1, min(size, room) + 1) if room % part == 0)
+            return f"{parallelism_key(level, axis)}={room}"
     if fixed == 1:
-        axis = "data" if level == "dcn" else "fsdp"
-        return f"{parallelism_key(level, axis)}=-1 takes all {total}"
-    return f"sizes whose product is {total}"
+        return f"{parallelism_key(level, 'data' if level == 'dcn' else 'fsdp')}={total}"
+    return f"{level} sizes whose product is {total}"

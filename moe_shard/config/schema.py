@@ -8,12 +8,12 @@ Sizes that depend on how many devices there are live in `MeshConfig.resolve` and
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import yaml
 
-from moe_shard.config.keys import Key, check_leaves, keyed_values
+from moe_shard.config.keys import Key, check_leaves, keyed_values, shown, to_plain
 from moe_shard.config.mesh import MeshConfig
 from moe_shard.errors import UserError
 
@@ -24,10 +24,9 @@ CAPACITY_RULES = ("maxtext", "gshard")
 DROP_POLICIES = ("position", "probability")
 LOAD_BALANCE_LOSSES = ("maxtext", "gshard", "huggingface")
 OPTIMIZERS = ("adamw", "sgd")
+MOST_HEADS = MOST_EXPERTS = 2**16  # far above any model; keeps the divisors in a fix countable
 GATE_ACTIVATIONS = ("silu", "gelu", "relu")
 """First entry of `mlp_activations`; the second is `linear`. `gelu` is the tanh form, as in JAX."""
-UNBUILT_ACTIVATIONS = ("linear", "sigmoid", "tanh", "swish", "relu2", "squared_relu")
-"""Known to MaxText's files; a model that asks for one loads but cannot be trained here."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +53,7 @@ class MoEConfig:
         UserError: on a value out of range or a contradiction between keys.
     """
 
-    num_experts: Annotated[int, Key("num_experts", least=2)]
+    num_experts: Annotated[int, Key("num_experts", least=2, most=MOST_EXPERTS)]
     num_experts_per_tok: Annotated[int, Key("num_experts_per_tok", least=1)]
     mlp_dim: Annotated[int, Key("base_moe_mlp_dim", least=1)]
     capacity_factor: Annotated[float, Key("capacity_factor")]
@@ -108,7 +107,7 @@ class ModelConfig:
 
     emb_dim: Annotated[int, Key("base_emb_dim", least=1)]
     num_decoder_layers: Annotated[int, Key("base_num_decoder_layers", least=1)]
-    num_query_heads: Annotated[int, Key("base_num_query_heads", least=1)]
+    num_query_heads: Annotated[int, Key("base_num_query_heads", least=1, most=MOST_HEADS)]
     num_kv_heads: Annotated[int, Key("base_num_kv_heads", least=1)]
     head_dim: Annotated[int, Key("head_dim", least=2)]
     mlp_dim: Annotated[int, Key("base_mlp_dim", least=1)]
@@ -136,10 +135,9 @@ class ModelConfig:
                 f"head_dim={self.head_dim} is odd, and RoPE turns pairs of elements\n"
                 f"fix: head_dim={self.head_dim + 1}"
             )
-        known = GATE_ACTIVATIONS + UNBUILT_ACTIVATIONS
-        if not self.mlp_activations or any(name not in known for name in self.mlp_activations):
+        if self.mlp_activations not in [(name, "linear") for name in GATE_ACTIVATIONS]:
             raise UserError(
-                f"mlp_activations={list(self.mlp_activations)} is not a known pair\n"
+                f"mlp_activations={shown(self.mlp_activations)} is not a known pair\n"
                 f"fix: [ACTIVATION, linear] with ACTIVATION one of {', '.join(GATE_ACTIVATIONS)}"
             )
 
@@ -190,7 +188,7 @@ class TrainConfig:
         UserError: on a value out of range.
     """
 
-    per_device_batch_size: Annotated[float, Key("per_device_batch_size", above=0)]
+    per_device_batch_size: Annotated[float, Key("per_device_batch_size", above=0, most=2**20)]
     max_target_length: Annotated[int, Key("max_target_length", least=1)]
     steps: Annotated[int, Key("steps", least=0)]
     gradient_accumulation_steps: Annotated[int, Key("gradient_accumulation_steps", least=1)]
@@ -296,6 +294,9 @@ class RunConfig:
         run_name: directory of this run; by default the model's name, so that the same command
             resumes the same run.
         model_name: the model YAML's name without `.yml`.
+
+    Raises:
+        UserError: `run_name` is not the name of a directory.
     """
 
     base_output_directory: Annotated[str, Key("base_output_directory")]
@@ -304,6 +305,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_leaves(self)
+        if self.run_name in {"", ".", ".."} or "/" in self.run_name or "\\" in self.run_name:
+            raise UserError(
+                f"run_name={shown(self.run_name)} is not the name of a directory\n"
+                "fix: a name without slashes; base_output_directory says where it stands"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -317,7 +323,7 @@ class Config:
         train: batch, schedule, optimizer.
         data: where the text comes from.
         warnings: one line each, for standard error.
-        not_built: `key=value` of what the model file asks for and this version does not compute.
+        unbuilt: key and value of what the model asks for and this version does not compute.
     """
 
     run: RunConfig
@@ -326,7 +332,12 @@ class Config:
     train: TrainConfig
     data: DataConfig
     warnings: tuple[str, ...] = ()
-    not_built: tuple[str, ...] = ()
+    unbuilt: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def not_built(self) -> tuple[str, ...]:
+        """`unbuilt` as `key=value`."""
+        return tuple(f"{key}={shown(value)}" for key, value in self.unbuilt)
 
     def require_built(self) -> None:
         """Refuse to go on with a model that this version would compute differently.
@@ -337,16 +348,22 @@ class Config:
         if self.not_built:
             raise UserError(
                 f"{self.run.model_name} asks for {brief_list(self.not_built)}\n"
-                "this version's decoder does not build that: it would train another model\n"
+                "this version does not build that: training would train another model\n"
                 "fix: a model without these keys, e.g. mixtral-8x7b (configs/models)"
             )
 
     def as_flat_dict(self) -> dict[str, Any]:
-        """Every key with its resolved value, in plain YAML types; loads again as a model file."""
+        """Every key with its value in plain YAML types; loads again, as a model file, to the same.
+
+        Sizes of -1 stay -1, so that the file is good for another number of devices.
+        """
         flat: dict[str, Any] = {}
         for part in (self.run, self.model, self.model.moe, self.mesh, self.train, self.data):
             flat |= keyed_values(part) if part is not None else {"num_experts": 1}
-        return flat | self.mesh.flat_sizes()
+        flat |= self.mesh.flat_sizes()
+        # The table is whole: rows that it lacks must not come back from base.yml.
+        flat["override_logical_axis_rules"] = True
+        return flat | {key: to_plain(value) for key, value in self.unbuilt}
 
     def to_yaml(self) -> str:
         """The text of `config.yml`."""
@@ -362,16 +379,3 @@ def brief_list(items: Sequence[str], most: int = 8) -> str:
     """At most `most` items on one line, and how many more there are."""
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + more
-
-
-def expert_parallelism(config: Config, sizes: Mapping[str, int]) -> int:
-    """Into how many parts the experts are split: the product of the axes in the row of `exp`.
-
-    Args:
-        config: the run.
-        sizes: mesh axis -> size.
-    """
-    product = 1
-    for axis in config.mesh.axes_of("exp"):
-        product *= sizes[axis]
-    return product

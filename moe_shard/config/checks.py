@@ -1,0 +1,93 @@
+"""Contradictions that show only once the sizes of the mesh are known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from moe_shard.config.schema import Config, divisors
+from moe_shard.errors import UserError
+
+_FLAG = "moe_dispatch_no_expert_sharding=true"
+
+
+def expert_axes(config: Config) -> tuple[str, ...]:
+    """The mesh axes that split the experts: those in the row of `exp`, whatever they are called."""
+    return config.mesh.axes_of("exp")
+
+
+def expert_parallelism(config: Config, sizes: Mapping[str, int]) -> int:
+    """Into how many parts the experts are split.
+
+    Args:
+        config: the run.
+        sizes: mesh axis -> size.
+    """
+    return math.prod(sizes[axis] for axis in expert_axes(config))
+
+
+def check_against_mesh(config: Config, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Check experts and batch against a mesh.
+
+    Args:
+        config: the run.
+        sizes: mesh axis -> size, as `MeshConfig.resolve` returns it.
+
+    Returns:
+        Notes, one line each, about settings that change nothing on this mesh.
+
+    Raises:
+        UserError: experts or batch rows that their mesh axes do not divide.
+    """
+    batch_rows = ["activation_batch"]
+    if config.model.moe is not None:
+        batch_rows += ["activation_batch_moe", "activation_batch_no_exp"]
+        _check_experts(config, sizes)
+    for row in batch_rows:
+        _check_batch(config, sizes, row)
+    return _notes(config, sizes)
+
+
+def _check_experts(config: Config, sizes: Mapping[str, int]) -> None:
+    parts = expert_parallelism(config, sizes)
+    if config.model.num_experts % parts:
+        axes = " * ".join(f"{axis}={sizes[axis]}" for axis in expert_axes(config))
+        raise UserError(
+            f"num_experts={config.model.num_experts} does not split into {parts} equal parts: "
+            f"the row of exp names {axes}\n"
+            f"fix: sizes that work for {config.model.num_experts} experts: "
+            f"{', '.join(map(str, divisors(config.model.num_experts)))}"
+        )
+
+
+def _check_batch(config: Config, sizes: Mapping[str, int], row: str) -> None:
+    num_devices = math.prod(sizes.values())
+    rows = config.train.microbatch_rows(num_devices)
+    axes = config.mesh.axes_of(row)
+    parts = math.prod(sizes[axis] for axis in axes)
+    if rows % parts:
+        split = " * ".join(f"{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1)
+        enough = -(-rows // parts) * parts
+        raise UserError(
+            f"per_device_batch_size={config.train.per_device_batch_size:g} on {num_devices} "
+            f"devices makes {rows} sequences, which {split} (row of {row}) do not divide\n"
+            f"fix: per_device_batch_size={enough / num_devices:g} makes {enough}"
+        )
+
+
+def _notes(config: Config, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    moe = config.model.moe
+    if moe is None or not moe.no_expert_sharding:
+        return ()
+    axes = ", ".join(expert_axes(config)) or "none"
+    if expert_parallelism(config, sizes) == 1:
+        return (f"{_FLAG} has no effect: the axes in the row of exp ({axes}) have size 1",)
+    batch = {
+        row: {axis for axis in config.mesh.axes_of(row) if sizes[axis] > 1}
+        for row in ("activation_batch_moe", "activation_batch_no_exp")
+    }
+    if batch["activation_batch_moe"] == batch["activation_batch_no_exp"]:
+        return (
+            f"{_FLAG} has no effect: activation_batch_moe and activation_batch_no_exp are the same",
+        )
+    return ()

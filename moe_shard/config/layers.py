@@ -1,0 +1,209 @@
+"""Laying one source of settings over another, with the types of `base.yml` kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import config_dict
+
+from moe_shard.config import maxtext
+from moe_shard.config.keys import shown
+from moe_shard.config.strict_yaml import parse_yaml
+from moe_shard.errors import UserError
+
+COMMAND_LINE = "command line"
+_EXPECTED = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+}
+_NULL_MEANS: Mapping[str, Any] = {
+    # MaxText's None keeps all checkpoints and names no file.
+    "max_num_checkpoints_to_keep": -1,
+    "tokenizer_path": "",
+    "dataset_path": [],
+    "run_name": "",
+    "base_output_directory": "",
+}
+_LARGEST_INT = 2**63
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One source of settings, by key of `base.yml`.
+
+    Attributes:
+        source: a file's name or `COMMAND_LINE`, for messages.
+        values: key -> value as written.
+        unbuilt: key -> value of what is not computed here, or None where it is switched off.
+        ignored: MaxText's keys that mean nothing here.
+    """
+
+    source: str
+    values: dict[str, Any]
+    unbuilt: dict[str, Any | None]
+    ignored: tuple[str, ...]
+
+    @classmethod
+    def sift(
+        cls,
+        source: str,
+        written: Mapping[str, Any],
+        base: Mapping[str, Any],
+        maxtext_keys: set[str],
+    ) -> Layer:
+        """Sort what a source says by what it means here.
+
+        Args:
+            source: a file's name or `COMMAND_LINE`.
+            written: key -> value as written.
+            base: `base.yml`.
+            maxtext_keys: names of MaxText's keys.
+
+        Raises:
+            UserError: a key that neither this package nor MaxText knows, or one said twice.
+        """
+        values: dict[str, Any] = {}
+        unbuilt: dict[str, Any | None] = {}
+        ignored = []
+        for name, value in written.items():
+            key = maxtext.ALIASES.get(name, name)
+            if key != name and key in written:
+                raise UserError(
+                    f"{source}: {name} and {key} are two names of one key\nfix: keep {key}"
+                )
+            if key in base:
+                # Known to MaxText is enough for a file; on the command line it is a wrong value.
+                if source != COMMAND_LINE and value in maxtext.UNBUILT_VALUES.get(key, ()):
+                    unbuilt[key] = value
+                else:
+                    values[key] = value
+                    unbuilt[key] = None
+            elif key in maxtext.UNBUILT:
+                neutral = maxtext.is_neutral(value, maxtext.UNBUILT[key])
+                unbuilt[key] = None if neutral else value
+            elif key in maxtext.REFUSED:
+                maxtext.check_refused(key, value, source)
+            elif key in maxtext_keys:
+                ignored.append(key)
+            else:
+                raise unknown_key(source, key, [*base, *maxtext.REFUSED], maxtext_keys)
+        return cls(source, values, unbuilt, tuple(ignored))
+
+
+def unknown_key(
+    source: str, key: str, own: Collection[str], maxtext_keys: Collection[str]
+) -> UserError:
+    """The error for a key that nobody knows, with the nearest known one."""
+    near = difflib.get_close_matches(key, own, n=1) or difflib.get_close_matches(
+        key, maxtext_keys, n=1, cutoff=0.75
+    )
+    fix = f"did you mean {near[0]}?" if near else "configs/base.yml lists every key"
+    return UserError(f"{source}: unknown key {shown(key)}\nfix: {fix}")
+
+
+def parse_overrides(overrides: Sequence[str], base: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of `key=value` arguments; where one key is said twice, the last one counts.
+
+    Args:
+        overrides: arguments of a command line.
+        base: `base.yml`, for the type each key has.
+
+    Raises:
+        UserError: an argument without `=`, without a key, or with a value that is not YAML.
+    """
+    values: dict[str, Any] = {}
+    for argument in overrides:
+        name, equals, text = argument.partition("=")
+        name, text = name.strip(), text.strip()
+        if not equals or not name:
+            raise UserError(
+                f"{COMMAND_LINE}: {shown(argument)} is not key=value\nfix: for example steps=100"
+            )
+        default = base.get(maxtext.ALIASES.get(name, name))
+        if isinstance(default, str):
+            # Text is taken as it stands, so that run_name=12 and run_name=yes are names.
+            quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+            values[name] = text[1:-1] if quoted else text
+            continue
+        if name == "dataset_path" and not text.startswith("["):
+            values[name] = text
+            continue
+        try:
+            values[name] = parse_yaml(text)
+        except UserError as error:
+            raise UserError(
+                f"{COMMAND_LINE}: {shown(argument)}: {shown(str(error))}\n"
+                f"fix: {shown(name)}={shown(default) if default is not None else 'VALUE'}"
+            ) from error
+    return values
+
+
+def lay(base: Mapping[str, Any], layers: Sequence[Layer]) -> dict[str, Any]:
+    """Lay sources over `base.yml`, each value in the type that its key has there.
+
+    Args:
+        base: `base.yml`.
+        layers: from the weakest to the strongest.
+
+    Raises:
+        UserError: a value of another type.
+    """
+    settings = config_dict.ConfigDict(dict(base))
+    settings.lock()
+    for layer in layers:
+        for key, value in layer.values.items():
+            try:
+                settings[key] = _prepared(key, value, base[key])
+            except (TypeError, ValueError, OverflowError):
+                raise UserError(
+                    f"{layer.source}: {key}={shown(value)} is not "
+                    f"{_EXPECTED[type(base[key])]}\nfix: {key}={shown(base[key])}, for example"
+                ) from None
+    return {key: _plain(settings[key]) for key in base}
+
+
+def _prepared(key: str, value: Any, default: Any) -> Any:
+    """What ConfigDict's own type check then judges: it lets null and true through as anything.
+
+    Raises:
+        TypeError: null, or a bool where a number is wanted.
+        ValueError: text that is not a number, or an integer beyond 64 bits.
+        OverflowError: an integer too large for a float.
+    """
+    if value is None or value == "None":
+        if key not in _NULL_MEANS:
+            raise TypeError(key)
+        return _NULL_MEANS[key]
+    if isinstance(value, bool) != isinstance(default, bool):
+        raise TypeError(key)
+    if isinstance(default, float):
+        return float(value)
+    if isinstance(value, int) and abs(value) >= _LARGEST_INT:
+        raise ValueError(key)
+    if isinstance(default, str) and not isinstance(value, str):
+        raise TypeError(key)
+    if key == "dataset_path" and isinstance(value, str):
+        return [value] if value else []
+    if isinstance(default, list) and not isinstance(value, list):
+        raise TypeError(key)
+    of_names = isinstance(default, list) and key != "logical_axis_rules"
+    if of_names and not all(isinstance(item, str) for item in value):
+        raise TypeError(key)
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Lists without ConfigDict's wrappers."""
+    return list(value) if isinstance(value, tuple | list) else value
+
+
+def short_name(path: Path) -> str:
+    """A file as messages call it: its name, which is enough and never spans lines."""
+    return shown(path.name)

@@ -1,0 +1,182 @@
+"""From a model's name and `key=value` to a `Config`: base.yml, then the model, then the arguments.
+
+`ml_collections` keeps the layers and the types; the frozen dataclasses of `schema.py` check what
+comes out. A file of MaxText's is read as it is (see `maxtext.py`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import sysconfig
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from moe_shard.config.keys import leaf_keys, shown
+from moe_shard.config.layers import COMMAND_LINE, Layer, lay, parse_overrides, short_name
+from moe_shard.config.schema import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    RunConfig,
+    TrainConfig,
+)
+from moe_shard.config.strict_yaml import read_mapping
+from moe_shard.config.tables import build_mesh, read_rules_file
+from moe_shard.errors import UserError
+
+T = TypeVar("T")
+
+LOADER_KEYS = ("custom_mesh_and_rule", "override_logical_axis_rules")
+"""Keys of `base.yml` that say how to load; what they lead to stands in `MeshConfig`."""
+
+
+@functools.cache
+def configs_dir() -> Path:
+    """The directory with `base.yml`: beside the package in a clone, under `share/` in a wheel.
+
+    Raises:
+        UserError: it is in neither place.
+    """
+    beside = Path(__file__).resolve().parents[2]
+    places = (
+        beside / "configs",
+        Path(sysconfig.get_path("data")) / "share" / "moe_shard" / "configs",
+        beside / "share" / "moe_shard" / "configs",  # pip install --target
+    )
+    for place in places:
+        if (place / "base.yml").is_file() and (place / "rules").is_dir():
+            return place
+    raise UserError(
+        "configs/base.yml is missing: the package is not whole\n"
+        "fix: install it again, or run from a clone of the repository"
+    )
+
+
+def list_models() -> list[str]:
+    """Names that MODEL may take besides a path, sorted."""
+    return _names("models")
+
+
+def load_config(model: str, overrides: Sequence[str] = ()) -> Config:
+    """Load one run's configuration.
+
+    Args:
+        model: a name in `configs/models/` or the path of a YAML file.
+        overrides: `key=value` arguments, the strongest layer.
+
+    Raises:
+        UserError: anything that a person got wrong, with the fix, in at most three lines.
+    """
+    base = read_mapping(configs_dir() / "base.yml")
+    known = maxtext_keys()
+    path = _find("models", model, "MODEL")
+    layers = [
+        Layer.sift(short_name(path), read_mapping(path), base, known),
+        Layer.sift(COMMAND_LINE, parse_overrides(overrides, base), base, known),
+    ]
+    settings = lay(base, layers)
+    custom = settings["custom_mesh_and_rule"]
+    rules_file = (
+        read_rules_file(_find("rules", custom, "custom_mesh_and_rule"), known) if custom else None
+    )
+    mesh, warnings = build_mesh(settings, base, layers, rules_file)
+    _derive(settings, path)
+    ignored = sorted({key for layer in layers for key in layer.ignored})
+    if ignored:
+        warnings += (f"MaxText keys that mean nothing here: {', '.join(ignored)}",)
+    if settings["num_experts"] == 1 and settings["moe_dispatch_no_expert_sharding"]:
+        warnings += (
+            "moe_dispatch_no_expert_sharding=true has no effect: num_experts=1, a dense model",
+        )
+    return Config(
+        run=_build(RunConfig, settings),
+        model=_build(ModelConfig, settings, moe=_build_moe(settings)),
+        mesh=mesh,
+        train=_build(TrainConfig, settings),
+        data=_build(DataConfig, settings),
+        warnings=warnings,
+        unbuilt=_unbuilt(layers),
+    )
+
+
+@functools.cache
+def maxtext_keys() -> set[str]:
+    """Names of MaxText's configuration keys."""
+    lines = (configs_dir() / "maxtext_keys.txt").read_text(encoding="utf-8").splitlines()
+    return {line for line in lines if line and not line.startswith("#")}
+
+
+def _names(kind: str) -> list[str]:
+    return sorted(path.stem for path in (configs_dir() / kind).glob("*.yml"))
+
+
+def _find(kind: str, given: str, what: str) -> Path:
+    """The file that a name in `configs/<kind>/` or a path stands for."""
+    directory = configs_dir() / kind
+    names = _names(kind)
+    if given in names:
+        return directory / f"{given}.yml"
+    path = Path(given)
+    looks_like_path = path.suffix in {".yml", ".yaml"} or "/" in given or "\\" in given
+    if looks_like_path and given.isprintable():
+        return path  # read_mapping says what is wrong with it
+    near = difflib.get_close_matches(given, names, n=3, cutoff=0.4)
+    fix = f"did you mean {' or '.join(near)}?" if near else f"one of {', '.join(names)}"
+    if kind == "models" and "=" in given:
+        fix = f"MODEL comes first, for example: {names[0]} {shown(given)}"
+    raise UserError(
+        f"{what} {shown(given)} is not in configs/{kind}/\nfix: {fix}, or the path of a .yml file"
+    )
+
+
+def _derive(settings: dict[str, Any], path: Path) -> None:
+    """Fill what a default leaves to other keys."""
+    if settings["model_name"] in {"", "default"}:
+        settings["model_name"] = path.stem
+    settings["run_name"] = settings["run_name"] or settings["model_name"]
+    if settings["base_moe_mlp_dim"] == -1:
+        settings["base_moe_mlp_dim"] = settings["base_mlp_dim"]
+    emb_dim, heads = settings["base_emb_dim"], settings["base_num_query_heads"]
+    if settings["head_dim"] == -1:
+        if heads < 1 or emb_dim % heads:
+            raise UserError(
+                f"head_dim=-1 is base_emb_dim / base_num_query_heads, and {emb_dim} / {heads} is "
+                "not a whole number\nfix: say head_dim, for example head_dim=128"
+            )
+        settings["head_dim"] = emb_dim // heads
+
+
+def _build_moe(settings: Mapping[str, Any]) -> MoEConfig | None:
+    """The MoE layer; None for one expert."""
+    if settings["moe_dispatch"] == "ragged":
+        raise UserError(
+            "moe_dispatch=ragged is not built in this version, and the flag "
+            "moe_dispatch_no_expert_sharding would not apply to it\n"
+            "fix: moe_dispatch=gather with capacity_factor=-1 drops no token either"
+        )
+    if settings["num_experts"] == 1:
+        return None
+    return _build(MoEConfig, settings)
+
+
+def _build(schema: type[T], settings: Mapping[str, Any], **parts: Any) -> T:
+    """A dataclass from the flat settings, by the keys that its leaves name."""
+    leaves = {
+        attribute: _frozen(settings[key.name]) for attribute, key in leaf_keys(schema).items()
+    }
+    return schema(**leaves, **parts)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def _unbuilt(layers: Sequence[Layer]) -> tuple[tuple[str, Any], ...]:
+    """What is asked for and not built; a stronger layer may take a request back."""
+    asked: dict[str, Any] = {}
+    for layer in layers:
+        asked |= layer.unbuilt
+    return tuple((key, _frozen(value)) for key, value in asked.items() if value is not None)

@@ -1,0 +1,181 @@
+"""Rule tables and mesh axes: reading rows, laying tables over each other, filling `MeshConfig`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_shard.config.keys import shown
+from moe_shard.config.layers import COMMAND_LINE, Layer, short_name, unknown_key
+from moe_shard.config.maxtext import MAXTEXT_AXES
+from moe_shard.config.mesh import LEVELS, MESH_AXES, MeshConfig, Rule, parallelism_key
+from moe_shard.config.strict_yaml import read_mapping
+from moe_shard.errors import UserError
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def read_rules_file(path: Path, maxtext_keys: set[str]) -> Layer:
+    """A file for `custom_mesh_and_rule`: `mesh_axes` and `logical_axis_rules`.
+
+    Args:
+        path: the file.
+        maxtext_keys: names of MaxText's keys; the others of a rule file of theirs are ignored.
+
+    Raises:
+        UserError: the file cannot be read, has no table, or says something else.
+    """
+    content = read_mapping(path)
+    own = ("mesh_axes", "logical_axis_rules")
+    source = short_name(path)
+    for key in content:
+        if key not in own and key not in maxtext_keys:
+            raise unknown_key(source, key, own, maxtext_keys)
+    if "logical_axis_rules" not in content:
+        raise UserError(
+            f"{source}: no logical_axis_rules\nfix: rows as in configs/base.yml, or another file"
+        )
+    values = {key: content[key] for key in own if key in content}
+    return Layer(source, values, {}, tuple(key for key in content if key not in own))
+
+
+def build_mesh(
+    settings: Mapping[str, Any],
+    base: Mapping[str, Any],
+    layers: Sequence[Layer],
+    rules_file: Layer | None,
+) -> tuple[MeshConfig, tuple[str, ...]]:
+    """The mesh and its table, and warnings.
+
+    Args:
+        settings: the flat settings with all layers applied.
+        base: `base.yml`.
+        layers: the model file's and the command line's, in this order.
+        rules_file: what `custom_mesh_and_rule` names, if anything.
+
+    Raises:
+        UserError: a row or an axis that makes no sense, or a size for an axis that is left out.
+    """
+    table = read_rows(base["logical_axis_rules"], "base.yml")
+    axes, chosen_by = MESH_AXES, "base.yml"
+    warnings: list[str] = []
+    if rules_file is not None:
+        table = read_rows(rules_file.values["logical_axis_rules"], rules_file.source)
+        axes, chosen_by = read_axes(rules_file, ()) or axes, rules_file.source
+    for layer in layers:
+        # A MaxText model file may bring a mesh with axes that this one lacks. There they have
+        # size 1 unless a key says otherwise (and such a key is refused), so nothing is lost.
+        foreign = () if layer.source == COMMAND_LINE else _foreign_axes(layer)
+        if foreign:
+            warnings.append(
+                f"{layer.source}: mesh axes of MaxText that this mesh does not have, read as "
+                f"size 1: {', '.join(foreign)}"
+            )
+        if "mesh_axes" in layer.values:
+            axes, chosen_by = read_axes(layer, foreign), layer.source
+        if "logical_axis_rules" in layer.values:
+            rows = read_rows(layer.values["logical_axis_rules"], layer.source, foreign)
+            replace = (
+                layer.values.get("override_logical_axis_rules", False)
+                if layer.source == COMMAND_LINE
+                else settings["override_logical_axis_rules"]
+            )
+            table = rows if replace else lay_rows(table, rows)
+    said = {key for layer in layers for key in layer.values}
+    sizes = {level: _sizes(level, settings, said, axes, chosen_by) for level in LEVELS}
+    whole = (*axes, *(axis for axis in MESH_AXES if axis not in axes))
+    mesh = MeshConfig(
+        axes=whole,
+        ici=tuple(sizes["ici"][axis] for axis in whole),
+        dcn=tuple(sizes["dcn"][axis] for axis in whole),
+        rules=tuple(table),
+        rule_conflicts=settings["rule_conflicts"],
+        num_simulated_devices=settings["num_simulated_devices"],
+    )
+    return mesh, tuple(warnings)
+
+
+def read_rows(value: Any, source: str, foreign: Sequence[str] = ()) -> list[Rule]:
+    """Rows of a table as YAML has them: `[name, axis]`, `[name, [axes]]` or `[name, null]`.
+
+    Args:
+        value: the list.
+        source: for messages.
+        foreign: mesh axes to leave out of the rows.
+
+    Raises:
+        UserError: a row of another form.
+    """
+    rows: list[Rule] = []
+    for row in value if isinstance(value, list) else [value]:
+        name, axes = row if isinstance(row, list) and len(row) == 2 else ("", None)
+        axes = [] if axes is None else [axes] if isinstance(axes, str) else axes
+        parts = [name, *axes] if isinstance(axes, list) else [None]
+        if not all(isinstance(part, str) and _NAME.fullmatch(part) for part in parts):
+            raise UserError(
+                f"{source}: logical_axis_rules row {shown(row)} is not [name, [mesh axes]]\n"
+                "fix: for example [exp, [expert]]"
+            )
+        rows.append((name, tuple(axis for axis in axes if axis not in foreign)))
+    return rows
+
+
+def lay_rows(table: Sequence[Rule], rows: Sequence[Rule]) -> list[Rule]:
+    """Rows over a table: they replace all rows of their logical axes and stand last, as in MaxText.
+
+    Args:
+        table: the rows so far.
+        rows: the rows that a stronger source gives.
+    """
+    replaced = {name for name, _ in rows}
+    return [row for row in table if row[0] not in replaced] + list(rows)
+
+
+def read_axes(layer: Layer, foreign: Sequence[str]) -> tuple[str, ...]:
+    """`mesh_axes` of one source, without `foreign`; empty where it has none.
+
+    Raises:
+        UserError: not a list of this mesh's axes, each once.
+    """
+    axes = layer.values.get("mesh_axes", [])
+    if not isinstance(axes, list) or not all(isinstance(axis, str) for axis in axes):
+        raise UserError(
+            f"{layer.source}: mesh_axes={shown(axes)} is not a list of names\n"
+            f"fix: [{', '.join(MESH_AXES)}] or a part of it"
+        )
+    kept = tuple(axis for axis in axes if axis not in foreign)
+    for axis in kept:
+        if axis not in MESH_AXES:
+            raise UserError(
+                f"{layer.source}: mesh_axes names {shown(axis)}, which this mesh does not have\n"
+                f"fix: leave it out, and the rows that name it; there are {', '.join(MESH_AXES)}"
+            )
+    if len(set(kept)) < len(kept):
+        raise UserError(f"{layer.source}: mesh_axes={shown(axes)} names an axis twice\nfix: once")
+    return kept
+
+
+def _foreign_axes(layer: Layer) -> tuple[str, ...]:
+    axes = layer.values.get("mesh_axes", [])
+    return tuple(axis for axis in axes if axis in MAXTEXT_AXES) if isinstance(axes, list) else ()
+
+
+def _sizes(
+    level: str, settings: Mapping[str, Any], said: set[str], axes: Sequence[str], chosen_by: str
+) -> dict[str, int]:
+    """Sizes of one level; a default -1 gives way to one that a person wrote."""
+    sizes = {axis: settings[parallelism_key(level, axis)] for axis in MESH_AXES}
+    own = {axis for axis in MESH_AXES if parallelism_key(level, axis) in said}
+    taken_over = any(sizes[axis] == -1 for axis in own)
+    for axis, size in sizes.items():
+        if axis in own and axis not in axes and size != 1:
+            key = parallelism_key(level, axis)
+            raise UserError(
+                f"{key}={size}, but mesh_axes of {chosen_by} leaves {axis!r} out\n"
+                f"fix: {key}=1, or mesh_axes with {axis}"
+            )
+        if size == -1 and axis not in own and (taken_over or axis not in axes):
+            sizes[axis] = 1
+    return sizes
