@@ -124,7 +124,6 @@ def _ranks_within_expert(
         num_experts: number of different values in `expert`.
         order_first: ranks follow this order of the choices instead of their own.
     """
-    batch, choices = expert.shape
     if order_first is None:
         order = jnp.argsort(expert, axis=-1, stable=True)
     else:

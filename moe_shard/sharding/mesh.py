@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from moe_shard.config.schema import MeshConfig
+from moe_shard.config.mesh import MeshConfig
 from moe_shard.errors import UserError
 
 
@@ -37,8 +37,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     simulated = slices == 1 and devices[0].platform == "cpu"
     if simulated:
         # Simulated devices have no network, so they can stand for any number of slices.
-        slices = math.prod(size for size in config.dcn.values() if size != -1)
-    ici, dcn = config.resolve(len(devices), slices)
+        slices = math.prod(size for size in config.dcn if size != -1)
+    ici, dcn = config.resolve_levels(len(devices), slices)
     ici_shape = tuple(ici[axis] for axis in config.axes)
     dcn_shape = tuple(dcn[axis] for axis in config.axes)
     if simulated:

@@ -13,9 +13,7 @@ from jaxtyping import Array, Float
 from moe_shard.moe.capacity import Slots
 
 
-def dispatch(
-    x: Float[Array, "B S M"], slots: Slots, num_experts: int
-) -> Float[Array, "E B C M"]:
+def dispatch(x: Float[Array, "B S M"], slots: Slots, num_experts: int) -> Float[Array, "E B C M"]:
     """See `Strategy.dispatch`."""
     ones = jnp.ones(slots.slot_of_choice.shape, x.dtype)
     return jnp.einsum("bsec,bsm->ebcm", _mask(ones, slots, num_experts), x)
@@ -29,9 +27,7 @@ def combine(
     return jnp.einsum("bsec,ebcm->bsm", mask, y.astype(jnp.float32)).astype(y.dtype)
 
 
-def _mask(
-    values: Float[Array, "B S K"], slots: Slots, num_experts: int
-) -> Float[Array, "B S E C"]:
+def _mask(values: Float[Array, "B S K"], slots: Slots, num_experts: int) -> Float[Array, "B S E C"]:
     """`values` at each choice's slot, zero elsewhere; a dropped choice is nowhere."""
     batch, tokens, k = values.shape
     all_slots = slots.choice_of_slot.shape[-1]

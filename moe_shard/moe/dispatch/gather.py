@@ -15,9 +15,7 @@ from jaxtyping import Array, Float, Int
 from moe_shard.moe.capacity import Slots
 
 
-def dispatch(
-    x: Float[Array, "B S M"], slots: Slots, num_experts: int
-) -> Float[Array, "E B C M"]:
+def dispatch(x: Float[Array, "B S M"], slots: Slots, num_experts: int) -> Float[Array, "E B C M"]:
     """See `Strategy.dispatch`."""
     by_slot = _tokens_to_slots(x, slots)
     batch, all_slots, dim = by_slot.shape
@@ -88,9 +86,7 @@ def _slots_to_tokens_bwd(
 ) -> tuple[Float[Array, "B E*C M"], Float[Array, "B S K"], None]:
     y, weights, slots = residuals
     batch, tokens, k = weights.shape
-    weight_of_slot = _take(
-        weights.reshape(batch, tokens * k, 1), slots.choice_of_slot
-    )
+    weight_of_slot = _take(weights.reshape(batch, tokens * k, 1), slots.choice_of_slot)
     dy = weight_of_slot * _take(dout, slots.choice_of_slot // k).astype(jnp.float32)
     dweights = [
         jnp.sum(

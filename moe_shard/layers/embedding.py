@@ -1,0 +1,77 @@
+"""Token embedding and the projection back to the vocabulary."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn.initializers import normal, variance_scaling
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from moe_shard.sharding.annotate import Annotator
+
+
+class Embedding(nnx.Module):
+    """A table of one vector per token, and logits from it or from a kernel of their own.
+
+    Args:
+        vocab_size: V.
+        model_dim: M.
+        tied: logits are products with the embedding table itself.
+        dtype: of activations; logits are always float32.
+        weight_dtype: of the parameters.
+        annotate: the mesh and its rules.
+        rngs: source of the initial weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        model_dim: int,
+        tied: bool,
+        dtype: DTypeLike,
+        weight_dtype: DTypeLike,
+        annotate: Annotator,
+        rngs: nnx.Rngs,
+    ) -> None:
+        # A tied table must give logits of unit scale, as the kernel of its own does.
+        table_init = normal(stddev=model_dim**-0.5 if tied else 1.0)
+        self.table = nnx.Param(
+            table_init(rngs.params(), (vocab_size, model_dim), weight_dtype),
+            logical_axes=("vocab", "embed_vocab"),
+        )
+        kernel_init = variance_scaling(1.0, "fan_in", "truncated_normal")
+        self.kernel = (
+            None
+            if tied
+            else nnx.Param(
+                kernel_init(rngs.params(), (model_dim, vocab_size), weight_dtype),
+                logical_axes=("embed_vocab", "vocab"),
+            )
+        )
+        self.dtype = dtype
+        self.annotate = annotate
+
+    def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S M"]:
+        """Look tokens up."""
+        with jax.named_scope("embedding"):
+            x = jnp.take(self.table[...].astype(self.dtype), tokens, axis=0)
+            return self.annotate(
+                x, "activation_batch", "activation_length", "activation_embed", name="embedded"
+            )
+
+    def logits(self, x: Float[Array, "B S M"]) -> Float[Array, "B S V"]:
+        """Scores of every token of the vocabulary, in float32."""
+        with jax.named_scope("logits"):
+            kernel = self.table[...].T if self.kernel is None else self.kernel[...]
+            logits = jnp.einsum(
+                "bsm,mv->bsv",
+                x,
+                kernel.astype(self.dtype),
+                preferred_element_type=jnp.float32,
+            )
+            return self.annotate(
+                logits, "activation_batch", "activation_length", "activation_vocab", name="logits"
+            )

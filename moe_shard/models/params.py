@@ -1,0 +1,89 @@
+"""Parameters before they exist: shapes, dtypes and places first, arrays last.
+
+A model is described without allocating anything, its parameters are placed by the rule table, and
+only then are they created, each device making its own shards. So a model larger than the memory of
+one device, or of the host, initialises.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import NamedSharding
+from jaxtyping import PRNGKeyArray
+
+from moe_shard.config.schema import ModelConfig
+from moe_shard.models.decoder import Decoder
+from moe_shard.sharding.annotate import Annotator
+
+Params = dict[str, Any]
+"""Parameters as nested dicts of arrays (or of what describes an array), by module attribute."""
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One parameter, not allocated."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: jax.typing.DTypeLike
+    logical_axes: tuple[str, ...]
+    sharding: NamedSharding
+
+    def abstract(self) -> jax.ShapeDtypeStruct:
+        """As jax describes it, for lowering and for restoring a checkpoint."""
+        return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.sharding)
+
+
+@dataclass(frozen=True)
+class AbstractModel:
+    """A decoder described, not allocated.
+
+    Attributes:
+        graph: the modules; `nnx.merge(graph, params)` is the model.
+        specs: each parameter's `ParamSpec`, nested as in `Params`.
+        init: makes the parameters from a key; to be compiled with the shardings as its outputs'.
+    """
+
+    graph: nnx.GraphDef[Decoder]
+    specs: Params
+    init: Callable[[PRNGKeyArray], Params]
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters, all experts counted."""
+        return sum(math.prod(spec.shape) for spec in jax.tree.leaves(self.specs))
+
+    def apply(self, params: Params) -> Decoder:
+        """The model with these parameters."""
+        return nnx.merge(self.graph, params)
+
+
+def describe(config: ModelConfig, annotate: Annotator) -> AbstractModel:
+    """Describe a decoder and place its parameters.
+
+    Args:
+        config: the model.
+        annotate: the mesh and its rules.
+
+    Raises:
+        UserError: a parameter has a dim that its mesh axes do not divide, or that has no row.
+    """
+
+    def build(key: PRNGKeyArray) -> Decoder:
+        return Decoder(config, annotate, rngs=nnx.Rngs(params=key))
+
+    def spec(path: tuple[str, ...], param: nnx.Param[Any]) -> ParamSpec:
+        name, shape = ".".join(path), param.get_value().shape
+        logical_axes = param.get_metadata("logical_axes")
+        sharding = annotate.sharding(name, logical_axes, shape)
+        return ParamSpec(name, shape, param.get_value().dtype, logical_axes, sharding)
+
+    graph, params = nnx.split(nnx.eval_shape(build, jax.random.key(0)))
+    specs = nnx.to_pure_dict(nnx.map_state(spec, params))
+    return AbstractModel(graph, specs, lambda key: nnx.to_pure_dict(nnx.state(build(key))))
