@@ -1,0 +1,410 @@
+"""Text to batches: bytes of files, packed into rows, shuffled by seed, read ahead by Grain.
+
+The documents, in an order that the seed decides, form one stream of tokens: a mark, then the
+document's bytes. Row i of the stream is fixed arithmetic on file sizes, so nothing is read before
+it is needed, a corpus may be larger than memory, and a step's batch follows from its number alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Int32, Int64
+
+from moe_shard.config.schema import DataConfig
+from moe_shard.errors import UserError
+
+DOCUMENT = 256
+"""The token that begins a document and so, as a target, ends the one before."""
+VOCAB_SIZE = 257
+"""The 256 bytes and `DOCUMENT`."""
+
+PROBE_BYTES = 4096
+READ_AHEAD_STEPS = 4
+READ_THREADS = 4
+NOT_LIBRARY_TEXT = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+)
+
+Row = dict[str, Int32[np.ndarray, "S"]]
+HostBatch = dict[str, Int32[np.ndarray, "a r S"]]
+
+
+def find_documents(paths: Sequence[str]) -> tuple[Path, ...]:
+    """The text files that `dataset_path` names, each file once.
+
+    The order is that of `paths`, then of the names below each: the same on every machine that
+    holds the same files, wherever they lie.
+
+    Args:
+        paths: files; folders, searched recursively; globs, in which `**` spans folders. Inside
+            folders and globs, hidden, empty and binary files are passed over. Empty: the source
+            text of the running interpreter's standard library, without its tests.
+
+    Raises:
+        UserError: a path matches no text; a file named by itself is empty, binary or not a file; a
+            file or folder cannot be read.
+    """
+    if not paths:
+        return _standard_library()
+    found: dict[tuple[int, int], Path] = {}
+    for pattern in paths:
+        # Overlapping patterns and links name a file twice; its text still counts once.
+        for path in _text_files(pattern):
+            info = path.stat()
+            found.setdefault((info.st_dev, info.st_ino), path)
+    return tuple(found.values())
+
+
+def _standard_library() -> tuple[Path, ...]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = _files_below(root, NOT_LIBRARY_TEXT) if root.is_dir() else ()
+    documents = tuple(file for file in files if file.suffix == ".py" and file.stat().st_size)
+    if not documents:
+        raise UserError(
+            f"this Python has no source text of its standard library below {root}\n"
+            "fix: dataset_path=FILE, FOLDER or GLOB of text"
+        )
+    return documents
+
+
+def _text_files(pattern: str) -> list[Path]:
+    path = Path(os.path.expanduser(pattern))
+    named = pattern != "" and os.path.lexists(path)
+    if named and not path.is_dir():
+        if problem := _not_text(path):
+            raise UserError(f"dataset_path: {path} {problem}\nfix: name a file of UTF-8 text")
+        return [path]
+    files = list(_files_below(path) if named else _glob(pattern, path))
+    if not named and not files:
+        raise UserError(
+            f"dataset_path: {pattern!r} matches nothing in {Path.cwd()}\n"
+            "fix: an existing file, folder or glob ('**' spans folders; hidden files do not match)"
+        )
+    documents = [file for file in files if _not_text(file) is None]
+    if not documents:
+        raise UserError(
+            f"dataset_path: {pattern!r} holds no text: {len(files)} files, all empty or binary\n"
+            "fix: a folder or glob with at least one file of UTF-8 text that is not hidden"
+        )
+    return documents
+
+
+def _not_text(path: Path) -> str | None:
+    """Why a file is not text, or None if it is."""
+    try:
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):  # opening a pipe would wait for its writer
+            return "is not a regular file"
+        if info.st_size == 0:
+            return "is empty"
+        with path.open("rb", buffering=0) as file:
+            binary = b"\0" in file.read(PROBE_BYTES)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return "is a link to nothing"
+        raise _unreadable(path, error) from error
+    return f"is binary: a zero byte in its first {PROBE_BYTES}" if binary else None
+
+
+def _unreadable(path: str | Path, error: OSError) -> UserError:
+    return UserError(
+        f"dataset_path: {path} cannot be read: {error.strerror}\nfix: its permissions or the path"
+    )
+
+
+def _files_below(folder: Path, skip: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """The files below a folder, sorted, links followed, each folder entered once."""
+
+    def refuse(error: OSError) -> None:
+        raise _unreadable(error.filename, error) from error
+
+    entered = set()
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        info = os.stat(parent)
+        if (info.st_dev, info.st_ino) in entered:  # a link back up would go round for ever
+            folders.clear()
+            continue
+        entered.add((info.st_dev, info.st_ino))
+        folders[:] = sorted(n for n in folders if not n.startswith(".") and n not in skip)
+        yield from (Path(parent, name) for name in sorted(files) if not name.startswith("."))
+
+
+def _glob(pattern: str, path: Path) -> Iterator[Path]:
+    """The files that a glob matches or that lie below a folder it matches, sorted."""
+    parts = path.parts
+    first = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), len(parts))
+    base, rest = Path(*parts[:first]), parts[first:]
+    hidden = any(part.startswith(".") for part in rest)
+    try:
+        # pathlib's `**` does not enter links, glob's does and takes 2**40 turns in two cycles.
+        matches = sorted(base.glob(str(Path(*rest)))) if rest else []
+    except ValueError as error:
+        raise UserError(
+            f"dataset_path: {pattern!r} is not a glob: {error}\n"
+            "fix: '**' stands alone between slashes, as in 'data/**/*.txt'"
+        ) from error
+    for match in matches:
+        if hidden or not any(p.startswith(".") for p in match.relative_to(base).parts):
+            yield from _files_below(match) if match.is_dir() else (match,)
+
+
+class PackedText:
+    """Documents as one token stream, cut into rows: a random-access source for Grain.
+
+    Row i holds the tokens [i*S, (i+1)*S] of the stream: neighbours share one token, so that every
+    token after the first is a target exactly once. The stream's last tokens, fewer than a row,
+    are left out. Rows are read from the files when asked for; safe from many threads.
+
+    Attributes:
+        paths: the documents, shuffled by seed.
+        starts: stream position of each document's mark; last, the length of the stream.
+        seq_len: S.
+    """
+
+    def __init__(self, documents: Sequence[Path], *, seq_len: int, seed: int):
+        """Index the documents by their sizes.
+
+        Args:
+            documents: files, from `find_documents`.
+            seq_len: S, tokens in a row.
+            seed: of the order of the documents, in [0, 2**32).
+
+        Raises:
+            UserError: there is less than one row of text, or more rows than can be shuffled.
+        """
+        # Grain's shuffle and not NumPy's, whose random streams may change with its version.
+        shuffled = grain.MapDataset.source([os.fspath(path) for path in documents]).shuffle(seed)
+        self.paths: tuple[str, ...] = tuple(shuffled[i] for i in range(len(shuffled)))
+        self.starts: Int64[np.ndarray, "documents+1"] = np.zeros(len(self.paths) + 1, np.int64)
+        np.cumsum([os.stat(path).st_size + 1 for path in self.paths], out=self.starts[1:])
+        self.seq_len = seq_len
+        tokens = int(self.starts[-1])
+        if tokens < seq_len + 1:
+            raise UserError(
+                f"dataset_path holds {tokens} tokens in {len(self.paths)} files; one row takes "
+                f"max_target_length + 1 = {seq_len + 1}\n"
+                f"fix: more text, or max_target_length={max(1, tokens - 1)} or less"
+            )
+        if len(self) >= 2**32:  # Grain's shuffle would drop the upper bits silently
+            raise UserError(
+                f"max_target_length={seq_len} cuts dataset_path into {len(self)} rows; "
+                f"at most 2**32 - 1 can be shuffled\nfix: max_target_length={tokens >> 31} or more"
+            )
+
+    def __len__(self) -> int:
+        return (int(self.starts[-1]) - 1) // self.seq_len
+
+    def __getitem__(self, row: int) -> Row:
+        """One row.
+
+        Returns:
+            `inputs` and `targets`: tokens, targets one ahead. `positions`: since the row's start
+            or the document's mark, whichever is later. `segment_ids`: 1 for the document that the
+            row begins in, one more at each later mark.
+
+        Raises:
+            UserError: a file has gone or changed its size.
+        """
+        tokens = self._tokens(row * self.seq_len, self.seq_len + 1)
+        inputs = tokens[:-1]
+        begins = inputs == DOCUMENT
+        begins[0] = True
+        place = np.arange(self.seq_len, dtype=np.int32)
+        return {
+            "inputs": inputs,
+            "targets": tokens[1:],
+            "positions": place - np.maximum.accumulate(np.where(begins, place, 0)),
+            "segment_ids": np.cumsum(begins, dtype=np.int32),
+        }
+
+    def _tokens(self, start: int, count: int) -> Int32[np.ndarray, "count"]:
+        tokens = np.full(count, DOCUMENT, np.int32)
+        document = int(np.searchsorted(self.starts, start, side="right")) - 1
+        filled = 0
+        while filled < count:
+            mark, end = (int(at) for at in self.starts[document : document + 2])
+            position = start + filled
+            if position == mark:  # already there
+                filled += 1
+                position += 1
+            size = min(end - position, count - filled)
+            if size > 0:
+                text = self._read(document, position - mark - 1, size, end - mark - 1)
+                tokens[filled : filled + size] = np.frombuffer(text, np.uint8)
+                filled += size
+            document += 1
+        return tokens
+
+    def _read(self, document: int, offset: int, size: int, file_size: int) -> bytes:
+        path = self.paths[document]
+        try:
+            # Opened for each read: nothing to share between threads, to pickle or to run out of.
+            with open(path, "rb") as file:
+                changed = os.fstat(file.fileno()).st_size != file_size
+                file.seek(offset)
+                text = file.read(size)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        if changed or len(text) != size:
+            raise UserError(
+                f"dataset_path: {path} was {file_size} bytes long at the start of the run and has "
+                "changed since\nfix: leave the text alone while it is trained on; start again"
+            )
+        return text
+
+    def fingerprint(self) -> Int32[np.ndarray, "4"]:
+        """A hash of the sizes in order: equal where all rows begin and end at the same bytes."""
+        return np.frombuffer(
+            hashlib.blake2b(self.starts.tobytes(), digest_size=16).digest(), np.int32
+        )
+
+
+def held_rows(
+    sharding: jax.sharding.Sharding, shape: tuple[int, int, int]
+) -> tuple[list[int], list[int]]:
+    """The microbatches and the rows of a microbatch that this process's devices hold parts of.
+
+    Args:
+        sharding: over (A, R, S).
+        shape: (A, R, S).
+    """
+    a: set[int] = set()
+    r: set[int] = set()
+    for cuts in sharding.addressable_devices_indices_map(shape).values():
+        assert cuts is not None
+        a.update(range(*cuts[0].indices(shape[0])))
+        r.update(range(*cuts[1].indices(shape[1])))
+    return sorted(a), sorted(r)
+
+
+class Batches(Iterator[dict[str, jax.Array]]):
+    """The batches of successive steps, without end. Close it to stop the reading ahead."""
+
+    def __init__(self, steps: Any, sharding: jax.sharding.Sharding, shape: tuple[int, int, int]):
+        """Wrap what `batches` has built.
+
+        Args:
+            steps: Grain's iterator over a `HostBatch` a step.
+            sharding: over (A, R, S).
+            shape: (A, R, S).
+        """
+        self._steps = steps
+        self._sharding = sharding
+        self._shape = shape
+        self._held = held_rows(sharding, shape)
+
+    def __next__(self) -> dict[str, jax.Array]:
+        try:
+            step: HostBatch = next(self._steps)
+        except BaseException:
+            self.close()  # Grain would go on with the step after the one that failed
+            raise
+        return {name: self._place(rows) for name, rows in step.items()}
+
+    def _place(self, rows: Int32[np.ndarray, "a r S"]) -> Int32[jax.Array, "A R S"]:
+        def part(cuts: tuple[slice, ...] | None) -> Int32[np.ndarray, "..."]:
+            assert cuts is not None
+            here = list(cuts)  # places in the global array, to be places among the rows held here
+            for dim, held in enumerate(self._held):
+                start, stop, _ = cuts[dim].indices(self._shape[dim])
+                first = held.index(start)
+                here[dim] = slice(first, first + stop - start)
+            return rows[tuple(here)]
+
+        return jax.make_array_from_callback(self._shape, self._sharding, part)
+
+    def close(self) -> None:
+        """Stop reading ahead; the iterator is spent."""
+        self._steps.close()
+
+
+def batches(
+    config: DataConfig,
+    *,
+    vocab_size: int,
+    seq_len: int,
+    rows: int,
+    microbatches: int,
+    sharding: jax.sharding.Sharding,
+    first_step: int = 0,
+) -> Batches:
+    """The batches from a step on, the first ones being read already when this returns.
+
+    The batch of step n depends on the text, the seed, the sizes and n alone: not on the mesh, nor
+    on where a run was resumed. Row r of microbatch a is row (n*A + a)*R + r of the epochs laid end
+    to end, each in an order of its own.
+
+    Args:
+        config: where the text is, and the seed.
+        vocab_size: V of the model.
+        seq_len: S, `max_target_length`.
+        rows: R, sequences of one microbatch over all devices.
+        microbatches: A, `gradient_accumulation_steps`.
+        sharding: of an array [A, R, S]; a process reads only the rows of its own devices.
+        first_step: number of the first batch.
+
+    Returns:
+        An iterator over `inputs`, `targets`, `positions` and `segment_ids` (see `PackedText`), each
+        int32 [A, R, S], placed as `sharding` says.
+
+    Raises:
+        UserError: the vocabulary is too small, the batch does not divide over the devices, the
+            text is missing or too short, or it differs between processes.
+    """
+    if vocab_size < VOCAB_SIZE:
+        raise UserError(
+            f"vocab_size={vocab_size} is less than the 256 bytes and the document mark\n"
+            f"fix: vocab_size={VOCAB_SIZE} or more"
+        )
+    shape = (microbatches, rows, seq_len)
+    try:
+        sharding.shard_shape(shape)
+    except ValueError as error:
+        raise UserError(
+            f"batch [{microbatches}, {rows}, {seq_len}] (microbatches, rows, tokens) does not "
+            f"divide over the devices: {str(error).splitlines()[0][:200]}\n"
+            "fix: per_device_batch_size (rows) or max_target_length (tokens)"
+        ) from error
+    text = PackedText(find_documents(config.dataset_path), seq_len=seq_len, seed=config.seed)
+    _require_same_text(text)
+    stream = grain.MapDataset.source(text).shuffle(config.seed).repeat()
+    held_a, held_r = held_rows(sharding, shape)
+
+    def read(step: int) -> HostBatch:
+        first = step * microbatches
+        block = [stream[(first + a) * rows + r] for a in held_a for r in held_r]
+        size = (len(held_a), len(held_r), seq_len)
+        return {name: np.stack([row[name] for row in block]).reshape(size) for name in block[0]}
+
+    # A whole step is one unit of reading ahead, so that the training loop has none to assemble.
+    steps = iter(
+        grain.MapDataset.range(first_step, sys.maxsize)
+        .map(read)
+        .to_iter_dataset(grain.ReadOptions(READ_THREADS, READ_AHEAD_STEPS))
+    )
+    steps.start_prefetch()
+    return Batches(steps, sharding, shape)
+
+
+def _require_same_text(text: PackedText) -> None:
+    if jax.process_count() == 1:
+        return
+    mine = text.fingerprint()
+    if (multihost_utils.process_allgather(mine) != mine).any():
+        raise UserError(
+            "dataset_path holds files of other names or sizes on some processes than on others\n"
+            "fix: the same text (and for the standard library, the same Python) on every host"
+        )
