@@ -1,0 +1,37 @@
+"""Random parameters, tokens and cotangents, float32, the same for the package and the oracle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments of one forward and backward pass."""
+
+    x: np.ndarray
+    params: dict[str, np.ndarray]
+    cotangent: np.ndarray
+
+
+def random_inputs(
+    *, rows: int, tokens: int, model: int, hidden: int, experts: int, seed: int = 0
+) -> Inputs:
+    """Inputs of unit scale; the router's scores differ enough to overfill some experts."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
+        return (scale * rng.standard_normal(shape)).astype(np.float32)
+
+    return Inputs(
+        x=normal(rows, tokens, model),
+        params={
+            "kernel": normal(model, experts, scale=model**-0.5),
+            "gate": normal(experts, model, hidden, scale=model**-0.5),
+            "up": normal(experts, model, hidden, scale=model**-0.5),
+            "down": normal(experts, hidden, model, scale=hidden**-0.5),
+        },
+        cotangent=normal(rows, tokens, model),
+    )

@@ -1,0 +1,195 @@
+"""A Mixture-of-Experts layer in NumPy float64, one choice at a time, with its gradients by hand.
+
+Written from the papers (GShard, arXiv 2006.16668; Switch, 2101.03961; ST-MoE, 2202.08906; Mixtral,
+2401.04088) and shares no code with the package, so that the two can only agree by both being
+right. `test_oracle.py` holds its gradients against finite differences.
+
+Dims: B rows, S tokens of a row, M model, E experts, K experts per token, H hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+PARAMETERS = ("kernel", "gate", "up", "down")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a layer is asked to compute; names as in the package's configuration."""
+
+    k: int = 2
+    capacity_factor: float = 1.0
+    capacity_rule: str = "maxtext"
+    min_capacity: int = 0
+    drop_policy: str = "position"
+    renormalise: bool = True
+    activation: str = "silu"
+    load_balance: str = "maxtext"
+    load_balance_weight: float = 0.0
+    z_weight: float = 0.0
+
+
+@dataclass
+class Answer:
+    """Outputs of the layer and, per input, the gradient of `total`."""
+
+    y: np.ndarray
+    load_balance: np.ndarray
+    z_loss: np.ndarray
+    counts: np.ndarray
+    dropped: np.ndarray
+    total: float
+    margin: float
+    """The least gap, over tokens, between a chosen and a refused expert's probability."""
+    grads: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def layer_capacity(tokens: int, experts: int, settings: Settings) -> int:
+    """Slots an expert has for one row."""
+    factor, k = settings.capacity_factor, settings.k
+    if factor <= 0:
+        return tokens
+    if settings.capacity_rule == "maxtext":
+        slots = int(max(math.ceil(tokens * k / experts) * factor, factor))
+    else:
+        slots = math.ceil(tokens / experts * factor * k)
+    return max(slots, settings.min_capacity)
+
+
+def top_k(probs: np.ndarray, k: int) -> list[int]:
+    """The k largest, largest first; of equal ones the first."""
+    return sorted(range(len(probs)), key=lambda e: (-probs[e], e))[:k]
+
+
+def seat(
+    chosen: list[list[int]], probs: np.ndarray, capacity: int, drop_policy: str
+) -> dict[tuple[int, int], int]:
+    """(token, expert) -> slot, for the choices of one row that are kept."""
+    slots: dict[tuple[int, int], int] = {}
+    for expert in range(probs.shape[1]):
+        tokens = [token for token, experts in enumerate(chosen) if expert in experts]
+        if drop_policy == "probability":
+            tokens.sort(key=lambda token: (-probs[token, expert], token))
+        for slot, token in enumerate(sorted(tokens[:capacity])):
+            slots[token, expert] = slot
+    return slots
+
+
+def activation(name: str, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The nonlinearity and its derivative."""
+    if name == "relu":
+        return np.maximum(u, 0.0), (u > 0).astype(u.dtype)
+    if name == "silu":
+        s = 1.0 / (1.0 + np.exp(-u))
+        return u * s, s + u * s * (1.0 - s)
+    assert name == "gelu"
+    c = math.sqrt(2.0 / math.pi)
+    t = np.tanh(c * (u + 0.044715 * u**3))
+    return 0.5 * u * (1 + t), 0.5 * (1 + t) + 0.5 * u * (1 - t**2) * c * (1 + 3 * 0.044715 * u**2)
+
+
+def load_balance_rows(
+    probs: np.ndarray, counts: np.ndarray, k: int, convention: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The loss of each row, and the gradient of its mean over rows by `probs`.
+
+    The fraction of choices is a count: it has no gradient.
+    """
+    rows, tokens, experts = probs.shape
+    if convention == "maxtext":
+        fraction = counts / tokens  # sums to K
+        loss = experts * np.sum(probs.mean(axis=1) * fraction, axis=1)
+        grad = experts * fraction[:, None, :] / (rows * tokens)
+    else:
+        fraction = counts.sum(axis=0) / (rows * tokens)
+        scale = experts / k if convention == "gshard" else float(experts)
+        loss = np.full(rows, scale * np.sum(probs.mean(axis=(0, 1)) * fraction))
+        grad = scale * fraction / (rows * tokens)
+    return loss, np.broadcast_to(grad, probs.shape)
+
+
+def moe_layer(
+    x: np.ndarray, params: dict[str, np.ndarray], cotangent: np.ndarray, settings: Settings
+) -> Answer:
+    """Forward and backward.
+
+    The gradients are those of `total = sum(y * cotangent) + load_balance_weight * mean over rows
+    of the load-balance loss + z_weight * mean over rows of the z-loss`.
+    """
+    x, cotangent = x.astype(np.float64), cotangent.astype(np.float64)
+    kernel, gate, up, down = (params[name].astype(np.float64) for name in PARAMETERS)
+    rows, tokens, _ = x.shape
+    experts, k = kernel.shape[1], settings.k
+    capacity = layer_capacity(tokens, experts, settings)
+
+    logits = x @ kernel
+    log_z = np.log(np.sum(np.exp(logits), axis=-1))
+    probs = np.exp(logits - log_z[..., None])
+    y = np.zeros_like(x)
+    counts = np.zeros((rows, experts), np.int64)
+    dropped = np.zeros(rows, np.int64)
+    margin = math.inf
+    dx, dprobs = np.zeros_like(x), np.zeros_like(probs)
+    dgate, dup, ddown = np.zeros_like(gate), np.zeros_like(up), np.zeros_like(down)
+
+    for row in range(rows):
+        chosen = [top_k(probs[row, token], k) for token in range(tokens)]
+        slots = seat(chosen, probs[row], capacity, settings.drop_policy)
+        for token in range(tokens):
+            mine = chosen[token]
+            p = probs[row, token]
+            refused = np.delete(p, mine)
+            margin = min(margin, p[mine].min() - refused.max() if refused.size else math.inf)
+            norm = p[mine].sum() if settings.renormalise else 1.0
+            weights = p[mine] / norm
+            dweights = np.zeros(k)
+            for i, e in enumerate(mine):
+                counts[row, e] += 1
+                if (token, e) not in slots:
+                    dropped[row] += 1
+                    continue
+                v = x[row, token]
+                act, slope = activation(settings.activation, v @ gate[e])
+                lin = v @ up[e]
+                out = (act * lin) @ down[e]
+                y[row, token] += weights[i] * out
+                # Backward of this one choice.
+                dweights[i] = cotangent[row, token] @ out
+                dout = weights[i] * cotangent[row, token]
+                ddown[e] += np.outer(act * lin, dout)
+                dhidden = down[e] @ dout
+                dact, dlin = dhidden * lin * slope, dhidden * act
+                dgate[e] += np.outer(v, dact)
+                dup[e] += np.outer(v, dlin)
+                dx[row, token] += gate[e] @ dact + up[e] @ dlin
+            if settings.renormalise:
+                dweights = (dweights - dweights @ weights) / norm
+            for i, e in enumerate(mine):
+                dprobs[row, token, e] += dweights[i]
+
+    load_balance, dload = load_balance_rows(probs, counts, k, settings.load_balance)
+    z_loss = np.mean(log_z**2, axis=1)
+    dprobs += settings.load_balance_weight * dload
+    dlogits = probs * (dprobs - np.sum(dprobs * probs, axis=-1, keepdims=True))
+    dlogits += settings.z_weight * 2 * log_z[..., None] * probs / (rows * tokens)
+    dx += dlogits @ kernel.T
+    dkernel = np.einsum("bsm,bse->me", x, dlogits)
+    total = (
+        np.sum(y * cotangent)
+        + settings.load_balance_weight * load_balance.mean()
+        + settings.z_weight * z_loss.mean()
+    )
+    return Answer(
+        y=y,
+        load_balance=load_balance,
+        z_loss=z_loss,
+        counts=counts,
+        dropped=dropped,
+        total=float(total),
+        margin=float(margin),
+        grads={"x": dx, "kernel": dkernel, "gate": dgate, "up": dup, "down": ddown},
+    )
