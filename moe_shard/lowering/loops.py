@@ -1,0 +1,213 @@
+"""How many times the body of a `while` runs.
+
+CPU and GPU write `known_trip_count`. TPU does not: there the condition compares an element of the
+carry with a bound, and the body adds a step to that element. Both are followed through the small
+set of operations that XLA puts in between (copies, fusions, elements that the loop only passes on).
+Anything else is answered with None, never with a guess.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from moe_shard.lowering.hlo import Call, Computation, Instruction, Module
+
+_KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_TRANSPARENT = frozenset({"copy", "bitcast", "convert", "reshape", "copy-done", "copy-start"})
+_FLIPPED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "NE": "NE", "EQ": "EQ"}
+_MAX_DEPTH = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Carry:
+    """Element `index` of the loop's carry at the start of an iteration, plus `offset`."""
+
+    index: int
+    offset: int = 0
+
+
+Value = int | Carry | None
+Path = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A computation with the meaning of its parameters: `bind(number, tuple path)`."""
+
+    computation: Computation
+    bind: Callable[[int, Path], Value]
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """One `while` and the computation it stands in."""
+
+    instruction: Instruction
+    outer: Computation
+    condition: Frame
+    body: Frame
+
+
+class TripCounts:
+    """Trip counts of the loops of one module."""
+
+    def __init__(self, module: Module) -> None:
+        self._module = module
+        self._callers: dict[str, list[tuple[Computation, Call]]] = {}
+        for computation in module.computations.values():
+            for call in computation.calls():
+                self._callers.setdefault(call.called, []).append((computation, call))
+
+    def of(self, outer: Computation, loop: Instruction) -> int | None:
+        """Trips of the `while` instruction `loop` in `outer`; None when they cannot be told."""
+        if known := _KNOWN.search(loop.attribute_text):
+            return int(known[1])
+        return self._trips(self._loop(outer, loop))
+
+    def _loop(self, outer: Computation, loop: Instruction) -> _Loop:
+        called = loop.called()
+
+        def bind(_number: int, path: Path) -> Value:
+            return Carry(path[0]) if len(path) == 1 else None
+
+        computations = self._module.computations
+        return _Loop(
+            loop,
+            outer,
+            Frame(computations[called["condition"]], bind),
+            Frame(computations[called["body"]], bind),
+        )
+
+    def _trips(self, loop: _Loop) -> int | None:
+        compared = self._comparison(loop.condition, loop.condition.computation.root, 0)
+        if compared is None:
+            return None
+        left, right, direction = compared
+        left, right = self._settled(left, loop), self._settled(right, loop)
+        if isinstance(left, int) and isinstance(right, Carry):
+            left, right, direction = right, left, _FLIPPED.get(direction, "")
+        if not isinstance(left, Carry) or not isinstance(right, int):
+            return None
+        after = self._next(loop, left.index)
+        first = self._initial(loop, left.index)
+        if not isinstance(after, Carry) or after.index != left.index or first is None:
+            return None
+        return _count(first + left.offset, after.offset, right, direction)
+
+    def _next(self, loop: _Loop, index: int) -> Value:
+        return self._value(loop.body, loop.body.computation.root, (index,), 0)
+
+    def _initial(self, loop: _Loop, index: int, depth: int = 0) -> int | None:
+        frame = Frame(loop.outer, self._outer_bind(loop.outer, depth))
+        value = self._value(frame, loop.instruction.operands[0], (index,), depth)
+        return value if isinstance(value, int) else None
+
+    def _settled(self, value: Value, loop: _Loop, depth: int = 0) -> Value:
+        """The number a carry element holds when the loop only passes it on; else `value`."""
+        if not isinstance(value, Carry) or self._next(loop, value.index) != Carry(value.index):
+            return value
+        first = self._initial(loop, value.index, depth)
+        return None if first is None else first + value.offset
+
+    def _outer_bind(self, computation: Computation, depth: int) -> Callable[[int, Path], Value]:
+        """What the parameters of `computation` hold, where it has one caller that tells."""
+
+        def bind(number: int, path: Path) -> Value:
+            callers = self._callers.get(computation.name, [])
+            if len(callers) != 1 or depth >= _MAX_DEPTH:
+                return None
+            outer, call = callers[0]
+            instruction = outer.instruction(call.instruction)
+            if call.role in ("body", "condition") and len(path) == 1:
+                loop = self._loop(outer, instruction)
+                value = self._settled(Carry(path[0]), loop, depth + 1)
+                return value if isinstance(value, int) else None
+            if call.opcode in ("fusion", "call"):
+                frame = Frame(outer, self._outer_bind(outer, depth + 1))
+                return self._value(frame, instruction.operands[number], path, depth + 1)
+            return None
+
+        return bind
+
+    def _comparison(self, frame: Frame, name: str, depth: int) -> tuple[Value, Value, str] | None:
+        instruction = frame.computation.instruction(name)
+        if depth >= _MAX_DEPTH:
+            return None
+        if instruction.opcode == "compare":
+            left, right = (self._value(frame, each, (), depth) for each in instruction.operands)
+            return left, right, instruction.attributes.get("direction", "")
+        if instruction.opcode in _TRANSPARENT:
+            return self._comparison(frame, instruction.operands[0], depth + 1)
+        if instruction.opcode in ("fusion", "call"):
+            inner = self._inner(frame, instruction, depth)
+            return self._comparison(inner, inner.computation.root, depth + 1)
+        return None
+
+    def _inner(self, frame: Frame, call: Instruction, depth: int) -> Frame:
+        (called,) = call.called().values()
+        operands = call.operands
+
+        def bind(number: int, path: Path) -> Value:
+            return self._value(frame, operands[number], path, depth + 1)
+
+        return Frame(self._module.computations[called], bind)
+
+    def _value(self, frame: Frame, name: str, path: Path, depth: int) -> Value:
+        """The value of an instruction, or of its element at `path` when it is a tuple."""
+        if depth >= _MAX_DEPTH:
+            return None
+        instruction = frame.computation.instruction(name)
+        opcode = instruction.opcode
+        if opcode == "constant":
+            literal = instruction.operand_text.strip()
+            return int(literal) if re.fullmatch(r"-?\d+", literal) else None
+        if opcode == "parameter":
+            return frame.bind(int(instruction.operand_text), path)
+        if opcode in _TRANSPARENT:
+            return self._value(frame, instruction.operands[0], path, depth + 1)
+        if opcode == "get-tuple-element":
+            index = instruction.integer("index")
+            inside = (index or 0, *path)
+            return self._value(frame, instruction.operands[0], inside, depth + 1)
+        if opcode in ("tuple", "optimization-barrier") and path:
+            if opcode == "optimization-barrier":
+                return self._value(frame, instruction.operands[0], path, depth + 1)
+            return self._value(frame, instruction.operands[path[0]], path[1:], depth + 1)
+        if opcode in ("add", "subtract"):
+            left, right = (self._value(frame, each, (), depth + 1) for each in instruction.operands)
+            return _add(left, right) if opcode == "add" else _subtract(left, right)
+        if opcode in ("fusion", "call"):
+            inner = self._inner(frame, instruction, depth)
+            return self._value(inner, inner.computation.root, path, depth + 1)
+        return None
+
+
+def _add(left: Value, right: Value) -> Value:
+    if isinstance(left, int):
+        left, right = right, left
+    if not isinstance(right, int) or left is None:
+        return None
+    return left + right if isinstance(left, int) else Carry(left.index, left.offset + right)
+
+
+def _subtract(left: Value, right: Value) -> Value:
+    return _add(left, -right) if isinstance(right, int) else None
+
+
+def _count(value: int, step: int, bound: int, direction: str) -> int | None:
+    """Iterations until `value + n * step` no longer compares true with `bound`."""
+    if direction in ("GT", "GE"):
+        value, step, bound = -value, -step, -bound
+    if direction in ("LE", "GE"):
+        bound += 1
+    distance = bound - value
+    if direction == "NE":
+        divides = step != 0 and distance % step == 0 and distance // step >= 0
+        return distance // step if divides else None
+    if direction not in ("LT", "LE", "GT", "GE"):
+        return None
+    if distance <= 0:
+        return 0
+    return -(-distance // step) if step > 0 else None

@@ -1,0 +1,81 @@
+"""What an `op_name` says: the stage of the model (scope) and the pass of the step.
+
+An op_name is the path of `jax.named_scope`s and transforms, such as
+`jit(step)/transpose(jvp(decoder))/while/body/moe/dispatch/sharding_constraint`. XLA joins the names
+of ops that it merges: `a;b`, or `prefix/(a:b)` where they share a prefix.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+MOE_SCOPES = ("router", "dispatch", "experts", "combine")
+SCOPES = (*MOE_SCOPES, "attention", "mlp", "embedding", "logits", "loss", "optimizer")
+
+# `jit(loss)` names a function, not a scope.
+_FUNCTION = re.compile(r"\bp?jit\([^()]*\)")
+_WORD = re.compile(r"[A-Za-z_][\w\-]*")
+# Of merged ops the first of these speaks for all: a weight must not hide behind a neighbour.
+_PRECEDENCE = ("experts", "dispatch", "combine")
+
+
+def classify(op_name: str) -> tuple[str, str]:
+    """Scope and pass of an op_name.
+
+    Returns:
+        The innermost of `SCOPES` in the path, or "other"; and "forward", "backward", "optimizer",
+        or "unknown" when the name is no path of a traced program.
+    """
+    parts = [(_scope(part), part) for part in merged_names(op_name)]
+    named = [each for each in parts if each[0] != "other"]
+    for scope in _PRECEDENCE:
+        if found := [each for each in named if each[0] == scope]:
+            named = found
+            break
+    scope, part = (named or parts or [("other", "")])[0]
+    return scope, _pass(scope, part)
+
+
+def _scope(part: str) -> str:
+    words = _WORD.findall(_FUNCTION.sub("", part))
+    return next((word for word in reversed(words) if word in SCOPES), "other")
+
+
+def _pass(scope: str, part: str) -> str:
+    if scope == "optimizer":
+        return "optimizer"
+    if "transpose(" in part or "rematted_computation" in part:
+        return "backward"
+    # The name of a parameter, `params['experts']`, says nothing of when it is used.
+    return "forward" if "/" in part or "(" in part else "unknown"
+
+
+def merged_names(op_name: str) -> list[str]:
+    """The op_names of the ops that were merged into one; a plain name is the only one."""
+    return [name for part in op_name.split(";") if part for name in _expand(part)]
+
+
+def _expand(part: str) -> Iterator[str]:
+    for start, character in enumerate(part):
+        if character == "(" and (start == 0 or part[start - 1] == "/"):
+            inside, end = _alternatives(part, start)
+            if len(inside) > 1:
+                for each in inside:
+                    yield from _expand(part[:start] + each + part[end:])
+                return
+    yield part
+
+
+def _alternatives(part: str, start: int) -> tuple[list[str], int]:
+    """The pieces between the colons of the bracket that opens at `start`, and where it ends."""
+    depth, pieces, begin = 0, [], start + 1
+    for position in range(start, len(part)):
+        character = part[position]
+        depth += (character == "(") - (character == ")")
+        if depth == 0 or (depth == 1 and character == ":"):
+            pieces.append(part[begin:position])
+            begin = position + 1
+        if depth == 0:
+            return pieces, position + 1
+    return [], start

@@ -1,0 +1,176 @@
+"""The answer to "which collectives does my step run?", as a table and as JSON."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from moe_shard.lowering.collectives import Collective, extract_collectives
+from moe_shard.lowering.expect import verdict
+
+_VERDICT_STYLES = {
+    "expert-parallel": "bold green",
+    "weight-gathered": "bold red",
+    "mixed": "bold yellow",
+    "no-expert-parallelism": "bold",
+}
+_NO_MESH = "no mesh given: the collectives have no axes and there is no verdict"
+
+# Marks that only one backend leaves in optimized HLO.
+_TPU = re.compile(r"\d:T\(\d|\{:T\(\d")
+_GPU = re.compile(r'__gpu\$|__cublas|__cudnn|__triton|"gpu_backend_config"|"operation_queue_id"')
+_CPU = re.compile(r'__ynn|__onednn\$|"outer_dimension_partitions"|"known_init_step"|xla_cpu')
+
+
+@dataclass(frozen=True)
+class LoweringReport:
+    """What a compiled step does between devices.
+
+    Attributes:
+        backend: "cpu", "tpu", "gpu" or "unknown".
+        num_devices: devices that run the program.
+        mesh: {axis: size} in device order; empty when it was not given.
+        verdict: one of `expect.VERDICTS`; None without a mesh.
+        collectives: in the order of the program text.
+        totals: {kind: {"count", "bytes"}} per step, bytes being output bytes per device.
+        memory: bytes per device as of `memory_from_compiled`, or None.
+        warnings: what could not be told, one sentence each.
+    """
+
+    backend: str
+    num_devices: int
+    mesh: dict[str, int]
+    verdict: str | None
+    collectives: tuple[Collective, ...]
+    totals: dict[str, dict[str, int]]
+    memory: dict[str, int] | None
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of `lowering.json` and `hlo_report --json`."""
+        return {
+            "backend": self.backend,
+            "num_devices": self.num_devices,
+            "mesh": self.mesh,
+            "verdict": self.verdict,
+            "collectives": [each.to_json() for each in self.collectives],
+            "totals": self.totals,
+            "memory": self.memory,
+        }
+
+    def render_table(self, console: Console) -> None:
+        """Print the table, the verdict, the memory and the warnings."""
+        console.print(self._table())
+        if self.verdict is not None:
+            style = _VERDICT_STYLES[self.verdict]
+            console.print(f"verdict: [{style}]{self.verdict}[/]")
+        if self.memory is not None:
+            sizes = (f"{key.removesuffix('_bytes')} {_human(n)}" for key, n in self.memory.items())
+            console.print(f"memory per device: {', '.join(sizes)}")
+        for warning in self.warnings:
+            console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+
+    def _table(self) -> Table:
+        mesh = ", ".join(f"{axis} {size}" for axis, size in self.mesh.items() if size > 1)
+        title = f"collectives per step, {self.num_devices} devices ({self.backend})"
+        table = Table(title=f"{title}: {escape(mesh)}" if mesh else title)
+        for name in ("collective", "axis", "stage", "pass"):
+            table.add_column(name)
+        for name in ("count", "bytes each", "bytes"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for (kind, axes, scope, pass_, size), count in _aggregate(self.collectives).items():
+            table.add_row(
+                kind, escape(axes), scope, pass_, str(count), _human(size), _human(count * size)
+            )
+        table.add_section()
+        count = sum(each["count"] for each in self.totals.values())
+        total = sum(each["bytes"] for each in self.totals.values())
+        table.add_row("total", "", "", "", str(count), "", _human(total), style="bold")
+        return table
+
+
+def _aggregate(collectives: Sequence[Collective]) -> Counter[tuple[str, str, str, str, int]]:
+    rows = Counter[tuple[str, str, str, str, int]]()
+    for each in collectives:
+        axes = ", ".join(each.axes) or f"groups of {each.group_size}"
+        rows[each.kind, axes, each.scope, each.pass_, each.bytes] += each.count
+    return rows
+
+
+def _human(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def report_from_text(
+    text: str,
+    *,
+    mesh: Mapping[str, int] | None = None,
+    expert_axes: Sequence[str] = ("expert",),
+    memory: dict[str, int] | None = None,
+    backend: str | None = None,
+) -> LoweringReport:
+    """Report on HLO text after optimization.
+
+    Args:
+        text: `Compiled.as_text()` or the `*after_optimizations.txt` of an XLA dump.
+        mesh: {axis: size} in the order in which the devices are laid out.
+        expert_axes: the mesh axes that the experts are sharded along.
+        memory: bytes per device, see `memory_from_compiled`.
+        backend: "cpu", "tpu" or "gpu"; guessed from the text when None.
+
+    Raises:
+        UserError: when the text is not one whole HLO module, or the mesh is not of its size.
+    """
+    extraction = extract_collectives(text, mesh)
+    sharded = [axis for axis in expert_axes if (mesh or {}).get(axis, 1) > 1]
+    totals: dict[str, dict[str, int]] = {}
+    for each in extraction.collectives:
+        total = totals.setdefault(each.kind, {"count": 0, "bytes": 0})
+        total["count"] += each.count
+        total["bytes"] += each.count * each.bytes
+    return LoweringReport(
+        backend=backend or guess_backend(text),
+        num_devices=extraction.module.num_devices,
+        mesh=dict(mesh or {}),
+        verdict=None if mesh is None else verdict(extraction.collectives, sharded),
+        collectives=extraction.collectives,
+        totals=totals,
+        memory=memory,
+        warnings=(*extraction.warnings, *([_NO_MESH] if mesh is None else [])),
+    )
+
+
+def guess_backend(text: str) -> str:
+    """The backend that optimized this HLO: "tpu", "gpu", "cpu", or "unknown"."""
+    for backend, marks in (("tpu", _TPU), ("gpu", _GPU), ("cpu", _CPU)):
+        if marks.search(text):
+            return backend
+    return "unknown"
+
+
+def memory_from_compiled(compiled: Any) -> dict[str, int] | None:
+    """Bytes per device of a `jax.stages.Compiled`; None where the backend does not tell.
+
+    `total_bytes` is what the step holds at most: arguments, outputs and temporaries, less the
+    outputs that reuse a donated argument.
+    """
+    stats = compiled.memory_analysis()
+    if stats is None:
+        return None
+    memory = {
+        f"{part}_bytes": int(getattr(stats, f"{part}_size_in_bytes"))
+        for part in ("argument", "output", "temp", "alias")
+    }
+    used = memory["argument_bytes"] + memory["output_bytes"] + memory["temp_bytes"]
+    return {**memory, "total_bytes": used - memory["alias_bytes"]}
