@@ -70,7 +70,7 @@ def load_config(model: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: anything that a person got wrong, with the fix, in at most three lines.
     """
-    base = read_mapping(configs_dir() / "base.yml")
+    base = _base()
     known = maxtext_keys()
     path = _find("models", model, "MODEL")
     layers = [
@@ -98,8 +98,13 @@ def load_config(model: str, overrides: Sequence[str] = ()) -> Config:
         train=_build(TrainConfig, settings),
         data=_build(DataConfig, settings),
         warnings=warnings,
-        unbuilt=_unbuilt(layers),
+        unbuilt=_unbuilt(layers, settings),
     )
+
+
+@functools.cache
+def _base() -> dict[str, Any]:
+    return read_mapping(configs_dir() / "base.yml")
 
 
 @functools.cache
@@ -152,14 +157,15 @@ def _derive(settings: dict[str, Any], path: Path) -> None:
 def _build_moe(settings: Mapping[str, Any]) -> MoEConfig | None:
     """The MoE layer; None for one expert."""
     if settings["moe_dispatch"] == "ragged":
+        flag = "moe_dispatch_no_expert_sharding"
         raise UserError(
-            "moe_dispatch=ragged is not built in this version, and the flag "
-            "moe_dispatch_no_expert_sharding would not apply to it\n"
-            "fix: moe_dispatch=gather with capacity_factor=-1 drops no token either"
+            "moe_dispatch=ragged is not built in this version"
+            + (f", and {flag}=true would not apply to it" if settings[flag] else "")
+            + "\nfix: moe_dispatch=gather with capacity_factor=-1 drops no token either"
         )
-    if settings["num_experts"] == 1:
-        return None
-    return _build(MoEConfig, settings)
+    # Built in any case, so that a dense model's keys are checked like everyone's.
+    moe = _build(MoEConfig, settings)
+    return moe if moe.num_experts > 1 else None
 
 
 def _build(schema: type[T], settings: Mapping[str, Any], **parts: Any) -> T:
@@ -174,9 +180,11 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
-def _unbuilt(layers: Sequence[Layer]) -> tuple[tuple[str, Any], ...]:
+def _unbuilt(layers: Sequence[Layer], settings: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     """What is asked for and not built; a stronger layer may take a request back."""
     asked: dict[str, Any] = {}
     for layer in layers:
         asked |= layer.unbuilt
+    if not settings["logits_via_embedding"]:
+        asked.pop("normalize_embedding_logits", None)  # says how to use a tied table
     return tuple((key, _frozen(value)) for key, value in asked.items() if value is not None)

@@ -48,7 +48,7 @@ class MeshConfig:
     dcn: tuple[int, ...]
     rules: Annotated[tuple[Rule, ...], Key("logical_axis_rules")]
     rule_conflicts: Annotated[str, Key("rule_conflicts", choices=RULE_CONFLICTS)]
-    num_simulated_devices: Annotated[int, Key("num_simulated_devices", least=1)]
+    num_simulated_devices: Annotated[int, Key("num_simulated_devices", least=1, most=2**16)]
 
     def __post_init__(self) -> None:
         check_leaves(self)

@@ -53,7 +53,7 @@ class MoEConfig:
         UserError: on a value out of range or a contradiction between keys.
     """
 
-    num_experts: Annotated[int, Key("num_experts", least=2, most=MOST_EXPERTS)]
+    num_experts: Annotated[int, Key("num_experts", least=1, most=MOST_EXPERTS)]
     num_experts_per_tok: Annotated[int, Key("num_experts_per_tok", least=1)]
     mlp_dim: Annotated[int, Key("base_moe_mlp_dim", least=1)]
     capacity_factor: Annotated[float, Key("capacity_factor")]
