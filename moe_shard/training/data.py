@@ -83,14 +83,15 @@ def _standard_library() -> tuple[Path, ...]:
 def _text_files(pattern: str) -> list[Path]:
     path = Path(os.path.expanduser(pattern))
     named = pattern != "" and os.path.lexists(path)
-    if named and not path.is_dir():
+    if named and not os.path.isdir(path):
         if problem := _not_text(path):
             raise UserError(f"dataset_path: {path} {problem}\nfix: name a file of UTF-8 text")
         return [path]
-    files = list(_files_below(path) if named else _glob(pattern, path))
+    files = list(dict.fromkeys(_files_below(path) if named else _glob(pattern, path)))
     if not named and not files:
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"
         raise UserError(
-            f"dataset_path: {pattern!r} matches nothing in {Path.cwd()}\n"
+            f"dataset_path: {pattern!r} matches nothing{where}\n"
             "fix: an existing file, folder or glob ('**' spans folders; hidden files do not match)"
         )
     documents = [file for file in files if _not_text(file) is None]
@@ -158,7 +159,7 @@ def _glob(pattern: str, path: Path) -> Iterator[Path]:
         ) from error
     for match in matches:
         if hidden or not any(p.startswith(".") for p in match.relative_to(base).parts):
-            yield from _files_below(match) if match.is_dir() else (match,)
+            yield from _files_below(match) if os.path.isdir(match) else (match,)
 
 
 class PackedText:
