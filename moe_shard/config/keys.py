@@ -107,6 +107,8 @@ def to_plain(value: Any) -> Any:
 
 def shown(value: Any) -> str:
     """A value as a person would write it in YAML, on one line and not too long."""
+    if value is None:
+        return "null"
     if isinstance(value, bool):
         return str(value).lower()
     is_list = isinstance(value, tuple | list)

@@ -138,7 +138,12 @@ class MeshConfig:
         per_slice = num_devices // num_slices
         devices_text = f"{per_slice} devices" + (" in a slice" if num_slices > 1 else "")
         ici = _fill("ici", self.level_sizes("ici"), per_slice, devices_text)
-        dcn = _fill("dcn", self.level_sizes("dcn"), num_slices, f"{num_slices} slices")
+        dcn = _fill(
+            "dcn",
+            self.level_sizes("dcn"),
+            num_slices,
+            f"{num_slices} slice{'s' if num_slices > 1 else ''}",
+        )
         return ici, dcn
 
 
