@@ -156,7 +156,7 @@ def _fill(level: str, sizes: Mapping[str, int], total: int, what: str) -> dict[s
     named = [
         f"{parallelism_key(level, axis)}={size}" for axis, size in sizes.items() if size != 1
     ] or [f"{level}_*_parallelism=1"]
-    without, multiply = ("without the -1 ", "do not divide") if has_free else ("", "are not")
+    without, multiply = ("without the -1 ", "does not divide") if has_free else ("", "is not")
     raise UserError(
         f"{', '.join(named)}: {without}the axes multiply to {fixed}, which {multiply} {what}\n"
         f"fix: {_mesh_fix(level, sizes, total)}"
