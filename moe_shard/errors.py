@@ -16,6 +16,10 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 
+class Finding(Exception):
+    """What was asked for was looked at and does not hold; the message has at most three lines."""
+
+
 class UserError(ValueError):
     """Bad input: the message says what is wrong, where, and the fix, in at most three lines."""
 
@@ -24,7 +28,8 @@ def run_command(main: Callable[[], int]) -> None:
     """Run a command line's `main` and leave the process with its exit code.
 
     Args:
-        main: returns the exit code: 0 done, 1 a finding. Raises `UserError` for bad input.
+        main: returns the exit code. Raises `UserError` for bad input (exit code 2) and may raise
+            `Finding` (exit code 1).
     """
     try:
         code = main()
@@ -32,6 +37,9 @@ def run_command(main: Callable[[], int]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_USAGE
+    except Finding as finding:
+        print(finding, file=sys.stderr)
+        code = EXIT_FINDING
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 
@@ -17,13 +17,13 @@ from moe_shard.config.keys import Key, check_leaves, keyed_values, shown, to_pla
 from moe_shard.config.mesh import MeshConfig
 from moe_shard.errors import UserError
 
-DTYPES = ("bfloat16", "float32")
-REMAT_POLICIES = ("none", "dots", "full", "save_exchanged")
-DISPATCH_STRATEGIES = ("einsum", "gather")
-CAPACITY_RULES = ("maxtext", "gshard")
-DROP_POLICIES = ("position", "probability")
-LOAD_BALANCE_LOSSES = ("maxtext", "gshard", "huggingface")
-OPTIMIZERS = ("adamw", "sgd")
+DType = Literal["bfloat16", "float32"]
+RematPolicy = Literal["none", "dots", "full", "save_exchanged"]
+DispatchStrategy = Literal["einsum", "gather"]
+CapacityRule = Literal["maxtext", "gshard"]
+DropPolicy = Literal["position", "probability"]
+LoadBalanceLoss = Literal["maxtext", "gshard", "huggingface"]
+Optimizer = Literal["adamw", "sgd"]
 MOST_HEADS = MOST_EXPERTS = 2**16  # far above any model; keeps the divisors in a fix countable
 GATE_ACTIVATIONS = ("silu", "gelu", "relu")
 """First entry of `mlp_activations`; the second is `linear`. `gelu` is the tanh form, as in JAX."""
@@ -39,14 +39,14 @@ class MoEConfig:
         mlp_dim: H, hidden size of one expert.
         capacity_factor: slots per expert over the slots of a perfect balance; 0 or less: as many
             slots as the row has tokens, so that nothing is dropped.
-        capacity_rule: one of `CAPACITY_RULES`; how the factor is rounded.
+        capacity_rule: a `CapacityRule`; how the factor is rounded.
         min_capacity: fewest slots of an expert for a batch row.
-        drop_policy: one of `DROP_POLICIES`; which choices an overfull expert keeps.
-        dispatch: one of `DISPATCH_STRATEGIES`.
+        drop_policy: a `DropPolicy`; which choices an overfull expert keeps.
+        dispatch: a `DispatchStrategy`.
         no_expert_sharding: the flag: the dispatched batch dim leaves the expert axes alone.
         norm_topk_prob: the K weights of a token are divided by their sum.
         load_balance_loss_weight: factor of the load-balance loss in the training loss.
-        load_balance_loss_type: one of `LOAD_BALANCE_LOSSES`.
+        load_balance_loss_type: a `LoadBalanceLoss`.
         router_z_loss_weight: factor of the mean squared log-sum-exp of the router's logits.
 
     Raises:
@@ -57,15 +57,15 @@ class MoEConfig:
     num_experts_per_tok: Annotated[int, Key("num_experts_per_tok", least=1)]
     mlp_dim: Annotated[int, Key("base_moe_mlp_dim", least=1)]
     capacity_factor: Annotated[float, Key("capacity_factor")]
-    capacity_rule: Annotated[str, Key("capacity_rule", choices=CAPACITY_RULES)]
+    capacity_rule: Annotated[CapacityRule, Key("capacity_rule", choices=get_args(CapacityRule))]
     min_capacity: Annotated[int, Key("min_capacity", least=0)]
-    drop_policy: Annotated[str, Key("drop_policy", choices=DROP_POLICIES)]
-    dispatch: Annotated[str, Key("moe_dispatch", choices=DISPATCH_STRATEGIES)]
+    drop_policy: Annotated[DropPolicy, Key("drop_policy", choices=get_args(DropPolicy))]
+    dispatch: Annotated[DispatchStrategy, Key("moe_dispatch", choices=get_args(DispatchStrategy))]
     no_expert_sharding: Annotated[bool, Key("moe_dispatch_no_expert_sharding")]
     norm_topk_prob: Annotated[bool, Key("norm_topk_prob")]
     load_balance_loss_weight: Annotated[float, Key("load_balance_loss_weight", least=0)]
     load_balance_loss_type: Annotated[
-        str, Key("load_balance_loss_type", choices=LOAD_BALANCE_LOSSES)
+        LoadBalanceLoss, Key("load_balance_loss_type", choices=get_args(LoadBalanceLoss))
     ]
     router_z_loss_weight: Annotated[float, Key("router_z_loss_weight", least=0)]
 
@@ -98,7 +98,7 @@ class ModelConfig:
         use_qk_norm: RMSNorm over `head_dim` of queries and keys, before RoPE.
         dtype: of activations and matrix products.
         weight_dtype: of the stored parameters.
-        remat_policy: what the backward pass finds saved; one of `REMAT_POLICIES`.
+        remat_policy: what the backward pass finds saved; a `RematPolicy`.
         moe: the MoE layer, or None for a dense model (`num_experts: 1`).
 
     Raises:
@@ -117,9 +117,9 @@ class ModelConfig:
     rope_max_timescale: Annotated[float, Key("rope_max_timescale", above=1)]
     logits_via_embedding: Annotated[bool, Key("logits_via_embedding")]
     use_qk_norm: Annotated[bool, Key("use_qk_norm")]
-    dtype: Annotated[str, Key("dtype", choices=DTYPES)]
-    weight_dtype: Annotated[str, Key("weight_dtype", choices=DTYPES)]
-    remat_policy: Annotated[str, Key("remat_policy", choices=REMAT_POLICIES)]
+    dtype: Annotated[DType, Key("dtype", choices=get_args(DType))]
+    weight_dtype: Annotated[DType, Key("weight_dtype", choices=get_args(DType))]
+    remat_policy: Annotated[RematPolicy, Key("remat_policy", choices=get_args(RematPolicy))]
     moe: MoEConfig | None
 
     def __post_init__(self) -> None:
@@ -161,7 +161,7 @@ class TrainConfig:
         max_target_length: tokens in a sequence.
         steps: optimizer updates.
         gradient_accumulation_steps: microbatches in one update.
-        optimizer: one of `OPTIMIZERS`.
+        optimizer: a `Optimizer`.
         learning_rate: peak.
         warmup_steps_fraction: of the schedule, rising linearly from 0.
         learning_rate_final_fraction: of the peak, at the end of the cosine.
@@ -192,7 +192,7 @@ class TrainConfig:
     max_target_length: Annotated[int, Key("max_target_length", least=1)]
     steps: Annotated[int, Key("steps", least=0)]
     gradient_accumulation_steps: Annotated[int, Key("gradient_accumulation_steps", least=1)]
-    optimizer: Annotated[str, Key("optimizer", choices=OPTIMIZERS)]
+    optimizer: Annotated[Optimizer, Key("optimizer", choices=get_args(Optimizer))]
     learning_rate: Annotated[float, Key("learning_rate", least=0)]
     warmup_steps_fraction: Annotated[float, Key("warmup_steps_fraction", least=0, most=1)]
     learning_rate_final_fraction: Annotated[

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.nn.initializers import normal, variance_scaling
+from jax.nn.initializers import normal
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -36,13 +36,13 @@ class Embedding(nnx.Module):
         annotate: Annotator,
         rngs: nnx.Rngs,
     ) -> None:
-        # A tied table must give logits of unit scale, as the kernel of its own does.
+        # A tied table gives the logits too, which must not start far from 0.
         table_init = normal(stddev=model_dim**-0.5 if tied else 1.0)
         self.table = nnx.Param(
             table_init(rngs.params(), (vocab_size, model_dim), weight_dtype),
             logical_axes=("vocab", "embed_vocab"),
         )
-        kernel_init = variance_scaling(1.0, "fan_in", "truncated_normal")
+        kernel_init = normal(stddev=1 / model_dim)  # logits near 0: the first loss is log V
         self.kernel = (
             None
             if tied

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax import checkpoint_policies as policies
 
+from moe_shard.config.schema import RematPolicy
 from moe_shard.moe.placement import EXCHANGED
 from moe_shard.moe.router import ROUTING
 
@@ -28,7 +29,7 @@ _POLICIES = {
 }
 
 
-def remat(layer: Callable[..., Any], policy: str) -> Callable[..., Any]:
+def remat(layer: Callable[..., Any], policy: RematPolicy) -> Callable[..., Any]:
     """Wrap the body of a scan over layers.
 
     Args:

@@ -7,17 +7,15 @@ communicates. Sources: GShard (arXiv 2006.16668); MaxText for the capacity of a 
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from moe_shard.config.schema import CapacityRule, DropPolicy
 from moe_shard.moe.router import ROUTING
-
-CapacityRule = Literal["maxtext", "gshard"]
-DropPolicy = Literal["position", "probability"]
 
 
 def expert_capacity(

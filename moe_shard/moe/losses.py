@@ -6,13 +6,11 @@ formed, so that a layer adds no collective. Fractions count choices before any i
 
 from __future__ import annotations
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-LoadBalanceLoss = Literal["maxtext", "gshard", "huggingface"]
+from moe_shard.config.schema import LoadBalanceLoss
 
 
 def expert_counts(indices: Int[Array, "B S K"], num_experts: int) -> Int[Array, "B E"]:

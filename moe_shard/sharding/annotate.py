@@ -7,7 +7,7 @@ kept, so that a report can be written once a program has been traced.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -19,17 +19,23 @@ from moe_shard.sharding.rules import LogicalAxes, Resolution, RuleTable
 
 @dataclass(frozen=True)
 class Conflict:
-    """A dim that the table wanted sharded and that stays unsharded, told to a person.
+    """A dim that the table wanted sharded and that stays unsharded.
 
     Attributes:
         array: the array's name.
         dim: the logical axis of the dim.
-        message: one line: what was lost to which dim, the consequence, and the cure if known.
+        cause: which row lost which mesh axes to which other dim.
+        consequence: what that means, and the cure if there is one; may be empty.
     """
 
     array: str
     dim: str
-    message: str
+    cause: str
+    consequence: str
+
+    def __str__(self) -> str:
+        text = f"{self.array}: dim '{self.dim}' stays unsharded: {self.cause}"
+        return f"{text}; {self.consequence}" if self.consequence else text
 
 
 class Annotator:
@@ -78,14 +84,16 @@ class Annotator:
         self.resolutions[name] = resolution
         for decision in resolution.conflicts:
             loss = decision.lost[0]
-            message = (
-                f"{name}: dim '{decision.logical_axis}' stays unsharded: {loss.row} lost "
-                f"{', '.join(loss.mesh_axes)} to '{loss.held_by}'"
-            )
-            if consequence:
-                message += f"; {consequence}"
+            cause = f"{loss.row} lost {', '.join(loss.mesh_axes)} to '{loss.held_by}'"
+            conflict = Conflict(name, decision.logical_axis or "", cause, consequence)
             if self.on_conflict == "error":
-                raise UserError(f"rule_conflicts=error: {message}")
-            key = (name, decision.logical_axis or "")
-            self.conflicts[key] = Conflict(*key, message)
+                raise UserError(f"rule_conflicts=error: {conflict}")
+            self.conflicts[name, conflict.dim] = conflict
         return NamedSharding(self.mesh, resolution.spec)
+
+    def conflict_lines(self) -> list[str]:
+        """The conflicts, a line for all arrays that share cause and consequence."""
+        arrays: dict[Conflict, list[str]] = {}
+        for conflict in self.conflicts.values():
+            arrays.setdefault(replace(conflict, array=""), []).append(conflict.array)
+        return [str(replace(key, array=", ".join(names))) for key, names in arrays.items()]

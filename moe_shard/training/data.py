@@ -21,6 +21,7 @@ import grain
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 from jaxtyping import Int32, Int64
 
 from moe_shard.config.schema import DataConfig
@@ -273,9 +274,7 @@ class PackedText:
         )
 
 
-def held_rows(
-    sharding: jax.sharding.Sharding, shape: tuple[int, int, int]
-) -> tuple[list[int], list[int]]:
+def held_rows(sharding: NamedSharding, shape: tuple[int, int, int]) -> tuple[list[int], list[int]]:
     """The microbatches and the rows of a microbatch that this process's devices hold parts of.
 
     Args:
@@ -294,7 +293,7 @@ def held_rows(
 class Batches(Iterator[dict[str, jax.Array]]):
     """The batches of successive steps, without end. Close it to stop the reading ahead."""
 
-    def __init__(self, steps: Any, sharding: jax.sharding.Sharding, shape: tuple[int, int, int]):
+    def __init__(self, steps: Any, sharding: NamedSharding, shape: tuple[int, int, int]):
         """Wrap what `batches` has built.
 
         Args:
@@ -339,7 +338,7 @@ def batches(
     seq_len: int,
     rows: int,
     microbatches: int,
-    sharding: jax.sharding.Sharding,
+    sharding: NamedSharding,
     first_step: int = 0,
 ) -> Batches:
     """The batches from a step on, the first ones being read already when this returns.
@@ -376,7 +375,7 @@ def batches(
     except ValueError as error:
         raise UserError(
             f"batch [{microbatches}, {rows}, {seq_len}] (microbatches, rows, tokens) does not "
-            f"divide over the devices: {str(error).splitlines()[0][:200]}\n"
+            f"divide over {sharding.spec} of mesh {dict(sharding.mesh.shape)}\n"
             "fix: per_device_batch_size (rows) or max_target_length (tokens)"
         ) from error
     text = PackedText(find_documents(config.dataset_path), seq_len=seq_len, seed=config.seed)

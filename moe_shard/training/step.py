@@ -37,7 +37,7 @@ class TrainState(NamedTuple):
         opt_state: optax's state.
     """
 
-    step: Int[Array, ""] | jax.ShapeDtypeStruct
+    step: Int[Array, ""]
     params: Params
     opt_state: Any
 
@@ -69,8 +69,8 @@ class Program:
     model: AbstractModel
     abstract_state: TrainState
     abstract_batch: dict[str, jax.ShapeDtypeStruct]
-    init: Callable[[PRNGKeyArray], TrainState]
-    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    init: jax.stages.Wrapped
+    step: jax.stages.Wrapped
 
     @property
     def batch_sharding(self) -> NamedSharding:
@@ -216,7 +216,7 @@ def _abstract_state(
     replicated = NamedSharding(annotate.mesh, PartitionSpec())
     shapes = jax.eval_shape(init, jax.random.key(0))
 
-    def scalar(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def scalar(leaf: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
 
     opt_state = optax.tree.map_params(

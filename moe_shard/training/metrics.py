@@ -1,0 +1,68 @@
+"""One record a step: to `metrics.jsonl`, to TensorBoard, and to the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+from moe_shard.training.files import write_text
+
+Record = dict[str, float | int | None]
+
+
+class MetricsWriter:
+    """Appends records to a run's files.
+
+    A resumed run repeats the steps after its checkpoint; their old records are dropped first, so
+    that the file holds each step once, also if the last line was cut off by a kill.
+
+    Args:
+        folder: of the run.
+        first_step: the step this process starts with.
+        tensorboard: write `tensorboard/` as well.
+    """
+
+    def __init__(self, folder: Path, *, first_step: int, tensorboard: bool) -> None:
+        path = folder / "metrics.jsonl"
+        _keep_before(path, first_step)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._tensorboard = (
+            SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+            if tensorboard
+            else None
+        )
+
+    def write(self, record: Mapping[str, float | int | None]) -> None:
+        """Add the record of one step; its key `step` numbers it."""
+        self._file.write(json.dumps(record) + "\n")
+        if self._tensorboard is not None:
+            for name, value in record.items():
+                if name != "step" and value is not None:
+                    self._tensorboard.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """The records of a `metrics.jsonl`; a last line that was cut off is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _keep_before(path: Path, first_step: int) -> None:
+    kept = [record for record in read_metrics(path) if (record["step"] or 0) < first_step]
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))

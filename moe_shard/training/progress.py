@@ -1,0 +1,99 @@
+"""The progress of a run on the terminal: a live line, or plain lines where output is a file."""
+
+from __future__ import annotations
+
+import math
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from moe_shard.training.metrics import Record
+
+PLAIN_SECONDS = 5.0
+"""Least time between two plain lines, apart from the first and the last step."""
+
+
+class ProgressLine:
+    """Shows step, loss, speed and the time left.
+
+    Args:
+        console: where to.
+        first_step: the step this process starts with.
+        steps: of the whole run.
+        log_period: steps between two updates of the line.
+        bytes_per_token: 1 for a byte vocabulary, which adds bits per byte; None: not known.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        *,
+        first_step: int,
+        steps: int,
+        log_period: int,
+        bytes_per_token: float | None,
+    ) -> None:
+        self._console = console
+        self._first, self._steps, self._period = first_step, steps, log_period
+        self._bytes_per_token = bytes_per_token
+        self._started = time.monotonic()
+        self._last_line = -math.inf
+        self._live = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._live.add_task("compiled", total=steps, completed=first_step)
+
+    def __enter__(self) -> ProgressLine:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._live.stop()
+
+    def show(self, record: Record) -> None:
+        """Show the record of a finished step."""
+        done = int(record["step"] or 0) + 1
+        last = done == self._steps
+        if done % self._period and not last:
+            return
+        text = self._describe(record)
+        self._live.update(self._task, completed=done, description=text)
+        if self._console.is_terminal:
+            return
+        now = time.monotonic()
+        if last or now - self._last_line >= PLAIN_SECONDS:
+            self._last_line = now
+            left = (now - self._started) / (done - self._first) * (self._steps - done)
+            self._console.print(f"step {done}/{self._steps}  {text}  left {_duration(left)}")
+
+    def _describe(self, record: Record) -> str:
+        ce_loss = float(record["ce_loss"] or 0.0)
+        parts = [f"loss {record['loss']:.3f}"]
+        if self._bytes_per_token is not None:
+            parts.append(f"bits/byte {ce_loss / math.log(2) / self._bytes_per_token:.2f}")
+        parts.append(f"grad norm {record['grad_norm']:.2f}")
+        parts.append(f"dropped {100 * float(record['dropped_token_fraction'] or 0):.1f}%")
+        parts.append(f"{record['tokens_per_sec_per_device']:,.0f} tok/s/device")
+        if record["mfu"] is not None:
+            parts.append(f"MFU {100 * record['mfu']:.1f}%")
+        return "  ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,123 @@
+"""A run from configuration to outcome: compile, report, train."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from moe_shard.config import Config, check_against_mesh
+from moe_shard.errors import Finding
+from moe_shard.lowering.report import LoweringReport, memory_from_compiled, report_from_text
+from moe_shard.sharding.annotate import Annotator
+from moe_shard.sharding.mesh import make_mesh
+from moe_shard.training.devices import start_devices
+from moe_shard.training.files import open_run, write_text
+from moe_shard.training.loop import Outcome, train
+from moe_shard.training.step import Program, make_program
+
+
+def run(config: Config) -> Outcome:
+    """Compile the step, print and keep what it lowers to, then train.
+
+    Raises:
+        UserError: the configuration does not fit the devices, or input cannot be read.
+        Finding: the step does not fit in memory, or the loss is no longer finite.
+    """
+    console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+    notes = Console(stderr=True, soft_wrap=True, highlight=False, style="yellow")
+    console.print(start_devices(config.mesh.num_simulated_devices))
+    mesh = make_mesh(config.mesh)
+    for line in (*config.warnings, *check_against_mesh(config, dict(mesh.shape))):
+        notes.print(f"note: {line}", markup=False)
+    annotate = Annotator(mesh, config.mesh.rules, config.mesh.rule_conflicts)
+    program = make_program(config, annotate)
+    with open_run(config.run) as folder:
+        write_text(folder / "config.yml", config.to_yaml())
+        try:
+            step = _compile(program, console)
+            report = _report(step, annotate)
+            for line in annotate.conflict_lines():
+                notes.print(f"rule conflict: {line}", markup=False)
+            report.render_table(console)
+            console.print(f"parameters: {program.model.num_params:,}")
+            write_text(folder / "lowering.json", json.dumps(report.to_json(), indent=1) + "\n")
+            if config.train.dump_hlo:
+                _dump_hlo(step, folder / "hlo")
+            outcome = train(config, program, step, folder, console)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise Finding(
+                f"out of memory: {_first_line(error)}\n"
+                "fix: a smaller per_device_batch_size with more gradient_accumulation_steps, or "
+                "remat_policy=full"
+            ) from error
+    _conclude(console, config, report, folder, outcome)
+    return outcome
+
+
+def _compile(program: Program, console: Console) -> jax.stages.Compiled:
+    started = time.perf_counter()
+    with console.status("compiling the training step"):
+        lowered = program.step.lower(program.abstract_state, program.abstract_batch)
+        compiled = lowered.compile()
+    console.print(f"compiled in {time.perf_counter() - started:.1f} s")
+    return compiled
+
+
+def _report(step: jax.stages.Compiled, annotate: Annotator) -> LoweringReport:
+    return report_from_text(
+        _hlo(step),
+        mesh=dict(annotate.mesh.shape),
+        expert_axes=annotate.table.sharding_axes("exp"),
+        memory=memory_from_compiled(step),
+        backend=jax.default_backend(),
+    )
+
+
+def _dump_hlo(step: jax.stages.Compiled, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    write_text(folder / "train_step.after_optimizations.txt", _hlo(step))
+
+
+def _hlo(step: jax.stages.Compiled) -> str:
+    text = step.as_text()
+    assert text is not None, "every backend of jax prints its HLO"
+    return text
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:200]
+
+
+def _conclude(
+    console: Console, config: Config, report: LoweringReport, folder: Path, outcome: Outcome
+) -> None:
+    """Say how the run ended, where its files are, and how to see the other lowering."""
+    shown = os.path.relpath(folder)
+    if outcome.stopped_by:
+        kept = "a checkpoint was saved; " if config.train.enable_checkpointing else ""
+        console.print(
+            f"stopped by {outcome.stopped_by} after step {outcome.updates}: {kept}"
+            "the same command continues"
+        )
+    elif config.train.steps == 0:
+        console.print("steps=0: compiled and reported only")
+    elif outcome.last is None:
+        console.print(f"already at step {outcome.updates}: a larger steps= trains on")
+    console.print(f"files: {shown}", markup=False)
+    if report.verdict == "expert-parallel" and (moe := config.model.moe) and moe.no_expert_sharding:
+        name = f"{config.run.run_name}-flag-off"
+        console.print(
+            "the same step with the flag off:\n"
+            f"  python -m moe_shard.train {os.path.join(shown, 'config.yml')} "
+            f"moe_dispatch_no_expert_sharding=false steps=0 dump_hlo=true run_name={name}\n"
+            f"  python tools/hlo_report.py {os.path.join(os.path.dirname(shown), name)}",
+            markup=False,
+        )
