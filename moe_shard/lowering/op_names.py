@@ -33,8 +33,10 @@ def classify(op_name: str) -> tuple[str, str]:
         if found := [each for each in named if each[0] == scope]:
             named = found
             break
-    scope, part = (named or parts or [("other", "")])[0]
-    return scope, _pass(scope, part)
+    scope = named[0][0] if named else "other"
+    passes = [_pass(scope, part) for each, part in parts if each == scope]
+    # A loss merged with a gradient is small beside it.
+    return scope, "backward" if "backward" in passes else (passes or ["unknown"])[0]
 
 
 def _scope(part: str) -> str:
