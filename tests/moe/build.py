@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from moe_shard.config.load import load_config
 from moe_shard.config.schema import MoEConfig
 from moe_shard.moe.layer import MoELayer, MoEStats
 from moe_shard.sharding.annotate import Annotator
@@ -20,22 +21,7 @@ from tests.moe.inputs import Inputs
 from tests.moe.oracle import Settings
 
 AXES = ("data", "fsdp", "fsdp_transpose", "tensor", "context", "expert")
-# The rows of the default table that an MoE layer uses, written out: the judge reads no
-# configuration. `test_rules_in_use.py` holds them against `configs/base.yml`.
-RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("activation_batch_moe", ("data", "fsdp", "fsdp_transpose", "expert")),
-    ("activation_batch_no_exp", ("data", "fsdp", "fsdp_transpose")),
-    ("activation_length_moe", ("context",)),
-    ("activation_exp", ("expert",)),
-    ("activation_embed_moe", ("tensor",)),
-    ("activation_mlp_moe", ("tensor",)),
-    ("exp", ("expert",)),
-    ("embed_moe", ("fsdp", "fsdp_transpose", "context")),
-    ("embed_moe", ("fsdp", "context")),
-    ("mlp_moe", ("fsdp_transpose", "tensor")),
-    ("embed_router", ()),
-    ("exp_router", ()),
-)
+RULES = load_config("mixtral-tiny").mesh.rules  # the default table, of `configs/base.yml`
 TOKENS = ("activation_batch_moe", "activation_length_moe", "activation_embed_moe")
 PATHS = {
     "kernel": ("router", "kernel"),
