@@ -1,0 +1,210 @@
+"""The rule table, with Flax's own resolver as judge, and what a person is told."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import flax.linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from moe_shard.errors import UserError
+from moe_shard.sharding.annotate import Annotator
+from moe_shard.sharding.rules import RuleTable
+
+LOGICAL = ("batch", "exp", "embed", "mlp", "length")
+ALL_LARGE = {"data": 2, "fsdp": 3, "tensor": 4, "expert": 5}
+Rows = list[tuple[str, tuple[str, ...]]]
+
+
+def canonical(spec: PartitionSpec) -> list[tuple[str, ...]]:
+    """One tuple of mesh axes per dim, however the spec spells it."""
+    return [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec]
+
+
+def rows_of(axes: Sequence[str]) -> st.SearchStrategy[Rows]:
+    mesh_axes = st.lists(st.sampled_from(axes), unique=True, max_size=3).map(tuple)
+    random_rows = st.lists(st.tuples(st.sampled_from(LOGICAL), mesh_axes), max_size=8)
+    # Every logical axis has a row, as the resolver demands; it stands last, so it decides little.
+    return random_rows.map(lambda rows: rows + [(name, ()) for name in LOGICAL])
+
+
+arrays = st.lists(st.sampled_from(LOGICAL), unique=True, min_size=1, max_size=4).flatmap(
+    lambda names: st.lists(st.none(), max_size=2).flatmap(
+        lambda nones: st.permutations([*names, *nones])
+    )
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(rows_of(tuple(ALL_LARGE)), arrays)
+def test_placement_is_flaxs_where_every_axis_is_larger_than_one(
+    rows: Rows, names: list[str | None]
+) -> None:
+    shape = [120] * len(names)  # divisible by every product of the sizes
+    found = RuleTable(rows, ALL_LARGE).resolve("array", names, shape)
+    expected = flax.linen.logical_to_mesh_axes(names, rows)
+    assert canonical(found.spec) == canonical(expected)
+
+
+@settings(max_examples=200, deadline=None)
+@given(rows_of(tuple(ALL_LARGE)), arrays, st.sets(st.sampled_from(tuple(ALL_LARGE))))
+def test_axes_of_size_one_might_as_well_not_stand_in_the_table(
+    rows: Rows, names: list[str | None], ones: set[str]
+) -> None:
+    sizes = {axis: 1 if axis in ones else size for axis, size in ALL_LARGE.items()}
+    without = [(name, tuple(axis for axis in axes if axis not in ones)) for name, axes in rows]
+    shape = [120] * len(names)
+    found = RuleTable(rows, sizes).resolve("array", names, shape)
+    expected = RuleTable(without, sizes).resolve("array", names, shape)
+    assert found.spec == expected.spec
+    assert len(found.conflicts) == len(expected.conflicts)
+
+
+@settings(max_examples=200, deadline=None)
+@given(rows_of(tuple(ALL_LARGE)), arrays)
+def test_nothing_is_lost_without_a_record(rows: Rows, names: list[str | None]) -> None:
+    """Each row of each dim won, lost to the dim that held its axis, or came after the winner."""
+    found = RuleTable(rows, ALL_LARGE).resolve("array", names, [120] * len(names))
+    held = {a: d.logical_axis for d in found.decisions for a in d.mesh_axes}
+    used = list(itertools.chain.from_iterable(d.mesh_axes for d in found.decisions))
+    assert len(used) == len(set(used))
+    for decision in found.decisions:
+        mine = [
+            (number, axes)
+            for number, (name, axes) in enumerate(rows, 1)
+            if name == decision.logical_axis
+        ]
+        tried = [row for row in mine if not decision.won or row[0] < decision.won.number]
+        assert [(loss.row.number, loss.mesh_axes) for loss in decision.lost] == tried
+        for loss in decision.lost:
+            assert loss.held_by in {held[axis] for axis in loss.mesh_axes if axis in held}
+            assert loss.held_by != decision.logical_axis
+        assert decision.is_conflict == (decision.won is None and bool(tried))
+
+
+MOE = [
+    ("batch", ("data", "expert")),
+    ("batch_no_exp", ("data",)),
+    ("exp", ("expert",)),
+    ("mlp", ("tensor",)),
+]
+SIZES = {"data": 2, "tensor": 1, "expert": 4}
+
+
+def test_the_earlier_row_wins_and_the_loser_is_on_record() -> None:
+    found = RuleTable(MOE, SIZES).resolve("slots", ("exp", "batch", None, "mlp"), (8, 8, 3, 5))
+    assert canonical(found.spec) == [(), ("data", "expert"), (), ()]
+    (conflict,) = found.conflicts
+    assert conflict.logical_axis == "exp"
+    (loss,) = conflict.lost
+    assert (loss.row.number, loss.mesh_axes, loss.held_by) == (3, ("expert",), "batch")
+    assert str(loss.row) == "row 3 ['exp', [expert]]"
+
+
+def test_a_batch_dim_without_the_expert_axis_leaves_it_to_the_experts() -> None:
+    found = RuleTable(MOE, SIZES).resolve("slots", ("exp", "batch_no_exp", None), (8, 8, 3))
+    assert canonical(found.spec) == [("expert",), ("data",), ()]
+    assert not found.conflicts
+
+
+def test_a_later_row_is_an_alternative_and_no_conflict() -> None:
+    rows = [*MOE, ("exp", ("tensor",))]
+    sizes = {**SIZES, "tensor": 2}
+    found = RuleTable(rows, sizes).resolve("slots", ("exp", "batch"), (8, 8))
+    assert canonical(found.spec) == [("tensor",), ("data", "expert")]
+    assert [loss.row.number for loss in found.decisions[0].lost] == [3]
+    assert not found.conflicts
+
+
+def test_a_collision_over_an_axis_of_size_one_is_no_conflict() -> None:
+    found = RuleTable(MOE, {**SIZES, "expert": 1}).resolve("slots", ("exp", "batch"), (8, 8))
+    assert canonical(found.spec) == [(), ("data",)]
+    assert not found.conflicts
+
+
+def test_expert_axes_are_those_of_the_first_row_that_shard() -> None:
+    rows = [("exp", ("expert", "tensor")), ("exp", ("data",))]
+    assert RuleTable(rows, SIZES).sharding_axes("exp") == ("expert",)
+    assert RuleTable(rows, SIZES).sharding_axes("nothing") == ()
+
+
+@pytest.mark.parametrize(
+    ("rows", "names", "shape", "told"),
+    [
+        pytest.param(
+            MOE, ("exp", "heads"), (8, 8), ["'heads'", "slots", "add ['heads', []]"], id="unknown"
+        ),
+        pytest.param(
+            MOE,
+            ("batch", "mlp"),
+            (12, 4),
+            ["slots", "'batch' of size 12", "data=2 * expert=4 = 8", "row 1", "['batch', []]"],
+            id="indivisible",
+        ),
+        pytest.param(
+            MOE, ("exp", "exp"), (8, 8), ["slots", "'exp'", "different logical axes"], id="twice"
+        ),
+        pytest.param(
+            [*MOE, ("kv", ("expret",))],
+            ("exp",),
+            (8,),
+            ["row 5 ['kv', [expret]]", "'expret'", "data, tensor, expert", "remove"],
+            id="unknown-mesh-axis",
+        ),
+    ],
+)
+def test_errors_name_the_row_the_array_and_the_fix_in_three_lines(
+    rows: Rows, names: tuple[str, ...], shape: tuple[int, ...], told: list[str]
+) -> None:
+    with pytest.raises(UserError) as raised:
+        RuleTable(rows, SIZES).resolve("slots", names, shape)
+    message = str(raised.value)
+    assert len(message.splitlines()) <= 3
+    assert [part for part in told if part not in message] == []
+
+
+def mesh() -> Mesh:
+    devices = np.array(jax.devices()).reshape(2, 1, 4)
+    return Mesh(devices, tuple(SIZES), axis_types=(AxisType.Auto,) * 3)
+
+
+def annotate_slots(annotate: Annotator, batch: str) -> jax.Array:
+    cure = "weights will be gathered; flag=true moves tokens instead"
+    return jax.jit(lambda x: annotate(x, "exp", batch, None, name="slots", consequence=cure))(
+        jnp.zeros((8, 8, 3))
+    )
+
+
+def test_a_conflict_is_told_with_its_consequence_in_one_line() -> None:
+    annotate = Annotator(mesh(), MOE)
+    placed = annotate_slots(annotate, "batch")
+    assert placed.sharding.spec == PartitionSpec(None, ("data", "expert"))
+    ((key, conflict),) = annotate.conflicts.items()
+    assert key == (conflict.array, conflict.dim) == ("slots", "exp")
+    assert annotate.conflict_lines() == [str(conflict)]
+    assert str(conflict) == (
+        "slots: dim 'exp' stays unsharded: row 3 ['exp', [expert]] lost expert to 'batch'; "
+        "weights will be gathered; flag=true moves tokens instead"
+    )
+    assert set(annotate.resolutions) == {"slots"}
+
+
+def test_without_a_conflict_nothing_is_told() -> None:
+    annotate = Annotator(mesh(), MOE, on_conflict="error")
+    placed = annotate_slots(annotate, "batch_no_exp")
+    assert placed.sharding.spec == PartitionSpec("expert", "data")
+    assert not annotate.conflicts
+
+
+def test_a_conflict_can_be_made_an_error() -> None:
+    with pytest.raises(UserError, match="rule_conflicts=error: slots: dim 'exp'") as raised:
+        annotate_slots(Annotator(mesh(), MOE, on_conflict="error"), "batch")
+    assert "flag=true" in str(raised.value)
+    assert len(str(raised.value).splitlines()) <= 3
