@@ -187,7 +187,7 @@ class _Walk:
     def _trip_count(self, computation: Computation, name: str) -> int:
         loop = computation.instruction(name)
         trips = self._trips.of(computation, loop)
-        if trips is None and self._holds_collective(loop.called()["body"]):
+        if trips is None and self._holds_collective(self.module.called_by(loop, "body").name):
             self.warnings.append(
                 f"the trip count of loop %{name} (HLO line {loop.line_number}) cannot be told:"
                 " its collectives are counted once"
@@ -316,7 +316,7 @@ def _output_bytes(site: _Site, group_size: int) -> int:
     if instruction.opcode.endswith("-start") and site.kind != "all-reduce":
         # The result of a start is (operands, outputs, ...); that of all-reduce-start the outputs.
         elements = tuple_elements(instruction.shape)
-        return shape_bytes(elements[1] if len(elements) > 1 else elements[0])
+        return shape_bytes(elements[1] if len(elements) > 1 else instruction.shape)
     return shape_bytes(instruction.shape)
 
 

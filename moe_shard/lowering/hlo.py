@@ -87,6 +87,33 @@ class Instruction:
         match = re.search(rf"\b{key}=(\d+)", self.attribute_text)
         return int(match[1]) if match else None
 
+    def damaged(self, problem: str) -> HloParseError:
+        """The error that says what is wrong with this instruction."""
+        text = f"{self.name} = {self.shape} {self.opcode}({self.operand_text})"
+        return _bad_line(self.line_number, text, problem)
+
+    def operand(self, position: int) -> str:
+        """Name of one operand.
+
+        Raises:
+            HloParseError: when there are fewer.
+        """
+        operands = self.operands
+        if position >= len(operands):
+            raise self.damaged(f"operand {position} is missing")
+        return operands[position]
+
+    @property
+    def parameter_number(self) -> int:
+        """Which parameter of its computation a `parameter` instruction is.
+
+        Raises:
+            HloParseError: when it does not say.
+        """
+        if not self.operand_text.isdecimal():
+            raise self.damaged("a parameter without a number")
+        return int(self.operand_text)
+
     def called(self) -> dict[str, str]:
         """The computations it calls, by role, e.g. `{"body": "region_0.1"}`."""
         return dict(_called(self.attribute_text))
@@ -221,6 +248,18 @@ class Module:
     def num_devices(self) -> int:
         """How many devices run this program."""
         return self.num_partitions * self.replica_count
+
+    def called_by(self, instruction: Instruction, *roles: str) -> Computation:
+        """The computation that an instruction calls in the first of these roles that it has.
+
+        Raises:
+            HloParseError: when it has none of them, or the computation is not in the text.
+        """
+        called = instruction.called()
+        for role in roles:
+            if called.get(role) in self.computations:
+                return self.computations[called[role]]
+        raise instruction.damaged(f"no computation as {' or '.join(roles)}")
 
     def source(self, instruction: Instruction) -> str | None:
         """`file:line` of the innermost frame the instruction was traced from, where known.

@@ -67,18 +67,12 @@ class TripCounts:
         return self._trips(self._loop(outer, loop))
 
     def _loop(self, outer: Computation, loop: Instruction) -> _Loop:
-        called = loop.called()
-
         def bind(_number: int, path: Path) -> Value:
             return Carry(path[0]) if len(path) == 1 else None
 
-        computations = self._module.computations
-        return _Loop(
-            loop,
-            outer,
-            Frame(computations[called["condition"]], bind),
-            Frame(computations[called["body"]], bind),
-        )
+        condition = self._module.called_by(loop, "condition")
+        body = self._module.called_by(loop, "body")
+        return _Loop(loop, outer, Frame(condition, bind), Frame(body, bind))
 
     def _trips(self, loop: _Loop) -> int | None:
         compared = self._comparison(loop.condition, loop.condition.computation.root, 0)
@@ -101,7 +95,7 @@ class TripCounts:
 
     def _initial(self, loop: _Loop, index: int, depth: int = 0) -> int | None:
         frame = Frame(loop.outer, self._outer_bind(loop.outer, depth))
-        value = self._value(frame, loop.instruction.operands[0], (index,), depth)
+        value = self._value(frame, loop.instruction.operand(0), (index,), depth)
         return value if isinstance(value, int) else None
 
     def _settled(self, value: Value, loop: _Loop, depth: int = 0) -> Value:
@@ -126,7 +120,7 @@ class TripCounts:
                 return value if isinstance(value, int) else None
             if call.opcode in ("fusion", "call"):
                 frame = Frame(outer, self._outer_bind(outer, depth + 1))
-                return self._value(frame, instruction.operands[number], path, depth + 1)
+                return self._value(frame, instruction.operand(number), path, depth + 1)
             return None
 
         return bind
@@ -136,23 +130,20 @@ class TripCounts:
         if depth >= _MAX_DEPTH:
             return None
         if instruction.opcode == "compare":
-            left, right = (self._value(frame, each, (), depth) for each in instruction.operands)
+            left, right = (self._value(frame, instruction.operand(i), (), depth) for i in (0, 1))
             return left, right, instruction.attributes.get("direction", "")
         if instruction.opcode in _TRANSPARENT:
-            return self._comparison(frame, instruction.operands[0], depth + 1)
+            return self._comparison(frame, instruction.operand(0), depth + 1)
         if instruction.opcode in ("fusion", "call"):
             inner = self._inner(frame, instruction, depth)
             return self._comparison(inner, inner.computation.root, depth + 1)
         return None
 
     def _inner(self, frame: Frame, call: Instruction, depth: int) -> Frame:
-        (called,) = call.called().values()
-        operands = call.operands
-
         def bind(number: int, path: Path) -> Value:
-            return self._value(frame, operands[number], path, depth + 1)
+            return self._value(frame, call.operand(number), path, depth + 1)
 
-        return Frame(self._module.computations[called], bind)
+        return Frame(self._module.called_by(call, "calls", "to_apply"), bind)
 
     def _value(self, frame: Frame, name: str, path: Path, depth: int) -> Value:
         """The value of an instruction, or of its element at `path` when it is a tuple."""
@@ -164,19 +155,20 @@ class TripCounts:
             literal = instruction.operand_text.strip()
             return int(literal) if re.fullmatch(r"-?\d+", literal) else None
         if opcode == "parameter":
-            return frame.bind(int(instruction.operand_text), path)
+            return frame.bind(instruction.parameter_number, path)
         if opcode in _TRANSPARENT:
-            return self._value(frame, instruction.operands[0], path, depth + 1)
+            return self._value(frame, instruction.operand(0), path, depth + 1)
         if opcode == "get-tuple-element":
             index = instruction.integer("index")
             inside = (index or 0, *path)
-            return self._value(frame, instruction.operands[0], inside, depth + 1)
+            return self._value(frame, instruction.operand(0), inside, depth + 1)
         if opcode in ("tuple", "optimization-barrier") and path:
             if opcode == "optimization-barrier":
-                return self._value(frame, instruction.operands[0], path, depth + 1)
-            return self._value(frame, instruction.operands[path[0]], path[1:], depth + 1)
+                return self._value(frame, instruction.operand(0), path, depth + 1)
+            return self._value(frame, instruction.operand(path[0]), path[1:], depth + 1)
         if opcode in ("add", "subtract"):
-            left, right = (self._value(frame, each, (), depth + 1) for each in instruction.operands)
+            pair = (instruction.operand(0), instruction.operand(1))
+            left, right = (self._value(frame, each, (), depth + 1) for each in pair)
             return _add(left, right) if opcode == "add" else _subtract(left, right)
         if opcode in ("fusion", "call"):
             inner = self._inner(frame, instruction, depth)

@@ -36,6 +36,8 @@ def parse_groups(text: str, num_devices: int) -> Groups:
     """
     try:
         groups = _parse(text.strip(), num_devices)
+    except HloParseError:
+        raise
     except (ValueError, IndexError, KeyError, ZeroDivisionError) as error:
         raise HloParseError(f"replica groups do not add up: {text[:80]}") from error
     members = [device for group in groups for device in group]

@@ -7,12 +7,9 @@ it is needed, a corpus may be larger than memory, and a step's batch follows fro
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import stat
 import sys
-import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,141 +23,18 @@ from jaxtyping import Int32, Int64
 
 from moe_shard.config.schema import DataConfig
 from moe_shard.errors import UserError
+from moe_shard.training.documents import find_documents, unreadable
 
 DOCUMENT = 256
 """The token that begins a document and so, as a target, ends the one before."""
 VOCAB_SIZE = 257
 """The 256 bytes and `DOCUMENT`."""
 
-PROBE_BYTES = 4096
 READ_AHEAD_STEPS = 4
 READ_THREADS = 4
-NOT_LIBRARY_TEXT = frozenset(
-    {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-)
 
 Row = dict[str, Int32[np.ndarray, "S"]]
 HostBatch = dict[str, Int32[np.ndarray, "a r S"]]
-
-
-def find_documents(paths: Sequence[str]) -> tuple[Path, ...]:
-    """The text files that `dataset_path` names, each file once.
-
-    The order is that of `paths`, then of the names below each: the same on every machine that
-    holds the same files, wherever they lie.
-
-    Args:
-        paths: files; folders, searched recursively; globs, in which `**` spans folders. Inside
-            folders and globs, hidden, empty and binary files are passed over. Empty: the source
-            text of the running interpreter's standard library, without its tests.
-
-    Raises:
-        UserError: a path matches no text; a file named by itself is empty, binary or not a file; a
-            file or folder cannot be read.
-    """
-    if not paths:
-        return _standard_library()
-    found: dict[tuple[int, int], Path] = {}
-    for pattern in paths:
-        # Overlapping patterns and links name a file twice; its text still counts once.
-        for path in _text_files(pattern):
-            info = path.stat()
-            found.setdefault((info.st_dev, info.st_ino), path)
-    return tuple(found.values())
-
-
-def _standard_library() -> tuple[Path, ...]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = _files_below(root, NOT_LIBRARY_TEXT) if root.is_dir() else ()
-    documents = tuple(file for file in files if file.suffix == ".py" and file.stat().st_size)
-    if not documents:
-        raise UserError(
-            f"this Python has no source text of its standard library below {root}\n"
-            "fix: dataset_path=FILE, FOLDER or GLOB of text"
-        )
-    return documents
-
-
-def _text_files(pattern: str) -> list[Path]:
-    path = Path(os.path.expanduser(pattern))
-    named = pattern != "" and os.path.lexists(path)
-    if named and not os.path.isdir(path):
-        if problem := _not_text(path):
-            raise UserError(f"dataset_path: {path} {problem}\nfix: name a file of UTF-8 text")
-        return [path]
-    files = list(dict.fromkeys(_files_below(path) if named else _glob(pattern, path)))
-    if not named and not files:
-        where = "" if path.is_absolute() else f" in {Path.cwd()}"
-        raise UserError(
-            f"dataset_path: {pattern!r} matches nothing{where}\n"
-            "fix: an existing file, folder or glob ('**' spans folders; hidden files do not match)"
-        )
-    documents = [file for file in files if _not_text(file) is None]
-    if not documents:
-        raise UserError(
-            f"dataset_path: {pattern!r} holds no text: {len(files)} files, all empty or binary\n"
-            "fix: a folder or glob with at least one file of UTF-8 text that is not hidden"
-        )
-    return documents
-
-
-def _not_text(path: Path) -> str | None:
-    """Why a file is not text, or None if it is."""
-    try:
-        info = path.stat()
-        if not stat.S_ISREG(info.st_mode):  # opening a pipe would wait for its writer
-            return "is not a regular file"
-        if info.st_size == 0:
-            return "is empty"
-        with path.open("rb", buffering=0) as file:
-            binary = b"\0" in file.read(PROBE_BYTES)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP):
-            return "is a link to nothing"
-        raise _unreadable(path, error) from error
-    return f"is binary: a zero byte in its first {PROBE_BYTES}" if binary else None
-
-
-def _unreadable(path: str | Path, error: OSError) -> UserError:
-    return UserError(
-        f"dataset_path: {path} cannot be read: {error.strerror}\nfix: its permissions or the path"
-    )
-
-
-def _files_below(folder: Path, skip: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """The files below a folder, sorted, links followed, each folder entered once."""
-
-    def refuse(error: OSError) -> None:
-        raise _unreadable(error.filename, error) from error
-
-    entered = set()
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
-        info = os.stat(parent)
-        if (info.st_dev, info.st_ino) in entered:  # a link back up would go round for ever
-            folders.clear()
-            continue
-        entered.add((info.st_dev, info.st_ino))
-        folders[:] = sorted(n for n in folders if not n.startswith(".") and n not in skip)
-        yield from (Path(parent, name) for name in sorted(files) if not name.startswith("."))
-
-
-def _glob(pattern: str, path: Path) -> Iterator[Path]:
-    """The files that a glob matches or that lie below a folder it matches, sorted."""
-    parts = path.parts
-    first = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), len(parts))
-    base, rest = Path(*parts[:first]), parts[first:]
-    hidden = any(part.startswith(".") for part in rest)
-    try:
-        # pathlib's `**` does not enter links, glob's does and takes 2**40 turns in two cycles.
-        matches = sorted(base.glob(str(Path(*rest)))) if rest else []
-    except ValueError as error:
-        raise UserError(
-            f"dataset_path: {pattern!r} is not a glob: {error}\n"
-            "fix: '**' stands alone between slashes, as in 'data/**/*.txt'"
-        ) from error
-    for match in matches:
-        if hidden or not any(p.startswith(".") for p in match.relative_to(base).parts):
-            yield from _files_below(match) if os.path.isdir(match) else (match,)
 
 
 class PackedText:
@@ -259,7 +133,7 @@ class PackedText:
                 file.seek(offset)
                 text = file.read(size)
         except OSError as error:
-            raise _unreadable(path, error) from error
+            raise unreadable(path, error) from error
         if changed or len(text) != size:
             raise UserError(
                 f"dataset_path: {path} was {file_size} bytes long at the start of the run and has "

@@ -26,7 +26,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from moe_shard.config.schema import DataConfig
 from moe_shard.errors import UserError
 from moe_shard.training import data
-from moe_shard.training.data import DOCUMENT, VOCAB_SIZE, PackedText, batches, find_documents
+from moe_shard.training.data import DOCUMENT, VOCAB_SIZE, PackedText, batches
+from moe_shard.training.documents import find_documents
 
 FIELDS = ["inputs", "targets", "positions", "segment_ids"]
 WAIT_S = 60
