@@ -6,9 +6,10 @@
     python tests/lowering/make_fixtures.py gpu_moe                  (jax-cuda12-pjrt and -plugin)
 
 TPU and GPU are compiled for without having them. To keep the files small, these are cut out:
-metadata that no test reads, backend_config outside ENTRY or a loop, and, for TPU and GPU, the bodies
-of fused computations that hold no collective and no loop counter (one opaque line stands for them).
-File names become program.py. The counts in test_fixtures.py were taken by eye and grep from these files.
+metadata that no test reads, backend_config outside ENTRY or a loop, and, for TPU and GPU, the
+bodies of fused computations that hold no collective and no loop counter (one opaque line stands
+for them). File names become program.py. The counts in fixtures_hand_counted.py were taken by eye
+and grep from these files.
 """
 
 from __future__ import annotations

@@ -47,7 +47,8 @@ def test_async_is_told_from_sync() -> None:
     assert not any(each.is_async for each in extract_collectives(read("cpu_moe")).collectives)
     tpu = extract_collectives(read("tpu_gathered")).collectives
     by_kind = {each.kind: each.is_async for each in tpu}
-    assert by_kind["all-gather"] and by_kind["collective-permute"]
+    assert by_kind["all-gather"]
+    assert by_kind["collective-permute"]
     assert not by_kind["reduce-scatter"]
 
 

@@ -1,0 +1,364 @@
+"""Spellings that no small program here gives, written by hand; loops; damaged text."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from fixtures_hand_counted import HAND_COUNTED, read
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moe_shard.errors import UserError
+from moe_shard.lowering.collectives import Collective, extract_collectives
+from moe_shard.lowering.hlo import HloParseError, parse_module
+from moe_shard.lowering.shapes import shape_bytes, tuple_elements
+
+HEADER = "HloModule jit_f, is_scheduled=true, num_partitions=8\n\n"
+SUM = """%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %add = f32[] add(%a, %b)
+}
+
+"""
+REDUCE = (
+    "all-reduce(%x), channel_id=1, replica_groups={}, use_global_device_ids=true, to_apply=%sum"
+)
+
+
+def collectives(text: str, **mesh: int) -> tuple[Collective, ...]:
+    return extract_collectives(HEADER + text, mesh or None).collectives
+
+
+def entry(body: str) -> str:
+    return f"ENTRY %main (x: f32[16]) -> f32[16] {{\n  %x = f32[16]{{0}} parameter(0)\n{body}}}\n"
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ("f32[]", 4),
+        ("bf16[8,128]{1,0:T(8,128)(2,1)S(1)}", 2048),
+        ("pred[3]{0}", 3),
+        ("s4[7]{0:E(4)}", 4),
+        ("f8e4m3fn[10]", 10),
+        ("f8e5m2fnuz[10]", 10),
+        ("f4e2m1fn[8]", 4),
+        ("c64[2]", 16),
+        ("u64[0]", 0),
+        ("f32[<=8,2]", 64),
+        ("token[]", 0),
+        ("()", 0),
+        ("(f32[2]{0}, (s8[3]{0}, bf16[]), /*index=2*/u32[])", 8 + 3 + 2 + 4),
+    ],
+)
+def test_shape_bytes(shape: str, size: int) -> None:
+    assert shape_bytes(shape) == size
+
+
+def test_strange_shapes_are_refused() -> None:
+    for shape in ("q7[2]", "nothing"):
+        with pytest.raises(UserError):
+            shape_bytes(shape)
+
+
+def test_tuple_elements() -> None:
+    assert tuple_elements("f32[2,3]{1,0}") == ["f32[2,3]{1,0}"]
+    shape = "((f32[2,3]{1,0:T(8,128)}, s8[]), bf16[4]{0}, /*index=2*/u32[]{:S(2)})"
+    inner = "(f32[2,3]{1,0:T(8,128)}, s8[])"
+    assert tuple_elements(shape) == [inner, "bf16[4]{0}", "u32[]{:S(2)}"]
+    assert tuple_elements(inner) == ["f32[2,3]{1,0:T(8,128)}", "s8[]"]
+
+
+def test_async_start_that_wraps_a_computation() -> None:
+    # GPU, as XLA wrote it before it had all-to-all-start.
+    text = """%wrapped (p: f32[16]) -> f32[16] {
+  %p = f32[16]{0} parameter(0)
+  ROOT %all-to-all.1 = f32[16]{0} all-to-all(%p), channel_id=1, replica_groups=[2,4]<=[8]
+}
+
+""" + entry(
+        "  %start = ((f32[16]{0}), f32[16]{0}) async-start(%x), calls=%wrapped,"
+        ' metadata={op_name="jit(f)/dispatch/all_to_all" source_file="f.py" source_line=7}\n'
+        "  ROOT %done = f32[16]{0} async-done(%start), calls=%wrapped\n"
+    )
+    (found,) = collectives(text, data=2, expert=4)
+    assert (found.kind, found.count, found.bytes, found.is_async) == ("all-to-all", 1, 64, True)
+    assert (found.axes, found.scope, found.source) == (("expert",), "dispatch", "f.py:7")
+    assert found.wire_bytes == 48
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "size"),
+    [
+        ("(f32[2]{0}, f32[16]{0}) all-gather-start(%x), dimensions={0}", "all-gather", 64),
+        ("((f32[16]{0}), f32[2]{0}) reduce-scatter-start(%x), to_apply=%sum", "reduce-scatter", 8),
+        ("(f32[16]{0}, f32[8]{0}) all-reduce-start(%x, %x), to_apply=%sum", "all-reduce", 96),
+        ("((f32[4]{0}, s8[2]{0}), (f32[8]{0}, s8[4]{0})) all-gather-start(%x)", "all-gather", 36),
+        ("f32[16]{0} collective-broadcast(%x)", "collective-broadcast", 64),
+        ("f32[32]{0} ragged-all-to-all(%x, %x)", "ragged-all-to-all", 128),
+    ],
+)
+def test_bytes_are_those_of_the_output(line: str, kind: str, size: int) -> None:
+    body = f"  %c = {line}, channel_id=1, replica_groups=[1,8]<=[8], use_global_device_ids=true\n"
+    (found,) = collectives(SUM + entry(body + "  ROOT %r = f32[16]{0} copy(%x)\n"))
+    assert (found.kind, found.bytes, found.group_size) == (kind, size, 8)
+
+
+def test_cross_replica_groups_hold_all_partitions() -> None:
+    body = f"  ROOT %r = f32[16]{{0}} {REDUCE}\n".replace(", use_global_device_ids=true", "")
+    (found,) = collectives(SUM + entry(body.replace("={}", "={{0}}")), data=2, expert=4)
+    assert found.axes == ("data", "expert")
+
+
+def test_only_what_the_entry_reaches_is_counted() -> None:
+    unused = entry(f"  ROOT %r = f32[16]{{0}} {REDUCE}\n").replace("ENTRY %main", "%unused")
+    assert collectives(SUM + unused + entry("  ROOT %c = f32[16]{0} copy(%x)\n")) == ()
+
+
+def test_shard_map_collectives_of_one_channel_are_all_counted() -> None:
+    body = f"  %r = f32[16]{{0}} {REDUCE}\n  ROOT %s = f32[16]{{0}} {REDUCE.replace('%x', '%r')}\n"
+    assert sum(each.count for each in collectives(SUM + entry(body))) == 2
+
+
+def loop(
+    start: str = "0", bound: str = "12", step: str = "1", direction: str = "LT", by: str = "add"
+) -> str:
+    """A loop with one all-reduce, its bound in the condition, as TPU writes it."""
+    return f"""{SUM}%body (p: (s32[], f32[16])) -> (s32[], f32[16]) {{
+  %p = (s32[], f32[16]{{0}}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %step = s32[] constant({step})
+  %next = s32[] {by}(%i, %step)
+  %x = f32[16]{{0}} get-tuple-element(%p), index=1
+  %r = f32[16]{{0}} {REDUCE}
+  ROOT %t = (s32[], f32[16]{{0}}) tuple(%next, %r)
+}}
+
+%condition (q: (s32[], f32[16])) -> pred[] {{
+  %q = (s32[], f32[16]{{0}}) parameter(0)
+  %j = s32[] get-tuple-element(%q), index=0
+  %bound = s32[] constant({bound})
+  ROOT %less = pred[] compare(%j, %bound), direction={direction}
+}}
+
+""" + entry(f"""  %start = s32[] constant({start})
+  %copied = s32[] copy(%start)
+  %init = (s32[], f32[16]{{0}}) tuple(%copied, %x)
+  %while = (s32[], f32[16]{{0}}) while(%init), condition=%condition, body=%body
+  ROOT %out = f32[16]{{0}} get-tuple-element(%while), index=1
+""")
+
+
+@pytest.mark.parametrize(
+    ("text", "trips"),
+    [
+        (loop(), 12),
+        (loop(start="2", step="2"), 5),
+        (loop(step="5"), 3),
+        (loop(direction="LE"), 13),
+        (loop(start="12", bound="0", step="-1", direction="GT"), 12),
+        (loop(start="12", bound="0", step="1", direction="GE", by="subtract"), 13),
+        (loop(step="3", direction="NE"), 4),
+        (
+            loop().replace(
+                "compare(%j, %bound), direction=LT", "compare(%bound, %j), direction=GT"
+            ),
+            12,
+        ),
+        (
+            loop().replace(
+                "body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"7"}}'
+            ),
+            7,
+        ),
+    ],
+)
+def test_trip_counts(text: str, trips: int) -> None:
+    extraction = extract_collectives(HEADER + text)
+    assert [each.count for each in extraction.collectives] == [trips]
+    assert extraction.warnings == ()
+
+
+def test_a_loop_that_never_runs_has_no_collective() -> None:
+    assert collectives(loop(start="20")) == ()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        loop(by="multiply"),
+        loop(step="0"),
+        loop(step="5", direction="NE"),
+        loop(direction="EQ"),
+        loop().replace("%start = s32[] constant(0)", "%start = s32[] parameter(1)"),
+    ],
+)
+def test_a_trip_count_that_cannot_be_told_is_said(text: str) -> None:
+    extraction = extract_collectives(HEADER + text)
+    assert [each.count for each in extraction.collectives] == [1]
+    assert len(extraction.warnings) == 1
+    assert "%while" in extraction.warnings[0]
+
+
+def test_a_bound_that_the_loop_only_passes_on() -> None:
+    text = loop()
+    for old, new in [
+        ("(s32[], f32[16]", "(s32[], s32[], f32[16]"),
+        ("index=1", "index=2"),
+        ("tuple(%next, %r)", "tuple(%next, %kept, %r)"),
+        ("  %next =", "  %kept = s32[] get-tuple-element(%p), index=1\n  %next ="),
+        ("%bound = s32[] constant(12)", "%bound = s32[] get-tuple-element(%q), index=1"),
+        ("tuple(%copied, %x)", "tuple(%copied, %limit, %x)"),
+        ("  %init", "  %limit = s32[] constant(9)\n  %init"),
+    ]:
+        text = text.replace(old, new)
+    assert [each.count for each in collectives(text)] == [9]
+
+
+def test_groups_that_match_no_axes_are_shown_with_a_warning() -> None:
+    body = f"  ROOT %r = f32[16]{{0}} {REDUCE}\n".replace("={}", "={{0,1},{2,3},{4,5},{6,7}}")
+    extraction = extract_collectives(HEADER + SUM + entry(body), {"data": 2, "expert": 4})
+    assert extraction.collectives[0].axes == ("?",)
+    assert len(extraction.warnings) == 1
+
+
+GOOD = HEADER + SUM + entry(f"  ROOT %r = f32[16]{{0}} {REDUCE}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "empty"),
+        ("\n\n", "empty"),
+        ("print('hello')\n", "line 1.*must begin with 'HloModule'"),
+        ("\x00\x01\x02" * 40, "must begin"),
+        (GOOD[:-3], "cut off|not an instruction"),
+        (HEADER, "0 ENTRY"),
+        (GOOD + GOOD, "unexpected between"),
+        (GOOD.replace("ROOT %r", "%r"), "has no root"),
+        (GOOD.replace("%x = f32", "%y = f32"), "%x is used but not defined"),
+        (GOOD.replace("replica_groups={}", "replica_groups=all"), r"line \d+: unknown spelling"),
+        (GOOD.replace("replica_groups={}", "replica_groups={{0,8}}"), "do not fit 8 devices"),
+        (GOOD.replace("all-reduce(%x)", "all-reduce((%x)"), "brackets"),
+        (GOOD.replace("  %a = f32[] parameter(0)", "  what is this"), "line 4: not an instruction"),
+    ],
+)
+def test_bad_text_is_one_clear_error(text: str, message: str) -> None:
+    with pytest.raises(HloParseError, match=message) as error:
+        extract_collectives(text)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+def test_a_percent_sign_in_a_string_is_no_name() -> None:
+    text = GOOD.replace("to_apply=%sum", 'to_apply=%sum, metadata={op_name="jit(f)/%weird"}')
+    assert len(extract_collectives(text).collectives) == 1
+
+
+def test_a_missing_stack_frame_is_damage_but_missing_tables_are_not() -> None:
+    text = read("cpu_three_axes")
+    frames = text[text.index("StackFrames") : text.index("%", text.index("StackFrames"))]
+    found = extract_collectives(text.replace(frames, "")).collectives
+    assert {each.source for each in found} == {None}
+    with pytest.raises(HloParseError, match="StackFrames"):
+        extract_collectives(text.replace(frames, "\n".join(frames.split("\n")[:2]) + "\n\n"))
+
+
+# Damage: either an error or the same right answer, and never another exception.
+NAMES = ["cpu_three_axes", "cpu_scan", "tpu_gathered"]
+LINES = {name: read(name).split("\n") for name in NAMES}
+RIGHT = {name: extract_collectives(read(name), HAND_COUNTED[name][0]).collectives for name in NAMES}
+fuzz = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def same_or_error(name: str, text: str) -> None:
+    try:
+        found = extract_collectives(text, HAND_COUNTED[name][0]).collectives
+    except UserError:
+        return
+    key = [(e.kind, e.axes, e.scope, e.count, e.bytes, e.source) for e in found]
+    assert key == [(e.kind, e.axes, e.scope, e.count, e.bytes, e.source) for e in RIGHT[name]]
+
+
+names = st.sampled_from(NAMES)
+
+
+@fuzz
+@given(names, st.floats(0, 1))
+def test_truncated(name: str, fraction: float) -> None:
+    text = read(name)
+    same_or_error(name, text[: int(len(text) * fraction)])
+
+
+@fuzz
+@given(names, st.lists(st.floats(0, 0.999), min_size=1, max_size=3))
+def test_lines_lost(name: str, places: list[float]) -> None:
+    lost = {int(place * len(LINES[name])) for place in places}
+    kept = [line for number, line in enumerate(LINES[name]) if number not in lost]
+    same_or_error(name, "\n".join(kept))
+
+
+def test_each_line_lost_in_turn() -> None:
+    lines = LINES["cpu_three_axes"]
+    for number in range(len(lines)):
+        same_or_error("cpu_three_axes", "\n".join(lines[:number] + lines[number + 1 :]))
+
+
+@fuzz
+@given(names, names, st.randoms(use_true_random=False))
+def test_interleaved(first: str, second: str, random: object) -> None:
+    choose = random.random  # type: ignore[attr-defined]
+    left, right = list(LINES[first]), list(LINES[second])
+    mixed = []
+    while left and right:
+        mixed.append((left if choose() < 0.5 else right).pop(0))
+    with pytest.raises(UserError):
+        extract_collectives("\n".join(mixed + left + right))
+
+
+@fuzz
+@given(names, st.floats(0, 1), st.binary(min_size=1, max_size=40))
+def test_bytes_inserted(name: str, fraction: float, noise: bytes) -> None:
+    lines = list(LINES[name])
+    lines.insert(int(fraction * len(lines)), "\x01" + noise.decode("latin-1"))
+    same_or_error(name, "\n".join(lines))
+
+
+@fuzz
+@given(st.binary(max_size=2000))
+def test_random_bytes(data: bytes) -> None:
+    with pytest.raises(UserError):
+        extract_collectives(data.decode("latin-1"))
+
+
+@fuzz
+@given(st.floats(0, 0.999), st.sampled_from("{}()[]%,=\"'x9"))
+def test_one_character_changed_raises_nothing_else(fraction: float, character: str) -> None:
+    text = read("cpu_scan")
+    at = int(fraction * len(text))
+    try:
+        extract_collectives(text[:at] + character + text[at + 1 :], {"fsdp": 2, "expert": 4})
+    except UserError:
+        return
+
+
+def test_speed_on_a_module_of_1500_kilobytes() -> None:
+    head, tail = read("tpu_gathered").split("ENTRY", 1)
+    header, bodies = head.split("\n%", 1)
+    copies = [bodies]
+    while sum(map(len, copies)) < 1_500_000:
+        suffix = f".copy{len(copies)}"
+        copies.append(
+            "\n".join(
+                line.replace(" (", f"{suffix} (", 1) if line.endswith("{") else line
+                for line in f"%{bodies}".split("\n")
+            )[1:]
+        )
+    text = header + "\n%" + "\n%".join(copies) + "\nENTRY" + tail
+    begin = time.perf_counter()
+    found = extract_collectives(text).collectives
+    assert time.perf_counter() - begin < 2
+    assert len(found) == len(RIGHT["tpu_gathered"])
+    assert len(parse_module(text).computations) > 500
