@@ -1,0 +1,38 @@
+# Each target does its own set-up: the first one run makes .venv from PYTHON.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.installed
+
+.PHONY: demo test lint format bench clean help
+
+help:  ## what can be made
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (about a minute)"
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(READY)  ## train mixtral-tiny for 60 steps, its expert parallelism shown before step 0
+	@rm -rf outputs/demo
+	@$(RUN) -m moe_shard.train mixtral-tiny run_name=demo dump_hlo=true
+
+test: $(READY)  ## the whole suite
+	$(RUN) -m pytest -n 2
+
+lint: $(READY)  ## style and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(READY)  ## rewrite to the style
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(READY)  ## one MoE layer, every strategy, flag on and off
+	$(RUN) tools/bench_moe.py
+
+clean:  ## remove what the targets made, runs excepted
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
