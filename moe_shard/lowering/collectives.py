@@ -123,7 +123,7 @@ def extract_collectives(
     axes = None if mesh is None else MeshAxes(mesh, module.num_devices, device_ids)
     walk = _Walk(module)
     found = [_collective(module, site, axes) for site in walk.sites()]
-    warnings = list(walk.warnings)
+    warnings = list(dict.fromkeys(walk.warnings))
     if strange := sum(each.axes == UNKNOWN_AXES for each in found):
         warnings.append(f"{strange} collectives run along no set of mesh axes (shown as '?')")
     return Extraction(module, tuple(found), tuple(warnings))
@@ -137,6 +137,7 @@ class _Walk:
         self.warnings: list[str] = []
         self._trips = TripCounts(module)
         self._counts = {module.entry.name: 1}
+        self._holding: dict[str, bool] = {}
         self._async = set[str]()
         self._fused = set[str]()
         self._caller: dict[str, tuple[Computation, Instruction]] = {}
@@ -175,6 +176,11 @@ class _Walk:
             times = count
             if call.opcode == "while" and call.role == "body":
                 times *= self._trip_count(computation, call.instruction)
+            if call.opcode == "conditional" and self._holds_collective(call.called):
+                self.warnings.append(
+                    f"%{call.called} is a branch of a conditional: its collectives are counted as"
+                    " if every branch ran"
+                )
             name = call.called
             self._counts[name] = self._counts.get(name, 0) + times
             if call.opcode == "async-start" or computation.name in self._async:
@@ -195,10 +201,12 @@ class _Walk:
         return 1 if trips is None else trips
 
     def _holds_collective(self, name: str) -> bool:
-        computation = self._computation(name)
-        return any(opcode in _OPCODES for opcode in computation.opcodes.values()) or any(
-            self._holds_collective(call.called) for call in computation.calls()
-        )
+        if name not in self._holding:
+            computation = self._computation(name)
+            self._holding[name] = not _OPCODES.keys().isdisjoint(
+                computation.opcodes.values()
+            ) or any(self._holds_collective(call.called) for call in computation.calls())
+        return self._holding[name]
 
     def sites(self) -> list[_Site]:
         """The collectives, async copies removed, in the order of the text."""

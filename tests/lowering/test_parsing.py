@@ -224,6 +224,27 @@ def test_groups_that_match_no_axes_are_shown_with_a_warning() -> None:
     assert len(extraction.warnings) == 1
 
 
+def test_branches_and_sends_are_said() -> None:
+    branch = entry(f"  ROOT %r = f32[16]{{0}} {REDUCE}\n").replace("ENTRY %main", "%branch")
+    body = (
+        "  %which = s32[] constant(0)\n  %token = token[] after-all()\n"
+        "  %send = (f32[16]{0}, u32[], token[]) send(%x, %token), channel_id=2\n"
+        "  ROOT %c = f32[16]{0} conditional(%which, %x, %x),"
+        " branch_computations={%branch, %branch}\n"
+    )
+    extraction = extract_collectives(HEADER + SUM + branch + entry(body))
+    assert [each.count for each in extraction.collectives] == [2]
+    assert len(extraction.warnings) == 2
+    assert "every branch" in extraction.warnings[0]
+    assert "1 point-to-point sends" in extraction.warnings[1]
+
+
+def test_a_computation_that_calls_itself_is_refused() -> None:
+    text = entry("  ROOT %r = f32[16]{0} call(%x), to_apply=%main\n")
+    with pytest.raises(HloParseError, match="calls itself"):
+        collectives(text)
+
+
 GOOD = HEADER + SUM + entry(f"  ROOT %r = f32[16]{{0}} {REDUCE}\n")
 
 
