@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -100,7 +99,7 @@ def _conclude(
     console: Console, config: Config, report: LoweringReport, folder: Path, outcome: Outcome
 ) -> None:
     """Say how the run ended, where its files are, and how to see the other lowering."""
-    shown = os.path.relpath(folder)
+    shown = _as_typed(folder)
     if outcome.stopped_by:
         kept = "a checkpoint was saved; " if config.train.enable_checkpointing else ""
         console.print(
@@ -113,11 +112,17 @@ def _conclude(
         console.print(f"already at step {outcome.updates}: a larger steps= trains on")
     console.print(f"files: {shown}", markup=False)
     if report.verdict == "expert-parallel" and (moe := config.model.moe) and moe.no_expert_sharding:
-        name = f"{config.run.run_name}-flag-off"
+        python, name = _as_typed(Path(sys.executable)), f"{config.run.run_name}-flag-off"
         console.print(
             "the same step with the flag off:\n"
-            f"  python -m moe_shard.train {os.path.join(shown, 'config.yml')} "
-            f"moe_dispatch_no_expert_sharding=false steps=0 dump_hlo=true run_name={name}\n"
-            f"  python tools/hlo_report.py {os.path.join(os.path.dirname(shown), name)}",
+            f"  {python} -m moe_shard.train {shown}/config.yml run_name={name} "
+            "moe_dispatch_no_expert_sharding=false steps=0 dump_hlo=true\n"
+            f"  {python} tools/hlo_report.py {_as_typed(folder.with_name(name))}",
             markup=False,
         )
+
+
+def _as_typed(path: Path) -> str:
+    """A path as a person standing in the current folder would type it."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
