@@ -100,7 +100,7 @@ def make_program(config: Config, annotate: Annotator) -> Program:
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss, losses, grads = _accumulate(loss_fn, state.params, batch)
         with jax.named_scope("optimizer"):
-            grad_norm = optax.global_norm(grads)
+            grad_norm = optax.tree.norm(grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
         metrics = {
