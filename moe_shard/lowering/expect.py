@@ -16,7 +16,7 @@ _WEIGHT_SCOPES = frozenset(MOE_SCOPES) - {"router"}
 _EXCHANGES = frozenset({"all-to-all", "ragged-all-to-all"})
 # Scalars, token counts and offsets: up to 256 experts of 4 bytes.
 _SMALL_BYTES = 1024
-# Indices, scores and halos beside the tensors of the layer; experts' weights are no such fraction.
+# Indices and scores beside the tokens of dispatch and combine. In `experts` there are none.
 _SMALL_FRACTION = 16
 
 
@@ -43,7 +43,7 @@ def verdict(collectives: Iterable[Collective], expert_axes: Sequence[str]) -> st
     gathered = any(
         each.kind not in _EXCHANGES
         and each.bytes > _SMALL_BYTES
-        and each.bytes * _SMALL_FRACTION > largest
+        and (each.scope == "experts" or each.bytes * _SMALL_FRACTION > largest)
         for each in inside
     )
     exchanged = any(each.kind in _EXCHANGES and each.axes != UNKNOWN_AXES for each in inside)

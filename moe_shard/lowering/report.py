@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -80,9 +81,9 @@ class LoweringReport:
     def _table(self) -> Table:
         mesh = ", ".join(f"{axis} {size}" for axis, size in self.mesh.items() if size > 1)
         title = f"collectives per step, {self.num_devices} devices ({self.backend})"
-        table = Table(title=f"{title}: {escape(mesh)}" if mesh else title)
+        table = Table(title=f"{title}: {escape(mesh)}" if mesh else title, box=box.SIMPLE_HEAD)
         for name in ("collective", "axis", "stage", "pass"):
-            table.add_column(name)
+            table.add_column(name, no_wrap=name != "axis")
         for name in ("count", "bytes each", "bytes"):
             table.add_column(name, justify="right", no_wrap=True)
         for (kind, axes, scope, pass_, size), count in _aggregate(self.collectives).items():

@@ -14,8 +14,9 @@ _COUNT_FLAG = "--xla_force_host_platform_device_count"
 def start_devices(num_simulated: int) -> str:
     """Start the backend; to be called before anything else asks jax for devices.
 
-    Several processes are joined where the environment names a coordinator
-    (`JAX_COORDINATOR_ADDRESS`) or a cluster that jax knows and has more than one host.
+    Several processes are joined where the environment says that there are: by
+    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, or as Slurm and TPU pods
+    do, whose variables jax reads by itself. Simulated devices are divided among the processes.
 
     Args:
         num_simulated: CPU devices to make if there is no accelerator; `XLA_FLAGS` that give a
@@ -27,9 +28,9 @@ def start_devices(num_simulated: int) -> str:
     Raises:
         UserError: an accelerator's runtime is installed and does not start.
     """
+    sharing = _join_processes()
     if _COUNT_FLAG not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", num_simulated)
-    _join_processes()
+        jax.config.update("jax_num_cpu_devices", max(num_simulated // sharing, 1))
     try:
         devices = jax.devices()
     except RuntimeError as error:
@@ -46,9 +47,24 @@ def start_devices(num_simulated: int) -> str:
     return f"{len(devices)} x {devices[0].device_kind}{processes}"
 
 
-def _join_processes() -> None:
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    tasks = os.environ.get("SLURM_NTASKS", "1")
-    named = "JAX_COORDINATOR_ADDRESS" in os.environ
-    if not jax.distributed.is_initialized() and (named or len(hosts) > 1 or tasks != "1"):
+def _join_processes() -> int:
+    """Join the processes of this run.
+
+    Returns:
+        How many share the simulated devices: those that the three variables speak of.
+    """
+    if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        try:
+            count = int(os.environ["JAX_NUM_PROCESSES"])
+            index = int(os.environ["JAX_PROCESS_ID"])
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                "JAX_COORDINATOR_ADDRESS is set, but JAX_NUM_PROCESSES or JAX_PROCESS_ID is not a "
+                "number\nfix: set all three, or none"
+            ) from error
+        jax.distributed.initialize(address, count, index)
+        return count
+    tpu_hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    if len(tpu_hosts) > 1 or os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         jax.distributed.initialize()
+    return 1

@@ -20,8 +20,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def open_run(config: RunConfig) -> Iterator[Path]:
+def open_run(config: RunConfig, *, writer: bool = True) -> Iterator[Path]:
     """Create the run's folder and hold it while the block runs.
+
+    Args:
+        config: names and places.
+        writer: this process writes the run's files, as one of each run does, and holds the folder
+            against other runs.
 
     Yields:
         `<base_output_directory>/<run_name>`, absolute.
@@ -38,6 +43,9 @@ def open_run(config: RunConfig) -> Iterator[Path]:
     folder = Path(config.base_output_directory).expanduser().resolve() / config.run_name
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not writer:
+            yield folder
+            return
         lock = (folder / ".lock").open("w")
     except OSError as error:
         raise UserError(

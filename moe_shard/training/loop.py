@@ -6,6 +6,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 import jax
 from rich.console import Console
@@ -37,98 +38,100 @@ class Outcome:
     last: Record | None
 
 
-def train(
-    config: Config, program: Program, step: jax.stages.Compiled, folder: Path, console: Console
-) -> Outcome:
-    """Train from the newest checkpoint, or from the start, to `steps`.
+class Trainer:
+    """One process's share of a run, from the newest checkpoint (or the start) to the end.
+
+    Opening it finds the first step and starts to read the text, so that what is wrong with either
+    is said before a long compilation, and reading goes on beside it.
 
     Args:
         config: the run.
         program: the step's surroundings.
-        step: `program.step`, compiled.
         folder: of the run.
-        console: for progress.
 
     Raises:
-        UserError: the text cannot be read, or the checkpoint does not fit.
-        Finding: the loss is no longer finite.
+        UserError: the text cannot be read.
     """
-    checkpointer = Checkpointer(folder / "checkpoints", config) if _keeps(config) else None
-    try:
-        first = checkpointer.latest() if checkpointer else None
-        if checkpointer is None or first is None:
-            first, state = 0, program.init(jax.random.key(config.train.seed))
-        else:
-            state = checkpointer.restore(first, program.abstract_state)
-            console.print(f"continuing from the checkpoint after step {first}")
-        if first >= config.train.steps:
-            return Outcome(first, None, None)
-        return _Run(config, program, step, folder, console, checkpointer, first).run(state)
-    finally:
-        if checkpointer:
-            checkpointer.close()
 
-
-def _keeps(config: Config) -> bool:
-    return config.train.enable_checkpointing and config.train.steps > 0
-
-
-class _Run:
-    """One process's share of a run: from its first step to the end."""
-
-    def __init__(
-        self,
-        config: Config,
-        program: Program,
-        step: jax.stages.Compiled,
-        folder: Path,
-        console: Console,
-        checkpointer: Checkpointer | None,
-        first: int,
-    ) -> None:
-        self.config, self.step, self.folder, self.console = config, step, folder, console
-        self.checkpointer, self.first = checkpointer, first
-        self.shape = program.abstract_batch["inputs"].shape
-        self.sharding = program.batch_sharding
-        devices = jax.device_count()
-        self.tokens_per_device = math.prod(self.shape) / devices
-        self.flops_per_token = train_flops_per_token(config.model, seq_len=self.shape[-1])
+    def __init__(self, config: Config, program: Program, folder: Path) -> None:
+        self.config, self.program, self.folder = config, program, folder
+        train = config.train
+        self.checkpointer: Checkpointer | None = None
+        self.data: Batches | None = None
+        self.first = 0
+        if train.enable_checkpointing and train.steps > 0:
+            self.checkpointer = Checkpointer(folder / "checkpoints", config)
+            self.first = self.checkpointer.latest() or 0
+        microbatches, rows, seq_len = shape = program.abstract_batch["inputs"].shape
+        if self.first < train.steps:
+            self.data = batches(
+                config.data,
+                vocab_size=config.model.vocab_size,
+                seq_len=seq_len,
+                rows=rows,
+                microbatches=microbatches,
+                sharding=program.batch_sharding,
+                first_step=self.first,
+            )
+        self.tokens_per_device = math.prod(shape) / jax.device_count()
+        self.flops_per_token = train_flops_per_token(config.model, seq_len=seq_len)
         hardware = find_hardware(jax.devices()[0].device_kind)
         self.peak_flops = hardware.peak_flops.get(config.model.dtype) if hardware else None
         self.last: Record | None = None
 
-    def run(self, state: TrainState) -> Outcome:
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.data:
+            self.data.close()
+        if self.checkpointer:
+            self.checkpointer.close()
+
+    def train(self, step: jax.stages.Compiled, console: Console) -> Outcome:
+        """Make the steps that are left.
+
+        Args:
+            step: `program.step`, compiled.
+            console: for progress.
+
+        Raises:
+            UserError: the checkpoint does not fit this run.
+            Finding: the loss is no longer finite.
+        """
+        if self.data is None:
+            return Outcome(self.first, None, None)
+        state = self._first_state(console)
         train = self.config.train
-        data = batches(
-            self.config.data,
-            vocab_size=self.config.model.vocab_size,
-            seq_len=self.shape[2],
-            rows=self.shape[1],
-            microbatches=self.shape[0],
-            sharding=self.sharding,
+        writer = MetricsWriter(
+            self.folder,
             first_step=self.first,
+            tensorboard=train.enable_tensorboard,
+            enabled=jax.process_index() == 0,
         )
-        is_writer = jax.process_index() == 0
-        self.writer = (
-            MetricsWriter(self.folder, first_step=self.first, tensorboard=train.enable_tensorboard)
-            if is_writer
-            else None
-        )
-        self.progress = ProgressLine(
-            self.console,
+        progress = ProgressLine(
+            console,
             first_step=self.first,
             steps=train.steps,
             log_period=train.log_period,
             bytes_per_token=None if self.config.data.tokenizer_path else 1.0,
         )
-        try:
-            with StopRequest() as stop, self.progress:
-                updates = self._steps(state, data, stop)
-        finally:
-            data.close()
-            if self.writer:
-                self.writer.close()
+        self.writer, self.progress, self.step = writer, progress, step
+        with writer, StopRequest() as stop, progress:
+            updates = self._steps(state, self.data, stop)
         return Outcome(updates, stop.reason if updates < train.steps else None, self.last)
+
+    def _first_state(self, console: Console) -> TrainState:
+        if self.checkpointer and self.first:
+            console.print(f"continuing from the checkpoint after step {self.first}")
+            return self.checkpointer.restore(self.first, self.program.abstract_state)
+        state: TrainState = self.program.init(jax.random.key(self.config.train.seed))
+        return state
 
     def _steps(self, state: TrainState, data: Batches, stop: StopRequest) -> int:
         """Make the steps; one is always in flight while the one before it is recorded."""
@@ -181,8 +184,7 @@ class _Run:
                 "fix: a lower learning_rate, or gradient_clipping_threshold=1.0; the same command "
                 "continues from the last checkpoint"
             )
-        if self.writer:
-            self.writer.write(record)
+        self.writer.write(record)
         self.progress.show(record)
         self.last = record
 

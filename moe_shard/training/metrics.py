@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
+from typing import TextIO
 
 from tensorboardX import SummaryWriter
 
@@ -23,31 +24,43 @@ class MetricsWriter:
         folder: of the run.
         first_step: the step this process starts with.
         tensorboard: write `tensorboard/` as well.
+        enabled: False on all processes but one: nothing is written.
     """
 
-    def __init__(self, folder: Path, *, first_step: int, tensorboard: bool) -> None:
-        path = folder / "metrics.jsonl"
-        _keep_before(path, first_step)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-        self._tensorboard = (
-            SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-            if tensorboard
-            else None
-        )
+    def __init__(
+        self, folder: Path, *, first_step: int, tensorboard: bool, enabled: bool = True
+    ) -> None:
+        self._file: TextIO | None = None
+        self._tensorboard: SummaryWriter | None = None
+        if enabled:
+            path = folder / "metrics.jsonl"
+            _keep_before(path, first_step)
+            self._file = path.open("a", encoding="utf-8", buffering=1)
+        if enabled and tensorboard:
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
-    def write(self, record: Mapping[str, float | int | None]) -> None:
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def write(self, record: Record) -> None:
         """Add the record of one step; its key `step` numbers it."""
-        self._file.write(json.dumps(record) + "\n")
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
         if self._tensorboard is not None:
             for name, value in record.items():
                 if name != "step" and value is not None:
                     self._tensorboard.add_scalar(name, value, record["step"])
-
-    def close(self) -> None:
-        """Flush and close."""
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
 
 
 def read_metrics(path: Path) -> list[Record]:

@@ -17,7 +17,7 @@ from moe_shard.sharding.annotate import Annotator
 from moe_shard.sharding.mesh import make_mesh
 from moe_shard.training.devices import start_devices
 from moe_shard.training.files import open_run, write_text
-from moe_shard.training.loop import Outcome, train
+from moe_shard.training.loop import Outcome, Trainer
 from moe_shard.training.step import Program, make_program
 
 
@@ -28,16 +28,21 @@ def run(config: Config) -> Outcome:
         UserError: the configuration does not fit the devices, or input cannot be read.
         Finding: the step does not fit in memory, or the loss is no longer finite.
     """
-    console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+    # A file has no width of its own, and 80 columns would fold the table.
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     notes = Console(stderr=True, soft_wrap=True, highlight=False, style="yellow")
-    console.print(start_devices(config.mesh.num_simulated_devices))
+    device_line = start_devices(config.mesh.num_simulated_devices)
+    console.quiet = notes.quiet = jax.process_index() > 0
+    console.print(device_line)
     mesh = make_mesh(config.mesh)
     for line in (*config.warnings, *check_against_mesh(config, dict(mesh.shape))):
         notes.print(f"note: {line}", markup=False)
     annotate = Annotator(mesh, config.mesh.rules, config.mesh.rule_conflicts)
     program = make_program(config, annotate)
-    with open_run(config.run) as folder:
-        write_text(folder / "config.yml", config.to_yaml())
+    writer = jax.process_index() == 0
+    with open_run(config.run, writer=writer) as folder, Trainer(config, program, folder) as trainer:
+        if writer:
+            write_text(folder / "config.yml", config.to_yaml())
         try:
             step = _compile(program, console)
             report = _report(step, annotate)
@@ -45,10 +50,9 @@ def run(config: Config) -> Outcome:
                 notes.print(f"rule conflict: {line}", markup=False)
             report.render_table(console)
             console.print(f"parameters: {program.model.num_params:,}")
-            write_text(folder / "lowering.json", json.dumps(report.to_json(), indent=1) + "\n")
-            if config.train.dump_hlo:
-                _dump_hlo(step, folder / "hlo")
-            outcome = train(config, program, step, folder, console)
+            if writer:
+                _keep(config, step, report, folder)
+            outcome = trainer.train(step, console)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -80,9 +84,11 @@ def _report(step: jax.stages.Compiled, annotate: Annotator) -> LoweringReport:
     )
 
 
-def _dump_hlo(step: jax.stages.Compiled, folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
-    write_text(folder / "train_step.after_optimizations.txt", _hlo(step))
+def _keep(config: Config, step: jax.stages.Compiled, report: LoweringReport, folder: Path) -> None:
+    write_text(folder / "lowering.json", json.dumps(report.to_json(), indent=1) + "\n")
+    if config.train.dump_hlo:
+        (folder / "hlo").mkdir(exist_ok=True)
+        write_text(folder / "hlo" / "train_step.after_optimizations.txt", _hlo(step))
 
 
 def _hlo(step: jax.stages.Compiled) -> str:
@@ -119,6 +125,7 @@ def _conclude(
             "moe_dispatch_no_expert_sharding=false steps=0 dump_hlo=true\n"
             f"  {python} tools/hlo_report.py {_as_typed(folder.with_name(name))}",
             markup=False,
+            soft_wrap=True,  # one line, so that it can be pasted
         )
 
 
