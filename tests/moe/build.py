@@ -133,7 +133,21 @@ class BuiltLayer:
         arguments = jax.device_put(
             (inputs.params, inputs.x, inputs.cotangent), (params, tokens, tokens)
         )
-        return jax.device_get(self.jitted()(*arguments))
+        return jax.device_get(_compiled(self.lower(), self.annotate.mesh)(*arguments))
+
+
+# Half of the time to compile is LLVM's; the partitioner, which is on trial, is the same.
+FAST = {"xla_backend_optimization_level": 0}
+_programs: dict[str, Any] = {}
+
+
+def _compiled(lowered: Any, mesh: Mesh) -> Any:
+    """Compile, once for all programs of one text: without an expert axis the flag changes none."""
+    # The text names the mesh's axes and sizes, not the order of its devices.
+    key = f"{[device.id for device in mesh.devices.flat]}\n{lowered.as_text()}"
+    if key not in _programs:
+        _programs[key] = lowered.compile(compiler_options=FAST)
+    return _programs[key]
 
 
 def build_layer(
