@@ -57,7 +57,12 @@ class Embedding(nnx.Module):
     def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S M"]:
         """Look tokens up."""
         with jax.named_scope("embedding"):
-            x = jnp.take(self.table[...].astype(self.dtype), tokens, axis=0)
+            # Whole vectors before the lookup, as FSDP gathers any weight; left to itself the
+            # partitioner looks up slices and on some meshes replicates all tokens to join them.
+            table = self.annotate(
+                self.table[...].astype(self.dtype), "vocab", None, name="embedding table, gathered"
+            )
+            x = jnp.take(table, tokens, axis=0)
             return self.annotate(
                 x, "activation_batch", "activation_length", "activation_embed", name="embedded"
             )
