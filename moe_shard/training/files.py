@@ -43,15 +43,15 @@ def open_run(config: RunConfig, *, writer: bool = True) -> Iterator[Path]:
     folder = Path(config.base_output_directory).expanduser().resolve() / config.run_name
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not writer:
-            yield folder
-            return
-        lock = (folder / ".lock").open("w")
+        lock = (folder / ".lock").open("w") if writer else None
     except OSError as error:
         raise UserError(
             f"cannot write to {folder}: {error.strerror}\n"
             "fix: base_output_directory=FOLDER that you may write to"
         ) from error
+    if lock is None:
+        yield folder
+        return
     with lock:
         try:
             # Released by the system when the process ends, however it ends.

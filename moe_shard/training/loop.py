@@ -158,7 +158,7 @@ class Trainer:
                     self.checkpointer.save(state, updates=updates)
             if stopping:
                 stop.reason = stop.reason or "preemption"
-                self._end_profile(step)
+                self._end_profile(updates)
                 return updates
         self._end_profile(train.steps)
         return train.steps
@@ -178,9 +178,13 @@ class Trainer:
             "tflops_per_sec_per_device": flops / 1e12,
             "mfu": flops / self.peak_flops if self.peak_flops else None,
         }
-        if not math.isfinite(values["loss"]):
+        # A finite loss with a gradient that is not leaves weights that are not.
+        bad = next(
+            (name for name in ("loss", "grad_norm") if not math.isfinite(values[name])), None
+        )
+        if bad:
             raise Finding(
-                f"the loss is {values['loss']} at step {step}; nothing of this step was saved\n"
+                f"the {bad} is {values[bad]} at step {step}; nothing of this step was saved\n"
                 "fix: a lower learning_rate, or gradient_clipping_threshold=1.0; the same command "
                 "continues from the last checkpoint"
             )

@@ -11,10 +11,10 @@ import jax
 from rich.console import Console
 
 from moe_shard.config import Config, check_against_mesh
-from moe_shard.errors import Finding
-from moe_shard.lowering.report import LoweringReport, memory_from_compiled, report_from_text
+from moe_shard.lowering.report import LoweringReport
 from moe_shard.sharding.annotate import Annotator
 from moe_shard.sharding.mesh import make_mesh
+from moe_shard.training.compile import as_finding, compile_step, hlo_text, report_step
 from moe_shard.training.devices import start_devices
 from moe_shard.training.files import open_run, write_text
 from moe_shard.training.loop import Outcome, Trainer
@@ -45,7 +45,7 @@ def run(config: Config) -> Outcome:
             write_text(folder / "config.yml", config.to_yaml())
         try:
             step = _compile(program, console)
-            report = _report(step, annotate)
+            report = report_step(step, annotate, jax.default_backend())
             for line in annotate.conflict_lines():
                 notes.print(f"rule conflict: {line}", markup=False)
             report.render_table(console)
@@ -54,13 +54,7 @@ def run(config: Config) -> Outcome:
                 _keep(config, step, report, folder)
             outcome = trainer.train(step, console)
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise Finding(
-                f"out of memory: {_first_line(error)}\n"
-                "fix: a smaller per_device_batch_size with more gradient_accumulation_steps, or "
-                "remat_policy=full"
-            ) from error
+            raise as_finding(error) from error
     _conclude(console, config, report, folder, outcome)
     return outcome
 
@@ -68,37 +62,16 @@ def run(config: Config) -> Outcome:
 def _compile(program: Program, console: Console) -> jax.stages.Compiled:
     started = time.perf_counter()
     with console.status("compiling the training step"):
-        lowered = program.step.lower(program.abstract_state, program.abstract_batch)
-        compiled = lowered.compile()
+        compiled = compile_step(program)
     console.print(f"compiled in {time.perf_counter() - started:.1f} s")
     return compiled
-
-
-def _report(step: jax.stages.Compiled, annotate: Annotator) -> LoweringReport:
-    return report_from_text(
-        _hlo(step),
-        mesh=dict(annotate.mesh.shape),
-        expert_axes=annotate.table.sharding_axes("exp"),
-        memory=memory_from_compiled(step),
-        backend=jax.default_backend(),
-    )
 
 
 def _keep(config: Config, step: jax.stages.Compiled, report: LoweringReport, folder: Path) -> None:
     write_text(folder / "lowering.json", json.dumps(report.to_json(), indent=1) + "\n")
     if config.train.dump_hlo:
         (folder / "hlo").mkdir(exist_ok=True)
-        write_text(folder / "hlo" / "train_step.after_optimizations.txt", _hlo(step))
-
-
-def _hlo(step: jax.stages.Compiled) -> str:
-    text = step.as_text()
-    assert text is not None, "every backend of jax prints its HLO"
-    return text
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:200]
+        write_text(folder / "hlo" / "train_step.after_optimizations.txt", hlo_text(step))
 
 
 def _conclude(

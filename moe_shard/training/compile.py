@@ -1,0 +1,57 @@
+"""Compiling the training step and reading what it lowers to, for devices present or absent."""
+
+from __future__ import annotations
+
+import jax
+
+from moe_shard.errors import Finding
+from moe_shard.lowering.report import LoweringReport, memory_from_compiled, report_from_text
+from moe_shard.sharding.annotate import Annotator
+from moe_shard.training.step import Program
+
+
+def compile_step(program: Program) -> jax.stages.Compiled:
+    """Compile the step for the devices of the program's mesh; nothing is allocated.
+
+    Raises:
+        Finding: the compiler says that the step does not fit in memory.
+    """
+    try:
+        return program.step.lower(program.abstract_state, program.abstract_batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise as_finding(error) from error
+
+
+def report_step(compiled: jax.stages.Compiled, annotate: Annotator, backend: str) -> LoweringReport:
+    """What the compiled step does between devices.
+
+    Args:
+        compiled: of `compile_step`.
+        annotate: the mesh and its rules, from which the expert axes follow.
+        backend: "cpu", "tpu" or "gpu".
+    """
+    return report_from_text(
+        hlo_text(compiled),
+        mesh=dict(annotate.mesh.shape),
+        expert_axes=annotate.table.sharding_axes("exp"),
+        memory=memory_from_compiled(compiled),
+        backend=backend,
+    )
+
+
+def hlo_text(compiled: jax.stages.Compiled) -> str:
+    """The optimized HLO."""
+    text = compiled.as_text()
+    assert text is not None, "every backend of jax prints its HLO"
+    return text
+
+
+def as_finding(error: jax.errors.JaxRuntimeError) -> Exception:
+    """An out-of-memory error as a finding; any other error as it is."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        return error
+    return Finding(
+        f"out of memory: {str(error).splitlines()[0][:200]}\n"
+        "fix: a smaller per_device_batch_size with more gradient_accumulation_steps, or "
+        "remat_policy=full"
+    )
