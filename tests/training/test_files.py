@@ -78,6 +78,16 @@ def test_the_folder_is_let_go_when_the_run_fails(tmp_path: Path) -> None:
         pass
 
 
+def test_a_process_that_does_not_write_shares_the_folder_and_keeps_its_own_errors(
+    tmp_path: Path,
+) -> None:
+    config = run_config(tmp_path)
+    with open_run(config) as folder, open_run(config, writer=False) as same:
+        assert same == folder
+    with pytest.raises(FileNotFoundError), open_run(config, writer=False):
+        (tmp_path / "absent").read_text()
+
+
 def test_an_output_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     message = message_of(run_config(tmp_path / "file"))

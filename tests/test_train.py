@@ -1,0 +1,310 @@
+"""The command line as a person and a script meet it: real processes, files, signals, exit codes."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from moe_shard.config import load_config
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TINY = (
+    "base_num_decoder_layers=1",
+    "base_emb_dim=32",
+    "base_num_query_heads=2",
+    "base_num_kv_heads=1",
+    "head_dim=16",
+    "base_mlp_dim=32",
+    "base_moe_mlp_dim=32",
+    "max_target_length=32",
+    "per_device_batch_size=1",
+)
+# Long enough that a signal sent after a third of the steps arrives before the last.
+STEPS, PERIOD = 200, 50
+LONG = (*TINY, f"steps={STEPS}", f"checkpoint_period={PERIOD}", "log_period=10")
+METRICS = {
+    "step", "loss", "ce_loss", "aux_loss", "grad_norm", "learning_rate", "step_time_s",
+    "tokens_per_sec_per_device", "tflops_per_sec_per_device", "mfu", "dropped_token_fraction",
+    "expert_load_max_over_mean",
+}  # fmt: skip
+LOWERING = {"backend", "num_devices", "mesh", "verdict", "collectives", "totals", "memory"}
+COLLECTIVE = {
+    "kind", "axes", "scope", "pass", "count", "bytes", "wire_bytes", "async", "spmd_generated",
+    "op_name", "source",
+}  # fmt: skip
+WAIT_S = 120
+
+
+@dataclass(frozen=True)
+class Done:
+    """A process that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Command:
+    """The command line, with one compilation cache for all of its processes.
+
+    The devices are those that `num_simulated_devices` asks for, not those of the other tests.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.env = {
+            **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "PYTHONPATH": os.pathsep.join(
+                [*os.environ.get("PYTHONPATH", "").split(os.pathsep), str(REPOSITORY)]
+            ).strip(os.pathsep),
+        }
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "moe_shard.train", *arguments],
+            cwd=self.folder,
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def end(self, process: subprocess.Popen[str]) -> Done:
+        try:
+            out, err = process.communicate(timeout=WAIT_S)
+        finally:
+            process.kill()
+        return Done(process.returncode, out, err)
+
+    def run(self, *arguments: str) -> Done:
+        return self.end(self.start(*arguments))
+
+    def signalled(
+        self, number: signal.Signals, run: Path, step: int, checkpoint: int, *arguments: str
+    ) -> Done:
+        """Run until a step has been recorded and a checkpoint is whole, then send a signal."""
+        process = self.start(*arguments)
+        deadline = time.monotonic() + WAIT_S
+        whole = run / "checkpoints" / str(checkpoint)  # the name it has from then on
+        while not (whole.is_dir() and records(run, partial=True)[-1]["step"] >= step):
+            assert process.poll() is None, self.end(process)
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(number)
+        return self.end(process)
+
+
+def records(run: Path, partial: bool = False) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, as strict JSON; `partial`: while it is being written."""
+    path = run / "metrics.jsonl"
+    if partial and not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    if partial and lines and not lines[-1].endswith("\n"):
+        lines.pop()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def losses(run: Path) -> list[float]:
+    return [record["loss"] for record in records(run)]
+
+
+def assert_refused(done: Done, *parts: str) -> None:
+    assert done.code == 2, done
+    assert "Traceback" not in done.err
+    assert 1 <= len(done.err.splitlines()) <= 3, done.err
+    for part in parts:
+        assert part in done.err, done.err
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
+    return Command(tmp_path_factory.mktemp("train"))
+
+
+@pytest.fixture(scope="module")
+def whole(command: Command) -> tuple[Path, Done]:
+    """A run that nobody interrupts."""
+    done = command.run(
+        "mixtral-tiny", *LONG, "run_name=whole", "dump_hlo=true", "profile=true", "profiler_steps=2"
+    )
+    assert done.code == 0, done.err
+    return command.folder / "outputs" / "whole", done
+
+
+def test_before_step_0_the_lowering_is_told(whole: tuple[Path, Done]) -> None:
+    _, done = whole
+    parts = [
+        "simulating 8 devices", "collectives per step, 8 devices (cpu): expert 8", "all-to-all",
+        "verdict: expert-parallel", "parameters: 48,480", f"step 10/{STEPS}  loss ",
+        f"step {STEPS}/{STEPS}", "files: outputs/whole",
+    ]  # fmt: skip
+    places = [done.out.find(part) for part in parts]
+    assert -1 not in places, dict(zip(parts, places, strict=True))
+    assert places == sorted(places)
+    assert done.err == ""
+
+
+def test_the_run_folder_holds_what_the_contract_says(whole: tuple[Path, Done]) -> None:
+    run, _ = whole
+    visible = {path.name for path in run.iterdir() if not path.name.startswith(".")}
+    assert visible == {
+        "config.yml", "lowering.json", "metrics.jsonl", "tensorboard", "checkpoints", "hlo",
+        "profile",
+    }  # fmt: skip
+    steps = range(PERIOD, STEPS + 1, PERIOD)
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {str(step) for step in steps}
+    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+    assert list((run / "profile").rglob("*.xplane.pb"))
+    assert (run / "hlo" / "train_step.after_optimizations.txt").read_text().startswith("HloModule")
+
+
+def test_config_yml_is_the_resolved_configuration_and_loads_again(whole: tuple[Path, Done]) -> None:
+    path = whole[0] / "config.yml"
+    written = yaml.safe_load(path.read_text())
+    assert written["base_emb_dim"] == 32
+    assert written["steps"] == STEPS
+    assert written["run_name"] == "whole"
+    assert load_config(str(path)).as_flat_dict() == written
+
+
+def test_lowering_json_has_the_contracts_keys(whole: tuple[Path, Done]) -> None:
+    report = json.loads((whole[0] / "lowering.json").read_text())
+    assert set(report) == LOWERING
+    assert (report["backend"], report["num_devices"]) == ("cpu", 8)
+    assert report["mesh"]["expert"] == 8
+    assert report["verdict"] == "expert-parallel"
+    assert report["collectives"]
+    totals: dict[str, dict[str, int]] = {}
+    for each in report["collectives"]:
+        assert set(each) == COLLECTIVE
+        total = totals.setdefault(each["kind"], {"count": 0, "bytes": 0})
+        total["count"] += each["count"]
+        total["bytes"] += each["count"] * each["bytes"]
+    assert report["totals"] == totals
+
+
+def test_metrics_jsonl_has_the_contracts_keys_and_the_loss_falls(whole: tuple[Path, Done]) -> None:
+    found = records(whole[0])
+    assert [record["step"] for record in found] == list(range(STEPS))
+    for record in found:
+        assert set(record) == METRICS
+        assert record["mfu"] is None  # a CPU's peak is not known
+        assert record["loss"] == pytest.approx(record["ce_loss"] + record["aux_loss"], rel=1e-6)
+        assert 0 <= record["dropped_token_fraction"] < 1
+        assert 1 <= record["expert_load_max_over_mean"] <= 8
+        seconds = record["step_time_s"]
+        assert record["tokens_per_sec_per_device"] == pytest.approx(32 / seconds)
+    assert found[0]["loss"] == pytest.approx(5.7, abs=0.3)  # log 320, and the auxiliary loss
+    assert found[-1]["loss"] < found[0]["loss"] - 1
+
+
+def test_kill_ctrl_c_and_restarts_change_no_loss(
+    command: Command, whole: tuple[Path, Done]
+) -> None:
+    arguments = ("mixtral-tiny", *LONG, "run_name=broken")
+    run = command.folder / "outputs" / "broken"
+
+    killed = command.signalled(signal.SIGKILL, run, PERIOD + 15, PERIOD, *arguments)
+    assert killed.code == -signal.SIGKILL
+    assert len(records(run, partial=True)) < STEPS
+
+    stopped = command.signalled(signal.SIGINT, run, 2 * PERIOD + 15, 2 * PERIOD, *arguments)
+    assert stopped.code == 0, stopped.err
+    assert f"continuing from the checkpoint after step {PERIOD}" in stopped.out
+    made = len(records(run))
+    assert 2 * PERIOD + 15 < made < STEPS
+    assert f"stopped by Ctrl-C after step {made}: a checkpoint was saved" in stopped.out
+    assert (run / "checkpoints" / str(made)).is_dir()
+
+    finished = command.run(*arguments)
+    assert finished.code == 0, finished.err
+    assert f"continuing from the checkpoint after step {made}" in finished.out
+    assert [record["step"] for record in records(run)] == list(range(STEPS))
+    # Bit for bit: the same program, the same batches, and a checkpoint that keeps every bit.
+    assert losses(run) == losses(whole[0])
+
+    before = (run / "metrics.jsonl").read_bytes()
+    again = command.run(*arguments)
+    assert again.code == 0, again.err
+    assert f"already at step {STEPS}" in again.out
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_steps_0_reports_on_two_devices_and_makes_no_step(command: Command) -> None:
+    done = command.run(
+        "mixtral-tiny", *TINY, "steps=0", "num_simulated_devices=2", "ici_expert_parallelism=2"
+    )
+    assert done.code == 0, done.err
+    assert "simulating 2 devices" in done.out
+    assert "verdict: expert-parallel" in done.out
+    assert "steps=0" in done.out
+    run = command.folder / "outputs" / "mixtral-tiny"
+    assert json.loads((run / "lowering.json").read_text())["mesh"]["expert"] == 2
+    assert not (run / "metrics.jsonl").exists()
+    assert not (run / "checkpoints").exists()
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_a_finding(command: Command) -> None:
+    done = command.run("mixtral-tiny", *TINY, "steps=20", "learning_rate=1e30", "run_name=diverged")
+    assert done.code == 1, done
+    assert "Traceback" not in done.err
+    assert re.search("the (loss|grad_norm) is (nan|inf) at step", done.err)
+    assert "learning_rate" in done.err
+    assert len(done.err.splitlines()) <= 3
+    run = command.folder / "outputs" / "diverged"
+    assert 0 < len(records(run)) < 20  # and none of them NaN
+    assert not list((run / "checkpoints").iterdir())
+
+
+def test_a_folder_that_another_process_trains_into_is_refused(command: Command) -> None:
+    run = command.folder / "outputs" / "held"
+    run.mkdir(parents=True)
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = command.run("mixtral-tiny", *TINY, "run_name=held")
+    assert_refused(done, "another process")
+    assert [path.name for path in run.iterdir()] == [".lock"]
+
+
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(command: Command) -> None:
+    done = command.run("mixtral-tiny", *TINY, "ici_expert_parallelism=3")
+    assert_refused(done, "ici_expert_parallelism=3", "8 devices", "fix: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        pytest.param(["mixtral-tiny", "stepz=3"], ["stepz", "did you mean steps?"], id="key"),
+        pytest.param(["mixtral-tinny"], ["mixtral-tinny", "mixtral-tiny"], id="model"),
+        pytest.param([], ["usage: ", "MODEL"], id="nothing"),
+        pytest.param(["mla.yml"], ["attention_type=mla", "fix: "], id="maxtext-only"),
+        pytest.param(["mixtral-tiny", "steps=many"], ["steps=many"], id="type"),
+        pytest.param(["mixtral-tiny", "run_name=../x"], ["run_name"], id="run-name"),
+        pytest.param(["absent.yml"], ["absent.yml"], id="file"),
+    ],
+)
+def test_bad_input_is_answered_in_three_lines(
+    command: Command, arguments: list[str], parts: list[str]
+) -> None:
+    (command.folder / "mla.yml").write_text("base_emb_dim: 64\nattention_type: mla\n")
+    assert_refused(command.run(*arguments), *parts)
