@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import jax
 
 from moe_shard.errors import Finding
@@ -16,10 +19,8 @@ def compile_step(program: Program) -> jax.stages.Compiled:
     Raises:
         Finding: the compiler says that the step does not fit in memory.
     """
-    try:
+    with out_of_memory_is_a_finding():
         return program.step.lower(program.abstract_state, program.abstract_batch).compile()
-    except jax.errors.JaxRuntimeError as error:
-        raise as_finding(error) from error
 
 
 def report_step(compiled: jax.stages.Compiled, annotate: Annotator, backend: str) -> LoweringReport:
@@ -46,12 +47,16 @@ def hlo_text(compiled: jax.stages.Compiled) -> str:
     return text
 
 
-def as_finding(error: jax.errors.JaxRuntimeError) -> Exception:
-    """An out-of-memory error as a finding; any other error as it is."""
-    if "RESOURCE_EXHAUSTED" not in str(error):
-        return error
-    return Finding(
-        f"out of memory: {str(error).splitlines()[0][:200]}\n"
-        "fix: a smaller per_device_batch_size with more gradient_accumulation_steps, or "
-        "remat_policy=full"
-    )
+@contextmanager
+def out_of_memory_is_a_finding() -> Iterator[None]:
+    """Within the block, a compiler or device that runs out of memory raises a `Finding`."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise Finding(
+            f"out of memory: {str(error).splitlines()[0][:200]}\n"
+            "fix: a smaller per_device_batch_size with more gradient_accumulation_steps, or "
+            "remat_policy=full"
+        ) from error

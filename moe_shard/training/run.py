@@ -14,7 +14,12 @@ from moe_shard.config import Config, check_against_mesh
 from moe_shard.lowering.report import LoweringReport
 from moe_shard.sharding.annotate import Annotator
 from moe_shard.sharding.mesh import make_mesh
-from moe_shard.training.compile import as_finding, compile_step, hlo_text, report_step
+from moe_shard.training.compile import (
+    compile_step,
+    hlo_text,
+    out_of_memory_is_a_finding,
+    report_step,
+)
 from moe_shard.training.devices import start_devices
 from moe_shard.training.files import open_run, write_text
 from moe_shard.training.loop import Outcome, Trainer
@@ -40,21 +45,22 @@ def run(config: Config) -> Outcome:
     annotate = Annotator(mesh, config.mesh.rules, config.mesh.rule_conflicts)
     program = make_program(config, annotate)
     writer = jax.process_index() == 0
-    with open_run(config.run, writer=writer) as folder, Trainer(config, program, folder) as trainer:
+    with (
+        out_of_memory_is_a_finding(),
+        open_run(config.run, writer=writer) as folder,
+        Trainer(config, program, folder) as trainer,
+    ):
         if writer:
             write_text(folder / "config.yml", config.to_yaml())
-        try:
-            step = _compile(program, console)
-            report = report_step(step, annotate, jax.default_backend())
-            for line in annotate.conflict_lines():
-                notes.print(f"rule conflict: {line}", markup=False)
-            report.render_table(console)
-            console.print(f"parameters: {program.model.num_params:,}")
-            if writer:
-                _keep(config, step, report, folder)
-            outcome = trainer.train(step, console)
-        except jax.errors.JaxRuntimeError as error:
-            raise as_finding(error) from error
+        step = _compile(program, console)
+        report = report_step(step, annotate, jax.default_backend())
+        for line in annotate.conflict_lines():
+            notes.print(f"rule conflict: {line}", markup=False)
+        report.render_table(console)
+        console.print(f"parameters: {program.model.num_params:,}")
+        if writer:
+            _keep(config, step, report, folder)
+        outcome = trainer.train(step, console)
     _conclude(console, config, report, folder, outcome)
     return outcome
 
