@@ -18,6 +18,7 @@ from moe_shard.models.flops import train_flops_per_token
 from moe_shard.training.checkpoint import Checkpointer
 from moe_shard.training.data import Batches, batches
 from moe_shard.training.metrics import MetricsWriter, Record
+from moe_shard.training.profile import StepProfile
 from moe_shard.training.progress import ProgressLine
 from moe_shard.training.step import Metrics, Program, TrainState
 from moe_shard.training.stop import StopRequest
@@ -121,8 +122,9 @@ class Trainer:
             log_period=train.log_period,
             bytes_per_token=None if self.config.data.tokenizer_path else 1.0,
         )
-        self.writer, self.progress, self.step = writer, progress, step
-        with writer, StopRequest() as stop, progress:
+        profile = StepProfile(self.folder / "profile", train, first_step=self.first)
+        self.writer, self.progress, self.profile, self.step = writer, progress, profile, step
+        with writer, StopRequest() as stop, profile, progress:
             updates = self._steps(state, self.data, stop)
         return Outcome(updates, stop.reason if updates < train.steps else None, self.last)
 
@@ -139,7 +141,7 @@ class Trainer:
         pending: tuple[int, Metrics] | None = None
         self.finished_at = time.perf_counter()
         for step in range(self.first, train.steps):
-            self._profile(step)
+            self.profile.before(step)
             state, metrics = self.step(state, next(data))
             if pending:
                 self._record(*pending)
@@ -158,9 +160,7 @@ class Trainer:
                     self.checkpointer.save(state, updates=updates)
             if stopping:
                 stop.reason = stop.reason or "preemption"
-                self._end_profile(updates)
                 return updates
-        self._end_profile(train.steps)
         return train.steps
 
     def _record(self, step: int, metrics: Metrics) -> None:
@@ -172,11 +172,14 @@ class Trainer:
         flops = tokens_per_second * self.flops_per_token
         record: Record = {
             "step": step,
-            **values,
+            **{name: values[name] for name in ("loss", "ce_loss", "aux_loss", "grad_norm")},
+            "learning_rate": values["learning_rate"],
             "step_time_s": seconds,
             "tokens_per_sec_per_device": tokens_per_second,
             "tflops_per_sec_per_device": flops / 1e12,
             "mfu": flops / self.peak_flops if self.peak_flops else None,
+            "dropped_token_fraction": values["dropped_token_fraction"],
+            "expert_load_max_over_mean": values["expert_load_max_over_mean"],
         }
         # A finite loss with a gradient that is not leaves weights that are not.
         bad = next(
@@ -191,17 +194,3 @@ class Trainer:
         self.writer.write(record)
         self.progress.show(record)
         self.last = record
-
-    def _profile(self, step: int) -> None:
-        train = self.config.train
-        start = self.first + train.skip_first_n_steps_for_profiler
-        if train.profile and step == start:
-            jax.profiler.start_trace(str(self.folder / "profile"))
-        if train.profile and step == start + train.profiler_steps:
-            jax.profiler.stop_trace()
-
-    def _end_profile(self, step: int) -> None:
-        """Close a profile that the run's end cuts short."""
-        start = self.first + self.config.train.skip_first_n_steps_for_profiler
-        if self.config.train.profile and start < step <= start + self.config.train.profiler_steps:
-            jax.profiler.stop_trace()

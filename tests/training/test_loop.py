@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from moe_shard.training.loop import Trainer
+from moe_shard.training.profile import StepProfile
 from tests.models.build import small_config
 
 
@@ -40,7 +41,9 @@ def make_steps(
     monkeypatch.setattr(trainer, "_record", lambda step, _: events.append(f"record {step}"))
     data: Any = repeat(None)
     state: Any = 0
-    return events, trainer._steps(state, data, stop)
+    with StepProfile(trainer.folder, trainer.config.train, first_step=0) as trainer.profile:
+        updates = trainer._steps(state, data, stop)
+    return events, updates
 
 
 def test_each_step_is_recorded_once_and_before_its_checkpoint(
