@@ -91,14 +91,14 @@ def make_program(config: Config, annotate: Annotator) -> Program:
     model = describe(config.model, annotate)
     optimizer = make_optimizer(config.train, model.specs)
     schedule = make_schedule(config.train)
-    loss_fn = _make_loss(config, model)
+    grad_fn = _make_grad(config, model)
 
     def init(key: PRNGKeyArray) -> TrainState:
         params = model.init(key)
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, losses, grads = _accumulate(loss_fn, state.params, batch)
+        loss, losses, grads = _accumulate(grad_fn, state.params, batch)
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -132,11 +132,11 @@ def make_program(config: Config, annotate: Annotator) -> Program:
     )
 
 
-LossFn = Callable[[Params, dict[str, Int[Array, "B S"]]], tuple[Float[Array, ""], Losses]]
+GradFn = Callable[[Params, dict[str, Int[Array, "B S"]]], tuple[Float[Array, ""], Losses, Params]]
 
 
-def _make_loss(config: Config, model: AbstractModel) -> LossFn:
-    """Mean cross entropy of a microbatch plus the weighted auxiliary losses."""
+def _make_grad(config: Config, model: AbstractModel) -> GradFn:
+    """Loss and gradients of a microbatch: mean cross entropy plus the weighted auxiliary losses."""
 
     def loss_fn(
         params: Params, batch: dict[str, Int[Array, "B S"]]
@@ -149,7 +149,16 @@ def _make_loss(config: Config, model: AbstractModel) -> LossFn:
             losses = _with_moe(config, ce_loss, stats)
             return ce_loss + losses.aux_loss, losses
 
-    return loss_fn
+    shardings = jax.tree.map(lambda spec: spec.sharding, model.specs)
+
+    def grad_fn(
+        params: Params, batch: dict[str, Int[Array, "B S"]]
+    ) -> tuple[Float[Array, ""], Losses, Params]:
+        (loss, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
+        # Placed as the parameters are: a sum over microbatches is then never held whole.
+        return loss, losses, jax.lax.with_sharding_constraint(grads, shardings)
+
+    return grad_fn
 
 
 def cross_entropy(logits: Float[Array, "B S V"], targets: Int[Array, "B S"]) -> Float[Array, ""]:
@@ -186,24 +195,23 @@ def _load_imbalance(expert_counts: Float[Array, "L E"]) -> Float[Array, ""]:
 
 
 def _accumulate(
-    loss_fn: LossFn, params: Params, batch: Batch
+    grad_fn: GradFn, params: Params, batch: Batch
 ) -> tuple[Float[Array, ""], Losses, Params]:
     """Loss and gradients as means over the microbatches, in float32."""
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     microbatches = batch["inputs"].shape[0]
+    first = jax.tree.map(lambda x: x[0], batch)
     if microbatches == 1:
-        (loss, losses), grads = grad_fn(params, jax.tree.map(lambda x: x[0], batch))
-        return loss, losses, grads
+        return grad_fn(params, first)
 
     def add(total: Any, microbatch: dict[str, Int[Array, "B S"]]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, grad_fn(params, microbatch)), None
 
-    first = jax.tree.map(lambda x: x[0], batch)
+    # The sum starts from zeros, not from the first microbatch: one copy of the program, not two.
     shapes = jax.eval_shape(grad_fn, params, first)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     total, _ = jax.lax.scan(add, zeros, batch)
-    (loss, losses), grads = jax.tree.map(lambda x: x / microbatches, total)
-    return loss, losses, grads
+    mean: tuple[Float[Array, ""], Losses, Params] = jax.tree.map(lambda x: x / microbatches, total)
+    return mean
 
 
 def _abstract_state(
