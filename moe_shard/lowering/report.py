@@ -15,6 +15,7 @@ from rich.table import Table
 
 from moe_shard.lowering.collectives import Collective, extract_collectives
 from moe_shard.lowering.expect import verdict
+from moe_shard.lowering.remat_warnings import summarize
 
 _VERDICT_STYLES = {
     "expert-parallel": "bold green",
@@ -120,6 +121,7 @@ def report_from_text(
     expert_axes: Sequence[str] = ("expert",),
     memory: dict[str, int] | None = None,
     backend: str | None = None,
+    partitioner_log: Sequence[str] = (),
 ) -> LoweringReport:
     """Report on HLO text after optimization.
 
@@ -129,6 +131,7 @@ def report_from_text(
         expert_axes: the mesh axes that the experts are sharded along.
         memory: bytes per device, see `memory_from_compiled`.
         backend: "cpu", "tpu" or "gpu"; guessed from the text when None.
+        partitioner_log: what `remat_lines` collected while the text was compiled.
 
     Raises:
         UserError: when the text is not one whole HLO module, or the mesh is not of its size.
@@ -148,7 +151,11 @@ def report_from_text(
         collectives=extraction.collectives,
         totals=totals,
         memory=memory,
-        warnings=(*extraction.warnings, *([_NO_MESH] if mesh is None else [])),
+        warnings=(
+            *extraction.warnings,
+            *summarize(partitioner_log, extraction.module),
+            *([_NO_MESH] if mesh is None else []),
+        ),
     )
 
 

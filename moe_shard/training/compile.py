@@ -4,23 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import jax
 
 from moe_shard.errors import Finding
+from moe_shard.lowering.remat_warnings import remat_lines
 from moe_shard.lowering.report import LoweringReport, memory_from_compiled, report_from_text
 from moe_shard.sharding.annotate import Annotator
 from moe_shard.training.step import Program
+
+# What the partitioner said of a step while it was compiled; a Compiled itself does not keep it.
+_partitioner_logs: WeakKeyDictionary[jax.stages.Compiled, list[str]] = WeakKeyDictionary()
 
 
 def compile_step(program: Program) -> jax.stages.Compiled:
     """Compile the step for the devices of the program's mesh; nothing is allocated.
 
+    The partitioner's warnings do not reach standard error: they are in the report.
+
     Raises:
         Finding: the compiler says that the step does not fit in memory.
     """
-    with out_of_memory_is_a_finding():
-        return program.step.lower(program.abstract_state, program.abstract_batch).compile()
+    with out_of_memory_is_a_finding(), remat_lines() as lines:
+        compiled = program.step.lower(program.abstract_state, program.abstract_batch).compile()
+    _partitioner_logs[compiled] = lines
+    return compiled
 
 
 def report_step(compiled: jax.stages.Compiled, annotate: Annotator, backend: str) -> LoweringReport:
@@ -37,6 +46,7 @@ def report_step(compiled: jax.stages.Compiled, annotate: Annotator, backend: str
         expert_axes=annotate.table.sharding_axes("exp"),
         memory=memory_from_compiled(compiled),
         backend=backend,
+        partitioner_log=_partitioner_logs.get(compiled, ()),
     )
 
 
