@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import numpy as np
 
@@ -56,7 +57,8 @@ def layer_capacity(tokens: int, experts: int, settings: Settings) -> int:
     if settings.capacity_rule == "maxtext":
         slots = int(max(math.ceil(tokens * k / experts) * factor, factor))
     else:
-        slots = math.ceil(tokens / experts * factor * k)
+        # Exact: in floats, tokens / experts * factor * k may end just above a whole number.
+        slots = math.ceil(Fraction(tokens, experts) * Fraction(factor) * k)
     return max(slots, settings.min_capacity)
 
 

@@ -65,6 +65,7 @@ def test_maxtext_capacity(tokens: int, experts: int, k: int, factor: float, slot
     assert expert_capacity(tokens=tokens, num_experts=experts, k=k, factor=factor) == slots
 
 
+@settings(max_examples=500, deadline=None)
 @given(
     st.integers(1, 300),
     st.integers(1, 64),
