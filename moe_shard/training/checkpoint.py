@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from moe_shard.config.keys import shown
 from moe_shard.config.schema import Config
 from moe_shard.errors import UserError
 from moe_shard.training.step import TrainState
@@ -80,6 +81,22 @@ class Checkpointer:
             ),
         )
 
+    def check_fits(self, updates: int) -> None:
+        """Refuse a checkpoint that holds other arrays than this run's state.
+
+        Raises:
+            UserError: it is of another model or optimizer, or cannot be read.
+        """
+        saved = self._read(updates, config=ocp.args.JsonRestore()).config
+        differing = [key for key in _SHAPING_KEYS if saved.get(key) != self._shaping.get(key)]
+        if differing:
+            there = ", ".join(f"{key}={shown(saved.get(key))}" for key in differing)
+            here = ", ".join(f"{key}={shown(self._shaping.get(key))}" for key in differing)
+            raise UserError(
+                f"{self._folder} holds another model: {there} (this run has {here})\n"
+                "fix: another run_name, or remove that folder to start anew"
+            )
+
     def restore(self, updates: int, abstract_state: TrainState) -> TrainState:
         """Read a checkpoint, each device its own shards.
 
@@ -88,28 +105,20 @@ class Checkpointer:
             abstract_state: shapes, dtypes and shardings to restore to.
 
         Raises:
-            UserError: the checkpoint is of another model or optimizer, or cannot be read.
+            UserError: it cannot be read.
         """
+        wanted = ocp.args.StandardRestore(abstract_state._asdict())
+        return TrainState(**self._read(updates, state=wanted).state)
+
+    def _read(self, updates: int, **items: Any) -> Any:
         try:
-            saved = self._manager.restore(
-                updates, args=ocp.args.Composite(config=ocp.args.JsonRestore())
-            ).config
-            self._check_shaping(saved)
-            restored = self._manager.restore(
-                updates,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract_state._asdict()),
-                ),
-            )
-        except UserError:
-            raise
+            return self._manager.restore(updates, args=ocp.args.Composite(**items))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"cannot read the checkpoint {self._folder / str(updates)}: "
                 f"{str(error).splitlines()[0][:160]}\n"
                 "fix: remove that folder to continue from the checkpoint before it"
             ) from error
-        return TrainState(**restored.state)
 
     def reached_preemption(self, updates: int) -> bool:
         """True on every process at the same step once the scheduler has announced a preemption."""
@@ -119,13 +128,3 @@ class Checkpointer:
         """Wait until everything is written."""
         self._manager.wait_until_finished()
         self._manager.close()
-
-    def _check_shaping(self, saved: dict[str, Any]) -> None:
-        differing = [key for key in _SHAPING_KEYS if saved.get(key) != self._shaping.get(key)]
-        if differing:
-            there = ", ".join(f"{key}={saved.get(key)}" for key in differing)
-            here = ", ".join(f"{key}={self._shaping.get(key)}" for key in differing)
-            raise UserError(
-                f"{self._folder} holds another model: {there} (this run has {here})\n"
-                "fix: another run_name, or remove that folder to start anew"
-            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -51,7 +52,7 @@ class Trainer:
         folder: of the run.
 
     Raises:
-        UserError: the text cannot be read.
+        UserError: the text cannot be read, or the checkpoint is another model's.
     """
 
     def __init__(self, config: Config, program: Program, folder: Path) -> None:
@@ -60,20 +61,26 @@ class Trainer:
         self.checkpointer: Checkpointer | None = None
         self.data: Batches | None = None
         self.first = 0
-        if train.enable_checkpointing and train.steps > 0:
-            self.checkpointer = Checkpointer(folder / "checkpoints", config)
-            self.first = self.checkpointer.latest() or 0
         microbatches, rows, seq_len = shape = program.abstract_batch["inputs"].shape
-        if self.first < train.steps:
-            self.data = batches(
-                config.data,
-                vocab_size=config.model.vocab_size,
-                seq_len=seq_len,
-                rows=rows,
-                microbatches=microbatches,
-                sharding=program.batch_sharding,
-                first_step=self.first,
-            )
+        with ExitStack() as opening:
+            if train.enable_checkpointing and train.steps > 0:
+                self.checkpointer = Checkpointer(folder / "checkpoints", config)
+                opening.callback(self.checkpointer.close)
+                self.first = self.checkpointer.latest() or 0
+                if self.first:
+                    self.checkpointer.check_fits(self.first)
+            if self.first < train.steps:
+                self.data = batches(
+                    config.data,
+                    vocab_size=config.model.vocab_size,
+                    seq_len=seq_len,
+                    rows=rows,
+                    microbatches=microbatches,
+                    sharding=program.batch_sharding,
+                    first_step=self.first,
+                )
+                opening.callback(self.data.close)
+            self._open = opening.pop_all()
         self.tokens_per_device = math.prod(shape) / jax.device_count()
         self.flops_per_token = train_flops_per_token(config.model, seq_len=seq_len)
         hardware = find_hardware(jax.devices()[0].device_kind)
@@ -89,10 +96,7 @@ class Trainer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.data:
-            self.data.close()
-        if self.checkpointer:
-            self.checkpointer.close()
+        self._open.close()
 
     def train(self, step: jax.stages.Compiled, console: Console) -> Outcome:
         """Make the steps that are left.
@@ -102,7 +106,7 @@ class Trainer:
             console: for progress.
 
         Raises:
-            UserError: the checkpoint does not fit this run.
+            UserError: the checkpoint cannot be read.
             Finding: the loss is no longer finite.
         """
         if self.data is None:
@@ -132,7 +136,9 @@ class Trainer:
         if self.checkpointer and self.first:
             console.print(f"continuing from the checkpoint after step {self.first}")
             return self.checkpointer.restore(self.first, self.program.abstract_state)
-        state: TrainState = self.program.init(jax.random.key(self.config.train.seed))
+        with console.status("creating the parameters"):
+            key = jax.random.key(self.config.train.seed)
+            state: TrainState = jax.block_until_ready(self.program.init(key))
         return state
 
     def _steps(self, state: TrainState, data: Batches, stop: StopRequest) -> int:

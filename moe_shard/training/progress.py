@@ -68,7 +68,7 @@ class ProgressLine:
         """Show the record of a finished step."""
         done = int(record["step"] or 0) + 1
         last = done == self._steps
-        if done % self._period and not last:
+        if done % self._period and not last and done > self._first + 1:
             return
         text = self._describe(record)
         self._live.update(self._task, completed=done, description=text)
