@@ -6,9 +6,11 @@ exit code 2. Anything else that escapes is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 EXIT_DONE = 0
 EXIT_FINDING = 1
@@ -22,6 +24,18 @@ class Finding(Exception):
 
 class UserError(ValueError):
     """Bad input: the message says what is wrong, where, and the fix, in at most three lines."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Answers bad usage with one line instead of the whole usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{message}; try --help")
 
 
 def run_command(main: Callable[[], int]) -> None:

@@ -24,6 +24,7 @@ from moe_shard.errors import UserError
 from moe_shard.lowering.hlo import HloParseError, Instruction, Module
 from moe_shard.lowering.op_names import classify
 from moe_shard.lowering.shapes import shape_bytes
+from moe_shard.units import human_bytes
 
 _MARK = "Involuntary full rematerialization"
 _SHARDINGS = re.compile(
@@ -157,7 +158,7 @@ def summarize(lines: Sequence[str], module: Module | None = None) -> list[str]:
 def _sentence(scope: str, warnings: Sequence[RematWarning]) -> str:
     largest = max(warnings, key=lambda each: each.bytes)
     distinct = len({each.shape for each in warnings})
-    size = f"{'largest ' if distinct > 1 else ''}{largest.shape}, {_human(largest.bytes)}"
+    size = f"{'largest ' if distinct > 1 else ''}{largest.shape}, {human_bytes(largest.bytes)}"
     where = "outside the named stages" if scope == "other" else f"in {scope}"
     source = f" at {largest.source}" if largest.source else ""
     these = "this tensor to re-shard it" if len(warnings) == 1 else "these tensors to re-shard them"
@@ -165,14 +166,6 @@ def _sentence(scope: str, warnings: Sequence[RematWarning]) -> str:
         f"involuntary full rematerialization: {len(warnings)} {where} ({size}){source}: "
         f"the partitioner replicates {these}; a constraint between the two layouts avoids it"
     )
-
-
-def _human(size: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
 
 
 @contextlib.contextmanager

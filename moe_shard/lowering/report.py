@@ -16,6 +16,7 @@ from rich.table import Table
 from moe_shard.lowering.collectives import Collective, extract_collectives
 from moe_shard.lowering.expect import verdict
 from moe_shard.lowering.remat_warnings import summarize
+from moe_shard.units import human_bytes
 
 _VERDICT_STYLES = {
     "expert-parallel": "bold green",
@@ -74,7 +75,9 @@ class LoweringReport:
             style = _VERDICT_STYLES[self.verdict]
             console.print(f"verdict: [{style}]{self.verdict}[/]")
         if self.memory is not None:
-            sizes = (f"{key.removesuffix('_bytes')} {_human(n)}" for key, n in self.memory.items())
+            sizes = (
+                f"{key.removesuffix('_bytes')} {human_bytes(n)}" for key, n in self.memory.items()
+            )
             console.print(f"memory per device: {', '.join(sizes)}")
         for warning in self.warnings:
             console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
@@ -89,12 +92,18 @@ class LoweringReport:
             table.add_column(name, justify="right", no_wrap=True)
         for (kind, axes, scope, pass_, size), count in _aggregate(self.collectives).items():
             table.add_row(
-                kind, escape(axes), scope, pass_, str(count), _human(size), _human(count * size)
+                kind,
+                escape(axes),
+                scope,
+                pass_,
+                str(count),
+                human_bytes(size),
+                human_bytes(count * size),
             )
         table.add_section()
         count = sum(each["count"] for each in self.totals.values())
         total = sum(each["bytes"] for each in self.totals.values())
-        table.add_row("total", "", "", "", str(count), "", _human(total), style="bold")
+        table.add_row("total", "", "", "", str(count), "", human_bytes(total), style="bold")
         return table
 
 
@@ -104,14 +113,6 @@ def _aggregate(collectives: Sequence[Collective]) -> Counter[tuple[str, str, str
         axes = ", ".join(each.axes) or f"groups of {each.group_size}"
         rows[each.kind, axes, each.scope, each.pass_, each.bytes] += each.count
     return rows
-
-
-def _human(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(size) < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
 
 
 def report_from_text(

@@ -123,10 +123,10 @@ def test_one_sentence_for_each_scope_the_costliest_first() -> None:
         "involuntary full rematerialization: 1 outside the named stages (f32[4,128,128], 262 kB): "
         "the partitioner replicates this tensor to re-shard it; a constraint between the two "
         "layouts avoids it",
-        "involuntary full rematerialization: 1 in experts (bf16[64,32], 4 kB) at /a/b/layer.py:7: "
-        "the partitioner replicates this tensor to re-shard it; a constraint between the two "
-        "layouts avoids it",
-        "involuntary full rematerialization: 2 in embedding (largest f32[8,16,4], 2 kB): "
+        "involuntary full rematerialization: 1 in experts (bf16[64,32], 4.1 kB) at "
+        "/a/b/layer.py:7: the partitioner replicates this tensor to re-shard it; a constraint "
+        "between the two layouts avoids it",
+        "involuntary full rematerialization: 2 in embedding (largest f32[8,16,4], 2.0 kB): "
         "the partitioner replicates these tensors to re-shard them; a constraint between the two "
         "layouts avoids it",
     ]
@@ -257,7 +257,7 @@ def test_the_report_of_a_step_says_it_in_one_line(capfd: pytest.CaptureFixture[s
     report = report_step(compiled, Annotator(mesh, [("exp", ("expert",))]), "cpu")
     (line,) = (line for line in report.warnings if "rematerialization" in line)
     assert line.startswith(
-        "involuntary full rematerialization: 1 in embedding (f32[8,16,4], 2 kB) at "
+        "involuntary full rematerialization: 1 in embedding (f32[8,16,4], 2.0 kB) at "
     )
     assert f"{Path(__file__).name}:" in line
     assert capfd.readouterr().err == ""

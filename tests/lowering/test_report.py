@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -47,10 +48,9 @@ def test_json_has_the_keys_of_the_contract() -> None:
 def test_table() -> None:
     memory = {"argument_bytes": 1500, "output_bytes": 20, "total_bytes": 2_500_000}
     text = rendered("cpu_moe", mesh=MESH, memory=memory)
-    rows = [line.split("│")[1:-1] for line in text.splitlines() if line.startswith("│")]
-    cells = [[cell.strip() for cell in row] for row in rows]
-    assert cells[0] == ["all-to-all", "expert", "dispatch", "forward", "1", "4.1 kB", "4.1 kB"]
-    assert cells[-1] == ["total", "", "", "", "5", "", "17.4 kB"]
+    cells = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()]
+    assert cells[4] == ["all-to-all", "expert", "dispatch", "forward", "1", "4.1 kB", "4.1 kB"]
+    assert ["total", "5", "17.4 kB"] in cells
     assert "verdict: expert-parallel" in text
     assert "argument 1.5 kB, output 20 B, total 2.5 MB" in text
 

@@ -1,0 +1,100 @@
+"""Finding and reading a lowering: HLO text, a folder of dumps, a run's folder, standard input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from moe_shard.errors import UserError
+
+HLO_SUFFIX = "after_optimizations.txt"
+RECORD = "lowering.json"
+STANDARD_INPUT = "-"
+
+
+def module_file(given: str) -> Path | None:
+    """The file that an argument stands for; of a folder the largest module, which is the step.
+
+    Says on standard error which of a folder's modules it is.
+
+    Args:
+        given: a file, a folder of dumps or of a run, or "-".
+
+    Returns:
+        The file, not yet opened; None for standard input.
+
+    Raises:
+        UserError: a folder that holds no HLO.
+    """
+    if given == STANDARD_INPUT:
+        return None
+    path = Path(given)
+    if not path.is_dir():
+        return path
+    folder = path / "hlo" if (path / "hlo").is_dir() else path
+    found = sorted(folder.glob(f"*{HLO_SUFFIX}"), key=lambda file: file.stat().st_size)
+    if not found:
+        raise UserError(
+            f"{folder} holds no HLO (*{HLO_SUFFIX}): dump it with dump_hlo=true, or with"
+            " XLA_FLAGS=--xla_dump_to=DIR"
+        )
+    chosen = found[-1]
+    print(f"reading {chosen.name}, the largest of {len(found)} modules", file=sys.stderr)
+    return chosen
+
+
+def read_text(path: Path | None) -> str:
+    """The text of a file, or of standard input for None.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    name = "standard input" if path is None else str(path)
+    try:
+        data = sys.stdin.buffer.read() if path is None else path.read_bytes()
+        return data.decode("utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {name}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is no HLO text: it is not UTF-8") from error
+
+
+def record_of(path: Path | None) -> Path | None:
+    """The `lowering.json` of the run that wrote a module, where there is one."""
+    if path is None:
+        return None
+    folders = [path.parent, *([path.parent.parent] if path.parent.name == "hlo" else [])]
+    return next((folder / RECORD for folder in folders if (folder / RECORD).is_file()), None)
+
+
+def recorded_mesh(path: Path | None) -> dict[str, int] | None:
+    """The mesh of the run that wrote a module; None where it is not recorded.
+
+    Raises:
+        UserError: there is a record, and it holds no mesh.
+    """
+    record = record_of(path)
+    if record is None:
+        return None
+    try:
+        mesh: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))["mesh"]
+        return {str(axis): int(size) for axis, size in mesh.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{record} holds no mesh: give --mesh") from error
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """A mesh as a person types it: `data=1,fsdp=1,expert=8`.
+
+    Raises:
+        UserError: written in another way, or an axis stands twice.
+    """
+    mesh: dict[str, int] = {}
+    for item in text.split(","):
+        axis, _, size = (part.strip() for part in item.partition("="))
+        if not axis or axis in mesh or not size.isdecimal() or int(size) < 1:
+            raise UserError(f"--mesh: cannot read {item!r}; write it as data=1,fsdp=1,expert=8")
+        mesh[axis] = int(size)
+    return mesh

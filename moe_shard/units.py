@@ -1,0 +1,14 @@
+"""Sizes as people read them."""
+
+from __future__ import annotations
+
+
+def human_bytes(size: float) -> str:
+    """A number of bytes in powers of 1000, such as "44 B", "4.1 kB", "262 kB"."""
+    if abs(size) < 1000:
+        return f"{size:.0f} B"
+    units = ["TB", "GB", "MB", "kB"]
+    while abs(size) >= 1000 and units:
+        size /= 1000
+        unit = units.pop()
+    return f"{size:.{0 if abs(size) >= 100 else 1}f} {unit}"
