@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_shard.config.schema import CapacityRule, DropPolicy
+from moe_shard.config.schema import CapacityRule, DropPolicy, MoEConfig
 from moe_shard.moe.router import ROUTING
 
 
@@ -45,6 +45,22 @@ def expert_capacity(
     else:
         slots = math.ceil(tokens * factor * k / num_experts)
     return max(slots, minimum)
+
+
+def row_capacity(config: MoEConfig, *, tokens: int) -> int:
+    """Slots that an expert is given for one batch row of this many tokens.
+
+    At most `tokens`: more could never be filled.
+    """
+    slots = expert_capacity(
+        tokens=tokens,
+        num_experts=config.num_experts,
+        k=config.num_experts_per_tok,
+        factor=config.capacity_factor,
+        rule=config.capacity_rule,
+        minimum=config.min_capacity,
+    )
+    return min(slots, tokens)
 
 
 class Slots(NamedTuple):

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moe_shard.config.schema import MoEConfig
-from moe_shard.moe.capacity import assign_slots, expert_capacity
+from moe_shard.moe.capacity import assign_slots, row_capacity
 from moe_shard.moe.dispatch import STRATEGIES
 from moe_shard.moe.experts import Experts
 from moe_shard.moe.losses import expert_counts, load_balance_loss, router_z_loss
@@ -98,7 +98,7 @@ class MoELayer(nnx.Module):
             slots = assign_slots(
                 routing.indices,
                 routing.probs,
-                capacity=self.capacity(tokens=x.shape[1]),
+                capacity=row_capacity(self.config, tokens=x.shape[1]),
                 drop=self.config.drop_policy,
             )
             stats = MoEStats(
@@ -118,15 +118,3 @@ class MoELayer(nnx.Module):
             expert_output = self.placement.to_rows(expert_output)
             y = self.strategy.combine(expert_output, routing.weights, slots)
         return self.placement.tokens(y), stats
-
-    def capacity(self, *, tokens: int) -> int:
-        """Slots an expert has for one row of this many tokens."""
-        slots = expert_capacity(
-            tokens=tokens,
-            num_experts=self.config.num_experts,
-            k=self.config.num_experts_per_tok,
-            factor=self.config.capacity_factor,
-            rule=self.config.capacity_rule,
-            minimum=self.config.min_capacity,
-        )
-        return min(slots, tokens)  # more than a row has tokens could never be filled

@@ -1,0 +1,104 @@
+"""The least that the MoE layers of a training step must do, whatever program does it.
+
+Counted from the configuration and the rule table for one device and one step (forward, backward,
+all layers, all microbatches). Two counts: for the capacity that is configured, padded slots
+included, since a capacity strategy does carry and multiply them; and dropless, for the tokens
+alone, routed evenly over the experts, with one copy for each choice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from moe_shard.config.schema import Config
+from moe_shard.lowering.collectives import Collective
+from moe_shard.lowering.op_names import MOE_SCOPES
+from moe_shard.sharding.rules import RuleTable
+from moe_shard.units import human_bytes
+
+EXCHANGES = 4
+"""Tokens to experts and back, in the forward and in the backward pass."""
+PRODUCTS = 3 * 3
+"""Gate, up and down; each once forward and twice backward."""
+
+
+@dataclass(frozen=True)
+class MoEBounds:
+    """Of one device and one step, all MoE layers together.
+
+    Attributes:
+        wire_bytes: to be sent along the expert axes at the configured capacity.
+        dropless_wire_bytes: the same for the tokens alone.
+        flops: of the experts' products at the configured capacity.
+        dropless_flops: the same for the tokens alone.
+        weight_bytes: the device's experts read forward and backward, their gradients written.
+    """
+
+    wire_bytes: int
+    dropless_wire_bytes: int
+    flops: int
+    dropless_flops: int
+    weight_bytes: int
+
+    def lines(self, collectives: Iterable[Collective], expert_axes: Iterable[str]) -> list[str]:
+        """The bounds for a person, with what a program sends beside what it must."""
+        sent = moe_wire_bytes(collectives, expert_axes)
+        ratio = f", {sent / self.wire_bytes:.2f} x the least" if self.wire_bytes else ""
+        return [
+            f"MoE exchange per device: {human_bytes(sent)} on the wire{ratio} "
+            f"({human_bytes(self.wire_bytes)}; dropless {human_bytes(self.dropless_wire_bytes)})",
+            f"MoE products per device: at least {self.flops / 1e12:.3g} TFLOP "
+            f"(dropless {self.dropless_flops / 1e12:.3g}), "
+            f"{human_bytes(self.weight_bytes)} of weights and gradients",
+        ]
+
+
+def moe_bounds(config: Config, table: RuleTable, *, capacity: int) -> MoEBounds | None:
+    """The bounds of a configuration on a mesh; None for a dense model.
+
+    Args:
+        config: model and batch.
+        table: the rules over the mesh.
+        capacity: slots an expert has for one batch row.
+    """
+    moe = config.model.moe
+    if moe is None:
+        return None
+    sizes = table.axis_sizes
+    rows = config.train.global_batch_rows(math.prod(sizes.values()))
+
+    def shards(logical_axis: str) -> int:
+        return math.prod(sizes[axis] for axis in table.sharding_axes(logical_axis))
+
+    experts = shards("exp")
+    token_bytes = config.model.emb_dim * jnp.dtype(config.model.dtype).itemsize
+    # Slots, or choices, that one device holds in the layout by row, over all layers.
+    layers_of_rows = config.model.num_decoder_layers * rows / shards("activation_batch_moe")
+    slots = layers_of_rows * moe.num_experts * capacity
+    choices = layers_of_rows * config.train.max_target_length * moe.num_experts_per_tok
+    sent = EXCHANGES * token_bytes / shards("activation_embed_moe") * (experts - 1) / experts
+    multiplied = 2 * PRODUCTS * config.model.emb_dim * moe.mlp_dim / shards("activation_mlp_moe")
+    weights = 3 * moe.num_experts * config.model.emb_dim * moe.mlp_dim / experts
+    weights *= config.model.num_decoder_layers / shards("activation_mlp_moe")
+    passes = config.train.gradient_accumulation_steps
+    return MoEBounds(
+        wire_bytes=round(slots * sent),
+        dropless_wire_bytes=round(choices * sent),
+        flops=round(slots * multiplied),
+        dropless_flops=round(choices * multiplied),
+        weight_bytes=round(weights * passes * 3 * jnp.dtype(config.model.dtype).itemsize),
+    )
+
+
+def moe_wire_bytes(collectives: Iterable[Collective], expert_axes: Iterable[str]) -> int:
+    """Bytes that a program's MoE layers send along the expert axes, per device and step."""
+    wanted = set(expert_axes)
+    return sum(
+        each.count * each.wire_bytes
+        for each in collectives
+        if each.scope in MOE_SCOPES and wanted & set(each.axes)
+    )
