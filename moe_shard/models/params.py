@@ -79,10 +79,10 @@ def describe(config: ModelConfig, annotate: Annotator) -> AbstractModel:
         return Decoder(config, annotate, rngs=nnx.Rngs(params=key))
 
     def spec(path: tuple[str, ...], param: nnx.Param[Any]) -> ParamSpec:
-        name, shape = ".".join(path), param.get_value().shape
+        name, shape, dtype = ".".join(path), param.get_value().shape, param.get_value().dtype
         logical_axes = param.get_metadata("logical_axes")
-        sharding = annotate.sharding(name, logical_axes, shape)
-        return ParamSpec(name, shape, param.get_value().dtype, logical_axes, sharding)
+        sharding = annotate.sharding(name, logical_axes, shape, dtype=dtype)
+        return ParamSpec(name, shape, dtype, logical_axes, sharding)
 
     graph, params = nnx.split(nnx.eval_shape(build, jax.random.key(0)))
     specs = nnx.to_pure_dict(nnx.map_state(spec, params))

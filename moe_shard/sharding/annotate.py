@@ -8,13 +8,58 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from moe_shard.errors import UserError
 from moe_shard.sharding.rules import LogicalAxes, Resolution, RuleTable
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(w: Array, stored: NamedSharding, used: NamedSharding) -> Array:
+    """`w` where it is used. Its gradient is pinned where `w` is stored, and nowhere before.
+
+    The gradient of two constraints would pin the partial sums whole first, and where a cast stands
+    between, GPUs then reduce all of it on every device instead of scattering it.
+    """
+    constrain = jax.lax.with_sharding_constraint
+    return constrain(constrain(w, stored), used)
+
+
+def _gather_fwd(w: Array, stored: NamedSharding, used: NamedSharding) -> tuple[Array, None]:
+    return _gather(w, stored, used), None
+
+
+def _gather_bwd(
+    stored: NamedSharding, _used: NamedSharding, _residual: None, gradient: Array
+) -> tuple[Array]:
+    return (jax.lax.with_sharding_constraint(gradient, stored),)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+@dataclass(frozen=True)
+class AnnotatedArray:
+    """What was said of an array when it was placed.
+
+    Attributes:
+        name: what reports call it.
+        logical_axes: a name per dim, or None for a dim that is never sharded.
+        shape: the dims' sizes on all devices together.
+        dtype: None where it was not said.
+        consequence: see `Annotator.__call__`.
+    """
+
+    name: str
+    logical_axes: tuple[str | None, ...]
+    shape: tuple[int, ...]
+    dtype: DTypeLike | None
+    consequence: str
 
 
 @dataclass(frozen=True)
@@ -42,7 +87,7 @@ class Annotator:
     """Constrains arrays by logical axis names and records every decision.
 
     Args:
-        mesh: the device mesh.
+        mesh: the device mesh; an abstract one will do for what is only traced.
         rows: the rule table.
         on_conflict: "warn" records a conflict; "error" raises it.
 
@@ -51,11 +96,15 @@ class Annotator:
     """
 
     def __init__(
-        self, mesh: Mesh, rows: Sequence[tuple[str, Sequence[str]]], on_conflict: str = "warn"
+        self,
+        mesh: Mesh | AbstractMesh,
+        rows: Sequence[tuple[str, Sequence[str]]],
+        on_conflict: str = "warn",
     ) -> None:
         self.mesh = mesh
         self.table = RuleTable(rows, dict(mesh.shape))
         self.on_conflict = on_conflict
+        self.arrays: dict[str, AnnotatedArray] = {}
         self.resolutions: dict[str, Resolution] = {}
         self.conflicts: dict[tuple[str, str], Conflict] = {}
 
@@ -68,18 +117,57 @@ class Annotator:
             x: an array with as many dims as logical axes are given.
             logical_axes: a name per dim, or None for a dim that is never sharded.
             name: what reports call the array.
-            consequence: what it means, and the cure, if one of the dims cannot be sharded.
+            consequence: what it means if one of the dims cannot be sharded, and, after a
+                semicolon, the cure.
 
         Raises:
             UserError: see `RuleTable.resolve`; or a conflict where `on_conflict` is "error".
         """
-        sharding = self.sharding(name, logical_axes, x.shape, consequence=consequence)
+        sharding = self.sharding(
+            name, logical_axes, x.shape, dtype=x.dtype, consequence=consequence
+        )
         return jax.lax.with_sharding_constraint(x, sharding)
 
+    def use_weight(self, w: Array, stored: LogicalAxes, used: LogicalAxes, *, name: str) -> Array:
+        """Bring a parameter from where it is stored to where a product needs it.
+
+        What FSDP does, said rather than left to the partitioner. Pinned where it is stored, a
+        cast before this call is made on the shards, and the narrow dtype is what is gathered.
+        Pinned where it is used, a product never meets a weight that is sharded over the axes of
+        its own batch dim: XLA miscompiles that where the batch dim is on two axes (data, fsdp),
+        the contracted dim on a third (tensor), the weight's other dim on fsdp and the result's on
+        tensor. Half of the rows come out wrong, without a word, for an einsum of two matrices
+        too; seen on CPU with jax 0.10.2 and 0.12.0, in every order of the axes.
+
+        Args:
+            w: the parameter, cast to the dtype of the product.
+            stored: its logical axes as a parameter.
+            used: those it is used with: the embedding dim whole, the others as the activations
+                they meet.
+            name: what reports call the parameter.
+
+        Raises:
+            UserError: see `RuleTable.resolve`.
+        """
+        return _gather(
+            w,
+            self.sharding(f"{name} as stored", stored, w.shape, dtype=w.dtype),
+            self.sharding(f"{name} in use", used, w.shape, dtype=w.dtype),
+        )
+
     def sharding(
-        self, name: str, logical_axes: LogicalAxes, shape: Sequence[int], *, consequence: str = ""
+        self,
+        name: str,
+        logical_axes: LogicalAxes,
+        shape: Sequence[int],
+        *,
+        dtype: DTypeLike | None = None,
+        consequence: str = "",
     ) -> NamedSharding:
         """The sharding of an array of this shape; for what is not yet there, such as parameters."""
+        self.arrays[name] = AnnotatedArray(
+            name, tuple(logical_axes), tuple(shape), dtype, consequence
+        )
         resolution = self.table.resolve(name, logical_axes, shape)
         self.resolutions[name] = resolution
         for decision in resolution.conflicts:

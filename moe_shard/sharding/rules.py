@@ -128,13 +128,21 @@ class RuleTable:
                 return self._sharding_axes(row)
         return ()
 
-    def resolve(self, name: str, logical_axes: LogicalAxes, shape: Sequence[int]) -> Resolution:
+    def resolve(
+        self,
+        name: str,
+        logical_axes: LogicalAxes,
+        shape: Sequence[int],
+        *,
+        must_divide: bool = True,
+    ) -> Resolution:
         """Place one array.
 
         Args:
             name: what messages call the array.
             logical_axes: one name, or None, per dim.
             shape: the dims' sizes.
+            must_divide: False where the mesh's sizes are only assumed.
 
         Raises:
             UserError: a logical axis without a row, the same logical axis on two dims, or a dim
@@ -162,7 +170,8 @@ class RuleTable:
                 continue
             row_won = won.get(axis)
             mesh_axes = self._sharding_axes(row_won) if row_won else ()
-            self._check_divides(name, axis, size, row_won, mesh_axes)
+            if must_divide:
+                self._check_divides(name, axis, size, row_won, mesh_axes)
             decisions.append(Decision(axis, size, mesh_axes, row_won, tuple(lost[axis])))
         return Resolution(name, tuple(decisions))
 

@@ -244,7 +244,8 @@ def _abstract_batch(config: Config, annotate: Annotator) -> dict[str, jax.ShapeD
         config.train.microbatch_rows(annotate.mesh.size),
         config.train.max_target_length,
     )
-    sharding = annotate.sharding("batch", (None, "activation_batch", "activation_length"), shape)
+    logical_axes = (None, "activation_batch", "activation_length")
+    sharding = annotate.sharding("batch", logical_axes, shape, dtype=jnp.int32)
     return {
         field: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for field in BATCH_FIELDS
     }

@@ -1,0 +1,174 @@
+"""What is wrong with a rule table by itself, whatever its mesh and whoever wrote it.
+
+A row is judged as Flax reads it, with every mesh axis larger than 1. It is tried on a dim that has
+no placement yet and applies if none of its mesh axes is held by another dim. So an earlier row of
+the same logical axis, say P, must have lost before row R is tried: some axis of P was held then,
+by a dim that a still earlier row placed, and what is held stays held. Hence R can never win
+
+- if some P names no axis beyond those of R (P is a subset of R; equal is a duplicate, empty always
+  applies): whatever beat P beats R. This holds for any array and any mesh.
+- if for some P there is no row before it, of another logical axis and able to win, that takes an
+  axis of P and none of R: P cannot lose without R losing too. This holds for any array, as long as
+  the rows above P stay what they are.
+
+Both are proofs that a row is dead. A row that passes both may still be dead for subtler reasons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moe_shard.sharding.annotate import AnnotatedArray
+from moe_shard.sharding.rules import Row
+
+ERROR, WARNING, NOTE = "error", "warning", "note"
+LEVELS = (ERROR, WARNING, NOTE)
+
+
+@dataclass(frozen=True)
+class Lint:
+    """One thing to say of a rule table.
+
+    Attributes:
+        level: "error" (nothing can be placed by this table as it stands), "warning" (it does not
+            do what it seems to say), or "note".
+        kind: a name for scripts, such as "duplicate".
+        rows: numbers of the rows in question, counted from 1.
+        text: one sentence.
+    """
+
+    level: str
+    kind: str
+    rows: tuple[int, ...]
+    text: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As an object of `explain_sharding --json`."""
+        return {"level": self.level, "kind": self.kind, "rows": list(self.rows), "text": self.text}
+
+
+def number_rows(rules: Iterable[tuple[str, Sequence[str]]]) -> tuple[Row, ...]:
+    """Rows with their positions, counted from 1."""
+    return tuple(Row(number, name, tuple(axes)) for number, (name, axes) in enumerate(rules, 1))
+
+
+def lint_rows(rows: Sequence[Row], mesh_axes: Sequence[str]) -> list[Lint]:
+    """Everything to say of a table that needs no model."""
+    found = [lint for row in rows for lint in _lint_axes(row, mesh_axes)]
+    found += dead_rows(rows)
+    named = {axis for row in rows for axis in row.mesh_axes}
+    if unused := [axis for axis in mesh_axes if axis not in named]:
+        text = f"no row names the mesh {_axes(unused)}: only copies lie along it"
+        found.append(Lint(NOTE, "unused-axis", (), text))
+    return found
+
+
+def _lint_axes(row: Row, mesh_axes: Sequence[str]) -> list[Lint]:
+    found = []
+    if unknown := [axis for axis in row.mesh_axes if axis not in mesh_axes]:
+        text = f"{row} names the mesh {_axes(unknown)}, which mesh_axes does not have"
+        found.append(Lint(ERROR, "unknown-axis", (row.number,), f"{text}; remove it or add it"))
+    if twice := sorted({axis for axis in row.mesh_axes if row.mesh_axes.count(axis) > 1}):
+        text = f"{row} names the mesh {_axes(twice)} twice; name it once"
+        found.append(Lint(ERROR, "repeated-axis", (row.number,), text))
+    return found
+
+
+def dead_rows(rows: Sequence[Row]) -> list[Lint]:
+    """The rows that can never win, by the two proofs at the top of this file."""
+    found = []
+    alive: list[Row] = []
+    for row in rows:
+        lint = _dead(row, rows[: row.number - 1], alive)
+        if lint is None:
+            alive.append(row)
+        else:
+            found.append(lint)
+    return found
+
+
+def _dead(row: Row, before: Sequence[Row], alive: Sequence[Row]) -> Lint | None:
+    own = set(row.mesh_axes)
+    rivals = [each for each in before if each.logical_axis == row.logical_axis]
+    for rival in rivals:
+        theirs = set(rival.mesh_axes)
+        numbers = (row.number, rival.number)
+        if theirs == own:
+            return Lint(WARNING, "duplicate", numbers, f"{row} says again what {rival} says")
+        if not theirs:
+            text = f"{row} can never win: {rival} comes first and always applies"
+            return Lint(WARNING, "shadowed", numbers, text)
+        if theirs < own:
+            text = (
+                f"{row} can never win: {rival} comes first and names only a part of its axes, so "
+                "whatever beats that beats this"
+            )
+            return Lint(WARNING, "shadowed", numbers, text)
+    for rival in rivals:
+        if not _can_lose(rival, own, alive):
+            numbers = (row.number, rival.number)
+            spared = ", ".join(axis for axis in rival.mesh_axes if axis not in own)
+            text = (
+                f"{row} can never win: it would need {rival} to lose {spared} alone, and no row "
+                "above that takes it; move the rows of the other dims above"
+            )
+            return Lint(WARNING, "unreachable", numbers, text)
+    return None
+
+
+def _can_lose(rival: Row, spared: set[str], alive: Sequence[Row]) -> bool:
+    """Whether an earlier row can beat `rival` and leave the axes `spared` free."""
+    contested = set(rival.mesh_axes) - spared
+    return any(
+        other.number < rival.number
+        and other.logical_axis != rival.logical_axis
+        and contested & set(other.mesh_axes)
+        and not spared & set(other.mesh_axes)
+        for other in alive
+    )
+
+
+def missing_rows(arrays: Iterable[AnnotatedArray], rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Logical axes of a model that a table has no row for, with the arrays that have them."""
+    known = {row.logical_axis for row in rows}
+    missing: dict[str, list[str]] = {}
+    for array in arrays:
+        for axis in array.logical_axes:
+            if axis is not None and axis not in known:
+                missing.setdefault(axis, []).append(array.name)
+    return missing
+
+
+def lint_model(arrays: Sequence[AnnotatedArray], rows: Sequence[Row]) -> list[Lint]:
+    """What a table lacks for a model, and how much of it the model has no use for."""
+    found = []
+    for axis, names in missing_rows(arrays, rows).items():
+        text = (
+            f"no row for '{axis}' ({brief_names(names)}): Flax leaves the dim unsharded without a "
+            f"word, training here refuses it; add ['{axis}', []] or name mesh axes"
+        )
+        found.append(Lint(WARNING, "no-row", (), text))
+    used = {axis for array in arrays for axis in array.logical_axes}
+    idle = [row for row in rows if row.logical_axis not in used]
+    if idle:
+        text = f"{len(idle)} of {len(rows)} rows are of logical axes that this model does not have"
+        found.append(Lint(NOTE, "idle", tuple(row.number for row in idle), text))
+    return found
+
+
+def count_levels(found: Iterable[Lint]) -> Mapping[str, int]:
+    """How many there are of each level."""
+    levels = [lint.level for lint in found]
+    return {level: levels.count(level) for level in LEVELS}
+
+
+def _axes(axes: Sequence[str]) -> str:
+    return f"{'axis' if len(axes) == 1 else 'axes'} {', '.join(repr(axis) for axis in axes)}"
+
+
+def brief_names(names: Sequence[str]) -> str:
+    """The first three names and how many more there are."""
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,0 +1,117 @@
+"""One array and where it lies: the shard on each device, and the row behind each dim."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from moe_shard.sharding.annotate import AnnotatedArray
+from moe_shard.sharding.rules import Decision, Loss, Resolution, Row
+
+
+@dataclass(frozen=True)
+class PlacedArray:
+    """An array and its placement.
+
+    Attributes:
+        array: what was said of it.
+        resolution: a decision per dim.
+        sizes: the mesh.
+        num_rows: rows of the table as it was written; later ones stand for rows that are missing.
+    """
+
+    array: AnnotatedArray
+    resolution: Resolution
+    sizes: Mapping[str, int]
+    num_rows: int
+
+    @property
+    def shard_shape(self) -> tuple[int, ...]:
+        """Shape on one device; rounded up where the mesh does not divide a dim."""
+        return tuple(-(-d.size // self.parts(d.mesh_axes)) for d in self.resolution.decisions)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes on all devices together, copies not counted."""
+        return math.prod(self.array.shape) * self._item_bytes
+
+    @property
+    def bytes_per_device(self) -> int:
+        """Bytes on one device."""
+        return math.prod(self.shard_shape) * self._item_bytes
+
+    @property
+    def _item_bytes(self) -> int:
+        assert self.array.dtype is not None, self.array
+        return jnp.dtype(self.array.dtype).itemsize
+
+    @property
+    def dtype_name(self) -> str:
+        """As jax abbreviates it: f32, bf16, i32."""
+        name = jnp.dtype(self.array.dtype).name
+        return name.replace("float", "f").replace("uint", "u").replace("int", "i")
+
+    def parts(self, mesh_axes: Iterable[str]) -> int:
+        """Into how many parts these axes split a dim."""
+        return math.prod(self.sizes[axis] for axis in mesh_axes)
+
+    def won(self, decision: Decision) -> Row | None:
+        """The row that placed a dim; None too where the table has no row for it."""
+        row = decision.won
+        return row if row is not None and row.number <= self.num_rows else None
+
+    def contested(self, loss: Loss) -> tuple[str, ...]:
+        """The axes that a losing row wanted and that were held when it was tried."""
+        held = {
+            axis
+            for decision in self.resolution.decisions
+            if decision.won is not None and decision.won.number < loss.row.number
+            for axis in decision.mesh_axes
+        }
+        return tuple(axis for axis in loss.mesh_axes if axis in held)
+
+    def to_json(self) -> dict[str, Any]:
+        """As an object of `explain_sharding --json`."""
+        return {
+            "name": self.array.name,
+            "dtype": jnp.dtype(self.array.dtype).name,
+            "shape": list(self.array.shape),
+            "logical_axes": list(self.array.logical_axes),
+            "spec": [list(decision.mesh_axes) for decision in self.resolution.decisions],
+            "shard_shape": list(self.shard_shape),
+            "bytes": self.bytes,
+            "bytes_per_device": self.bytes_per_device,
+            "dims": [
+                {
+                    "logical_axis": decision.logical_axis,
+                    "size": decision.size,
+                    "shard": shard,
+                    "mesh_axes": list(decision.mesh_axes),
+                    "won": row_json(self.won(decision)),
+                    "lost": [
+                        {
+                            **(row_json(loss.row) or {}),
+                            "contested": list(self.contested(loss)),
+                            "held_by": loss.held_by,
+                        }
+                        for loss in decision.lost
+                    ],
+                }
+                for decision, shard in zip(self.resolution.decisions, self.shard_shape, strict=True)
+            ],
+        }
+
+
+def row_json(row: Row | None) -> dict[str, Any] | None:
+    """As an object of `explain_sharding --json`."""
+    if row is None:
+        return None
+    return {
+        "row": row.number,
+        "logical_axis": row.logical_axis,
+        "mesh_axes": list(row.mesh_axes),
+    }
