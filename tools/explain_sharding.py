@@ -27,12 +27,17 @@ def main() -> int:
     parser = CommandParser(
         prog="explain_sharding.py", description="Where every array lies, and which row said so."
     )
-    parser.add_argument("model", metavar="MODEL", help="a name in configs/models/, or a .yml file")
+    # Optional to argparse only: it would say that key=value is missing as well.
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help="a name in configs/models/, or a .yml file"
+    )
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides the model's")
     parser.add_argument("--rules", metavar="FILE", help="judge this file's mesh_axes and rows")
     parser.add_argument("--strict", action="store_true", help="exit with 1 on a conflict")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_intermixed_args()
+    if arguments.model is None:
+        parser.error("MODEL is missing, for example mixtral-tiny")
     if arguments.rules is None:
         config = load_config(arguments.model, arguments.overrides)
         config.require_built()

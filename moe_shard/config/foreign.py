@@ -51,10 +51,14 @@ def read_foreign_table(path: Path) -> ForeignTable:
     axes = content.get("mesh_axes")
     if axes is None:
         named = dict.fromkeys(axis for _, row in rules for axis in row)
+        if not named:
+            raise UserError(
+                f"{path}: no mesh_axes, and no row names one\nfix: for example [data, fsdp, expert]"
+            )
         return ForeignTable(rules, tuple(named), names_its_axes=False)
     axes = [axes] if isinstance(axes, str) else axes
     is_names = isinstance(axes, list) and all(isinstance(axis, str) and axis for axis in axes)
-    if not is_names or len(set(axes)) < len(axes):
+    if not axes or not is_names or len(set(axes)) < len(axes):
         raise UserError(
             f"{path}: mesh_axes={shown(axes)} is not a list of names, each once\n"
             "fix: for example [data, fsdp, expert]"

@@ -117,8 +117,8 @@ class Annotator:
             x: an array with as many dims as logical axes are given.
             logical_axes: a name per dim, or None for a dim that is never sharded.
             name: what reports call the array.
-            consequence: what it means if one of the dims cannot be sharded, and, after a
-                semicolon, the cure.
+            consequence: what it means if the first dim cannot be sharded, and, after a semicolon,
+                the cure.
 
         Raises:
             UserError: see `RuleTable.resolve`; or a conflict where `on_conflict` is "error".
@@ -173,7 +173,8 @@ class Annotator:
         for decision in resolution.conflicts:
             loss = decision.lost[0]
             cause = f"{loss.row} lost {', '.join(loss.mesh_axes)} to '{loss.held_by}'"
-            conflict = Conflict(name, decision.logical_axis or "", cause, consequence)
+            means = consequence if decision.logical_axis == logical_axes[0] else ""
+            conflict = Conflict(name, decision.logical_axis or "", cause, means)
             if self.on_conflict == "error":
                 raise UserError(f"rule_conflicts=error: {conflict}")
             self.conflicts[name, conflict.dim] = conflict

@@ -78,7 +78,9 @@ def find_collisions(placed: Sequence[PlacedArray], rows: Sequence[Row]) -> list[
         for decision in array.resolution.conflicts:
             loss = decision.lost[0]
             key = (decision.logical_axis or "", loss.row.number, loss.held_by)
-            groups.setdefault((*key, array.array.consequence), []).append((array, decision))
+            is_first = decision is array.resolution.decisions[0]
+            said = array.array.consequence if is_first else ""
+            groups.setdefault((*key, said), []).append((array, decision))
     found = []
     for (dim, _, held_by, said), members in groups.items():
         array, decision = members[0]

@@ -112,7 +112,7 @@ def _dead(row: Row, before: Sequence[Row], alive: Sequence[Row]) -> Lint | None:
             spared = ", ".join(axis for axis in rival.mesh_axes if axis not in own)
             text = (
                 f"{row} can never win: it would need {rival} to lose {spared} alone, and no row "
-                "above that takes it; move the rows of the other dims above"
+                "above takes that and leaves the rest; move the rows of the other dims above"
             )
             return Lint(WARNING, "unreachable", numbers, text)
     return None

@@ -146,6 +146,14 @@ def test_a_cure_where_the_layer_knows_none(rules: Rules, cure: str) -> None:
     assert conflict.consequence.startswith("every device holds ")
 
 
+def test_a_layers_words_are_of_its_first_dim() -> None:
+    rules: Rules = [("exp", ("expert",)), ("batch", ("data", "expert"))]
+    (conflict,) = of(rules, array("x", "exp", "batch", said="all is lost; pray")).conflicts
+    assert conflict.dim == "batch"
+    assert conflict.consequence == "every device holds 8 times as much of it"
+    assert conflict.cure == "add ['batch', [data]] below row 2"
+
+
 def test_the_cure_of_moving_rows_cures() -> None:
     rules: Rules = [*RULES, ("batch", ("data",))]
     moved = [rules[1], rules[0], *rules[2:]]
@@ -314,6 +322,8 @@ def test_a_file_without_mesh_axes(tmp_path: Path) -> None:
         ("logical_axis_rules: [[a, [{b: c}]]]", "is not [name, [mesh axes]]"),
         ("logical_axis_rules: [[a, b]]\nmesh_axes: [b, b]", "each once"),
         ("logical_axis_rules: [[a, b]]\nmesh_axes: {b: 2}", "is not a list of names"),
+        ("logical_axis_rules: [[a, b]]\nmesh_axes: []", "is not a list of names"),
+        ("logical_axis_rules: [[a, []]]", "no mesh_axes, and no row names one"),
         ("logical_axis_rules: [[a, b]", "YAML"),
     ],
 )

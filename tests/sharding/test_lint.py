@@ -42,6 +42,11 @@ def test_axes_that_are_wrong() -> None:
         ([("b", ("data",)), ("a", ("data", "fsdp")), ("a", ("data",))], [("unreachable", (3, 2))]),
         # b takes fsdp and leaves data.
         ([("b", ("fsdp",)), ("a", ("data", "fsdp")), ("a", ("data",))], []),
+        # b takes fsdp and data.
+        (
+            [("b", ("data", "fsdp")), ("a", ("data", "fsdp")), ("a", ("data",))],
+            [("unreachable", (3, 2))],
+        ),
         # b stands too low.
         (
             [("a", ("data", "fsdp")), ("b", ("fsdp",)), ("a", ("data",))],
