@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from moe_shard.config import list_models, load_config
 from moe_shard.errors import run_command
+from moe_shard.quiet import absent_accelerators_unsaid
 
 
 def main(argv: Sequence[str]) -> int:
@@ -41,7 +42,8 @@ def main(argv: Sequence[str]) -> int:
     config.require_built()
 
     # Only now: a mistyped key is answered before jax and the rest have been loaded.
-    from moe_shard.training.run import run
+    with absent_accelerators_unsaid():
+        from moe_shard.training.run import run
 
     run(config)
     return 0

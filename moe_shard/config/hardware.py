@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from moe_shard.config.load import configs_dir
 from moe_shard.config.strict_yaml import read_mapping
+from moe_shard.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileTarget:
+    """How XLA compiles for an accelerator that is not there; see `lowering/targets.py`.
+
+    Attributes:
+        platform: "tpu", "cuda", "rocm" or "cpu".
+        topology: what libtpu calls the family; "" but for TPUs.
+        topology_dims: dims of the network between a TPU's chips; 0 but for TPUs.
+        chip_config: libtpu's name of the way a chip's cores form devices; "" for its default.
+        target_config: a `GpuTargetConfigProto` as text; "" but for GPUs.
+    """
+
+    platform: str
+    topology: str = ""
+    topology_dims: int = 0
+    chip_config: str = ""
+    target_config: str = ""
 
 
 @dataclass(frozen=True)
@@ -17,21 +39,52 @@ class Hardware:
         name: for people.
         device_kinds: what `jax.Device.device_kind` says.
         peak_flops: dtype -> operations per second, dense.
-        hbm_bytes: memory.
-        hbm_bandwidth: bytes per second.
+        hbm_bytes: memory; None where devices have none of their own (simulated ones).
+        hbm_bandwidth: bytes per second, or None.
+        compile: how to compile for it without having it.
     """
 
     name: str
     device_kinds: tuple[str, ...]
     peak_flops: Mapping[str, float]
-    hbm_bytes: int
-    hbm_bandwidth: float
+    hbm_bytes: int | None
+    hbm_bandwidth: float | None
+    compile: CompileTarget
 
 
 def find_hardware(device_kind: str) -> Hardware | None:
     """The accelerator that calls itself so, or None if it is not known."""
     for path in sorted((configs_dir() / "hardware").glob("*.yml")):
-        content = read_mapping(path)
-        if device_kind in content["device_kinds"]:
-            return Hardware(**{**content, "device_kinds": tuple(content["device_kinds"])})
+        if device_kind in read_mapping(path)["device_kinds"]:
+            return _read(path)
     return None
+
+
+def list_hardware() -> list[str]:
+    """Names of the files in `configs/hardware/`, sorted."""
+    return sorted(path.stem for path in (configs_dir() / "hardware").glob("*.yml"))
+
+
+def load_hardware(name: str) -> Hardware:
+    """The accelerator of a file in `configs/hardware/`.
+
+    Raises:
+        UserError: there is no such file; the message has the nearest names.
+    """
+    names = list_hardware()
+    if name not in names:
+        near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
+        fix = f"did you mean {' or '.join(near)}?" if near else f"one of {', '.join(names)}"
+        raise UserError(f"hardware {name[:60]!r} is not in configs/hardware/\nfix: {fix}")
+    return _read(configs_dir() / "hardware" / f"{name}.yml")
+
+
+def _read(path: Path) -> Hardware:
+    content = read_mapping(path)
+    return Hardware(
+        **{
+            **content,
+            "device_kinds": tuple(content["device_kinds"]),
+            "compile": CompileTarget(**content["compile"]),
+        }
+    )

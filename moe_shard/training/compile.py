@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import jax
 
+from moe_shard.config import Config, check_against_mesh
 from moe_shard.errors import Finding
 from moe_shard.lowering.remat_warnings import remat_lines
 from moe_shard.lowering.report import LoweringReport, memory_from_compiled, report_from_text
 from moe_shard.sharding.annotate import Annotator
+from moe_shard.sharding.mesh import make_mesh
 from moe_shard.training.step import Program
 
 # What the partitioner said of a step while it was compiled; a Compiled itself does not keep it.
 _partitioner_logs: WeakKeyDictionary[jax.stages.Compiled, list[str]] = WeakKeyDictionary()
+
+
+def lay_out(
+    config: Config, devices: Sequence[jax.Device] | None = None
+) -> tuple[Annotator, tuple[str, ...]]:
+    """Put a configuration's mesh and rules on devices.
+
+    Args:
+        config: the run.
+        devices: present or absent; all of the default backend's by default.
+
+    Returns:
+        The mesh with its rules, and notes of one line each about settings that change nothing.
+
+    Raises:
+        UserError: the configuration does not fit the devices.
+    """
+    mesh = make_mesh(config.mesh, devices)
+    notes = (*config.warnings, *check_against_mesh(config, dict(mesh.shape)))
+    return Annotator(mesh, config.mesh.rules, config.mesh.rule_conflicts), notes
 
 
 def compile_step(program: Program) -> jax.stages.Compiled:

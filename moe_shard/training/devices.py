@@ -7,6 +7,7 @@ import os
 import jax
 
 from moe_shard.errors import UserError
+from moe_shard.quiet import absent_accelerators_unsaid
 
 _COUNT_FLAG = "--xla_force_host_platform_device_count"
 
@@ -32,7 +33,8 @@ def start_devices(num_simulated: int) -> str:
     if _COUNT_FLAG not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", max(num_simulated // sharing, 1))
     try:
-        devices = jax.devices()
+        with absent_accelerators_unsaid():
+            devices = jax.devices()
     except RuntimeError as error:
         raise UserError(
             f"jax cannot start its devices: {str(error).splitlines()[0][:200]}\n"

@@ -10,13 +10,12 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from moe_shard.config import Config, check_against_mesh
+from moe_shard.config import Config
 from moe_shard.lowering.report import LoweringReport
-from moe_shard.sharding.annotate import Annotator
-from moe_shard.sharding.mesh import make_mesh
 from moe_shard.training.compile import (
     compile_step,
     hlo_text,
+    lay_out,
     out_of_memory_is_a_finding,
     report_step,
 )
@@ -39,10 +38,9 @@ def run(config: Config) -> Outcome:
     device_line = start_devices(config.mesh.num_simulated_devices)
     console.quiet = notes.quiet = jax.process_index() > 0
     console.print(device_line)
-    mesh = make_mesh(config.mesh)
-    for line in (*config.warnings, *check_against_mesh(config, dict(mesh.shape))):
+    annotate, changes_nothing = lay_out(config)
+    for line in changes_nothing:
         notes.print(f"note: {line}", markup=False)
-    annotate = Annotator(mesh, config.mesh.rules, config.mesh.rule_conflicts)
     program = make_program(config, annotate)
     writer = jax.process_index() == 0
     with (

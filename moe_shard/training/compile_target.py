@@ -1,0 +1,138 @@
+"""The training step compiled for hardware that is not there, and whether it fits."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from moe_shard.config import Config
+from moe_shard.errors import Finding
+from moe_shard.lowering.report import LoweringReport
+from moe_shard.lowering.targets import Target, compiled_with, devices_for
+from moe_shard.sharding.annotate import Annotator
+from moe_shard.training.compile import compile_step, hlo_text, lay_out, report_step
+from moe_shard.training.step import make_program
+from moe_shard.units import human_bytes
+
+# What jax takes of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+_GPU_FRACTION = 0.75
+
+
+@dataclass(frozen=True)
+class TargetReport:
+    """What the step of a configuration does on a target.
+
+    Attributes:
+        target: the hardware.
+        lowering: its collectives and memory; without either where the compiler refused.
+        compiled_with: whose compiler it was, and that nothing ran.
+        compile_time_s: seconds, tracing included.
+        num_params: parameters of the model.
+        hlo: the optimized HLO; None where the compiler refused.
+        refusal: the compiler's own out-of-memory answer, or None.
+        notes: settings that change nothing, and what a target leaves out; one line each.
+        conflicts: rule conflicts, one line each.
+    """
+
+    target: Target
+    lowering: LoweringReport
+    compiled_with: str
+    compile_time_s: float
+    num_params: int
+    hlo: str | None
+    refusal: str | None
+    notes: tuple[str, ...]
+    conflicts: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the step fits in the memory of a device; None where neither side is known."""
+        if self.refusal is not None:
+            return False
+        memory, available = self.lowering.memory, self.target.hardware.hbm_bytes
+        if memory is None or available is None:
+            return None
+        return memory["total_bytes"] <= available
+
+    def memory_line(self) -> str:
+        """One line: what the step holds, what a device has, and whether that fits."""
+        hardware, memory = self.target.hardware, self.lowering.memory
+        if memory is None:
+            return f"memory per device: more than {hardware.name} has: does not fit"
+        used = f"memory per device: {human_bytes(memory['total_bytes'])}"
+        if hardware.hbm_bytes is None:
+            return f"{used} ({hardware.name}: no memory of its own to fit in)"
+        line = f"{used} of {human_bytes(hardware.hbm_bytes)} ({hardware.name})"
+        if not self.fits:
+            return f"{line}: does not fit"
+        share = memory["total_bytes"] / hardware.hbm_bytes
+        if self.target.backend == "gpu" and share > _GPU_FRACTION:
+            return f"{line}: fits, with XLA_PYTHON_CLIENT_MEM_FRACTION={min(share + 0.05, 1):.2f}"
+        return f"{line}: fits"
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of `lowering.json`, and what is known of the target."""
+        return {
+            **self.lowering.to_json(),
+            "target": self.target.text,
+            "hardware": self.target.hardware.name,
+            "compile_time_s": round(self.compile_time_s, 2),
+            "fits": self.fits,
+            "compiled_with": self.compiled_with,
+        }
+
+
+def compile_for_target(config: Config, target: Target) -> TargetReport:
+    """Compile the step that `train.py` runs for a target; nothing is allocated or run.
+
+    Args:
+        config: the run.
+        target: of `parse_target`.
+
+    Raises:
+        UserError: the target's compiler is not installed, or the configuration does not fit the
+            target's devices.
+    """
+    jax.config.update("jax_enable_compilation_cache", False)  # its time would be that of a look-up
+    annotate, notes = lay_out(config, devices_for(target))
+    program = make_program(config, annotate)
+    started = time.perf_counter()
+    hlo = refusal = None
+    try:
+        compiled = compile_step(program)
+        hlo = hlo_text(compiled)
+    except Finding as finding:
+        refusal = str(finding)
+    seconds = time.perf_counter() - started
+    return TargetReport(
+        target=target,
+        lowering=(
+            _nothing(annotate, target)
+            if hlo is None
+            else report_step(compiled, annotate, target.backend)
+        ),
+        compiled_with=compiled_with(target),
+        compile_time_s=seconds,
+        num_params=program.model.num_params,
+        hlo=hlo,
+        refusal=refusal,
+        notes=(*notes, *([target.note] if target.note else [])),
+        conflicts=tuple(annotate.conflict_lines()),
+    )
+
+
+def _nothing(annotate: Annotator, target: Target) -> LoweringReport:
+    """The report on a step that was not compiled."""
+    return LoweringReport(
+        backend=target.backend,
+        num_devices=annotate.mesh.size,
+        mesh=dict(annotate.mesh.shape),
+        verdict=None,
+        collectives=(),
+        totals={},
+        memory=None,
+        warnings=(),
+    )

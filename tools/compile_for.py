@@ -1,0 +1,132 @@
+"""What the training step does on hardware that is not there: collectives, verdict, memory.
+
+    python tools/compile_for.py mixtral-8x7b mi355x:8 per_device_batch_size=11
+
+TARGET is a file in configs/hardware/, a colon, and a TPU topology (v5e:2x4, v5p:4x4x2) or a number
+of devices (h100:8, cpu:8). The compilers come with `make targets`; no accelerator is needed, and
+none is touched. Exit code 1 when the step does not fit in memory or --expect does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from rich.console import Console
+
+from moe_shard.config import list_models, load_config
+from moe_shard.config.hardware import list_hardware
+from moe_shard.errors import EXIT_DONE, EXIT_FINDING, UserError, run_command
+from moe_shard.lowering.expect import VERDICTS
+from moe_shard.quiet import absent_accelerators_unsaid
+
+if TYPE_CHECKING:
+    from moe_shard.training.compile_target import TargetReport
+
+
+def main() -> int:
+    """Compile, print the report, judge it."""
+    arguments = _arguments()
+    config = load_config(arguments.model, arguments.overrides)
+    config.require_built()
+    # Only now: a mistyped key is answered before jax has been loaded.
+    with absent_accelerators_unsaid():
+        from moe_shard.lowering.targets import parse_target
+        from moe_shard.training.compile_target import compile_for_target
+
+    target = parse_target(arguments.target)
+    folder = _dump_folder(arguments.dump)
+    with absent_accelerators_unsaid():
+        report = compile_for_target(config, target)
+    if folder is not None:
+        _dump(report, folder)
+    notes = Console(stderr=True, soft_wrap=True, highlight=False, style="yellow")
+    for line in report.notes:
+        notes.print(f"note: {line}", markup=False)
+    for line in report.conflicts:
+        notes.print(f"rule conflict: {line}", markup=False)
+    if arguments.json:
+        print(json.dumps(report.to_json(), indent=2))
+    else:
+        _print(report)
+    return _judge(report, arguments.expect)
+
+
+def _print(report: TargetReport) -> None:
+    # A pipe has no width: 80 columns would fold the table.
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    if report.hlo is not None:
+        report.lowering.render_table(console)
+        console.print(report.memory_line(), markup=False)
+    console.print(f"parameters: {report.num_params:,}")
+    done = "compiled" if report.hlo is not None else "refused"
+    console.print(
+        f"{done} in {report.compile_time_s:.1f} s for {report.target.text}: {report.compiled_with}",
+        markup=False,
+    )
+
+
+def _judge(report: TargetReport, expected: str | None) -> int:
+    code = EXIT_DONE
+    if report.refusal is not None:
+        print(report.refusal, file=sys.stderr)
+        return EXIT_FINDING
+    if report.fits is False:
+        print(
+            f"{report.memory_line()}\nfix: a smaller per_device_batch_size with more "
+            "gradient_accumulation_steps, or more devices",
+            file=sys.stderr,
+        )
+        code = EXIT_FINDING
+    if expected and report.lowering.verdict != expected:
+        print(f"expected {expected}, found {report.lowering.verdict}", file=sys.stderr)
+        code = EXIT_FINDING
+    return code
+
+
+def _dump_folder(path: str | None) -> Path | None:
+    """The folder, made before minutes of compiling."""
+    if path is None:
+        return None
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--dump {path}: {error.strerror}\nfix: a folder to write to") from error
+    return Path(path)
+
+
+def _dump(report: TargetReport, folder: Path) -> None:
+    """Write what `hlo_report.py` and `hlo_diff.py` read."""
+    (folder / "lowering.json").write_text(json.dumps(report.to_json(), indent=1) + "\n")
+    if report.hlo is not None:
+        (folder / "train_step.after_optimizations.txt").write_text(report.hlo)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Answers bad usage with one line instead of the whole usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing."""
+        raise UserError(f"{message}; try --help")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = _Parser(
+        prog="compile_for.py",
+        description="Compile the training step for hardware that is not there.",
+        epilog=f"Models: {', '.join(list_models())}. Hardware: {', '.join(list_hardware())}.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a name in configs/models/, or a .yml file")
+    parser.add_argument("target", metavar="TARGET", help="v5e:2x4, v5p:4x4x2, h100:8, mi355x:8")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides the model's")
+    parser.add_argument("--expect", choices=VERDICTS, help="exit with 1 on any other verdict")
+    parser.add_argument("--dump", metavar="DIR", help="keep the optimized HLO and the report here")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser.parse_intermixed_args()
+
+
+if __name__ == "__main__":
+    run_command(main)
