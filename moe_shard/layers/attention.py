@@ -13,6 +13,10 @@ from moe_shard.layers.norm import RMSNorm
 from moe_shard.layers.rope import apply_rope
 from moe_shard.sharding.annotate import Annotator
 
+QUERY = ("embed", "heads", "head_dim")
+KEY_VALUE = ("embed", "kv_heads", "head_dim")
+OUT = ("heads", "head_dim", "embed")
+
 
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions and, optionally, normalised queries and keys.
@@ -49,14 +53,12 @@ class Attention(nnx.Module):
         q_shape = (model_dim, num_query_heads, head_dim)
         kv_shape = (model_dim, num_kv_heads, head_dim)
         out_shape = (num_query_heads, head_dim, model_dim)
-        q_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
-        out_axes = ("heads", "head_dim", "embed")
-        self.query = nnx.Param(init_in(rngs.params(), q_shape, weight_dtype), logical_axes=q_axes)
-        self.key = nnx.Param(init_in(rngs.params(), kv_shape, weight_dtype), logical_axes=kv_axes)
-        self.value = nnx.Param(init_in(rngs.params(), kv_shape, weight_dtype), logical_axes=kv_axes)
-        self.out = nnx.Param(
-            init_out(rngs.params(), out_shape, weight_dtype), logical_axes=out_axes
+        self.query = nnx.Param(init_in(rngs.params(), q_shape, weight_dtype), logical_axes=QUERY)
+        self.key = nnx.Param(init_in(rngs.params(), kv_shape, weight_dtype), logical_axes=KEY_VALUE)
+        self.value = nnx.Param(
+            init_in(rngs.params(), kv_shape, weight_dtype), logical_axes=KEY_VALUE
         )
+        self.out = nnx.Param(init_out(rngs.params(), out_shape, weight_dtype), logical_axes=OUT)
 
         def head_norm() -> RMSNorm | None:
             if qk_norm_epsilon is None:
@@ -84,9 +86,9 @@ class Attention(nnx.Module):
             segment_ids: equal for tokens of one document.
         """
         with jax.named_scope("attention"):
-            query = self._project(x, self.query, "activation_heads")
-            key = self._project(x, self.key, "activation_kv_heads")
-            value = self._project(x, self.value, "activation_kv_heads")
+            query = self._project(x, self.query, "heads", "query")
+            key = self._project(x, self.key, "kv_heads", "key")
+            value = self._project(x, self.value, "kv_heads", "value")
             if self.query_norm is not None and self.key_norm is not None:
                 query, key = self.query_norm(query), self.key_norm(key)
             query = apply_rope(query, positions, self.rope_max_timescale)
@@ -95,8 +97,14 @@ class Attention(nnx.Module):
             attended = jax.nn.dot_product_attention(
                 query, key, value, mask=same_document, is_causal=True
             )
-            attended = self._by_head(attended, "activation_heads")
-            y = jnp.einsum("bsnd,ndm->bsm", attended, self.out[...].astype(self.dtype))
+            attended = self._by_head(attended, "heads", "attended")
+            out = self.annotate.use_weight(
+                self.out[...].astype(self.dtype),
+                OUT,
+                ("activation_heads", "activation_head_dim", None),
+                name="attention out",
+            )
+            y = jnp.einsum("bsnd,ndm->bsm", attended, out)
             return self.annotate(
                 y,
                 "activation_batch",
@@ -106,16 +114,24 @@ class Attention(nnx.Module):
             )
 
     def _project(
-        self, x: Float[Array, "B S M"], kernel: nnx.Param[Array], axis: str
+        self, x: Float[Array, "B S M"], kernel: nnx.Param[Array], heads: str, name: str
     ) -> Float[Array, "B S N D"]:
-        return self._by_head(jnp.einsum("bsm,mnd->bsnd", x, kernel[...].astype(self.dtype)), axis)
+        kernel_in_use = self.annotate.use_weight(
+            kernel[...].astype(self.dtype),
+            ("embed", heads, "head_dim"),
+            (None, f"activation_{heads}", "activation_head_dim"),
+            name=f"attention {name}",
+        )
+        return self._by_head(jnp.einsum("bsm,mnd->bsnd", x, kernel_in_use), heads, name)
 
-    def _by_head(self, x: Float[Array, "B S N D"], axis: str) -> Float[Array, "B S N D"]:
+    def _by_head(
+        self, x: Float[Array, "B S N D"], heads: str, name: str
+    ) -> Float[Array, "B S N D"]:
         return self.annotate(
             x,
             "activation_batch",
             "activation_length",
-            axis,
+            f"activation_{heads}",
             "activation_head_dim",
-            name=f"attention {axis.removeprefix('activation_')}",
+            name=f"{name} by head",
         )

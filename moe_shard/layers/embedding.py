@@ -11,6 +11,9 @@ from jaxtyping import Array, Float, Int
 
 from moe_shard.sharding.annotate import Annotator
 
+TABLE = ("vocab", "embed_vocab")
+KERNEL = ("embed_vocab", "vocab")
+
 
 class Embedding(nnx.Module):
     """A table of one vector per token, and logits from it or from a kernel of their own.
@@ -40,7 +43,7 @@ class Embedding(nnx.Module):
         table_init = normal(stddev=model_dim**-0.5 if tied else 1.0)
         self.table = nnx.Param(
             table_init(rngs.params(), (vocab_size, model_dim), weight_dtype),
-            logical_axes=("vocab", "embed_vocab"),
+            logical_axes=TABLE,
         )
         kernel_init = normal(stddev=1 / model_dim)  # logits near 0: the first loss is log V
         self.kernel = (
@@ -48,7 +51,7 @@ class Embedding(nnx.Module):
             if tied
             else nnx.Param(
                 kernel_init(rngs.params(), (model_dim, vocab_size), weight_dtype),
-                logical_axes=("embed_vocab", "vocab"),
+                logical_axes=KERNEL,
             )
         )
         self.dtype = dtype
@@ -57,11 +60,13 @@ class Embedding(nnx.Module):
     def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S M"]:
         """Look tokens up."""
         with jax.named_scope("embedding"):
-            # Whole vectors before the lookup, as FSDP gathers any weight; left to itself the
-            # partitioner looks up slices and on some meshes replicates all tokens to join them.
+            # Whole vectors before the lookup, and in its gradient before they are scattered to
+            # where the table is stored; left to itself the partitioner looks up slices, and on
+            # some meshes replicates all tokens to join them.
             table = self.annotate(
-                self.table[...].astype(self.dtype), "vocab", None, name="embedding table, gathered"
+                self.table[...].astype(self.dtype), *TABLE, name="embedding table as stored"
             )
+            table = self.annotate(table, "vocab", None, name="embedding table in use")
             x = jnp.take(table, tokens, axis=0)
             return self.annotate(
                 x, "activation_batch", "activation_length", "activation_embed", name="embedded"
@@ -70,13 +75,11 @@ class Embedding(nnx.Module):
     def logits(self, x: Float[Array, "B S M"]) -> Float[Array, "B S V"]:
         """Scores of every token of the vocabulary, in float32."""
         with jax.named_scope("logits"):
-            kernel = self.table[...].T if self.kernel is None else self.kernel[...]
-            logits = jnp.einsum(
-                "bsm,mv->bsv",
-                x,
-                kernel.astype(self.dtype),
-                preferred_element_type=jnp.float32,
+            weight = self.table[...].T if self.kernel is None else self.kernel[...]
+            kernel = self.annotate.use_weight(
+                weight.astype(self.dtype), KERNEL, (None, "activation_vocab"), name="logits kernel"
             )
+            logits = jnp.einsum("bsm,mv->bsv", x, kernel, preferred_element_type=jnp.float32)
             return self.annotate(
                 logits, "activation_batch", "activation_length", "activation_vocab", name="logits"
             )

@@ -12,6 +12,8 @@ from jaxtyping import Array, Float
 from moe_shard.layers.activation import ACTIVATIONS
 from moe_shard.sharding.annotate import Annotator
 
+WEIGHT_IN, WEIGHT_OUT = ("embed", "mlp"), ("mlp", "embed")
+
 
 class MLP(nnx.Module):
     """A gated MLP.
@@ -38,11 +40,10 @@ class MLP(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         init = variance_scaling(1.0, "fan_in", "truncated_normal")
-        axes_in, axes_out = ("embed", "mlp"), ("mlp", "embed")
         shape_in, shape_out = (model_dim, hidden_dim), (hidden_dim, model_dim)
-        self.gate = nnx.Param(init(rngs.params(), shape_in, weight_dtype), logical_axes=axes_in)
-        self.up = nnx.Param(init(rngs.params(), shape_in, weight_dtype), logical_axes=axes_in)
-        self.down = nnx.Param(init(rngs.params(), shape_out, weight_dtype), logical_axes=axes_out)
+        self.gate = nnx.Param(init(rngs.params(), shape_in, weight_dtype), logical_axes=WEIGHT_IN)
+        self.up = nnx.Param(init(rngs.params(), shape_in, weight_dtype), logical_axes=WEIGHT_IN)
+        self.down = nnx.Param(init(rngs.params(), shape_out, weight_dtype), logical_axes=WEIGHT_OUT)
         self.activate = ACTIVATIONS[activation]
         self.dtype = dtype
         self.annotate = annotate
@@ -50,15 +51,29 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "B S M"]) -> Float[Array, "B S M"]:
         """Apply the MLP."""
         with jax.named_scope("mlp"):
-            gate = self._hidden(jnp.einsum("bsm,mf->bsf", x, self.gate[...].astype(self.dtype)))
-            up = self._hidden(jnp.einsum("bsm,mf->bsf", x, self.up[...].astype(self.dtype)))
-            hidden = self.activate(gate) * up
-            y = jnp.einsum("bsf,fm->bsm", hidden, self.down[...].astype(self.dtype))
+            gate = self._project(x, self.gate, "mlp gate")
+            up = self._project(x, self.up, "mlp up")
+            down = self.annotate.use_weight(
+                self.down[...].astype(self.dtype),
+                WEIGHT_OUT,
+                ("activation_mlp", None),
+                name="mlp down",
+            )
+            y = jnp.einsum("bsf,fm->bsm", self.activate(gate) * up, down)
             return self.annotate(
                 y, "activation_batch", "activation_length", "activation_embed", name="mlp output"
             )
 
-    def _hidden(self, h: Float[Array, "B S F"]) -> Float[Array, "B S F"]:
+    def _project(
+        self, x: Float[Array, "B S M"], kernel: nnx.Param[Array], name: str
+    ) -> Float[Array, "B S F"]:
+        kernel_in_use = self.annotate.use_weight(
+            kernel[...].astype(self.dtype), WEIGHT_IN, (None, "activation_mlp"), name=name
+        )
         return self.annotate(
-            h, "activation_batch", "activation_length", "activation_mlp", name="mlp hidden"
+            jnp.einsum("bsm,mf->bsf", x, kernel_in_use),
+            "activation_batch",
+            "activation_length",
+            "activation_mlp",
+            name="mlp hidden",
         )

@@ -40,6 +40,9 @@ class Placement:
         self.expert_axes = annotate.table.sharding_axes("exp")
         # Read here and nowhere else.
         self.batch = "activation_batch_no_exp" if no_expert_sharding else "activation_batch_moe"
+        # Weights of experts that stay whole in the activations are gathered once, not twice.
+        taken = set(annotate.table.sharding_axes(self.batch))
+        self._exp_in_use = "exp" if taken.isdisjoint(self.expert_axes) else None
         self._consequence = (
             f"expert weights will be all-gathered over {', '.join(self.expert_axes)}"
         )
@@ -77,12 +80,16 @@ class Placement:
         )
 
     def weight_in(self, w: Float[Array, "E M H"]) -> Float[Array, "E M H"]:
-        """Gate and up projections."""
-        return self.annotate(w, *EXPERT_WEIGHT_IN, name="moe gate, up")
+        """Gate and up projections, from where they are stored to where they are used."""
+        return self.annotate.use_weight(
+            w, EXPERT_WEIGHT_IN, (self._exp_in_use, None, "activation_mlp_moe"), name="moe gate, up"
+        )
 
     def weight_out(self, w: Float[Array, "E H M"]) -> Float[Array, "E H M"]:
-        """Down projection."""
-        return self.annotate(w, *EXPERT_WEIGHT_OUT, name="moe down")
+        """Down projection, likewise."""
+        return self.annotate.use_weight(
+            w, EXPERT_WEIGHT_OUT, (self._exp_in_use, "activation_mlp_moe", None), name="moe down"
+        )
 
     def _by_row(self, x: Float[Array, "E B C M"]) -> Float[Array, "E B C M"]:
         return self.annotate(

@@ -49,8 +49,13 @@ GATHER = one("all-gather", "expert")
         ([EXCHANGE, one("all-reduce", "fsdp", "expert", scope="router")], "expert-parallel"),
         ([EXCHANGE, one("all-reduce", "expert", size=4)], "expert-parallel"),
         ([EXCHANGE, one("all-gather", "expert", size=1024)], "expert-parallel"),
-        ([EXCHANGE, one("all-gather", "expert", size=BIG // 16)], "expert-parallel"),
-        ([EXCHANGE, one("all-gather", "expert", size=BIG // 15)], "mixed"),
+        (
+            [EXCHANGE, one("all-gather", "expert", scope="dispatch", size=BIG // 16)],
+            "expert-parallel",
+        ),
+        ([EXCHANGE, one("all-gather", "expert", scope="dispatch", size=BIG // 15)], "mixed"),
+        # Beside the experts' own products stand no indices: a small weight is a weight.
+        ([EXCHANGE, one("all-gather", "expert", size=BIG // 16)], "mixed"),
         # An exchange along other axes moves no token to another expert.
         ([one("all-to-all", "tensor", scope="dispatch")], "no-expert-parallelism"),
         ([one("all-to-all", "?", scope="dispatch")], "no-expert-parallelism"),
