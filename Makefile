@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
+TARGETS := $(VENV)/.targets
 
-.PHONY: demo test lint format bench clean help
+.PHONY: demo test targets test-targets lint format bench clean help
 
 help:  ## what can be made
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(READY): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (about a minute)"
@@ -21,6 +22,16 @@ demo: $(READY)  ## train mixtral-tiny for 60 steps, its expert parallelism shown
 
 test: $(READY)  ## the whole suite
 	$(RUN) -m pytest -n 2
+
+$(TARGETS): $(READY)
+	@echo "installing the compilers of TPUs, NVIDIA and AMD GPUs into $(VENV) (about 2 GB)"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[targets]"
+	@touch $@
+
+targets: $(TARGETS)  ## compilers for hardware that is not there
+
+test-targets: $(TARGETS)  ## compile for TPUs and GPUs that are not there (minutes)
+	$(RUN) -m pytest -m targets
 
 lint: $(READY)  ## style and types
 	$(VENV)/bin/ruff check .

@@ -19,7 +19,7 @@ from moe_shard.errors import UserError
 _SYMBOL = struct.Struct("<IBBHQQ")
 _X86_64 = 62
 _DYNSYM, _DYNAMIC, _VERSYM, _VERNEED = 11, 6, 0x6FFFFFFF, 0x6FFFFFFE
-_FUNCTION = 2
+_FUNCTION, _GLOBAL = 2, 1
 _PAGE = 4096
 
 # Returns 100, which is hipErrorNoDevice and an error to every library of the family.
@@ -89,7 +89,9 @@ def _read(data: mmap.mmap) -> Imports:
     functions = []
     for index in range(symbols[5] // _SYMBOL.size):
         name, info, _, section, _, _ = _SYMBOL.unpack_from(data, symbols[4] + index * _SYMBOL.size)
-        if section == 0 and info & 15 == _FUNCTION:
+        # Some linkers leave out the type; an untyped weak one may stay undefined.
+        kind, binding = info & 15, info >> 4
+        if section == 0 and (kind == _FUNCTION or (kind == 0 and binding == _GLOBAL)):
             which = 0
             if _VERSYM in by_type:
                 which = struct.unpack_from("<H", data, by_type[_VERSYM][4] + 2 * index)[0] & 0x7FFF
@@ -156,7 +158,7 @@ def placeholder(library: str, functions: Sequence[Function]) -> bytes:
     symbols = b"\0" * _SYMBOL.size
     for offset, function in zip(names, functions, strict=True):
         code = at["code"] + (16 if _NAMES_AN_ERROR.search(function.name) else 0)
-        symbols += _SYMBOL.pack(offset, 1 << 4 | _FUNCTION, 0, 1, code, 8)  # global
+        symbols += _SYMBOL.pack(offset, _GLOBAL << 4 | _FUNCTION, 0, 1, code, 8)
     body = body[: at["symbols"]] + symbols + body[at["symbols"] + len(symbols) :]
 
     table = b"".join(

@@ -28,7 +28,7 @@ from moe_shard.quiet import absent_accelerators_unsaid
 GPUS_PER_HOST = 8
 MOST_DEVICES = 2**16
 _INSTALL = "fix: make targets, or: pip install '.[targets]'"
-_GPU_PLUGINS = {"cuda": ("cuda13", "cuda12"), "rocm": ("rocm8", "rocm7")}
+_GPU_PLUGINS = {"cuda": ("cuda13", "cuda12"), "rocm": ("rocm7",)}
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class TargetReport:
         """One line: what the step holds, what a device has, and whether that fits."""
         hardware, memory = self.target.hardware, self.lowering.memory
         if memory is None:
-            return f"memory per device: more than {hardware.name} has: does not fit"
+            return "memory per device: unknown"
         used = f"memory per device: {human_bytes(memory['total_bytes'])}"
         if hardware.hbm_bytes is None:
             return f"{used} ({hardware.name}: no memory of its own to fit in)"

@@ -1,0 +1,153 @@
+"""The command compiles Mixtral's layers for four machines that are not there, and leaves nothing.
+
+Needs the compilers of `make targets`, and minutes: `make test-targets`. A missing one is a failure.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.targets
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHORT = ("mixtral-8x7b", "base_num_decoder_layers=1", "max_target_length=256")
+FLAG_OFF = "moe_dispatch_no_expert_sharding=false"
+CONTRACT = {
+    "backend", "num_devices", "mesh", "verdict", "collectives", "totals", "memory",
+    "target", "hardware", "compile_time_s", "fits", "compiled_with",
+}  # fmt: skip
+# What libtpu leaves behind where it is left to.
+SHARED_PLACES = [Path("/tmp/libtpu_lockfile"), Path("/tmp/tpu_logs")]
+
+
+@dataclass(frozen=True)
+class Done:
+    """A process that has ended, and the files it left in its home and for temporaries."""
+
+    code: int
+    out: str
+    err: str
+    left: set[str]
+
+    @property
+    def json(self) -> dict[str, Any]:
+        return json.loads(self.out)
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Runs the command in a home of its own and looks for what it leaves."""
+
+    def run(*arguments: str) -> Done:
+        places = [tmp_path / name for name in ("home", "temporary", "here")]
+        for place in places:
+            place.mkdir()
+        home, temporary, here = places
+        # As a person's shell is: nothing says that jax should keep to the CPU.
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("JAX_", "XLA_", "TPU_", "XDG_"))
+        }
+        environment |= {"HOME": str(home), "TMPDIR": str(temporary)}
+        before = _shared()
+        command = [sys.executable, str(REPOSITORY / "tools" / "compile_for.py"), *arguments]
+        process = subprocess.Popen(
+            command,
+            cwd=here,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        out, err = process.communicate(timeout=600)
+        with pytest.raises(ProcessLookupError):  # no process of its session is left
+            os.killpg(process.pid, 0)
+        assert _shared() == before
+        left = {
+            str(path.relative_to(tmp_path))
+            for place in places
+            for path in place.rglob("*")
+            if path.is_file()
+        }
+        return Done(process.returncode, out, err, left)
+
+    return run
+
+
+def _shared() -> set[Path]:
+    return {path for place in SHARED_PLACES for path in (place, *place.glob("*")) if path.exists()}
+
+
+def totals(report: dict[str, Any], *kinds: str) -> list[int]:
+    return [report["totals"].get(kind, {"count": 0})["count"] for kind in kinds]
+
+
+@pytest.mark.parametrize("target", ["v5e:2x4", "v6e:2x4", "h100:8", "mi355x:8"])
+def test_the_flag_decides_what_moves(target: str, run: Run, tmp_path: Path) -> None:
+    on = run(*SHORT, target, "--expect", "expert-parallel", "--json", "--dump", str(tmp_path / "d"))
+    assert (on.code, on.err) == (0, "")
+    assert set(on.json) == CONTRACT
+    assert on.json["verdict"] == "expert-parallel"
+    moe = [c for c in on.json["collectives"] if c["scope"] in ("dispatch", "experts", "combine")]
+    assert sum(c["count"] for c in moe if c["kind"] == "all-to-all") == 4
+    assert (on.json["target"], on.json["num_devices"]) == (target, 8)
+    assert on.json["mesh"]["expert"] == 8
+    assert on.json["fits"] is True
+    assert on.json["memory"]["total_bytes"] > 1e9
+    assert on.json["compiled_with"].endswith("XLA, not run") or "libtpu" in on.json["compiled_with"]
+    assert all("placeholders" in path for path in on.left), on.left
+
+    hlo = (tmp_path / "d" / "train_step.after_optimizations.txt").read_text()
+    assert hlo.startswith("HloModule jit_step")
+    read = subprocess.run(
+        [
+            sys.executable,
+            str(REPOSITORY / "tools" / "hlo_report.py"),
+            str(tmp_path / "d"),
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(read.stdout)["totals"] == on.json["totals"]
+
+
+@pytest.mark.parametrize("target", ["v5e:2x4", "v6e:2x4", "h100:8", "mi355x:8"])
+def test_without_the_flag_weights_are_gathered(target: str, run: Run) -> None:
+    off = run(*SHORT, target, FLAG_OFF, "--expect", "expert-parallel")
+    assert off.code == 1
+    # The rule conflict and its cure may be said as well.
+    assert off.err.splitlines()[-1] == "expected expert-parallel, found weight-gathered"
+    assert "verdict: weight-gathered" in off.out
+    assert ": fits" in off.out
+    assert "not run" in off.out
+
+
+def test_the_compiler_of_a_tpu_refuses_what_does_not_fit(run: Run) -> None:
+    done = run(*SHORT[:1], "v5e:2x4", "per_device_batch_size=8", "--json")
+    assert done.code == 1
+    assert done.err.splitlines()[-2].startswith("out of memory: RESOURCE_EXHAUSTED")
+    assert done.err.splitlines()[-1].startswith("fix: a smaller per_device_batch_size")
+    assert (done.json["fits"], done.json["verdict"], done.json["memory"]) == (False, None, None)
+
+
+def test_what_a_gpu_cannot_hold_is_said(run: Run) -> None:
+    done = run(*SHORT, "a100:8", "per_device_batch_size=1024", "gradient_accumulation_steps=1")
+    assert done.code == 1
+    assert "GB (NVIDIA A100 SXM 80 GB): does not fit" in done.err.splitlines()[-2]
+    assert len(done.err.splitlines()) <= 3
