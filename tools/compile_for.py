@@ -60,6 +60,8 @@ def _print(report: TargetReport) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     if report.hlo is not None:
         report.lowering.render_table(console)
+        for line in report.bounds:
+            console.print(line, markup=False)
         console.print(report.memory_line(), markup=False)
     console.print(f"parameters: {report.num_params:,}")
     done = "compiled" if report.hlo is not None else "refused"

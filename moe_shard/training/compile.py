@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass
 
 import jax
 
 from moe_shard.config import Config, check_against_mesh
 from moe_shard.errors import Finding
+from moe_shard.lowering.bounds import moe_bounds
 from moe_shard.lowering.remat_warnings import remat_lines
 from moe_shard.lowering.report import LoweringReport, memory_from_compiled, report_from_text
+from moe_shard.moe.capacity import row_capacity
 from moe_shard.sharding.annotate import Annotator
 from moe_shard.sharding.mesh import make_mesh
 from moe_shard.training.step import Program
 
-# What the partitioner said of a step while it was compiled; a Compiled itself does not keep it.
-_partitioner_logs: WeakKeyDictionary[jax.stages.Compiled, list[str]] = WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """The training step, compiled.
+
+    Attributes:
+        executable: what runs.
+        hlo: its text, after optimization.
+        partitioner_log: what the partitioner warned of while compiling.
+        seconds: it took, tracing included.
+    """
+
+    executable: jax.stages.Compiled
+    hlo: str
+    partitioner_log: tuple[str, ...]
+    seconds: float
 
 
 def lay_out(
@@ -40,7 +57,7 @@ def lay_out(
     return Annotator(mesh, config.mesh.rules, config.mesh.rule_conflicts), notes
 
 
-def compile_step(program: Program) -> jax.stages.Compiled:
+def compile_step(program: Program) -> CompiledStep:
     """Compile the step for the devices of the program's mesh; nothing is allocated.
 
     The partitioner's warnings do not reach standard error: they are in the report.
@@ -48,35 +65,44 @@ def compile_step(program: Program) -> jax.stages.Compiled:
     Raises:
         Finding: the compiler says that the step does not fit in memory.
     """
-    with out_of_memory_is_a_finding(), remat_lines() as lines:
-        compiled = program.step.lower(program.abstract_state, program.abstract_batch).compile()
-    _partitioner_logs[compiled] = lines
-    return compiled
+    started = time.perf_counter()
+    with out_of_memory_is_a_finding(), remat_lines() as log:
+        executable = program.step.lower(program.abstract_state, program.abstract_batch).compile()
+    hlo = executable.as_text()
+    assert hlo is not None, "every backend of jax prints its HLO"
+    return CompiledStep(executable, hlo, tuple(log), time.perf_counter() - started)
 
 
-def report_step(compiled: jax.stages.Compiled, annotate: Annotator, backend: str) -> LoweringReport:
+def report_step(step: CompiledStep, annotate: Annotator, backend: str) -> LoweringReport:
     """What the compiled step does between devices.
 
     Args:
-        compiled: of `compile_step`.
+        step: of `compile_step`.
         annotate: the mesh and its rules, from which the expert axes follow.
         backend: "cpu", "tpu" or "gpu".
     """
     return report_from_text(
-        hlo_text(compiled),
+        step.hlo,
         mesh=dict(annotate.mesh.shape),
         expert_axes=annotate.table.sharding_axes("exp"),
-        memory=memory_from_compiled(compiled),
+        memory=memory_from_compiled(step.executable),
         backend=backend,
-        partitioner_log=_partitioner_logs.get(compiled, ()),
+        partitioner_log=step.partitioner_log,
     )
 
 
-def hlo_text(compiled: jax.stages.Compiled) -> str:
-    """The optimized HLO."""
-    text = compiled.as_text()
-    assert text is not None, "every backend of jax prints its HLO"
-    return text
+def bound_lines(config: Config, annotate: Annotator, report: LoweringReport) -> list[str]:
+    """The least work of the MoE layers, and what the program sends beside it; for a person.
+
+    Empty for a dense model.
+    """
+    if config.model.moe is None:
+        return []
+    capacity = row_capacity(config.model.moe, tokens=config.train.max_target_length)
+    bounds = moe_bounds(config, annotate.table, capacity=capacity)
+    if bounds is None:
+        return []
+    return bounds.lines(report.collectives, annotate.table.sharding_axes("exp"))
 
 
 @contextmanager

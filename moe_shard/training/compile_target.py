@@ -13,7 +13,7 @@ from moe_shard.errors import Finding
 from moe_shard.lowering.report import LoweringReport
 from moe_shard.lowering.targets import Target, compiled_with, devices_for
 from moe_shard.sharding.annotate import Annotator
-from moe_shard.training.compile import compile_step, hlo_text, lay_out, report_step
+from moe_shard.training.compile import bound_lines, compile_step, lay_out, report_step
 from moe_shard.training.step import make_program
 from moe_shard.units import human_bytes
 
@@ -35,6 +35,7 @@ class TargetReport:
         refusal: the compiler's own out-of-memory answer, or None.
         notes: settings that change nothing, and what a target leaves out; one line each.
         conflicts: rule conflicts, one line each.
+        bounds: the least work of the MoE layers, one line each.
     """
 
     target: Target
@@ -46,6 +47,7 @@ class TargetReport:
     refusal: str | None
     notes: tuple[str, ...]
     conflicts: tuple[str, ...]
+    bounds: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool | None:
@@ -100,24 +102,20 @@ def compile_for_target(config: Config, target: Target) -> TargetReport:
     annotate, notes = lay_out(config, devices_for(target))
     program = make_program(config, annotate)
     started = time.perf_counter()
-    hlo = refusal = None
+    step = refusal = None
     try:
-        compiled = compile_step(program)
-        hlo = hlo_text(compiled)
+        step = compile_step(program)
     except Finding as finding:
         refusal = str(finding)
-    seconds = time.perf_counter() - started
+    lowering = report_step(step, annotate, target.backend) if step else _nothing(annotate, target)
     return TargetReport(
         target=target,
-        lowering=(
-            _nothing(annotate, target)
-            if hlo is None
-            else report_step(compiled, annotate, target.backend)
-        ),
+        lowering=lowering,
+        bounds=tuple(bound_lines(config, annotate, lowering)) if step else (),
         compiled_with=compiled_with(target),
-        compile_time_s=seconds,
+        compile_time_s=time.perf_counter() - started,
         num_params=program.model.num_params,
-        hlo=hlo,
+        hlo=step.hlo if step else None,
         refusal=refusal,
         notes=(*notes, *([target.note] if target.note else [])),
         conflicts=tuple(annotate.conflict_lines()),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -13,8 +12,9 @@ from rich.console import Console
 from moe_shard.config import Config
 from moe_shard.lowering.report import LoweringReport
 from moe_shard.training.compile import (
+    CompiledStep,
+    bound_lines,
     compile_step,
-    hlo_text,
     lay_out,
     out_of_memory_is_a_finding,
     report_step,
@@ -22,7 +22,7 @@ from moe_shard.training.compile import (
 from moe_shard.training.devices import start_devices
 from moe_shard.training.files import open_run, write_text
 from moe_shard.training.loop import Outcome, Trainer
-from moe_shard.training.step import Program, make_program
+from moe_shard.training.step import make_program
 
 
 def run(config: Config) -> Outcome:
@@ -50,32 +50,28 @@ def run(config: Config) -> Outcome:
     ):
         if writer:
             write_text(folder / "config.yml", config.to_yaml())
-        step = _compile(program, console)
+        with console.status("compiling the training step"):
+            step = compile_step(program)
+        console.print(f"compiled in {step.seconds:.1f} s")
         report = report_step(step, annotate, jax.default_backend())
         for line in annotate.conflict_lines():
             notes.print(f"rule conflict: {line}", markup=False)
         report.render_table(console)
+        for line in bound_lines(config, annotate, report):
+            console.print(line, markup=False)
         console.print(f"parameters: {program.model.num_params:,}")
         if writer:
             _keep(config, step, report, folder)
-        outcome = trainer.train(step, console)
+        outcome = trainer.train(step.executable, console)
     _conclude(console, config, report, folder, outcome)
     return outcome
 
 
-def _compile(program: Program, console: Console) -> jax.stages.Compiled:
-    started = time.perf_counter()
-    with console.status("compiling the training step"):
-        compiled = compile_step(program)
-    console.print(f"compiled in {time.perf_counter() - started:.1f} s")
-    return compiled
-
-
-def _keep(config: Config, step: jax.stages.Compiled, report: LoweringReport, folder: Path) -> None:
+def _keep(config: Config, step: CompiledStep, report: LoweringReport, folder: Path) -> None:
     write_text(folder / "lowering.json", json.dumps(report.to_json(), indent=1) + "\n")
     if config.train.dump_hlo:
         (folder / "hlo").mkdir(exist_ok=True)
-        write_text(folder / "hlo" / "train_step.after_optimizations.txt", hlo_text(step))
+        write_text(folder / "hlo" / "train_step.after_optimizations.txt", step.hlo)
 
 
 def _conclude(
