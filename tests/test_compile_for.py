@@ -19,7 +19,7 @@ import pytest
 pytestmark = pytest.mark.targets
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SHORT = ("mixtral-8x7b", "base_num_decoder_layers=1", "max_target_length=256")
+SHORT = ("base_num_decoder_layers=1", "max_target_length=256")
 FLAG_OFF = "moe_dispatch_no_expert_sharding=false"
 CONTRACT = {
     "backend", "num_devices", "mesh", "verdict", "collectives", "totals", "memory",
@@ -98,7 +98,16 @@ def totals(report: dict[str, Any], *kinds: str) -> list[int]:
 
 @pytest.mark.parametrize("target", ["v5e:2x4", "v6e:2x4", "h100:8", "mi355x:8"])
 def test_the_flag_decides_what_moves(target: str, run: Run, tmp_path: Path) -> None:
-    on = run(*SHORT, target, "--expect", "expert-parallel", "--json", "--dump", str(tmp_path / "d"))
+    on = run(
+        "mixtral-8x7b",
+        target,
+        *SHORT,
+        "--expect",
+        "expert-parallel",
+        "--json",
+        "--dump",
+        str(tmp_path / "d"),
+    )
     assert (on.code, on.err) == (0, "")
     assert set(on.json) == CONTRACT
     assert on.json["verdict"] == "expert-parallel"
@@ -129,7 +138,7 @@ def test_the_flag_decides_what_moves(target: str, run: Run, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("target", ["v5e:2x4", "v6e:2x4", "h100:8", "mi355x:8"])
 def test_without_the_flag_weights_are_gathered(target: str, run: Run) -> None:
-    off = run(*SHORT, target, FLAG_OFF, "--expect", "expert-parallel")
+    off = run("mixtral-8x7b", target, *SHORT, FLAG_OFF, "--expect", "expert-parallel")
     assert off.code == 1
     # The rule conflict and its cure may be said as well.
     assert off.err.splitlines()[-1] == "expected expert-parallel, found weight-gathered"
@@ -139,7 +148,7 @@ def test_without_the_flag_weights_are_gathered(target: str, run: Run) -> None:
 
 
 def test_the_compiler_of_a_tpu_refuses_what_does_not_fit(run: Run) -> None:
-    done = run(*SHORT[:1], "v5e:2x4", "per_device_batch_size=8", "--json")
+    done = run("mixtral-8x7b", "v5e:2x4", "per_device_batch_size=8", "--json")
     assert done.code == 1
     assert done.err.splitlines()[-2].startswith("out of memory: RESOURCE_EXHAUSTED")
     assert done.err.splitlines()[-1].startswith("fix: a smaller per_device_batch_size")
@@ -147,7 +156,13 @@ def test_the_compiler_of_a_tpu_refuses_what_does_not_fit(run: Run) -> None:
 
 
 def test_what_a_gpu_cannot_hold_is_said(run: Run) -> None:
-    done = run(*SHORT, "a100:8", "per_device_batch_size=1024", "gradient_accumulation_steps=1")
+    done = run(
+        "mixtral-8x7b",
+        "a100:8",
+        *SHORT,
+        "per_device_batch_size=1024",
+        "gradient_accumulation_steps=1",
+    )
     assert done.code == 1
     assert "GB (NVIDIA A100 SXM 80 GB): does not fit" in done.err.splitlines()[-2]
     assert len(done.err.splitlines()) <= 3

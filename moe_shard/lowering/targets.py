@@ -171,7 +171,8 @@ def _tpu_devices(target: Target) -> Sequence[jax.Device]:
     with _environment(
         TPU_SKIP_MDS_QUERY="1",  # asks no metadata server whether this is a TPU host
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # no lock file: several compilations may go on at once
-        TPU_LOG_DIR="disabled",  # no log files either
+        # No log files either: neither TPU_LOG_DIR nor a log level keeps all of them from TMPDIR.
+        LIBTPU_INIT_ARGS=f"{os.environ.get('LIBTPU_INIT_ARGS', '')} --logtostderr=1".strip(),
         TPU_ACCELERATOR_TYPE="v5litepod-8",  # any: it is about the host, not the target
         TPU_WORKER_HOSTNAMES="localhost",
     ):
@@ -245,12 +246,14 @@ def _minor(version: str) -> str:
 
 @contextmanager
 def _environment(**variables: str) -> Iterator[None]:
-    """Within the block, these variables are set; a person's own settings of them win."""
+    """Within the block, these variables are set."""
     before = {name: os.environ.get(name) for name in variables}
-    os.environ.update({name: v for name, v in variables.items() if before[name] is None})
+    os.environ.update(variables)
     try:
         yield
     finally:
         for name, value in before.items():
             if value is None:
-                os.environ.pop(name, None)
+                del os.environ[name]
+            else:
+                os.environ[name] = value
