@@ -1,11 +1,13 @@
 # Each target does its own set-up: the first one run makes .venv from PYTHON.
 PYTHON ?= python3
 VENV ?= .venv
+PINS ?= -c constraints.txt
+NEWEST_PYTHON ?= python3.12
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 TARGETS := $(VENV)/.targets
 
-.PHONY: demo test targets test-targets lint format bench clean help
+.PHONY: demo test test-newest targets test-targets lint format bench clean help
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -13,7 +15,7 @@ help:  ## what can be made
 $(READY): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (about a minute)"
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check $(PINS) -e ".[dev]"
 	@touch $@
 
 demo: $(READY)  ## train mixtral-tiny for 60 steps, its expert parallelism shown before step 0
@@ -23,9 +25,12 @@ demo: $(READY)  ## train mixtral-tiny for 60 steps, its expert parallelism shown
 test: $(READY)  ## the whole suite
 	$(RUN) -m pytest -n 2
 
+test-newest:  ## the whole suite on the newest jax, which needs NEWEST_PYTHON
+	@$(MAKE) test PYTHON=$(NEWEST_PYTHON) VENV=.venv-newest PINS=
+
 $(TARGETS): $(READY)
 	@echo "installing the compilers of TPUs, NVIDIA and AMD GPUs into $(VENV) (about 2 GB)"
-	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[targets]"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check $(PINS) -e ".[targets]"
 	@touch $@
 
 targets: $(TARGETS)  ## compilers for hardware that is not there
@@ -46,4 +51,4 @@ bench: $(READY)  ## one MoE layer, every strategy, flag on and off
 	$(RUN) tools/bench_moe.py
 
 clean:  ## remove what the targets made, runs excepted
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .venv-newest .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
