@@ -23,6 +23,9 @@ _NOISE = re.compile(
     r"|^Failed to find host bounds for accelerator type: WARNING: could not determine"
     r"|INVALID_ARGUMENT: Error: unexpected worker hostname 'WARNING: could not determine"
     r"|^=== Source Location Trace"
+    # Said of every sort, and of what the report's line on memory says better.
+    r"|^W\d{4} .*\b(sort_rewriter|hlo_rematerialization)\.cc"
+    r"|^To avoid this, compile with a GPU present, or add the deviceless CUB"
     r"|^learning/\S+libtpu_init_utils\.cc:\d+\s*$"
 )
 _NO_PLUGIN = re.compile(r"Jax plugin configuration error|cuda_plugin_extension is not found")

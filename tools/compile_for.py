@@ -13,13 +13,13 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from moe_shard.config import list_models, load_config
 from moe_shard.config.hardware import list_hardware
-from moe_shard.errors import EXIT_DONE, EXIT_FINDING, UserError, run_command
+from moe_shard.errors import EXIT_DONE, EXIT_FINDING, CommandParser, UserError, run_command
 from moe_shard.lowering.expect import VERDICTS
 from moe_shard.quiet import absent_accelerators_unsaid
 
@@ -107,23 +107,17 @@ def _dump(report: TargetReport, folder: Path) -> None:
         (folder / "train_step.after_optimizations.txt").write_text(report.hlo)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Answers bad usage with one line instead of the whole usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing."""
-        raise UserError(f"{message}; try --help")
-
-
 def _arguments() -> argparse.Namespace:
-    parser = _Parser(
+    parser = CommandParser(
         prog="compile_for.py",
         description="Compile the training step for hardware that is not there.",
         epilog=f"Models: {', '.join(list_models())}. Hardware: {', '.join(list_hardware())}.",
     )
     parser.add_argument("model", metavar="MODEL", help="a name in configs/models/, or a .yml file")
     parser.add_argument("target", metavar="TARGET", help="v5e:2x4, v5p:4x4x2, h100:8, mi355x:8")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides the model's")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", default=[], help="overrides the model's"
+    )
     parser.add_argument("--expect", choices=VERDICTS, help="exit with 1 on any other verdict")
     parser.add_argument("--dump", metavar="DIR", help="keep the optimized HLO and the report here")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

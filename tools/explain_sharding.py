@@ -20,6 +20,7 @@ from rich.console import Console
 
 from moe_shard.config import load_config
 from moe_shard.errors import EXIT_DONE, EXIT_FINDING, CommandParser, run_command
+from moe_shard.quiet import absent_accelerators_unsaid
 
 
 def main() -> int:
@@ -44,13 +45,14 @@ def main() -> int:
     # Only now: a mistyped key is answered before jax has been loaded. An accelerator would only
     # be taken from whoever is using it.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from moe_shard.sharding.explain_print import print_explanation
-    from moe_shard.training.explained import explain_config, explain_table
+    with absent_accelerators_unsaid():
+        from moe_shard.sharding.explain_print import print_explanation
+        from moe_shard.training.explained import explain_config, explain_table
 
-    if arguments.rules is None:
-        explanation = explain_config(config)
-    else:
-        explanation = explain_table(arguments.model, arguments.overrides, Path(arguments.rules))
+        if arguments.rules is None:
+            explanation = explain_config(config)
+        else:
+            explanation = explain_table(arguments.model, arguments.overrides, Path(arguments.rules))
     if arguments.json:
         print(json.dumps(explanation.to_json(), indent=1))
     else:
