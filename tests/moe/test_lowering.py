@@ -19,6 +19,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from moe_shard.config.load import load_config
+from moe_shard.lowering.report import report_from_text
 from tests.moe.build import BuiltLayer, build_layer, mesh_of
 from tests.moe.oracle import Settings
 
@@ -57,6 +58,11 @@ def collectives(text: str) -> list[Collective]:
 
 def kinds(found: list[Collective]) -> Counter[str]:
     return Counter(collective.kind for collective in found)
+
+
+def verdict_of(text: str) -> str | None:
+    """The product's own word on a program, beside the counts made here."""
+    return report_from_text(text, mesh=EXPERT_8).verdict
 
 
 def build(
@@ -109,7 +115,9 @@ def test_the_large_model_is_the_published_one() -> None:
 @either_model
 def test_flag_on_moves_tokens_and_nothing_else(name: str, dispatch: str) -> None:
     size = widths(name)
-    found = collectives(build(EXPERT_8, dispatch, True, **size).lower().compile().as_text())
+    text = build(EXPERT_8, dispatch, True, **size).lower().compile().as_text()
+    assert verdict_of(text) == "expert-parallel"
+    found = collectives(text)
     assert kinds(found) == {"all-to-all": 4, "all-reduce": 1}
     (reduced,) = (c for c in found if c.kind == "all-reduce")
     router = math.prod((size["model"], size["experts"]))
@@ -129,7 +137,9 @@ def test_flag_on_moves_tokens_and_nothing_else(name: str, dispatch: str) -> None
 @either_model
 def test_flag_off_gathers_the_weights(name: str, dispatch: str) -> None:
     size = widths(name)
-    found = collectives(build(EXPERT_8, dispatch, False, **size).lower().compile().as_text())
+    text = build(EXPERT_8, dispatch, False, **size).lower().compile().as_text()
+    assert verdict_of(text) == "weight-gathered"
+    found = collectives(text)
     assert kinds(found)["all-to-all"] == 0
     weight = size["experts"] * size["model"] * size["hidden"]
     gathered = [math.prod(shape) for c in found if c.kind == "all-gather" for _, shape in c.arrays]
