@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from moe_shard.layers.activation import ACTIVATIONS
+from moe_shard.moe.placement import EXPERT_WEIGHT_IN, EXPERT_WEIGHT_OUT
 
 
 class Pins(Protocol):
@@ -61,10 +62,15 @@ class Experts(nnx.Module):
         init = variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=(0,))
         shape_in = (num_experts, model_dim, hidden_dim)
         shape_out = (num_experts, hidden_dim, model_dim)
-        axes_in, axes_out = ("exp", "embed_moe", "mlp_moe"), ("exp", "mlp_moe", "embed_moe")
-        self.gate = nnx.Param(init(rngs.params(), shape_in, weight_dtype), logical_axes=axes_in)
-        self.up = nnx.Param(init(rngs.params(), shape_in, weight_dtype), logical_axes=axes_in)
-        self.down = nnx.Param(init(rngs.params(), shape_out, weight_dtype), logical_axes=axes_out)
+        self.gate = nnx.Param(
+            init(rngs.params(), shape_in, weight_dtype), logical_axes=EXPERT_WEIGHT_IN
+        )
+        self.up = nnx.Param(
+            init(rngs.params(), shape_in, weight_dtype), logical_axes=EXPERT_WEIGHT_IN
+        )
+        self.down = nnx.Param(
+            init(rngs.params(), shape_out, weight_dtype), logical_axes=EXPERT_WEIGHT_OUT
+        )
         self.activate = ACTIVATIONS[activation]
         self.dtype = dtype
         self.pins = pins

@@ -13,6 +13,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from moe_shard.moe.placement import ROUTER_KERNEL
+
 ROUTING = "routing"
 """Name under which every remat policy saves the choice, so that recomputation repeats it."""
 
@@ -40,6 +42,8 @@ def top_k_indices(scores: Float[Array, "B S E"], k: int) -> Int[Array, "B S K"]:
     over a batch-sharded array, on CPU, and on TPU it reads four times the bytes.
     """
     num_experts = scores.shape[-1]
+    # Above the mask's -inf, so that an expert that was masked before is not chosen twice.
+    scores = jnp.maximum(scores, jnp.finfo(scores.dtype).min)
     chosen = []
     for _ in range(k):
         best = jnp.argmax(scores, axis=-1)
@@ -88,7 +92,7 @@ class Router(nnx.Module):
         init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
         self.kernel = nnx.Param(
             init(rngs.params(), (model_dim, num_experts), jnp.float32),
-            logical_axes=("embed_router", "exp_router"),
+            logical_axes=ROUTER_KERNEL,
         )
         self.k = k
         self.renormalise = renormalise

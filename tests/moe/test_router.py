@@ -24,7 +24,7 @@ def test_top_k_is_a_stable_sort_ties_included(values: list[float], k: int) -> No
     np.testing.assert_array_equal(top_k_indices(jnp.array(scores), k), expected)
 
 
-@pytest.mark.parametrize("scores", [[0.0, 0.0, 1.0], [0.0] * 3])
+@pytest.mark.parametrize("scores", [[0.0, 0.0, 1.0], [0.0] * 3, [-np.inf, -np.inf, 0.0]])
 def test_top_k_never_chooses_an_expert_twice(scores: list[float]) -> None:
     # Probabilities of experts far behind underflow to 0; they are still different experts.
     found = top_k_indices(jnp.array([[scores]]), 3)
