@@ -172,7 +172,9 @@ def memory_from_compiled(compiled: Any) -> dict[str, int] | None:
     """Bytes per device of a `jax.stages.Compiled`; None where the backend does not tell.
 
     `total_bytes` is what the step holds at most: arguments, outputs and temporaries, less the
-    outputs that reuse a donated argument.
+    outputs that reuse a donated argument. `peak_bytes`, where the backend tells it, is what is
+    live at once, arguments included; on TPU, whose temporaries count space that is used twice, it
+    is what the compiler itself compares with the memory of the device.
     """
     stats = compiled.memory_analysis()
     if stats is None:
@@ -182,4 +184,7 @@ def memory_from_compiled(compiled: Any) -> dict[str, int] | None:
         for part in ("argument", "output", "temp", "alias")
     }
     used = memory["argument_bytes"] + memory["output_bytes"] + memory["temp_bytes"]
-    return {**memory, "total_bytes": used - memory["alias_bytes"]}
+    memory["total_bytes"] = used - memory["alias_bytes"]
+    if peak := int(getattr(stats, "peak_memory_in_bytes", 0)):
+        memory["peak_bytes"] = peak
+    return memory

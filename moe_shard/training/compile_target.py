@@ -50,27 +50,38 @@ class TargetReport:
     bounds: tuple[str, ...] = ()
 
     @property
+    def needed_bytes(self) -> int | None:
+        """Memory that a device has to have; None where it is not known.
+
+        A GPU's temporaries are one allocation, whether all are live or not. On TPU the peak is what
+        its compiler goes by: it accepts steps whose temporaries add up to more than there is.
+        """
+        memory = self.lowering.memory
+        if memory is None:
+            return None
+        peak = memory.get("peak_bytes") if self.target.backend == "tpu" else None
+        return peak or memory["total_bytes"]
+
+    @property
     def fits(self) -> bool | None:
         """Whether the step fits in the memory of a device; None where neither side is known."""
         if self.refusal is not None:
             return False
-        memory, available = self.lowering.memory, self.target.hardware.hbm_bytes
-        if memory is None or available is None:
-            return None
-        return memory["total_bytes"] <= available
+        needed, available = self.needed_bytes, self.target.hardware.hbm_bytes
+        return None if needed is None or available is None else needed <= available
 
     def memory_line(self) -> str:
         """One line: what the step holds, what a device has, and whether that fits."""
-        hardware, memory = self.target.hardware, self.lowering.memory
-        if memory is None:
+        hardware, needed = self.target.hardware, self.needed_bytes
+        if needed is None:
             return "memory per device: unknown"
-        used = f"memory per device: {human_bytes(memory['total_bytes'])}"
+        used = f"memory per device: {human_bytes(needed)}"
         if hardware.hbm_bytes is None:
             return f"{used} ({hardware.name}: no memory of its own to fit in)"
         line = f"{used} of {human_bytes(hardware.hbm_bytes)} ({hardware.name})"
         if not self.fits:
             return f"{line}: does not fit"
-        share = memory["total_bytes"] / hardware.hbm_bytes
+        share = needed / hardware.hbm_bytes
         if self.target.backend == "gpu" and share > _GPU_FRACTION:
             return f"{line}: fits, with XLA_PYTHON_CLIENT_MEM_FRACTION={min(share + 0.05, 1):.2f}"
         return f"{line}: fits"

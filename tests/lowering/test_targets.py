@@ -222,6 +222,13 @@ def test_memory_is_judged_against_the_device(
     assert judged.memory_line().endswith(line)
 
 
+@pytest.mark.parametrize(("target", "fits"), [("v5e:2x4", True), ("h100:8", False)])
+def test_the_peak_counts_where_the_compiler_goes_by_it(target: str, fits: bool) -> None:
+    judged = report(target, 100 * 10**9)
+    judged.lowering.memory["peak_bytes"] = 17 * 10**9  # type: ignore[index]
+    assert judged.fits is fits
+
+
 def test_a_refusal_does_not_fit() -> None:
     refused: Any = dataclasses.replace(report("v5e:2x4", None), refusal="out of memory: ...")
     assert refused.fits is False
