@@ -8,27 +8,18 @@ what runs, an all-reduce (and a slice).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from moe_shard.lowering.hlo import Computation, HloParseError, Instruction, Module, parse_module
-from moe_shard.lowering.loops import TripCounts
 from moe_shard.lowering.mesh_axes import UNKNOWN_AXES, MeshAxes
 from moe_shard.lowering.op_names import classify
 from moe_shard.lowering.replica_groups import parse_groups, parse_pairs
 from moe_shard.lowering.shapes import shape_bytes, tuple_elements
+from moe_shard.lowering.unrolled import implements, is_unrolled
+from moe_shard.lowering.walk import OPCODES, Executions
 
-KINDS = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
-_OPCODES = {kind + suffix: kind for kind in KINDS for suffix in ("", "-start")}
 # A cross-replica group without use_global_device_ids lists replicas, each with all its partitions.
 _REPLICA_GROUPED = frozenset({"all-gather", "all-reduce", "reduce-scatter", "collective-broadcast"})
 _OP_NAME_HOPS = 6
@@ -39,7 +30,7 @@ class Collective:
     """One collective of the step.
 
     Attributes:
-        kind: one of `KINDS`.
+        kind: one of `walk.KINDS`.
         axes: the mesh axes it runs along; empty when no mesh was given, `("?",)` when its groups
             are those of no set of axes.
         scope: the stage of the model, see `op_names.SCOPES`; or "other".
@@ -51,7 +42,9 @@ class Collective:
         spmd_generated: the partitioner put it in; nobody wrote it.
         op_name: its op_name, or that of the nearest producer when it has none of its own.
         source: "file:line", or None.
-        group_size: devices that take part in one exchange.
+        group: devices that take part in one exchange; of a permute a sender and its receiver.
+        implements: "all-gather" or "reduce-scatter" for a permute that the compiler unrolled one
+            into; else "".
     """
 
     kind: str
@@ -65,7 +58,18 @@ class Collective:
     spmd_generated: bool
     op_name: str
     source: str | None
-    group_size: int
+    group: tuple[int, ...]
+    implements: str = ""
+
+    @property
+    def group_size(self) -> int:
+        """Devices that take part in one exchange."""
+        return len(self.group)
+
+    @property
+    def label(self) -> str:
+        """The kind for a person, with what it implements."""
+        return f"{self.kind} ({self.implements})" if self.implements else self.kind
 
     def to_json(self) -> dict[str, Any]:
         """The keys and values of the JSON contract."""
@@ -86,11 +90,24 @@ class Collective:
 
 @dataclass(frozen=True)
 class Extraction:
-    """The collectives of a module and what could not be told about them."""
+    """The collectives of a module and what could not be told about them.
+
+    Attributes:
+        module: the program.
+        walk: how often it executes its computations.
+        at: {(computation, instruction): the collective it starts}, in the order of the text.
+        warnings: one sentence each.
+    """
 
     module: Module
-    collectives: tuple[Collective, ...]
+    walk: Executions
+    at: dict[tuple[str, str], Collective]
     warnings: tuple[str, ...]
+
+    @property
+    def collectives(self) -> tuple[Collective, ...]:
+        """In the order of the text."""
+        return tuple(self.at.values())
 
 
 @dataclass(frozen=True)
@@ -121,145 +138,98 @@ def extract_collectives(
     """
     module = parse_module(text)
     axes = None if mesh is None else MeshAxes(mesh, module.num_devices, device_ids)
-    walk = _Walk(module)
-    found = [_collective(module, site, axes) for site in walk.sites()]
+    walk = Executions(module)
+    sites = _sites(walk)
+    rings = _rings(module, sites)
+    found = {
+        (site.computation.name, site.instruction.name): _collective(module, site, axes, rings)
+        for site in sites
+    }
     warnings = list(dict.fromkeys(walk.warnings))
-    if strange := sum(each.axes == UNKNOWN_AXES for each in found):
+    sends = sum(opcode == "send" for each in walk.order for opcode in each.opcodes.values())
+    if sends:
+        warnings.append(f"{sends} point-to-point sends are not listed")
+    if strange := sum(each.axes == UNKNOWN_AXES for each in found.values()):
         warnings.append(f"{strange} collectives run along no set of mesh axes (shown as '?')")
-    return Extraction(module, tuple(found), tuple(warnings))
+    return Extraction(module, walk, found, tuple(warnings))
 
 
-class _Walk:
-    """Visits what the entry reaches, callers before the called, adding up executions."""
+def _sites(walk: Executions) -> list[_Site]:
+    """The collectives, async copies removed, in the order of the text."""
+    found = [
+        _site(walk, computation, computation.instruction(name))
+        for computation in walk.order
+        for name, opcode in computation.opcodes.items()
+        if opcode in OPCODES and walk.counts[computation.name]
+    ]
+    kept = [site for site in found if site.computation.name not in walk.fused]
+    kept += _without_copies([site for site in found if site.computation.name in walk.fused])
+    return sorted(kept, key=lambda site: site.instruction.line_number)
 
-    def __init__(self, module: Module) -> None:
-        self.module = module
-        self.warnings: list[str] = []
-        self._trips = TripCounts(module)
-        self._counts = {module.entry.name: 1}
-        self._holding: dict[str, bool] = {}
-        self._async = set[str]()
-        self._fused = set[str]()
-        self._caller: dict[str, tuple[Computation, Instruction]] = {}
-        self._order = list(self._callers_first())
-        for computation in self._order:
-            self._pass_on(computation)
 
-    def _callers_first(self) -> Iterator[Computation]:
-        """The reached computations, each after all that call it (a depth-first post-order)."""
-        done: dict[str, Computation] = {}
-        on_path = {self.module.entry.name}
-        stack = [(self.module.entry, self.module.entry.calls())]
-        while stack:
-            computation, calls = stack[-1]
-            call = next(calls, None)
-            if call is None:
-                stack.pop()
-                on_path.discard(computation.name)
-                done[computation.name] = computation
-            elif call.called in on_path:
-                raise HloParseError(f"HLO computation %{call.called} calls itself")
-            elif call.called not in done:
-                called = self._computation(call.called)
-                on_path.add(called.name)
-                stack.append((called, called.calls()))
-        return reversed(done.values())
+def _site(walk: Executions, computation: Computation, instruction: Instruction) -> _Site:
+    kind = OPCODES[instruction.opcode]
+    if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"  # how TPU spells it: a fusion of an all-reduce and a slice
+    return _Site(
+        instruction,
+        kind,
+        computation,
+        walk.callers.get(computation.name),
+        walk.counts[computation.name],
+        instruction.opcode.endswith("-start") or computation.name in walk.asynchronous,
+    )
 
-    def _computation(self, name: str) -> Computation:
-        if name not in self.module.computations:
-            raise HloParseError(f"HLO computation %{name} is called but not defined")
-        return self.module.computations[name]
 
-    def _pass_on(self, computation: Computation) -> None:
-        count = self._counts[computation.name]
-        for call in computation.calls():
-            times = count
-            if call.opcode == "while" and call.role == "body":
-                times *= self._trip_count(computation, call.instruction)
-            if call.opcode == "conditional" and self._holds_collective(call.called):
-                self.warnings.append(
-                    f"%{call.called} is a branch of a conditional: its collectives are counted as"
-                    " if every branch ran"
-                )
-            name = call.called
-            self._counts[name] = self._counts.get(name, 0) + times
-            if call.opcode == "async-start" or computation.name in self._async:
-                self._async.add(name)
-            if call.opcode == "fusion" or computation.name in self._fused:
-                self._fused.add(name)
-            if call.opcode in ("fusion", "async-start", "call"):
-                self._caller[name] = (computation, computation.instruction(call.instruction))
+def _without_copies(sites: list[_Site]) -> list[_Site]:
+    """One site for each run of TPU's async collective fusion.
 
-    def _trip_count(self, computation: Computation, name: str) -> int:
-        loop = computation.instruction(name)
-        trips = self._trips.of(computation, loop)
-        if trips is None and self._holds_collective(self.module.called_by(loop, "body").name):
-            self.warnings.append(
-                f"the trip count of loop %{name} (HLO line {loop.line_number}) cannot be told:"
-                " its collectives are counted once"
-            )
-        return 1 if trips is None else trips
+    Such a collective is started in one fusion, carried through others (also inside loops), and
+    finished in one more; each of them repeats the instruction. channel_id does not tell them apart
+    from others (shard_map gives all its collectives channel 1), the start does.
+    """
+    families: dict[tuple[str, int | None, str, str], list[_Site]] = {}
+    for site in sites:
+        instruction = site.instruction
+        channel = instruction.integer("channel_id")
+        key = (site.kind, channel, instruction.op_name, instruction.shape)
+        families.setdefault(key, []).append(site)
+    kept: list[_Site] = []
+    for family in families.values():
+        parts = [(_async_part(site.computation), site) for site in family]
+        # Under one key may also stand a collective that no async fusion touches.
+        kept += [site for part, site in parts if not part]
+        copies = [site for part, site in parts if part]
+        starts = [site for part, site in parts if part == "start"]
+        if copies and not starts:
+            starts = [min(copies, key=lambda site: site.count)]
+        kept += [replace(site, is_async=True) for site in starts]
+    return kept
 
-    def _holds_collective(self, name: str) -> bool:
-        if name not in self._holding:
-            computation = self._computation(name)
-            self._holding[name] = not _OPCODES.keys().isdisjoint(
-                computation.opcodes.values()
-            ) or any(self._holds_collective(call.called) for call in computation.calls())
-        return self._holding[name]
 
-    def sites(self) -> list[_Site]:
-        """The collectives, async copies removed, in the order of the text."""
-        found = []
-        sends = 0
-        for computation in self._order:
-            for name, opcode in computation.opcodes.items():
-                sends += opcode == "send"
-                if opcode in _OPCODES and self._counts[computation.name]:
-                    found.append(self._site(computation, computation.instruction(name)))
-        if sends:
-            self.warnings.append(f"{sends} point-to-point sends are not listed")
-        kept = [site for site in found if site.computation.name not in self._fused]
-        kept += self._without_copies([s for s in found if s.computation.name in self._fused])
-        return sorted(kept, key=lambda site: site.instruction.line_number)
+def _rings(module: Module, sites: list[_Site]) -> dict[int, str]:
+    """{line of an unrolled permute: what it implements}."""
+    rings: dict[int, str] = {}
+    told: dict[tuple[str, int], str] = {}
+    unrolled = [
+        site
+        for site in sites
+        if site.kind == "collective-permute" and is_unrolled(site.instruction)
+    ]
+    for site in unrolled:
+        fate = implements(module, site.computation, site.instruction)
+        rings[site.instruction.line_number] = fate
+        if fate:
+            told.setdefault(_family(site), fate)
+    for site in unrolled:
+        line = site.instruction.line_number
+        rings[line] = rings[line] or told.get(_family(site), "all-gather")
+    return rings
 
-    def _site(self, computation: Computation, instruction: Instruction) -> _Site:
-        kind = _OPCODES[instruction.opcode]
-        if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
-            kind = "reduce-scatter"  # how TPU spells it: a fusion of an all-reduce and a slice
-        return _Site(
-            instruction,
-            kind,
-            computation,
-            self._caller.get(computation.name),
-            self._counts[computation.name],
-            instruction.opcode.endswith("-start") or computation.name in self._async,
-        )
 
-    def _without_copies(self, sites: list[_Site]) -> list[_Site]:
-        """One site for each run of TPU's async collective fusion.
-
-        Such a collective is started in one fusion, carried through others (also inside loops), and
-        finished in one more; each of them repeats the instruction. channel_id does not tell them
-        apart from others (shard_map gives all its collectives channel 1), the start does.
-        """
-        families: dict[tuple[str, int | None, str, str], list[_Site]] = {}
-        for site in sites:
-            instruction = site.instruction
-            channel = instruction.integer("channel_id")
-            key = (site.kind, channel, instruction.op_name, instruction.shape)
-            families.setdefault(key, []).append(site)
-        kept: list[_Site] = []
-        for family in families.values():
-            parts = [(_async_part(site.computation), site) for site in family]
-            # Under one key may also stand a collective that no async fusion touches.
-            kept += [site for part, site in parts if not part]
-            copies = [site for part, site in parts if part]
-            starts = [site for part, site in parts if part == "start"]
-            if copies and not starts:
-                starts = [min(copies, key=lambda site: site.count)]
-            kept += [replace(site, is_async=True) for site in starts]
-        return kept
+def _family(site: _Site) -> tuple[str, int]:
+    """What the permutes of one unrolled product have in common."""
+    return site.instruction.op_name, _output_bytes(site, 2)
 
 
 def _async_part(computation: Computation) -> str:
@@ -273,12 +243,14 @@ def _async_part(computation: Computation) -> str:
     return "middle" if computation.name.startswith("async_collective_fusion") else ""
 
 
-def _collective(module: Module, site: _Site, axes: MeshAxes | None) -> Collective:
+def _collective(
+    module: Module, site: _Site, axes: MeshAxes | None, rings: Mapping[int, str]
+) -> Collective:
     instruction = site.instruction
     named = _named(site)
     scope, pass_ = classify(named.op_name if named else "")
-    along, group_size = _groups(module, site, axes)
-    size = _output_bytes(site, group_size)
+    along, group = _groups(module, site, axes)
+    size = _output_bytes(site, len(group))
     return Collective(
         kind=site.kind,
         axes=along,
@@ -286,22 +258,27 @@ def _collective(module: Module, site: _Site, axes: MeshAxes | None) -> Collectiv
         pass_=pass_,
         count=site.count,
         bytes=size,
-        wire_bytes=wire_bytes(site.kind, size, group_size),
+        wire_bytes=wire_bytes(site.kind, size, len(group)),
         is_async=site.is_async,
         spmd_generated='is_spmd_generated="true"' in instruction.attribute_text,
         op_name=named.op_name if named else "",
         source=module.source(named or instruction),
-        group_size=group_size,
+        group=group,
+        implements=rings.get(instruction.line_number, ""),
     )
 
 
-def _groups(module: Module, site: _Site, axes: MeshAxes | None) -> tuple[tuple[str, ...], int]:
+def _groups(
+    module: Module, site: _Site, axes: MeshAxes | None
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The axes, and one of the groups: of those of a permute the one that reaches farthest."""
     attributes = site.instruction.attributes
     devices = module.num_devices
     try:
         if site.kind == "collective-permute":
             pairs = parse_pairs(attributes.get("source_target_pairs", ""))
-            return (axes.of_pairs(pairs) if axes else ()), 2
+            farthest = max(pairs, key=lambda pair: abs(pair[0] - pair[1]), default=(0, 0))
+            return (axes.of_pairs(pairs) if axes else ()), farthest
         groups = parse_groups(attributes.get("replica_groups", "{}"), devices)
     except HloParseError as error:
         raise HloParseError(f"HLO line {site.instruction.line_number}: {error}") from error
@@ -314,7 +291,7 @@ def _groups(module: Module, site: _Site, axes: MeshAxes | None) -> tuple[tuple[s
     if over_replicas and "channel_id" in attributes:
         width = module.num_partitions
         groups = [[r * width + p for r in group for p in range(width)] for group in groups]
-    return (axes.of_groups(groups) if axes else ()), max(map(len, groups))
+    return (axes.of_groups(groups) if axes else ()), max(map(tuple, groups), key=len)
 
 
 def _output_bytes(site: _Site, group_size: int) -> int:
@@ -332,7 +309,7 @@ def wire_bytes(kind: str, size: int, group_size: int) -> int:
     """Bytes one device must send for one execution, however the exchange is done.
 
     Args:
-        kind: one of `KINDS`.
+        kind: one of `walk.KINDS`.
         size: output bytes of one device.
         group_size: devices that exchange with each other.
     """

@@ -161,6 +161,7 @@ class Computation:
     opcodes: dict[str, str] = field(default_factory=dict)
     _lines: dict[str, tuple[int, str]] = field(default_factory=dict)
     _parsed: dict[str, Instruction] = field(default_factory=dict)
+    _users: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, number: int, line: str) -> None:
         """Take one line of text.
@@ -192,6 +193,20 @@ class Computation:
                 raise HloParseError(f"HLO computation %{self.name} has no instruction %{name}")
             self._parsed[name] = _parse_instruction(*self._lines[name])
         return self._parsed[name]
+
+    def parameters(self) -> Iterator[Instruction]:
+        """The instructions that stand for what is passed in."""
+        for name, opcode in self.opcodes.items():
+            if opcode == "parameter":
+                yield self.instruction(name)
+
+    def users(self, name: str) -> list[str]:
+        """Names of the instructions that have `name` as an operand, in order."""
+        if not self._users:
+            for user in self.opcodes:
+                for operand in self.instruction(user).operands:
+                    self._users.setdefault(operand, []).append(user)
+        return self._users.get(name, [])
 
     def calls(self) -> Iterator[Call]:
         """Every call out of this computation, found without parsing the instructions."""

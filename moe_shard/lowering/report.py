@@ -111,7 +111,7 @@ def _aggregate(collectives: Sequence[Collective]) -> Counter[tuple[str, str, str
     rows = Counter[tuple[str, str, str, str, int]]()
     for each in collectives:
         axes = ", ".join(each.axes) or f"groups of {each.group_size}"
-        rows[each.kind, axes, each.scope, each.pass_, each.bytes] += each.count
+        rows[each.label, axes, each.scope, each.pass_, each.bytes] += each.count
     return rows
 
 

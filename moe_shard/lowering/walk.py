@@ -1,0 +1,120 @@
+"""How often a step executes each computation of a module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from moe_shard.lowering.hlo import Computation, HloParseError, Instruction, Module
+from moe_shard.lowering.loops import TripCounts
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+OPCODES = {kind + suffix: kind for kind in KINDS for suffix in ("", "-start")}
+"""Opcode of a collective, or of the first half of an async pair -> its kind."""
+
+
+class Executions:
+    """Visits what the entry reaches, callers before the called, adding up executions.
+
+    Attributes:
+        module: what is visited.
+        order: the computations the entry reaches, each after all that call it.
+        counts: {name of a computation: executions per step}.
+        asynchronous: names of those that run beside other work.
+        fused: names of those that stand in a fusion.
+        callers: {name: the instruction that calls it, and where}, for fusions, calls and async
+            starts.
+        warnings: what could not be told, one sentence each.
+    """
+
+    def __init__(self, module: Module) -> None:
+        self.module = module
+        self.warnings: list[str] = []
+        self.counts = {module.entry.name: 1}
+        self.asynchronous = set[str]()
+        self.fused = set[str]()
+        self.callers: dict[str, tuple[Computation, Instruction]] = {}
+        self._trips = TripCounts(module)
+        self._known_trips: dict[tuple[str, str], int | None] = {}
+        self._holding: dict[str, bool] = {}
+        self.order = list(self._callers_first())
+        for computation in self.order:
+            self._pass_on(computation)
+
+    def trips(self, computation: Computation, name: str) -> int | None:
+        """Trips of the `while` instruction `name`; None when they cannot be told."""
+        key = computation.name, name
+        if key not in self._known_trips:
+            loop = computation.instruction(name)
+            self._known_trips[key] = self._trips.of(computation, loop)
+        return self._known_trips[key]
+
+    def _callers_first(self) -> Iterator[Computation]:
+        """The reached computations, each after all that call it (a depth-first post-order)."""
+        done: dict[str, Computation] = {}
+        on_path = {self.module.entry.name}
+        stack = [(self.module.entry, self.module.entry.calls())]
+        while stack:
+            computation, calls = stack[-1]
+            call = next(calls, None)
+            if call is None:
+                stack.pop()
+                on_path.discard(computation.name)
+                done[computation.name] = computation
+            elif call.called in on_path:
+                raise HloParseError(f"HLO computation %{call.called} calls itself")
+            elif call.called not in done:
+                called = self._computation(call.called)
+                on_path.add(called.name)
+                stack.append((called, called.calls()))
+        return reversed(done.values())
+
+    def _computation(self, name: str) -> Computation:
+        if name not in self.module.computations:
+            raise HloParseError(f"HLO computation %{name} is called but not defined")
+        return self.module.computations[name]
+
+    def _pass_on(self, computation: Computation) -> None:
+        count = self.counts[computation.name]
+        for call in computation.calls():
+            times = count
+            if call.opcode == "while" and call.role == "body":
+                times *= self._trip_count(computation, call.instruction)
+            if call.opcode == "conditional" and self._holds_collective(call.called):
+                self.warnings.append(
+                    f"%{call.called} is a branch of a conditional: its collectives are counted as"
+                    " if every branch ran"
+                )
+            name = call.called
+            self.counts[name] = self.counts.get(name, 0) + times
+            if call.opcode == "async-start" or computation.name in self.asynchronous:
+                self.asynchronous.add(name)
+            if call.opcode == "fusion" or computation.name in self.fused:
+                self.fused.add(name)
+            if call.opcode in ("fusion", "async-start", "call"):
+                self.callers[name] = (computation, computation.instruction(call.instruction))
+
+    def _trip_count(self, computation: Computation, name: str) -> int:
+        loop = computation.instruction(name)
+        trips = self.trips(computation, name)
+        if trips is None and self._holds_collective(self.module.called_by(loop, "body").name):
+            self.warnings.append(
+                f"the trip count of loop %{name} (HLO line {loop.line_number}) cannot be told:"
+                " its collectives are counted once"
+            )
+        return 1 if trips is None else trips
+
+    def _holds_collective(self, name: str) -> bool:
+        if name not in self._holding:
+            computation = self._computation(name)
+            self._holding[name] = not OPCODES.keys().isdisjoint(
+                computation.opcodes.values()
+            ) or any(self._holds_collective(call.called) for call in computation.calls())
+        return self._holding[name]
