@@ -13,12 +13,14 @@ from moe_shard.lowering.op_names import merged_names
 
 # Programmers write ppermute, whose op_name ends so; a product that has permutes was unrolled.
 _PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot")
-# What leaves a value the value it is; the second half of an async pair too.
+# What a shard goes through on its way; the second half of an async pair too. Two shards that come
+# from both sides are put together by padding and adding (or taking the maximum of) them.
 _PASSED_ON = frozenset(
-    {"collective-permute-done", "copy", "copy-start", "copy-done", "bitcast", "convert"}
-    | {"reshape", "transpose", "slice", "dynamic-slice", "select", "pad"}
+    {"collective-permute-done", "copy", "copy-start", "copy-done", "bitcast", "convert", "pad"}
+    | {"reshape", "transpose", "slice", "dynamic-slice", "select", "maximum", "add", "concatenate"}
 )
 _HOPS = 12
+_OUT = "returned"
 
 
 def is_unrolled(permute: Instruction) -> bool:
@@ -30,24 +32,30 @@ def implements(module: Module, computation: Computation, permute: Instruction) -
     """What an unrolled permute is a step of, by what happens to the shard that arrives.
 
     Returns:
-        "reduce-scatter" when it is added to, "all-gather" when it is multiplied; "" when it only
-        travels on, so that another step of the ring has to tell.
+        "all-gather" when it is multiplied, "reduce-scatter" when it is only added to; "" when it
+        travels on as it is, so that another step of the ring has to tell.
     """
-    return _fate(module, computation, permute.name, _HOPS)
+    fates = _fates(module, computation, permute.name, _HOPS) - {_OUT}
+    return min(fates, default="")  # by the alphabet: a product tells more than an addition
 
 
-def _fate(module: Module, computation: Computation, name: str, hops: int) -> str:
-    fates = set[str]()
+def _fates(module: Module, computation: Computation, name: str, hops: int) -> set[str]:
+    """What becomes of a value; `_OUT` when it is what the computation returns."""
+    fates = {_OUT} if name == computation.root else set[str]()
     for user in map(computation.instruction, computation.users(name) if hops else ()):
-        if user.opcode == "add" and user.shape.startswith(("f", "bf")):  # integers are indices
-            fates.add("reduce-scatter")
-        elif user.opcode in ("dot", "convolution"):
+        goes_on = user.opcode in _PASSED_ON
+        if user.opcode in ("dot", "convolution"):
             fates.add("all-gather")
+        elif user.opcode == "add" and user.shape.startswith(("f", "bf")):  # else an index
+            fates.add("reduce-scatter")
         elif user.opcode == "fusion":
             fused = module.called_by(user, "calls")
             place = user.operands.index(name)
-            inner = (each for each in fused.parameters() if each.parameter_number == place)
-            fates |= {_fate(module, fused, each.name, hops - 1) for each in inner}
-        elif user.opcode in _PASSED_ON:
-            fates.add(_fate(module, computation, user.name, hops - 1))
-    return max(fates, default="")  # an addition tells more than a product: "r" comes after "a"
+            for parameter in fused.parameters():
+                if parameter.parameter_number == place:
+                    inside = _fates(module, fused, parameter.name, hops - 1)
+                    fates |= inside - {_OUT}
+                    goes_on = goes_on or _OUT in inside
+        if goes_on:
+            fates |= _fates(module, computation, user.name, hops - 1)
+    return fates
