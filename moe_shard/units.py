@@ -1,4 +1,4 @@
-"""Sizes as people read them."""
+"""Sizes and times as people read them."""
 
 from __future__ import annotations
 
@@ -12,3 +12,11 @@ def human_bytes(size: float) -> str:
         size /= 1000
         unit = units.pop()
     return f"{size:.{0 if abs(size) >= 100 else 1}f} {unit}"
+
+
+def human_seconds(seconds: float) -> str:
+    """A time such as "2.35 s", "48.1 ms", "310 us"."""
+    for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")):
+        if abs(seconds) * factor >= 1 or unit == "us":
+            return f"{seconds * factor:.3g} {unit}"
+    raise AssertionError("the last unit takes everything")

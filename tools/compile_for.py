@@ -4,7 +4,8 @@
 
 TARGET is a file in configs/hardware/, a colon, and a TPU topology (v5e:2x4, v5p:4x4x2) or a number
 of devices (h100:8, cpu:8). The compilers come with `make targets`; no accelerator is needed, and
-none is touched. Exit code 1 when the step does not fit in memory or --expect does not hold.
+none is touched. Exit code 1 when the step does not fit in memory, or when --expect or
+--max-rematerializations does not hold.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def main() -> int:
         print(json.dumps(report.to_json(), indent=2))
     else:
         _print(report)
-    return _judge(report, arguments.expect)
+    return _judge(report, arguments.expect, arguments.max_rematerializations)
 
 
 def _print(report: TargetReport) -> None:
@@ -60,7 +61,7 @@ def _print(report: TargetReport) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     if report.hlo is not None:
         report.lowering.render_table(console)
-        for line in report.bounds:
+        for line in (*report.bounds, *report.estimate_lines):
             console.print(line, markup=False)
         console.print(report.memory_line(), markup=False)
     console.print(f"parameters: {report.num_params:,}")
@@ -71,7 +72,7 @@ def _print(report: TargetReport) -> None:
     )
 
 
-def _judge(report: TargetReport, expected: str | None) -> int:
+def _judge(report: TargetReport, expected: str | None, most: int | None) -> int:
     code = EXIT_DONE
     if report.refusal is not None:
         print(report.refusal, file=sys.stderr)
@@ -85,6 +86,14 @@ def _judge(report: TargetReport, expected: str | None) -> int:
         code = EXIT_FINDING
     if expected and report.lowering.verdict != expected:
         print(f"expected {expected}, found {report.lowering.verdict}", file=sys.stderr)
+        code = EXIT_FINDING
+    found = report.lowering.rematerializations
+    if most is not None and found > most:
+        print(
+            f"{found} involuntary full rematerializations, at most {most} expected: see the "
+            "warnings for where",
+            file=sys.stderr,
+        )
         code = EXIT_FINDING
     return code
 
@@ -119,6 +128,12 @@ def _arguments() -> argparse.Namespace:
         "overrides", metavar="key=value", nargs="*", default=[], help="overrides the model's"
     )
     parser.add_argument("--expect", choices=VERDICTS, help="exit with 1 on any other verdict")
+    parser.add_argument(
+        "--max-rematerializations",
+        metavar="N",
+        type=int,
+        help="exit with 1 when the partitioner replicates more than N tensors to re-shard them",
+    )
     parser.add_argument("--dump", metavar="DIR", help="keep the optimized HLO and the report here")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_intermixed_args()

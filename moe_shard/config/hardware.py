@@ -42,6 +42,10 @@ class Hardware:
         hbm_bytes: memory; None where devices have none of their own (simulated ones).
         hbm_bandwidth: bytes per second, or None.
         compile: how to compile for it without having it.
+        link_bandwidth: bytes per second it sends to devices of its slice or host, over all its
+            links together; None where devices are simulated.
+        network_bandwidth: bytes per second it sends to other hosts, or None where the links reach
+            them too.
     """
 
     name: str
@@ -50,6 +54,8 @@ class Hardware:
     hbm_bytes: int | None
     hbm_bandwidth: float | None
     compile: CompileTarget
+    link_bandwidth: float | None = None
+    network_bandwidth: float | None = None
 
 
 def find_hardware(device_kind: str) -> Hardware | None:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from moe_shard.config.schema import Config
-from moe_shard.lowering.collectives import Collective
+from moe_shard.lowering.collectives import Collective, Extraction
 from moe_shard.lowering.op_names import MOE_SCOPES
+from moe_shard.lowering.work import flops_by_scope, memory_by_scope
 from moe_shard.sharding.rules import RuleTable
 from moe_shard.units import human_bytes
 
@@ -36,6 +37,8 @@ class MoEBounds:
         flops: of the experts' products at the configured capacity.
         dropless_flops: the same for the tokens alone.
         weight_bytes: the device's experts read forward and backward, their gradients written.
+        memory_bytes: these, and what must be read and written of the configured slots: their
+            vectors before and after both layers of the experts' MLP, once forward, twice backward.
     """
 
     wire_bytes: int
@@ -43,18 +46,34 @@ class MoEBounds:
     flops: int
     dropless_flops: int
     weight_bytes: int
+    memory_bytes: int
 
-    def lines(self, collectives: Iterable[Collective], expert_axes: Iterable[str]) -> list[str]:
-        """The bounds for a person, with what a program sends beside what it must."""
-        sent = moe_wire_bytes(collectives, expert_axes)
-        ratio = f", {sent / self.wire_bytes:.2f} x the least" if self.wire_bytes else ""
+    def lines(self, extraction: Extraction, expert_axes: Iterable[str]) -> list[str]:
+        """The bounds for a person, with what a program does beside what it must.
+
+        Args:
+            extraction: the program.
+            expert_axes: the mesh axes of the experts.
+        """
+        sent = moe_wire_bytes(extraction.collectives, expert_axes)
+        done = flops_by_scope(extraction.walk)["experts"]
+        moved = memory_by_scope(extraction.walk)["experts"]
+        # TPU multiplies float32 as bfloat16, and then exchanges no more than that.
+        narrower = "; in a narrower dtype than the model's" if sent < self.wire_bytes else ""
         return [
-            f"MoE exchange per device: {human_bytes(sent)} on the wire{ratio} "
-            f"({human_bytes(self.wire_bytes)}; dropless {human_bytes(self.dropless_wire_bytes)})",
-            f"MoE products per device: at least {self.flops / 1e12:.3g} TFLOP "
-            f"(dropless {self.dropless_flops / 1e12:.3g}), "
-            f"{human_bytes(self.weight_bytes)} of weights and gradients",
+            f"MoE exchange per device: {human_bytes(sent)} on the wire"
+            f"{_times(sent, self.wire_bytes)} ({human_bytes(self.wire_bytes)}; "
+            f"dropless {human_bytes(self.dropless_wire_bytes)}{narrower})",
+            f"MoE products per device: {done / 1e12:.3g} TFLOP{_times(done, self.flops)} "
+            f"({self.flops / 1e12:.3g}; dropless {self.dropless_flops / 1e12:.3g})",
+            f"MoE memory per device: {human_bytes(moved)} read and written by the experts"
+            f"{_times(moved, self.memory_bytes)} ({human_bytes(self.memory_bytes)}, "
+            f"{human_bytes(self.weight_bytes)} of it weights and their gradients)",
         ]
+
+
+def _times(done: float, least: float) -> str:
+    return f", {done / least:.2f} x the least" if least else ""
 
 
 def moe_bounds(config: Config, table: RuleTable, *, capacity: int) -> MoEBounds | None:
@@ -84,13 +103,17 @@ def moe_bounds(config: Config, table: RuleTable, *, capacity: int) -> MoEBounds 
     multiplied = 2 * PRODUCTS * config.model.emb_dim * moe.mlp_dim / shards("activation_mlp_moe")
     weights = 3 * moe.num_experts * config.model.emb_dim * moe.mlp_dim / experts
     weights *= config.model.num_decoder_layers / shards("activation_mlp_moe")
-    passes = config.train.gradient_accumulation_steps
+    itemsize = jnp.dtype(config.model.dtype).itemsize
+    weight_bytes = weights * config.train.gradient_accumulation_steps * 3 * itemsize
+    ends = config.model.emb_dim / shards("activation_embed_moe")
+    hidden = moe.mlp_dim / shards("activation_mlp_moe")
     return MoEBounds(
         wire_bytes=round(slots * sent),
         dropless_wire_bytes=round(choices * sent),
         flops=round(slots * multiplied),
         dropless_flops=round(choices * multiplied),
-        weight_bytes=round(weights * passes * 3 * jnp.dtype(config.model.dtype).itemsize),
+        weight_bytes=round(weight_bytes),
+        memory_bytes=round(weight_bytes + slots * 3 * 2 * (ends + hidden) * itemsize),
     )
 
 

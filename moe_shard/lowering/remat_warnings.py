@@ -128,6 +128,11 @@ def _source(line: str, module: Module | None) -> str | None:
         return None  # the frame was of another module
 
 
+def count_lines(lines: Sequence[str]) -> int:
+    """How many of the lines are such warnings, known wording or not."""
+    return sum(_MARK in line for line in lines)
+
+
 def summarize(lines: Sequence[str], module: Module | None = None) -> list[str]:
     """One readable line for each stage of the model, the costliest first.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich import box
@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moe_shard.lowering.collectives import Collective, extract_collectives
+from moe_shard.lowering.collectives import Collective, Extraction, extract_collectives
 from moe_shard.lowering.expect import verdict
-from moe_shard.lowering.remat_warnings import summarize
+from moe_shard.lowering.remat_warnings import count_lines, summarize
 from moe_shard.units import human_bytes
 
 _VERDICT_STYLES = {
@@ -45,6 +45,8 @@ class LoweringReport:
         totals: {kind: {"count", "bytes"}} per step, bytes being output bytes per device.
         memory: bytes per device as of `memory_from_compiled`, or None.
         warnings: what could not be told, one sentence each.
+        rematerializations: how often the partitioner replicated a tensor to re-shard it.
+        extraction: what the table was read from; None for a step that was not compiled.
     """
 
     backend: str
@@ -55,6 +57,8 @@ class LoweringReport:
     totals: dict[str, dict[str, int]]
     memory: dict[str, int] | None
     warnings: tuple[str, ...]
+    rematerializations: int = 0
+    extraction: Extraction | None = field(default=None, repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """The object of `lowering.json` and `hlo_report --json`."""
@@ -90,15 +94,15 @@ class LoweringReport:
             table.add_column(name, no_wrap=name != "axis")
         for name in ("count", "bytes each", "bytes"):
             table.add_column(name, justify="right", no_wrap=True)
-        for (kind, axes, scope, pass_, size), count in _aggregate(self.collectives).items():
+        for (kind, axes, scope, pass_, size), times in _aggregate(self.collectives).items():
             table.add_row(
                 kind,
                 escape(axes),
                 scope,
                 pass_,
-                str(count),
+                str(times),
                 human_bytes(size),
-                human_bytes(count * size),
+                human_bytes(times * size),
             )
         table.add_section()
         count = sum(each["count"] for each in self.totals.values())
@@ -157,6 +161,8 @@ def report_from_text(
             *summarize(partitioner_log, extraction.module),
             *([_NO_MESH] if mesh is None else []),
         ),
+        rematerializations=count_lines(partitioner_log),
+        extraction=extraction,
     )
 
 

@@ -51,6 +51,18 @@ def shape_bytes(shape: str) -> int:
     return total
 
 
+def array_dims(shape: str) -> list[int]:
+    """Sizes of the dims of an array; of a tuple those of its first array.
+
+    Raises:
+        UserError: for a shape without an array.
+    """
+    found = _ARRAY.search(shape)
+    if found is None:
+        raise UserError(f"no array in the HLO shape {shape[:60]!r}")
+    return [int(dim) for dim in re.findall(r"\d+", found[2])]
+
+
 def tuple_elements(shape: str) -> list[str]:
     """The elements of a tuple shape, one level deep; an array is its own only element."""
     if not shape.startswith("("):

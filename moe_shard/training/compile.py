@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import jax
 
 from moe_shard.config import Config, check_against_mesh
+from moe_shard.config.hardware import Hardware
 from moe_shard.errors import Finding
 from moe_shard.lowering.bounds import moe_bounds
 from moe_shard.lowering.remat_warnings import remat_lines
 from moe_shard.lowering.report import LoweringReport, memory_from_compiled, report_from_text
+from moe_shard.lowering.timeline import Rates, Timeline, timeline
 from moe_shard.moe.capacity import row_capacity
 from moe_shard.sharding.annotate import Annotator
 from moe_shard.sharding.mesh import make_mesh
@@ -102,7 +104,26 @@ def bound_lines(config: Config, annotate: Annotator, report: LoweringReport) -> 
     bounds = moe_bounds(config, annotate.table, capacity=capacity)
     if bounds is None:
         return []
-    return bounds.lines(report.collectives, annotate.table.sharding_axes("exp"))
+    assert report.extraction is not None, "the step was compiled"
+    return bounds.lines(report.extraction, annotate.table.sharding_axes("exp"))
+
+
+def estimate_step(
+    config: Config, hardware: Hardware | None, report: LoweringReport
+) -> Timeline | None:
+    """What the step cannot beat on an accelerator; None where its peaks are not known."""
+    if hardware is None or report.extraction is None:
+        return None
+    rates = Rates.of(hardware, config.model.dtype)
+    return None if rates is None else timeline(report.extraction, rates)
+
+
+def estimate_lines(config: Config, found: Timeline | None, num_devices: int) -> list[str]:
+    """The estimate for a person; a line that says so where there is none."""
+    if found is None:
+        return ["no estimate of time: the peaks of this hardware are not known"]
+    rows = config.train.global_batch_rows(num_devices)
+    return found.lines(rows * config.train.max_target_length // num_devices)
 
 
 @contextmanager

@@ -12,8 +12,16 @@ from moe_shard.config import Config
 from moe_shard.errors import Finding
 from moe_shard.lowering.report import LoweringReport
 from moe_shard.lowering.targets import Target, compiled_with, devices_for
+from moe_shard.lowering.timeline import Timeline
 from moe_shard.sharding.annotate import Annotator
-from moe_shard.training.compile import bound_lines, compile_step, lay_out, report_step
+from moe_shard.training.compile import (
+    bound_lines,
+    compile_step,
+    estimate_lines,
+    estimate_step,
+    lay_out,
+    report_step,
+)
 from moe_shard.training.step import make_program
 from moe_shard.units import human_bytes
 
@@ -36,6 +44,8 @@ class TargetReport:
         notes: settings that change nothing, and what a target leaves out; one line each.
         conflicts: rule conflicts, one line each.
         bounds: the least work of the MoE layers, one line each.
+        estimate: of the step's time; None where the peaks of the target are not known.
+        estimate_lines: the same for a person.
     """
 
     target: Target
@@ -48,6 +58,8 @@ class TargetReport:
     notes: tuple[str, ...]
     conflicts: tuple[str, ...]
     bounds: tuple[str, ...] = ()
+    estimate: Timeline | None = None
+    estimate_lines: tuple[str, ...] = ()
 
     @property
     def needed_bytes(self) -> int | None:
@@ -95,6 +107,8 @@ class TargetReport:
             "compile_time_s": round(self.compile_time_s, 2),
             "fits": self.fits,
             "compiled_with": self.compiled_with,
+            "rematerializations": self.lowering.rematerializations,
+            "estimate": self.estimate.to_json() if self.estimate else None,
         }
 
 
@@ -118,13 +132,17 @@ def compile_for_target(config: Config, target: Target) -> TargetReport:
         step = compile_step(program)
     except Finding as finding:
         refusal = str(finding)
+    spent = time.perf_counter() - started
     lowering = report_step(step, annotate, target.backend) if step else _nothing(annotate, target)
+    found = estimate_step(config, target.hardware, lowering)
     return TargetReport(
         target=target,
         lowering=lowering,
         bounds=tuple(bound_lines(config, annotate, lowering)) if step else (),
+        estimate=found,
+        estimate_lines=tuple(estimate_lines(config, found, annotate.mesh.size)) if step else (),
         compiled_with=compiled_with(target),
-        compile_time_s=time.perf_counter() - started,
+        compile_time_s=spent,
         num_params=program.model.num_params,
         hlo=step.hlo if step else None,
         refusal=refusal,

@@ -10,11 +10,14 @@ import jax
 from rich.console import Console
 
 from moe_shard.config import Config
+from moe_shard.config.hardware import find_hardware
 from moe_shard.lowering.report import LoweringReport
 from moe_shard.training.compile import (
     CompiledStep,
     bound_lines,
     compile_step,
+    estimate_lines,
+    estimate_step,
     lay_out,
     out_of_memory_is_a_finding,
     report_step,
@@ -57,7 +60,11 @@ def run(config: Config) -> Outcome:
         for line in annotate.conflict_lines():
             notes.print(f"rule conflict: {line}", markup=False)
         report.render_table(console)
-        for line in bound_lines(config, annotate, report):
+        hardware = find_hardware(jax.devices()[0].device_kind)
+        lines = bound_lines(config, annotate, report)
+        if found := estimate_step(config, hardware, report):
+            lines += estimate_lines(config, found, annotate.mesh.size)
+        for line in lines:
             console.print(line, markup=False)
         console.print(f"parameters: {program.model.num_params:,}")
         if writer:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from moe_shard.config import load_config
 from moe_shard.lowering.bounds import MoEBounds, moe_bounds, moe_wire_bytes
-from moe_shard.lowering.collectives import Collective
+from moe_shard.lowering.collectives import Collective, extract_collectives
 from moe_shard.moe.capacity import row_capacity
 from moe_shard.sharding.rules import RuleTable
+from tests.lowering.fixtures_hand_counted import FOLDER
 
 
 def bounds(*overrides: str, devices: int = 8) -> MoEBounds:
@@ -32,6 +33,8 @@ def test_mixtral_tiny_on_an_expert_axis_of_8() -> None:
     assert found.dropless_flops == 4 * 4 * 128 * 2 * 9 * 2 * 128 * 256
     # One expert of 3 * 128 * 256 floats, read twice and its gradient written once, in 4 layers.
     assert found.weight_bytes == 4 * 3 * (3 * 128 * 256 * 4)
+    # A slot's vector of 128 in and out, its hidden one of 256 out and in again; three passes.
+    assert found.memory_bytes == found.weight_bytes + 4 * 4 * 8 * 40 * 3 * 2 * (128 + 256) * 4
 
 
 def test_tensor_and_fsdp_axes_take_their_share() -> None:
@@ -63,7 +66,7 @@ def test_a_dense_model_has_no_bounds() -> None:
 
 def collective(scope: str, axes: tuple[str, ...], wire: int, count: int = 1) -> Collective:
     return Collective(
-        "all-to-all", axes, scope, "forward", count, wire, wire, False, True, "", None, 8
+        "all-to-all", axes, scope, "forward", count, wire, wire, False, True, "", None, (0, 1)
     )
 
 
@@ -75,5 +78,15 @@ def test_only_moe_stages_along_the_expert_axes_are_held_against_the_bound() -> N
         collective("attention", ("expert",), 1000),
     ]
     assert moe_wire_bytes(program, ["expert"]) == 410
-    lines = MoEBounds(205, 100, 10**12, 10**12, 10**9).lines(program, ["expert"])
-    assert "410 B on the wire, 2.00 x the least (205 B; dropless 100 B)" in lines[0]
+
+
+def test_the_report_says_how_far_a_program_is_from_the_bounds() -> None:
+    extraction = extract_collectives((FOLDER / "cpu_moe.txt").read_text(), {"expert": 8})
+    # Four all-to-alls of 4,096 B of which 7/8 leave the device, the router's all-reduce of 1,028 B
+    # (twice 7/8), and 6 experts' products of
+    # 2 * 32 * 32 * 64 or, for the weights, as many; see fixtures_hand_counted.py.
+    found = MoEBounds(7168, 100, 9 * 2 * 32 * 32 * 64, 10**12, 10**9, 10**10)
+    exchange, products, memory = found.lines(extraction, ["expert"])
+    assert "16.1 kB on the wire, 2.25 x the least (7.2 kB; dropless 100 B)" in exchange
+    assert "TFLOP, 0.67 x the least" in products
+    assert "(10.0 GB, 1.0 GB of it weights and their gradients)" in memory

@@ -1,0 +1,341 @@
+"""An estimate of a step's time, from the compiler's schedule and the peaks of the hardware.
+
+The instructions run in the order of the schedule. Each takes as long as its FLOPs at peak, or as
+its bytes at the full bandwidth of the memory, whichever is longer. Collectives run one after the
+other on the wire, as long as their bytes take on the links; an asynchronous one beside whatever
+the schedule puts between its start and its end, any other by itself. No latency, no contention, no
+kernel below peak: the estimate says what a step cannot beat, what its wire costs and how much of
+that the schedule hides. It is not a measurement.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe_shard.config.hardware import Hardware
+from moe_shard.lowering.collectives import Collective, Extraction
+from moe_shard.lowering.hlo import Computation, Instruction, Module
+from moe_shard.lowering.op_names import classify
+from moe_shard.lowering.work import flops, memory_bytes
+from moe_shard.units import human_seconds
+
+ASSUMPTIONS = (
+    "an estimate, nothing was run: every product at peak, memory and links at full bandwidth, "
+    "no latency"
+)
+_ROUND_THE_RING = frozenset({"all-gather", "reduce-scatter", "all-reduce"})
+_CYCLES = '"estimated_cycles":"'
+_UNKNOWN_CYCLES = 2**62  # the compiler's largest number stands for "cannot tell"
+_SHOWN = 0.002
+"""Stages whose exchanges take less of the step than this are not worth a line."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one device can do at most, per second.
+
+    Attributes:
+        flops: operations.
+        memory: bytes of its own memory.
+        link: bytes it sends to devices of its slice or host.
+        network: bytes it sends to other hosts; None where every device is on the links.
+        host: devices of a host, from 0 on; only with `network`.
+    """
+
+    flops: float
+    memory: float
+    link: float
+    network: float | None = None
+    host: int = 8
+
+    @classmethod
+    def of(cls, hardware: Hardware, dtype: str) -> Rates | None:
+        """Those of an accelerator; None where they are not known.
+
+        Args:
+            hardware: one device.
+            dtype: of the products; bfloat16's peak stands in for one that is not listed.
+        """
+        peak = hardware.peak_flops.get(dtype) or hardware.peak_flops.get("bfloat16")
+        if peak is None or hardware.hbm_bandwidth is None or hardware.link_bandwidth is None:
+            return None
+        return cls(
+            peak, hardware.hbm_bandwidth, hardware.link_bandwidth, hardware.network_bandwidth
+        )
+
+    def exchange(self, collective: Collective) -> float:
+        """Seconds one execution of a collective is on the wire."""
+        sent, group = collective.wire_bytes, collective.group
+        on_links = sent / self.link
+        if self.network is None or len(group) < 2:
+            return on_links
+        per_host = Counter(device // self.host for device in group)
+        together = max(per_host.values())
+        leaving = sent * (len(group) - together) / (len(group) - 1)
+        if collective.kind in _ROUND_THE_RING:  # the devices of a host share what leaves it
+            leaving /= together
+        return max(on_links, leaving / self.network)
+
+
+_Key = tuple[str, str]
+"""A computation and an instruction in it."""
+
+
+@dataclass
+class _Flight:
+    """A collective on the wire."""
+
+    collective: Collective
+    seconds: float
+    lands: float
+    beside: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The executions of one collective of the text in a step.
+
+    Attributes:
+        collective: which.
+        seconds: on the wire.
+        waited: of these, while nothing else ran.
+        beside: {stage: seconds of its work that ran meanwhile}, the most first.
+    """
+
+    collective: Collective
+    seconds: float
+    waited: float
+    beside: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """One step of one device.
+
+    Attributes:
+        seconds: of the step.
+        computing: of these, in work of the device's own.
+        exchanges: the collectives, in the order of the schedule.
+        cycles: the sum of the TPU compiler's own estimates; None where it made none.
+    """
+
+    seconds: float
+    computing: float
+    exchanges: tuple[Exchange, ...]
+    cycles: int | None
+
+    @property
+    def on_wire(self) -> float:
+        """Seconds of all collectives."""
+        return sum(each.seconds for each in self.exchanges)
+
+    @property
+    def waited(self) -> float:
+        """Seconds of them that nothing hides."""
+        return sum(each.waited for each in self.exchanges)
+
+    def lines(self, tokens: int) -> list[str]:
+        """The estimate for a person.
+
+        Args:
+            tokens: of one device and step.
+        """
+        lines = [
+            f"estimate: {human_seconds(self.seconds)} a step, {tokens / self.seconds:,.0f} tokens/s"
+            f" a device; {human_seconds(self.on_wire)} on the wire, {self._hidden()}",
+            f"  ({ASSUMPTIONS})",
+        ]
+        for scope, seconds, waited, beside in self._stages():
+            if seconds > _SHOWN * self.seconds:
+                names = ", ".join(list(beside)[:3])
+                hidden = f"{1 - waited / seconds:.0%} hidden" + (
+                    f" beside {names}" if names else ""
+                )
+                lines.append(f"  {scope}: {human_seconds(seconds)} on the wire, {hidden}")
+        if self.cycles is not None:
+            lines.append(
+                f"  TPU's compiler itself estimates {self.cycles / 1e6:,.1f} million cycles of "
+                "kernels a step"
+            )
+        return lines
+
+    def _hidden(self) -> str:
+        return f"{1 - self.waited / self.on_wire:.0%} hidden" if self.on_wire else "nothing to hide"
+
+    def _stages(self) -> list[tuple[str, float, float, dict[str, float]]]:
+        stages: dict[str, list[Exchange]] = {}
+        for each in self.exchanges:
+            stages.setdefault(each.collective.scope, []).append(each)
+        rows = []
+        for scope, exchanges in stages.items():
+            beside: dict[str, float] = defaultdict(float)
+            for each in exchanges:
+                for other, seconds in each.beside.items():
+                    beside[other] += seconds
+            seconds = sum(each.seconds for each in exchanges)
+            rows.append((scope, seconds, sum(each.waited for each in exchanges), _by_size(beside)))
+        return sorted(rows, key=lambda row: -row[1])
+
+    def to_json(self) -> dict[str, Any]:
+        """The estimate for machines; times in seconds of one step."""
+        return {
+            "assumptions": ASSUMPTIONS,
+            "step_s": self.seconds,
+            "compute_s": self.computing,
+            "wire_s": self.on_wire,
+            "exposed_wire_s": self.waited,
+            "tpu_estimated_cycles": self.cycles,
+            "stages": {
+                scope: {"wire_s": seconds, "exposed_wire_s": waited, "beside_s": beside}
+                for scope, seconds, waited, beside in self._stages()
+            },
+        }
+
+
+def _by_size(seconds: Mapping[str, float]) -> dict[str, float]:
+    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
+
+
+def timeline(extraction: Extraction, rates: Rates) -> Timeline:
+    """Lay a scheduled program out in time."""
+    run = _Run(extraction, rates)
+    seconds = run.computation(extraction.module.entry, 1)
+    return Timeline(
+        seconds,
+        run.computing,
+        tuple(
+            Exchange(each, run.on_wire[key], run.waited[key], _by_size(run.beside[key]))
+            for key, each in extraction.at.items()
+        ),
+        run.cycles or None,
+    )
+
+
+class _Run:
+    """The sums, and the rates they are made at."""
+
+    def __init__(self, extraction: Extraction, rates: Rates) -> None:
+        self.computing = 0.0
+        self.cycles = 0
+        self.on_wire: dict[_Key, float] = defaultdict(float)
+        self.waited: dict[_Key, float] = defaultdict(float)
+        self.beside: dict[_Key, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self._extraction = extraction
+        self._module: Module = extraction.module
+        self._rates = rates
+        self._work: dict[_Key, float] = {}
+
+    def computation(self, computation: Computation, times: int) -> float:
+        """Seconds of one execution, all of `times` added to the sums."""
+        now = free = 0.0
+        flights: dict[str, tuple[_Key, _Flight]] = {}
+        for name in computation.opcodes:
+            instruction = computation.instruction(name)
+            key = self._starts(computation, instruction)
+            lands = self._lands(computation, instruction, flights)
+            if lands is not None:
+                now += self._land(lands, flights, now, times)
+                continue
+            if key is not None:
+                flight = self._flight(key, max(now, free), times)
+                free = flight.lands
+                flights[name] = key, flight
+                if not flight.collective.is_async:
+                    now += self._land(name, flights, now, times)
+                    continue
+            spent = self._spend(computation, instruction, times)
+            scope = classify(instruction.op_name)[0]
+            for _, flight in flights.values():
+                flight.beside[scope] += min(spent, max(0.0, flight.lands - now))
+            now += spent
+        for name in list(flights):
+            now += self._land(name, flights, now, times)
+        return now
+
+    def _starts(self, computation: Computation, instruction: Instruction) -> _Key | None:
+        """The collective that an instruction is, or starts in what it calls."""
+        found = self._extraction.at
+        if (computation.name, instruction.name) in found:
+            return computation.name, instruction.name
+        if instruction.opcode not in ("fusion", "async-start"):
+            return None
+        called = self._module.called_by(instruction, "calls", "called_computations")
+        return next(
+            ((called.name, name) for name in called.opcodes if (called.name, name) in found), None
+        )
+
+    def _lands(
+        self,
+        computation: Computation,
+        instruction: Instruction,
+        flights: dict[str, tuple[_Key, _Flight]],
+    ) -> str | None:
+        """The start whose end an instruction is."""
+        if instruction.opcode.endswith("-done"):
+            first = instruction.operand(0)
+            while first not in flights and computation.opcodes.get(first) == "async-update":
+                first = computation.instruction(first).operand(0)
+            return first if first in flights else None
+        if instruction.opcode != "fusion" or not flights:
+            return None
+        called = self._module.called_by(instruction, "calls")
+        if not any(
+            opcode == "custom-call"
+            and '"AsyncCollectiveDone"' in called.instruction(name).attribute_text
+            for name, opcode in called.opcodes.items()
+        ):
+            return None
+        ended = {
+            (called.opcodes[name], called.instruction(name).op_name) for name in called.opcodes
+        }
+        for start, (_, flight) in flights.items():
+            if (flight.collective.kind, flight.collective.op_name) in ended:
+                return start
+        return None
+
+    def _flight(self, key: _Key, begins: float, times: int) -> _Flight:
+        collective = self._extraction.at[key]
+        seconds = self._rates.exchange(collective)
+        self.on_wire[key] += times * seconds
+        return _Flight(collective, seconds, begins + seconds)
+
+    def _land(
+        self, name: str, flights: dict[str, tuple[_Key, _Flight]], now: float, times: int
+    ) -> float:
+        """Seconds to wait until a collective is there."""
+        key, flight = flights.pop(name)
+        wait = max(0.0, flight.lands - now)
+        self.waited[key] += times * wait
+        for scope, seconds in flight.beside.items():
+            self.beside[key][scope] += times * seconds
+        return wait
+
+    def _spend(self, computation: Computation, instruction: Instruction, times: int) -> float:
+        """Seconds of an instruction's own work, that of what it calls included."""
+        opcode = instruction.opcode
+        if opcode == "while":
+            trips = self._extraction.walk.trips(computation, instruction.name)
+            trips = 1 if trips is None else trips
+            body = self._module.called_by(instruction, "body")
+            return trips * self.computation(body, times * trips) if trips else 0.0
+        if opcode == "call":
+            return self.computation(self._module.called_by(instruction, "to_apply"), times)
+        if opcode == "conditional":
+            branches = instruction.called().values()
+            return max(
+                self.computation(self._module.computations[each], times) for each in branches
+            )
+        key = computation.name, instruction.name
+        if key not in self._work:
+            self._work[key] = max(
+                flops(self._module, computation, instruction) / self._rates.flops,
+                memory_bytes(self._module, computation, instruction) / self._rates.memory,
+            )
+        _, mark, rest = instruction.attribute_text.partition(_CYCLES)
+        if mark and 0 < (cycles := int(rest[: rest.index('"')])) < _UNKNOWN_CYCLES:
+            self.cycles += times * cycles
+        self.computing += times * self._work[key]
+        return self._work[key]

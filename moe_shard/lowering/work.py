@@ -1,0 +1,239 @@
+"""The arithmetic and the memory traffic of HLO instructions.
+
+FLOPs are those of products (dot, convolution, ragged dot, the libraries' own), which is where a
+transformer spends them: 2 for each multiply-add. A Pallas kernel does not say what it computes and
+counts as none. Memory traffic is what an instruction reads and writes once: a fusion keeps what is
+in between to itself, and of an operand that it only slices it reads the slice.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from moe_shard.lowering.hlo import Computation, Instruction, Module
+from moe_shard.lowering.op_names import classify
+from moe_shard.lowering.shapes import array_dims, shape_bytes, tuple_elements
+from moe_shard.lowering.walk import Executions
+
+_LIBRARY_PRODUCT = re.compile(r'custom_call_target="__(?:cublas|cudnn)[^"]*(?:gemm|matmul)')
+_LIBRARY_CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\[([\d",]*)\]')
+_PRODUCTS = frozenset({"dot", "convolution", "ragged-dot", "custom-call"})
+# These only name what is there already, or belong to somebody else's account.
+_FREE = frozenset(
+    {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while", "call"}
+    | {"conditional", "partition-id", "replica-id", "optimization-barrier", "async-start"}
+    | {"async-update", "async-done", "copy-start", "copy-done", "iota"}
+)
+_SLICES = frozenset({"dynamic-slice", "slice", "gather"})
+_SAME = frozenset({"bitcast", "reshape"})
+
+
+def product_flops(computation: Computation, instruction: Instruction) -> int:
+    """FLOPs of one product; 0 of any other instruction.
+
+    Raises:
+        HloParseError: the instruction is damaged.
+    """
+    opcode = instruction.opcode
+    if opcode == "convolution":
+        return _convolution_flops(computation, instruction)
+    if opcode == "custom-call" and not _LIBRARY_PRODUCT.search(instruction.attribute_text):
+        return 0
+    if opcode not in _PRODUCTS:
+        return 0
+    lhs = array_dims(computation.instruction(instruction.operand(0)).shape)
+    contracted = math.prod(lhs[dim] for dim in _contracted(instruction, len(lhs)))
+    result = array_dims(tuple_elements(instruction.shape)[0])
+    return 2 * math.prod(result) * contracted
+
+
+def _contracted(instruction: Instruction, rank: int) -> list[int]:
+    if instruction.opcode == "custom-call":
+        found = _LIBRARY_CONTRACTED.search(instruction.attribute_text)
+        text = found[1] if found else ""
+    else:
+        text = instruction.attributes.get("lhs_contracting_dims", "")
+    dims = [int(dim) for dim in re.findall(r"\d+", text)]
+    if any(dim >= rank for dim in dims):
+        raise instruction.damaged("a contracted dim that its operand has not")
+    return dims
+
+
+@dataclass(frozen=True)
+class _Window:
+    """One spatial dim of a convolution."""
+
+    size: int
+    stride: int = 1
+    before: int = 0
+    lhs_dilate: int = 1
+    rhs_dilate: int = 1
+
+    def pairs(self, inputs: int, outputs: int) -> int:
+        """How many (output, window position) pairs meet an input that is there."""
+        met = 0
+        for position in range(self.size):
+            offset = position * self.rhs_dilate - self.before
+            if self.lhs_dilate == 1:
+                first = max(0, -(offset // self.stride))
+                last = min(outputs - 1, (inputs - 1 - offset) // self.stride)
+                met += max(0, last - first + 1)
+                continue
+            for output in range(outputs):
+                at, rest = divmod(output * self.stride + offset, self.lhs_dilate)
+                met += rest == 0 and 0 <= at < inputs
+        return met
+
+
+def _convolution_flops(computation: Computation, instruction: Instruction) -> int:
+    """As XLA's own cost analysis: TPU writes every product of more than two dims so."""
+    labels = re.fullmatch(
+        r"(\w+)_(\w+)->(\w+)", instruction.attributes.get("dim_labels", "").replace("?", "")
+    )
+    if labels is None:
+        raise instruction.damaged("a convolution without dim_labels")
+    operands = (computation.instruction(instruction.operand(at)).shape for at in (0, 1))
+    shapes = [*operands, tuple_elements(instruction.shape)[0]]
+    sizes = []
+    for label, shape in zip(labels.groups(), shapes, strict=True):
+        dims = array_dims(shape)
+        if len(dims) != len(label):
+            raise instruction.damaged(f"dim_labels do not fit {shape[:40]}")
+        sizes.append(dict(zip(label, dims, strict=True)))
+    lhs, rhs, out = sizes
+    groups = instruction.integer("feature_group_count") or 1
+    batch_groups = instruction.integer("batch_group_count") or 1
+    spatial = [label for label in labels[1] if label.isdecimal()]
+    met = math.prod(
+        window.pairs(lhs[label], out[label])
+        for label, window in zip(sorted(spatial), _windows(instruction, len(spatial)), strict=True)
+    )
+    return 2 * (lhs["f"] // groups) * rhs["o"] * (lhs["b"] // batch_groups) * met
+
+
+def _windows(instruction: Instruction, rank: int) -> list[_Window]:
+    text = instruction.attributes.get("window", "")
+    fields = dict(re.findall(r"(\w+)=([\w\-]+)", text))
+
+    def numbers(key: str, default: int) -> list[int]:
+        values = (
+            [int(each.split("_")[0]) for each in fields[key].split("x")] if key in fields else []
+        )
+        return values or [default] * rank
+
+    columns = [
+        numbers(key, default)
+        for key, default in (
+            ("size", 1),
+            ("stride", 1),
+            ("pad", 0),
+            ("lhs_dilate", 1),
+            ("rhs_dilate", 1),
+        )
+    ]
+    if any(len(column) != rank for column in columns):
+        raise instruction.damaged("a window of another rank than its dim_labels")
+    return [_Window(*row) for row in zip(*columns, strict=True)]
+
+
+def flops(module: Module, computation: Computation, instruction: Instruction) -> int:
+    """FLOPs of one execution of an instruction, those inside a fusion included."""
+    if instruction.opcode == "fusion":
+        fused = module.called_by(instruction, "calls")
+        return sum(flops(module, fused, each) for each in _with_products(fused))
+    return product_flops(computation, instruction)
+
+
+def _with_products(fused: Computation) -> list[Instruction]:
+    wanted = _PRODUCTS | {"fusion"}
+    return [fused.instruction(name) for name, opcode in fused.opcodes.items() if opcode in wanted]
+
+
+def scope_of(walk: Executions, computation: Computation, instruction: Instruction) -> str:
+    """The stage of the model an instruction belongs to; that of its neighbours if it has no name.
+
+    CPU's compiler drops the names of the products that it hands to its library.
+    """
+    while not instruction.op_name and computation.name in walk.callers:
+        computation, instruction = walk.callers[computation.name]
+    if instruction.op_name:
+        return classify(instruction.op_name)[0]
+    around = (*instruction.operands, *computation.users(instruction.name))
+    names = (computation.instruction(name).op_name for name in around)
+    return classify(";".join(filter(None, names)))[0]
+
+
+def flops_by_scope(walk: Executions) -> Counter[str]:
+    """FLOPs of a step and device by stage of the model, see `op_names.SCOPES`; or "other"."""
+    done = Counter[str]()
+    for computation in walk.order:
+        times = walk.counts[computation.name]
+        for name, opcode in computation.opcodes.items():
+            if opcode in _PRODUCTS and times:
+                instruction = computation.instruction(name)
+                if count := product_flops(computation, instruction):
+                    done[scope_of(walk, computation, instruction)] += times * count
+    return done
+
+
+def memory_bytes(module: Module, computation: Computation, instruction: Instruction) -> int:
+    """Bytes that one execution of an instruction reads and writes."""
+    opcode = instruction.opcode
+    if opcode in _FREE or 'custom_call_target="AllocateBuffer"' in instruction.attribute_text:
+        return 0
+    operands = instruction.operands
+    if opcode == "fusion":
+        fused = module.called_by(instruction, "calls")
+        read = sum(_read_of(fused, parameter) for parameter in fused.parameters())
+        return read + _written(fused, fused.root)
+    if opcode in _SLICES:
+        return 2 * shape_bytes(instruction.shape)
+    if opcode == "dynamic-update-slice":
+        return 2 * shape_bytes(computation.instruction(instruction.operand(1)).shape)
+    read = sum(_bytes(computation.instruction(name).shape) for name in dict.fromkeys(operands))
+    return read + _bytes(instruction.shape)
+
+
+def memory_by_scope(walk: Executions) -> Counter[str]:
+    """Bytes a step and device reads and writes, by stage of the model."""
+    moved = Counter[str]()
+    for computation in walk.order:
+        times = walk.counts[computation.name]
+        if not times or computation.name in walk.fused or computation.name in walk.asynchronous:
+            continue
+        for instruction in map(computation.instruction, computation.opcodes):
+            if size := memory_bytes(walk.module, computation, instruction):
+                moved[scope_of(walk, computation, instruction)] += times * size
+    return moved
+
+
+def _read_of(fused: Computation, value: Instruction) -> int:
+    """Bytes a fusion reads of one of its parameters."""
+    read = 0
+    for user in map(fused.instruction, fused.users(value.name)):
+        if user.opcode in _SLICES and user.operand(0) == value.name:
+            read += shape_bytes(user.shape)
+        elif user.opcode in _SAME:
+            read += _read_of(fused, user)
+        elif user.opcode != "dynamic-update-slice" or user.operand(0) != value.name:
+            return _bytes(value.shape)
+    return min(read, _bytes(value.shape))
+
+
+def _written(fused: Computation, name: str) -> int:
+    """Bytes a fusion writes: of a buffer that it updates in place the update."""
+    result = fused.instruction(name)
+    if result.opcode == "tuple":
+        return sum(_written(fused, each) for each in result.operands)
+    if result.opcode in _SAME:
+        return _written(fused, result.operand(0))
+    if result.opcode == "dynamic-update-slice":
+        return _bytes(fused.instruction(result.operand(1)).shape)
+    return _bytes(result.shape)
+
+
+def _bytes(shape: str) -> int:
+    return 0 if shape.startswith(("token", "opaque")) else shape_bytes(shape)
