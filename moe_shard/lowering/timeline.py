@@ -245,6 +245,7 @@ class _Run:
                 flights[name] = key, flight
                 if not flight.collective.is_async:
                     now += self._land(name, flights, now, times)
+                if instruction.opcode != "fusion":
                     continue
             spent = self._spend(computation, instruction, times)
             scope = classify(instruction.op_name)[0]

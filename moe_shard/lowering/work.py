@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from moe_shard.lowering.hlo import Computation, Instruction, Module
 from moe_shard.lowering.op_names import classify
 from moe_shard.lowering.shapes import array_dims, shape_bytes, tuple_elements
-from moe_shard.lowering.walk import Executions
+from moe_shard.lowering.walk import OPCODES, Executions
 
 _LIBRARY_PRODUCT = re.compile(r'custom_call_target="__(?:cublas|cudnn)[^"]*(?:gemm|matmul)')
 _LIBRARY_CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\[([\d",]*)\]')
@@ -28,6 +28,8 @@ _FREE = frozenset(
     | {"async-update", "async-done", "copy-start", "copy-done", "iota"}
 )
 _SLICES = frozenset({"dynamic-slice", "slice", "gather"})
+# Arrays outside the device's main memory: on a TPU's chip, or on the host.
+_ELSEWHERE = re.compile(r"\w+\[[^\]]*\]\{[^}]*S\([1-9]\d*\)\}")
 _SAME = frozenset({"bitcast", "reshape"})
 
 
@@ -182,15 +184,21 @@ def flops_by_scope(walk: Executions) -> Counter[str]:
 def memory_bytes(module: Module, computation: Computation, instruction: Instruction) -> int:
     """Bytes that one execution of an instruction reads and writes."""
     opcode = instruction.opcode
+    if opcode in OPCODES or opcode.endswith("-done"):
+        return 0  # on the wire
     if opcode in _FREE or 'custom_call_target="AllocateBuffer"' in instruction.attribute_text:
         return 0
     operands = instruction.operands
     if opcode == "fusion":
         fused = module.called_by(instruction, "calls")
-        read = sum(_read_of(fused, parameter) for parameter in fused.parameters())
-        return read + _written(fused, fused.root)
+        read = sum(
+            _read_of(fused, parameter)
+            for parameter in fused.parameters()
+            if _bytes(computation.instruction(operands[parameter.parameter_number]).shape)
+        )
+        return read + (_written(fused, fused.root) if _bytes(instruction.shape) else 0)
     if opcode in _SLICES:
-        return 2 * shape_bytes(instruction.shape)
+        return 2 * _bytes(instruction.shape)
     if opcode == "dynamic-update-slice":
         return 2 * shape_bytes(computation.instruction(instruction.operand(1)).shape)
     read = sum(_bytes(computation.instruction(name).shape) for name in dict.fromkeys(operands))
@@ -236,4 +244,5 @@ def _written(fused: Computation, name: str) -> int:
 
 
 def _bytes(shape: str) -> int:
-    return 0 if shape.startswith(("token", "opaque")) else shape_bytes(shape)
+    here = _ELSEWHERE.sub("", shape)
+    return shape_bytes(here) if "[" in here else 0

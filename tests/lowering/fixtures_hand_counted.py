@@ -92,6 +92,18 @@ HAND_COUNTED: dict[str, tuple[dict[str, int], str, str, list[Row]]] = {
             ("all-reduce", "fsdp,expert", "other", "forward", 1, 4),
         ],
     ),
+    "tpu_ring": (
+        {"fsdp": 8},
+        "no-expert-parallelism",
+        "tpu",
+        [
+            # Both ways round the ring, four shards a round: two rounds of four permutes, and one
+            # before the loop; of the weight forward, one after it of its gradient.
+            ("collective-permute", "fsdp", "experts", "forward", 1 + 2 * 4, 1024 * 8192 * 2),
+            ("collective-permute", "fsdp", "experts", "backward", 2 * 4 + 1, 1024 * 8192 * 2),
+            ("all-reduce", "fsdp", "other", "forward", 1, 4),
+        ],
+    ),
     "tpu_gathered": (
         {"expert": 8},
         "weight-gathered",

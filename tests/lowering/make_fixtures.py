@@ -2,14 +2,15 @@
 
     python tests/lowering/make_fixtures.py cpu_moe cpu_gathered cpu_scan cpu_three_axes cpu_none
     python3.12 tests/lowering/make_fixtures.py cpu_moe_jax012       (jax 0.12.0.1)
-    python tests/lowering/make_fixtures.py tpu_moe tpu_gathered     (pip install "jax[tpu]==0.10.2")
+    python tests/lowering/make_fixtures.py tpu_moe tpu_gathered tpu_ring
+                                                        (pip install "jax[tpu]==0.10.2")
     python tests/lowering/make_fixtures.py gpu_moe                  (jax-cuda12-pjrt and -plugin)
 
-TPU and GPU are compiled for without having them. To keep the files small, these are cut out:
-metadata that no test reads, backend_config outside ENTRY or a loop, and, for TPU and GPU, the
-bodies of fused computations that hold no collective and no loop counter (one opaque line stands
-for them). File names become program.py. The counts in fixtures_hand_counted.py were taken by eye
-and grep from these files.
+TPU and GPU are compiled for without having them. To keep the files small, these are cut out of all
+but tpu_ring: metadata that no test reads, backend_config outside ENTRY or a loop, and, for TPU and
+GPU, the bodies of fused computations that hold no collective and no loop counter (one opaque line
+stands for them). File names become program.py. The counts in fixtures_hand_counted.py were taken by
+eye and grep from these files.
 """
 
 from __future__ import annotations
@@ -218,13 +219,32 @@ def tpu_gathered() -> str:
     return str(jax.jit(jax.value_and_grad(loss), out_shardings=out).lower(p, x).compile().as_text())
 
 
+def tpu_ring() -> str:
+    """A product with a gathered weight and its gradient, both unrolled around the ring."""
+    run = Program("v5e:2x4", fsdp=8)
+
+    def loss(p: Any, x: Any) -> Any:
+        with jax.named_scope("experts"):
+            y = x @ p["up"]
+        return (y.astype(jnp.float32) ** 2).mean()
+
+    p = {"up": run.array((8192, 8192), "fsdp", dtype=jnp.bfloat16)}
+    x = run.array((16384, 8192), "fsdp", dtype=jnp.bfloat16)
+    out = (None, {"up": p["up"].sharding})
+    return str(jax.jit(jax.value_and_grad(loss), out_shardings=out).lower(p, x).compile().as_text())
+
+
 COLLECTIVE = re.compile(r" (all|collective|reduce-scatter|async)[a-z-]*\(")
 KEEPS_METADATA = re.compile(r" (while|custom-call)\(|%gemm_|calls=%all-reduce-scatter")
 
 
+def anonymous(text: str) -> str:
+    """Without the paths of this machine."""
+    return re.sub(r'^(\d+) "[^"]*/[^"/]*"$', r'\1 "program.py"', text, flags=re.M)
+
+
 def shortened(text: str, collapse: bool) -> str:
-    """Cut out what the tests do not read, and every path of this machine."""
-    text = re.sub(r'^(\d+) "[^"]*/[^"/]*"$', r'\1 "program.py"', text, flags=re.M)
+    """Cut out what the tests do not read."""
     blocks = re.split(r"(?<=\n)(?=%|ENTRY )", text)
     return "".join(shortened_block(block, collapse) for block in blocks)
 
@@ -267,12 +287,16 @@ PROGRAMS = {
     "cpu_none": cpu_none,
     "tpu_moe": tpu_moe,
     "tpu_gathered": tpu_gathered,
+    "tpu_ring": tpu_ring,
     "gpu_moe": gpu_moe,
 }
+UNCUT = ("tpu_ring",)
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        text = shortened(PROGRAMS[name](), collapse=not name.startswith("cpu"))
+        text = anonymous(PROGRAMS[name]())
+        if name not in UNCUT:
+            text = shortened(text, collapse=not name.startswith("cpu"))
         FOLDER.mkdir(exist_ok=True)
         (FOLDER / f"{name}.txt").write_text(text, encoding="utf-8")
         print(f"{name}: {len(text)} characters")

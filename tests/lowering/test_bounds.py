@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from moe_shard.config import load_config
 from moe_shard.lowering.bounds import MoEBounds, moe_bounds, moe_wire_bytes
-from moe_shard.lowering.collectives import Collective, extract_collectives
+from moe_shard.lowering.collectives import Collective
 from moe_shard.moe.capacity import row_capacity
 from moe_shard.sharding.rules import RuleTable
-from tests.lowering.fixtures_hand_counted import FOLDER
 
 
 def bounds(*overrides: str, devices: int = 8) -> MoEBounds:
@@ -78,15 +77,3 @@ def test_only_moe_stages_along_the_expert_axes_are_held_against_the_bound() -> N
         collective("attention", ("expert",), 1000),
     ]
     assert moe_wire_bytes(program, ["expert"]) == 410
-
-
-def test_the_report_says_how_far_a_program_is_from_the_bounds() -> None:
-    extraction = extract_collectives((FOLDER / "cpu_moe.txt").read_text(), {"expert": 8})
-    # Four all-to-alls of 4,096 B of which 7/8 leave the device, the router's all-reduce of 1,028 B
-    # (twice 7/8), and 6 experts' products of
-    # 2 * 32 * 32 * 64 or, for the weights, as many; see fixtures_hand_counted.py.
-    found = MoEBounds(7168, 100, 9 * 2 * 32 * 32 * 64, 10**12, 10**9, 10**10)
-    exchange, products, memory = found.lines(extraction, ["expert"])
-    assert "16.1 kB on the wire, 2.25 x the least (7.2 kB; dropless 100 B)" in exchange
-    assert "TFLOP, 0.67 x the least" in products
-    assert "(10.0 GB, 1.0 GB of it weights and their gradients)" in memory
