@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 TARGETS := $(VENV)/.targets
 
-.PHONY: demo test test-newest targets test-targets lint format bench clean help
+.PHONY: demo test test-newest targets test-targets goldens test-goldens browser test-browser lint format bench clean help
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +37,19 @@ targets: $(TARGETS)  ## compilers for hardware that is not there
 
 test-targets: $(TARGETS)  ## compile for TPUs and GPUs that are not there (minutes)
 	$(RUN) -m pytest -m targets
+
+goldens: $(TARGETS)  ## compile every model for every kind of hardware and keep what it lowers to
+	@$(RUN) tools/lowering_matrix.py --refresh
+
+test-goldens: $(TARGETS)  ## compile them again and compare (about a quarter of an hour)
+	@$(RUN) tools/lowering_matrix.py
+
+browser:  ## a browser, from the distribution
+	@command -v chromium chromium-browser google-chrome chrome-headless-shell >/dev/null || \
+	  { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; }
+
+test-browser: $(READY) browser  ## the lowering page in a real browser
+	$(RUN) -m pytest -m browser
 
 lint: $(READY)  ## style and types
 	$(VENV)/bin/ruff check .

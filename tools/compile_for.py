@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from moe_shard.lowering.expect import VERDICTS
 from moe_shard.quiet import absent_accelerators_unsaid
 
 if TYPE_CHECKING:
+    from moe_shard.config import Config
     from moe_shard.training.compile_target import TargetReport
 
 
@@ -44,6 +46,9 @@ def main() -> int:
         report = compile_for_target(config, target)
     if folder is not None:
         _dump(report, folder)
+    if arguments.html:
+        with absent_accelerators_unsaid():
+            _write_page(Path(arguments.html), config, report)
     notes = Console(stderr=True, soft_wrap=True, highlight=False, style="yellow")
     for line in report.notes:
         notes.print(f"note: {line}", markup=False)
@@ -54,6 +59,40 @@ def main() -> int:
     else:
         _print(report)
     return _judge(report, arguments.expect, arguments.max_rematerializations)
+
+
+def _write_page(path: Path, config: Config, report: TargetReport) -> None:
+    """The page: flag off beside flag on; one of them is compiled already."""
+    from moe_shard.lowering.page import Panel, write_page
+    from moe_shard.training.compile_target import compile_for_target
+
+    def panel(name: str, shown: TargetReport) -> Panel:
+        lines = (*shown.bounds, *shown.estimate_lines) if shown.hlo else ()
+        end = (shown.compiled_with,)
+        memory = shown.target.hardware.hbm_bytes
+        return Panel(name, shown.lowering, (*lines, *end), memory, shown.refusal)
+
+    title = f"{config.run.run_name} on {report.target.text}"
+    moe = config.model.moe
+    if moe is None:
+        panels = [panel("as configured", report)]
+    else:
+        other = replace(
+            config,
+            model=replace(
+                config.model, moe=replace(moe, no_expert_sharding=not moe.no_expert_sharding)
+            ),
+        )
+        reports = {
+            moe.no_expert_sharding: report,
+            not moe.no_expert_sharding: compile_for_target(other, report.target),
+        }
+        panels = [
+            panel(f"moe_dispatch_no_expert_sharding: {str(flag).lower()}", reports[flag])
+            for flag in (False, True)
+        ]
+    write_page(path, title, panels)
+    print(f"page: {path}", file=sys.stderr)
 
 
 def _print(report: TargetReport) -> None:
@@ -135,6 +174,9 @@ def _arguments() -> argparse.Namespace:
         help="exit with 1 when the partitioner replicates more than N tensors to re-shard them",
     )
     parser.add_argument("--dump", metavar="DIR", help="keep the optimized HLO and the report here")
+    parser.add_argument(
+        "--html", metavar="FILE", help="also write a page, the flag off beside the flag on"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_intermixed_args()
 

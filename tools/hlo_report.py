@@ -11,25 +11,29 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from rich.console import Console
 
 from moe_shard.errors import EXIT_DONE, EXIT_FINDING, CommandParser, UserError, run_command
 from moe_shard.lowering.expect import VERDICTS
-from moe_shard.lowering.report import report_from_text
+from moe_shard.lowering.page import Panel, write_page
+from moe_shard.lowering.report import LoweringReport, report_from_text
 from moe_shard.lowering.sources import module_file, parse_mesh, read_text, recorded_mesh
 
 
 def main() -> int:
     """Read the module, print the report, compare the verdict."""
     arguments = _arguments()
-    path = module_file(arguments.path)
-    text = read_text(path)
-    mesh = parse_mesh(arguments.mesh) if arguments.mesh else recorded_mesh(path)
+    mesh, report = _read(arguments.path, arguments)
     if arguments.expect and mesh is None:
         raise UserError("--expect needs the mesh: add --mesh data=1,fsdp=1,expert=8 (your sizes)")
-    expert_axes = _expert_axes(arguments.expert_axes, mesh or {})
-    report = report_from_text(text, mesh=mesh, expert_axes=expert_axes)
+    if arguments.html:
+        panels = [Panel(arguments.path, report)]
+        if arguments.beside:
+            panels.insert(0, Panel(arguments.beside, _read(arguments.beside, arguments)[1]))
+        write_page(Path(arguments.html), "What the step moves", panels)
+        print(f"page: {arguments.html}", file=sys.stderr)
     if arguments.json:
         print(json.dumps(report.to_json(), indent=2))
         for warning in report.warnings:
@@ -43,6 +47,17 @@ def main() -> int:
     return EXIT_DONE
 
 
+def _read(
+    given: str, arguments: argparse.Namespace
+) -> tuple[dict[str, int] | None, LoweringReport]:
+    """The mesh of a program, where it is known, and its report."""
+    path = module_file(given)
+    text = read_text(path)
+    mesh = parse_mesh(arguments.mesh) if arguments.mesh else recorded_mesh(path)
+    expert_axes = _expert_axes(arguments.expert_axes, mesh or {})
+    return mesh, report_from_text(text, mesh=mesh, expert_axes=expert_axes)
+
+
 def _arguments() -> argparse.Namespace:
     parser = CommandParser(
         prog="hlo_report.py", description="The collectives of a compiled program."
@@ -52,7 +67,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--expert-axes", help="mesh axes of the experts (default: expert)")
     parser.add_argument("--expect", choices=VERDICTS, help="exit with 1 on any other verdict")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    return parser.parse_args()
+    parser.add_argument("--html", metavar="FILE", help="also write the report as a page")
+    parser.add_argument(
+        "--beside", metavar="PATH", help="a second program for the page, such as the flag off"
+    )
+    arguments = parser.parse_args()
+    if arguments.beside and not arguments.html:
+        parser.error("--beside shows a second program on the page of --html FILE")
+    return arguments
 
 
 def _expert_axes(text: str | None, mesh: dict[str, int]) -> list[str]:

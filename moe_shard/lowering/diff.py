@@ -264,7 +264,7 @@ def load(given: str, mesh: Mapping[str, int] | None = None) -> Lowering:
     if text.lstrip()[:1] == "{":
         return from_json(text, given)
     report = report_from_text(text, mesh=recorded_mesh(path) or mesh)
-    lowering = _from_object(report.to_json(), given)
+    lowering = from_object(report.to_json(), given)
     record = record_of(path)
     if record is not None and report.verdict is not None:
         # The run knows which axes its experts are on, and the memory.
@@ -281,7 +281,7 @@ def from_json(text: str, source: str) -> Lowering:
     """
     try:
         content = json.loads(text)
-        return _from_object(content, source)
+        return from_object(content, source)
     except (
         ValueError,
         KeyError,
@@ -296,7 +296,8 @@ def from_json(text: str, source: str) -> Lowering:
         ) from error
 
 
-def _from_object(content: Any, source: str) -> Lowering:
+def from_object(content: Any, source: str) -> Lowering:
+    """The lowering of an object of `lowering.json`; KeyError and the like for anything else."""
     sums: dict[Key, Sums] = {}
     for each in content["collectives"]:
         axes = tuple(str(axis) for axis in each["axes"])
