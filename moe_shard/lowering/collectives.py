@@ -8,7 +8,7 @@ what runs, an all-reduce (and a slice).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -324,23 +324,45 @@ def wire_bytes(kind: str, size: int, group_size: int) -> int:
 
 
 def _named(site: _Site) -> Instruction | None:
-    """The nearest instruction with an op_name: itself, the caller's, or a producer's.
+    """The instruction whose op_name tells what a collective is for.
 
-    XLA drops the op_name of collectives that it merges or moves; GPU does so for reduce-scatters.
+    That is itself or the one that calls it. XLA drops the op_name of collectives that it merges,
+    moves or makes up; then it is the nearest producer's, or, where that belongs to no stage of the
+    model, the nearest consumer's: a weight is gathered for the product that uses it.
     """
     if site.instruction.op_name:
         return site.instruction
     if site.caller is not None and site.caller[1].op_name:
         return site.caller[1]
-    starts = [(site.computation, site.instruction)]
+    ends = [(site.computation, site.instruction)]
     if site.caller is not None:
-        starts.append(site.caller)
-    for computation, first in starts:
-        producers = [first]
-        for _ in range(_OP_NAME_HOPS):
-            names = dict.fromkeys(name for each in producers for name in each.operands)
-            producers = [computation.instruction(name) for name in names]
-            traced = [each for each in producers if each.opcode != "constant" and each.op_name]
-            if traced:
-                return traced[0]
+        ends.append(site.caller)
+    made_by = next(filter(None, (_nearest(*end, _producers) for end in ends)), None)
+    if made_by is not None and classify(made_by.op_name)[0] != "other":
+        return made_by
+    used_by = next(filter(None, (_nearest(*end, _consumers) for end in reversed(ends))), None)
+    return used_by or made_by
+
+
+def _nearest(
+    computation: Computation,
+    first: Instruction,
+    around: Callable[[Computation, Instruction], list[str]],
+) -> Instruction | None:
+    """The first instruction with an op_name, some hops to one side."""
+    found = [first]
+    for _ in range(_OP_NAME_HOPS):
+        names = dict.fromkeys(name for each in found for name in around(computation, each))
+        found = [computation.instruction(name) for name in names]
+        for each in found:
+            if each.opcode != "constant" and each.op_name:
+                return each
     return None
+
+
+def _producers(_computation: Computation, instruction: Instruction) -> list[str]:
+    return instruction.operands
+
+
+def _consumers(computation: Computation, instruction: Instruction) -> list[str]:
+    return computation.users(instruction.name)

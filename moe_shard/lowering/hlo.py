@@ -10,7 +10,7 @@ is parsed when somebody asks for that instruction.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from moe_shard.errors import UserError
@@ -28,7 +28,10 @@ _CALLED = re.compile(
     r"\b(to_apply|body|condition|calls|true_computation|false_computation"
     r"|branch_computations|called_computations)=(?:%([\w.\-]+)|\{([^}]*)\})"
 )
-_CALLERS = frozenset({"while", "call", "fusion", "conditional", "async-start", "custom-call"})
+# call-start is TPU's: what it calls runs on a SparseCore, beside what follows.
+_CALLERS = frozenset(
+    {"while", "call", "fusion", "conditional", "async-start", "call-start", "custom-call"}
+)
 _OPEN, _SHUT = frozenset("([{"), frozenset(")]}")
 
 
@@ -214,6 +217,14 @@ class Computation:
             if opcode in _CALLERS:
                 for role, called in _called(self._lines[name][1]):
                     yield Call(name, opcode, role, called)
+
+    def mentions(self, computations: Sequence[str]) -> Iterator[tuple[str, int]]:
+        """Which of these computations an instruction names, and on what line."""
+        wanted = set(computations)
+        for number, line in self._lines.values():
+            for name in _NAME.findall(_STRING.sub("", line)):
+                if name in wanted:
+                    yield name, number
 
     def undefined(self, known: set[str]) -> tuple[int, str, str] | None:
         """The first use of a name that neither this computation nor `known` defines."""

@@ -19,6 +19,7 @@ from moe_shard.config.hardware import Hardware
 from moe_shard.lowering.collectives import Collective, Extraction
 from moe_shard.lowering.hlo import Computation, Instruction, Module
 from moe_shard.lowering.op_names import classify
+from moe_shard.lowering.walk import ASYNC_CALLS
 from moe_shard.lowering.work import flops, memory_bytes
 from moe_shard.units import human_seconds
 
@@ -261,9 +262,9 @@ class _Run:
         found = self._extraction.at
         if (computation.name, instruction.name) in found:
             return computation.name, instruction.name
-        if instruction.opcode not in ("fusion", "async-start"):
+        if instruction.opcode not in ("fusion", *ASYNC_CALLS):
             return None
-        called = self._module.called_by(instruction, "calls", "called_computations")
+        called = self._module.called_by(instruction, "calls", "called_computations", "to_apply")
         return next(
             ((called.name, name) for name in called.opcodes if (called.name, name) in found), None
         )

@@ -20,6 +20,10 @@ OPCODES = {kind + suffix: kind for kind in KINDS for suffix in ("", "-start")}
 """Opcode of a collective, or of the first half of an async pair -> its kind."""
 
 
+ASYNC_CALLS = ("async-start", "call-start")
+"""What starts a computation that runs beside what follows."""
+
+
 class Executions:
     """Visits what the entry reaches, callers before the called, adding up executions.
 
@@ -45,6 +49,7 @@ class Executions:
         self._known_trips: dict[tuple[str, str], int | None] = {}
         self._holding: dict[str, bool] = {}
         self.order = list(self._callers_first())
+        self._check_reached()
         for computation in self.order:
             self._pass_on(computation)
 
@@ -76,6 +81,21 @@ class Executions:
                 stack.append((called, called.calls()))
         return reversed(done.values())
 
+    def _check_reached(self) -> None:
+        """Refuse a spelling of a call that is not known here: it would hide collectives."""
+        reached = {computation.name for computation in self.order}
+        hidden = [
+            name
+            for name in self.module.computations
+            if name not in reached and self._holds_collective(name)
+        ]
+        for computation in self.order if hidden else ():
+            for name, line in computation.mentions(hidden):
+                raise HloParseError(
+                    f"HLO line {line}: calls %{name}, which holds collectives, in a way that this"
+                    " reader does not know\nfix: report the line; nothing is counted without it"
+                )
+
     def _computation(self, name: str) -> Computation:
         if name not in self.module.computations:
             raise HloParseError(f"HLO computation %{name} is called but not defined")
@@ -94,11 +114,11 @@ class Executions:
                 )
             name = call.called
             self.counts[name] = self.counts.get(name, 0) + times
-            if call.opcode == "async-start" or computation.name in self.asynchronous:
+            if call.opcode in ASYNC_CALLS or computation.name in self.asynchronous:
                 self.asynchronous.add(name)
             if call.opcode == "fusion" or computation.name in self.fused:
                 self.fused.add(name)
-            if call.opcode in ("fusion", "async-start", "call"):
+            if call.opcode in ("fusion", "call", *ASYNC_CALLS):
                 self.callers[name] = (computation, computation.instruction(call.instruction))
 
     def _trip_count(self, computation: Computation, name: str) -> int:

@@ -24,7 +24,14 @@ _PRODUCTS = frozenset({"dot", "convolution", "ragged-dot", "custom-call"})
 # These only name what is there already, or belong to somebody else's account.
 _FREE = frozenset(
     {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while", "call"}
-    | {"conditional", "partition-id", "replica-id", "optimization-barrier", "async-start"}
+    | {
+        "conditional",
+        "partition-id",
+        "replica-id",
+        "optimization-barrier",
+        "async-start",
+        "call-start",
+    }
     | {"async-update", "async-done", "copy-start", "copy-done", "iota"}
 )
 _SLICES = frozenset({"dynamic-slice", "slice", "gather"})

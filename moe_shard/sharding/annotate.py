@@ -11,12 +11,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
+from jax._src import source_info_util
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from moe_shard.errors import UserError
 from moe_shard.sharding.rules import LogicalAxes, Resolution, RuleTable
+
+# A collective's source line should be where a tensor was annotated, not the line here that asks
+# JAX for it; this is how jax keeps its own files out of tracebacks, and there is no public way.
+source_info_util.register_exclusion(__file__)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))

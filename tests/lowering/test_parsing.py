@@ -383,3 +383,47 @@ def test_speed_on_a_module_of_1500_kilobytes() -> None:
     assert time.perf_counter() - begin < 2
     assert len(found) == len(RIGHT["tpu_gathered"])
     assert len(parse_module(text).computations) > 500
+
+
+SPARSE_CORE = """\
+HloModule step, is_scheduled=true, num_partitions=8
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}
+
+%offloaded (p: f32[64]) -> f32[64] {
+  %p = f32[64]{0} parameter(0)
+  ROOT %r = f32[64]{0} all-reduce(%p), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, use_global_device_ids=true, to_apply=%sum
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: f32[64]) -> f32[64] {
+  %x = f32[64]{0} parameter(0)
+  %start = ((f32[64]{0}), f32[64]{0}, u32[]) call-start(%x), async_execution_thread="sparsecore", to_apply=%offloaded
+  %done = f32[64]{0} call-done(%start)
+  %cut = f32[64]{0} bitcast(%done)
+  ROOT %y = f32[64]{0} multiply(%cut, %cut), metadata={op_name="jit(step)/jvp(experts)/mul"}
+}
+"""  # noqa: E501
+
+
+def test_what_a_sparse_core_runs_is_found_and_named_by_what_uses_it() -> None:
+    """TPU7x offloads collectives to call-start, which bears no name: once they were all missed."""
+    (found,) = extract_collectives(SPARSE_CORE, {"expert": 8}).collectives
+    assert (found.kind, found.axes, found.bytes, found.is_async) == (
+        "all-reduce",
+        ("expert",),
+        256,
+        True,
+    )
+    assert (found.scope, found.pass_) == ("experts", "forward")
+
+
+def test_a_call_of_an_unknown_kind_that_hides_a_collective_is_refused() -> None:
+    text = SPARSE_CORE.replace("call-start(", "future-start(").replace("call-done", "future-done")
+    with pytest.raises(UserError) as raised:
+        extract_collectives(text, {"expert": 8})
+    assert "HLO line 16: calls %offloaded, which holds collectives" in str(raised.value)
+    assert len(str(raised.value).splitlines()) <= 3

@@ -1,0 +1,145 @@
+"""Fingerprints: what counts as a difference, damaged files, and the goldens that are kept."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fixtures_hand_counted import HAND_COUNTED, read
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_shard.config import list_models
+from moe_shard.errors import UserError
+from moe_shard.lowering.fingerprint import Fingerprint, Golden, read_golden
+from moe_shard.lowering.report import report_from_text
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDENS = ROOT / "tests" / "goldens"
+TARGETS = ("cpu:8", "v5e:2x4", "v5p:2x2x2", "v6e:2x4", "h100:8", "mi355x:8")
+MEMORY = {
+    "argument_bytes": 600,
+    "output_bytes": 600,
+    "temp_bytes": 400,
+    "alias_bytes": 600,
+    "total_bytes": 1000,
+    "peak_bytes": 900,
+}
+
+
+def report(name: str, **changes: Any) -> dict[str, Any]:
+    made = report_from_text(read(name), mesh=HAND_COUNTED[name][0], memory=MEMORY)
+    return {**made.to_json(), **changes}
+
+
+def test_a_fingerprint_is_the_hand_count() -> None:
+    found = Fingerprint.of(report("tpu_moe"))
+    assert found.verdict == "expert-parallel"
+    assert found.mesh == {"fsdp": 2, "expert": 4}
+    assert found.memory_bytes == 900  # of a TPU the peak
+    assert Fingerprint.of(report("gpu_moe")).memory_bytes == 1000
+    expected: dict[tuple[str, str, str, str], list[int]] = {}
+    for kind, axes, scope, pass_, count, size in HAND_COUNTED["tpu_moe"][3]:
+        row = expected.setdefault((scope, pass_, kind, axes), [0, 0])
+        row[0] += count
+        row[1] += count * size
+    assert {
+        (*key[:3], ",".join(key[3])): [each.count, each.bytes] for key, each in found.sums.items()
+    } == expected
+
+
+@pytest.mark.parametrize("name", sorted(HAND_COUNTED))
+def test_what_is_kept_is_what_was_found(name: str) -> None:
+    found = Fingerprint.of(report(name))
+    kept = Fingerprint.from_json(json.loads(json.dumps(found.to_json())))
+    assert kept == found
+    assert found.differences(kept) == []
+
+
+def test_every_kind_of_change_is_told() -> None:
+    before = Fingerprint.of(report("gpu_moe"))
+    collectives = report("gpu_moe")["collectives"]
+
+    def after(**changes: Any) -> list[tuple[str, str]]:
+        return before.differences(Fingerprint.of(report("gpu_moe", **changes)))
+
+    assert after(verdict="mixed") == [("verdict", "expert-parallel -> mixed")]
+    assert after(mesh={"fsdp": 4, "expert": 2, "data": 1})[0][0] == "mesh"
+    assert after(mesh={"data": 1, "fsdp": 2, "expert": 4}) == []  # size 1 changes nothing
+    gone = [each for each in collectives if each["scope"] != "dispatch"]
+    ((where, what), (_, other)) = after(collectives=gone)
+    assert where in ("dispatch forward", "dispatch backward")
+    assert what == other == "-6 all-to-all(expert) 805 MB"
+    wider = [
+        {**each, "bytes": each["bytes"] + (each["kind"] == "all-reduce")} for each in collectives
+    ]
+    assert all("->" in what for _, what in after(collectives=wider))
+    assert len(after(collectives=wider)) == 2
+    # When the scheduler makes something asynchronous, in another order, nothing has changed.
+    sync = [{**each, "async": False, "source": None} for each in reversed(collectives)]
+    assert after(collectives=sync) == []
+
+
+def test_memory_may_move_a_little() -> None:
+    found = Fingerprint.of(report("cpu_moe"))
+    assert found.differences(replace(found, memory_bytes=1099)) == []
+    assert found.differences(replace(found, memory_bytes=1101)) == [
+        ("memory", "1,000 B -> 1,101 B")
+    ]
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=20), st.lists))
+def test_any_other_content_is_one_error(content: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.json"
+        path.write_text(json.dumps({"made_with": {}, "keys": [], "cells": {"x": content}}))
+        with pytest.raises(UserError, match="is no golden file"):
+            read_golden(path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"cells": {}}', "\x00"])
+def test_a_damaged_file_is_one_error(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.json"
+    path.write_text(text)
+    with pytest.raises(UserError) as raised:
+        read_golden(path)
+    assert "fix: make goldens" in str(raised.value)
+    with pytest.raises(UserError, match=r"there is no .*\nfix: make goldens"):
+        read_golden(tmp_path / "other.json")
+
+
+def test_a_golden_reads_as_it_was_written(tmp_path: Path) -> None:
+    golden = Golden({"jax": "1"}, ("a=1",), {"h100:8 on": Fingerprint.of(report("gpu_moe"))})
+    path = tmp_path / "model.json"
+    path.write_text(golden.to_text())
+    assert read_golden(path) == golden
+
+
+def test_every_model_and_target_has_a_golden() -> None:
+    assert {path.stem for path in GOLDENS.glob("*.json")} == set(list_models())
+    cells = {f"{target} {flag}" for target in TARGETS for flag in ("on", "off")}
+    for model in list_models():
+        assert set(read_golden(GOLDENS / f"{model}.json").cells) == cells
+
+
+@pytest.mark.parametrize("model", list_models())
+def test_the_flag_decides_everywhere(model: str) -> None:
+    for cell, found in read_golden(GOLDENS / f"{model}.json").cells.items():
+        on = cell.endswith(" on")
+        assert found.verdict == ("expert-parallel" if on else "weight-gathered"), cell
+        exchanged = [each.count for key, each in found.sums.items() if key[2] == "all-to-all"]
+        assert sum(exchanged) == (8 if on else 0), cell  # four a layer, two layers
+
+
+def test_the_readme_shows_the_goldens() -> None:
+    command = [sys.executable, "tools/lowering_matrix.py", "--markdown"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = readme.split("<!-- matrix -->\n")[1].split("<!-- /matrix -->")[0]
+    assert shown.strip() == done.stdout.strip()
