@@ -2,8 +2,8 @@
 
 What is counted: instructions that the entry computation reaches, times the trips of the loops
 around them. What is not counted twice: the two halves of an async pair, and the copies that TPU's
-async collective fusion leaves in the text. CPU never forms a reduce-scatter: there it is listed as
-what runs, an all-reduce (and a slice).
+async collective fusion leaves in the text. What a compiler spells as something else is listed as
+what runs, with what it stands for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moe_shard.lowering.mesh_axes import UNKNOWN_AXES, MeshAxes
 from moe_shard.lowering.op_names import classify
 from moe_shard.lowering.replica_groups import parse_groups, parse_pairs
 from moe_shard.lowering.shapes import shape_bytes, tuple_elements
-from moe_shard.lowering.unrolled import implements, is_unrolled
+from moe_shard.lowering.spellings import implements, is_unrolled, spelled_by_all_reduce
 from moe_shard.lowering.walk import OPCODES, Executions
 
 # A cross-replica group without use_global_device_ids lists replicas, each with all its partitions.
@@ -43,8 +43,8 @@ class Collective:
         op_name: its op_name, or that of the nearest producer when it has none of its own.
         source: "file:line", or None.
         group: devices that take part in one exchange; of a permute a sender and its receiver.
-        implements: "all-gather" or "reduce-scatter" for a permute that the compiler unrolled one
-            into; else "".
+        implements: "all-gather" or "reduce-scatter" for a permute or an all-reduce that stands
+            for one, see `spellings`; else "".
     """
 
     kind: str
@@ -264,8 +264,15 @@ def _collective(
         op_name=named.op_name if named else "",
         source=module.source(named or instruction),
         group=group,
-        implements=rings.get(instruction.line_number, ""),
+        implements=rings.get(instruction.line_number, "") or _spelled(module, site, len(group)),
     )
+
+
+def _spelled(module: Module, site: _Site, group_size: int) -> str:
+    if site.kind != "all-reduce" or group_size < 2:
+        return ""
+    inner = site.computation, site.instruction
+    return spelled_by_all_reduce(module, inner, site.caller, group_size)
 
 
 def _groups(

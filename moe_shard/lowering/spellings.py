@@ -1,0 +1,130 @@
+"""Collectives that a compiler spells as others: what they stand for.
+
+TPU's partitioner turns a product with a gathered operand into a loop ("windowed einsum"): each
+round multiplies the shard that is there while the next one travels the ring, so an all-gather is
+never seen in the program. A product whose result is reduce-scattered is unrolled likewise: there
+the sum travels, and every round adds to it.
+
+TPU7x's SparseCores gather by reducing: every device puts its shard into zeros and all add up. And
+where there is no reduce-scatter (CPU never forms one), all is reduced and each cuts its shard out.
+"""
+
+from __future__ import annotations
+
+from moe_shard.lowering.hlo import Computation, Instruction, Module
+from moe_shard.lowering.op_names import merged_names
+from moe_shard.lowering.shapes import shape_bytes, tuple_elements
+
+# Programmers write ppermute, whose op_name ends so; a product that has permutes was unrolled.
+_PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot")
+# What a shard goes through on its way; the second half of an async pair too. Two shards that come
+# from both sides are put together by padding and adding (or taking the maximum of) them.
+_PASSED_ON = frozenset(
+    {"collective-permute-done", "copy", "copy-start", "copy-done", "bitcast", "convert", "pad"}
+    | {"reshape", "transpose", "slice", "dynamic-slice", "select", "maximum", "add", "concatenate"}
+)
+_HANDED_ON = frozenset({"bitcast", "get-tuple-element", "call-done", "all-reduce-done"})
+_HOPS = 12
+_OUT = "returned"
+
+
+def is_unrolled(permute: Instruction) -> bool:
+    """Whether a permute belongs to a product that was unrolled around a ring."""
+    return any(name.rpartition("/")[2] in _PRODUCTS for name in merged_names(permute.op_name))
+
+
+def implements(module: Module, computation: Computation, permute: Instruction) -> str:
+    """What an unrolled permute is a step of, by what happens to the shard that arrives.
+
+    Returns:
+        "all-gather" when it is multiplied, "reduce-scatter" when it is only added to; "" when it
+        travels on as it is, so that another step of the ring has to tell.
+    """
+    fates = _fates(module, computation, permute.name, _HOPS) - {_OUT}
+    return min(fates, default="")  # by the alphabet: a product tells more than an addition
+
+
+def _fates(module: Module, computation: Computation, name: str, hops: int) -> set[str]:
+    """What becomes of a value; `_OUT` when it is what the computation returns."""
+    fates = {_OUT} if name == computation.root else set[str]()
+    for user in map(computation.instruction, computation.users(name) if hops else ()):
+        goes_on = user.opcode in _PASSED_ON
+        if user.opcode in ("dot", "convolution"):
+            fates.add("all-gather")
+        elif user.opcode == "add" and user.shape.startswith(("f", "bf")):  # else an index
+            fates.add("reduce-scatter")
+        elif user.opcode == "fusion":
+            fused = module.called_by(user, "calls")
+            place = user.operands.index(name)
+            for parameter in fused.parameters():
+                if parameter.parameter_number == place:
+                    inside = _fates(module, fused, parameter.name, hops - 1)
+                    fates |= inside - {_OUT}
+                    goes_on = goes_on or _OUT in inside
+        if goes_on:
+            fates |= _fates(module, computation, user.name, hops - 1)
+    return fates
+
+
+def spelled_by_all_reduce(
+    module: Module,
+    inner: tuple[Computation, Instruction],
+    caller: tuple[Computation, Instruction] | None,
+    parts: int,
+) -> str:
+    """What an all-reduce is, by what it is made of and what is kept of it.
+
+    Args:
+        module: the program.
+        inner: the all-reduce and where it stands.
+        caller: the instruction that calls this, when it is offloaded.
+        parts: devices of a group.
+
+    Returns:
+        "all-gather", "reduce-scatter", or "" for a plain one.
+    """
+    computation, instruction = inner
+    operands = [computation.instruction(name) for name in instruction.operands]
+    if caller is not None and all(each.opcode == "parameter" for each in operands):
+        computation, instruction = caller
+        numbers = [each.parameter_number for each in operands]
+        operands = [computation.instruction(instruction.operand(number)) for number in numbers]
+    if all(_is_shard_in_zeros(module, computation, each, parts) for each in operands):
+        return "all-gather"
+    cut = _cuts(module, computation, instruction, parts, _HOPS)
+    return "reduce-scatter" if cut and all(cut) else ""
+
+
+def _is_shard_in_zeros(
+    module: Module, computation: Computation, made: Instruction, parts: int
+) -> bool:
+    whole = shape_bytes(made.shape)
+    if made.opcode == "fusion":
+        computation = module.called_by(made, "calls")
+        made = computation.instruction(computation.root)
+    if made.opcode != "dynamic-update-slice":
+        return False
+    return shape_bytes(computation.instruction(made.operand(1)).shape) * parts == whole
+
+
+def _cuts(
+    module: Module, computation: Computation, value: Instruction, parts: int, hops: int
+) -> list[bool]:
+    """Of every use of a value, whether it keeps one shard of it only."""
+    found: list[bool] = []
+    for user in map(computation.instruction, computation.users(value.name) if hops else ()):
+        if user.opcode == "dynamic-slice":
+            whole = shape_bytes(tuple_elements(value.shape)[0])
+            found.append(shape_bytes(user.shape) * parts == whole)
+        elif user.opcode == "fusion":
+            fused = module.called_by(user, "calls")
+            place = user.operands.index(value.name)
+            inside = [each for each in fused.parameters() if each.parameter_number == place]
+            found += [
+                cut for each in inside for cut in _cuts(module, fused, each, parts, hops - 1)
+            ] or [False]
+        elif user.opcode in _HANDED_ON:
+            found += _cuts(module, computation, user, parts, hops - 1)
+        else:
+            found.append(False)
+    return found
