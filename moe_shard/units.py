@@ -1,4 +1,4 @@
-"""Sizes and times as people read them."""
+"""Sizes, work and times as people read them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ def human_bytes(size: float) -> str:
         size /= 1000
         unit = units.pop()
     return f"{size:.{0 if abs(size) >= 100 else 1}f} {unit}"
+
+
+def human_flops(count: float) -> str:
+    """A number of operations such as "4.4 PFLOP", "550 GFLOP"."""
+    for factor, unit in ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")):
+        if abs(count) >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count / 1e6:.3g} MFLOP"
 
 
 def human_seconds(seconds: float) -> str:

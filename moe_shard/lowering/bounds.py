@@ -19,7 +19,7 @@ from moe_shard.lowering.collectives import Collective, Extraction
 from moe_shard.lowering.op_names import MOE_SCOPES
 from moe_shard.lowering.work import flops_by_scope, memory_by_scope
 from moe_shard.sharding.rules import RuleTable
-from moe_shard.units import human_bytes
+from moe_shard.units import human_bytes, human_flops
 
 EXCHANGES = 4
 """Tokens to experts and back, in the forward and in the backward pass."""
@@ -64,8 +64,8 @@ class MoEBounds:
             f"MoE exchange per device: {human_bytes(sent)} on the wire"
             f"{_times(sent, self.wire_bytes)} ({human_bytes(self.wire_bytes)}; "
             f"dropless {human_bytes(self.dropless_wire_bytes)}{narrower})",
-            f"MoE products per device: {done / 1e12:.3g} TFLOP{_times(done, self.flops)} "
-            f"({self.flops / 1e12:.3g}; dropless {self.dropless_flops / 1e12:.3g})",
+            f"MoE products per device: {human_flops(done)}{_times(done, self.flops)} "
+            f"({human_flops(self.flops)}; dropless {human_flops(self.dropless_flops)})",
             f"MoE memory per device: {human_bytes(moved)} read and written by the experts"
             f"{_times(moved, self.memory_bytes)} ({human_bytes(self.memory_bytes)}, "
             f"{human_bytes(self.weight_bytes)} of it weights and their gradients)",

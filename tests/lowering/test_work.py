@@ -216,7 +216,7 @@ def test_the_bounds_stand_beside_what_the_program_does() -> None:
         extract_collectives(read("tpu_ring"), {"fsdp": 8}), ["fsdp"]
     )
     assert "in a narrower dtype" in lines[0] or "x the least" in lines[0]
-    assert "0.55 TFLOP, 2.00 x the least" in lines[1]
+    assert "550 GFLOP, 2.00 x the least" in lines[1]
 
 
 def test_every_accelerator_has_the_rates_of_an_estimate() -> None:
