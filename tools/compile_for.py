@@ -124,7 +124,8 @@ def _judge(report: TargetReport, expected: str | None, most: int | None) -> int:
         )
         code = EXIT_FINDING
     if expected and report.lowering.verdict != expected:
-        print(f"expected {expected}, found {report.lowering.verdict}", file=sys.stderr)
+        verdict = f"{report.lowering.verdict} (as compiled for {report.lowering.backend})"
+        print(f"expected {expected}, found {verdict}", file=sys.stderr)
         code = EXIT_FINDING
     found = report.lowering.rematerializations
     if most is not None and found > most:

@@ -42,7 +42,8 @@ def main() -> int:
         # A pipe has no width: 80 columns would fold the table.
         report.render_table(Console(width=None if sys.stdout.isatty() else 120))
     if arguments.expect and report.verdict != arguments.expect:
-        print(f"expected {arguments.expect}, found {report.verdict}", file=sys.stderr)
+        found = f"{report.verdict} (as compiled for {report.backend})"
+        print(f"expected {arguments.expect}, found {found}", file=sys.stderr)
         return EXIT_FINDING
     return EXIT_DONE
 

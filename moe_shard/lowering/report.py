@@ -77,7 +77,7 @@ class LoweringReport:
         console.print(self._table())
         if self.verdict is not None:
             style = _VERDICT_STYLES[self.verdict]
-            console.print(f"verdict: [{style}]{self.verdict}[/]")
+            console.print(f"verdict: [{style}]{self.verdict}[/] (as compiled for {self.backend})")
         if self.memory is not None:
             sizes = (
                 f"{key.removesuffix('_bytes')} {human_bytes(n)}" for key, n in self.memory.items()

@@ -122,7 +122,7 @@ def test_command_on_standard_input_prints_one_json_object() -> None:
 def test_expectation_that_does_not_hold() -> None:
     code, out, err = run(MOE, "--mesh", MESH_TEXT, "--expect", "mixed", "--json")
     assert code == 1
-    assert err == "expected mixed, found expert-parallel\n"
+    assert err == "expected mixed, found expert-parallel (as compiled for cpu)\n"
     assert json.loads(out)["verdict"] == "expert-parallel"
 
 
