@@ -18,76 +18,117 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from moe_shard.config import list_models
-from moe_shard.errors import EXIT_DONE, EXIT_FINDING, CommandParser, UserError, run_command
+from moe_shard.errors import (
+    EXIT_DONE,
+    EXIT_FINDING,
+    EXIT_USAGE,
+    CommandParser,
+    Finding,
+    UserError,
+    run_command,
+)
 from moe_shard.lowering.fingerprint import Fingerprint, Golden, read_golden
 from moe_shard.training.files import write_text
 from moe_shard.units import human_bytes
 
 TARGETS = ("cpu:8", "v5e:2x4", "v5p:2x2x2", "v6e:2x4", "h100:8", "mi355x:8")
 FLAG = "moe_dispatch_no_expert_sharding"
+FLAGS = {"on": "true", "off": "false"}
 KEYS = ("base_num_decoder_layers=2", "per_device_batch_size=1", "max_target_length=1024")
 _ROOT = Path(__file__).resolve().parent.parent
 GOLDENS = _ROOT / "tests" / "goldens"
 _COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-pjrt", "jax-rocm7-pjrt")
+# What these say would be part of a golden without standing in it.
+_SETTINGS = ("JAX_", "XLA_", "LIBTPU_", "TPU_")
+_LONGEST = 900  # seconds for a cell, of which the slowest takes a minute
+
+Row = tuple[str, str, str, str]
+"""Model, cell, where, change."""
 
 
 def main() -> int:
     """Compile, compare or keep, print."""
     arguments = _arguments()
+    models, targets = arguments.model, arguments.target
     if arguments.markdown:
-        print(markdown({model: read_golden(_file(model)) for model in arguments.model}))
+        print(markdown({model: read_golden(_file(model)) for model in models}, targets))
         return EXIT_DONE
-    goldens = {
-        model: None if arguments.refresh else read_golden(_file(model)) for model in arguments.model
-    }
-    found = _compile_all(arguments.model, arguments.target)
     if arguments.refresh:
-        for model, cells in found.items():
-            kept = read_golden(_file(model)).cells if _file(model).exists() else {}
-            ordered = {
-                name: {**kept, **cells}[name] for name in _cells() if name in {**kept, **cells}
-            }
-            GOLDENS.mkdir(exist_ok=True)
-            write_text(_file(model), Golden(_versions(), KEYS, ordered).to_text())
-        print(f"kept in {GOLDENS.relative_to(_ROOT)}: look at the git diff before you commit it")
-        return EXIT_DONE
+        return _refresh(models, targets)
+    goldens = {model: read_golden(_file(model)) for model in models}
+    for model, golden in goldens.items():
+        _require_same_commands(model, golden.commands)
+    found = _compile_all(models, targets)
     rows = [
-        row
-        for model, golden in goldens.items()
-        if golden
-        for row in _changes(model, golden, found[model])
+        row for model, golden in goldens.items() for row in _changes(model, golden, found[model])
     ]
+    versions = _other_versions(goldens.values())
     if arguments.json:
         fields = ("model", "cell", "where", "change")
-        print(
-            json.dumps(
-                {"differences": [dict(zip(fields, row, strict=True)) for row in rows]}, indent=1
-            )
-        )
+        differences = [dict(zip(fields, row, strict=True)) for row in rows]
+        print(json.dumps({"differences": differences, "other_versions": versions}, indent=1))
     else:
         _print(rows, sum(map(len, found.values())))
-    for golden in goldens.values():
-        if golden and golden.made_with != _versions():
-            print(f"note: the goldens were made with {golden.made_with}", file=sys.stderr)
-            break
+    if versions:
+        said = ", ".join(f"{name} {was}, now {now}" for name, (was, now) in versions.items())
+        print(f"note: other compilers than those of the goldens ({said})", file=sys.stderr)
     return EXIT_FINDING if rows else EXIT_DONE
 
 
-def _cells() -> Iterator[str]:
-    return (f"{target} {flag}" for target in TARGETS for flag in ("on", "off"))
+def _refresh(models: Sequence[str], targets: Sequence[str]) -> int:
+    """Write the golden files; the cells of targets that were not asked for stay."""
+    kept = {}
+    if set(targets) != set(TARGETS):
+        kept = {model: read_golden(_file(model)) for model in models if _file(model).exists()}
+    for model, golden in kept.items():
+        _require_same_commands(model, golden.commands)
+        if golden.made_with != _versions():
+            raise UserError(
+                f"the other targets in {_file(model).name} were made with other compilers\n"
+                "fix: make goldens, which compiles all of them"
+            )
+    try:
+        GOLDENS.mkdir(exist_ok=True)  # now, before minutes of compiling
+        for model, cells in _compile_all(models, targets).items():
+            everything = {**(kept[model].cells if model in kept else {}), **cells}
+            ordered = {name: everything[name] for name in _cells() if name in everything}
+            commands = {name: " ".join(_command(model, name)) for name in ordered}
+            write_text(_file(model), Golden(_versions(), commands, ordered).to_text())
+    except OSError as error:
+        raise UserError(f"cannot write to {GOLDENS}: {error.strerror}") from error
+    print(f"kept in {GOLDENS}: look at the git diff before you commit it")
+    return EXIT_DONE
+
+
+def _cells(targets: Iterable[str] = TARGETS) -> list[str]:
+    return [f"{target} {flag}" for target in targets for flag in FLAGS]
 
 
 def _file(model: str) -> Path:
     return GOLDENS / f"{model}.json"
+
+
+def _command(model: str, cell: str) -> list[str]:
+    """What a person types in the repository to see the whole report of a cell."""
+    target, flag = cell.split(" ")
+    return ["python", "tools/compile_for.py", model, target, *KEYS, f"{FLAG}={FLAGS[flag]}"]
+
+
+def _require_same_commands(model: str, commands: dict[str, str]) -> None:
+    for cell, command in commands.items():
+        if cell in _cells() and command != " ".join(_command(model, cell)):
+            raise UserError(f"{_file(model).name}, {cell}: of another command\nfix: make goldens")
 
 
 def _versions() -> dict[str, str]:
@@ -100,44 +141,78 @@ def _versions() -> dict[str, str]:
     return versions
 
 
+def _other_versions(goldens: Iterable[Golden]) -> dict[str, tuple[str, str]]:
+    """{package: (of the goldens, now)} where they are not the same."""
+    return {
+        name: (golden.made_with.get(name, "unknown"), now)
+        for golden in goldens
+        for name, now in _versions().items()
+        if golden.made_with.get(name) != now
+    }
+
+
 def _compile_all(
     models: Sequence[str], targets: Sequence[str]
 ) -> dict[str, dict[str, Fingerprint]]:
     """Every cell in a process of its own, two at a time, with the time left."""
-    todo = [(m, t, flag) for m in models for t in targets for flag in ("on", "off")]
+    todo = [(model, cell) for model in models for cell in _cells(targets)]
     found: dict[str, dict[str, Fingerprint]] = {model: {} for model in models}
     started = time.monotonic()
     with ThreadPoolExecutor(max_workers=min(2, os.cpu_count() or 1)) as pool:
-        running = {pool.submit(_compile, *cell): cell for cell in todo}
+        running = {pool.submit(_compile, *each): each for each in todo}
         try:
             for done, each in enumerate(as_completed(running), 1):
-                model, target, flag = running[each]
-                found[model][f"{target} {flag}"] = each.result()
-                left = (time.monotonic() - started) / done * (len(todo) - done)
-                print(
-                    f"{done}/{len(todo)} {model} {target} {flag}, {left:.0f} s left",
-                    file=sys.stderr,
-                )
+                model, cell = running[each]
+                found[model][cell] = each.result()
+                spent = time.monotonic() - started
+                left = spent / done * (len(todo) - done)
+                print(f"{done}/{len(todo)} {model} {cell}, {left:.0f} s left", file=sys.stderr)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    print(f"compiled in {time.monotonic() - started:.0f} s", file=sys.stderr)
     return found
 
 
-def _compile(model: str, target: str, flag: str) -> Fingerprint:
-    command = [sys.executable, str(_ROOT / "tools" / "compile_for.py"), model, target, *KEYS]
-    command += [f"{FLAG}={'true' if flag == 'on' else 'false'}", "--json"]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode != EXIT_DONE:
-        said = (done.stderr.strip().splitlines() or ["nothing said"])[-3:]
-        raise UserError(f"{model} on {target}, flag {flag}: {' '.join(said)[:300]}")
-    return Fingerprint.of(json.loads(done.stdout))
+def _compile(model: str, cell: str) -> Fingerprint:
+    """One cell.
+
+    Raises:
+        UserError: as the command answers bad input, a compiler that is missing for one.
+        Finding: the command ended in another way.
+    """
+    _, *rest = _command(model, cell)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(_SETTINGS)}
+    for _ in "once", "again":
+        try:
+            done = subprocess.run(
+                [sys.executable, *rest, "--json"],
+                capture_output=True,
+                text=True,
+                cwd=_ROOT,
+                env=environment,
+                timeout=_LONGEST,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise Finding(f"{model} on {cell}: not compiled in {_LONGEST} s") from error
+        if done.returncode >= 0:  # else somebody ended it: that says nothing about the program
+            break
+    if done.returncode == EXIT_USAGE:
+        _, _, said = done.stderr.strip().rpartition("error: ")  # notes may stand before it
+        raise UserError(f"{model} on {cell}: {said}")
+    try:
+        # A step that does not fit is a finding of the command's (exit code 1), and is compared.
+        return Fingerprint.of(json.loads(done.stdout))
+    except ValueError as error:
+        said = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
+        raise Finding(
+            f"{model} on {cell}: no report, exit code {done.returncode}: {said[:200]}\n"
+            f"to see all of it: {' '.join(_command(model, cell))}"
+        ) from error
 
 
-def _changes(
-    model: str, golden: Golden, found: dict[str, Fingerprint]
-) -> Iterator[tuple[str, str, str, str]]:
+def _changes(model: str, golden: Golden, found: dict[str, Fingerprint]) -> Iterator[Row]:
     for cell, now in found.items():
         if cell not in golden.cells:
             yield model, cell, "cell", "is not in the golden file"
@@ -146,33 +221,48 @@ def _changes(
             yield model, cell, where, change
 
 
-def _print(rows: list[tuple[str, str, str, str]], cells: int) -> None:
+def _print(rows: list[Row], cells: int) -> None:
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     if not rows:
-        console.print(f"{cells} cells, all as in {GOLDENS.relative_to(_ROOT)}")
+        console.print(f"{cells} cells, all as in {GOLDENS}", soft_wrap=True)
         return
     table = Table(title="golden -> now", box=box.SIMPLE_HEAD)
     for name in ("model", "cell", "where", "change"):
         table.add_column(name, no_wrap=name != "change")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console.print(table)
     console.print("if this is meant: make goldens, and commit the difference with the reason")
 
 
-def markdown(goldens: dict[str, Golden]) -> str:
-    """The matrix as the README shows it: verdict and bytes of all collectives, on / off."""
-    lines = ["| model | flag | " + " | ".join(TARGETS) + " |", "|---|---|" + "---|" * len(TARGETS)]
+def markdown(goldens: dict[str, Golden], targets: Sequence[str] = TARGETS) -> str:
+    """The matrix as the README shows it: a row a model and flag, sent bytes by target.
+
+    A cell that deviates from the verdict or the number of exchanges of its row says so itself.
+
+    Raises:
+        UserError: a cell is missing.
+    """
+    head = ["model", "flag", "verdict", "all-to-alls", *targets]
+    lines = [head]
     for model, golden in goldens.items():
-        for flag in ("on", "off"):
-            cells = []
-            for target in TARGETS:
-                each = golden.cells[f"{target} {flag}"]
-                exchanged = sum(s.count for key, s in each.sums.items() if "all-to-all" in key[2])
-                moved = human_bytes(sum(s.bytes for s in each.sums.values()))
-                cells.append(f"{each.verdict}, {exchanged} a2a, {moved}")
-            lines.append(f"| {model} | {flag} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for flag in FLAGS:
+            cells = [_cell(model, golden, f"{target} {flag}") for target in targets]
+            usual = Counter((each.verdict, each.exchanges) for each in cells).most_common(1)[0][0]
+            row = [model, flag, f"`{usual[0]}`", str(usual[1])]
+            for each in cells:
+                sent = human_bytes(each.total.wire_bytes)
+                same = (each.verdict, each.exchanges) == usual
+                row.append(sent if same else f"`{each.verdict}`, {each.exchanges}, {sent}")
+            lines.append(row)
+    first, *rows = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join((first, f"|{'---|' * len(head)}", *rows))
+
+
+def _cell(model: str, golden: Golden, name: str) -> Fingerprint:
+    if name not in golden.cells:
+        raise UserError(f"there is no {name} in {_file(model)}\nfix: make goldens")
+    return golden.cells[name]
 
 
 def _arguments() -> argparse.Namespace:
@@ -181,9 +271,10 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--model", nargs="+", choices=list_models(), default=list_models())
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--refresh", action="store_true", help="write the golden files")
-    parser.add_argument("--markdown", action="store_true", help="print the README's matrix")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--refresh", action="store_true", help="write the golden files")
+    how.add_argument("--markdown", action="store_true", help="print the README's matrix")
+    how.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args()
 
 

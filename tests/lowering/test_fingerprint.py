@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 from moe_shard.config import list_models
 from moe_shard.errors import UserError
+from moe_shard.lowering.diff import Key, Sums
+from moe_shard.lowering.expect import VERDICTS
 from moe_shard.lowering.fingerprint import Fingerprint, Golden, read_golden
 from moe_shard.lowering.report import report_from_text
 
@@ -70,7 +72,10 @@ def test_every_kind_of_change_is_told() -> None:
         return before.differences(Fingerprint.of(report("gpu_moe", **changes)))
 
     assert after(verdict="mixed") == [("verdict", "expert-parallel -> mixed")]
-    assert after(mesh={"fsdp": 4, "expert": 2, "data": 1})[0][0] == "mesh"
+    assert after(verdict=None, collectives=[])[0][1] == "expert-parallel -> refused by the compiler"
+    assert after(mesh={"fsdp": 4, "expert": 2, "data": 1}) == [
+        ("mesh", "fsdp 2, expert 4 -> fsdp 4, expert 2")
+    ]
     assert after(mesh={"data": 1, "fsdp": 2, "expert": 4}) == []  # size 1 changes nothing
     gone = [each for each in collectives if each["scope"] != "dispatch"]
     ((where, what), (_, other)) = after(collectives=gone)
@@ -88,10 +93,32 @@ def test_every_kind_of_change_is_told() -> None:
 
 def test_memory_may_move_a_little() -> None:
     found = Fingerprint.of(report("cpu_moe"))
-    assert found.differences(replace(found, memory_bytes=1099)) == []
-    assert found.differences(replace(found, memory_bytes=1101)) == [
-        ("memory", "1,000 B -> 1,101 B")
-    ]
+    assert found.differences(replace(found, memory_bytes=1050)) == []
+    assert found.differences(replace(found, memory_bytes=950)) == []
+    for other in (0, 949, 1051):
+        assert found.differences(replace(found, memory_bytes=other)) == [
+            ("memory", f"1,000 B -> {other:,} B")
+        ]
+
+
+WORDS = st.sampled_from(["dispatch", "experts", "all-gather", "all-to-all", "forward"])
+SUMS = st.dictionaries(
+    st.tuples(WORDS, WORDS, WORDS, st.lists(WORDS, max_size=2, unique=True).map(tuple)),
+    st.builds(Sums, *[st.integers(0, 10**15)] * 3),
+    max_size=6,
+)
+
+
+@given(SUMS, SUMS, st.sampled_from(VERDICTS), st.none() | st.sampled_from(VERDICTS))
+def test_only_the_same_is_the_same(
+    first: dict[Key, Sums], second: dict[Key, Sums], verdict: str, other: str | None
+) -> None:
+    a, b = (Fingerprint(v, {"expert": 8}, s, 1) for v, s in ((verdict, first), (other, second)))
+    assert Fingerprint.from_json(json.loads(json.dumps(a.to_json()))) == a
+    assert a.differences(a) == []
+    # A row for every sum that is not the same, whichever way they are compared; none is lost.
+    moved = sum(first.get(k, Sums()) != second.get(k, Sums()) for k in {**first, **second})
+    assert len(a.differences(b)) == len(b.differences(a)) == moved + (verdict != other)
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=20), st.lists))
@@ -114,11 +141,42 @@ def test_a_damaged_file_is_one_error(text: str, tmp_path: Path) -> None:
         read_golden(tmp_path / "other.json")
 
 
+GOLDEN = Golden(
+    {"jax": "1"}, {"h100:8 on": "make it"}, {"h100:8 on": Fingerprint.of(report("gpu_moe"))}
+)
+
+
 def test_a_golden_reads_as_it_was_written(tmp_path: Path) -> None:
-    golden = Golden({"jax": "1"}, ("a=1",), {"h100:8 on": Fingerprint.of(report("gpu_moe"))})
     path = tmp_path / "model.json"
-    path.write_text(golden.to_text())
-    assert read_golden(path) == golden
+    path.write_text(GOLDEN.to_text())
+    assert read_golden(path) == GOLDEN
+    assert all(len(line) < 200 for line in GOLDEN.to_text().splitlines())
+    (line,) = [line for line in GOLDEN.to_text().splitlines() if "combine forward" in line]
+    assert line.strip(' ",') == "combine forward all-to-all expert 6 805306368 603979776"
+
+
+@pytest.mark.parametrize(
+    ("was", "is_"),
+    [
+        ('"expert-parallel"', '"expert-paralel"'),
+        ('"memory_bytes": 1000', '"memory_bytes": Infinity'),
+        ('"memory_bytes": 1000', '"memory_byte": 1000'),
+        ('"expert": 4', '"expert": "four"'),
+        ("all-to-all expert 6", "all-to-all expert six"),
+        ("all-to-all expert 6", "all-to-all expert"),
+        ("combine forward", "combine backward"),  # which is there already, as after a bad merge
+        ('"command"', '"comand"'),
+        ("{\n", "<<<<<<< HEAD\n{\n"),
+    ],
+)
+def test_a_damaged_line_is_one_error(was: str, is_: str, tmp_path: Path) -> None:
+    text = GOLDEN.to_text()
+    assert was in text
+    path = tmp_path / "model.json"
+    path.write_text(text.replace(was, is_, 1))
+    with pytest.raises(UserError, match="is no golden file") as raised:
+        read_golden(path)
+    assert len(str(raised.value).splitlines()) == 2
 
 
 def test_every_model_and_target_has_a_golden() -> None:
