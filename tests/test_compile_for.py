@@ -23,7 +23,8 @@ SHORT = ("base_num_decoder_layers=1", "max_target_length=256")
 FLAG_OFF = "moe_dispatch_no_expert_sharding=false"
 CONTRACT = {
     "backend", "num_devices", "mesh", "verdict", "collectives", "totals", "memory",
-    "target", "hardware", "compile_time_s", "fits", "compiled_with",
+    "target", "hardware", "compile_time_s", "fits", "compiled_with", "rematerializations",
+    "estimate",
 }  # fmt: skip
 # What libtpu leaves behind where it is left to.
 SHARED_PLACES = [Path("/tmp/libtpu_lockfile"), Path("/tmp/tpu_logs")]
@@ -147,6 +148,24 @@ def test_without_the_flag_weights_are_gathered(target: str, run: Run) -> None:
     assert "verdict: weight-gathered" in off.out
     assert ": fits" in off.out
     assert "not run" in off.out
+
+
+def test_a_page_shows_the_flag_off_beside_the_flag_on(run: Run, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    done = run("mixtral-tiny", "h100:8", "--html", str(page), "--max-rematerializations", "0")
+    assert done.code == 0, done.err
+    text = page.read_text(encoding="utf-8")
+    off, on = text.split('<section class="panel">')[1:]
+    for panel, value, verdict in (
+        (off, "false", "weight-gathered"),
+        (on, "true", "expert-parallel"),
+    ):
+        assert f"moe_dispatch_no_expert_sharding: {value}" in panel
+        assert f">{verdict}</p>" in panel
+        assert "of 85.9 GB" in panel
+        assert "x the least" in panel
+        assert "an estimate, nothing was run" in panel
+    assert "moe/placement.py:" in on
 
 
 def test_the_compiler_of_a_tpu_refuses_what_does_not_fit(run: Run) -> None:

@@ -238,3 +238,19 @@ def test_a_refusal_does_not_fit() -> None:
 def test_the_report_says_that_nothing_ran() -> None:
     assert compiled_with(parse_target("mi355x:8")) == "ROCm's XLA, not run"
     assert compiled_with(parse_target("h100:8")) == "CUDA's XLA, not run"
+
+
+def test_more_rematerializations_than_allowed_are_a_finding(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = Path(__file__).resolve().parents[2] / "tools" / "compile_for.py"
+    spec = importlib.util.spec_from_file_location("compile_for", path)
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    found = report("h100:8", 10**9)
+    lowering = dataclasses.replace(found.lowering, rematerializations=3)
+    found = dataclasses.replace(found, lowering=lowering)
+    assert [tool._judge(found, None, most) for most in (None, 3, 2)] == [0, 0, 1]
+    assert "3 involuntary full rematerializations, at most 2 expected" in capsys.readouterr().err

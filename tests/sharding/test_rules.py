@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from moe_shard.errors import UserError
+from moe_shard.lowering.collectives import extract_collectives
 from moe_shard.sharding.annotate import Annotator
 from moe_shard.sharding.rules import RuleTable
 
@@ -208,3 +209,15 @@ def test_a_conflict_can_be_made_an_error() -> None:
         annotate_slots(Annotator(mesh(), MOE, on_conflict="error"), "batch")
     assert "flag=true" in str(raised.value)
     assert len(str(raised.value).splitlines()) <= 3
+
+
+def test_the_source_of_a_constraint_is_where_the_tensor_was_annotated() -> None:
+    annotate = Annotator(mesh(), MOE)
+
+    def gathered(x: jax.Array) -> jax.Array:
+        return annotate(annotate(x, "exp", None, None, name="a") * 2, None, None, None, name="b")
+
+    text = jax.jit(gathered).lower(jnp.zeros((8, 8, 3))).compile().as_text()
+    sources = [each.source for each in extract_collectives(text).collectives]
+    assert sources
+    assert all(source is not None and "test_rules.py:" in source for source in sources)
