@@ -37,18 +37,20 @@ def main() -> int:
     config.require_built()
     # Only now: a mistyped key is answered before jax has been loaded.
     with absent_accelerators_unsaid():
+        from moe_shard.lowering.page import page_path
         from moe_shard.lowering.targets import parse_target
         from moe_shard.training.compile_target import compile_for_target
 
     target = parse_target(arguments.target)
+    page = page_path(arguments.html) if arguments.html else None
     folder = _dump_folder(arguments.dump)
     with absent_accelerators_unsaid():
         report = compile_for_target(config, target)
     if folder is not None:
         _dump(report, folder)
-    if arguments.html:
+    if page is not None:
         with absent_accelerators_unsaid():
-            _write_page(Path(arguments.html), config, report)
+            _write_page(page, config, report)
     notes = Console(stderr=True, soft_wrap=True, highlight=False, style="yellow")
     for line in report.notes:
         notes.print(f"note: {line}", markup=False)

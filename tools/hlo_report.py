@@ -11,13 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from rich.console import Console
 
 from moe_shard.errors import EXIT_DONE, EXIT_FINDING, CommandParser, UserError, run_command
 from moe_shard.lowering.expect import VERDICTS
-from moe_shard.lowering.page import Panel, write_page
+from moe_shard.lowering.page import Panel, page_path, write_page
 from moe_shard.lowering.report import LoweringReport, report_from_text
 from moe_shard.lowering.sources import module_file, parse_mesh, read_text, recorded_mesh
 
@@ -32,7 +31,7 @@ def main() -> int:
         panels = [Panel(arguments.path, report)]
         if arguments.beside:
             panels.insert(0, Panel(arguments.beside, _read(arguments.beside, arguments)[1]))
-        write_page(Path(arguments.html), "What the step moves", panels)
+        write_page(page_path(arguments.html), "What the step moves", panels)
         print(f"page: {arguments.html}", file=sys.stderr)
     if arguments.json:
         print(json.dumps(report.to_json(), indent=2))

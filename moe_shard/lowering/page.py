@@ -42,6 +42,18 @@ class Panel:
     refusal: str | None = None
 
 
+def page_path(given: str) -> Path:
+    """The file of `--html FILE`, looked at before minutes of compiling.
+
+    Raises:
+        UserError: there is no such folder, or the file is one.
+    """
+    path = Path(given)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"--html {path} cannot be written\nfix: a file in a folder that is there")
+    return path
+
+
 def write_page(path: Path, title: str, panels: Sequence[Panel]) -> None:
     """Write the page, whole or not at all.
 
@@ -53,6 +65,7 @@ def write_page(path: Path, title: str, panels: Sequence[Panel]) -> None:
         aside.write_text(render_page(title, panels), encoding="utf-8")
         aside.replace(path)
     except OSError as error:
+        aside.unlink(missing_ok=True)
         raise UserError(
             f"--html {path}: {error.strerror}\nfix: a file in a folder that is there"
         ) from error

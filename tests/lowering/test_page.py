@@ -12,7 +12,7 @@ import pytest
 from fixtures_hand_counted import FOLDER, HAND_COUNTED, read
 
 from moe_shard.errors import UserError
-from moe_shard.lowering.page import Panel, render_page, write_page
+from moe_shard.lowering.page import Panel, page_path, render_page, write_page
 from moe_shard.lowering.report import LoweringReport, report_from_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,6 +105,10 @@ def test_what_a_program_calls_itself_stays_text() -> None:
 def test_a_page_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--html .*\nfix"):
         write_page(tmp_path / "none" / "page.html", "t", [])
+    for given in (tmp_path / "none" / "page.html", tmp_path):
+        with pytest.raises(UserError, match=r"--html .* cannot be written\nfix"):
+            page_path(str(given))
+    assert page_path(str(tmp_path / "page.html")) == tmp_path / "page.html"
     assert list(tmp_path.iterdir()) == []
 
 
