@@ -51,7 +51,7 @@ GOLDENS = _ROOT / "tests" / "goldens"
 _COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-pjrt", "jax-rocm7-pjrt")
 # What these say would be part of a golden without standing in it.
 _SETTINGS = ("JAX_", "XLA_", "LIBTPU_", "TPU_")
-_LONGEST = 900  # seconds for a cell, of which the slowest takes a minute
+_LONGEST = 900  # seconds for a cell; the slowest took three minutes on a busy machine
 
 Row = tuple[str, str, str, str]
 """Model, cell, where, change."""
