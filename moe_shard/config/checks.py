@@ -12,8 +12,8 @@ _FLAG = "moe_dispatch_no_expert_sharding=true"
 
 
 def expert_axes(config: Config) -> tuple[str, ...]:
-    """The mesh axes that split the experts: those in the row of `exp`, whatever they are called."""
-    return config.mesh.axes_of("exp")
+    """The mesh axes that split the experts while they compute, whatever they are called."""
+    return config.mesh.expert_axes
 
 
 def expert_parallelism(config: Config, sizes: Mapping[str, int]) -> int:
@@ -54,7 +54,7 @@ def _check_experts(config: Config, sizes: Mapping[str, int]) -> None:
         axes = " * ".join(f"{axis}={sizes[axis]}" for axis in expert_axes(config))
         raise UserError(
             f"num_experts={config.model.num_experts} does not split into {parts} equal parts: "
-            f"the row of exp names {axes}\n"
+            f"the row of {config.mesh.expert_row} names {axes}\n"
             f"fix: sizes that work for {config.model.num_experts} experts: "
             f"{', '.join(map(str, divisors(config.model.num_experts)))}"
         )
@@ -81,7 +81,8 @@ def _notes(config: Config, sizes: Mapping[str, int]) -> tuple[str, ...]:
         return ()
     axes = ", ".join(expert_axes(config)) or "none"
     if expert_parallelism(config, sizes) == 1:
-        return (f"{_FLAG} has no effect: the axes in the row of exp ({axes}) have size 1",)
+        row = config.mesh.expert_row
+        return (f"{_FLAG} has no effect: the axes in the row of {row} ({axes}) have size 1",)
     batch = {
         row: {axis for axis in config.mesh.axes_of(row) if sizes[axis] > 1}
         for row in ("activation_batch_moe", "activation_batch_no_exp")

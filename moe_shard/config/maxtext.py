@@ -104,10 +104,6 @@ UNBUILT_VALUES: Mapping[str, tuple[Any, ...]] = {
 """Keys of `base.yml` -> values that a model file may ask for and that are not built here."""
 
 REFUSED: Mapping[str, tuple[Any, ...]] = {
-    "force_load_balance": _OFF,
-    "num_moe_token_chunks": (1,),
-    "ragged_buffer_factor": _NEGATIVE,
-    "use_random_routing": _OFF,
     **{
         f"{level}_{axis}_parallelism": (1,)
         for level in ("ici", "dcn")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated
 
 from moe_shard.config.keys import Key, check_leaves
@@ -18,7 +18,23 @@ MESH_AXES: tuple[str, ...] = ("data", "fsdp", "fsdp_transpose", "tensor", "conte
 LEVELS = ("ici", "dcn")
 RULE_CONFLICTS = ("warn", "error")
 
+EXPERT_ROWS = ("activation_exp", "exp")
+"""Logical axes of the expert dim where experts compute, and where their weights are stored."""
+
 Rule = tuple[str, tuple[str, ...]]
+
+
+def expert_row(logical_axes: Iterable[str]) -> str:
+    """The logical axis whose first row names the expert axes: those that split experts at work.
+
+    Their weights may be stored over more axes than these (FSDP over the experts dim), so the row
+    of the activations speaks, and that of the weights only in a table without one.
+
+    Args:
+        logical_axes: those that a table has rows for.
+    """
+    known = set(logical_axes)
+    return next((name for name in EXPERT_ROWS if name in known), EXPERT_ROWS[0])
 
 
 def parallelism_key(level: str, axis: str) -> str:
@@ -98,6 +114,16 @@ class MeshConfig:
     def axes_of(self, logical_axis: str) -> tuple[str, ...]:
         """Mesh axes in the first row of a logical axis; empty where it has no row."""
         return next((axes for name, axes in self.rules if name == logical_axis), ())
+
+    @property
+    def expert_row(self) -> str:
+        """The logical axis whose first row names the expert axes; see `expert_row`."""
+        return expert_row(name for name, _ in self.rules)
+
+    @property
+    def expert_axes(self) -> tuple[str, ...]:
+        """The mesh axes that split the experts while they compute, whatever their sizes."""
+        return self.axes_of(self.expert_row)
 
     def resolve(self, num_devices: int, num_slices: int = 1) -> dict[str, int]:
         """Fill the -1s for a number of devices.

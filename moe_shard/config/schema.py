@@ -19,7 +19,9 @@ from moe_shard.errors import UserError
 
 DType = Literal["bfloat16", "float32"]
 RematPolicy = Literal["none", "dots", "full", "save_exchanged"]
-DispatchStrategy = Literal["einsum", "gather"]
+DispatchStrategy = Literal["einsum", "gather", "ragged"]
+RaggedTransport = Literal["auto", "ragged", "padded"]
+GroupedProductName = Literal["auto", "ragged_dot", "tokamax", "pallas", "blocked"]
 CapacityRule = Literal["maxtext", "gshard"]
 DropPolicy = Literal["position", "probability"]
 LoadBalanceLoss = Literal["maxtext", "gshard", "huggingface"]
@@ -43,6 +45,14 @@ class MoEConfig:
         min_capacity: fewest slots of an expert for a batch row.
         drop_policy: a `DropPolicy`; which choices an overfull expert keeps.
         dispatch: a `DispatchStrategy`.
+        ragged_transport: a `RaggedTransport`; how `ragged` moves rows.
+        ragged_buffer_factor: rows `ragged` can take in over those of a balanced load, beyond which
+            it drops; -1: it never drops.
+        grouped_product: a `GroupedProductName`; how `ragged` multiplies rows by experts' weights.
+        num_token_chunks: parts of a layer's tokens that travel one by one.
+        force_load_balance: experts are dealt out in turn; for benchmarks.
+        use_random_routing: experts are chosen at random; for benchmarks.
+        prefuse_weights: gate and up are one parameter and one product.
         no_expert_sharding: the flag: the dispatched batch dim leaves the expert axes alone.
         norm_topk_prob: the K weights of a token are divided by their sum.
         load_balance_loss_weight: factor of the load-balance loss in the training loss.
@@ -61,6 +71,17 @@ class MoEConfig:
     min_capacity: Annotated[int, Key("min_capacity", least=0)]
     drop_policy: Annotated[DropPolicy, Key("drop_policy", choices=get_args(DropPolicy))]
     dispatch: Annotated[DispatchStrategy, Key("moe_dispatch", choices=get_args(DispatchStrategy))]
+    ragged_transport: Annotated[
+        RaggedTransport, Key("ragged_transport", choices=get_args(RaggedTransport))
+    ]
+    ragged_buffer_factor: Annotated[float, Key("ragged_buffer_factor", above=0, off=-1)]
+    grouped_product: Annotated[
+        GroupedProductName, Key("grouped_product", choices=get_args(GroupedProductName))
+    ]
+    num_token_chunks: Annotated[int, Key("num_moe_token_chunks", least=1)]
+    force_load_balance: Annotated[bool, Key("force_load_balance")]
+    use_random_routing: Annotated[bool, Key("use_random_routing")]
+    prefuse_weights: Annotated[bool, Key("prefuse_moe_weights")]
     no_expert_sharding: Annotated[bool, Key("moe_dispatch_no_expert_sharding")]
     norm_topk_prob: Annotated[bool, Key("norm_topk_prob")]
     load_balance_loss_weight: Annotated[float, Key("load_balance_loss_weight", least=0)]
@@ -76,6 +97,11 @@ class MoEConfig:
                 f"num_experts_per_tok={self.num_experts_per_tok} is more than "
                 f"num_experts={self.num_experts}: a token cannot go to an expert twice\n"
                 f"fix: num_experts_per_tok from 1 to {self.num_experts}"
+            )
+        if self.force_load_balance and self.use_random_routing:
+            raise UserError(
+                "force_load_balance=true and use_random_routing=true: tokens are dealt out or "
+                "scattered, not both\nfix: one of the two"
             )
 
 

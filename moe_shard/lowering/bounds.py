@@ -93,7 +93,7 @@ def moe_bounds(config: Config, table: RuleTable, *, capacity: int) -> MoEBounds 
     def shards(logical_axis: str) -> int:
         return math.prod(sizes[axis] for axis in table.sharding_axes(logical_axis))
 
-    experts = shards("exp")
+    experts = math.prod(sizes[axis] for axis in table.expert_axes)
     token_bytes = config.model.emb_dim * jnp.dtype(config.model.dtype).itemsize
     # Slots, or choices, that one device holds in the layout by row, over all layers.
     layers_of_rows = config.model.num_decoder_layers * rows / shards("activation_batch_moe")

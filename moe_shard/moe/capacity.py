@@ -102,13 +102,13 @@ def assign_slots(
     if drop == "probability":
         chosen = jnp.take_along_axis(jax.lax.stop_gradient(probs), indices, axis=-1)
         preference = jnp.argsort(-chosen.reshape(batch, choices), axis=-1, stable=True)
-        _, rank = _ranks_within_expert(expert, num_experts, order_first=preference)
+        _, rank = ranks_within_expert(expert, num_experts, order_first=preference)
         # The unseated form an extra, last expert, so that the seated keep token order below.
         expert = jnp.where(rank < capacity, expert, num_experts)
-    order, rank = _ranks_within_expert(expert, num_experts + 1)
+    order, rank = ranks_within_expert(expert, num_experts + 1)
     seated = (rank < capacity) & (expert < num_experts)
     slot_of_choice = jnp.where(seated, expert * capacity + rank, num_experts * capacity)
-    counts = _counts(expert, num_experts)
+    counts = count_experts(expert, num_experts)
     start = jnp.cumsum(counts, axis=-1) - counts
     position = jnp.arange(capacity)
     filled = position < counts[..., None]
@@ -122,11 +122,35 @@ def assign_slots(
     )
 
 
-def _counts(expert: Int[Array, "B N"], num_experts: int) -> Int[Array, "B E"]:
+def assign_slots_in_turn(
+    batch: int, tokens: int, k: int, *, num_experts: int, capacity: int
+) -> Slots:
+    """The slots of choices that are dealt out to the experts in turn (`router.round_robin`).
+
+    They follow from the number of a choice, so nothing is sorted.
+
+    Args:
+        batch: B.
+        tokens: S.
+        k: K.
+        num_experts: E.
+        capacity: C.
+    """
+    choices = tokens * k
+    choice = jnp.arange(choices, dtype=jnp.int32)
+    expert, rank = choice % num_experts, choice // num_experts
+    slot = jnp.where(rank < capacity, expert * capacity + rank, num_experts * capacity)
+    place = jnp.arange(num_experts * capacity, dtype=jnp.int32)
+    seated = place % capacity * num_experts + place // capacity
+    row = (slot.reshape(tokens, k), jnp.minimum(seated, choices))
+    return Slots(*(jnp.broadcast_to(each, (batch, *each.shape)) for each in row))
+
+
+def count_experts(expert: Int[Array, "B N"], num_experts: int) -> Int[Array, "B E"]:
     return jnp.sum(jax.nn.one_hot(expert, num_experts, dtype=jnp.int32), axis=1)
 
 
-def _ranks_within_expert(
+def ranks_within_expert(
     expert: Int[Array, "B N"], num_experts: int, order_first: Int[Array, "B N"] | None = None
 ) -> tuple[Int[Array, "B N"], Int[Array, "B N"]]:
     """Stable order of the choices by expert, and each choice's rank among its expert's.
@@ -145,7 +169,7 @@ def _ranks_within_expert(
             jnp.take_along_axis(expert, order_first, axis=-1), axis=-1, stable=True
         )
         order = jnp.take_along_axis(order_first, by_expert, axis=-1)
-    counts = _counts(expert, num_experts)
+    counts = count_experts(expert, num_experts)
     start = jnp.cumsum(counts, axis=-1) - counts
     place = jnp.argsort(order, axis=-1)  # the inverse permutation: where each choice went
     return order, place - jnp.take_along_axis(start, expert, axis=-1)

@@ -1,11 +1,12 @@
-"""The experts: E gated MLPs computed as batched products. Arithmetic only; no mesh.
+"""The experts: E gated MLPs, `down(act(gate(x)) * up(x))`. Arithmetic only; no mesh.
 
-How arrays are pinned is the business of `placement.py`, which the caller hands in.
+What multiplies rows with experts' weights is handed in: batched products over capacity slots, or a
+grouped product over rows that stand by expert. So is what pins the arrays in between.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import nnx
@@ -14,37 +15,59 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from moe_shard.layers.activation import ACTIVATIONS
-from moe_shard.moe.placement import EXPERT_WEIGHT_IN, EXPERT_WEIGHT_OUT
+from moe_shard.moe.placement import EXPERT_WEIGHT_FUSED, EXPERT_WEIGHT_IN, EXPERT_WEIGHT_OUT
+from moe_shard.moe.weights import ExpertWeights, fuse
 
 
-class Pins(Protocol):
-    """Constraints on the arrays inside the experts."""
+Product = Callable[[Array, Array], Array]
+"""Rows [*R A], each by the weights [E A *P] of its own expert: rows [*R *P]."""
 
-    def weight_in(self, w: Float[Array, "E M H"]) -> Float[Array, "E M H"]:
-        """Pin a gate or up projection."""
-        ...
 
-    def weight_out(self, w: Float[Array, "E H M"]) -> Float[Array, "E H M"]:
-        """Pin a down projection."""
-        ...
+def gated_mlp(
+    x: Float[Array, "*R M"],
+    weights: ExpertWeights,
+    *,
+    product: Product,
+    activate: Callable[[Float[Array, "*R H"]], Float[Array, "*R H"]],
+    pin_hidden: Callable[[Float[Array, "*R H"]], Float[Array, "*R H"]] = lambda h: h,
+) -> Float[Array, "*R M"]:
+    """Apply each row's expert to it.
 
-    def hidden(self, h: Float[Array, "E B C H"]) -> Float[Array, "E B C H"]:
-        """Pin a hidden activation."""
-        ...
+    Args:
+        x: rows; `product` knows which expert each belongs to.
+        weights: of the experts at hand, in the dtype of the products.
+        product: see `Product`.
+        activate: the gate's nonlinearity.
+        pin_hidden: says where the hidden activations live.
+    """
+    if weights.fused:
+        both = product(x, weights.inward[0])
+        gate, up = both[..., 0, :], both[..., 1, :]
+    else:
+        gate, up = (product(x, w) for w in weights.inward)
+    return product(activate(pin_hidden(gate)) * pin_hidden(up), weights.down)
+
+
+def batched_product(
+    x: Float[Array, "E *R A"], w: Float[Array, "E A *P"]
+) -> Float[Array, "E *R *P"]:
+    """The `Product` where every expert has equally many rows."""
+    rows, out = "bc"[: x.ndim - 2], "gh"[-(w.ndim - 2) :]
+    return jnp.einsum(f"e{rows}a,ea{out}->e{rows}{out}", x, w)
 
 
 class Experts(nnx.Module):
-    """`down(act(gate(x)) * up(x))` for each expert on its own slots.
+    """The parameters of the experts.
 
     Args:
         num_experts: E.
         model_dim: M.
         hidden_dim: H.
         activation: a name of `layers.activation.ACTIVATIONS`.
+        fused: keep gate and up in one parameter `gate_up`, [E M 2 H].
         dtype: of the products.
         weight_dtype: of the parameters.
-        pins: constraints on weights and hidden activations.
-        rngs: source of the initial weights.
+        rngs: source of the initial weights, the same fused or not.
     """
 
     def __init__(
@@ -54,34 +77,34 @@ class Experts(nnx.Module):
         model_dim: int,
         hidden_dim: int,
         activation: str,
+        fused: bool,
         dtype: DTypeLike,
         weight_dtype: DTypeLike,
-        pins: Pins,
         rngs: nnx.Rngs,
     ) -> None:
         init = variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=(0,))
         shape_in = (num_experts, model_dim, hidden_dim)
         shape_out = (num_experts, hidden_dim, model_dim)
-        self.gate = nnx.Param(
-            init(rngs.params(), shape_in, weight_dtype), logical_axes=EXPERT_WEIGHT_IN
-        )
-        self.up = nnx.Param(
-            init(rngs.params(), shape_in, weight_dtype), logical_axes=EXPERT_WEIGHT_IN
-        )
+        gate = init(rngs.params(), shape_in, weight_dtype)
+        up = init(rngs.params(), shape_in, weight_dtype)
+        if fused:
+            self.gate_up = nnx.Param(fuse(gate, up), logical_axes=EXPERT_WEIGHT_FUSED)
+        else:
+            self.gate = nnx.Param(gate, logical_axes=EXPERT_WEIGHT_IN)
+            self.up = nnx.Param(up, logical_axes=EXPERT_WEIGHT_IN)
         self.down = nnx.Param(
             init(rngs.params(), shape_out, weight_dtype), logical_axes=EXPERT_WEIGHT_OUT
         )
+        self.fused = fused
         self.activate = ACTIVATIONS[activation]
         self.dtype = dtype
-        self.pins = pins
 
-    def __call__(self, x: Float[Array, "E B C M"]) -> Float[Array, "E B C M"]:
-        """Apply each expert to its slots."""
-        pins = self.pins
-        # Pinned once more after the cast, so that FSDP gathers weights in the narrow dtype.
-        gate = pins.weight_in(self.gate[...].astype(self.dtype))
-        up = pins.weight_in(self.up[...].astype(self.dtype))
-        down = pins.weight_out(self.down[...].astype(self.dtype))
-        gated = self.activate(pins.hidden(jnp.einsum("ebcm,emh->ebch", x, gate)))
-        hidden = gated * pins.hidden(jnp.einsum("ebcm,emh->ebch", x, up))
-        return jnp.einsum("ebch,ehm->ebcm", hidden, down)
+    def weights(self) -> ExpertWeights:
+        """The parameters in the dtype of the products, where they are stored.
+
+        Cast here, on the shards, so that FSDP gathers weights in the narrow dtype.
+        """
+        inward = (self.gate_up,) if self.fused else (self.gate, self.up)
+        return ExpertWeights(
+            tuple(w[...].astype(self.dtype) for w in inward), self.down[...].astype(self.dtype)
+        )

@@ -1,4 +1,4 @@
-"""The MoE layer: route, dispatch, exchange, experts, exchange, combine.
+"""The MoE layer: route; dispatch, exchange, experts, exchange, combine by a strategy.
 
 The named scopes `router`, `dispatch`, `experts` and `combine` are what the HLO tools attribute
 collectives by.
@@ -9,18 +9,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moe_shard.config.schema import MoEConfig
-from moe_shard.moe.capacity import assign_slots, row_capacity
-from moe_shard.moe.dispatch import STRATEGIES
+from moe_shard.moe.dispatch import make_strategy
 from moe_shard.moe.experts import Experts
 from moe_shard.moe.losses import expert_counts, load_balance_loss, router_z_loss
 from moe_shard.moe.placement import Placement
-from moe_shard.moe.router import Router
+from moe_shard.moe.router import Choice, Router
 from moe_shard.sharding.annotate import Annotator
 
 
@@ -66,12 +64,12 @@ class MoELayer(nnx.Module):
     ) -> None:
         self.config = config
         self.placement = Placement(annotate, no_expert_sharding=config.no_expert_sharding)
-        self.strategy = STRATEGIES[config.dispatch]
         self.router = Router(
             model_dim=model_dim,
             num_experts=config.num_experts,
             k=config.num_experts_per_tok,
             renormalise=config.norm_topk_prob,
+            choice=_choice(config),
             rngs=rngs,
         )
         self.experts = Experts(
@@ -79,11 +77,12 @@ class MoELayer(nnx.Module):
             model_dim=model_dim,
             hidden_dim=config.mlp_dim,
             activation=activation,
+            fused=config.prefuse_weights,
             dtype=dtype,
             weight_dtype=weight_dtype,
-            pins=self.placement,
             rngs=rngs,
         )
+        self.strategy = make_strategy(config, self.placement)
 
     def __call__(self, x: Float[Array, "B S M"]) -> tuple[Float[Array, "B S M"], MoEStats]:
         """Apply the layer.
@@ -91,30 +90,23 @@ class MoELayer(nnx.Module):
         Returns:
             The weighted sum of the experts' outputs, in `x`'s dtype, and the rows' statistics.
         """
-        num_experts = self.config.num_experts
         x = self.placement.tokens(x)
         with jax.named_scope("router"):
             routing = self.router(x)
-            slots = assign_slots(
-                routing.indices,
-                routing.probs,
-                capacity=row_capacity(self.config, tokens=x.shape[1]),
-                drop=self.config.drop_policy,
-            )
+        y, dropped = self.strategy(x, routing, self.experts)
+        with jax.named_scope("router"):
             stats = MoEStats(
                 load_balance_loss(
                     routing.probs, routing.indices, self.config.load_balance_loss_type
                 ),
                 router_z_loss(routing.logits),
-                expert_counts(routing.indices, num_experts),
-                jnp.sum(~slots.kept(), axis=(1, 2), dtype=jnp.int32),
+                expert_counts(routing.indices, self.config.num_experts),
+                dropped,
             )
-        with jax.named_scope("dispatch"):
-            expert_input = self.strategy.dispatch(x, slots, num_experts)
-            expert_input = self.placement.to_experts(expert_input)
-        with jax.named_scope("experts"):
-            expert_output = self.experts(expert_input)
-        with jax.named_scope("combine"):
-            expert_output = self.placement.to_rows(expert_output)
-            y = self.strategy.combine(expert_output, routing.weights, slots)
         return self.placement.tokens(y), stats
+
+
+def _choice(config: MoEConfig) -> Choice:
+    if config.force_load_balance:
+        return "round_robin"
+    return "random" if config.use_random_routing else "learned"

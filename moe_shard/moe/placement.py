@@ -15,14 +15,20 @@ partitioners) on some meshes with fsdp, tensor and expert axes: half of the rows
 from __future__ import annotations
 
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from moe_shard.moe.shards import Shards
+from moe_shard.moe.weights import ExpertWeights
 from moe_shard.sharding.annotate import Annotator
+from moe_shard.sharding.rules import LogicalAxes
 
 EXCHANGED = "exchanged"
 """Name of the arrays that have just crossed the wire, for the remat policy `save_exchanged`."""
 
+TOKENS = ("activation_batch_moe", "activation_length_moe", "activation_embed_moe")
 EXPERT_WEIGHT_IN = ("exp", "embed_moe", "mlp_moe")
+EXPERT_WEIGHT_FUSED = ("exp", "embed_moe", None, "mlp_moe")
 EXPERT_WEIGHT_OUT = ("exp", "mlp_moe", "embed_moe")
 ROUTER_KERNEL = ("embed_router", "exp_router")
 
@@ -37,12 +43,13 @@ class Placement:
 
     def __init__(self, annotate: Annotator, *, no_expert_sharding: bool) -> None:
         self.annotate = annotate
-        self.expert_axes = annotate.table.sharding_axes("exp")
+        self.expert_axes = annotate.table.expert_axes
         # Read here and nowhere else.
         self.batch = "activation_batch_no_exp" if no_expert_sharding else "activation_batch_moe"
-        # Weights of experts that stay whole in the activations are gathered once, not twice.
+        # Weights are used where the activations' experts are, so what FSDP adds to the experts dim
+        # is gathered; where that dim stays whole in the activations, once, not twice.
         taken = set(annotate.table.sharding_axes(self.batch))
-        self._exp_in_use = "exp" if taken.isdisjoint(self.expert_axes) else None
+        self._exp_in_use = "activation_exp" if taken.isdisjoint(self.expert_axes) else None
         self._consequence = (
             f"expert weights will be all-gathered over {', '.join(self.expert_axes)}"
         )
@@ -51,13 +58,7 @@ class Placement:
 
     def tokens(self, x: Float[Array, "B S M"]) -> Float[Array, "B S M"]:
         """The layer's input and output."""
-        return self.annotate(
-            x,
-            "activation_batch_moe",
-            "activation_length_moe",
-            "activation_embed_moe",
-            name="moe tokens",
-        )
+        return self.annotate(x, *TOKENS, name="moe tokens")
 
     def to_experts(self, x: Float[Array, "E B C M"]) -> Float[Array, "E B C M"]:
         """By row to by expert: the exchange after dispatch."""
@@ -79,16 +80,38 @@ class Placement:
             consequence=self._consequence,
         )
 
-    def weight_in(self, w: Float[Array, "E M H"]) -> Float[Array, "E M H"]:
-        """Gate and up projections, from where they are stored to where they are used."""
-        return self.annotate.use_weight(
-            w, EXPERT_WEIGHT_IN, (self._exp_in_use, None, "activation_mlp_moe"), name="moe gate, up"
-        )
+    def weights_in_use(self, weights: ExpertWeights) -> ExpertWeights:
+        """From where they are stored to where slots meet them."""
+        hidden = "activation_mlp_moe"
+        use = self.annotate.use_weight
+        stored, used = EXPERT_WEIGHT_IN, (self._exp_in_use, None, hidden)
+        if weights.fused:
+            stored, used = EXPERT_WEIGHT_FUSED, (self._exp_in_use, None, None, hidden)
+        inward = tuple(use(w, stored, used, name="moe gate, up") for w in weights.inward)
+        used = (self._exp_in_use, hidden, None)
+        return ExpertWeights(inward, use(weights.down, EXPERT_WEIGHT_OUT, used, name="moe down"))
 
-    def weight_out(self, w: Float[Array, "E H M"]) -> Float[Array, "E H M"]:
-        """Down projection, likewise."""
-        return self.annotate.use_weight(
-            w, EXPERT_WEIGHT_OUT, (self._exp_in_use, "activation_mlp_moe", None), name="moe down"
+    def shards(self, x: Float[Array, "B S M"], weights: ExpertWeights) -> Shards:
+        """The same arrays for code that runs on each device by itself.
+
+        Args:
+            x: the layer's input; only its shape and dtype are read.
+            weights: as stored; likewise.
+
+        Raises:
+            UserError: see `Shards`.
+        """
+
+        def spec(name: str, axes: LogicalAxes, of: Array) -> PartitionSpec:
+            return self.annotate.sharding(name, axes, of.shape, dtype=of.dtype).spec
+
+        axes = EXPERT_WEIGHT_FUSED if weights.fused else EXPERT_WEIGHT_IN
+        return Shards(
+            self.annotate.mesh,
+            tokens=spec("moe tokens", TOKENS, x),
+            inward=tuple(spec("moe gate, up as stored", axes, w) for w in weights.inward),
+            down=spec("moe down as stored", EXPERT_WEIGHT_OUT, weights.down),
+            expert_axes=self.expert_axes,
         )
 
     def _by_row(self, x: Float[Array, "E B C M"]) -> Float[Array, "E B C M"]:

@@ -5,10 +5,11 @@ Arithmetic only: no mesh, and nothing here needs one, because every step is loca
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
@@ -52,16 +53,54 @@ def top_k_indices(scores: Float[Array, "B S E"], k: int) -> Int[Array, "B S K"]:
     return jnp.stack(chosen, axis=-1)
 
 
-def route(logits: Float[Array, "B S E"], k: int, *, renormalise: bool) -> Routing:
+Choice = Literal["learned", "round_robin", "random"]
+"""How experts are chosen; the last two are for benchmarks and leave the weights the router's."""
+
+
+def round_robin(*, tokens: int, k: int, num_experts: int) -> Int[np.ndarray, "S K"]:
+    """Experts dealt out in turn to the choices of a batch row: forced balance.
+
+    With at most E experts a token, no token meets an expert twice.
+    """
+    return np.arange(tokens * k, dtype=np.int32).reshape(tokens, k) % num_experts
+
+
+def shuffled(logits: Float[Array, "B S E"]) -> Float[Array, "B S E"]:
+    """Uniform random scores: hashes of the logits' bits and the expert (MurmurHash3's finaliser).
+
+    Unlike a seeded draw they need no key, differ from layer to layer and step to step, and come
+    out the same when a backward pass computes them again.
+    """
+    bits = jax.lax.bitcast_convert_type(logits.astype(jnp.float32), jnp.uint32)
+    bits = bits ^ (jnp.arange(logits.shape[-1], dtype=jnp.uint32) * jnp.uint32(0x9E3779B9))
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    return (bits ^ (bits >> 16)).astype(jnp.float32)
+
+
+def _choose(logits: Float[Array, "B S E"], k: int, choice: Choice) -> Int[Array, "B S K"]:
+    batch, tokens, num_experts = logits.shape
+    if choice == "round_robin":
+        row = round_robin(tokens=tokens, k=k, num_experts=num_experts)
+        return jnp.broadcast_to(row, (batch, *row.shape))
+    return top_k_indices(shuffled(logits) if choice == "random" else logits, k)
+
+
+def route(
+    logits: Float[Array, "B S E"], k: int, *, renormalise: bool, choice: Choice = "learned"
+) -> Routing:
     """Softmax over all experts, then the k most probable ones.
 
     Args:
         logits: the router's scores.
         k: experts per token.
         renormalise: divide the k weights by their sum, as Mixtral does.
+        choice: of the experts.
     """
     probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    indices = checkpoint_name(top_k_indices(jax.lax.stop_gradient(probs), k), ROUTING)
+    # By probability, not by score: softmax may round two scores to one, and ties go to the first.
+    scores = jax.lax.stop_gradient(probs if choice == "learned" else logits)
+    indices = checkpoint_name(_choose(scores, k, choice), ROUTING)
     # One mask per choice rather than take_along_axis: its gradient is a product, not a scatter.
     weights = jnp.stack(
         [
@@ -83,11 +122,19 @@ class Router(nnx.Module):
         num_experts: E.
         k: experts per token.
         renormalise: see `route`.
+        choice: of the experts.
         rngs: source of the initial kernel.
     """
 
     def __init__(
-        self, *, model_dim: int, num_experts: int, k: int, renormalise: bool, rngs: nnx.Rngs
+        self,
+        *,
+        model_dim: int,
+        num_experts: int,
+        k: int,
+        renormalise: bool,
+        choice: Choice,
+        rngs: nnx.Rngs,
     ) -> None:
         init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
         self.kernel = nnx.Param(
@@ -96,6 +143,7 @@ class Router(nnx.Module):
         )
         self.k = k
         self.renormalise = renormalise
+        self.choice = choice
 
     def __call__(self, x: Float[Array, "B S M"]) -> Routing:
         """Route every token of `x`."""
@@ -107,4 +155,4 @@ class Router(nnx.Module):
             self.kernel[...],
             precision=jax.lax.Precision.HIGHEST,
         )
-        return route(logits, self.k, renormalise=self.renormalise)
+        return route(logits, self.k, renormalise=self.renormalise, choice=self.choice)

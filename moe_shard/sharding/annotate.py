@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 from jax._src import source_info_util
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -40,9 +41,22 @@ def _gather_fwd(w: Array, stored: NamedSharding, used: NamedSharding) -> tuple[A
 
 
 def _gather_bwd(
-    stored: NamedSharding, _used: NamedSharding, _residual: None, gradient: Array
+    stored: NamedSharding, used: NamedSharding, _residual: None, gradient: Array
 ) -> tuple[Array]:
-    return (jax.lax.with_sharding_constraint(gradient, stored),)
+    constrain = jax.lax.with_sharding_constraint
+    if _splits_on(stored.spec, used.spec):
+        gradient = constrain(gradient, used)
+    return (constrain(gradient, stored),)
+
+
+def _splits_on(stored: PartitionSpec, used: PartitionSpec) -> bool:
+    """Whether a dim is stored over the axes it is used over and then more, as (expert, fsdp)."""
+
+    def axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+        return () if entry is None else (entry,) if isinstance(entry, str) else entry
+
+    pairs = [(axes(a), axes(b)) for a, b in zip(stored, used, strict=True)]
+    return any(b and a[: len(b)] == b and a != b for a, b in pairs)
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)
@@ -112,6 +126,17 @@ class Annotator:
         self.arrays: dict[str, AnnotatedArray] = {}
         self.resolutions: dict[str, Resolution] = {}
         self.conflicts: dict[tuple[str, str], Conflict] = {}
+        self.decisions: dict[str, Any] = {}
+
+    @property
+    def platform(self) -> str:
+        """What the devices are: "cpu", "tpu", "cuda" or "rocm"; "cpu" of an abstract mesh."""
+        if isinstance(self.mesh, AbstractMesh):
+            return "cpu"
+        device = self.mesh.devices.flat[0]
+        if device.platform != "gpu":
+            return str(device.platform)
+        return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
 
     def __call__(
         self, x: Array, *logical_axes: str | None, name: str, consequence: str = ""
@@ -176,8 +201,7 @@ class Annotator:
         resolution = self.table.resolve(name, logical_axes, shape)
         self.resolutions[name] = resolution
         for decision in resolution.conflicts:
-            loss = decision.lost[0]
-            cause = f"{loss.row} lost {', '.join(loss.mesh_axes)} to '{loss.held_by}'"
+            cause = str(decision.lost[0])
             means = consequence if decision.logical_axis == logical_axes[0] else ""
             conflict = Conflict(name, decision.logical_axis or "", cause, means)
             if self.on_conflict == "error":

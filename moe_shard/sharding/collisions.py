@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_shard.sharding.lint import NOTE, WARNING, Lint, brief_names
 from moe_shard.sharding.placed import PlacedArray, row_json
-from moe_shard.sharding.rules import Decision, Row
+from moe_shard.sharding.rules import Decision, Loss, Row
 
 
 @dataclass(frozen=True)
@@ -164,8 +164,8 @@ def find_alternatives(placed: Sequence[PlacedArray]) -> list[Lint]:
     pairs: dict[tuple[Row, Row, str, tuple[str, ...]], list[str]] = {}
     for array in placed:
         for decision in array.resolution.decisions:
-            if decision.won is not None and decision.lost:
-                loss = decision.lost[0]
+            loss = next((loss for loss in decision.lost if loss.held_by), None)
+            if decision.won is not None and loss is not None:
                 key = (loss.row, decision.won, loss.held_by, array.contested(loss))
                 pairs.setdefault(key, []).append(array.array.name)
     return [
@@ -178,4 +178,24 @@ def find_alternatives(placed: Sequence[PlacedArray]) -> list[Lint]:
             f"[{', '.join(won.mesh_axes)}] is used instead of row {row.number}",
         )
         for (row, won, held_by, axes), names in pairs.items()
+    ]
+
+
+def find_passed_over(placed: Sequence[PlacedArray]) -> list[Lint]:
+    """Rows that do not divide a dim which a later row then placed."""
+    arrays: dict[tuple[Loss, Row], list[str]] = {}
+    for array in placed:
+        for decision in array.resolution.decisions:
+            for loss in decision.lost:
+                if decision.won is not None and not loss.held_by:
+                    arrays.setdefault((loss, decision.won), []).append(array.array.name)
+    return [
+        Lint(
+            NOTE,
+            "passed-over",
+            (loss.row.number, won.number),
+            f"{loss} ({brief_names(names)}): row {won.number} [{', '.join(won.mesh_axes)}] is used "
+            "instead",
+        )
+        for (loss, won), names in arrays.items()
     ]

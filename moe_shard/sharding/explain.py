@@ -13,11 +13,13 @@ from typing import Any
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from moe_shard.config.mesh import expert_row
 from moe_shard.sharding.annotate import AnnotatedArray, Annotator
 from moe_shard.sharding.collisions import (
     Collision,
     find_alternatives,
     find_collisions,
+    find_passed_over,
     find_uneven,
 )
 from moe_shard.sharding.lint import (
@@ -92,9 +94,15 @@ class Explanation:
     state_bytes: int | None = None
 
     @property
+    def expert_row(self) -> str:
+        """The logical axis whose first row names the expert axes."""
+        return expert_row(row.logical_axis for row in self.rows)
+
+    @property
     def expert_axes(self) -> tuple[str, ...]:
-        """Mesh axes larger than 1 in the row of `exp`."""
-        axes = next((row.mesh_axes for row in self.rows if row.logical_axis == "exp"), ())
+        """Mesh axes larger than 1 that split the experts while they compute."""
+        row = self.expert_row
+        axes = next((each.mesh_axes for each in self.rows if each.logical_axis == row), ())
         return tuple(axis for axis in axes if self.sizes.get(axis, 1) > 1)
 
     @property
@@ -151,7 +159,8 @@ def explain(
         sizes: the size of each of them.
         arrays: what was recorded while the step was traced.
         parameters: names of those that are parameters.
-        sizes_are_assumed: the mesh is made up, so a dim that it does not divide is a note.
+        sizes_are_assumed: the mesh is made up, so rows are applied as Flax does, whatever divides,
+            and a dim that the mesh does not divide is a warning.
         notes: see `Explanation`.
         state_bytes: see `Explanation`.
 
@@ -159,7 +168,9 @@ def explain(
         UserError: a dim that its mesh axes do not divide, unless the sizes are assumed.
     """
     rows, arrays = number_rows(rules), list(arrays)
-    usable, lint = usable_rules(rules, mesh_axes, arrays), [*lint_rows(rows, mesh_axes)]
+    usable, lint = usable_rules(rules, mesh_axes, arrays), lint_rows(
+        rows, mesh_axes, by_flax=sizes_are_assumed
+    )
     resolver = RuleTable(usable, sizes)
     placed = [
         PlacedArray(
@@ -175,6 +186,7 @@ def explain(
     lint += lint_model(arrays, rows)
     lint += find_uneven(placed)
     lint += find_alternatives(placed)
+    lint += find_passed_over(placed)
     names = set(parameters)
     return Explanation(
         model=model,

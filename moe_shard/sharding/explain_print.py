@@ -42,7 +42,10 @@ def _header(explanation: Explanation) -> Iterator[str]:
         f"[bold]{escape(explanation.model)}[/] by {escape(explanation.table)} on {devices:,} "
         f"devices: {escape(', '.join(sizes)) or 'no axis is split'}"
     )
-    yield f"expert axis (the row of exp): {escape(', '.join(explanation.expert_axes)) or 'none'}"
+    yield (
+        f"expert axis (the row of {explanation.expert_row}): "
+        f"{escape(', '.join(explanation.expert_axes)) or 'none'}"
+    )
     here = sum(array.bytes_per_device for array in explanation.parameters)
     all_bytes = sum(array.bytes for array in explanation.parameters)
     state = explanation.state_bytes
@@ -95,9 +98,8 @@ def _dim(array: PlacedArray, decision: Decision, shard: int) -> tuple[str, str, 
     text = [escape(", ".join(decision.mesh_axes))] if decision.mesh_axes else []
     for loss in decision.lost:
         axes = ", ".join(array.contested(loss))
-        text.append(
-            f"[yellow]row {loss.row.number} lost {escape(axes)} to {escape(loss.held_by)}[/]"
-        )
+        why = f"lost {axes} to {loss.held_by}" if loss.held_by else f"does not divide {loss.size}"
+        text.append(f"[yellow]row {loss.row.number} {escape(why)}[/]")
     if decision.is_conflict:
         number = "[bold red]none[/]"
     else:

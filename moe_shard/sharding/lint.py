@@ -12,6 +12,10 @@ by a dim that a still earlier row placed, and what is held stays held. Hence R c
   the rows above P stay what they are.
 
 Both are proofs that a row is dead. A row that passes both may still be dead for subtler reasons.
+
+Training here also passes a row over whose axes do not divide the dim. The first proof stands: what
+P does not divide for, R does not either. By the second R is not dead then: it serves where P does
+not divide, and nowhere else.
 """
 
 from __future__ import annotations
@@ -54,10 +58,18 @@ def number_rows(rules: Iterable[tuple[str, Sequence[str]]]) -> tuple[Row, ...]:
     return tuple(Row(number, name, tuple(axes)) for number, (name, axes) in enumerate(rules, 1))
 
 
-def lint_rows(rows: Sequence[Row], mesh_axes: Sequence[str]) -> list[Lint]:
-    """Everything to say of a table that needs no model."""
+def lint_rows(
+    rows: Sequence[Row], mesh_axes: Sequence[str], *, by_flax: bool = True
+) -> list[Lint]:
+    """Everything to say of a table that needs no model.
+
+    Args:
+        rows: the table.
+        mesh_axes: those that its rows may name.
+        by_flax: see `dead_rows`.
+    """
     found = [lint for row in rows for lint in _lint_axes(row, mesh_axes)]
-    found += dead_rows(rows)
+    found += dead_rows(rows, by_flax=by_flax)
     named = {axis for row in rows for axis in row.mesh_axes}
     if unused := [axis for axis in mesh_axes if axis not in named]:
         text = f"no row names the mesh {_axes(unused)}: only copies lie along it"
@@ -76,22 +88,30 @@ def _lint_axes(row: Row, mesh_axes: Sequence[str]) -> list[Lint]:
     return found
 
 
-def dead_rows(rows: Sequence[Row]) -> list[Lint]:
-    """The rows that can never win, by the two proofs at the top of this file."""
+def dead_rows(rows: Sequence[Row], *, by_flax: bool = True) -> list[Lint]:
+    """The rows that can never win, by the two proofs at the top of this file.
+
+    Args:
+        rows: the table.
+        by_flax: whether it is applied as Flax does, which knows no sizes. If not, a row found by
+            the second proof is a note, as it serves where an earlier one does not divide.
+    """
     found = []
     alive: list[Row] = []
     for row in rows:
-        lint = _dead(row, rows[: row.number - 1], alive)
-        if lint is None:
+        rivals = [each for each in rows[: row.number - 1] if each.logical_axis == row.logical_axis]
+        lint = _shadowed(row, rivals)
+        if lint is None and (rival := _unbeaten(row, rivals, alive)):
+            lint = _unreachable(row, rival) if by_flax else _by_size(row, rival)
+        if lint is None or lint.level == NOTE:
             alive.append(row)
-        else:
+        if lint is not None:
             found.append(lint)
     return found
 
 
-def _dead(row: Row, before: Sequence[Row], alive: Sequence[Row]) -> Lint | None:
+def _shadowed(row: Row, rivals: Sequence[Row]) -> Lint | None:
     own = set(row.mesh_axes)
-    rivals = [each for each in before if each.logical_axis == row.logical_axis]
     for rival in rivals:
         theirs = set(rival.mesh_axes)
         numbers = (row.number, rival.number)
@@ -106,16 +126,33 @@ def _dead(row: Row, before: Sequence[Row], alive: Sequence[Row]) -> Lint | None:
                 "whatever beats that beats this"
             )
             return Lint(WARNING, "shadowed", numbers, text)
-    for rival in rivals:
-        if not _can_lose(rival, own, alive):
-            numbers = (row.number, rival.number)
-            spared = ", ".join(axis for axis in rival.mesh_axes if axis not in own)
-            text = (
-                f"{row} can never win: it would need {rival} to lose {spared} alone, and no row "
-                "above takes that and leaves the rest; move the rows of the other dims above"
-            )
-            return Lint(WARNING, "unreachable", numbers, text)
     return None
+
+
+def _unbeaten(row: Row, rivals: Sequence[Row], alive: Sequence[Row]) -> Row | None:
+    """The first rival that no collision takes out of the way of `row`."""
+    own = set(row.mesh_axes)
+    return next((rival for rival in rivals if not _can_lose(rival, own, alive)), None)
+
+
+def _unreachable(row: Row, rival: Row) -> Lint:
+    text = (
+        f"{row} can never win: it would need {rival} to lose {_spared(row, rival)} alone, and no "
+        "row above takes that and leaves the rest; move the rows of the other dims above"
+    )
+    return Lint(WARNING, "unreachable", (row.number, rival.number), text)
+
+
+def _by_size(row: Row, rival: Row) -> Lint:
+    text = (
+        f"{row} serves only where {rival} does not divide the dim: no row above takes "
+        f"{_spared(row, rival)} and leaves the rest"
+    )
+    return Lint(NOTE, "by-size", (row.number, rival.number), text)
+
+
+def _spared(row: Row, rival: Row) -> str:
+    return ", ".join(axis for axis in rival.mesh_axes if axis not in row.mesh_axes)
 
 
 def _can_lose(rival: Row, spared: set[str], alive: Sequence[Row]) -> bool:

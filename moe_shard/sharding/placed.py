@@ -96,7 +96,8 @@ class PlacedArray:
                         {
                             **(row_json(loss.row) or {}),
                             "contested": list(self.contested(loss)),
-                            "held_by": loss.held_by,
+                            "held_by": loss.held_by or None,
+                            "reason": loss.reason,
                         }
                         for loss in decision.lost
                     ],

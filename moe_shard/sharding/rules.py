@@ -7,6 +7,11 @@ the same array. A later row of the same logical axis is therefore an alternative
 earlier one collides. Unlike Flax's resolver nothing is dropped in silence: each row that lost is
 recorded with the dim that beat it.
 
+A row whose mesh axes do not divide the dim is passed over for a later row of its logical axis, as
+one that collides is, and recorded likewise; where no later row serves it is an error. So `[exp,
+[expert, fsdp]]` above `[exp, [expert]]` says: over both where both divide the experts. Where every
+row divides, placements are Flax's, which knows no sizes.
+
 Mesh axes of size 1 shard nothing and are ignored, so a collision over one is no collision, and a
 program does not depend on rows that cannot matter.
 """
@@ -19,6 +24,7 @@ from dataclasses import dataclass
 
 from jax.sharding import PartitionSpec
 
+from moe_shard.config.mesh import expert_row
 from moe_shard.errors import UserError
 
 LogicalAxes = Sequence[str | None]
@@ -39,11 +45,29 @@ class Row:
 
 @dataclass(frozen=True)
 class Loss:
-    """A row that could not be used: it wanted mesh axes that `held_by` already had."""
+    """A row that could not be used for a dim.
+
+    Attributes:
+        row: the row.
+        mesh_axes: those of its mesh axes that are larger than 1.
+        held_by: the dim that already had one of them; empty where they do not divide the dim.
+        size: the dim's size.
+    """
 
     row: Row
     mesh_axes: tuple[str, ...]
     held_by: str
+    size: int
+
+    @property
+    def reason(self) -> str:
+        """For scripts: "taken" by another dim, or "does not divide"."""
+        return "taken" if self.held_by else "does not divide"
+
+    def __str__(self) -> str:
+        if self.held_by:
+            return f"{self.row} lost {', '.join(self.mesh_axes)} to '{self.held_by}'"
+        return f"{self.row} does not divide {self.size}"
 
 
 @dataclass(frozen=True)
@@ -55,7 +79,7 @@ class Decision:
         size: the dim's size.
         mesh_axes: the mesh axes (all larger than 1) it is sharded over; empty if unsharded.
         won: the row that placed it, or None where no row could.
-        lost: the rows that were tried before, each with the dim that beat it.
+        lost: the rows that were tried before, each with what kept it from serving.
     """
 
     logical_axis: str | None
@@ -66,8 +90,8 @@ class Decision:
 
     @property
     def is_conflict(self) -> bool:
-        """True where rows wanted to shard this dim and every one of them lost."""
-        return self.won is None and bool(self.lost)
+        """True where rows wanted to shard this dim and every one of them lost to other dims."""
+        return self.won is None and bool(self.lost) and all(loss.held_by for loss in self.lost)
 
 
 @dataclass(frozen=True)
@@ -119,14 +143,16 @@ class RuleTable:
         self._names = {row.logical_axis for row in self.rows}
 
     def sharding_axes(self, logical_axis: str) -> tuple[str, ...]:
-        """Mesh axes larger than 1 in the first row of a logical axis; empty if it has none.
-
-        For `exp` these are what this package calls the expert axes.
-        """
+        """Mesh axes larger than 1 in the first row of a logical axis; empty if it has none."""
         for row in self.rows:
             if row.logical_axis == logical_axis:
                 return self._sharding_axes(row)
         return ()
+
+    @property
+    def expert_axes(self) -> tuple[str, ...]:
+        """The mesh axes larger than 1 that split the experts while they compute."""
+        return self.sharding_axes(expert_row(self._names))
 
     def resolve(
         self,
@@ -142,14 +168,16 @@ class RuleTable:
             name: what messages call the array.
             logical_axes: one name, or None, per dim.
             shape: the dims' sizes.
-            must_divide: False where the mesh's sizes are only assumed.
+            must_divide: False where the mesh's sizes are only assumed: no row is then passed over
+                for them, and none is an error.
 
         Raises:
             UserError: a logical axis without a row, the same logical axis on two dims, or a dim
-                that its mesh axes do not divide.
+                that the mesh axes of no row divide.
         """
         assert len(logical_axes) == len(shape), (name, logical_axes, shape)
         self._check_names(name, logical_axes)
+        size_of = {axis: size for axis, size in zip(logical_axes, shape, strict=True) if axis}
         holder: dict[str, str] = {}
         won: dict[str, Row] = {}
         lost: dict[str, list[Loss]] = {axis: [] for axis in logical_axes if axis}
@@ -158,11 +186,14 @@ class RuleTable:
                 continue
             wanted = self._sharding_axes(row)
             taken = next((axis for axis in wanted if axis in holder), None)
-            if taken is None:
+            size = size_of[row.logical_axis]
+            if taken is not None:
+                lost[row.logical_axis].append(Loss(row, wanted, holder[taken], size))
+            elif must_divide and size % self._parts(wanted):
+                lost[row.logical_axis].append(Loss(row, wanted, "", size))
+            else:
                 won[row.logical_axis] = row
                 holder.update(dict.fromkeys(wanted, row.logical_axis))
-            else:
-                lost[row.logical_axis].append(Loss(row, wanted, holder[taken]))
         decisions = []
         for axis, size in zip(logical_axes, shape, strict=True):
             if axis is None:
@@ -170,13 +201,16 @@ class RuleTable:
                 continue
             row_won = won.get(axis)
             mesh_axes = self._sharding_axes(row_won) if row_won else ()
-            if must_divide:
-                self._check_divides(name, axis, size, row_won, mesh_axes)
+            if row_won is None and not all(loss.held_by for loss in lost[axis]):
+                raise self._indivisible(name, axis, size, lost[axis])
             decisions.append(Decision(axis, size, mesh_axes, row_won, tuple(lost[axis])))
         return Resolution(name, tuple(decisions))
 
     def _sharding_axes(self, row: Row) -> tuple[str, ...]:
         return tuple(axis for axis in row.mesh_axes if self.axis_sizes[axis] > 1)
+
+    def _parts(self, mesh_axes: Sequence[str]) -> int:
+        return math.prod(self.axis_sizes[axis] for axis in mesh_axes)
 
     def _check_names(self, name: str, logical_axes: LogicalAxes) -> None:
         named = [axis for axis in logical_axes if axis is not None]
@@ -192,14 +226,20 @@ class RuleTable:
                     "give the dims different logical axes: two dims cannot share mesh axes"
                 )
 
-    def _check_divides(
-        self, name: str, axis: str, size: int, row: Row | None, mesh_axes: tuple[str, ...]
-    ) -> None:
-        shards = math.prod(self.axis_sizes[a] for a in mesh_axes)
-        if size % shards:
-            sizes = " * ".join(f"{a}={self.axis_sizes[a]}" for a in mesh_axes)
-            raise UserError(
-                f"{name}: its dim '{axis}' of size {size} is not divisible by {sizes} = {shards}\n"
-                f"placed by {row} of logical_axis_rules\n"
+    def _indivisible(self, name: str, axis: str, size: int, lost: Sequence[Loss]) -> UserError:
+        def product(loss: Loss) -> str:
+            sizes = " * ".join(f"{a}={self.axis_sizes[a]}" for a in loss.mesh_axes)
+            return f"{sizes} = {self._parts(loss.mesh_axes)}"
+
+        if len(lost) == 1:
+            return UserError(
+                f"{name}: its dim '{axis}' of size {size} is not divisible by {product(lost[0])}\n"
+                f"placed by {lost[0].row} of logical_axis_rules\n"
                 f"change the size or the parallelism of these axes, or use ['{axis}', []]"
             )
+        rows = [str(loss) if loss.held_by else f"{loss.row} by {product(loss)}" for loss in lost]
+        return UserError(
+            f"{name}: its dim '{axis}' of size {size} is not divisible as any row asks\n"
+            f"logical_axis_rules: {'; '.join(rows)}\n"
+            f"change the size or the parallelism of these axes, or add ['{axis}', []] as last row"
+        )

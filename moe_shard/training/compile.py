@@ -86,7 +86,7 @@ def report_step(step: CompiledStep, annotate: Annotator, backend: str) -> Loweri
     return report_from_text(
         step.hlo,
         mesh=dict(annotate.mesh.shape),
-        expert_axes=annotate.table.sharding_axes("exp"),
+        expert_axes=annotate.table.expert_axes,
         memory=memory_from_compiled(step.executable),
         backend=backend,
         partitioner_log=step.partitioner_log,
@@ -105,7 +105,7 @@ def bound_lines(config: Config, annotate: Annotator, report: LoweringReport) -> 
     if bounds is None:
         return []
     assert report.extraction is not None, "the step was compiled"
-    return bounds.lines(report.extraction, annotate.table.sharding_axes("exp"))
+    return bounds.lines(report.extraction, annotate.table.expert_axes)
 
 
 def estimate_step(

@@ -29,6 +29,15 @@ PATHS = {
     "up": ("experts", "up"),
     "down": ("experts", "down"),
 }
+ROUTE = {
+    "ragged_transport": "auto",
+    "ragged_buffer_factor": -1.0,
+    "grouped_product": "auto",
+    "num_token_chunks": 1,
+    "force_load_balance": False,
+    "use_random_routing": False,
+    "prefuse_weights": False,
+}
 
 
 def mesh_of(sizes: Mapping[str, int], order: Sequence[int] | None = None) -> Mesh:
@@ -41,7 +50,7 @@ def mesh_of(sizes: Mapping[str, int], order: Sequence[int] | None = None) -> Mes
 
 
 def moe_config(
-    settings: Settings, *, experts: int, hidden: int, dispatch: str, flag: bool
+    settings: Settings, *, experts: int, hidden: int, dispatch: str, flag: bool, **route: Any
 ) -> MoEConfig:
     """The package's configuration of what the oracle is asked for."""
     return MoEConfig(
@@ -53,6 +62,7 @@ def moe_config(
         min_capacity=settings.min_capacity,
         drop_policy=settings.drop_policy,
         dispatch=dispatch,
+        **{**ROUTE, **route},
         no_expert_sharding=flag,
         norm_topk_prob=settings.renormalise,
         load_balance_loss_weight=float(settings.load_balance_weight),
@@ -163,10 +173,13 @@ def build_layer(
     experts: int,
     dtype: Any = jnp.float32,
     rules: Sequence[tuple[str, Sequence[str]]] = RULES,
+    **route: Any,
 ) -> BuiltLayer:
     """Trace the layer's constructor and place what it declares by its logical axes."""
     annotate = Annotator(mesh, rules)
-    config = moe_config(settings, experts=experts, hidden=hidden, dispatch=dispatch, flag=flag)
+    config = moe_config(
+        settings, experts=experts, hidden=hidden, dispatch=dispatch, flag=flag, **route
+    )
     layer = nnx.eval_shape(
         lambda: MoELayer(
             config=config,

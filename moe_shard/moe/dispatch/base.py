@@ -4,29 +4,27 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from moe_shard.moe.capacity import Slots
+from moe_shard.moe.experts import Experts
+from moe_shard.moe.router import Routing
 
 
 class Strategy(Protocol):
-    """A way to carry tokens to expert slots and back, row by row, without communication.
+    """A way to bring tokens to their experts and the experts' answers back."""
 
-    Both arrays with an expert dim are laid out by batch row; the exchange between devices is made
-    by the layer, between `dispatch` and the experts and between the experts and `combine`.
-    """
+    def __call__(
+        self, x: Float[Array, "B S M"], routing: Routing, experts: Experts
+    ) -> tuple[Float[Array, "B S M"], Int[Array, "B"]]:
+        """Apply the chosen experts to every token.
 
-    def dispatch(
-        self, x: Float[Array, "B S M"], slots: Slots, num_experts: int
-    ) -> Float[Array, "E B C M"]:
-        """Copy each token into the slots of its choices; empty slots are zero."""
-        ...
+        Args:
+            x: tokens.
+            routing: the router's decision.
+            experts: their parameters.
 
-    def combine(
-        self,
-        y: Float[Array, "E B C M"],
-        weights: Float[Array, "B S K"],
-        slots: Slots,
-    ) -> Float[Array, "B S M"]:
-        """Sum each token's slots, weighted, in float32; a dropped choice adds nothing."""
+        Returns:
+            The weighted sum over each token's experts, summed over k in order and in float32,
+            in `x`'s dtype; and how many choices of each batch row were dropped.
+        """
         ...

@@ -17,7 +17,7 @@ from moe_shard.moe.capacity import Slots
 
 def dispatch(x: Float[Array, "B S M"], slots: Slots, num_experts: int) -> Float[Array, "E B C M"]:
     """See `Strategy.dispatch`."""
-    by_slot = _tokens_to_slots(x, slots)
+    by_slot = tokens_to_slots(x, slots)
     batch, all_slots, dim = by_slot.shape
     return by_slot.reshape(batch, num_experts, all_slots // num_experts, dim).swapaxes(0, 1)
 
@@ -28,7 +28,7 @@ def combine(
     """See `Strategy.combine`."""
     num_experts, batch, capacity, dim = y.shape
     by_slot = y.swapaxes(0, 1).reshape(batch, num_experts * capacity, dim)
-    return _slots_to_tokens(by_slot, weights, slots)
+    return slots_to_tokens(by_slot, weights, slots)
 
 
 def _take(x: Float[Array, "B N M"], index: Int[Array, "B P"]) -> Float[Array, "B P M"]:
@@ -37,14 +37,14 @@ def _take(x: Float[Array, "B N M"], index: Int[Array, "B P"]) -> Float[Array, "B
 
 
 @jax.custom_vjp
-def _tokens_to_slots(x: Float[Array, "B S M"], slots: Slots) -> Float[Array, "B E*C M"]:
+def tokens_to_slots(x: Float[Array, "B S M"], slots: Slots) -> Float[Array, "B E*C M"]:
     return _take(x, slots.choice_of_slot // slots.slot_of_choice.shape[-1])
 
 
 def _tokens_to_slots_fwd(
     x: Float[Array, "B S M"], slots: Slots
 ) -> tuple[Float[Array, "B E*C M"], Slots]:
-    return _tokens_to_slots(x, slots), slots
+    return tokens_to_slots(x, slots), slots
 
 
 def _tokens_to_slots_bwd(
@@ -54,7 +54,7 @@ def _tokens_to_slots_bwd(
     return _weighted_sum(dy, ones, slots), None
 
 
-_tokens_to_slots.defvjp(_tokens_to_slots_fwd, _tokens_to_slots_bwd)
+tokens_to_slots.defvjp(_tokens_to_slots_fwd, _tokens_to_slots_bwd)
 
 
 def _weighted_sum(
@@ -68,7 +68,7 @@ def _weighted_sum(
 
 
 @jax.custom_vjp
-def _slots_to_tokens(
+def slots_to_tokens(
     y: Float[Array, "B E*C M"], weights: Float[Array, "B S K"], slots: Slots
 ) -> Float[Array, "B S M"]:
     return _weighted_sum(y, weights, slots)
@@ -98,4 +98,4 @@ def _slots_to_tokens_bwd(
     return dy.astype(y.dtype), jnp.stack(dweights, axis=-1), None
 
 
-_slots_to_tokens.defvjp(_slots_to_tokens_fwd, _slots_to_tokens_bwd)
+slots_to_tokens.defvjp(_slots_to_tokens_fwd, _slots_to_tokens_bwd)

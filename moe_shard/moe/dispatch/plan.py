@@ -1,0 +1,170 @@
+"""Which row goes where in a dropless exchange: arithmetic on a table of counts, nothing else.
+
+Every device of an expert group knows how many rows each of them sends to each expert (one small
+exchange of counts); all that follows from that table is computed here, alike on every device, so
+that nothing further has to be said between them.
+
+Dims, besides those of `moe_shard.moe`:
+
+    D  devices of the expert group, as senders or as receivers
+    L  experts that live on one device, E / D
+    Q  segments: runs of rows that stay together
+    R  rows of a buffer
+
+Rows of a sender are sorted by expert, and experts stand in the order of the devices that own them,
+so what goes to one expert of one device is one segment. A receiver wants its rows by expert, and
+under one expert by sender; groups may be aligned, so that a kernel meets one expert a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+Counts = Int[Array, "D D L"]
+"""Rows from each sender (first dim) to each expert (the last two: its device, its place there)."""
+
+
+class Round(NamedTuple):
+    """What one exchange carries; each array has a number for (sender, receiver, expert).
+
+    Attributes:
+        size: rows of the segment.
+        sent_from: its first row among the sender's rows, which are sorted by expert.
+        put_at: its first row among the receiver's rows, which stand by expert, then by sender.
+        group_sizes: (receiver, expert) -> rows of the expert's group, its padding included.
+    """
+
+    size: Counts
+    sent_from: Counts
+    put_at: Counts
+    group_sizes: Int[Array, "D L"]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How many rows of a line one round takes.
+
+    A line is what has a static size: all rows that a device receives (`by_receiver`), or those
+    that one device sends to one other.
+
+    Attributes:
+        by_receiver: which of the two.
+        first: rows of the first round.
+        further: rows of each round after it; 0: there is none, what is beyond `first` is dropped.
+    """
+
+    by_receiver: bool
+    first: int
+    further: int
+
+    def window(self, index: Int[Array, ""] | int) -> tuple[Int[Array, ""] | int, int]:
+        """First row of round `index` in its line, and how many rows the round takes."""
+        if isinstance(index, int) and index == 0:
+            return 0, self.first
+        return self.first + (index - 1) * self.further, self.further
+
+
+def before(x: Int[Array, "*dims"], axis: int = -1) -> Int[Array, "*dims"]:
+    """Sum of what stands before each element."""
+    return jnp.cumsum(x, axis=axis, dtype=jnp.int32) - x
+
+
+def aligned(sizes: Int[Array, "*dims"], alignment: int) -> Int[Array, "*dims"]:
+    """Sizes rounded up to whole blocks, at least one block, so that every group has its own."""
+    if alignment == 1:
+        return sizes
+    return jnp.maximum(-(-sizes // alignment), 1) * alignment
+
+
+def aligned_rows(rows: int, groups: int, alignment: int) -> int:
+    """Rows of a buffer that holds `rows` rows in `groups` aligned groups, however they fall."""
+    if alignment == 1:
+        return rows
+    return -(-rows // alignment) * alignment + groups * alignment
+
+
+def places(counts: Counts, bound: Bound) -> Counts:
+    """First row of each segment in the line that is bounded."""
+    if bound.by_receiver:  # all segments of a receiver, by expert, then by sender
+        by_receiver = counts.transpose(1, 2, 0)
+        devices = by_receiver.shape[0]
+        flat = before(by_receiver.reshape(devices, -1))
+        return flat.reshape(by_receiver.shape).transpose(2, 0, 1)
+    return before(counts)
+
+
+def further_rounds(counts: Counts, bound: Bound) -> Int[Array, ""]:
+    """Rounds after the first that it takes to carry everything; the same on every device."""
+    beyond = jnp.max(places(counts, bound) + counts) - bound.first
+    return jnp.maximum(-(-beyond // bound.further), 0)
+
+
+def window(counts: Counts, bound: Bound, index: Int[Array, ""] | int) -> tuple[Counts, Counts]:
+    """What round `index` carries of each segment, and what the rounds before it have carried."""
+    first, rows = bound.window(index)
+    place = places(counts, bound)
+    size = jnp.clip(place + counts, first, first + rows) - jnp.clip(place, first, first + rows)
+    return size, jnp.clip(first - place, 0, counts)
+
+
+def plan_round(counts: Counts, size: Counts, carried: Counts | int, *, alignment: int) -> Round:
+    """Where the rows of a round are and belong.
+
+    Args:
+        counts: all rows of each segment.
+        size: those that this round carries.
+        carried: those that rounds before it carried; they stand before them.
+        alignment: groups start at multiples of it.
+    """
+    sorted_at = before(counts.reshape(counts.shape[0], -1)).reshape(counts.shape)
+    group_sizes = aligned(jnp.sum(size, axis=0), alignment)
+    return Round(
+        size=size,
+        sent_from=sorted_at + carried,
+        put_at=before(group_sizes) + before(size, axis=0),
+        group_sizes=group_sizes,
+    )
+
+
+def kept(counts: Counts, bound: Bound) -> Counts:
+    """What is carried where only the first round runs: every expert gives up the same share.
+
+    Under one expert the first senders keep theirs, and of one sender's rows the first.
+    """
+    axes = (0, 2) if bound.by_receiver else (2,)
+    total = jnp.sum(counts, axis=axes, keepdims=True)
+    # A hair less than the share, so that float32 never rounds the sum of all up beyond the bound.
+    share = bound.first / jnp.maximum(total, 1).astype(jnp.float32) * (1 - 2**-20)
+    by_expert = jnp.sum(counts, axis=0, keepdims=True) if bound.by_receiver else counts
+    quota = jnp.floor(by_expert * share).astype(jnp.int32)
+    ahead = before(counts, axis=0) if bound.by_receiver else 0
+    return jnp.where(total <= bound.first, counts, jnp.clip(quota - ahead, 0, counts))
+
+
+def rows_from(
+    *,
+    to: Int[Array, "Q"],
+    size: Int[Array, "Q"],
+    source: Int[Array, "Q"],
+    rows: int,
+    missing: int,
+) -> Int[Array, "R"]:
+    """For every row of a new layout, the row of the old one that it is.
+
+    Args:
+        to: first row of each segment in the new layout, ascending.
+        size: rows of each segment.
+        source: its first row in the old layout.
+        rows: R, rows of the new layout.
+        missing: what to say of a row that belongs to no segment.
+    """
+    row = jnp.arange(rows, dtype=jnp.int32)
+    segment = jnp.searchsorted(to, row, side="right", method="compare_all") - 1
+    # Rows before the first segment find the last one, at a negative distance.
+    within = row - to[segment]
+    here = (segment >= 0) & (within < size[segment])
+    return jnp.where(here, source[segment] + within, missing)

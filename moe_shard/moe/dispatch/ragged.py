@@ -1,0 +1,346 @@
+"""Dropless dispatch: every choice is a row that travels to its expert's device and back.
+
+Each device sorts its choices by expert, tells its expert group how many it has for each (the one
+exchange of counts), and sends. What is static is a bound on the rows of one round, somewhat above
+a balanced load. A router that exceeds it somewhere costs further, smaller rounds, in a loop that
+otherwise does not run: the result is exact whatever the routing. A person who would rather drop
+sets `ragged_buffer_factor`; then there is one round, and what is beyond it is counted.
+
+The sum over a token's experts runs over k in order, after all rounds, so that a result does not
+depend on how its rows travelled. There are two shorter ways: without an expert group nothing
+travels, and with forced balance nothing has to be found out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from moe_shard.config.schema import MoEConfig
+from moe_shard.errors import UserError
+from moe_shard.moe.capacity import Slots
+from moe_shard.moe.dispatch.forced import EqualPieces
+from moe_shard.moe.dispatch.gather import slots_to_tokens, tokens_to_slots
+from moe_shard.moe.dispatch.plan import Bound, Counts, aligned_rows, kept
+from moe_shard.moe.dispatch.rounds import Chunks, Rounds
+from moe_shard.moe.dispatch.seating import Seating, at_aligned_groups, seat, seat_known
+from moe_shard.moe.dispatch.transport import PaddedTransport, RaggedTransport, Transport
+from moe_shard.moe.experts import Experts, Product, batched_product, gated_mlp
+from moe_shard.moe.grouped import GroupedProduct, choose, grouped_product
+from moe_shard.moe.placement import Placement
+from moe_shard.moe.router import ROUTING, Routing, round_robin
+from moe_shard.moe.shards import Shards
+from moe_shard.moe.weights import ExpertWeights
+from moe_shard.sharding.varying import vary_alike
+
+Activation = Callable[[Array], Array]
+
+_HEADROOM = 1 / 16
+"""Rows of the first round above a balanced load, as a part of it."""
+_FURTHER = 1 / 8
+"""Rows of a further round, as a part of a balanced load."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """Sizes of the routing of one chunk of a device's tokens, all static.
+
+    Attributes:
+        tokens: T.
+        k: K.
+        devices: D, of the expert group.
+        experts: L, on one device.
+    """
+
+    tokens: int
+    k: int
+    devices: int
+    experts: int
+
+    @property
+    def rows(self) -> int:
+        """Choices of a device, and under balance the rows that it receives."""
+        return self.tokens * self.k
+
+
+def bound_of(load: Load, *, by_receiver: bool, factor: float) -> Bound:
+    """What a round may hold.
+
+    Without a factor the first round holds a balanced load, a sixteenth more, and what chance adds
+    (four standard deviations of as many random choices); or all that there can be.
+
+    Args:
+        load: sizes.
+        by_receiver: see `Bound`.
+        factor: rows over those of a balanced load, beyond which to drop; 0 or less: never.
+    """
+    lines = 1 if by_receiver else load.devices
+    most = load.tokens * min(load.k, load.experts) * load.devices // lines
+    balanced = load.rows / lines
+    if factor > 0:
+        return Bound(by_receiver, min(most, math.ceil(balanced * factor)), 0)
+    first = math.ceil(balanced * (1 + _HEADROOM) + 4 * math.sqrt(balanced))
+    if first >= most:
+        return Bound(by_receiver, most, 0)
+    return Bound(by_receiver, first, max(8, math.ceil(balanced * _FURTHER)))
+
+
+class Ragged:
+    """The strategy `ragged`; see the module.
+
+    Args:
+        config: of the layer.
+        placement: of its arrays.
+        check_vma: have JAX check that what is said to be equal on devices is.
+    """
+
+    def __init__(self, config: MoEConfig, placement: Placement, *, check_vma: bool = True) -> None:
+        self.config = config
+        self.placement = placement
+        self.check_vma = check_vma
+
+    def __call__(
+        self, x: Float[Array, "B S M"], routing: Routing, experts: Experts
+    ) -> tuple[Float[Array, "B S M"], Int[Array, "B"]]:
+        """See `Strategy`."""
+        weights = experts.weights()
+        shards = self.placement.shards(x, weights)
+        layer = self._on_device(x.shape, shards, experts)
+        mapped = shards.map(layer.apply, check_vma=self.check_vma)
+        y, dropped = mapped(x, routing.indices, routing.weights, weights)
+        return y, dropped
+
+    def _on_device(self, shape: tuple[int, ...], shards: Shards, experts: Experts) -> _OnDevice:
+        config, platform = self.config, self.placement.annotate.platform
+        rows, length = shape[0] // shards.size(shards.batch_axes), shape[1]
+        parts = shards.size(shards.length_axes)
+        chunks, k = config.num_token_chunks, config.num_experts_per_tok
+        tokens = rows * length // parts
+        if tokens % chunks:
+            raise UserError(
+                f"num_moe_token_chunks={chunks} does not divide the {tokens} tokens of a device\n"
+                f"fix: a divisor of {tokens}, or another per_device_batch_size"
+            )
+        devices = shards.expert_parallelism
+        load = Load(tokens // chunks, k, devices, config.num_experts // devices)
+        dealt = None
+        # Of a row that is split over devices, each part begins its turn with another expert.
+        if config.force_load_balance and (
+            parts == 1 or length // parts * k % config.num_experts == 0
+        ):
+            row = round_robin(tokens=length // parts, k=k, num_experts=config.num_experts)
+            dealt = np.tile(row, (rows, 1)).reshape(chunks, load.tokens, k)
+        product = choose(
+            config.grouped_product,
+            platform=platform,
+            groups=load.experts,
+            rows=load.rows,
+            in_dim=shape[2],
+            out_dim=config.mlp_dim // shards.size(shards.hidden_axes),
+            dtype=experts.dtype,
+        )
+        return _OnDevice(config, shards, platform, experts.activate, load, dealt, product)
+
+
+@dataclass(frozen=True)
+class _OnDevice:
+    """The layer on the tokens of one device, inside shard_map.
+
+    Attributes:
+        config: of the layer.
+        shards: of its arrays.
+        platform: of the devices.
+        activate: the experts' nonlinearity.
+        load: of a chunk.
+        dealt: [C T K] the experts of the chunks' choices where forced balance makes them known
+            now and alike on every device; else None.
+        product: how rows meet their experts' weights.
+    """
+
+    config: MoEConfig
+    shards: Shards
+    platform: str
+    activate: Activation
+    load: Load
+    dealt: Int[np.ndarray, "C T K"] | None
+    product: GroupedProduct
+
+    def apply(
+        self,
+        x: Float[Array, "b s m"],
+        indices: Int[Array, "b s K"],
+        weights: Float[Array, "b s K"],
+        stored: ExpertWeights,
+    ) -> tuple[Float[Array, "b s m"], Int[Array, "b"]]:
+        """Tokens to the weighted sum of their experts, and the choices dropped of each row."""
+        with jax.named_scope("experts"):
+            in_use = self.shards.weights_in_use(stored)
+        tokens, chosen, shares = (
+            tuple(jnp.split(each.reshape(-1, each.shape[-1]), self.config.num_token_chunks))
+            for each in (x, indices, weights)
+        )
+        lost: Bool[Array, "T*C K"] | None = None
+        if self.equal_pieces:
+            y = self._in_equal_pieces(tokens, shares, in_use)
+        elif self.load.devices == 1:
+            y = self._in_place(tokens, chosen, shares, in_use)
+        else:
+            y, lost = self._in_rounds(tokens, chosen, shares, in_use)
+        dropped = jnp.zeros(x.shape[:1], jnp.int32)
+        if lost is not None:
+            dropped = jnp.sum(lost.reshape(indices.shape), axis=(1, 2), dtype=jnp.int32)
+            if self.shards.length_axes:
+                dropped = jax.lax.psum(dropped, self.shards.length_axes)
+        return jnp.concatenate(y).reshape(x.shape), dropped
+
+    @property
+    def equal_pieces(self) -> bool:
+        """Whether choices are dealt out in turn and come out even, in every chunk."""
+        if self.dealt is None:
+            return False
+        in_turn = round_robin(
+            tokens=self.load.tokens, k=self.load.k, num_experts=self.config.num_experts
+        )
+        return self.load.rows % self.config.num_experts == 0 and bool(np.all(self.dealt == in_turn))
+
+    def _in_equal_pieces(
+        self, tokens: Chunks, shares: Chunks, weights: ExpertWeights
+    ) -> list[Float[Array, "T m"]]:
+        route = EqualPieces(
+            self.shards.expert_axes,
+            self.load.devices,
+            self.load.experts,
+            partial(self._experts, batched_product),
+        )
+        each = zip(tokens, shares, strict=True)
+        return [route.apply(chunk, share, weights) for chunk, share in each]
+
+    def _in_place(
+        self, tokens: Chunks, chosen: Chunks, shares: Chunks, weights: ExpertWeights
+    ) -> list[Float[Array, "T m"]]:
+        """Without an expert group: every expert is here."""
+        alignment = self.product.alignment
+        y = []
+        for i, chunk in enumerate(tokens):
+            with jax.named_scope("dispatch"):
+                slots, sizes = at_aligned_groups(
+                    self._seat(i, chosen[i]),
+                    chosen[i],
+                    alignment=alignment,
+                    rows=aligned_rows(self.load.rows, self.load.experts, alignment),
+                )
+                rows = tokens_to_slots(chunk[None], slots)[0]
+            with jax.named_scope("experts"):
+                rows = self._grouped(weights, rows, sizes)
+            with jax.named_scope("combine"):
+                y.append(_combined(rows, shares[i], slots))
+        return y
+
+    def _in_rounds(
+        self, tokens: Chunks, chosen: Chunks, shares: Chunks, weights: ExpertWeights
+    ) -> tuple[list[Float[Array, "T m"]], Bool[Array, "T*C K"] | None]:
+        """With an expert group: rows to their experts' devices and back."""
+        with jax.named_scope("dispatch"):
+            seats = [self._seat(i, each) for i, each in enumerate(chosen)]
+            counts = self._exchange_counts(seats)
+        rounds = self.rounds()
+        slots = tuple(seating.slots for seating in seats)
+        answers = rounds.carry(tokens, weights, slots, counts)
+        with jax.named_scope("combine"):
+            y = [_combined(*each) for each in zip(answers, shares, slots, strict=True)]
+        if not rounds.drops:
+            return y, None
+        with jax.named_scope("router"):
+            me = jax.lax.axis_index(self.shards.expert_axes)
+            lost = [
+                seating.rank >= kept(count, rounds.bound)[me].reshape(-1)[choice]
+                for count, seating, choice in zip(counts, seats, chosen, strict=True)
+            ]
+        return y, jnp.concatenate(lost)
+
+    def _seat(self, chunk: int, chosen: Int[Array, "T K"]) -> Seating:
+        if self.dealt is not None:
+            return seat_known(self.dealt[chunk], self.config.num_experts)
+        return seat(chosen, self.config.num_experts)
+
+    def _exchange_counts(self, seats: list[Seating]) -> tuple[Counts, ...]:
+        """What every device of the group sends to every expert, of each chunk: one exchange."""
+        mine = jnp.stack([seating.counts for seating in seats])
+        if self.dealt is not None:  # alike on every device
+            every = jnp.broadcast_to(mine, (self.load.devices, *mine.shape))
+        else:
+            every = jax.lax.all_gather(mine, self.shards.expert_axes)
+            every = checkpoint_name(every, ROUTING)
+        table = (self.load.devices, len(seats), self.load.devices, self.load.experts)
+        by_chunk = every.reshape(table).swapaxes(0, 1)
+        return tuple(by_chunk[chunk] for chunk in range(len(seats)))
+
+    @property
+    def transport(self) -> str:
+        """ "ragged" or "padded"."""
+        if self.config.ragged_transport == "auto":
+            return "padded" if self.platform == "cpu" else "ragged"
+        return self.config.ragged_transport
+
+    def rounds(self) -> Rounds:
+        """The way of a chunk's rows, and what each part of it holds."""
+        by_receiver = self.transport == "ragged"
+        factor = self.config.ragged_buffer_factor
+        bound = bound_of(self.load, by_receiver=by_receiver, factor=factor)
+        if self.dealt is not None:
+            bound = Bound(by_receiver, most_dealt(self.dealt, self.load, by_receiver), 0)
+        return Rounds(
+            bound=bound,
+            first=self._transport_of(bound.first),
+            further=self._transport_of(bound.further) if bound.further else None,
+            alignment=self.product.alignment,
+            compute=self._grouped,
+            drops=factor > 0 and self.dealt is None,
+        )
+
+    def _transport_of(self, rows: int) -> Transport:
+        axes, load, alignment = self.shards.expert_axes, self.load, self.product.alignment
+        if self.transport == "ragged":
+            return RaggedTransport(axes, load.rows, aligned_rows(rows, load.experts, alignment))
+        held = aligned_rows(rows * load.devices, load.experts, alignment)
+        return PaddedTransport(axes, load.rows, held, piece=rows)
+
+    def _grouped(
+        self, weights: ExpertWeights, rows: Float[Array, "R m"], sizes: Int[Array, "L"]
+    ) -> Float[Array, "R m"]:
+        def product(x: Float[Array, "R A"], w: Float[Array, "L A *P"]) -> Float[Array, "R *P"]:
+            flat = w.reshape(*w.shape[:2], -1)
+            y = grouped_product(x, flat, sizes, using=self.product, platform=self.platform)
+            return y.reshape(-1, *w.shape[2:])
+
+        return self._experts(product, weights, rows)
+
+    def _experts(
+        self, product: Product, weights: ExpertWeights, rows: Float[Array, "*R m"]
+    ) -> Float[Array, "*R m"]:
+        rows = self.shards.whole_rows(rows)
+        y = gated_mlp(rows, weights, product=product, activate=self.activate)
+        return self.shards.summed_rows(y)
+
+
+def most_dealt(dealt: Int[np.ndarray, "C T K"], load: Load, by_receiver: bool) -> int:
+    """Rows of the longest line of any chunk, see `Bound`, where every device deals alike."""
+    owners = dealt.reshape(dealt.shape[0], -1) // load.experts
+    piece = max(int(np.bincount(chunk).max()) for chunk in owners)
+    return piece * load.devices if by_receiver else piece
+
+
+def _combined(
+    rows: Float[Array, "N m"], shares: Float[Array, "T K"], slots: Slots
+) -> Float[Array, "T m"]:
+    """The weighted sum of each token's answers, over k in order."""
+    rows, shares = vary_alike(rows, shares)
+    return slots_to_tokens(rows[None], shares[None], slots)[0]

@@ -1,0 +1,155 @@
+"""Grouped products: each row by the weights of the group that it belongs to.
+
+Dims, in this package's shapes:
+
+    N  rows, those of a group behind each other    A  dim of a row that goes in
+    G  groups (the experts of one device)          P  dim of a row that comes out
+
+A routine may want groups to start at multiples of a number of rows; `choose` says which, and the
+caller leaves rows of zeros behind each group that does not fill its last block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from moe_shard.errors import UserError
+from moe_shard.moe.grouped import ragged_dot, tokamax_
+from moe_shard.moe.grouped.blocked import Blocked
+from moe_shard.moe.grouped.blocks import Routine, product, vary_alike
+from moe_shard.moe.grouped.triton_kernel import Triton
+
+GroupedProductName = Literal["auto", "ragged_dot", "tokamax", "pallas", "blocked"]
+
+_AUTO = {"cpu": "blocked", "tpu": "ragged_dot", "cuda": "pallas", "rocm": "pallas"}
+_WASTE = "multiplies every row by every group's weights"
+_REASONS = {
+    ("ragged_dot", "tpu"): "TPU's own grouped kernel, and one of this package for dw",
+    ("ragged_dot", "cpu"): f"by name; CPU's {_WASTE}",
+    ("ragged_dot", "cuda"): f"by name; NVIDIA's {_WASTE}",
+    ("ragged_dot", "rocm"): f"by name; AMD's {_WASTE}",
+    ("pallas", "cuda"): f"a grouped kernel, where XLA's ragged_dot {_WASTE}",
+    ("pallas", "rocm"): f"a grouped kernel, where XLA's ragged_dot {_WASTE}",
+    ("pallas", "cpu"): "by name; CPU runs the kernel in an interpreter, very slowly",
+    ("blocked", "cpu"): f"CPU's ragged_dot {_WASTE}",
+    ("tokamax", "tpu"): "by name; tokamax's kernel",
+    ("tokamax", "cuda"): "by name; tokamax's kernel",
+}
+_SMALLEST = {"blocked": 8, "pallas": 16}
+_LARGEST = 128
+
+
+@dataclass(frozen=True)
+class GroupedProduct:
+    """A routine, as chosen for one shape on one platform.
+
+    Attributes:
+        name: "single", "ragged_dot", "tokamax", "pallas" or "blocked".
+        alignment: groups start at multiples of so many rows.
+        reason: why this one, a clause for a printed record.
+    """
+
+    name: str
+    alignment: int
+    reason: str
+
+
+def choose(
+    requested: GroupedProductName,
+    *,
+    platform: str,
+    groups: int,
+    rows: int,
+    in_dim: int,
+    out_dim: int,
+    dtype: DTypeLike,
+) -> GroupedProduct:
+    """The routine for a grouped product, and how it wants its groups aligned.
+
+    Args:
+        requested: a routine's name; "auto" takes what is best on the platform.
+        platform: "cpu", "tpu", "cuda" or "rocm".
+        groups: G.
+        rows: how many rows of all groups together to expect; sizes the blocks.
+        in_dim: A.
+        out_dim: P.
+        dtype: of rows and weights.
+
+    Raises:
+        UserError: the routine that was asked for does not run there.
+    """
+    name: str = _AUTO[platform] if requested == "auto" else requested
+    if requested == "auto" and groups == 1:
+        return GroupedProduct("single", 1, "one group is one plain product")
+    if name == "tokamax":
+        tokamax_.check(platform)
+    if name == "pallas" and platform == "tpu":
+        raise UserError(
+            "grouped_product: pallas is a kernel for GPUs, this is tpu\nfix: auto or ragged_dot"
+        )
+    if name == "pallas" and jnp.dtype(dtype).itemsize > 4:
+        raise UserError(f"grouped_product: pallas takes float32 and narrower, not {dtype}")
+    reason = _REASONS.get((name, platform), f"by name; {platform}'s own would be {_AUTO[platform]}")
+    return GroupedProduct(name, _alignment(name, groups, rows), reason)
+
+
+def _alignment(name: str, groups: int, rows: int) -> int:
+    """The largest block whose padding, half a block a group, stays under 1/16 of the rows."""
+    if name not in _SMALLEST:
+        return 1
+    block = _LARGEST
+    while block > _SMALLEST[name] and groups * block * 8 > rows:
+        block //= 2
+    return block
+
+
+def grouped_product(
+    x: Float[Array, "N A"],
+    w: Float[Array, "G A P"],
+    group_sizes: Int[Array, "G"],
+    *,
+    using: GroupedProduct,
+    platform: str,
+) -> Float[Array, "N P"]:
+    """Each row by the weights of its group, summed in float32, in the dtype of the rows.
+
+    Gradients reach `x` and `w` by the same routine. Inside `jax.shard_map` each device multiplies
+    what it holds; with `check_vma=False` the sum of `w`'s gradient over axes on which `w` is the
+    same is shard_map's own, as of any product.
+
+    Args:
+        x: rows. Groups follow each other from row 0; a row that only fills a group's last block is
+            zero; a row past the last group is anything finite.
+        w: weights of each group, in `x`'s dtype.
+        group_sizes: rows of each group, fillers included: multiples of `using.alignment`, which
+            N is too. Their sum is at most N; any may be 0.
+        using: the routine, from `choose`.
+        platform: the one that it was chosen for.
+
+    Returns:
+        the products; rows past the last group are zero.
+    """
+    assert x.dtype == w.dtype, (x.dtype, w.dtype)
+    assert x.shape[0] % using.alignment == 0, (x.shape, using)
+    x, w, group_sizes = vary_alike(x, w, group_sizes)
+    match using.name:
+        case "single":
+            return ragged_dot.only_groups(x, group_sizes) @ w[0]
+        case "ragged_dot" if platform == "tpu":
+            routine: Routine = ragged_dot.OnTpu()
+        case "ragged_dot":
+            return ragged_dot.multiply(x, w, group_sizes)
+        case "tokamax":
+            return tokamax_.multiply(x, w, group_sizes, platform=platform)
+        case "blocked":
+            routine = Blocked(using.alignment)
+        case "pallas":
+            routine = Triton(using.alignment, platform)
+        case name:
+            raise AssertionError(name)
+    return product(x, w, group_sizes, routine)

@@ -1,0 +1,115 @@
+"""Blocks of rows of which each belongs to one group, and the derivative that all who use them share.
+
+A routine of blocks needs two products: rows by their group's weights (the forward, and with the
+weights transposed the gradient of the rows), and rows by rows within a group (the gradient of the
+weights). Where the groups are aligned, no block straddles two of them and no row is masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+
+class Routine(Protocol):
+    """One way to compute the two products. Hashable: equal ones are one program."""
+
+    def multiply(
+        self,
+        x: Float[Array, "N A"],
+        w: Float[Array, "G A P"] | Float[Array, "G P A"],
+        group_sizes: Int[Array, "G"],
+        *,
+        transposed: bool,
+    ) -> Float[Array, "N P"]:
+        """Each row by its group's weights, or by their transpose; rows past the groups give 0."""
+        ...
+
+    def outer(
+        self, x: Float[Array, "N A"], dy: Float[Array, "N P"], group_sizes: Int[Array, "G"]
+    ) -> Float[Array, "G A P"]:
+        """The sum over each group's rows of x's row by dy's; 0 of an empty group."""
+        ...
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def product(
+    x: Float[Array, "N A"],
+    w: Float[Array, "G A P"],
+    group_sizes: Int[Array, "G"],
+    routine: Routine,
+) -> Float[Array, "N P"]:
+    """The grouped product by a routine, with gradients by the same routine.
+
+    Args:
+        x: rows, those of a group behind each other.
+        w: weights of the groups. Varies over the same mesh axes as `x` and `group_sizes`: the
+            gradient's sum over axes that it does not vary over is the business of `vary_alike`.
+        group_sizes: rows of each group.
+        routine: computes the products.
+    """
+    return routine.multiply(x, w, group_sizes, transposed=False)
+
+
+_Kept = tuple[Float[Array, "N A"], Float[Array, "G A P"], Int[Array, "G"]]
+
+
+def _forward(
+    x: Float[Array, "N A"],
+    w: Float[Array, "G A P"],
+    group_sizes: Int[Array, "G"],
+    routine: Routine,
+) -> tuple[Float[Array, "N P"], _Kept]:
+    return product(x, w, group_sizes, routine), (x, w, group_sizes)
+
+
+def _backward(
+    routine: Routine, kept: _Kept, dy: Float[Array, "N P"]
+) -> tuple[Float[Array, "N A"], Float[Array, "G A P"], None]:
+    x, w, group_sizes = kept
+    dx = routine.multiply(dy, w, group_sizes, transposed=True)
+    return dx, routine.outer(x, dy, group_sizes), None
+
+
+product.defvjp(_forward, _backward)
+
+
+def owners(group_sizes: Int[Array, "G"], *, blocks: int, block: int) -> Int[Array, "blocks"]:
+    """The group of each block, -1 of a block past the last group.
+
+    Args:
+        group_sizes: multiples of `block`.
+        blocks: how many blocks there are.
+        block: rows of one.
+    """
+    ends = jnp.cumsum(group_sizes) // block
+    index = jnp.arange(blocks)
+    ended = jnp.sum(ends[None, :] <= index[:, None], axis=1, dtype=jnp.int32)
+    return jnp.where(ended < group_sizes.shape[0], ended, -1)
+
+
+def all_axes(arrays: Iterable[Array]) -> frozenset[str]:
+    """Mesh axes over which any of the arrays varies, inside `jax.shard_map(check_vma=True)`."""
+    return frozenset[str]().union(*(jax.typeof(each).manual_axis_type.varying for each in arrays))
+
+
+def vary(array: Array, axes: frozenset[str]) -> Array:
+    """The array, varying over these mesh axes too."""
+    missing = tuple(sorted(axes - all_axes([array])))
+    return lax.pcast(array, missing, to="varying") if missing else array
+
+
+def vary_alike(*arrays: Array) -> tuple[Array, ...]:
+    """The arrays, each varying over every mesh axis that any of them varies over.
+
+    Inside `jax.shard_map(check_vma=True)` the transpose of this is the sum that the gradient of an
+    array needs over the axes on which it is the same; elsewhere it does nothing.
+    """
+    axes = all_axes(arrays)
+    return tuple(vary(array, axes) for array in arrays)

@@ -1,0 +1,35 @@
+"""Pallas's interpreter inside `jax.shard_map(check_vma=True)`, where by itself it does not run.
+
+The interpreter evaluates a kernel on arrays that vary over mesh axes with indices of its own that
+do not, and the check refuses the mixture. Exported first, the kernel is a program that knows of no
+mesh; what it returns is then said to vary. It is for looking at numbers where the accelerator is
+absent, so that the time of an export does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+from jax import export
+from jaxtyping import Array
+
+from moe_shard.moe.grouped.blocks import all_axes, vary
+
+
+def interpreted(kernel: Callable[..., Array]) -> Callable[..., Array]:
+    """A kernel that may be called inside any shard_map.
+
+    Args:
+        kernel: of arrays, with `interpret=True` and a result said to vary over no mesh axis.
+    """
+
+    def call(*operands: Array) -> Array:
+        axes = all_axes(operands)
+        if not axes:
+            return kernel(*operands)
+        shapes = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in operands]
+        exported = export.export(jax.jit(kernel), platforms=["cpu"])(*shapes)
+        return vary(exported.call(*operands), axes)
+
+    return call

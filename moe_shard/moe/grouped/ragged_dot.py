@@ -1,0 +1,59 @@
+"""`jax.lax.ragged_dot`: grouped kernels on TPU; elsewhere every row by every group's weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from moe_shard.moe.grouped import tpu_kernel
+
+
+def multiply(
+    x: Float[Array, "N A"], w: Float[Array, "G A P"], group_sizes: Int[Array, "G"]
+) -> Float[Array, "N P"]:
+    """Each row by its group's weights, groups of any sizes; rows past the groups give 0."""
+    # A narrower dtype asks for its own: float32 sums are the hardware's, and a float32 result
+    # would be an array of twice the size that only waits for its cast.
+    wide = jnp.float32 if x.dtype == jnp.float32 else None
+    y = lax.ragged_dot(x, w, group_sizes, preferred_element_type=wide)
+    return only_groups(y, group_sizes)
+
+
+def only_groups(y: Float[Array, "N P"], group_sizes: Int[Array, "G"]) -> Float[Array, "N P"]:
+    """`y` with 0 in the rows past the groups, and so in their gradient.
+
+    A kernel may leave there what was in memory, and NaN times a combine weight of 0 is NaN.
+    """
+    inside = jnp.arange(y.shape[0]) < jnp.sum(group_sizes)
+    return jnp.where(inside[:, None], y, 0)
+
+
+@dataclass(frozen=True)
+class OnTpu:
+    """`lax.ragged_dot` for the rows, a kernel of this package for the gradient of the weights.
+
+    Attributes:
+        interpret: run that kernel in Pallas's interpreter, on a CPU.
+    """
+
+    interpret: bool = False
+
+    def multiply(
+        self,
+        x: Float[Array, "N A"],
+        w: Float[Array, "G A P"] | Float[Array, "G P A"],
+        group_sizes: Int[Array, "G"],
+        *,
+        transposed: bool,
+    ) -> Float[Array, "N P"]:
+        """Each row by its group's weights, or by their transpose; rows past the groups give 0."""
+        return multiply(x, jnp.swapaxes(w, 1, 2) if transposed else w, group_sizes)
+
+    def outer(
+        self, x: Float[Array, "N A"], dy: Float[Array, "N P"], group_sizes: Int[Array, "G"]
+    ) -> Float[Array, "G A P"]:
+        """The sum over each group's rows of x's row by dy's; 0 of an empty group."""
+        return tpu_kernel.outer(x, dy, group_sizes, interpret=self.interpret)

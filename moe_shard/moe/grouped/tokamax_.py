@@ -1,0 +1,38 @@
+"""`tokamax.ragged_dot`, where that package is installed: kernels for TPU and newer NVIDIA GPUs."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from jaxtyping import Array, Float, Int
+
+from moe_shard.errors import UserError
+from moe_shard.moe.grouped.ragged_dot import only_groups
+
+# tokamax's names of its own kernels; its "xla" is lax.ragged_dot, which has a name of its own here.
+_KERNELS = {"tpu": "mosaic_tpu", "cuda": "mosaic_gpu"}
+
+
+def check(platform: str) -> None:
+    """Look whether tokamax can run.
+
+    Raises:
+        UserError: it has no kernel of its own for the platform, or it is not installed.
+    """
+    if platform not in _KERNELS:
+        raise UserError(
+            f"grouped_product: tokamax has no kernel for {platform}, only XLA's ragged_dot\n"
+            "fix: auto, or ragged_dot for the same by its own name"
+        )
+    if importlib.util.find_spec("tokamax") is None:
+        raise UserError("grouped_product: tokamax is not installed\nfix: pip install tokamax")
+
+
+def multiply(
+    x: Float[Array, "N A"], w: Float[Array, "G A P"], group_sizes: Int[Array, "G"], *, platform: str
+) -> Float[Array, "N P"]:
+    """Each row by its group's weights, groups of any sizes; rows past the groups give 0."""
+    import tokamax  # an optional dependency, and seconds of imports
+
+    y = tokamax.ragged_dot(x, w, group_sizes, implementation=_KERNELS[platform])
+    return only_groups(y.astype(x.dtype), group_sizes)

@@ -1,0 +1,138 @@
+"""The gradient of the weights as a Pallas kernel for TPU.
+
+`lax.ragged_dot` is a grouped kernel on TPU, and so is its gradient of the rows. Its gradient of the
+weights is not: every row meets every group there, masked, as a convolution (read in the compiled
+program of v5e and v6e, libtpu 0.0.42). Here a program visits the blocks of rows of one group after
+the other, adds up one tile of that group's gradient, and leaves for the next group's.
+
+Tiles are estimates from the sizes of on-chip memory: they compile for v5e to TPU7x, and were never
+timed, as there was no TPU to time them on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu
+from jax.sharding import ManualAxisType
+from jaxtyping import Array, Float, Int
+
+from moe_shard.moe.grouped.interpreted import interpreted
+
+_BLOCK = 256
+_TILE_BYTES = 2048  # of one row of a tile: its sum in float32 takes 4 MB at most
+
+
+def outer(
+    x: Float[Array, "N A"],
+    dy: Float[Array, "N P"],
+    group_sizes: Int[Array, "G"],
+    *,
+    block: int = _BLOCK,
+    interpret: bool = False,
+) -> Float[Array, "G A P"]:
+    """The sum over each group's rows of x's row by dy's; 0 of an empty group.
+
+    Args:
+        x: rows, those of a group behind each other; those past the groups are not looked at.
+        dy: the gradients of their products.
+        group_sizes: rows of each group, any numbers.
+        block: rows that a step takes.
+        interpret: run in Pallas's interpreter, on a CPU.
+    """
+    rows, groups = x.shape[0], group_sizes.shape[0]
+    height, width = x.shape[1], dy.shape[1]
+    block = min(block, rows)
+    tall, wide = (min(dim, _TILE_BYTES // x.dtype.itemsize) for dim in (height, width))
+    # A block that two groups share is visited for both.
+    visits = pl.cdiv(rows, block) + groups - 1
+    visited, of_group, bounds = _visits(group_sizes, visits=visits, block=block)
+
+    def grouped_dw(
+        visited: Any, of_group: Any, bounds: Any, x_ref: Any, dy_ref: Any, dw_ref: Any, sums: Any
+    ) -> None:
+        at, group = pl.program_id(2), of_group[pl.program_id(2)]
+        before, after = of_group[jnp.maximum(at - 1, 0)], of_group[jnp.minimum(at + 1, visits - 1)]
+
+        @pl.when((at == 0) | (before != group))
+        def _() -> None:
+            sums[...] = jnp.zeros_like(sums)
+
+        @pl.when(at < bounds[groups + 1])
+        def _() -> None:
+            row = visited[at] * block + lax.broadcasted_iota(jnp.int32, (block, 1), 0)
+            ours = (row >= bounds[group]) & (row < bounds[group + 1])
+            a = _only(x_ref[...], ours)
+            # Beyond the end of the arrays may be anything, and anything by 0 may be NaN.
+            b = _only(dy_ref[...], ours) if rows % block else dy_ref[...]
+            dims = (((0,), (0,)), ((), ()))
+            sums[...] += lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+        @pl.when((at == visits - 1) | (after != group))
+        def _() -> None:
+            dw_ref[...] = sums[...].astype(dw_ref.dtype)
+
+    kernel = pl.pallas_call(
+        grouped_dw,
+        name="grouped_dw",
+        grid_spec=tpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(pl.cdiv(height, tall), pl.cdiv(width, wide), visits),
+            in_specs=[
+                pl.BlockSpec((block, tall), lambda i, _, at, visited, *__: (visited[at], i)),
+                pl.BlockSpec((block, wide), lambda _, j, at, visited, *__: (visited[at], j)),
+            ],
+            out_specs=pl.BlockSpec(
+                (None, tall, wide), lambda i, j, at, _, of_group, __: (of_group[at], i, j)
+            ),
+            scratch_shapes=[tpu.VMEM((tall, wide), jnp.float32)],
+        ),
+        out_shape=jax.ShapeDtypeStruct(
+            (groups, height, width),
+            x.dtype,
+            manual_axis_type=ManualAxisType() if interpret else jax.typeof(x).manual_axis_type,
+        ),
+        compiler_params=tpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary")
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * rows * height * width,
+            transcendentals=0,
+            bytes_accessed=(x.size + dy.size + groups * height * width) * x.dtype.itemsize,
+        ),
+        interpret=interpret,
+    )
+    call = interpreted(kernel) if interpret else kernel
+    dw = call(visited, of_group, bounds, x, dy)
+    # Nothing has visited, and so written, the tiles of an empty group.
+    return jnp.where((group_sizes > 0)[:, None, None], dw, 0)
+
+
+def _visits(
+    group_sizes: Int[Array, "G"], *, visits: int, block: int
+) -> tuple[Int[Array, "visits"], Int[Array, "visits"], Int[Array, "G+2"]]:
+    """Which block each visit is to, for which group; groups' bounds, and how many visits count.
+
+    Those that do not count repeat the last one, so that nothing is fetched or written for them.
+    """
+    ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
+    starts = ends - group_sizes
+    first = starts // block
+    each = jnp.where(group_sizes > 0, (ends - 1) // block - first + 1, 0)
+    done = jnp.cumsum(each, dtype=jnp.int32)
+    at = jnp.minimum(jnp.arange(visits, dtype=jnp.int32), jnp.maximum(done[-1] - 1, 0))
+    group = jnp.sum(done[None, :] <= at[:, None], axis=1, dtype=jnp.int32)
+    group = jnp.minimum(group, group_sizes.shape[0] - 1)
+    visited = first[group] + at - (done - each)[group]
+    bounds = jnp.concatenate([jnp.zeros_like(ends[:1]), ends, done[-1:]])
+    return jnp.maximum(visited, 0).astype(jnp.int32), group, bounds
+
+
+def _only(tile: Float[Array, "R D"], rows: Array) -> Float[Array, "R D"]:
+    """The tile with zeros in all other rows."""
+    # Through float32: a mask of rows does not fit the packing of narrower elements.
+    return jnp.where(rows, tile.astype(jnp.float32), 0).astype(tile.dtype)

@@ -1,0 +1,161 @@
+"""The arrays of an MoE layer as one device sees them, inside shard_map.
+
+The partitioner has no part here: what FSDP gathers and what tensor parallelism sums is said, and
+the rule table says along which mesh axes. Dims as in `moe_shard.moe`; R for rows at their experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float
+
+from moe_shard.errors import UserError
+from moe_shard.moe.weights import ExpertWeights
+from moe_shard.sharding.varying import vary_over
+
+Axes = tuple[str, ...]
+
+
+def axes_of(entry: str | Axes | None) -> Axes:
+    """The mesh axes in one entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Where the arrays of one layer live, and how a device makes of its shards what it needs.
+
+    Attributes:
+        mesh: the devices.
+        tokens: spec of the layer's input and output, [B S M].
+        inward: spec of each of `ExpertWeights.inward`, as stored.
+        down: spec of `ExpertWeights.down`, as stored.
+        expert_axes: the mesh axes that split the experts; their devices are an expert group.
+
+    Raises:
+        UserError: the rule table lays tokens or experts out in a way that this cannot carry.
+    """
+
+    mesh: Mesh
+    tokens: PartitionSpec
+    inward: tuple[PartitionSpec, ...]
+    down: PartitionSpec
+    expert_axes: Axes
+
+    def __post_init__(self) -> None:
+        missing = [axis for axis in self.expert_axes if axis not in self.token_axes]
+        if missing:
+            raise UserError(
+                f"moe_dispatch=ragged: tokens are not split over {', '.join(missing)}, but experts "
+                "are, so a token has no one device to be sent from\n"
+                f"fix: {', '.join(missing)} in the row of activation_batch_moe, or "
+                "moe_dispatch=gather"
+            )
+        stored = axes_of(self.down[0])
+        if stored[: len(self.expert_axes)] != self.expert_axes:
+            raise UserError(
+                f"moe_dispatch=ragged: expert weights are stored over {', '.join(stored) or 'no'} "
+                f"axes, but used over {', '.join(self.expert_axes)}, which must come first\n"
+                "fix: the row of exp begins with the axes of activation_exp"
+            )
+
+    @property
+    def token_axes(self) -> Axes:
+        """The mesh axes over which tokens are split: of batch rows, then of positions."""
+        return self.batch_axes + self.length_axes
+
+    @property
+    def batch_axes(self) -> Axes:
+        """The mesh axes over which batch rows are split."""
+        return axes_of(self.tokens[0])
+
+    @property
+    def length_axes(self) -> Axes:
+        """The mesh axes over which the tokens of one row are split."""
+        return axes_of(self.tokens[1])
+
+    @property
+    def embed_axes(self) -> Axes:
+        """The mesh axes over which M is split between the experts' products."""
+        return axes_of(self.tokens[2])
+
+    @property
+    def hidden_axes(self) -> Axes:
+        """The mesh axes over which H stays split in use: those that split no tokens."""
+        return tuple(axis for axis in axes_of(self.down[1]) if axis not in self.token_axes)
+
+    @property
+    def expert_parallelism(self) -> int:
+        """D, devices of an expert group."""
+        return self.size(self.expert_axes)
+
+    def size(self, axes: Axes) -> int:
+        """Devices along these mesh axes."""
+        return math.prod(self.mesh.shape[axis] for axis in axes)
+
+    def map(
+        self, local: Callable[..., Any], *, check_vma: bool
+    ) -> Callable[..., tuple[Array, Array]]:
+        """`local(x, indices, weights, expert_weights) -> (y, dropped)`, on each device's shards.
+
+        Args:
+            local: takes [b s M], [b s K], [b s K] and the stored weights; gives [b s M] and [b].
+            check_vma: have JAX check that what is said to be equal on devices is.
+        """
+        rows = PartitionSpec(self.tokens[0])
+        choices = PartitionSpec(self.tokens[0], self.tokens[1])
+        return jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=(self.tokens, choices, choices, ExpertWeights(self.inward, self.down)),
+            out_specs=(self.tokens, rows),
+            check_vma=check_vma,
+        )
+
+    def weights_in_use(self, stored: ExpertWeights) -> ExpertWeights:
+        """What FSDP does: the experts of this device, whole but for what tensor axes split.
+
+        The gradient is scattered the same way back. Over axes that split tokens but not weights
+        (data) it is summed after that, when it is a shard: hence the cast to varying at first.
+        """
+        inward = tuple(
+            self._gathered(w, spec, hidden=w.ndim - 1)
+            for w, spec in zip(stored.inward, self.inward, strict=True)
+        )
+        return ExpertWeights(inward, self._gathered(stored.down, self.down, hidden=1))
+
+    def _gathered(self, w: Array, spec: PartitionSpec, *, hidden: int) -> Array:
+        w = vary_over(w, self.token_axes)
+        for dim, entry in enumerate(spec):
+            kept = self.expert_axes if dim == 0 else self.hidden_axes if dim == hidden else ()
+            axes = tuple(axis for axis in axes_of(entry) if axis not in kept)
+            if axes:
+                w = jax.lax.all_gather(w, axes, axis=dim, tiled=True)
+        return w
+
+    def whole_rows(self, rows: Float[Array, "*R m"]) -> Float[Array, "*R M"]:
+        """Rows with all of the model dim, for products that contract it."""
+        if not self.embed_axes:
+            return rows
+        return jax.lax.all_gather(rows, self.embed_axes, axis=rows.ndim - 1, tiled=True)
+
+    def summed_rows(self, rows: Float[Array, "*R M"]) -> Float[Array, "*R m"]:
+        """The sum of all parts of H; of the model dim this device's share."""
+        last = rows.ndim - 1
+        if self.hidden_axes == self.embed_axes:
+            if not self.embed_axes:
+                return rows
+            return jax.lax.psum_scatter(rows, self.embed_axes, scatter_dimension=last, tiled=True)
+        if self.hidden_axes:
+            rows = jax.lax.psum(rows, self.hidden_axes)
+        if self.embed_axes:
+            share = rows.shape[last] // self.size(self.embed_axes)
+            start = jax.lax.axis_index(self.embed_axes) * share
+            rows = jax.lax.dynamic_slice_in_dim(rows, start, share, axis=last)
+        return rows

@@ -1,0 +1,36 @@
+"""Arrays inside `jax.shard_map(check_vma=True)`, whose types say over which mesh axes they vary.
+
+JAX adds such types up by itself in most places, but not for the first carry of a loop or the
+gradient of a custom_vjp. Without check_vma, and outside shard_map, all of this does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+
+def varying_axes(array: Array) -> frozenset[str]:
+    """Mesh axes over which an array varies."""
+    return frozenset(jax.typeof(array).manual_axis_type.varying)
+
+
+def vary_over(array: Array, axes: Iterable[str]) -> Array:
+    """The array, said to vary over these axes too; its gradient is the sum over them."""
+    missing = tuple(sorted(frozenset(axes) - varying_axes(array)))
+    return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+
+def vary_alike(*arrays: Array) -> tuple[Array, ...]:
+    """The arrays, each varying over every mesh axis that any of them varies over."""
+    axes = frozenset[str]().union(*map(varying_axes, arrays))
+    return tuple(vary_over(array, axes) for array in arrays)
+
+
+def zeros(shape: tuple[int, ...], dtype: DTypeLike, like: Array) -> Array:
+    """Zeros that vary over the mesh axes that `like` varies over."""
+    return vary_over(jnp.zeros(shape, dtype), varying_axes(like))
