@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-from moe_shard.config.schema import Config, divisors
+from moe_shard.config.schema import Config, MoEConfig, divisors
 from moe_shard.errors import UserError
 
 _FLAG = "moe_dispatch_no_expert_sharding=true"
@@ -77,18 +77,41 @@ def _check_batch(config: Config, sizes: Mapping[str, int], row: str) -> None:
 
 def _notes(config: Config, sizes: Mapping[str, int]) -> tuple[str, ...]:
     moe = config.model.moe
-    if moe is None or not moe.no_expert_sharding:
+    if moe is None:
         return ()
-    axes = ", ".join(expert_axes(config)) or "none"
+    notes = []
+    if moe.no_expert_sharding and (why := _flag_is_idle(config, moe, sizes)):
+        notes.append(f"{_FLAG} has no effect: {why}")
+    notes += [f"{what} has no effect: {why}" for what, why in _idle_keys(moe)]
+    return tuple(notes)
+
+
+def _flag_is_idle(config: Config, moe: MoEConfig, sizes: Mapping[str, int]) -> str:
+    """Why the flag changes nothing; empty where it does."""
     if expert_parallelism(config, sizes) == 1:
-        row = config.mesh.expert_row
-        return (f"{_FLAG} has no effect: the axes in the row of {row} ({axes}) have size 1",)
+        axes = ", ".join(expert_axes(config)) or "none"
+        return f"the axes in the row of {config.mesh.expert_row} ({axes}) have size 1"
+    if moe.dispatch == "ragged":
+        return "moe_dispatch=ragged moves tokens in any case"
     batch = {
         row: {axis for axis in config.mesh.axes_of(row) if sizes[axis] > 1}
         for row in ("activation_batch_moe", "activation_batch_no_exp")
     }
     if batch["activation_batch_moe"] == batch["activation_batch_no_exp"]:
-        return (
-            f"{_FLAG} has no effect: activation_batch_moe and activation_batch_no_exp are the same",
-        )
-    return ()
+        return "activation_batch_moe and activation_batch_no_exp are the same"
+    return ""
+
+
+def _idle_keys(moe: MoEConfig) -> Iterator[tuple[str, str]]:
+    """Keys that are set and belong to another strategy, each with the reason."""
+    if moe.dispatch == "ragged":
+        if moe.capacity_factor > 0:
+            yield f"capacity_factor={moe.capacity_factor:g}", "moe_dispatch=ragged has no capacity"
+        return
+    why = f"moe_dispatch is {moe.dispatch}"
+    if moe.ragged_buffer_factor > 0:
+        yield f"ragged_buffer_factor={moe.ragged_buffer_factor:g}", why
+    if moe.ragged_transport != "auto":
+        yield f"ragged_transport={moe.ragged_transport}", why
+    if moe.grouped_product != "auto":
+        yield f"grouped_product={moe.grouped_product}", why

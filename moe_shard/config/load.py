@@ -156,13 +156,6 @@ def _derive(settings: dict[str, Any], path: Path) -> None:
 
 def _build_moe(settings: Mapping[str, Any]) -> MoEConfig | None:
     """The MoE layer; None for one expert."""
-    if settings["moe_dispatch"] == "ragged":
-        flag = "moe_dispatch_no_expert_sharding"
-        raise UserError(
-            "moe_dispatch=ragged is not built in this version"
-            + (f", and {flag}=true would not apply to it" if settings[flag] else "")
-            + "\nfix: moe_dispatch=gather with capacity_factor=-1 drops no token either"
-        )
     # Built in any case, so that a dense model's keys are checked like everyone's.
     moe = _build(MoEConfig, settings)
     return moe if moe.num_experts > 1 else None

@@ -13,10 +13,11 @@ from typing import Any
 
 import jax
 from jax._src import source_info_util
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from moe_shard.config.mesh import EXPERT_ROWS
 from moe_shard.errors import UserError
 from moe_shard.sharding.rules import LogicalAxes, Resolution, RuleTable
 
@@ -25,38 +26,35 @@ from moe_shard.sharding.rules import LogicalAxes, Resolution, RuleTable
 source_info_util.register_exclusion(__file__)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(w: Array, stored: NamedSharding, used: NamedSharding) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(w: Array, stored: NamedSharding, used: NamedSharding, sum_where_used: bool) -> Array:
     """`w` where it is used. Its gradient is pinned where `w` is stored, and nowhere before.
 
     The gradient of two constraints would pin the partial sums whole first, and where a cast stands
-    between, GPUs then reduce all of it on every device instead of scattering it.
+    between, GPUs then reduce all of it on every device instead of scattering it. With
+    `sum_where_used` it is pinned so all the same, here where no cast can stand between.
     """
     constrain = jax.lax.with_sharding_constraint
     return constrain(constrain(w, stored), used)
 
 
-def _gather_fwd(w: Array, stored: NamedSharding, used: NamedSharding) -> tuple[Array, None]:
-    return _gather(w, stored, used), None
+def _gather_fwd(
+    w: Array, stored: NamedSharding, used: NamedSharding, sum_where_used: bool
+) -> tuple[Array, None]:
+    return _gather(w, stored, used, sum_where_used), None
 
 
 def _gather_bwd(
-    stored: NamedSharding, used: NamedSharding, _residual: None, gradient: Array
+    stored: NamedSharding,
+    used: NamedSharding,
+    sum_where_used: bool,
+    _residual: None,
+    gradient: Array,
 ) -> tuple[Array]:
     constrain = jax.lax.with_sharding_constraint
-    if _splits_on(stored.spec, used.spec):
+    if sum_where_used:
         gradient = constrain(gradient, used)
     return (constrain(gradient, stored),)
-
-
-def _splits_on(stored: PartitionSpec, used: PartitionSpec) -> bool:
-    """Whether a dim is stored over the axes it is used over and then more, as (expert, fsdp)."""
-
-    def axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-        return () if entry is None else (entry,) if isinstance(entry, str) else entry
-
-    pairs = [(axes(a), axes(b)) for a, b in zip(stored, used, strict=True)]
-    return any(b and a[: len(b)] == b and a != b for a, b in pairs)
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)
@@ -179,11 +177,23 @@ class Annotator:
         Raises:
             UserError: see `RuleTable.resolve`.
         """
-        return _gather(
-            w,
-            self.sharding(f"{name} as stored", stored, w.shape, dtype=w.dtype),
-            self.sharding(f"{name} in use", used, w.shape, dtype=w.dtype),
+        where = self.sharding(f"{name} as stored", stored, w.shape, dtype=w.dtype)
+        use = self.sharding(f"{name} in use", used, w.shape, dtype=w.dtype)
+        # The experts dim is also one of the gradient's factors. Stored over the axes it is used
+        # over and one more, (expert, fsdp), the partial sums would go straight from one to the
+        # other: openxla/xla#40034 then leaves out the sum over data, and elsewhere the partitioner
+        # gathers all experts' gradients over expert. Summed where they are used, it slices.
+        placed = zip(
+            used,
+            self.resolutions[f"{name} as stored"].decisions,
+            self.resolutions[f"{name} in use"].decisions,
+            strict=True,
         )
+        sum_where_used = any(
+            axis in EXPERT_ROWS and set() < set(b.mesh_axes) < set(a.mesh_axes)
+            for axis, a, b in placed
+        )
+        return _gather(w, where, use, sum_where_used)
 
     def sharding(
         self,

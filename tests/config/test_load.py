@@ -223,9 +223,23 @@ def test_flag_that_changes_nothing_is_said(tmp_path: Path) -> None:
         "logical_axis_rules=[[activation_batch_no_exp,[data,fsdp,fsdp_transpose,expert]]]",
     )
     says(same[0], "activation_batch_moe and activation_batch_no_exp are the same")
-    with pytest.raises(UserError) as caught:
-        notes("moe_dispatch=ragged")
-    says(check_message(caught.value), "moe_dispatch=ragged", f"{flag} would not apply")
+    ragged = notes("ici_expert_parallelism=8", "moe_dispatch=ragged", "capacity_factor=-1")
+    assert ragged == (f"{flag} has no effect: moe_dispatch=ragged moves tokens in any case",)
+
+
+def test_keys_of_another_strategy_are_said(tmp_path: Path) -> None:
+    def notes(*overrides: str) -> tuple[str, ...]:
+        config = load(tmp_path, "moe_dispatch_no_expert_sharding=false", *overrides)
+        return config.warnings + check_against_mesh(config, config.mesh.resolve(8))
+
+    assert notes("moe_dispatch=ragged", "capacity_factor=1") == (
+        "capacity_factor=1 has no effect: moe_dispatch=ragged has no capacity",
+    )
+    assert notes("ragged_buffer_factor=1.5", "grouped_product=blocked") == (
+        "ragged_buffer_factor=1.5 has no effect: moe_dispatch is gather",
+        "grouped_product=blocked has no effect: moe_dispatch is gather",
+    )
+    assert notes("moe_dispatch=ragged", "capacity_factor=-1", "ragged_buffer_factor=1.5") == ()
 
 
 BASE_KEYS = sorted(yaml.safe_load((configs_dir() / "base.yml").read_text(encoding="utf-8")))

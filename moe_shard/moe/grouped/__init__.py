@@ -65,8 +65,8 @@ def choose(
     platform: str,
     groups: int,
     rows: int,
-    in_dim: int,
-    out_dim: int,
+    in_dim: int,  # noqa: ARG001
+    out_dim: int,  # noqa: ARG001
     dtype: DTypeLike,
 ) -> GroupedProduct:
     """The routine for a grouped product, and how it wants its groups aligned.
@@ -76,8 +76,8 @@ def choose(
         platform: "cpu", "tpu", "cuda" or "rocm".
         groups: G.
         rows: how many rows of all groups together to expect; sizes the blocks.
-        in_dim: A.
-        out_dim: P.
+        in_dim: A. No routine minds its dims so far; of the kernels, tiles may reach over edges.
+        out_dim: P. Likewise.
         dtype: of rows and weights.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Blocks of rows of which each belongs to one group, and the derivative that all who use them share.
+"""Blocks of rows, each of one group, and the derivative that all who multiply by them share.
 
 A routine of blocks needs two products: rows by their group's weights (the forward, and with the
 weights transposed the gradient of the rows), and rows by rows within a group (the gradient of the

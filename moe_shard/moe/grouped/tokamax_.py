@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 
 from jaxtyping import Array, Float, Int
@@ -31,8 +32,18 @@ def check(platform: str) -> None:
 def multiply(
     x: Float[Array, "N A"], w: Float[Array, "G A P"], group_sizes: Int[Array, "G"], *, platform: str
 ) -> Float[Array, "N P"]:
-    """Each row by its group's weights, groups of any sizes; rows past the groups give 0."""
-    import tokamax  # an optional dependency, and seconds of imports
+    """Each row by its group's weights, groups of any sizes; rows past the groups give 0.
 
-    y = tokamax.ragged_dot(x, w, group_sizes, implementation=_KERNELS[platform])
+    Raises:
+        UserError: tokamax has no kernel for the accelerator of this process, such as one before
+            Hopper, or for one that is compiled for and not there: it asks the device.
+    """
+    tokamax = importlib.import_module("tokamax")  # optional, and takes seconds
+    try:
+        y = tokamax.ragged_dot(x, w, group_sizes, implementation=_KERNELS[platform])
+    except NotImplementedError as error:
+        said = str(error).splitlines()[0][:100] if str(error) else "not implemented"
+        raise UserError(
+            f"grouped_product: tokamax has no kernel for this device ({said})\nfix: auto"
+        ) from error
     return only_groups(y.astype(x.dtype), group_sizes)

@@ -180,11 +180,9 @@ def _there(shape: tuple[int, ...], ranges: tuple[_Range, ...]) -> Array | None:
 
 def _load(ref: Any, index: tuple[Any, ...], ranges: tuple[_Range, ...]) -> Array:
     """A tile of two dims, 0 beyond the edges of the array."""
-    shape = tuple(each.size for each in index if isinstance(each, pl.Slice))
-    there = _there(shape, ranges)
-    if there is None:
-        return triton.load(ref.at[index])
-    return triton.load(ref.at[index], mask=there, other=0)
+    tile = ref.at[index]
+    there = _there(tile.shape, ranges)
+    return triton.load(tile) if there is None else triton.load(tile, mask=there, other=0)
 
 
 def _store(ref: Any, index: tuple[Any, ...], tile: Array, there: Array | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, get_args
 
 import jax
@@ -17,11 +18,22 @@ from jax.sharding import PartitionSpec as P
 from moe_shard.errors import UserError
 from moe_shard.lowering.collectives import extract_collectives
 from moe_shard.lowering.work import flops_by_scope
-from moe_shard.moe.grouped import GroupedProduct, GroupedProductName, choose, grouped_product
+from moe_shard.moe.grouped import (
+    GroupedProduct,
+    GroupedProductName,
+    choose,
+    grouped_product,
+    tpu_kernel,
+)
+from moe_shard.moe.grouped.blocks import product, vary_alike
+from moe_shard.moe.grouped.ragged_dot import OnTpu
 from tests.moe.grouped.oracle import Answer, grouped
 
 IN, OUT = 24, 40
+# `ragged_dot` as it is put together for a TPU, with its kernel in the interpreter.
+ON_TPU = GroupedProduct("ragged_dot", 1, "a TPU")
 ROUTINES = {
+    "ragged_dot on a TPU": ON_TPU,
     "ragged_dot": GroupedProduct("ragged_dot", 1, "a test"),
     "blocked": GroupedProduct("blocked", 8, "a test"),
     "pallas": GroupedProduct("pallas", 16, "a test"),
@@ -74,14 +86,17 @@ def case(
     return Case(x, w, jnp.asarray(sizes, jnp.int32), dy)
 
 
+def multiply(x: jax.Array, w: jax.Array, sizes: jax.Array, using: GroupedProduct) -> jax.Array:
+    if using is ON_TPU:
+        return product(*vary_alike(x, w, sizes), OnTpu(interpret=True))
+    return grouped_product(x, w, sizes, using=using, platform="cpu")
+
+
 def outputs(using: GroupedProduct) -> Callable[..., tuple[jax.Array, ...]]:
     """The product, and the gradients of x and w for a given gradient of the product."""
 
     def run(x: jax.Array, w: jax.Array, sizes: jax.Array, dy: jax.Array) -> tuple[Any, ...]:
-        def product(x: jax.Array, w: jax.Array) -> jax.Array:
-            return grouped_product(x, w, sizes, using=using, platform="cpu")
-
-        y, gradients = jax.vjp(product, x, w)
+        y, gradients = jax.vjp(partial(multiply, sizes=sizes, using=using), x, w)
         return (y, *gradients(dy))
 
     return run
@@ -132,6 +147,27 @@ def test_bfloat16(name: str) -> None:
     compare(found, grouped(*given.arrays), TOLERANCE["bfloat16"])
 
 
+@pytest.mark.parametrize(
+    "sizes", [(48, 0, 16, 36), (13, 0, 40, 47), (0, 0, 0, 0), (0, 3, 0, 0), (1, 1, 1, 93)]
+)
+@pytest.mark.parametrize("block", [16, 256])
+def test_the_gradient_of_a_tpu_takes_groups_of_any_size(sizes: tuple[int, ...], block: int) -> None:
+    """100 rows are no multiple of a block; blocks are shared by up to four groups."""
+    given = case(sizes, 100)
+    outer = partial(tpu_kernel.outer, block=block, interpret=True)
+    dw = jax.jit(outer)(given.x, given.dy, given.sizes)
+    expected = grouped(*given.arrays).dw
+    close(np.asarray(dw, np.float64), expected, 1e-5)
+
+
+def test_the_gradient_of_a_tpu_in_tiles() -> None:
+    given = case((30, 0, 40, 20), 100, dims=(600, 520))
+    dw = jax.jit(partial(tpu_kernel.outer, block=32, interpret=True))(
+        given.x, given.dy, given.sizes
+    )
+    close(np.asarray(dw, np.float64), grouped(*given.arrays).dw, 1e-5)
+
+
 def test_ragged_dot_takes_groups_of_any_size() -> None:
     given = case((13, 0, 40, 7), 70)
     found = jax.jit(outputs(ROUTINES["ragged_dot"]))(*given.arrays)
@@ -164,8 +200,7 @@ def test_under_checkpoint_in_a_scan(name: str) -> None:
 
     def loss(x: jax.Array, weights: jax.Array) -> jax.Array:
         def layer(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
-            y = grouped_product(x, w, given.sizes, using=ROUTINES[name], platform="cpu")
-            return y, None
+            return multiply(x, w, given.sizes, ROUTINES[name]), None
 
         y, _ = jax.lax.scan(jax.checkpoint(layer), x, weights)
         return jnp.sum(y * given.dy)
@@ -183,7 +218,7 @@ def test_under_checkpoint_in_a_scan(name: str) -> None:
     close(np.asarray(dx, np.float64)[: answer.rows], dy[: answer.rows], 1e-5)
 
 
-def shares(case: Case, groups: int, rows: int, dims: tuple[int, int]) -> Iterator[Any]:
+def shares(case: Case, groups: int, rows: int) -> Iterator[Any]:
     """What each device of a mesh of data 2 x expert 4 holds, and where it stands in the whole."""
     x, w, sizes, dy = (np.asarray(each) for each in case.arrays)
     for data in range(2):
@@ -218,7 +253,7 @@ def test_inside_shard_map(name: str, check_vma: bool) -> None:
 
     def loss(x: jax.Array, w: jax.Array, sizes: jax.Array, dy: jax.Array) -> Any:
         def on_device(x: jax.Array, w: jax.Array, sizes: jax.Array, dy: jax.Array) -> Any:
-            y = grouped_product(x, w, sizes, using=using, platform="cpu")
+            y = multiply(x, w, sizes, using)
             return jax.lax.psum(jnp.sum(y * dy), ("data", "expert")), y
 
         return jax.shard_map(
@@ -232,7 +267,7 @@ def test_inside_shard_map(name: str, check_vma: bool) -> None:
     found = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(*given.arrays)
     (_, y), (dx, dw) = found
     expected_dx, expected_dw = np.zeros(given.x.shape), np.zeros(given.w.shape)
-    for (at_x, at_w, _, at_y), share in shares(given, groups, rows, (IN, OUT)):
+    for (at_x, at_w, _, at_y), share in shares(given, groups, rows):
         answer = grouped(*share)
         expected_dx[at_x] += answer.dx
         expected_dw[at_w] += answer.dw
@@ -352,6 +387,4 @@ def test_every_choice_has_a_reason(
 
 def test_a_wide_dtype_is_refused_by_the_kernel() -> None:
     with pytest.raises(UserError, match="float32 and narrower"):
-        choose(
-            "pallas", platform="cuda", groups=2, rows=9, in_dim=1, out_dim=1, dtype=np.float64
-        )
+        choose("pallas", platform="cuda", groups=2, rows=9, in_dim=1, out_dim=1, dtype=np.float64)
