@@ -102,7 +102,8 @@ def _print(report: TargetReport) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     if report.hlo is not None:
         report.lowering.render_table(console)
-        for line in (*report.bounds, *report.estimate_lines):
+        told = [line for layers, record in report.moe.items() for line in record.lines(layers)]
+        for line in (*told, *report.bounds, *report.estimate_lines):
             console.print(line, markup=False)
         console.print(report.memory_line(), markup=False)
     console.print(f"parameters: {report.num_params:,}")

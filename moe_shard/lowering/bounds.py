@@ -76,13 +76,14 @@ def _times(done: float, least: float) -> str:
     return f", {done / least:.2f} x the least" if least else ""
 
 
-def moe_bounds(config: Config, table: RuleTable, *, capacity: int) -> MoEBounds | None:
+def moe_bounds(config: Config, table: RuleTable, *, slots_per_row: int) -> MoEBounds | None:
     """The bounds of a configuration on a mesh; None for a dense model.
 
     Args:
         config: model and batch.
         table: the rules over the mesh.
-        capacity: slots an expert has for one batch row.
+        slots_per_row: slots that all experts together have for one batch row; its choices, where
+            a strategy has no slots.
     """
     moe = config.model.moe
     if moe is None:
@@ -97,7 +98,7 @@ def moe_bounds(config: Config, table: RuleTable, *, capacity: int) -> MoEBounds 
     token_bytes = config.model.emb_dim * jnp.dtype(config.model.dtype).itemsize
     # Slots, or choices, that one device holds in the layout by row, over all layers.
     layers_of_rows = config.model.num_decoder_layers * rows / shards("activation_batch_moe")
-    slots = layers_of_rows * moe.num_experts * capacity
+    slots = layers_of_rows * slots_per_row
     choices = layers_of_rows * config.train.max_target_length * moe.num_experts_per_tok
     sent = EXCHANGES * token_bytes / shards("activation_embed_moe") * (experts - 1) / experts
     multiplied = 2 * PRODUCTS * config.model.emb_dim * moe.mlp_dim / shards("activation_mlp_moe")

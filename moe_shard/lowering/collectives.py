@@ -18,7 +18,7 @@ from moe_shard.lowering.op_names import classify
 from moe_shard.lowering.replica_groups import parse_groups, parse_pairs
 from moe_shard.lowering.shapes import shape_bytes, tuple_elements
 from moe_shard.lowering.spellings import implements, is_unrolled, spelled_by_all_reduce
-from moe_shard.lowering.walk import OPCODES, Executions
+from moe_shard.lowering.walk import EXCHANGES, OPCODES, Executions
 
 # A cross-replica group without use_global_device_ids lists replicas, each with all its partitions.
 _REPLICA_GROUPED = frozenset({"all-gather", "all-reduce", "reduce-scatter", "collective-broadcast"})
@@ -146,6 +146,11 @@ def extract_collectives(
         for site in sites
     }
     warnings = list(dict.fromkeys(walk.warnings))
+    if walk.overflows:
+        warnings.append(
+            f"not counted: {walk.overflows} loops of further MoE exchanges, which run only where a"
+            " router exceeds what one exchange holds"
+        )
     sends = sum(opcode == "send" for each in walk.order for opcode in each.opcodes.values())
     if sends:
         warnings.append(f"{sends} point-to-point sends are not listed")
@@ -249,6 +254,8 @@ def _collective(
     instruction = site.instruction
     named = _named(site)
     scope, pass_ = classify(named.op_name if named else "")
+    if named is not site.instruction and scope == "experts" and site.kind in EXCHANGES:
+        scope = _stage_of_exchange(site, pass_)
     along, group = _groups(module, site, axes)
     size = _output_bytes(site, len(group))
     return Collective(
@@ -258,7 +265,7 @@ def _collective(
         pass_=pass_,
         count=site.count,
         bytes=size,
-        wire_bytes=wire_bytes(site.kind, size, len(group)),
+        wire_bytes=wire_bytes(site.kind, _carried_bytes(site, size), len(group)),
         is_async=site.is_async,
         spmd_generated='is_spmd_generated="true"' in instruction.attribute_text,
         op_name=named.op_name if named else "",
@@ -310,6 +317,28 @@ def _output_bytes(site: _Site, group_size: int) -> int:
         elements = tuple_elements(instruction.shape)
         return shape_bytes(elements[1] if len(elements) > 1 else instruction.shape)
     return shape_bytes(instruction.shape)
+
+
+def _carried_bytes(site: _Site, size: int) -> int:
+    """What can be on the wire: of a ragged exchange no more than the smaller of its two buffers.
+
+    All devices together send what all together receive, so on average neither side has more.
+    """
+    if site.kind != "ragged-all-to-all":
+        return size
+    operand = site.computation.instruction(site.instruction.operand(0))
+    return min(size, shape_bytes(operand.shape))
+
+
+def _stage_of_exchange(site: _Site, pass_: str) -> str:
+    """Dispatch or combine, for an exchange without a name that stands beside the experts.
+
+    GPU's compiler drops the names of ragged exchanges. Forward, tokens go to the experts in
+    dispatch and come from them in combine; gradients take the ways in the other direction.
+    """
+    made = _nearest(site.computation, site.instruction, _producers)
+    from_experts = made is not None and classify(made.op_name)[0] == "experts"
+    return "combine" if from_experts == (pass_ != "backward") else "dispatch"
 
 
 def wire_bytes(kind: str, size: int, group_size: int) -> int:
@@ -368,6 +397,8 @@ def _nearest(
 
 
 def _producers(_computation: Computation, instruction: Instruction) -> list[str]:
+    if instruction.opcode.startswith("ragged-all-to-all"):
+        return instruction.operands[:1]  # the rows; the others are where they go
     return instruction.operands
 
 

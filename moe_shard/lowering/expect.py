@@ -8,12 +8,12 @@ from typing import Any
 from moe_shard.lowering.collectives import Collective, extract_collectives
 from moe_shard.lowering.mesh_axes import UNKNOWN_AXES
 from moe_shard.lowering.op_names import MOE_SCOPES
+from moe_shard.lowering.walk import EXCHANGES
 
 VERDICTS = ("expert-parallel", "weight-gathered", "mixed", "no-expert-parallelism")
 
 # The router's own exchanges (its gradient, top-k scores) are no sign of gathered weights.
 _WEIGHT_SCOPES = frozenset(MOE_SCOPES) - {"router"}
-_EXCHANGES = frozenset({"all-to-all", "ragged-all-to-all"})
 # Scalars, token counts and offsets: up to 256 experts of 4 bytes.
 _SMALL_BYTES = 1024
 # Indices and scores beside the tokens of dispatch and combine. In `experts` there are none.
@@ -41,12 +41,12 @@ def verdict(collectives: Iterable[Collective], expert_axes: Sequence[str]) -> st
     ]
     largest = max((each.bytes for each in inside), default=0)
     gathered = any(
-        each.kind not in _EXCHANGES
+        each.kind not in EXCHANGES
         and each.bytes > _SMALL_BYTES
         and (each.scope == "experts" or each.bytes * _SMALL_FRACTION > largest)
         for each in inside
     )
-    exchanged = any(each.kind in _EXCHANGES and each.axes != UNKNOWN_AXES for each in inside)
+    exchanged = any(each.kind in EXCHANGES and each.axes != UNKNOWN_AXES for each in inside)
     if gathered:
         return "mixed" if exchanged else "weight-gathered"
     return "expert-parallel" if exchanged else "no-expert-parallelism"

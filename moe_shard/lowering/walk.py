@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from moe_shard.lowering.hlo import Computation, HloParseError, Instruction, Module
@@ -16,9 +17,14 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
+EXCHANGES = ("all-to-all", "ragged-all-to-all")
+"""Of these, what moves tokens to their experts."""
+
 OPCODES = {kind + suffix: kind for kind in KINDS for suffix in ("", "-start")}
 """Opcode of a collective, or of the first half of an async pair -> its kind."""
 
+OVERFLOW = re.compile(r"/overflow/")
+"""In the op_name of a loop: it runs only where a router exceeds what one exchange can hold."""
 
 ASYNC_CALLS = ("async-start", "call-start")
 """What starts a computation that runs beside what follows."""
@@ -35,12 +41,14 @@ class Executions:
         fused: names of those that stand in a fusion.
         callers: {name: the instruction that calls it, and where}, for fusions, calls and async
             starts.
+        overflows: loops that run only where a router exceeds a bound; counted as not running.
         warnings: what could not be told, one sentence each.
     """
 
     def __init__(self, module: Module) -> None:
         self.module = module
         self.warnings: list[str] = []
+        self.overflows = 0
         self.counts = {module.entry.name: 1}
         self.asynchronous = set[str]()
         self.fused = set[str]()
@@ -124,12 +132,19 @@ class Executions:
     def _trip_count(self, computation: Computation, name: str) -> int:
         loop = computation.instruction(name)
         trips = self.trips(computation, name)
-        if trips is None and self._holds_collective(self.module.called_by(loop, "body").name):
+        if trips is not None:
+            return trips
+        communicates = self._holds_collective(self.module.called_by(loop, "body").name)
+        if OVERFLOW.search(loop.op_name):
+            if communicates:
+                self.overflows += 1
+            return 0
+        if communicates:
             self.warnings.append(
                 f"the trip count of loop %{name} (HLO line {loop.line_number}) cannot be told:"
                 " its collectives are counted once"
             )
-        return 1 if trips is None else trips
+        return 1
 
     def _holds_collective(self, name: str) -> bool:
         if name not in self._holding:

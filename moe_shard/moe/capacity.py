@@ -63,6 +63,13 @@ def row_capacity(config: MoEConfig, *, tokens: int) -> int:
     return min(slots, tokens)
 
 
+def slots_per_row(config: MoEConfig, *, tokens: int) -> int:
+    """What is carried to the experts for one batch row: slots, or choices where nothing has slots."""
+    if config.dispatch == "ragged":
+        return tokens * config.num_experts_per_tok
+    return config.num_experts * row_capacity(config, tokens=tokens)
+
+
 class Slots(NamedTuple):
     """The seating of one batch: choices and slots, each pointing at the other.
 
@@ -147,6 +154,7 @@ def assign_slots_in_turn(
 
 
 def count_experts(expert: Int[Array, "B N"], num_experts: int) -> Int[Array, "B E"]:
+    """How many choices of a row fell on each expert; values from `num_experts` on do not count."""
     return jnp.sum(jax.nn.one_hot(expert, num_experts, dtype=jnp.int32), axis=1)
 
 

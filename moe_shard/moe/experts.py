@@ -18,7 +18,6 @@ from moe_shard.layers.activation import ACTIVATIONS
 from moe_shard.moe.placement import EXPERT_WEIGHT_FUSED, EXPERT_WEIGHT_IN, EXPERT_WEIGHT_OUT
 from moe_shard.moe.weights import ExpertWeights, fuse
 
-
 Product = Callable[[Array, Array], Array]
 """Rows [*R A], each by the weights [E A *P] of its own expert: rows [*R *P]."""
 

@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from moe_shard.moe.record import MoERecord
 from moe_shard.moe.shards import Shards
 from moe_shard.moe.weights import ExpertWeights
 from moe_shard.sharding.annotate import Annotator
@@ -49,12 +50,29 @@ class Placement:
         # Weights are used where the activations' experts are, so what FSDP adds to the experts dim
         # is gathered; where that dim stays whole in the activations, once, not twice.
         taken = set(annotate.table.sharding_axes(self.batch))
+        self.moves_tokens = bool(self.expert_axes) and taken.isdisjoint(self.expert_axes)
         self._exp_in_use = "activation_exp" if taken.isdisjoint(self.expert_axes) else None
         self._consequence = (
             f"expert weights will be all-gathered over {', '.join(self.expert_axes)}"
         )
         if not no_expert_sharding:
             self._consequence += "; moe_dispatch_no_expert_sharding=true moves tokens instead"
+
+    @property
+    def why_travel(self) -> str:
+        """Why tokens have to leave their devices; empty where every device has all experts."""
+        sizes = self.annotate.table.axis_sizes
+        return " x ".join(f"{axis} axis of {sizes[axis]}" for axis in self.expert_axes)
+
+    @property
+    def why_stay(self) -> str:
+        """Why no token leaves its device; no axis for experts is not the same as one of size 1."""
+        named = self.annotate.table.named_expert_axes
+        return f"the {', '.join(named)} axis has size 1" if named else "no axis is for experts"
+
+    def record(self, record: MoERecord) -> None:
+        """Keep what the layer decided, for the report."""
+        self.annotate.decisions["moe"] = record
 
     def tokens(self, x: Float[Array, "B S M"]) -> Float[Array, "B S M"]:
         """The layer's input and output."""
@@ -82,14 +100,15 @@ class Placement:
 
     def weights_in_use(self, weights: ExpertWeights) -> ExpertWeights:
         """From where they are stored to where slots meet them."""
-        hidden = "activation_mlp_moe"
         use = self.annotate.use_weight
-        stored, used = EXPERT_WEIGHT_IN, (self._exp_in_use, None, hidden)
+        exp, hidden = self._exp_in_use, "activation_mlp_moe"
+        stored: LogicalAxes = EXPERT_WEIGHT_IN
+        used: LogicalAxes = (exp, None, hidden)
         if weights.fused:
-            stored, used = EXPERT_WEIGHT_FUSED, (self._exp_in_use, None, None, hidden)
+            stored, used = EXPERT_WEIGHT_FUSED, (exp, None, None, hidden)
         inward = tuple(use(w, stored, used, name="moe gate, up") for w in weights.inward)
-        used = (self._exp_in_use, hidden, None)
-        return ExpertWeights(inward, use(weights.down, EXPERT_WEIGHT_OUT, used, name="moe down"))
+        down = use(weights.down, EXPERT_WEIGHT_OUT, (exp, hidden, None), name="moe down")
+        return ExpertWeights(inward, down)
 
     def shards(self, x: Float[Array, "B S M"], weights: ExpertWeights) -> Shards:
         """The same arrays for code that runs on each device by itself.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from moe_shard.config.schema import MoEConfig
+
 
 @dataclass(frozen=True)
 class MoERecord:
@@ -13,12 +15,13 @@ class MoERecord:
     Attributes:
         strategy: `moe_dispatch`.
         transport: how tokens reach their experts: "ragged-all-to-all", "padded all-to-all",
-            "all-to-all" (equal pieces, or slots moved by the partitioner), "none".
-        grouped_product: the routine that multiplies rows with their experts' weights; "batched"
-            where experts have equally many.
-        fast_paths: those taken: "singleton", "forced-balance", "equal-pieces", "fused-gate-up",
-            "token-chunks", "dropless".
-        reasons: {what was chosen or passed over: why}.
+            "equal all-to-all", "all-to-all" (of slots, by the partitioner) or "none".
+        grouped_product: the routine that multiplies rows with their experts' weights: a name of
+            `moe.grouped`, or "batched" where experts have equally many rows.
+        fast_paths: those taken, of "singleton", "forced-balance", "equal-pieces", "fused-gate-up"
+            and "token-chunks".
+        reasons: {a choice: why}.
+        not_taken: {a fast path: why not}.
     """
 
     strategy: str
@@ -26,6 +29,46 @@ class MoERecord:
     grouped_product: str
     fast_paths: tuple[str, ...]
     reasons: dict[str, str]
+    not_taken: dict[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        config: MoEConfig,
+        *,
+        transport: tuple[str, str],
+        grouped_product: tuple[str, str],
+        singleton: str,
+        equal_pieces: str,
+    ) -> MoERecord:
+        """The record of a layer.
+
+        Args:
+            config: of the layer.
+            transport: the transport, and why that one.
+            grouped_product: the routine, and why that one.
+            singleton: why nothing stays on its device; empty where everything does.
+            equal_pieces: why not every peer gets as much; empty where it does.
+        """
+        chunks = config.num_token_chunks
+        why_not = {
+            "singleton": singleton,
+            "forced-balance": "" if config.force_load_balance else "force_load_balance=false",
+            "equal-pieces": equal_pieces,
+            "fused-gate-up": "" if config.prefuse_weights else "prefuse_moe_weights=false",
+            "token-chunks": "" if chunks > 1 else "num_moe_token_chunks=1",
+        }
+        return cls(
+            strategy=config.dispatch,
+            transport=transport[0],
+            grouped_product=grouped_product[0],
+            fast_paths=tuple(path for path, why in why_not.items() if not why),
+            reasons={
+                f"transport {transport[0]}": transport[1],
+                f"product {grouped_product[0]}": grouped_product[1],
+            },
+            not_taken={path: why for path, why in why_not.items() if why},
+        )
 
     def lines(self, layers: str) -> list[str]:
         """For a person.
@@ -33,13 +76,13 @@ class MoERecord:
         Args:
             layers: which layers this is of, such as "layers 0-31".
         """
-        paths = ", ".join(self.fast_paths) or "none"
-        head = (
-            f"MoE of {layers}: {self.strategy}, transport {self.transport}, "
-            f"products {self.grouped_product}, fast paths {paths}"
-        )
-        return [head, *(f"  {what}: {why}" for what, why in self.reasons.items())]
+        return [
+            f"MoE in {layers}: dispatch {self.strategy}, transport {self.transport}, "
+            f"product {self.grouped_product}, fast paths: {', '.join(self.fast_paths) or 'none'}",
+            *(f"  {what}: {why}" for what, why in self.reasons.items()),
+            f"  not taken: {', '.join(f'{path} ({why})' for path, why in self.not_taken.items())}",
+        ]
 
     def to_json(self) -> dict[str, Any]:
-        """The object `moe` of `lowering.json`."""
+        """A value of the object `moe` of `lowering.json`."""
         return asdict(self)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from moe_shard.errors import UserError
@@ -42,7 +42,7 @@ class Shards:
         UserError: the rule table lays tokens or experts out in a way that this cannot carry.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     tokens: PartitionSpec
     inward: tuple[PartitionSpec, ...]
     down: PartitionSpec
@@ -109,11 +109,12 @@ class Shards:
             check_vma: have JAX check that what is said to be equal on devices is.
         """
         rows = PartitionSpec(self.tokens[0])
+        weights: Any = ExpertWeights(self.inward, self.down)  # type: ignore[arg-type]
         choices = PartitionSpec(self.tokens[0], self.tokens[1])
         return jax.shard_map(
             local,
             mesh=self.mesh,
-            in_specs=(self.tokens, choices, choices, ExpertWeights(self.inward, self.down)),
+            in_specs=(self.tokens, choices, choices, weights),
             out_specs=(self.tokens, rows),
             check_vma=check_vma,
         )

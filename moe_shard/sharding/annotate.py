@@ -60,6 +60,11 @@ def _gather_bwd(
 _gather.defvjp(_gather_fwd, _gather_bwd)
 
 
+def _axes(entry: str | tuple[str, ...] | None) -> set[str]:
+    """The mesh axes of one dim of a PartitionSpec."""
+    return set() if entry is None else {entry} if isinstance(entry, str) else set(entry)
+
+
 @dataclass(frozen=True)
 class AnnotatedArray:
     """What was said of an array when it was placed.
@@ -128,9 +133,9 @@ class Annotator:
 
     @property
     def platform(self) -> str:
-        """What the devices are: "cpu", "tpu", "cuda" or "rocm"; "cpu" of an abstract mesh."""
+        """What the devices are: "cpu", "tpu", "cuda", "rocm", or "unknown" of an abstract mesh."""
         if isinstance(self.mesh, AbstractMesh):
-            return "cpu"
+            return "unknown"
         device = self.mesh.devices.flat[0]
         if device.platform != "gpu":
             return str(device.platform)
@@ -179,21 +184,14 @@ class Annotator:
         """
         where = self.sharding(f"{name} as stored", stored, w.shape, dtype=w.dtype)
         use = self.sharding(f"{name} in use", used, w.shape, dtype=w.dtype)
-        # The experts dim is also one of the gradient's factors. Stored over the axes it is used
-        # over and one more, (expert, fsdp), the partial sums would go straight from one to the
-        # other: openxla/xla#40034 then leaves out the sum over data, and elsewhere the partitioner
-        # gathers all experts' gradients over expert. Summed where they are used, it slices.
-        placed = zip(
-            used,
-            self.resolutions[f"{name} as stored"].decisions,
-            self.resolutions[f"{name} in use"].decisions,
-            strict=True,
+        # Experts stored over (expert, fsdp) and used over expert: straight from partial sums, the
+        # partitioner would gather all experts' gradients over expert, and with a data axis leave
+        # half of the sum out (openxla/xla#40034). From where they are used it has but to slice.
+        extended = any(
+            axis in EXPERT_ROWS and set() < _axes(by_use) < _axes(by_store)
+            for axis, by_store, by_use in zip(used, where.spec, use.spec, strict=False)
         )
-        sum_where_used = any(
-            axis in EXPERT_ROWS and set() < set(b.mesh_axes) < set(a.mesh_axes)
-            for axis, a, b in placed
-        )
-        return _gather(w, where, use, sum_where_used)
+        return _gather(w, where, use, extended)
 
     def sharding(
         self,

@@ -168,8 +168,9 @@ def explain(
         UserError: a dim that its mesh axes do not divide, unless the sizes are assumed.
     """
     rows, arrays = number_rows(rules), list(arrays)
-    usable, lint = usable_rules(rules, mesh_axes, arrays), lint_rows(
-        rows, mesh_axes, by_flax=sizes_are_assumed
+    usable, lint = (
+        usable_rules(rules, mesh_axes, arrays),
+        lint_rows(rows, mesh_axes, by_flax=sizes_are_assumed),
     )
     resolver = RuleTable(usable, sizes)
     placed = [

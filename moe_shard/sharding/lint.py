@@ -58,9 +58,7 @@ def number_rows(rules: Iterable[tuple[str, Sequence[str]]]) -> tuple[Row, ...]:
     return tuple(Row(number, name, tuple(axes)) for number, (name, axes) in enumerate(rules, 1))
 
 
-def lint_rows(
-    rows: Sequence[Row], mesh_axes: Sequence[str], *, by_flax: bool = True
-) -> list[Lint]:
+def lint_rows(rows: Sequence[Row], mesh_axes: Sequence[str], *, by_flax: bool = True) -> list[Lint]:
     """Everything to say of a table that needs no model.
 
     Args:

@@ -154,6 +154,12 @@ class RuleTable:
         """The mesh axes larger than 1 that split the experts while they compute."""
         return self.sharding_axes(expert_row(self._names))
 
+    @property
+    def named_expert_axes(self) -> tuple[str, ...]:
+        """The mesh axes that are for experts, whatever their sizes."""
+        wanted = expert_row(self._names)
+        return next((row.mesh_axes for row in self.rows if row.logical_axis == wanted), ())
+
     def resolve(
         self,
         name: str,

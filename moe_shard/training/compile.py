@@ -16,7 +16,8 @@ from moe_shard.lowering.bounds import moe_bounds
 from moe_shard.lowering.remat_warnings import remat_lines
 from moe_shard.lowering.report import LoweringReport, memory_from_compiled, report_from_text
 from moe_shard.lowering.timeline import Rates, Timeline, timeline
-from moe_shard.moe.capacity import row_capacity
+from moe_shard.moe.capacity import slots_per_row
+from moe_shard.moe.record import MoERecord
 from moe_shard.sharding.annotate import Annotator
 from moe_shard.sharding.mesh import make_mesh
 from moe_shard.training.step import Program
@@ -100,12 +101,20 @@ def bound_lines(config: Config, annotate: Annotator, report: LoweringReport) -> 
     """
     if config.model.moe is None:
         return []
-    capacity = row_capacity(config.model.moe, tokens=config.train.max_target_length)
-    bounds = moe_bounds(config, annotate.table, capacity=capacity)
+    slots = slots_per_row(config.model.moe, tokens=config.train.max_target_length)
+    bounds = moe_bounds(config, annotate.table, slots_per_row=slots)
     if bounds is None:
         return []
     assert report.extraction is not None, "the step was compiled"
     return bounds.lines(report.extraction, annotate.table.expert_axes)
+
+
+def moe_records(config: Config, annotate: Annotator) -> dict[str, MoERecord]:
+    """What the MoE layers decided when they were traced: {the layers: their record}."""
+    if config.model.moe is None:
+        return {}
+    last = config.model.num_decoder_layers - 1
+    return {f"layers 0-{last}" if last else "layer 0": annotate.decisions["moe"]}
 
 
 def estimate_step(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from moe_shard.errors import Finding
 from moe_shard.lowering.report import LoweringReport
 from moe_shard.lowering.targets import Target, compiled_with, devices_for
 from moe_shard.lowering.timeline import Timeline
+from moe_shard.moe.record import MoERecord
 from moe_shard.sharding.annotate import Annotator
 from moe_shard.training.compile import (
     bound_lines,
@@ -20,6 +22,7 @@ from moe_shard.training.compile import (
     estimate_lines,
     estimate_step,
     lay_out,
+    moe_records,
     report_step,
 )
 from moe_shard.training.step import make_program
@@ -43,6 +46,7 @@ class TargetReport:
         refusal: the compiler's own out-of-memory answer, or None.
         notes: settings that change nothing, and what a target leaves out; one line each.
         conflicts: rule conflicts, one line each.
+        moe: what the MoE layers decided, by layers.
         bounds: the least work of the MoE layers, one line each.
         estimate: of the step's time; None where the peaks of the target are not known.
         estimate_lines: the same for a person.
@@ -57,6 +61,7 @@ class TargetReport:
     refusal: str | None
     notes: tuple[str, ...]
     conflicts: tuple[str, ...]
+    moe: Mapping[str, MoERecord] = field(default_factory=dict)
     bounds: tuple[str, ...] = ()
     estimate: Timeline | None = None
     estimate_lines: tuple[str, ...] = ()
@@ -102,6 +107,7 @@ class TargetReport:
         """The object of `lowering.json`, and what is known of the target."""
         return {
             **self.lowering.to_json(),
+            "moe": {layers: record.to_json() for layers, record in self.moe.items()},
             "target": self.target.text,
             "hardware": self.target.hardware.name,
             "compile_time_s": round(self.compile_time_s, 2),
@@ -148,6 +154,7 @@ def compile_for_target(config: Config, target: Target) -> TargetReport:
         refusal=refusal,
         notes=(*notes, *([target.note] if target.note else [])),
         conflicts=tuple(annotate.conflict_lines()),
+        moe=moe_records(config, annotate),
     )
 
 

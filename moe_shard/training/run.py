@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ from rich.console import Console
 from moe_shard.config import Config
 from moe_shard.config.hardware import find_hardware
 from moe_shard.lowering.report import LoweringReport
+from moe_shard.moe.record import MoERecord
 from moe_shard.training.compile import (
     CompiledStep,
     bound_lines,
@@ -19,6 +21,7 @@ from moe_shard.training.compile import (
     estimate_lines,
     estimate_step,
     lay_out,
+    moe_records,
     out_of_memory_is_a_finding,
     report_step,
 )
@@ -60,22 +63,31 @@ def run(config: Config) -> Outcome:
         for line in annotate.conflict_lines():
             notes.print(f"rule conflict: {line}", markup=False)
         report.render_table(console)
+        records = moe_records(config, annotate)
         hardware = find_hardware(jax.devices()[0].device_kind)
-        lines = bound_lines(config, annotate, report)
+        lines = [line for layers, record in records.items() for line in record.lines(layers)]
+        lines += bound_lines(config, annotate, report)
         if found := estimate_step(config, hardware, report):
             lines += estimate_lines(config, found, annotate.mesh.size)
         for line in lines:
             console.print(line, markup=False)
         console.print(f"parameters: {program.model.num_params:,}")
         if writer:
-            _keep(config, step, report, folder)
+            _keep(config, step, report, records, folder)
         outcome = trainer.train(step.executable, console)
     _conclude(console, config, report, folder, outcome)
     return outcome
 
 
-def _keep(config: Config, step: CompiledStep, report: LoweringReport, folder: Path) -> None:
-    write_text(folder / "lowering.json", json.dumps(report.to_json(), indent=1) + "\n")
+def _keep(
+    config: Config,
+    step: CompiledStep,
+    report: LoweringReport,
+    records: Mapping[str, MoERecord],
+    folder: Path,
+) -> None:
+    kept = report.to_json() | {"moe": {name: each.to_json() for name, each in records.items()}}
+    write_text(folder / "lowering.json", json.dumps(kept, indent=1) + "\n")
     if config.train.dump_hlo:
         (folder / "hlo").mkdir(exist_ok=True)
         write_text(folder / "hlo" / "train_step.after_optimizations.txt", step.hlo)
@@ -97,7 +109,9 @@ def _conclude(
     elif outcome.last is None:
         console.print(f"already at step {outcome.updates}: a larger steps= trains on")
     console.print(f"files: {shown}", markup=False)
-    if report.verdict == "expert-parallel" and (moe := config.model.moe) and moe.no_expert_sharding:
+    moe = config.model.moe
+    flag = moe is not None and moe.no_expert_sharding and moe.dispatch != "ragged"
+    if report.verdict == "expert-parallel" and flag:
         python, name = _as_typed(Path(sys.executable)), f"{config.run.run_name}-flag-off"
         console.print(
             "the same step with the flag off:\n"

@@ -150,7 +150,7 @@ def test_sizes_that_are_not_the_devices(
             # The axes that split the experts are those of the row, whatever their names.
             6,
             [
-                "logical_axis_rules=[[exp,[context,tensor]]]",
+                "logical_axis_rules=[[activation_exp,[context,tensor]]]",
                 "ici_context_parallelism=2",
                 "ici_tensor_parallelism=3",
             ],

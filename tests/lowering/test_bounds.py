@@ -5,7 +5,7 @@ from __future__ import annotations
 from moe_shard.config import load_config
 from moe_shard.lowering.bounds import MoEBounds, moe_bounds, moe_wire_bytes
 from moe_shard.lowering.collectives import Collective
-from moe_shard.moe.capacity import row_capacity
+from moe_shard.moe.capacity import slots_per_row
 from moe_shard.sharding.rules import RuleTable
 
 
@@ -13,8 +13,8 @@ def bounds(*overrides: str, devices: int = 8) -> MoEBounds:
     config = load_config("mixtral-tiny", overrides)
     table = RuleTable(config.mesh.rules, config.mesh.resolve(devices))
     assert config.model.moe is not None
-    capacity = row_capacity(config.model.moe, tokens=config.train.max_target_length)
-    found = moe_bounds(config, table, capacity=capacity)
+    slots = slots_per_row(config.model.moe, tokens=config.train.max_target_length)
+    found = moe_bounds(config, table, slots_per_row=slots)
     assert found is not None
     return found
 
@@ -34,6 +34,12 @@ def test_mixtral_tiny_on_an_expert_axis_of_8() -> None:
     assert found.weight_bytes == 4 * 3 * (3 * 128 * 256 * 4)
     # A slot's vector of 128 in and out, its hidden one of 256 out and in again; three passes.
     assert found.memory_bytes == found.weight_bytes + 4 * 4 * 8 * 40 * 3 * 2 * (128 + 256) * 4
+
+
+def test_without_slots_the_least_is_that_of_the_tokens() -> None:
+    found = bounds("moe_dispatch=ragged")
+    assert (found.wire_bytes, found.flops) == (found.dropless_wire_bytes, found.dropless_flops)
+    assert found.dropless_wire_bytes == bounds().dropless_wire_bytes
 
 
 def test_tensor_and_fsdp_axes_take_their_share() -> None:
@@ -60,7 +66,7 @@ def test_accumulation_repeats_everything() -> None:
 def test_a_dense_model_has_no_bounds() -> None:
     config = load_config("mixtral-tiny", ["num_experts=1", "num_experts_per_tok=1"])
     table = RuleTable(config.mesh.rules, config.mesh.resolve(8))
-    assert moe_bounds(config, table, capacity=1) is None
+    assert moe_bounds(config, table, slots_per_row=1) is None
 
 
 def collective(scope: str, axes: tuple[str, ...], wire: int, count: int = 1) -> Collective:

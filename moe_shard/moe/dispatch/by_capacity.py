@@ -16,6 +16,7 @@ from moe_shard.config.schema import MoEConfig
 from moe_shard.moe.capacity import Slots, assign_slots, assign_slots_in_turn, row_capacity
 from moe_shard.moe.experts import Experts, batched_product, gated_mlp
 from moe_shard.moe.placement import Placement
+from moe_shard.moe.record import MoERecord
 from moe_shard.moe.router import Routing
 
 
@@ -53,6 +54,7 @@ class ByCapacity:
         self, x: Float[Array, "B S M"], routing: Routing, experts: Experts
     ) -> tuple[Float[Array, "B S M"], Int[Array, "B"]]:
         """See `Strategy`."""
+        self.placement.record(self._record())
         with jax.named_scope("router"):
             slots = self._assign(routing)
             dropped = jnp.sum(~slots.kept(), axis=(1, 2), dtype=jnp.int32)
@@ -77,6 +79,22 @@ class ByCapacity:
         with jax.named_scope("combine"):
             together = answers[0] if len(answers) == 1 else jnp.concatenate(answers, axis=2)
             return self.carrier.combine(together, routing.weights, slots), dropped
+
+    def _record(self) -> MoERecord:
+        placement = self.placement
+        if not placement.expert_axes:
+            transport = ("none", placement.why_stay)
+        elif placement.moves_tokens:
+            transport = ("all-to-all", "of slots, between the layouts by row and by expert")
+        else:
+            transport = ("none", "the batch dim keeps the expert axes: weights are gathered")
+        return MoERecord.of(
+            self.config,
+            transport=transport,
+            grouped_product=("batched", "every expert has as many slots"),
+            singleton=placement.why_travel,
+            equal_pieces="" if placement.moves_tokens else "nothing travels",
+        )
 
     def _assign(self, routing: Routing) -> Slots:
         batch, tokens, k = routing.indices.shape

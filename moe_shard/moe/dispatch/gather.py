@@ -38,6 +38,7 @@ def _take(x: Float[Array, "B N M"], index: Int[Array, "B P"]) -> Float[Array, "B
 
 @jax.custom_vjp
 def tokens_to_slots(x: Float[Array, "B S M"], slots: Slots) -> Float[Array, "B E*C M"]:
+    """Each token's row in the slots of its choices; empty slots are zero."""
     return _take(x, slots.choice_of_slot // slots.slot_of_choice.shape[-1])
 
 
@@ -71,6 +72,7 @@ def _weighted_sum(
 def slots_to_tokens(
     y: Float[Array, "B E*C M"], weights: Float[Array, "B S K"], slots: Slots
 ) -> Float[Array, "B S M"]:
+    """The weighted sum of each token's slots, over k in order; a dropped choice adds nothing."""
     return _weighted_sum(y, weights, slots)
 
 

@@ -30,12 +30,13 @@ from moe_shard.moe.capacity import Slots
 from moe_shard.moe.dispatch.forced import EqualPieces
 from moe_shard.moe.dispatch.gather import slots_to_tokens, tokens_to_slots
 from moe_shard.moe.dispatch.plan import Bound, Counts, aligned_rows, kept
-from moe_shard.moe.dispatch.rounds import Chunks, Rounds
+from moe_shard.moe.dispatch.rounds import Chunks, Rounds, Routes
 from moe_shard.moe.dispatch.seating import Seating, at_aligned_groups, seat, seat_known
 from moe_shard.moe.dispatch.transport import PaddedTransport, RaggedTransport, Transport
 from moe_shard.moe.experts import Experts, Product, batched_product, gated_mlp
 from moe_shard.moe.grouped import GroupedProduct, choose, grouped_product
 from moe_shard.moe.placement import Placement
+from moe_shard.moe.record import MoERecord
 from moe_shard.moe.router import ROUTING, Routing, round_robin
 from moe_shard.moe.shards import Shards
 from moe_shard.moe.weights import ExpertWeights
@@ -106,6 +107,11 @@ class Ragged:
         self.config = config
         self.placement = placement
         self.check_vma = check_vma
+        if config.ragged_transport == "ragged" and placement.annotate.platform == "cpu":
+            raise UserError(
+                "ragged_transport=ragged: XLA has no ragged-all-to-all on CPU\n"
+                "fix: ragged_transport=auto, which sends padded pieces there"
+            )
 
     def __call__(
         self, x: Float[Array, "B S M"], routing: Routing, experts: Experts
@@ -114,9 +120,26 @@ class Ragged:
         weights = experts.weights()
         shards = self.placement.shards(x, weights)
         layer = self._on_device(x.shape, shards, experts)
+        self.placement.record(self._record(layer))
         mapped = shards.map(layer.apply, check_vma=self.check_vma)
         y, dropped = mapped(x, routing.indices, routing.weights, weights)
         return y, dropped
+
+    def _record(self, layer: _OnDevice) -> MoERecord:
+        product = (layer.product.name, layer.product.reason)
+        transport, equal = (layer.transport, layer.why_transport), "counts differ"
+        if layer.equal_pieces:
+            transport = ("equal all-to-all", "forced balance sends every peer as much")
+            product, equal = ("batched", "forced balance gives every expert as much"), ""
+        if layer.load.devices == 1:
+            transport, equal = ("none", self.placement.why_stay), "nothing travels"
+        return MoERecord.of(
+            self.config,
+            transport=transport,
+            grouped_product=product,
+            singleton=self.placement.why_travel,
+            equal_pieces=equal,
+        )
 
     def _on_device(self, shape: tuple[int, ...], shards: Shards, experts: Experts) -> _OnDevice:
         config, platform = self.config, self.placement.annotate.platform
@@ -252,10 +275,11 @@ class _OnDevice:
             seats = [self._seat(i, each) for i, each in enumerate(chosen)]
             counts = self._exchange_counts(seats)
         rounds = self.rounds()
-        slots = tuple(seating.slots for seating in seats)
-        answers = rounds.carry(tokens, weights, slots, counts)
+        routes = tuple(Routes(seat.slots, count) for seat, count in zip(seats, counts, strict=True))
+        answers = rounds.carry(tokens, weights, routes)
         with jax.named_scope("combine"):
-            y = [_combined(*each) for each in zip(answers, shares, slots, strict=True)]
+            each = zip(answers, shares, routes, strict=True)
+            y = [_combined(rows, share, way.slots) for rows, share, way in each]
         if not rounds.drops:
             return y, None
         with jax.named_scope("router"):
@@ -285,14 +309,23 @@ class _OnDevice:
 
     @property
     def transport(self) -> str:
-        """ "ragged" or "padded"."""
-        if self.config.ragged_transport == "auto":
-            return "padded" if self.platform == "cpu" else "ragged"
-        return self.config.ragged_transport
+        """The exchange that carries rows."""
+        asked = self.config.ragged_transport
+        padded = asked == "padded" or (asked == "auto" and self.platform == "cpu")
+        return "padded all-to-all" if padded else "ragged-all-to-all"
+
+    @property
+    def why_transport(self) -> str:
+        """Why that one."""
+        if self.config.ragged_transport != "auto":
+            return f"ragged_transport={self.config.ragged_transport}"
+        if self.platform == "cpu":
+            return "CPU has no ragged-all-to-all"
+        return "only rows that were routed are sent"
 
     def rounds(self) -> Rounds:
         """The way of a chunk's rows, and what each part of it holds."""
-        by_receiver = self.transport == "ragged"
+        by_receiver = self.transport == "ragged-all-to-all"
         factor = self.config.ragged_buffer_factor
         bound = bound_of(self.load, by_receiver=by_receiver, factor=factor)
         if self.dealt is not None:
@@ -308,7 +341,7 @@ class _OnDevice:
 
     def _transport_of(self, rows: int) -> Transport:
         axes, load, alignment = self.shards.expert_axes, self.load, self.product.alignment
-        if self.transport == "ragged":
+        if self.transport == "ragged-all-to-all":
             return RaggedTransport(axes, load.rows, aligned_rows(rows, load.experts, alignment))
         held = aligned_rows(rows * load.devices, load.experts, alignment)
         return PaddedTransport(axes, load.rows, held, piece=rows)

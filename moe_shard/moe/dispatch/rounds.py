@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,28 @@ from moe_shard.moe.placement import EXCHANGED
 from moe_shard.moe.weights import ExpertWeights
 
 OVERFLOW = "overflow"
-"""Scope of what runs only where a router exceeds the bound of the first round."""
+"""Scope of the loops that run only where a router exceeds the bound of the first round; reports
+count nothing in them."""
 
 Compute = Callable[[ExpertWeights, Float[Array, "R M"], Int[Array, "L"]], Float[Array, "R M"]]
 """The experts of this device on rows that stand by expert, in groups of the sizes given."""
+
+
+class Routes(NamedTuple):
+    """Where the choices of a chunk go.
+
+    Attributes:
+        slots: choices and their rows in the order by expert, each pointing at the other.
+        counts: what every device of the group sends to every expert.
+    """
+
+    slots: Slots
+    counts: Counts
+
+
 Chunks = tuple[Float[Array, "..."], ...]
 """An array for each chunk of tokens: [T M] before, [N M] after the experts."""
+ChunkRoutes = tuple[Routes, ...]
 
 
 @dataclass(frozen=True)
@@ -54,146 +70,133 @@ class Rounds:
     compute: Compute
     drops: bool
 
-    def carry(
-        self,
-        tokens: Chunks,
-        weights: ExpertWeights,
-        slots: tuple[Slots, ...],
-        counts: tuple[Counts, ...],
-    ) -> Chunks:
+    def carry(self, tokens: Chunks, weights: ExpertWeights, routes: ChunkRoutes) -> Chunks:
         """The experts' answer to every choice, sorted by expert; zero for one that was dropped.
 
         Args:
             tokens: chunks, each of which makes its rounds, so that one can be on the wire while
                 another is multiplied.
             weights: of this device's experts.
-            slots: of each chunk, its choices and their places in the order by expert.
-            counts: of each chunk.
+            routes: of each chunk.
         """
         if self.further is None:
-            return self.first_rounds(tokens, weights, slots, counts)
-        return _with_further(self, tokens, weights, slots, counts)
+            answers = self.first_rounds(tokens, weights, routes)
+        else:
+            answers = _all_rounds(self, tokens, weights, routes)
+        # Named here, when all rounds are in: recomputation then repeats none of them.
+        return tuple(checkpoint_name(each, EXCHANGED) for each in answers)
 
-    def first_rounds(
-        self,
-        tokens: Chunks,
-        weights: ExpertWeights,
-        slots: tuple[Slots, ...],
-        counts: tuple[Counts, ...],
-    ) -> Chunks:
+    def first_rounds(self, tokens: Chunks, weights: ExpertWeights, routes: ChunkRoutes) -> Chunks:
         """The first round of every chunk."""
-        return tuple(
-            self.one_round(self.first, chunk, weights, slots[i], counts[i], 0)
-            for i, chunk in enumerate(tokens)
-        )
+        pairs = zip(tokens, routes, strict=True)
+        return tuple(self._round(self.first, chunk, weights, way, 0) for chunk, way in pairs)
 
-    def one_round(
+    def further_round(
+        self,
+        tokens: Float[Array, "T M"],
+        weights: ExpertWeights,
+        routes: Routes,
+        index: Int[Array, ""],
+    ) -> Float[Array, "N M"]:
+        """A round of one chunk after its first."""
+        assert self.further is not None
+        return self._round(self.further, tokens, weights, routes, index)
+
+    def _round(
         self,
         transport: Transport,
         tokens: Float[Array, "T M"],
         weights: ExpertWeights,
-        slots: Slots,
-        counts: Counts,
+        routes: Routes,
         index: Int[Array, ""] | int,
     ) -> Float[Array, "N M"]:
-        """Round `index` of one chunk; zero where a choice travels in another round."""
+        """The answers of one round; zero where a choice travels in another."""
+        counts = routes.counts
         with jax.named_scope("dispatch"):
-            size, carried = (
-                (kept(counts, self.bound), 0) if self.drops else window(counts, self.bound, index)
-            )
+            if self.drops:
+                size, carried = kept(counts, self.bound), jnp.zeros_like(counts)
+            else:
+                size, carried = window(counts, self.bound, index)
             plan = plan_round(counts, size, carried, alignment=self.alignment)
-            rows = tokens_to_slots(tokens[None], slots)[0]
+            rows = tokens_to_slots(tokens[None], routes.slots)[0]
             rows = checkpoint_name(send(transport, rows, plan), EXCHANGED)
         with jax.named_scope("experts"):
             me = jax.lax.axis_index(transport.axes)
             rows = self.compute(weights, rows, plan.group_sizes[me])
         with jax.named_scope("combine"):
-            return checkpoint_name(send_back(transport, rows, plan), EXCHANGED)
-
-    def rounds_left(self, counts: Counts) -> Int[Array, ""]:
-        """Rounds of a chunk after its first."""
-        return further_rounds(counts, self.bound)
-
-
-Residuals = tuple[Any, Chunks, ExpertWeights, tuple[Slots, ...], tuple[Counts, ...]]
+            return send_back(transport, rows, plan)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _with_further(
-    rounds: Rounds,
-    tokens: Chunks,
-    weights: ExpertWeights,
-    slots: tuple[Slots, ...],
-    counts: tuple[Counts, ...],
+def _all_rounds(
+    rounds: Rounds, tokens: Chunks, weights: ExpertWeights, routes: ChunkRoutes
 ) -> Chunks:
-    returned = rounds.first_rounds(tokens, weights, slots, counts)
-    return _further(rounds, returned, tokens, weights, slots, counts)
+    answers = rounds.first_rounds(tokens, weights, routes)
+    return _further_rounds(rounds, answers, tokens, weights, routes)
 
 
-def _further(
-    rounds: Rounds,
-    returned: Chunks,
-    tokens: Chunks,
-    weights: ExpertWeights,
-    slots: tuple[Slots, ...],
-    counts: tuple[Counts, ...],
+def _further_rounds(
+    rounds: Rounds, answers: Chunks, tokens: Chunks, weights: ExpertWeights, routes: ChunkRoutes
 ) -> Chunks:
-    assert rounds.further is not None
+    """The answers of the first rounds, completed; every choice is answered in one round."""
 
-    def chunk_of(i: int, returned: Float[Array, "N M"]) -> Float[Array, "N M"]:
-        def body(index: Int[Array, ""], returned: Float[Array, "N M"]) -> Float[Array, "N M"]:
-            return returned + rounds.one_round(
-                rounds.further, tokens[i], weights, slots[i], counts[i], index
-            )
+    def complete(
+        answers: Float[Array, "N M"], tokens: Float[Array, "T M"], way: Routes
+    ) -> Float[Array, "N M"]:
+        def add(index: Int[Array, ""], answers: Float[Array, "N M"]) -> Float[Array, "N M"]:
+            return answers + rounds.further_round(tokens, weights, way, index)
 
-        with jax.named_scope(OVERFLOW):
-            last = rounds.rounds_left(counts[i])
-            return jax.lax.fori_loop(1, last + 1, body, returned)
+        return _loop(rounds, way, add, answers)
 
-    return tuple(chunk_of(i, each) for i, each in enumerate(returned))
+    return tuple(map(complete, answers, tokens, routes))
 
 
-def _with_further_fwd(
-    rounds: Rounds,
-    tokens: Chunks,
-    weights: ExpertWeights,
-    slots: tuple[Slots, ...],
-    counts: tuple[Counts, ...],
-) -> tuple[Chunks, Residuals]:
-    def first(tokens: Chunks, weights: ExpertWeights) -> Chunks:
-        return rounds.first_rounds(tokens, weights, slots, counts)
-
-    returned, pullback = jax.vjp(first, tokens, weights)
-    returned = _further(rounds, returned, tokens, weights, slots, counts)
-    return returned, (pullback, tokens, weights, slots, counts)
+def _loop(
+    rounds: Rounds, way: Routes, body: Callable[[Int[Array, ""], Any], Any], first: Any
+) -> Any:
+    """A loop over the further rounds of a chunk; the devices of a group run equally many."""
+    with jax.named_scope(OVERFLOW):
+        return jax.lax.fori_loop(1, 1 + further_rounds(way.counts, rounds.bound), body, first)
 
 
-def _with_further_bwd(
-    rounds: Rounds, residuals: Residuals, gradient: Chunks
-) -> tuple[Chunks, ExpertWeights, None, None]:
-    pullback, tokens, weights, slots, counts = residuals
-    by_tokens, by_weights = pullback(gradient)
+_Kept = tuple[Any, Chunks, ExpertWeights, ChunkRoutes]
+
+
+def _all_rounds_fwd(
+    rounds: Rounds, tokens: Chunks, weights: ExpertWeights, routes: ChunkRoutes
+) -> tuple[Chunks, _Kept]:
+    answers, pullback = jax.vjp(
+        lambda tokens, weights: rounds.first_rounds(tokens, weights, routes), tokens, weights
+    )
+    answers = _further_rounds(rounds, answers, tokens, weights, routes)
+    return answers, (pullback, tokens, weights, routes)
+
+
+def _all_rounds_bwd(
+    rounds: Rounds, residuals: _Kept, gradients: Chunks
+) -> tuple[Chunks, ExpertWeights, None]:
+    pullback, tokens, weights, routes = residuals
+    by_tokens, by_weights = pullback(gradients)
     sums = []
-    for i, (chunk, by_chunk) in enumerate(zip(tokens, by_tokens, strict=True)):
+    for chunk, way, gradient, by_chunk in zip(tokens, routes, gradients, by_tokens, strict=True):
 
-        def body(
+        def add(
             index: Int[Array, ""],
             sums: tuple[Float[Array, "T M"], ExpertWeights],
-            i: int = i,
             chunk: Float[Array, "T M"] = chunk,
+            way: Routes = way,
+            gradient: Float[Array, "N M"] = gradient,
         ) -> tuple[Float[Array, "T M"], ExpertWeights]:
-            def again(chunk: Float[Array, "T M"], weights: ExpertWeights) -> Float[Array, "N M"]:
-                assert rounds.further is not None
-                return rounds.one_round(rounds.further, chunk, weights, slots[i], counts[i], index)
+            _, pullback = jax.vjp(
+                lambda chunk, weights: rounds.further_round(chunk, weights, way, index),
+                chunk,
+                weights,
+            )
+            return jax.tree.map(jnp.add, sums, pullback(gradient))
 
-            _, pullback = jax.vjp(again, chunk, weights)
-            return jax.tree.map(jnp.add, sums, pullback(gradient[i]))
-
-        with jax.named_scope(OVERFLOW):
-            last = rounds.rounds_left(counts[i])
-            by_chunk, by_weights = jax.lax.fori_loop(1, last + 1, body, (by_chunk, by_weights))
+        by_chunk, by_weights = _loop(rounds, way, add, (by_chunk, by_weights))
         sums.append(by_chunk)
-    return tuple(sums), by_weights, None, None
+    return tuple(sums), by_weights, None
 
 
-_with_further.defvjp(_with_further_fwd, _with_further_bwd)
+_all_rounds.defvjp(_all_rounds_fwd, _all_rounds_bwd)

@@ -33,11 +33,19 @@ class Transport(Protocol):
     """
 
     @property
-    def axes(self) -> tuple[str, ...]: ...
+    def axes(self) -> tuple[str, ...]:
+        """See above."""
+        ...
+
     @property
-    def rows(self) -> int: ...
+    def rows(self) -> int:
+        """See above."""
+        ...
+
     @property
-    def expert_rows(self) -> int: ...
+    def expert_rows(self) -> int:
+        """See above."""
+        ...
 
     def out(self, rows: Float[Array, "N M"], plan: Round) -> Float[Array, "R M"]:
         """A round of rows, sorted by expert, to the experts; padding is zero."""

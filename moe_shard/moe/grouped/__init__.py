@@ -73,7 +73,8 @@ def choose(
 
     Args:
         requested: a routine's name; "auto" takes what is best on the platform.
-        platform: "cpu", "tpu", "cuda" or "rocm".
+        platform: "cpu", "tpu", "cuda" or "rocm"; of "unknown", where nothing will run, all is
+            taken at its word.
         groups: G.
         rows: how many rows of all groups together to expect; sizes the blocks.
         in_dim: A. No routine minds its dims so far; of the kernels, tiles may reach over edges.
@@ -83,10 +84,10 @@ def choose(
     Raises:
         UserError: the routine that was asked for does not run there.
     """
-    name: str = _AUTO[platform] if requested == "auto" else requested
+    name: str = _AUTO.get(platform, "ragged_dot") if requested == "auto" else requested
     if requested == "auto" and groups == 1:
         return GroupedProduct("single", 1, "one group is one plain product")
-    if name == "tokamax":
+    if name == "tokamax" and platform in _AUTO:
         tokamax_.check(platform)
     if name == "pallas" and platform == "tpu":
         raise UserError(
@@ -94,7 +95,7 @@ def choose(
         )
     if name == "pallas" and jnp.dtype(dtype).itemsize > 4:
         raise UserError(f"grouped_product: pallas takes float32 and narrower, not {dtype}")
-    reason = _REASONS.get((name, platform), f"by name; {platform}'s own would be {_AUTO[platform]}")
+    reason = _REASONS.get((name, platform), "by name")
     return GroupedProduct(name, _alignment(name, groups, rows), reason)
 
 
