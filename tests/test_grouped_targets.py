@@ -16,7 +16,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_shard.lowering.collectives import extract_collectives
-from moe_shard.lowering.hlo import Module
 from moe_shard.lowering.targets import devices_for, parse_target
 from moe_shard.lowering.work import product_flops
 from moe_shard.moe.grouped import GroupedProductName, choose, grouped_product
@@ -26,6 +25,9 @@ pytestmark = pytest.mark.targets
 DEVICES = 8
 ROWS, IN, HIDDEN, GROUPS = 16384, 1024, 2048, 16
 ONE_PRODUCT = 2 * ROWS * IN * HIDDEN
+# Bytes of the hidden rows. Two such arrays are needed beside arguments and results: what the up
+# product gave, for the derivative of the activation, and what the activation made of it.
+HIDDEN_ROWS = ROWS * HIDDEN * 2
 GPUS = ["h100:8", "mi355x:8"]
 TPUS = ["v5e:2x4", "v6e:2x4"]
 
@@ -77,12 +79,14 @@ def two_products(
 
 def most_flops(program: Any) -> int:
     """FLOPs of the largest product that XLA itself computes, wherever it stands."""
-    module: Module = extract_collectives(program.as_text()).walk.module
-    return max(
-        product_flops(computation, instruction)
+    module = extract_collectives(program.as_text()).walk.module
+    products = [
+        product_flops(computation, computation.instruction(name))
         for computation in module.computations.values()
-        for instruction in computation.instructions
-    )
+        for name, opcode in computation.opcodes.items()
+        if opcode in ("dot", "convolution")
+    ]
+    return max(products, default=0)
 
 
 def kernels(program: Any) -> list[str]:
@@ -98,17 +102,14 @@ def test_a_gpu_multiplies_in_six_kernels_and_no_more(target: str, check_vma: boo
     assert kernels(program) == ["grouped_dw"] * 2 + ["grouped_dx"] * 2 + ["grouped_forward"] * 2
     # No product of XLA's own, let alone one of 16 times the FLOPs.
     assert most_flops(program) == 0
-    # What lives beside the result at once: the hidden rows, as they came from the product, which
-    # the gradients overwrite.
-    hidden = ROWS * HIDDEN * 2
-    assert program.memory_analysis().temp_size_in_bytes <= 1.2 * hidden
+    assert program.memory_analysis().temp_size_in_bytes <= 1.2 * 2 * HIDDEN_ROWS
 
 
 @pytest.mark.parametrize("target", GPUS)
 def test_ragged_dot_by_name_is_what_the_kernels_avoid(target: str) -> None:
     program = two_products(target, "ragged_dot")
     assert most_flops(program) >= GROUPS * ONE_PRODUCT
-    assert program.memory_analysis().temp_size_in_bytes > 4 * ROWS * HIDDEN * 2
+    assert program.memory_analysis().temp_size_in_bytes > 8 * HIDDEN_ROWS
 
 
 @pytest.mark.parametrize("target", TPUS)
@@ -119,7 +120,9 @@ def test_a_tpu_multiplies_each_row_once_in_the_gradient_too(target: str) -> None
     assert kernels(program) == ["grouped_dw"] * 2 + ["ragged-dot-none"] * 4
     told = re.findall(r'"cost_estimate":\{"flops":"(\d+)"', program.as_text())
     assert [int(each) for each in told] == [ONE_PRODUCT] * 6
-    assert program.memory_analysis().temp_size_in_bytes <= 2.4 * ROWS * HIDDEN * 2
+    # On TPU the gradient of the rows that come out lives then too.
+    needed = 2 * HIDDEN_ROWS + ROWS * IN * 2
+    assert program.memory_analysis().temp_size_in_bytes <= 1.2 * needed
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
