@@ -89,12 +89,17 @@ class BuiltLayer:
     tokens: jax.ShapeDtypeStruct
     settings: Settings
     annotate: Annotator
+    fused: bool
 
     def apply(self, params: dict[str, jax.Array], x: jax.Array) -> tuple[jax.Array, MoEStats]:
         """The layer as a function."""
         state: dict[str, dict[str, jax.Array]] = {}
         for name, (module, leaf) in PATHS.items():
             state.setdefault(module, {})[leaf] = params[name]
+        if self.fused:  # the oracle has them apart
+            experts = state["experts"]
+            both = [experts.pop("gate"), experts.pop("up")]
+            experts["gate_up"] = jnp.stack(both, axis=2)
         return nnx.merge(self.graphdef, nnx.State(state))(x)
 
     def step(
@@ -192,7 +197,13 @@ def build_layer(
         )
     )
     graphdef, state = nnx.split(layer)
-    assert sum(1 for _ in nnx.to_flat_state(state)) == len(PATHS)
+    fused = config.prefuse_weights
+    assert sum(1 for _ in nnx.to_flat_state(state)) == len(PATHS) - fused
+    if fused:
+        whole = state["experts"]["gate_up"]
+        one = jax.ShapeDtypeStruct(whole.get_raw_value().shape[:2] + (hidden,), jnp.float32)
+        for leaf in ("gate", "up"):
+            state["experts"][leaf] = nnx.Param(one, logical_axes=("exp", "embed_moe", "mlp_moe"))
     shapes = {}
     for name, (module, leaf) in PATHS.items():
         variable = state[module][leaf]
@@ -209,4 +220,5 @@ def build_layer(
         ),
         settings=settings,
         annotate=annotate,
+        fused=fused,
     )

@@ -29,6 +29,7 @@ class Settings:
     drop_policy: str = "position"
     renormalise: bool = True
     activation: str = "silu"
+    round_robin: bool = False
     load_balance: str = "maxtext"
     load_balance_weight: float = 0.0
     z_weight: float = 0.0
@@ -139,13 +140,19 @@ def moe_layer(
     dgate, dup, ddown = np.zeros_like(gate), np.zeros_like(up), np.zeros_like(down)
 
     for row in range(rows):
-        chosen = [top_k(probs[row, token], k) for token in range(tokens)]
+        chosen = [
+            [(token * k + i) % experts for i in range(k)]
+            if settings.round_robin
+            else top_k(probs[row, token], k)
+            for token in range(tokens)
+        ]
         slots = seat(chosen, probs[row], capacity, settings.drop_policy)
         for token in range(tokens):
             mine = chosen[token]
             p = probs[row, token]
             refused = np.delete(p, mine)
-            margin = min(margin, p[mine].min() - refused.max() if refused.size else math.inf)
+            if not settings.round_robin:
+                margin = min(margin, p[mine].min() - refused.max() if refused.size else math.inf)
             norm = p[mine].sum() if settings.renormalise else 1.0
             weights = p[mine] / norm
             dweights = np.zeros(k)

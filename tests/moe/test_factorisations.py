@@ -87,6 +87,8 @@ def check(
     inputs: Inputs = INPUTS,
     order: list[int] | None = None,
 ) -> Answer:
+    if dispatch == "ragged":  # has no capacity
+        settings = dataclasses.replace(settings, capacity_factor=-1.0)
     expected = moe_layer(inputs.x, inputs.params, inputs.cotangent, settings)
     layer = build_layer(mesh_of(sizes, order), settings, dispatch=dispatch, flag=flag, **DIMS)
     assert_equal_to_oracle(layer.run(inputs), expected)
@@ -95,8 +97,14 @@ def check(
 
 every_variant = pytest.mark.parametrize(
     ("dispatch", "flag"),
-    [("gather", True), ("gather", False), ("einsum", True), ("einsum", False)],
-    ids=["gather-on", "gather-off", "einsum-on", "einsum-off"],
+    [
+        ("gather", True),
+        ("gather", False),
+        ("einsum", True),
+        ("einsum", False),
+        ("ragged", True),
+    ],
+    ids=["gather-on", "gather-off", "einsum-on", "einsum-off", "ragged"],
 )
 either_strategy = pytest.mark.parametrize("dispatch", ["gather", "einsum"])
 some_meshes = pytest.mark.parametrize("sizes", SOME_MESHES, ids=label)
@@ -111,7 +119,8 @@ def test_there_are_twenty_factorisations() -> None:
 @pytest.mark.parametrize("sizes", ALL_MESHES, ids=label)
 def test_every_factorisation(sizes: dict[str, int], dispatch: str, flag: bool) -> None:
     expected = check(sizes, dispatch, flag)
-    assert (expected.dropped > 0).all()  # every row has drops, so they are tested too
+    # Every row has drops, so they are tested too; or none, where there is no capacity.
+    assert (expected.dropped > 0).all() == (dispatch != "ragged")
 
 
 @pytest.mark.parametrize("flag", [True, False], ids=["on", "off"])
@@ -123,6 +132,11 @@ def test_meshes_with_fsdp_transpose_and_context(sizes: dict[str, int], flag: boo
 @pytest.mark.parametrize("sizes", MORE_MESHES[1::2], ids=label)
 def test_meshes_with_fsdp_transpose_and_context_einsum(sizes: dict[str, int]) -> None:
     check(sizes, "einsum", True)
+
+
+@pytest.mark.parametrize("sizes", MORE_MESHES, ids=label)
+def test_meshes_with_fsdp_transpose_and_context_ragged(sizes: dict[str, int]) -> None:
+    check(sizes, "ragged", True)
 
 
 @either_strategy

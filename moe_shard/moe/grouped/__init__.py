@@ -95,7 +95,8 @@ def choose(
         )
     if name == "pallas" and jnp.dtype(dtype).itemsize > 4:
         raise UserError(f"grouped_product: pallas takes float32 and narrower, not {dtype}")
-    reason = _REASONS.get((name, platform), "by name")
+    other = "what runs anywhere" if requested == "auto" else "by name; auto takes another there"
+    reason = _REASONS.get((name, platform), other)
     return GroupedProduct(name, _alignment(name, groups, rows), reason)
 
 

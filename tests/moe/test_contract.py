@@ -1,0 +1,178 @@
+"""One contract for every strategy: whatever the routing, outputs and gradients are the oracle's.
+
+Nothing is dropped here (the capacity strategies have as many slots as a row has tokens), so that
+all strategies are held to the same numbers. Every factorisation of the devices is tried in
+`test_factorisations.py`; here are the routings that go wrong, on meshes of each kind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from moe_shard.errors import UserError
+from moe_shard.moe import dispatch
+from moe_shard.moe.dispatch.ragged import Ragged
+from moe_shard.sharding.annotate import Annotator
+from tests.moe import emulation
+from tests.moe.build import Outputs, build_layer, mesh_of
+from tests.moe.inputs import Inputs, random_inputs
+from tests.moe.oracle import Answer, Settings, moe_layer
+from tests.moe.test_factorisations import assert_equal_to_oracle, label
+
+DIMS = {"rows": 8, "tokens": 16, "model": 16, "hidden": 32, "experts": 8}
+WHOLE = Settings(capacity_factor=-1.0, load_balance_weight=3.0, z_weight=0.5)
+MESHES = [{"expert": 8}, {"data": 2, "expert": 4}, {"fsdp": 2, "tensor": 2, "expert": 2}]
+# Without an expert group, and with all kinds of axes but one.
+SINGLETONS = [{"data": 8}, {"fsdp": 4, "tensor": 2}]
+EMULATED = "ragged by ragged-all-to-all"
+VARIANTS = ["gather", "einsum", "ragged", EMULATED, "ragged without check_vma", "ragged in chunks"]
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+every_mesh = pytest.mark.parametrize("sizes", MESHES, ids=label)
+
+
+@pytest.fixture
+def ragged_all_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The transport of TPU and GPU, emulated."""
+    monkeypatch.setattr(Annotator, "platform", "tpu")
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulation.ragged_all_to_all)
+
+
+@pytest.fixture
+def route(variant: str, request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What a variant sets."""
+    settings: dict[str, Any] = {"dispatch": variant.split()[0]}
+    if variant == EMULATED:
+        request.getfixturevalue("ragged_all_to_all")
+        settings["grouped_product"] = "blocked"  # TPU's own does not run here
+    elif variant == "ragged without check_vma":
+        patch = request.getfixturevalue("monkeypatch")
+        patch.setattr(dispatch, "Ragged", partial(Ragged, check_vma=False))
+    elif variant == "ragged in chunks":
+        settings["num_token_chunks"] = 2
+    return settings
+
+
+def run(
+    sizes: dict[str, int], settings: Settings, inputs: Inputs, dims: dict[str, int], **route: Any
+) -> tuple[Outputs, Answer]:
+    layer = build_layer(mesh_of(sizes), settings, flag=True, **dims, **route)
+    return layer.run(inputs), moe_layer(inputs.x, inputs.params, inputs.cotangent, settings)
+
+
+def check(sizes: dict[str, int], settings: Settings, inputs: Inputs, **route: Any) -> Answer:
+    rows, tokens, model = inputs.x.shape
+    experts, _, hidden = inputs.params["gate"].shape
+    dims = {
+        "rows": rows, "tokens": tokens, "model": model, "hidden": hidden, "experts": experts
+    }  # fmt: skip
+    found, expected = run(sizes, settings, inputs, dims, **route)
+    assert_equal_to_oracle(found, expected)
+    assert expected.dropped.sum() == 0
+    return expected
+
+
+def towards(bias: list[float], **dims: int) -> Inputs:
+    """Random inputs whose router is drawn to some experts."""
+    inputs = random_inputs(**(DIMS | dims))
+    x, params = inputs.x.copy(), {name: value.copy() for name, value in inputs.params.items()}
+    x[..., 0] = 3.0
+    params["kernel"][0] += np.float32(bias)
+    return dataclasses.replace(inputs, x=x, params=params)
+
+
+@every_variant
+@every_mesh
+@pytest.mark.parametrize("k", [1, 2, 8])
+def test_top_k(sizes: dict[str, int], route: dict[str, Any], k: int) -> None:
+    check(sizes, dataclasses.replace(WHOLE, k=k), random_inputs(**DIMS), **route)
+
+
+@every_variant
+@every_mesh
+def test_an_odd_number_of_tokens(
+    sizes: dict[str, int], route: dict[str, Any], variant: str
+) -> None:
+    # Of each device 13 times 1, 2 or 4 rows: no power of two, and no multiple of a block.
+    tokens = 14 if "chunks" in variant else 13
+    check(sizes, WHOLE, random_inputs(**(DIMS | {"tokens": tokens})), **route)
+
+
+@every_variant
+@every_mesh
+def test_experts_without_a_token(sizes: dict[str, int], route: dict[str, Any]) -> None:
+    bias = [0.3, -9, 0.3, 0, -9, 0.3, 0, 0]
+    expected = check(sizes, WHOLE, towards(bias), **route)
+    assert (expected.counts.sum(axis=0)[[1, 4]] == 0).all()
+
+
+@every_variant
+@every_mesh
+def test_all_tokens_to_one_expert(sizes: dict[str, int], route: dict[str, Any]) -> None:
+    # Far beyond the bound of one exchange: rounds follow until all is carried.
+    inputs = towards([2, 0, 0, 0, 0, 0, 0, 0], tokens=64)
+    expected = check(sizes, dataclasses.replace(WHOLE, k=1), inputs, **route)
+    assert expected.counts.sum(axis=0)[0] == 8 * 64
+
+
+@every_variant
+@every_mesh
+def test_a_skewed_router(sizes: dict[str, int], route: dict[str, Any]) -> None:
+    inputs = towards([0.4 * e for e in range(8)], tokens=128)
+    expected = check(sizes, WHOLE, inputs, **route)
+    assert expected.counts.sum(axis=0).max() > 3 * expected.counts.sum(axis=0).mean()
+
+
+@every_variant
+@every_mesh
+def test_duplicates_and_ties(sizes: dict[str, int], route: dict[str, Any]) -> None:
+    # Exact in float32 in any order of summation, so that ties are ties on every mesh.
+    inputs = random_inputs(**DIMS)
+    x = np.round(8 * inputs.x).clip(-16, 16) / 8
+    x[:, 8:] = x[:, :8]
+    kernel = np.round(8 * inputs.params["kernel"]) / 8
+    kernel[:, 4:] = kernel[:, :4]
+    tied = dataclasses.replace(inputs, x=x, params={**inputs.params, "kernel": kernel})
+    assert check(sizes, dataclasses.replace(WHOLE, k=3), tied, **route).margin == 0
+
+
+@every_variant
+@pytest.mark.parametrize("sizes", SINGLETONS, ids=label)
+def test_without_an_expert_group(sizes: dict[str, int], route: dict[str, Any]) -> None:
+    check(sizes, WHOLE, towards([0.4 * e for e in range(8)]), **route)
+
+
+@every_variant
+@every_mesh
+@pytest.mark.parametrize(("tokens", "k"), [(16, 2), (14, 3)], ids=["even", "uneven"])
+def test_forced_balance(sizes: dict[str, int], route: dict[str, Any], tokens: int, k: int) -> None:
+    settings = dataclasses.replace(WHOLE, k=k, round_robin=True)
+    inputs = random_inputs(**(DIMS | {"tokens": tokens}))
+    check(sizes, settings, inputs, force_load_balance=True, **route)
+
+
+@every_variant
+@every_mesh
+def test_fused_gate_and_up(sizes: dict[str, int], route: dict[str, Any]) -> None:
+    check(sizes, WHOLE, random_inputs(**DIMS), prefuse_weights=True, **route)
+
+
+@pytest.mark.parametrize("product", ["blocked", "ragged_dot", "pallas"])
+@pytest.mark.parametrize(
+    "sizes",
+    [{"data": 8}, {"data": 2, "expert": 4}, {"fsdp": 2, "tensor": 2, "expert": 2}],
+    ids=label,
+)
+def test_every_grouped_product(sizes: dict[str, int], product: str) -> None:
+    inputs = towards([0.5 * e for e in range(8)])
+    check(sizes, WHOLE, inputs, dispatch="ragged", grouped_product=product)
+
+
+def test_chunks_that_do_not_come_out_even_are_refused() -> None:
+    with pytest.raises(UserError, match="num_moe_token_chunks=3 does not divide the 16 tokens"):
+        check({"expert": 8}, WHOLE, random_inputs(**DIMS), dispatch="ragged", num_token_chunks=3)
