@@ -1,8 +1,8 @@
 """The arithmetic and the memory traffic of HLO instructions.
 
-FLOPs are those of products (dot, convolution, ragged dot, the libraries' own), which is where a
-transformer spends them: 2 for each multiply-add. A Pallas kernel does not say what it computes and
-counts as none. Memory traffic is what an instruction reads and writes once: a fusion keeps what is
+FLOPs are those of products (dot, convolution, ragged dot, the libraries' own, grouped kernels),
+which is where a transformer spends them: 2 for each multiply-add. Any other Pallas kernel counts as
+what it states of itself, which on GPU is nothing. Memory traffic is what an instruction reads and writes once: a fusion keeps what is
 in between to itself, and of an operand that it only slices it reads the slice.
 """
 
@@ -20,6 +20,9 @@ from moe_shard.lowering.walk import OPCODES, Executions
 
 _LIBRARY_PRODUCT = re.compile(r'custom_call_target="__(?:cublas|cudnn)[^"]*(?:gemm|matmul)')
 _LIBRARY_CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\[([\d",]*)\]')
+# The kernels of `moe.grouped` on GPU: each row meets the weights of one group.
+_GROUPED_KERNEL = re.compile(r"grouped_(forward|dx|dw)/pallas_call")
+_COST_ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 _PRODUCTS = frozenset({"dot", "convolution", "ragged-dot", "custom-call"})
 # These only name what is there already, or belong to somebody else's account.
 _FREE = frozenset(
@@ -50,13 +53,32 @@ def product_flops(computation: Computation, instruction: Instruction) -> int:
     if opcode == "convolution":
         return _convolution_flops(computation, instruction)
     if opcode == "custom-call" and not _LIBRARY_PRODUCT.search(instruction.attribute_text):
-        return 0
+        return _kernel_flops(computation, instruction)
     if opcode not in _PRODUCTS:
         return 0
     lhs = array_dims(computation.instruction(instruction.operand(0)).shape)
     contracted = math.prod(lhs[dim] for dim in _contracted(instruction, len(lhs)))
     result = array_dims(tuple_elements(instruction.shape)[0])
     return 2 * math.prod(result) * contracted
+
+
+def _kernel_flops(computation: Computation, instruction: Instruction) -> int:
+    """FLOPs of a kernel: those that it states itself (TPU), or of a kernel known by its name.
+
+    Rows of a buffer that no group covers are counted, though a kernel may skip them.
+    """
+    if 'custom_call_target="tpu_custom_call"' in instruction.attribute_text:
+        stated = _COST_ESTIMATE.search(instruction.attribute_text)
+        return int(stated[1]) if stated else 0
+    kernel = _GROUPED_KERNEL.search(instruction.op_name)
+    if kernel is None or "triton" not in instruction.attribute_text:
+        return 0
+    rows, other = (
+        array_dims(computation.instruction(instruction.operand(at)).shape) for at in (0, 1)
+    )
+    if kernel[1] == "dw":
+        return 2 * math.prod(rows) * other[1]
+    return 2 * math.prod(array_dims(tuple_elements(instruction.shape)[0])) * rows[1]
 
 
 def _contracted(instruction: Instruction, rank: int) -> list[int]:

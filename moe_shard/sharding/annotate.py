@@ -27,12 +27,12 @@ source_info_util.register_exclusion(__file__)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather(w: Array, stored: NamedSharding, used: NamedSharding, sum_where_used: bool) -> Array:
+def _gather(w: Array, stored: NamedSharding, used: NamedSharding, _sum_where_used: bool) -> Array:
     """`w` where it is used. Its gradient is pinned where `w` is stored, and nowhere before.
 
     The gradient of two constraints would pin the partial sums whole first, and where a cast stands
     between, GPUs then reduce all of it on every device instead of scattering it. With
-    `sum_where_used` it is pinned so all the same, here where no cast can stand between.
+    `_sum_where_used` it is pinned so all the same, here where no cast can stand between.
     """
     constrain = jax.lax.with_sharding_constraint
     return constrain(constrain(w, stored), used)

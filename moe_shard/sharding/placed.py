@@ -98,6 +98,7 @@ class PlacedArray:
                             "contested": list(self.contested(loss)),
                             "held_by": loss.held_by or None,
                             "reason": loss.reason,
+                            "size": loss.size,
                         }
                         for loss in decision.lost
                     ],

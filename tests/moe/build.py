@@ -201,7 +201,7 @@ def build_layer(
     assert sum(1 for _ in nnx.to_flat_state(state)) == len(PATHS) - fused
     if fused:
         whole = state["experts"]["gate_up"]
-        one = jax.ShapeDtypeStruct(whole.get_raw_value().shape[:2] + (hidden,), jnp.float32)
+        one = jax.ShapeDtypeStruct((*whole.get_raw_value().shape[:2], hidden), jnp.float32)
         for leaf in ("gate", "up"):
             state["experts"][leaf] = nnx.Param(one, logical_axes=("exp", "embed_moe", "mlp_moe"))
     shapes = {}

@@ -174,6 +174,28 @@ def test_an_alternative_row_is_told_and_no_conflict() -> None:
     )
 
 
+def test_a_row_that_does_not_divide_is_told_and_no_conflict() -> None:
+    rules: Rules = [("exp", ("expert", "data")), *RULES]
+    found = of(rules, array("w", "exp", None, size=12))
+    assert not found.conflicts
+    (note,) = (lint for lint in found.lint if lint.kind == "passed-over")
+    assert (note.level, note.rows) == ("note", (1, 3))
+    assert note.text == (
+        "row 1 ['exp', [expert, data]] does not divide 12 (w): row 3 [expert] is used instead"
+    )
+    (lost,) = found.to_json()["parameters"][0]["dims"][0]["lost"]
+    assert lost == {
+        "row": 1,
+        "logical_axis": "exp",
+        "mesh_axes": ["expert", "data"],
+        "contested": [],
+        "held_by": None,
+        "reason": "does not divide",
+        "size": 12,
+    }
+    assert "row 1 does not divide" in " ".join(printed(found).split())
+
+
 def test_a_dim_without_a_row_and_one_that_does_not_divide() -> None:
     found = of(RULES, array("x", "batch", "heads", size=6), assumed=True)
     assert found.activations[0].shard_shape == (1, 6)
@@ -184,6 +206,25 @@ def test_a_dim_without_a_row_and_one_that_does_not_divide() -> None:
     assert "no row" in printed(found)
     with pytest.raises(UserError, match="not divisible"):
         of(RULES, array("x", "batch", size=6))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "shard"),
+    [([], (4, 1, 128, 256)), (["num_experts=12"], (4, 3, 64, 256))],
+)
+def test_whole_experts_where_the_mesh_divides_them(
+    overrides: list[str], shard: tuple[int, ...]
+) -> None:
+    mesh = ["ici_expert_parallelism=4", "ici_fsdp_parallelism=2", "rule_conflicts=error"]
+    found = explain_config(load_config("mixtral-tiny", [*mesh, *overrides]))
+    assert found.is_strict
+    assert found.expert_axes == ("expert",)
+    gate = next(p for p in found.parameters if p.array.name == "layers.mlp.experts.gate")
+    assert gate.shard_shape == shard
+    assert "expert axis (the row of activation_exp): expert" in printed(found)
+    said = [lint.text for lint in found.lint if lint.kind == "passed-over"]
+    assert len(said) == len(overrides)
+    assert all("['exp', [expert, fsdp]] does not divide 12" in text for text in said)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_shard.errors import UserError
 from moe_shard.sharding.lint import Lint, dead_rows, lint_rows, number_rows
 from moe_shard.sharding.rules import RuleTable
 
@@ -65,6 +66,16 @@ def test_dead_rows(rules: Rules, dead: list[tuple[str, tuple[int, ...]]]) -> Non
     assert [(lint.kind, lint.rows) for lint in dead_rows(number_rows(rules))] == dead
 
 
+def test_a_row_that_serves_by_size_alone_is_dead_to_flax_only() -> None:
+    rules: Rules = [("a", ("data", "fsdp")), ("a", ("data",))]
+    (note,) = dead_rows(number_rows(rules), by_flax=False)
+    assert (note.level, note.kind, note.rows) == ("note", "by-size", (2, 1))
+    assert note.text == (
+        "row 2 ['a', [data]] serves only where row 1 ['a', [data, fsdp]] does not divide the dim: "
+        "no row above takes fsdp and leaves the rest"
+    )
+
+
 NAMES = ("a", "b", "c", "d")
 tables = st.lists(
     st.tuples(
@@ -75,14 +86,17 @@ tables = st.lists(
 )
 
 
-def winners(rules: Rules, sizes: dict[str, int]) -> set[int]:
+def winners(rules: Rules, sizes: dict[str, int], size: int = 64 * 81) -> set[int]:
     """Every row that wins for some array, by trying all arrays."""
     table = RuleTable(rules, sizes)
     known = [name for name in NAMES if any(name == row for row, _ in rules)]
     won = set[int]()
     for count in range(1, len(known) + 1):
         for dims in itertools.combinations(known, count):
-            decisions = table.resolve("x", dims, [64 * 81] * count).decisions
+            try:
+                decisions = table.resolve("x", dims, [size] * count).decisions
+            except UserError:  # a dim that no row divides
+                continue
             won |= {decision.won.number for decision in decisions if decision.won}
     return won
 
@@ -92,6 +106,18 @@ def winners(rules: Rules, sizes: dict[str, int]) -> set[int]:
 def test_a_row_called_dead_never_wins(rules: Rules) -> None:
     found = dead_rows(number_rows(rules))
     assert not {lint.rows[0] for lint in found} & winners(rules, dict.fromkeys(AXES, 3))
+
+
+@settings(max_examples=150, deadline=None)
+@given(tables, st.sampled_from([1, 2, 3, 4, 6, 9, 12]))
+def test_nor_where_rows_are_passed_over_for_their_sizes(rules: Rules, size: int) -> None:
+    found = dead_rows(number_rows(rules), by_flax=False)
+    dead = {lint.rows[0] for lint in found if lint.level == "warning"}
+    by_size = {lint.rows[0] for lint in found if lint.kind == "by-size"}
+    sizes = {"data": 2, "fsdp": 3, "tensor": 2, "expert": 3}
+    assert not dead & winners(rules, sizes, size)
+    # Where everything divides they do not serve either.
+    assert not by_size & winners(rules, sizes)
 
 
 @settings(max_examples=150, deadline=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import flax.linen
@@ -90,6 +91,34 @@ def test_nothing_is_lost_without_a_record(rows: Rows, names: list[str | None]) -
         assert decision.is_conflict == (decision.won is None and bool(tried))
 
 
+SIZES_OF_DIMS = st.sampled_from([0, 1, 2, 6, 10, 12, 20, 30, 45, 60, 120])
+
+
+@settings(max_examples=400, deadline=None)
+@given(rows_of(tuple(ALL_LARGE)), arrays, st.data())
+def test_rows_that_do_not_divide_might_as_well_not_stand_in_the_table(
+    rows: Rows, names: list[str | None], data: st.DataObject
+) -> None:
+    """Flax, which knows no sizes, on the rows that divide."""
+    shape = [data.draw(SIZES_OF_DIMS) for _ in names]
+    size_of = dict(zip(names, shape, strict=True))
+
+    def divides(name: str, axes: tuple[str, ...]) -> bool:
+        return size_of.get(name, 0) % math.prod(ALL_LARGE[axis] for axis in axes) == 0
+
+    found = RuleTable(rows, ALL_LARGE).resolve("array", names, shape)
+    expected = flax.linen.logical_to_mesh_axes(names, [row for row in rows if divides(*row)])
+    assert canonical(found.spec) == canonical(expected)
+    for decision in found.decisions:
+        for loss in decision.lost:
+            axes = rows[loss.row.number - 1][1]
+            assert loss.held_by or not divides(loss.row.logical_axis, axes)
+            assert (loss.reason == "does not divide") == (not loss.held_by)
+    # Where the sizes are only assumed none is passed over for them.
+    assumed = RuleTable(rows, ALL_LARGE).resolve("array", names, shape, must_divide=False)
+    assert canonical(assumed.spec) == canonical(flax.linen.logical_to_mesh_axes(names, rows))
+
+
 MOE = [
     ("batch", ("data", "expert")),
     ("batch_no_exp", ("data",)),
@@ -130,10 +159,39 @@ def test_a_collision_over_an_axis_of_size_one_is_no_conflict() -> None:
     assert not found.conflicts
 
 
+FSDP = [("exp", ("expert", "data")), ("exp", ("expert",)), ("embed", ("data",)), ("embed", ())]
+
+
+@pytest.mark.parametrize(
+    ("experts", "spec", "lost"),
+    [
+        (16, [("expert", "data"), ()], [[], ["row 3 ['embed', [data]] lost data to 'exp'"]]),
+        (12, [("expert",), ("data",)], [["row 1 ['exp', [expert, data]] does not divide 12"], []]),
+    ],
+)
+def test_a_row_that_does_not_divide_leaves_the_dim_to_the_next(
+    experts: int, spec: list[tuple[str, ...]], lost: list[list[str]]
+) -> None:
+    found = RuleTable(FSDP, SIZES).resolve("gate", ("exp", "embed"), (experts, 6))
+    assert canonical(found.spec) == spec
+    assert [[str(loss) for loss in decision.lost] for decision in found.decisions] == lost
+    assert not found.conflicts
+
+
+def test_a_row_that_is_taken_and_would_not_divide_is_taken() -> None:
+    found = RuleTable(MOE, SIZES).resolve("slots", ("exp", "batch"), (7, 8))
+    (conflict,) = found.conflicts
+    assert [loss.reason for loss in conflict.lost] == ["taken"]
+
+
 def test_expert_axes_are_those_of_the_first_row_that_shard() -> None:
     rows = [("exp", ("expert", "tensor")), ("exp", ("data",))]
     assert RuleTable(rows, SIZES).sharding_axes("exp") == ("expert",)
     assert RuleTable(rows, SIZES).sharding_axes("nothing") == ()
+    assert RuleTable(rows, SIZES).expert_axes == ("expert",)
+    assert RuleTable([*FSDP, ("activation_exp", ("expert",))], SIZES).expert_axes == ("expert",)
+    assert RuleTable([*FSDP, ("activation_exp", ())], SIZES).expert_axes == ()
+    assert RuleTable([("embed", ("data",))], SIZES).expert_axes == ()
 
 
 @pytest.mark.parametrize(
@@ -148,6 +206,25 @@ def test_expert_axes_are_those_of_the_first_row_that_shard() -> None:
             (12, 4),
             ["slots", "'batch' of size 12", "data=2 * expert=4 = 8", "row 1", "['batch', []]"],
             id="indivisible",
+        ),
+        pytest.param(
+            FSDP,
+            ("exp", "embed"),
+            (6, 6),
+            [
+                "slots: its dim 'exp' of size 6",
+                "row 1 ['exp', [expert, data]] by expert=4 * data=2 = 8; "
+                "row 2 ['exp', [expert]] by expert=4 = 4",
+                "add ['exp', []] as last row",
+            ],
+            id="divisible-by-no-row",
+        ),
+        pytest.param(
+            [FSDP[0], ("batch", ("expert",)), FSDP[1]],
+            ("exp", "batch"),
+            (12, 4),
+            ["row 1 ['exp', [expert, data]] by", "row 3 ['exp', [expert]] lost expert to 'batch'"],
+            id="indivisible-and-taken",
         ),
         pytest.param(
             MOE, ("exp", "exp"), (8, 8), ["slots", "'exp'", "different logical axes"], id="twice"

@@ -135,12 +135,14 @@ def kept(counts: Counts, bound: Bound) -> Counts:
 
     Under one expert the first senders keep theirs, and of one sender's rows the first.
     """
-    axes = (0, 2) if bound.by_receiver else (2,)
-    total = jnp.sum(counts, axis=axes, keepdims=True)
-    # A hair less than the share, so that float32 never rounds the sum of all up beyond the bound.
-    share = bound.first / jnp.maximum(total, 1).astype(jnp.float32) * (1 - 2**-20)
     by_expert = jnp.sum(counts, axis=0, keepdims=True) if bound.by_receiver else counts
-    quota = jnp.floor(by_expert * share).astype(jnp.int32)
+    total = jnp.sum(by_expert, axis=2, keepdims=True)
+    upto = jnp.cumsum(by_expert, axis=2, dtype=jnp.int32)
+    share = bound.first / jnp.maximum(total, 1).astype(jnp.float32)
+    # Shares of sums, not sums of shares: whatever float32 rounds, together they are the bound.
+    rounded = jnp.minimum(jnp.floor(upto * share).astype(jnp.int32), bound.first)
+    shares = jnp.where(upto == total, bound.first, rounded)
+    quota = jnp.diff(shares, axis=2, prepend=0)
     ahead = before(counts, axis=0) if bound.by_receiver else 0
     return jnp.where(total <= bound.first, counts, jnp.clip(quota - ahead, 0, counts))
 

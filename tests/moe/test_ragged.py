@@ -1,0 +1,339 @@
+"""What `ragged` compiles to, that it repeats itself, what it drops, and what it records."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_shard.errors import UserError
+from moe_shard.lowering.expect import assert_collectives
+from moe_shard.lowering.report import report_from_text
+from moe_shard.moe import dispatch
+from moe_shard.moe.dispatch.forced import _sum_in_order
+from moe_shard.moe.dispatch.ragged import Ragged
+from moe_shard.moe.record import MoERecord
+from tests.moe.build import RULES, BuiltLayer, Outputs, build_layer, mesh_of
+from tests.moe.inputs import random_inputs
+from tests.moe.oracle import moe_layer
+from tests.moe.test_contract import DIMS, WHOLE, towards
+from tests.moe.test_factorisations import assert_equal_to_oracle, label
+from tests.moe.test_lowering import COLLECTIVE, Collective, collectives, kinds, remat
+
+EXPERT_8 = {"expert": 8}
+STRATEGIES = ["gather", "einsum", "ragged"]
+
+
+def build(sizes: dict[str, int], dispatch: str = "ragged", **route: Any) -> BuiltLayer:
+    dims = DIMS | {name: route.pop(name) for name in tuple(route) if name in DIMS}
+    return build_layer(mesh_of(sizes), WHOLE, dispatch=dispatch, flag=True, **dims, **route)
+
+
+def forward(layer: BuiltLayer) -> Any:
+    """The forward pass alone, compiled."""
+    params, tokens = layer.shardings()
+    apply = jax.jit(layer.apply, in_shardings=(params, tokens), out_shardings=(tokens, None))
+    return apply.lower(layer.shapes, layer.tokens).compile()
+
+
+def in_every_step(text: str) -> list[Collective]:
+    """The collectives that no loop of further rounds holds."""
+    lines = (line for line in text.splitlines() if COLLECTIVE.search(line))
+    return collectives("\n".join(line for line in lines if "/overflow/" not in line))
+
+
+def test_two_exchanges_forward_two_backward_and_one_of_counts() -> None:
+    layer = build(EXPERT_8, tokens=128, model=64, hidden=128)
+    found = in_every_step(forward(layer).as_text())
+    assert kinds(found) == {"all-to-all": 2, "all-gather": 1}
+    (counts,) = (each for each in found if each.kind == "all-gather")
+    assert counts.bytes == 8 * 8 * 4  # of 8 devices, for 8 experts
+    both = layer.lower().compile().as_text()
+    # And what any step has: the sum of the router's gradient and of the losses.
+    assert kinds(in_every_step(both)) == {"all-to-all": 4, "all-gather": 1, "all-reduce": 1}
+    count = partial(assert_collectives, both, mesh=EXPERT_8, axis="expert")
+    count(scope="dispatch", pass_="forward", all_to_all=1, all_gather=1)
+    count(scope="combine", pass_="forward", all_to_all=1, all_gather=0)
+    count(scope="dispatch", pass_="backward", all_to_all=1, all_gather=0)
+    count(scope="combine", pass_="backward", all_to_all=1, all_gather=0)
+    report = report_from_text(both, mesh=EXPERT_8)
+    assert report.verdict == "expert-parallel"
+    assert [line for line in report.warnings if "further MoE exchanges" in line] == [
+        "not counted: 2 loops of further MoE exchanges, which run only where a router exceeds what"
+        " one exchange holds"
+    ]
+
+
+@pytest.mark.parametrize("names", [("routing",), ("routing", "exchanged")])
+def test_recomputation_repeats_no_exchange_that_was_saved(names: tuple[str, ...]) -> None:
+    layer = build(EXPERT_8, tokens=64)
+    found = in_every_step(layer.lower(wrap=remat(*names)).compile().as_text())
+    exchanges = 4 if "exchanged" in names else 6
+    assert kinds(found) == {"all-to-all": exchanges, "all-gather": 1, "all-reduce": 1}
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_chunks_share_one_exchange_of_counts(chunks: int) -> None:
+    layer = build(EXPERT_8, tokens=64, num_token_chunks=chunks)
+    found = in_every_step(forward(layer).as_text())
+    assert kinds(found) == {"all-to-all": 2 * chunks, "all-gather": 1}
+
+
+@pytest.mark.parametrize("dispatch", STRATEGIES)
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 4}], ids=label)
+def test_without_an_expert_group_the_layer_says_nothing(
+    sizes: dict[str, int], dispatch: str
+) -> None:
+    layer = build(sizes, dispatch)
+    # FSDP gathers weights and sums their gradients; tokens, counts and capacities stay at home.
+    experts = 8 * 16 * 32
+    for each in collectives(forward(layer).as_text()):
+        assert each.kind == "all-gather"
+        assert "fsdp" in sizes
+        assert {int(np.prod(shape)) for _, shape in each.arrays} == {experts}
+    weights, kernel = {experts, experts // sizes.get("fsdp", 1)}, 16 * 8
+    for each in collectives(layer.lower().compile().as_text()):
+        elements = {int(np.prod(shape)) for _, shape in each.arrays}
+        assert elements <= weights | {kernel, 1}
+        assert each.kind != "all-to-all"
+
+
+@pytest.mark.parametrize("dispatch", STRATEGIES)
+@pytest.mark.parametrize("tokens", [16, 13])
+def test_forced_balance_sorts_nothing_and_counts_nothing(dispatch: str, tokens: int) -> None:
+    layer = build(EXPERT_8, dispatch, force_load_balance=True, tokens=tokens)
+    text = layer.lower().compile().as_text()
+    assert " sort(" not in text
+    assert kinds(collectives(text)) == {"all-to-all": 4, "all-reduce": 1}
+    assert " while(" not in text
+    if dispatch == "ragged" and tokens == 16:  # 16 * 2 choices: 4 rows to each of 8 peers
+        sent = [each.bytes for each in collectives(text) if each.kind == "all-to-all"]
+        assert sent == [8 * 4 * 16 * 4] * 4
+        assert " gather(" not in text
+
+
+@pytest.mark.parametrize("chosen", ["force_load_balance", "use_random_routing"])
+def test_the_weights_of_forced_routing_are_the_routers(chosen: str) -> None:
+    layer, inputs = build(EXPERT_8, **{chosen: True}), random_inputs(**DIMS)
+    counts = layer.run(inputs).stats.expert_counts
+    assert (counts.sum(axis=1) == 32).all()
+    assert ((counts == 4).all()) == (chosen == "force_load_balance")
+
+
+def run_twice(layer: BuiltLayer, **options: Any) -> tuple[Outputs, Outputs]:
+    params, tokens = layer.shardings()
+    inputs = towards([0.4 * e for e in range(8)], tokens=128)
+    arguments = jax.device_put(
+        (inputs.params, inputs.x, inputs.cotangent), (params, tokens, tokens)
+    )
+    step = layer.lower(**options).compile()
+    return jax.device_get(step(*arguments)), jax.device_get(step(*arguments))
+
+
+def assert_same_bits(a: Any, b: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("route", [{}, {"force_load_balance": True}], ids=["routed", "forced"])
+@pytest.mark.parametrize("sizes", [EXPERT_8, {"data": 2, "expert": 4}], ids=label)
+def test_the_same_bits_every_run_and_under_remat(
+    sizes: dict[str, int], route: dict[str, Any]
+) -> None:
+    layer = build(sizes, tokens=128, **route)
+    once, again = run_twice(layer)
+    assert_same_bits(once, again)
+    for names in (("routing",), ("routing", "exchanged")):
+        recomputed, _ = run_twice(layer, wrap=remat(*names))
+        assert_same_bits(once.y, recomputed.y)
+        assert_same_bits(once.stats, recomputed.stats)
+        assert_same_bits(once.grads, recomputed.grads)
+
+
+@pytest.mark.parametrize("order", [(1e20, 1.0, -1e20), (-1e20, 1.0, 1e20)])
+def test_the_sum_over_k_is_in_order(order: tuple[float, ...]) -> None:
+    rows = jnp.array(order)[None, :, None]
+    assert float(jax.jit(_sum_in_order)(rows, jnp.ones((1, 3)))[0, 0]) == 0.0
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.5])
+def test_what_is_dropped_is_counted_and_is_the_last_of_a_piece(factor: float) -> None:
+    # One row and one expert a device: a piece of the padded exchange is what one row sends to one
+    # expert, so its bound is the capacity of that expert for that row.
+    inputs = towards([0.4 * e for e in range(8)], tokens=64)
+    layer = build(EXPERT_8, tokens=64, ragged_buffer_factor=factor)
+    settings = dataclasses.replace(WHOLE, capacity_factor=factor)
+    expected = moe_layer(inputs.x, inputs.params, inputs.cotangent, settings)
+    assert expected.dropped.sum() > 0
+    assert_equal_to_oracle(layer.run(inputs), expected)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"context": 2, "expert": 4}, {"fsdp": 2, "tensor": 2, "expert": 2}], ids=label
+)
+def test_what_is_dropped_is_counted_on_every_mesh(sizes: dict[str, int]) -> None:
+    inputs = towards([0.4 * e for e in range(8)], tokens=64)
+    found = build(sizes, tokens=64, ragged_buffer_factor=1.0).run(inputs)
+    whole = build(sizes, tokens=64).run(inputs)
+    assert found.stats.dropped.shape == (8,)
+    assert found.stats.dropped.sum() > 0
+    assert whole.stats.dropped.sum() == 0
+    # A token all of whose choices were dropped is zero; no other is.
+    lost = (found.y == 0).all(axis=-1).sum(axis=1)
+    assert (2 * lost <= found.stats.dropped).all()
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("convention", ["maxtext", "gshard"])
+def test_what_should_be_equal_on_all_devices_is(
+    convention: str, check_vma: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "Ragged", partial(Ragged, check_vma=check_vma))
+    settings = dataclasses.replace(WHOLE, load_balance=convention)
+    layer = build_layer(
+        mesh_of({"data": 2, "tensor": 2, "expert": 2}),
+        settings,
+        dispatch="ragged",
+        flag=True,
+        **DIMS,
+    )
+    params, tokens = layer.shardings()
+    inputs = towards([0.4 * e for e in range(8)])
+    arguments = jax.device_put(
+        (inputs.params, inputs.x, inputs.cotangent), (params, tokens, tokens)
+    )
+    found = layer.lower().compile()(*arguments)
+    replicated = {"total": found.total, "kernel": found.grads["kernel"]}
+    for name, array in {**replicated, **found.grads, "loss": found.stats.load_balance_loss}.items():
+        by_index: dict[str, list[np.ndarray]] = {}
+        for shard in array.addressable_shards:
+            by_index.setdefault(str(shard.index), []).append(np.asarray(shard.data))
+        for first, *others in by_index.values():
+            for other in others:
+                np.testing.assert_array_equal(first, other, err_msg=name)
+        if name in replicated:
+            assert len(by_index) == 1
+
+
+def record_of(sizes: dict[str, int], dispatch: str = "ragged", **route: Any) -> MoERecord:
+    layer = build(sizes, dispatch, **route)
+    layer.lower()
+    record = layer.annotate.decisions["moe"]
+    assert isinstance(record, MoERecord)
+    return record
+
+
+def test_the_record() -> None:
+    plain = record_of(EXPERT_8)
+    assert plain == MoERecord(
+        strategy="ragged",
+        transport="padded all-to-all",
+        grouped_product="single",
+        fast_paths=(),
+        reasons={
+            "transport padded all-to-all": "CPU has no ragged-all-to-all",
+            "product single": "one group is one plain product",
+        },
+        not_taken={
+            "singleton": "expert axis of 8",
+            "forced-balance": "force_load_balance=false",
+            "equal-pieces": "counts differ",
+            "fused-gate-up": "prefuse_moe_weights=false",
+            "token-chunks": "num_moe_token_chunks=1",
+        },
+    )
+    assert plain.lines("layers 0-3")[0] == (
+        "MoE in layers 0-3: dispatch ragged, transport padded all-to-all, product single, "
+        "fast paths: none"
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dispatch", "route", "transport", "product", "paths"),
+    [
+        ({"data": 8}, "ragged", {}, "none", "blocked", {"singleton"}),
+        ({"data": 8}, "gather", {}, "none", "batched", {"singleton"}),
+        (EXPERT_8, "gather", {}, "all-to-all", "batched", {"equal-pieces"}),
+        (
+            EXPERT_8,
+            "ragged",
+            {"force_load_balance": True},
+            "equal all-to-all",
+            "batched",
+            {"forced-balance", "equal-pieces"},
+        ),
+        (
+            {"data": 2, "expert": 4},
+            "ragged",
+            {"force_load_balance": True, "tokens": 13},
+            "padded all-to-all",
+            "blocked",
+            {"forced-balance"},
+        ),
+        (
+            {"data": 2, "expert": 4},
+            "ragged",
+            {"prefuse_weights": True, "num_token_chunks": 2, "grouped_product": "ragged_dot"},
+            "padded all-to-all",
+            "ragged_dot",
+            {"fused-gate-up", "token-chunks"},
+        ),
+    ],
+)
+def test_the_record_of_every_path(
+    sizes: dict[str, int],
+    dispatch: str,
+    route: dict[str, Any],
+    transport: str,
+    product: str,
+    paths: set[str],
+) -> None:
+    record = record_of(sizes, dispatch, **route)
+    assert (record.strategy, record.transport, record.grouped_product, set(record.fast_paths)) == (
+        dispatch,
+        transport,
+        product,
+        paths,
+    )
+    assert not paths & record.not_taken.keys()
+
+
+def test_an_axis_of_size_1_is_not_the_same_as_no_axis() -> None:
+    one = record_of({"data": 8}).reasons["transport none"]
+    assert one == "the expert axis has size 1"
+    rules = [
+        (name, [axis for axis in axes if axis != "expert"] if name != "activation_exp" else [])
+        for name, axes in RULES
+    ]
+    layer = build_layer(
+        mesh_of({"data": 8}), WHOLE, dispatch="ragged", flag=True, rules=rules, **DIMS
+    )
+    layer.lower()
+    assert layer.annotate.decisions["moe"].reasons["transport none"] == "no axis is for experts"
+
+
+def test_a_named_transport_that_cannot_run_is_an_error() -> None:
+    with pytest.raises(UserError, match="no ragged-all-to-all on CPU"):
+        build(EXPERT_8, ragged_transport="ragged")
+
+
+@pytest.mark.parametrize(
+    ("row", "axes", "says"),
+    [
+        ("activation_batch_moe", ["data", "fsdp"], "tokens are not split over expert"),
+        ("exp", ["fsdp", "expert"], "which must come first"),
+    ],
+)
+def test_a_table_that_cannot_carry_rows_is_an_error(row: str, axes: list[str], says: str) -> None:
+    rows = RULES
+    rules = [(name, axes if name == row else was) for name, was in rows]
+    layer = build_layer(
+        mesh_of({"fsdp": 2, "expert": 4}), WHOLE, dispatch="ragged", flag=True, rules=rules, **DIMS
+    )
+    with pytest.raises(UserError, match=says) as caught:
+        layer.lower()
+    assert len(str(caught.value).splitlines()) <= 3
