@@ -1,10 +1,11 @@
-"""Time one MoE layer: each dispatch strategy, flag on and off, as ratios from one run.
+"""Time one MoE layer: every dispatch strategy side by side, on balanced and on skewed routing.
 
-    python tools/bench_moe.py [--tokens 128 1024] [--rounds 15] [--json]
+    python tools/bench_moe.py [--tokens 128 1024] [--rounds 15] [--size small|large] [--json]
 
-The layer is B8 M256 H512 E8 top-2 capacity factor 1, float32, forward and backward, with the
-expert axis over all devices. Without an accelerator it simulates 8 devices on the CPU; a ratio of
-times there tells about arithmetic and memory, not about a network.
+Forward and backward, with the expert axis over all devices. The small layer (on CPU the default) is
+B8 M256 H512 E8 top-2 capacity factor 1 in float32; the large one (on an accelerator) has the width
+of an 8-expert Mixtral, M4096 H14336, in bfloat16. Without an accelerator 8 devices are simulated on
+the CPU: a ratio of times there tells about arithmetic and memory, not about a network.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import replace
 from importlib.metadata import version
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
@@ -24,12 +26,16 @@ from moe_shard.config import load_config
 from moe_shard.errors import EXIT_DONE, run_command
 from moe_shard.sharding.mesh import make_mesh
 from moe_shard.training.devices import start_devices
+from moe_shard.units import human_bytes
+
+LARGE = LayerSize(model_dim=4096, hidden_dim=14336, dtype=jnp.bfloat16)
 
 
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 1024], metavar="S")
+    parser.add_argument("--size", choices=("small", "large"), help="of the layer")
     parser.add_argument("--rounds", type=int, default=15, help="timed calls of each program")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
@@ -40,7 +46,9 @@ def main() -> int:
     devices = jax.device_count()
     config = load_config("mixtral-tiny", [f"ici_expert_parallelism={devices}"])
     mesh = make_mesh(config.mesh)
-    size = LayerSize(rows=devices, experts=devices if devices > 2 else 8)
+    large = LARGE if jax.default_backend() != "cpu" else LayerSize()
+    chosen = {"small": LayerSize(), "large": LARGE, None: large}[args.size]
+    size = replace(chosen, rows=max(devices, 8), experts=max(devices, 8))
     measurements = []
     with console.status("") as status:
         for tokens in args.tokens:
@@ -65,27 +73,38 @@ def _json(where: str, measurements: list[Measurement]) -> dict[str, object]:
 
 def _print(where: str, measurements: list[Measurement]) -> None:
     table = Table(title=f"one MoE layer, forward and backward, jax {version('jax')}")
-    for name in ("S", "strategy", "flag", "verdict"):
+    for name in ("S", "routing", "strategy", "verdict"):
         table.add_column(name)
-    for name in ("time ratio", "median ms", "collectives", "kB moved", "temp MB", "GFLOP"):
+    for name in ("time", "ms", "wire", "x least", "FLOP x ideal", "temp MB", "dropped"):
         table.add_column(name, justify="right")
-    for m in measurements:
+    for name in ("tokens/s", "of peak"):
+        table.add_column(name, justify="right")
+    for before, m in zip([None, *measurements], measurements, strict=False):
+        if before and (before.tokens, before.routing) != (m.tokens, m.routing):
+            table.add_section()
         table.add_row(
             str(m.tokens),
+            m.routing,
             m.strategy,
-            "on" if m.flag else "off",
             m.verdict or "",
             f"{m.ratio:.2f}",
             f"{1e3 * m.seconds:.1f}",
-            str(m.collectives),
-            f"{m.collective_bytes / 1e3:,.1f}",
+            human_bytes(m.wire_bytes),
+            "" if m.wire_over_bound is None else f"{m.wire_over_bound:.2f}",
+            f"{m.flops_over_ideal:.2f}",
             "" if m.temp_bytes is None else f"{m.temp_bytes / 1e6:.1f}",
-            "" if m.gflops is None else f"{m.gflops:.2f}",
+            f"{100 * m.dropped:.1f}%",
+            f"{m.tokens_per_second:,.0f}",
+            "" if m.fraction_of_peak is None else f"{100 * m.fraction_of_peak:.1f}%",
         )
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(where)
     console.print(table)
-    console.print("time ratio: to the first row of the same S, median over rounds taken in turn")
+    console.print(
+        "time: over that of the first row of the same S and routing, median over rounds taken in "
+        "turn\nwire, FLOP, temp, tokens/s: of one device; FLOP of the experts' products, over those "
+        "of the tokens routed; further rounds of ragged (skewed routing) are in the time alone"
+    )
 
 
 if __name__ == "__main__":
