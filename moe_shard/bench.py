@@ -1,4 +1,4 @@
-"""One MoE layer, measured: every dispatch strategy side by side in one run, on two kinds of routing.
+"""One MoE layer, measured: every dispatch strategy in one run, on two kinds of routing.
 
 Times are shown as ratios and taken in turn (A B C D, A B C D, ...), so that a machine that slows
 down slows all of them; counts, bytes and FLOPs are read from the compiled program and do not vary.

@@ -102,8 +102,8 @@ def _print(where: str, measurements: list[Measurement]) -> None:
     console.print(table)
     console.print(
         "time: over that of the first row of the same S and routing, median over rounds taken in "
-        "turn\nwire, FLOP, temp, tokens/s: of one device; FLOP of the experts' products, over those "
-        "of the tokens routed; further rounds of ragged (skewed routing) are in the time alone"
+        "turn\nwire, FLOP, temp, tokens/s: of one device; FLOP of the experts' products, over those of "
+        "the tokens routed; further rounds of ragged (skewed routing) are in the time alone"
     )
 
 

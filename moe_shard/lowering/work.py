@@ -2,8 +2,9 @@
 
 FLOPs are those of products (dot, convolution, ragged dot, the libraries' own, grouped kernels),
 which is where a transformer spends them: 2 for each multiply-add. Any other Pallas kernel counts as
-what it states of itself, which on GPU is nothing. Memory traffic is what an instruction reads and writes once: a fusion keeps what is
-in between to itself, and of an operand that it only slices it reads the slice.
+what it states of itself, which on GPU is nothing. Memory traffic is what an instruction reads and
+writes once: a fusion keeps what is in between to itself, and of an operand that it only slices it
+reads the slice.
 """
 
 from __future__ import annotations

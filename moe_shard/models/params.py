@@ -32,7 +32,7 @@ class ParamSpec:
     name: str
     shape: tuple[int, ...]
     dtype: jax.typing.DTypeLike
-    logical_axes: tuple[str, ...]
+    logical_axes: tuple[str | None, ...]
     sharding: NamedSharding
 
     def abstract(self) -> jax.ShapeDtypeStruct:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import orbax.checkpoint as ocp
 from moe_shard.config.keys import shown
 from moe_shard.config.schema import Config
 from moe_shard.errors import UserError
+from moe_shard.training.convert import is_fused, other_layout, to_layout
 from moe_shard.training.step import TrainState
 
 # Orbax logs every phase of a save as information, and some of it as warnings.
@@ -39,7 +42,8 @@ class Checkpointer:
     """Saves and restores the state of one run.
 
     A checkpoint is named by the number of updates made. Nothing of the mesh is kept in it: each
-    array is whole, and is read in the shards that the restoring mesh wants.
+    array is whole, and is read in the shards that the restoring mesh wants. Nor does it matter
+    whether the run that saved it kept the experts' gate and up as one array.
 
     Args:
         folder: `checkpoints/` of the run.
@@ -63,6 +67,11 @@ class Checkpointer:
                 enable_async_checkpointing=train.async_checkpointing,
                 create=True,
             ),
+            # Without them what was saved cannot be asked for its structure, only be read.
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "config": ocp.JsonCheckpointHandler(),
+            },
         )
 
     def latest(self) -> int | None:
@@ -97,22 +106,52 @@ class Checkpointer:
                 "fix: another run_name, or remove that folder to start anew"
             )
 
-    def restore(self, updates: int, abstract_state: TrainState) -> TrainState:
+    def restore(
+        self,
+        updates: int,
+        abstract_state: TrainState,
+        *,
+        say: Callable[[str], object] = lambda _: None,
+    ) -> TrainState:
         """Read a checkpoint, each device its own shards.
+
+        Where it keeps the experts' gate and up apart and the state wants them as one, or the other
+        way round, it is read as it is stored and converted, once.
 
         Args:
             updates: which one.
             abstract_state: shapes, dtypes and shardings to restore to.
+            say: told of a conversion.
 
         Raises:
             UserError: it cannot be read.
         """
-        wanted = ocp.args.StandardRestore(abstract_state._asdict())
-        return TrainState(**self._read(updates, state=wanted).state)
+        fused = is_fused(abstract_state.params)
+        # Neither of these is known of a model without experts, or where the structure is missing;
+        # the latter the reading below will tell.
+        converts = (self._is_fused(updates), fused) in ((False, True), (True, False))
+        stored = other_layout(abstract_state) if converts else abstract_state
+        wanted = ocp.args.StandardRestore(stored._asdict())
+        state = TrainState(**self._read(updates, state=wanted).state)
+        if not converts:
+            return state
+        how = "apart; now as one" if fused else "as one; now apart"
+        say(f"the checkpoint keeps gate and up {how} (prefuse_moe_weights={shown(fused)})")
+        return to_layout(state, abstract_state)
+
+    def _is_fused(self, updates: int) -> bool | None:
+        """Whether a checkpoint keeps gate and up as one; its structure is read, no array is."""
+        with self._reading(updates):
+            return is_fused(self._manager.metadata(updates).item_metadata.get("state"))
 
     def _read(self, updates: int, **items: Any) -> Any:
-        try:
+        with self._reading(updates):
             return self._manager.restore(updates, args=ocp.args.Composite(**items))
+
+    @contextmanager
+    def _reading(self, updates: int) -> Iterator[None]:
+        try:
+            yield
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"cannot read the checkpoint {self._folder / str(updates)}: "

@@ -135,7 +135,8 @@ class Trainer:
     def _first_state(self, console: Console) -> TrainState:
         if self.checkpointer and self.first:
             console.print(f"continuing from the checkpoint after step {self.first}")
-            return self.checkpointer.restore(self.first, self.program.abstract_state)
+            abstract_state = self.program.abstract_state
+            return self.checkpointer.restore(self.first, abstract_state, say=console.print)
         with console.status("creating the parameters"):
             key = jax.random.key(self.config.train.seed)
             state: TrainState = jax.block_until_ready(self.program.init(key))

@@ -40,7 +40,10 @@ def make_optimizer(config: TrainConfig, specs: Params) -> optax.GradientTransfor
     """
     schedule = make_schedule(config)
     if config.optimizer == "adamw":
-        decayed = jax.tree.map(lambda spec: len(set(spec.logical_axes) - {"layers"}) > 1, specs)
+        # Neither stacked layers nor a dim without a name make a matrix of a vector.
+        decayed = jax.tree.map(
+            lambda spec: len(set(spec.logical_axes) - {"layers", None}) > 1, specs
+        )
         update = optax.adamw(
             schedule,
             b1=config.adam_b1,

@@ -46,26 +46,15 @@ class Round(NamedTuple):
 
 @dataclass(frozen=True)
 class Bound:
-    """How many rows of a line one round takes.
-
-    A line is what has a static size: all rows that a device receives (`by_receiver`), or those
-    that one device sends to one other.
+    """What one round holds; sizes that are static.
 
     Attributes:
-        by_receiver: which of the two.
-        first: rows of the first round.
-        further: rows of each round after it; 0: there is none, what is beyond `first` is dropped.
+        rows: of all rows that a device receives.
+        piece: of those that one device sends to one other; None where no piece has a size.
     """
 
-    by_receiver: bool
-    first: int
-    further: int
-
-    def window(self, index: Int[Array, ""] | int) -> tuple[Int[Array, ""] | int, int]:
-        """First row of round `index` in its line, and how many rows the round takes."""
-        if isinstance(index, int) and index == 0:
-            return 0, self.first
-        return self.first + (index - 1) * self.further, self.further
+    rows: int
+    piece: int | None = None
 
 
 def before(x: Int[Array, "*dims"], axis: int = -1) -> Int[Array, "*dims"]:
@@ -87,28 +76,40 @@ def aligned_rows(rows: int, groups: int, alignment: int) -> int:
     return -(-rows // alignment) * alignment + groups * alignment
 
 
-def places(counts: Counts, bound: Bound) -> Counts:
-    """First row of each segment in the line that is bounded."""
-    if bound.by_receiver:  # all segments of a receiver, by expert, then by sender
-        by_receiver = counts.transpose(1, 2, 0)
-        devices = by_receiver.shape[0]
-        flat = before(by_receiver.reshape(devices, -1))
-        return flat.reshape(by_receiver.shape).transpose(2, 0, 1)
-    return before(counts)
+def take(remaining: Counts, bound: Bound) -> Counts:
+    """What a round carries of what remains: of every piece, and then of all that a device gets.
+
+    What comes first goes first: of a receiver's rows those of its first expert, and of an expert's
+    those of the first sender.
+    """
+    size = remaining
+    if bound.piece is not None:
+        size = jnp.clip(bound.piece - before(size), 0, size)
+    by_receiver = size.transpose(1, 2, 0)
+    ahead = before(by_receiver.reshape(by_receiver.shape[0], -1)).reshape(by_receiver.shape)
+    return jnp.clip(bound.rows - ahead.transpose(2, 0, 1), 0, size)
 
 
-def further_rounds(counts: Counts, bound: Bound) -> Int[Array, ""]:
-    """Rounds after the first that it takes to carry everything; the same on every device."""
-    beyond = jnp.max(places(counts, bound) + counts) - bound.first
-    return jnp.maximum(-(-beyond // bound.further), 0)
+def kept(counts: Counts, bound: Bound) -> Counts:
+    """What is carried where there is one round only: every expert gives up the same share.
+
+    Under one expert the first senders keep theirs, and of one sender's rows the first.
+    """
+    if bound.piece is not None:
+        counts = jnp.minimum(counts, _quotas(counts, bound.piece))
+    quotas = _quotas(jnp.sum(counts, axis=0), bound.rows)
+    return jnp.clip(quotas - before(counts, axis=0), 0, counts)
 
 
-def window(counts: Counts, bound: Bound, index: Int[Array, ""] | int) -> tuple[Counts, Counts]:
-    """What round `index` carries of each segment, and what the rounds before it have carried."""
-    first, rows = bound.window(index)
-    place = places(counts, bound)
-    size = jnp.clip(place + counts, first, first + rows) - jnp.clip(place, first, first + rows)
-    return size, jnp.clip(first - place, 0, counts)
+def _quotas(wanted: Int[Array, "*D L"], room: int) -> Int[Array, "*D L"]:
+    """What each expert may keep of what it wants, where all together have so much room."""
+    upto = jnp.cumsum(wanted, axis=-1, dtype=jnp.int32)
+    total = upto[..., -1:]
+    share = room / jnp.maximum(total, 1).astype(jnp.float32)
+    # Shares of sums, not sums of shares: whatever float32 rounds, together they are the room.
+    rounded = jnp.minimum(jnp.floor(upto * share).astype(jnp.int32), room)
+    shares = jnp.where(upto == total, room, rounded)
+    return jnp.where(total <= room, wanted, jnp.diff(shares, axis=-1, prepend=0))
 
 
 def plan_round(counts: Counts, size: Counts, carried: Counts | int, *, alignment: int) -> Round:
@@ -128,23 +129,6 @@ def plan_round(counts: Counts, size: Counts, carried: Counts | int, *, alignment
         put_at=before(group_sizes) + before(size, axis=0),
         group_sizes=group_sizes,
     )
-
-
-def kept(counts: Counts, bound: Bound) -> Counts:
-    """What is carried where only the first round runs: every expert gives up the same share.
-
-    Under one expert the first senders keep theirs, and of one sender's rows the first.
-    """
-    by_expert = jnp.sum(counts, axis=0, keepdims=True) if bound.by_receiver else counts
-    total = jnp.sum(by_expert, axis=2, keepdims=True)
-    upto = jnp.cumsum(by_expert, axis=2, dtype=jnp.int32)
-    share = bound.first / jnp.maximum(total, 1).astype(jnp.float32)
-    # Shares of sums, not sums of shares: whatever float32 rounds, together they are the bound.
-    rounded = jnp.minimum(jnp.floor(upto * share).astype(jnp.int32), bound.first)
-    shares = jnp.where(upto == total, bound.first, rounded)
-    quota = jnp.diff(shares, axis=2, prepend=0)
-    ahead = before(counts, axis=0) if bound.by_receiver else 0
-    return jnp.where(total <= bound.first, counts, jnp.clip(quota - ahead, 0, counts))
 
 
 def rows_from(

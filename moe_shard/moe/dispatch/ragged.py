@@ -72,26 +72,40 @@ class Load:
         return self.tokens * self.k
 
 
-def bound_of(load: Load, *, by_receiver: bool, factor: float) -> Bound:
-    """What a round may hold.
+def bounds_of(load: Load, *, padded: bool, factor: float) -> tuple[Bound, Bound | None]:
+    """What the first round holds, and what each further one; None where there is no other.
 
     Without a factor the first round holds a balanced load, a sixteenth more, and what chance adds
     (four standard deviations of as many random choices); or all that there can be.
 
     Args:
         load: sizes.
-        by_receiver: see `Bound`.
+        padded: pieces have a size too.
         factor: rows over those of a balanced load, beyond which to drop; 0 or less: never.
     """
-    lines = 1 if by_receiver else load.devices
-    most = load.tokens * min(load.k, load.experts) * load.devices // lines
-    balanced = load.rows / lines
+    most = load.tokens * min(load.k, load.experts)  # of one piece
+    balanced = load.rows / load.devices
     if factor > 0:
-        return Bound(by_receiver, min(most, math.ceil(balanced * factor)), 0)
-    first = math.ceil(balanced * (1 + _HEADROOM) + 4 * math.sqrt(balanced))
-    if first >= most:
-        return Bound(by_receiver, most, 0)
-    return Bound(by_receiver, first, max(8, math.ceil(balanced * _FURTHER)))
+        piece = min(most, math.ceil(balanced * factor))
+        if padded:
+            return Bound(piece * load.devices, piece), None
+        return Bound(min(most * load.devices, math.ceil(load.rows * factor))), None
+    rows = min(most * load.devices, _with_headroom(load.rows))
+    piece = min(most, _with_headroom(balanced))
+    if rows == most * load.devices and (piece == most or not padded):
+        return Bound(rows, piece if padded else None), None
+    further = Bound(_part(load.rows), _part(balanced))
+    if not padded:
+        return Bound(rows), Bound(further.rows)
+    return Bound(rows, piece), further
+
+
+def _with_headroom(balanced: float) -> int:
+    return math.ceil(balanced * (1 + _HEADROOM) + 4 * math.sqrt(balanced))
+
+
+def _part(balanced: float) -> int:
+    return max(8, math.ceil(balanced * _FURTHER))
 
 
 class Ragged:
@@ -127,7 +141,8 @@ class Ragged:
 
     def _record(self, layer: _OnDevice) -> MoERecord:
         product = (layer.product.name, layer.product.reason)
-        transport, equal = (layer.transport, layer.why_transport), "counts differ"
+        name = "padded all-to-all" if layer.padded else "ragged-all-to-all"
+        transport, equal = (name, layer.why_transport), "counts differ"
         if layer.equal_pieces:
             transport = ("equal all-to-all", "forced balance sends every peer as much")
             product, equal = ("batched", "forced balance gives every expert as much"), ""
@@ -285,7 +300,7 @@ class _OnDevice:
         with jax.named_scope("router"):
             me = jax.lax.axis_index(self.shards.expert_axes)
             lost = [
-                seating.rank >= kept(count, rounds.bound)[me].reshape(-1)[choice]
+                seating.rank >= kept(count, rounds.first.bound)[me].reshape(-1)[choice]
                 for count, seating, choice in zip(counts, seats, chosen, strict=True)
             ]
         return y, jnp.concatenate(lost)
@@ -308,11 +323,10 @@ class _OnDevice:
         return tuple(by_chunk[chunk] for chunk in range(len(seats)))
 
     @property
-    def transport(self) -> str:
-        """The exchange that carries rows."""
+    def padded(self) -> bool:
+        """Whether rows travel in padded pieces, rather than by XLA's ragged-all-to-all."""
         asked = self.config.ragged_transport
-        padded = asked == "padded" or (asked == "auto" and self.platform == "cpu")
-        return "padded all-to-all" if padded else "ragged-all-to-all"
+        return asked == "padded" or (asked == "auto" and self.platform == "cpu")
 
     @property
     def why_transport(self) -> str:
@@ -325,26 +339,24 @@ class _OnDevice:
 
     def rounds(self) -> Rounds:
         """The way of a chunk's rows, and what each part of it holds."""
-        by_receiver = self.transport == "ragged-all-to-all"
-        factor = self.config.ragged_buffer_factor
-        bound = bound_of(self.load, by_receiver=by_receiver, factor=factor)
+        padded, factor = self.padded, self.config.ragged_buffer_factor
+        first, further = bounds_of(self.load, padded=padded, factor=factor)
         if self.dealt is not None:
-            bound = Bound(by_receiver, most_dealt(self.dealt, self.load, by_receiver), 0)
+            piece = longest_piece(self.dealt, self.load)
+            first, further = Bound(piece * self.load.devices, piece if padded else None), None
         return Rounds(
-            bound=bound,
-            first=self._transport_of(bound.first),
-            further=self._transport_of(bound.further) if bound.further else None,
+            first=self._transport_of(first),
+            further=None if further is None else self._transport_of(further),
             alignment=self.product.alignment,
             compute=self._grouped,
             drops=factor > 0 and self.dealt is None,
         )
 
-    def _transport_of(self, rows: int) -> Transport:
-        axes, load, alignment = self.shards.expert_axes, self.load, self.product.alignment
-        if self.transport == "ragged-all-to-all":
-            return RaggedTransport(axes, load.rows, aligned_rows(rows, load.experts, alignment))
-        held = aligned_rows(rows * load.devices, load.experts, alignment)
-        return PaddedTransport(axes, load.rows, held, piece=rows)
+    def _transport_of(self, bound: Bound) -> Transport:
+        load, alignment = self.load, self.product.alignment
+        held = aligned_rows(bound.rows, load.experts, alignment)
+        kind = PaddedTransport if self.padded else RaggedTransport
+        return kind(self.shards.expert_axes, load.rows, bound, held)
 
     def _grouped(
         self, weights: ExpertWeights, rows: Float[Array, "R m"], sizes: Int[Array, "L"]
@@ -364,11 +376,10 @@ class _OnDevice:
         return self.shards.summed_rows(y)
 
 
-def most_dealt(dealt: Int[np.ndarray, "C T K"], load: Load, by_receiver: bool) -> int:
-    """Rows of the longest line of any chunk, see `Bound`, where every device deals alike."""
+def longest_piece(dealt: Int[np.ndarray, "C T K"], load: Load) -> int:
+    """The most rows that one device sends to one other in any chunk, where all deal alike."""
     owners = dealt.reshape(dealt.shape[0], -1) // load.experts
-    piece = max(int(np.bincount(chunk).max()) for chunk in owners)
-    return piece * load.devices if by_receiver else piece
+    return max(int(np.bincount(chunk).max()) for chunk in owners)
 
 
 def _combined(

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_shard.moe.capacity import Slots
 from moe_shard.moe.dispatch.gather import tokens_to_slots
-from moe_shard.moe.dispatch.plan import Bound, Counts, further_rounds, kept, plan_round, window
+from moe_shard.moe.dispatch.plan import Counts, kept, plan_round, take
 from moe_shard.moe.dispatch.transport import Transport, send, send_back
 from moe_shard.moe.placement import EXCHANGED
 from moe_shard.moe.weights import ExpertWeights
@@ -44,6 +44,11 @@ class Routes(NamedTuple):
     counts: Counts
 
 
+def nothing(routes: Routes) -> Counts:
+    """What was carried before the first round."""
+    return jnp.zeros_like(routes.counts)
+
+
 Chunks = tuple[Float[Array, "..."], ...]
 """An array for each chunk of tokens: [T M] before, [N M] after the experts."""
 ChunkRoutes = tuple[Routes, ...]
@@ -54,7 +59,6 @@ class Rounds:
     """How the rows of a chunk of tokens reach their experts.
 
     Attributes:
-        bound: what a round carries.
         first: carries the first round.
         further: carries each further one; None where there is none.
         alignment: of the experts' groups.
@@ -63,7 +67,6 @@ class Rounds:
             every expert's.
     """
 
-    bound: Bound
     first: Transport
     further: Transport | None
     alignment: int
@@ -88,19 +91,27 @@ class Rounds:
 
     def first_rounds(self, tokens: Chunks, weights: ExpertWeights, routes: ChunkRoutes) -> Chunks:
         """The first round of every chunk."""
-        pairs = zip(tokens, routes, strict=True)
-        return tuple(self._round(self.first, chunk, weights, way, 0) for chunk, way in pairs)
+        return tuple(
+            self._round(self.first, chunk, weights, way, self.first_take(way), nothing(way))
+            for chunk, way in zip(tokens, routes, strict=True)
+        )
+
+    def first_take(self, routes: Routes) -> Counts:
+        """What the first round of a chunk carries."""
+        choose = kept if self.drops else take
+        return choose(routes.counts, self.first.bound)
 
     def further_round(
         self,
         tokens: Float[Array, "T M"],
         weights: ExpertWeights,
         routes: Routes,
-        index: Int[Array, ""],
+        size: Counts,
+        carried: Counts,
     ) -> Float[Array, "N M"]:
         """A round of one chunk after its first."""
         assert self.further is not None
-        return self._round(self.further, tokens, weights, routes, index)
+        return self._round(self.further, tokens, weights, routes, size, carried)
 
     def _round(
         self,
@@ -108,16 +119,12 @@ class Rounds:
         tokens: Float[Array, "T M"],
         weights: ExpertWeights,
         routes: Routes,
-        index: Int[Array, ""] | int,
+        size: Counts,
+        carried: Counts,
     ) -> Float[Array, "N M"]:
         """The answers of one round; zero where a choice travels in another."""
-        counts = routes.counts
         with jax.named_scope("dispatch"):
-            if self.drops:
-                size, carried = kept(counts, self.bound), jnp.zeros_like(counts)
-            else:
-                size, carried = window(counts, self.bound, index)
-            plan = plan_round(counts, size, carried, alignment=self.alignment)
+            plan = plan_round(routes.counts, size, carried, alignment=self.alignment)
             rows = tokens_to_slots(tokens[None], routes.slots)[0]
             rows = checkpoint_name(send(transport, rows, plan), EXCHANGED)
         with jax.named_scope("experts"):
@@ -143,8 +150,8 @@ def _further_rounds(
     def complete(
         answers: Float[Array, "N M"], tokens: Float[Array, "T M"], way: Routes
     ) -> Float[Array, "N M"]:
-        def add(index: Int[Array, ""], answers: Float[Array, "N M"]) -> Float[Array, "N M"]:
-            return answers + rounds.further_round(tokens, weights, way, index)
+        def add(size: Counts, carried: Counts, answers: Float[Array, "N M"]) -> Array:
+            return answers + rounds.further_round(tokens, weights, way, size, carried)
 
         return _loop(rounds, way, add, answers)
 
@@ -152,11 +159,29 @@ def _further_rounds(
 
 
 def _loop(
-    rounds: Rounds, way: Routes, body: Callable[[Int[Array, ""], Any], Any], first: Any
+    rounds: Rounds, way: Routes, body: Callable[[Counts, Counts, Any], Any], first: Any
 ) -> Any:
-    """A loop over the further rounds of a chunk; the devices of a group run equally many."""
+    """A loop over the further rounds of a chunk; the devices of a group run equally many.
+
+    Args:
+        rounds: how.
+        way: of the chunk.
+        body: what a round carries, what those before it have carried, and a state; the next state.
+        first: the state after the first round.
+    """
+    assert rounds.further is not None
+    bound = rounds.further.bound
+
+    def again(state: tuple[Counts, Any]) -> tuple[Counts, Any]:
+        carried, inner = state
+        size = take(way.counts - carried, bound)
+        return carried + size, body(size, carried, inner)
+
+    def some_left(state: tuple[Counts, Any]) -> Bool[Array, ""]:
+        return jnp.any(state[0] < way.counts)
+
     with jax.named_scope(OVERFLOW):
-        return jax.lax.fori_loop(1, 1 + further_rounds(way.counts, rounds.bound), body, first)
+        return jax.lax.while_loop(some_left, again, (rounds.first_take(way), first))[1]
 
 
 _Kept = tuple[Any, Chunks, ExpertWeights, ChunkRoutes]
@@ -181,14 +206,15 @@ def _all_rounds_bwd(
     for chunk, way, gradient, by_chunk in zip(tokens, routes, gradients, by_tokens, strict=True):
 
         def add(
-            index: Int[Array, ""],
+            size: Counts,
+            carried: Counts,
             sums: tuple[Float[Array, "T M"], ExpertWeights],
             chunk: Float[Array, "T M"] = chunk,
             way: Routes = way,
             gradient: Float[Array, "N M"] = gradient,
         ) -> tuple[Float[Array, "T M"], ExpertWeights]:
             _, pullback = jax.vjp(
-                lambda chunk, weights: rounds.further_round(chunk, weights, way, index),
+                lambda chunk, weights: rounds.further_round(chunk, weights, way, size, carried),
                 chunk,
                 weights,
             )

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_shard.moe.dispatch.plan import Counts, Round, before, rows_from
+from moe_shard.moe.dispatch.plan import Bound, Counts, Round, before, rows_from
 from moe_shard.sharding.varying import zeros
 
 Kind = Literal["ragged", "padded"]
@@ -29,6 +29,7 @@ class Transport(Protocol):
     Attributes:
         axes: the mesh axes of the group.
         rows: N, rows of a device's choices, sorted by expert.
+        bound: what a round holds.
         expert_rows: R, rows of a round's buffer on the experts' side.
     """
 
@@ -39,6 +40,11 @@ class Transport(Protocol):
 
     @property
     def rows(self) -> int:
+        """See above."""
+        ...
+
+    @property
+    def bound(self) -> Bound:
         """See above."""
         ...
 
@@ -68,6 +74,7 @@ class RaggedTransport:
 
     axes: tuple[str, ...]
     rows: int
+    bound: Bound
     expert_rows: int
 
     def out(self, rows: Float[Array, "N M"], plan: Round) -> Float[Array, "R M"]:
@@ -101,16 +108,18 @@ class RaggedTransport:
 
 @dataclass(frozen=True)
 class PaddedTransport:
-    """An all-to-all of pieces of equal size.
-
-    Attributes:
-        piece: rows of a piece, the most that one device sends to one other in a round.
-    """
+    """An all-to-all of pieces of equal size, that of the bound."""
 
     axes: tuple[str, ...]
     rows: int
+    bound: Bound
     expert_rows: int
-    piece: int
+
+    @property
+    def piece(self) -> int:
+        """Rows that one device sends to one other."""
+        assert self.bound.piece is not None
+        return self.bound.piece
 
     def out(self, rows: Float[Array, "N M"], plan: Round) -> Float[Array, "R M"]:
         """See `Transport.out`."""
@@ -183,12 +192,12 @@ def _at_in_pieces(size: Int[Array, "D L"], piece: int) -> Int[Array, "D L"]:
 
 
 def _sent(table: Counts, me: Int[Array, ""]) -> Int[Array, "Q"]:
-    """This device's line of a table as the sender: by receiver, then by expert."""
+    """One device's line of a table as the sender: by receiver, then by expert."""
     return table[me].reshape(-1)
 
 
 def _received(table: Counts, me: Int[Array, ""], *, by_expert: bool = False) -> Int[Array, "Q"]:
-    """This device's column of a table as the receiver: by sender, or by expert first."""
+    """One device's column of a table as the receiver: by sender, or by expert first."""
     mine = table[:, me]
     return (mine.T if by_expert else mine).reshape(-1)
 

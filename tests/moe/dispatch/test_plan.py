@@ -13,18 +13,15 @@ from moe_shard.moe.dispatch.plan import (
     aligned,
     aligned_rows,
     before,
-    further_rounds,
     kept,
     plan_round,
     rows_from,
-    window,
+    take,
 )
-from moe_shard.moe.dispatch.ragged import Load, bound_of, most_dealt
+from moe_shard.moe.dispatch.ragged import Load, bounds_of, longest_piece
 from moe_shard.moe.dispatch.seating import at_aligned_groups, seat, seat_known
 from moe_shard.moe.dispatch.transport import compact, pad
 from moe_shard.moe.router import round_robin
-
-ALL = Bound(by_receiver=True, first=10**6, further=0)
 
 
 def expert_major(counts: list[int], alignment: int = 1) -> tuple[list[int], list[int]]:
@@ -33,8 +30,7 @@ def expert_major(counts: list[int], alignment: int = 1) -> tuple[list[int], list
     The counts are r0e0, r0e1, r1e0, r1e1; rows are numbered as they arrive, sender by sender.
     """
     table = jnp.array(counts).reshape(2, 1, 2)
-    size, carried = window(table, ALL, 0)
-    plan = plan_round(table, size, carried, alignment=alignment)
+    plan = plan_round(table, table, 0, alignment=alignment)
     sizes = plan.size[:, 0]
     arrived = before(sizes.reshape(-1)).reshape(sizes.shape)
     total = aligned_rows(sum(counts), 2, alignment)
@@ -99,8 +95,7 @@ def test_analytic_splits_are_the_counted_ones() -> None:
     load = Load(tokens=155, k=3, devices=12, experts=3)
     pieces = known.counts.reshape(12, 3).sum(axis=1)
     assert len(set(pieces.tolist())) > 1
-    assert most_dealt(dealt[None], load, by_receiver=False) == pieces.max()
-    assert most_dealt(dealt[None], load, by_receiver=True) == 12 * pieces.max()
+    assert longest_piece(dealt[None], load) == pieces.max()
 
 
 tables = st.tuples(st.integers(1, 4), st.integers(1, 3)).flatmap(
@@ -111,22 +106,21 @@ tables = st.tuples(st.integers(1, 4), st.integers(1, 3)).flatmap(
 
 
 @settings(max_examples=60, deadline=None)
-@given(tables, st.booleans(), st.integers(1, 12), st.integers(1, 6), st.sampled_from([1, 4]))
+@given(tables, st.integers(1, 12), st.none() | st.integers(1, 6), st.sampled_from([1, 4]))
 def test_rounds_carry_every_row_once_and_to_its_expert(
-    counts: np.ndarray, by_receiver: bool, first: int, further: int, alignment: int
+    counts: np.ndarray, rows: int, piece: int | None, alignment: int
 ) -> None:
-    bound = Bound(by_receiver, first, further)
+    bound = Bound(rows, piece)
     table = jnp.asarray(counts, jnp.int32)
     devices, _, experts = counts.shape
-    rounds = 1 + int(further_rounds(table, bound))
+    carried = jnp.zeros_like(table)
     seen: list[tuple[int, int]] = []
-    for index in range(rounds):
-        size, carried = window(table, bound, index)
+    while (np.asarray(carried) < counts).any():
+        size = take(table - carried, bound)
         plan = plan_round(table, size, carried, alignment=alignment)
         held: dict[tuple[int, int], tuple[int, int]] = {}
-        room = first if index == 0 else further
-        lines = np.asarray(size).sum(axis=(0, 2) if by_receiver else 2)
-        assert lines.max() <= room
+        assert 0 < np.asarray(size).sum(axis=(0, 2)).max() <= rows
+        assert piece is None or np.asarray(size).sum(axis=2).max() <= piece
         for sender, receiver, expert in np.ndindex(*counts.shape):
             start = counts[sender].reshape(-1)[: receiver * experts + expert].sum()
             for row in range(int(size[sender, receiver, expert])):
@@ -139,26 +133,25 @@ def test_rounds_carry_every_row_once_and_to_its_expert(
                 assert held.setdefault((receiver, place), (sender, at)) == (sender, at)
         assert (np.asarray(plan.group_sizes) % alignment == 0).all()
         assert len(held) == int(size.sum())
+        carried = carried + size
     assert sorted(seen) == [
         (sender, at) for sender in range(devices) for at in range(counts[sender].sum())
     ]
 
 
 @settings(max_examples=60, deadline=None)
-@given(tables, st.booleans(), st.integers(1, 30))
-def test_what_is_kept_fits_and_is_shared(counts: np.ndarray, by_receiver: bool, first: int) -> None:
-    bound = Bound(by_receiver, first, 0)
+@given(tables, st.integers(1, 30), st.booleans())
+def test_what_is_kept_fits_and_is_shared(counts: np.ndarray, room: int, pieces: bool) -> None:
+    bound = Bound(10**6, room) if pieces else Bound(room)
     carried = np.asarray(kept(jnp.asarray(counts, jnp.int32), bound))
     assert (carried <= counts).all()
-    axes = (0, 2) if by_receiver else 2
-    totals, room = counts.sum(axis=axes), carried.sum(axis=axes)
-    assert (room <= first).all()
-    whole = totals <= first
-    assert (room[whole] == totals[whole]).all()
+    axes = 2 if pieces else (0, 2)
+    totals, sums = counts.sum(axis=axes), carried.sum(axis=axes)
+    assert (sums == np.minimum(totals, room)).all()
     # An expert loses less than one row beyond its share.
-    shares = counts.sum(axis=0) if by_receiver else counts
-    mine = carried.sum(axis=0) if by_receiver else carried
-    allowed = shares * np.minimum(1, first / np.maximum(totals, 1))[..., None]
+    shares = counts if pieces else counts.sum(axis=0)
+    mine = carried if pieces else carried.sum(axis=0)
+    allowed = shares * np.minimum(1, room / np.maximum(totals, 1))[..., None]
     assert (mine > allowed - 1 - 1e-3).all()
 
 
@@ -182,12 +175,13 @@ def test_seats_are_a_stable_sort(experts: list[int], alignment: int) -> None:
     assert filled == len(experts)  # the rest are padding
 
 
-def test_the_bound_of_a_round() -> None:
+def test_the_bounds_of_rounds() -> None:
     load = Load(tokens=4096, k=2, devices=8, experts=1)
-    bound = bound_of(load, by_receiver=True, factor=-1)
-    assert bound.first == 9067  # ceil(8192 * 17/16 + 4 * sqrt(8192))
-    assert bound.further == 1024
-    assert bound_of(load, by_receiver=True, factor=1.5) == Bound(True, 12288, 0)
+    # ceil(8192 * 17/16 + 4 * sqrt(8192)) rows, ceil(1024 * 17/16 + 4 * sqrt(1024)) of a piece.
+    assert bounds_of(load, padded=False, factor=-1) == (Bound(9067), Bound(1024))
+    assert bounds_of(load, padded=True, factor=-1) == (Bound(9067, 1216), Bound(1024, 128))
+    assert bounds_of(load, padded=False, factor=1.5) == (Bound(12288), None)
+    assert bounds_of(load, padded=True, factor=1.5) == (Bound(12288, 1536), None)
     # Where a round can hold all that there may be, there is no other.
     alone = Load(tokens=4096, k=2, devices=1, experts=8)
-    assert bound_of(alone, by_receiver=True, factor=-1) == Bound(True, 8192, 0)
+    assert bounds_of(alone, padded=False, factor=-1) == (Bound(8192), None)
