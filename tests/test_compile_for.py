@@ -24,7 +24,7 @@ FLAG_OFF = "moe_dispatch_no_expert_sharding=false"
 CONTRACT = {
     "backend", "num_devices", "mesh", "verdict", "collectives", "totals", "memory",
     "target", "hardware", "compile_time_s", "fits", "compiled_with", "rematerializations",
-    "estimate",
+    "estimate", "moe",
 }  # fmt: skip
 # What libtpu leaves behind where it is left to.
 SHARED_PLACES = [Path("/tmp/libtpu_lockfile"), Path("/tmp/tpu_logs")]

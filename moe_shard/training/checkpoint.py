@@ -127,17 +127,17 @@ class Checkpointer:
             UserError: it cannot be read.
         """
         fused = is_fused(abstract_state.params)
-        # Neither of these is known of a model without experts, or where the structure is missing;
-        # the latter the reading below will tell.
+        # None is a model without experts; or a structure that is missing, which reading will tell.
         converts = (self._is_fused(updates), fused) in ((False, True), (True, False))
         stored = other_layout(abstract_state) if converts else abstract_state
         wanted = ocp.args.StandardRestore(stored._asdict())
         state = TrainState(**self._read(updates, state=wanted).state)
         if not converts:
             return state
-        how = "apart; now as one" if fused else "as one; now apart"
-        say(f"the checkpoint keeps gate and up {how} (prefuse_moe_weights={shown(fused)})")
-        return to_layout(state, abstract_state)
+        converted = to_layout(state, abstract_state)
+        how = "apart, are now one array" if fused else "as one array, are now apart"
+        say(f"the experts' gate and up, saved {how} (prefuse_moe_weights={shown(fused)})")
+        return converted
 
     def _is_fused(self, updates: int) -> bool | None:
         """Whether a checkpoint keeps gate and up as one; its structure is read, no array is."""

@@ -1,0 +1,120 @@
+"""`ragged` compiled for TPUs and GPUs that are not there: what is on the wire, multiplied and held.
+
+Needs the compilers of `make targets`, and minutes: `make test-targets`. Nothing is run.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from moe_shard.config import load_config
+from moe_shard.lowering.targets import parse_target
+from moe_shard.lowering.work import flops_by_scope
+from moe_shard.training.compile_target import TargetReport, compile_for_target
+
+pytestmark = pytest.mark.targets
+
+TARGETS = ["v5e:2x4", "v6e:2x4", "h100:8", "mi355x:8"]
+GPUS = ["h100:8", "mi355x:8"]
+M, H, S, ROWS = 1024, 2048, 1024, 4  # model dim, hidden dim, tokens and rows of a device
+SIZE = (
+    "base_num_decoder_layers=1",
+    f"base_emb_dim={M}",
+    f"base_moe_mlp_dim={H}",
+    "base_num_query_heads=8",
+    "base_num_kv_heads=8",
+    "vocab_size=1024",
+    f"max_target_length={S}",
+    f"per_device_batch_size={ROWS}",
+    "capacity_factor=1",
+    "remat_policy=none",
+)
+MANY_EXPERTS = ("num_experts=128", "num_experts_per_tok=8")  # 16 on each of 8 devices
+
+
+@cache
+def compiled(target: str, *overrides: str) -> TargetReport:
+    config = load_config("mixtral-8x7b", [*SIZE, *overrides])
+    return compile_for_target(config, parse_target(target))
+
+
+def payloads(report: TargetReport) -> dict[tuple[str, str, str], int]:
+    """How often rows are exchanged, by kind, stage and pass."""
+    return {
+        (each.kind, each.scope, each.pass_): each.count
+        for each in report.lowering.collectives
+        if each.scope in ("dispatch", "combine") and each.bytes > 100_000
+    }
+
+
+def moe_wire_bytes(report: TargetReport) -> int:
+    return sum(
+        each.count * each.wire_bytes
+        for each in report.lowering.collectives
+        if each.scope in ("dispatch", "combine")
+    )
+
+
+def temp(report: TargetReport) -> int:
+    assert report.lowering.memory is not None
+    return report.lowering.memory["temp_bytes"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_rows_travel_by_ragged_all_to_all_and_no_more_than_were_routed(target: str) -> None:
+    report = compiled(target, "moe_dispatch=ragged")
+    assert report.lowering.verdict == "expert-parallel"
+    assert payloads(report) == {
+        ("ragged-all-to-all", stage, pass_): 1
+        for stage in ("dispatch", "combine")
+        for pass_ in ("forward", "backward")
+    }
+    # And one exchange of counts: of 8 devices, for 8 experts.
+    counts = [
+        each
+        for each in report.lowering.collectives
+        if each.scope == "dispatch" and each.bytes <= 100_000
+    ]
+    assert [(each.count, each.bytes) for each in counts] == [(1, 8 * 8 * 4)]
+    # Two choices a token, four exchanges, bf16 rows; 7 of 8 leave the device.
+    least = 4 * ROWS * S * 2 * M * 2 * 7 // 8
+    assert least <= moe_wire_bytes(report) <= 1.05 * least
+    record = report.moe["layer 0"]
+    assert (record.strategy, record.transport) == ("ragged", "ragged-all-to-all")
+
+
+@pytest.mark.parametrize("experts", [(), MANY_EXPERTS], ids=["1-a-device", "16-a-device"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_it_holds_little_more_than_gather_at_capacity_1(
+    target: str, experts: tuple[str, ...]
+) -> None:
+    ragged = compiled(target, "moe_dispatch=ragged", *experts)
+    gather = compiled(target, "moe_dispatch=gather", *experts)
+    assert temp(ragged) <= 1.2 * temp(gather)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_16_experts_on_a_device_multiply_little_more_than_the_routed_rows(target: str) -> None:
+    report = compiled(target, "moe_dispatch=ragged", *MANY_EXPERTS)
+    assert report.lowering.extraction is not None
+    done = flops_by_scope(report.lowering.extraction.walk)["experts"]
+    # Eight choices a token, three products, forward and twice backward.
+    needed = 9 * 2 * (ROWS * S * 8) * M * H
+    assert needed <= done <= 1.2 * needed
+    product = report.moe["layer 0"].grouped_product
+    assert product == ("pallas" if target in GPUS else "ragged_dot")
+
+
+@pytest.mark.parametrize("target", ["v5e:2x4", "h100:8"])
+def test_forced_balance_has_plain_equal_pieces(target: str) -> None:
+    report = compiled(target, "moe_dispatch=ragged", "force_load_balance=true")
+    assert set(payloads(report)) == {
+        ("all-to-all", stage, pass_)
+        for stage in ("dispatch", "combine")
+        for pass_ in ("forward", "backward")
+    }
+    assert moe_wire_bytes(report) == 4 * ROWS * S * 2 * M * 2 * 7 // 8
+    assert report.hlo is not None
+    assert " sort(" not in report.hlo
