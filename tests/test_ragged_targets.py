@@ -71,13 +71,14 @@ def test_rows_travel_by_ragged_all_to_all_and_no_more_than_were_routed(target: s
         for stage in ("dispatch", "combine")
         for pass_ in ("forward", "backward")
     }
-    # And one exchange of counts: of 8 devices, for 8 experts.
+    # And at most one exchange of counts, of 8 devices, for 8 experts; TPU's compiler makes it a
+    # part of another small reduction where it can.
     counts = [
         each
         for each in report.lowering.collectives
         if each.scope == "dispatch" and each.bytes <= 100_000
     ]
-    assert [(each.count, each.bytes) for each in counts] == [(1, 8 * 8 * 4)]
+    assert [(each.count, each.bytes) for each in counts] in ([], [(1, 8 * 8 * 4)])
     # Two choices a token, four exchanges, bf16 rows; 7 of 8 leave the device.
     least = 4 * ROWS * S * 2 * M * 2 * 7 // 8
     assert least <= moe_wire_bytes(report) <= 1.05 * least

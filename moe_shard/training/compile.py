@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import jax
 
@@ -23,6 +24,14 @@ from moe_shard.sharding.mesh import make_mesh
 from moe_shard.training.step import Program
 
 
+_OVERLAP = {
+    "tpu": ("xla_tpu_enable_async_all_to_all",),
+    "cuda": ("xla_gpu_enable_latency_hiding_scheduler",),
+    "rocm": ("xla_gpu_enable_latency_hiding_scheduler",),
+}
+_NO_OPTIONS: Mapping[str, bool] = MappingProxyType({})
+
+
 @dataclass(frozen=True)
 class CompiledStep:
     """The training step, compiled.
@@ -30,12 +39,14 @@ class CompiledStep:
     Attributes:
         executable: what runs.
         hlo: its text, after optimization.
+        options: given to the compiler beside its defaults, see `compiler_options`.
         partitioner_log: what the partitioner warned of while compiling.
         seconds: it took, tracing included.
     """
 
     executable: jax.stages.Compiled
     hlo: str
+    options: Mapping[str, bool]
     partitioner_log: tuple[str, ...]
     seconds: float
 
@@ -60,20 +71,41 @@ def lay_out(
     return Annotator(mesh, config.mesh.rules, config.mesh.rule_conflicts), notes
 
 
-def compile_step(program: Program) -> CompiledStep:
+def compiler_options(config: Config, platform: str) -> dict[str, bool]:
+    """What the compiler is told where a layer's tokens travel in parts.
+
+    Parts are for one to be on the wire while another is multiplied. By default TPU's compiler waits
+    for every all-to-all, and GPU's schedules ragged ones as if they took no time.
+
+    Args:
+        config: the run.
+        platform: of the devices, see `Annotator.platform`.
+    """
+    moe = config.model.moe
+    if moe is None or moe.num_token_chunks == 1:
+        return {}
+    return dict.fromkeys(_OVERLAP.get(platform, ()), True)
+
+
+def compile_step(program: Program, options: Mapping[str, bool] = _NO_OPTIONS) -> CompiledStep:
     """Compile the step for the devices of the program's mesh; nothing is allocated.
 
     The partitioner's warnings do not reach standard error: they are in the report.
+
+    Args:
+        program: of `make_program`.
+        options: of `compiler_options`.
 
     Raises:
         Finding: the compiler says that the step does not fit in memory.
     """
     started = time.perf_counter()
     with out_of_memory_is_a_finding(), remat_lines() as log:
-        executable = program.step.lower(program.abstract_state, program.abstract_batch).compile()
+        lowered = program.step.lower(program.abstract_state, program.abstract_batch)
+        executable = lowered.compile(compiler_options=dict(options))
     hlo = executable.as_text()
     assert hlo is not None, "every backend of jax prints its HLO"
-    return CompiledStep(executable, hlo, tuple(log), time.perf_counter() - started)
+    return CompiledStep(executable, hlo, options, tuple(log), time.perf_counter() - started)
 
 
 def report_step(step: CompiledStep, annotate: Annotator, backend: str) -> LoweringReport:
@@ -92,6 +124,12 @@ def report_step(step: CompiledStep, annotate: Annotator, backend: str) -> Loweri
         backend=backend,
         partitioner_log=step.partitioner_log,
     )
+
+
+def option_lines(step: CompiledStep) -> list[str]:
+    """What the compiler was told beside its defaults; a line, or none."""
+    told = ", ".join(f"{name}={str(value).lower()}" for name, value in step.options.items())
+    return [f"compiler options, for num_moe_token_chunks: {told}"] if told else []
 
 
 def bound_lines(config: Config, annotate: Annotator, report: LoweringReport) -> list[str]:

@@ -19,10 +19,12 @@ from moe_shard.sharding.annotate import Annotator
 from moe_shard.training.compile import (
     bound_lines,
     compile_step,
+    compiler_options,
     estimate_lines,
     estimate_step,
     lay_out,
     moe_records,
+    option_lines,
     report_step,
 )
 from moe_shard.training.step import make_program
@@ -135,7 +137,7 @@ def compile_for_target(config: Config, target: Target) -> TargetReport:
     started = time.perf_counter()
     step = refusal = None
     try:
-        step = compile_step(program)
+        step = compile_step(program, compiler_options(config, annotate.platform))
     except Finding as finding:
         refusal = str(finding)
     spent = time.perf_counter() - started
@@ -144,7 +146,7 @@ def compile_for_target(config: Config, target: Target) -> TargetReport:
     return TargetReport(
         target=target,
         lowering=lowering,
-        bounds=tuple(bound_lines(config, annotate, lowering)) if step else (),
+        bounds=(*option_lines(step), *bound_lines(config, annotate, lowering)) if step else (),
         estimate=found,
         estimate_lines=tuple(estimate_lines(config, found, annotate.mesh.size)) if step else (),
         compiled_with=compiled_with(target),

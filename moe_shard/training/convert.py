@@ -44,12 +44,13 @@ def other_layout(abstract: Tree) -> Tree:
     """
 
     def change(experts: Experts) -> Experts:
-        rest = dict(experts)
-        if "gate_up" in rest:
-            part = _without_pair(rest.pop("gate_up"))
-            return {**rest, "gate": part, "up": part}
-        rest.pop("up")
-        return {**rest, "gate_up": _with_pair(rest.pop("gate"))}
+        new = dict(experts)
+        if "gate_up" in new:
+            new["gate"] = new["up"] = _without_pair(new.pop("gate_up"))
+        else:
+            new["gate_up"] = _with_pair(new.pop("gate"))
+            del new["up"]
+        return new
 
     return _map_experts(change, abstract)
 

@@ -18,10 +18,12 @@ from moe_shard.training.compile import (
     CompiledStep,
     bound_lines,
     compile_step,
+    compiler_options,
     estimate_lines,
     estimate_step,
     lay_out,
     moe_records,
+    option_lines,
     out_of_memory_is_a_finding,
     report_step,
 )
@@ -57,7 +59,7 @@ def run(config: Config) -> Outcome:
         if writer:
             write_text(folder / "config.yml", config.to_yaml())
         with console.status("compiling the training step"):
-            step = compile_step(program)
+            step = compile_step(program, compiler_options(config, annotate.platform))
         console.print(f"compiled in {step.seconds:.1f} s")
         report = report_step(step, annotate, jax.default_backend())
         for line in annotate.conflict_lines():
@@ -66,7 +68,7 @@ def run(config: Config) -> Outcome:
         records = moe_records(config, annotate)
         hardware = find_hardware(jax.devices()[0].device_kind)
         lines = [line for layers, record in records.items() for line in record.lines(layers)]
-        lines += bound_lines(config, annotate, report)
+        lines += option_lines(step) + bound_lines(config, annotate, report)
         if found := estimate_step(config, hardware, report):
             lines += estimate_lines(config, found, annotate.mesh.size)
         for line in lines:
