@@ -52,8 +52,6 @@ def two_products(
         platform=parsed.platform,
         groups=GROUPS,
         rows=rows,
-        in_dim=into,
-        out_dim=hidden,
         dtype=dtype,
     )
 

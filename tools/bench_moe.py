@@ -24,6 +24,7 @@ from rich.table import Table
 from moe_shard.bench import LayerSize, Measurement, measure
 from moe_shard.config import load_config
 from moe_shard.errors import EXIT_DONE, run_command
+from moe_shard.quiet import absent_accelerators_unsaid
 from moe_shard.sharding.mesh import make_mesh
 from moe_shard.training.devices import start_devices
 from moe_shard.units import human_bytes
@@ -42,7 +43,8 @@ def main() -> int:
     if args.rounds < 1 or min(args.tokens) < 1:
         parser.error("--rounds and --tokens take numbers from 1")
     console = Console(stderr=True)
-    where = start_devices(num_simulated=8)
+    with absent_accelerators_unsaid():
+        where = start_devices(num_simulated=8)
     devices = jax.device_count()
     config = load_config("mixtral-tiny", [f"ici_expert_parallelism={devices}"])
     mesh = make_mesh(config.mesh)
@@ -101,9 +103,9 @@ def _print(where: str, measurements: list[Measurement]) -> None:
     console.print(where)
     console.print(table)
     console.print(
-        "time: over that of the first row of the same S and routing, median over rounds taken in "
-        "turn\nwire, FLOP, temp, tokens/s: of one device; FLOP of the experts' products, over those of "
-        "the tokens routed; further rounds of ragged (skewed routing) are in the time alone"
+        "time: over that of the first row of the same S and routing, median over rounds in turn\n"
+        "wire, FLOP, temp, tokens/s: of one device; FLOP of the experts' products, over those\n"
+        "that the routed tokens need; further rounds of ragged (skewed) are in the time alone"
     )
 
 

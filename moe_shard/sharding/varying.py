@@ -14,9 +14,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 
-def varying_axes(array: Array) -> frozenset[str]:
-    """Mesh axes over which an array varies."""
-    return frozenset(jax.typeof(array).manual_axis_type.varying)
+def varying_axes(*arrays: Array) -> frozenset[str]:
+    """Mesh axes over which any of the arrays varies."""
+    return frozenset[str]().union(*(jax.typeof(each).manual_axis_type.varying for each in arrays))
 
 
 def vary_over(array: Array, axes: Iterable[str]) -> Array:
@@ -27,10 +27,10 @@ def vary_over(array: Array, axes: Iterable[str]) -> Array:
 
 def vary_alike(*arrays: Array) -> tuple[Array, ...]:
     """The arrays, each varying over every mesh axis that any of them varies over."""
-    axes = frozenset[str]().union(*map(varying_axes, arrays))
+    axes = varying_axes(*arrays)
     return tuple(vary_over(array, axes) for array in arrays)
 
 
-def zeros(shape: tuple[int, ...], dtype: DTypeLike, like: Array) -> Array:
-    """Zeros that vary over the mesh axes that `like` varies over."""
-    return vary_over(jnp.zeros(shape, dtype), varying_axes(like))
+def zeros(shape: tuple[int, ...], dtype: DTypeLike, *like: Array) -> Array:
+    """Zeros that vary over the mesh axes that any of `like` varies over."""
+    return vary_over(jnp.zeros(shape, dtype), varying_axes(*like))

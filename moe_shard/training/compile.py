@@ -23,9 +23,8 @@ from moe_shard.sharding.annotate import Annotator
 from moe_shard.sharding.mesh import make_mesh
 from moe_shard.training.step import Program
 
-
 _OVERLAP = {
-    "tpu": ("xla_tpu_enable_async_all_to_all",),
+    "tpu": ("xla_tpu_enable_async_all_to_all", "xla_tpu_enable_async_ragged_all_to_all"),
     "cuda": ("xla_gpu_enable_latency_hiding_scheduler",),
     "rocm": ("xla_gpu_enable_latency_hiding_scheduler",),
 }

@@ -181,8 +181,6 @@ class Ragged:
             platform=platform,
             groups=load.experts,
             rows=load.rows,
-            in_dim=shape[2],
-            out_dim=config.mlp_dim // shards.size(shards.hidden_axes),
             dtype=experts.dtype,
         )
         return _OnDevice(config, shards, platform, experts.activate, load, dealt, product)

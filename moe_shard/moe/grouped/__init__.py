@@ -12,19 +12,18 @@ caller leaves rows of zeros behind each group that does not fill its last block.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from moe_shard.config.schema import GroupedProductName
 from moe_shard.errors import UserError
 from moe_shard.moe.grouped import ragged_dot, tokamax_
 from moe_shard.moe.grouped.blocked import Blocked
-from moe_shard.moe.grouped.blocks import Routine, product, vary_alike
+from moe_shard.moe.grouped.blocks import Routine, product
 from moe_shard.moe.grouped.triton_kernel import Triton
-
-GroupedProductName = Literal["auto", "ragged_dot", "tokamax", "pallas", "blocked"]
+from moe_shard.sharding.varying import vary_alike
 
 _AUTO = {"cpu": "blocked", "tpu": "ragged_dot", "cuda": "pallas", "rocm": "pallas"}
 _WASTE = "multiplies every row by every group's weights"
@@ -65,8 +64,6 @@ def choose(
     platform: str,
     groups: int,
     rows: int,
-    in_dim: int,  # noqa: ARG001
-    out_dim: int,  # noqa: ARG001
     dtype: DTypeLike,
 ) -> GroupedProduct:
     """The routine for a grouped product, and how it wants its groups aligned.
@@ -77,8 +74,6 @@ def choose(
             taken at its word.
         groups: G.
         rows: how many rows of all groups together to expect; sizes the blocks.
-        in_dim: A. No routine minds its dims so far; of the kernels, tiles may reach over edges.
-        out_dim: P. Likewise.
         dtype: of rows and weights.
 
     Raises:

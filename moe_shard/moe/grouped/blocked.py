@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from moe_shard.moe.grouped.blocks import all_axes, owners, vary
+from moe_shard.moe.grouped.blocks import owners
+from moe_shard.sharding import varying
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Blocked:
 
         shape = (group_sizes.shape[0], x.shape[1], dy.shape[1])
         each = (self._split(x), self._split(dy), self._owners(x, group_sizes))
-        zeros = vary(jnp.zeros(shape, jnp.float32), all_axes([x, dy, group_sizes]))
+        zeros = varying.zeros(shape, jnp.float32, x, dy, group_sizes)
         dw, _ = lax.scan(step, zeros, each)
         return dw.astype(x.dtype)
 

@@ -7,13 +7,11 @@ weights). Where the groups are aligned, no block straddles two of them and no ro
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 
@@ -50,7 +48,7 @@ def product(
     Args:
         x: rows, those of a group behind each other.
         w: weights of the groups. Varies over the same mesh axes as `x` and `group_sizes`: the
-            gradient's sum over axes that it does not vary over is the business of `vary_alike`.
+            gradient's sum over axes that it does not vary over is `vary_alike`'s business.
         group_sizes: rows of each group.
         routine: computes the products.
     """
@@ -92,24 +90,3 @@ def owners(group_sizes: Int[Array, "G"], *, blocks: int, block: int) -> Int[Arra
     index = jnp.arange(blocks)
     ended = jnp.sum(ends[None, :] <= index[:, None], axis=1, dtype=jnp.int32)
     return jnp.where(ended < group_sizes.shape[0], ended, -1)
-
-
-def all_axes(arrays: Iterable[Array]) -> frozenset[str]:
-    """Mesh axes over which any of the arrays varies, inside `jax.shard_map(check_vma=True)`."""
-    return frozenset[str]().union(*(jax.typeof(each).manual_axis_type.varying for each in arrays))
-
-
-def vary(array: Array, axes: frozenset[str]) -> Array:
-    """The array, varying over these mesh axes too."""
-    missing = tuple(sorted(axes - all_axes([array])))
-    return lax.pcast(array, missing, to="varying") if missing else array
-
-
-def vary_alike(*arrays: Array) -> tuple[Array, ...]:
-    """The arrays, each varying over every mesh axis that any of them varies over.
-
-    Inside `jax.shard_map(check_vma=True)` the transpose of this is the sum that the gradient of an
-    array needs over the axes on which it is the same; elsewhere it does nothing.
-    """
-    axes = all_axes(arrays)
-    return tuple(vary(array, axes) for array in arrays)

@@ -14,7 +14,7 @@ import jax
 from jax import export
 from jaxtyping import Array
 
-from moe_shard.moe.grouped.blocks import all_axes, vary
+from moe_shard.sharding.varying import vary_over, varying_axes
 
 
 def interpreted(kernel: Callable[..., Array]) -> Callable[..., Array]:
@@ -25,11 +25,11 @@ def interpreted(kernel: Callable[..., Array]) -> Callable[..., Array]:
     """
 
     def call(*operands: Array) -> Array:
-        axes = all_axes(operands)
+        axes = varying_axes(*operands)
         if not axes:
             return kernel(*operands)
         shapes = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in operands]
         exported = export.export(jax.jit(kernel), platforms=["cpu"])(*shapes)
-        return vary(exported.call(*operands), axes)
+        return vary_over(exported.call(*operands), axes)
 
     return call

@@ -25,8 +25,9 @@ from moe_shard.moe.grouped import (
     grouped_product,
     tpu_kernel,
 )
-from moe_shard.moe.grouped.blocks import product, vary_alike
+from moe_shard.moe.grouped.blocks import product
 from moe_shard.moe.grouped.ragged_dot import OnTpu
+from moe_shard.sharding.varying import vary_alike
 from tests.moe.grouped.oracle import Answer, grouped
 
 IN, OUT = 24, 40
@@ -131,9 +132,7 @@ def test_equals_the_loop_over_groups(name: str, fill: str) -> None:
 
 @pytest.mark.parametrize("filled", [0, 16, 64])
 def test_one_group_is_a_plain_product(filled: int) -> None:
-    using = choose(
-        "auto", platform="cpu", groups=1, rows=64, in_dim=IN, out_dim=OUT, dtype="float32"
-    )
+    using = choose("auto", platform="cpu", groups=1, rows=64, dtype="float32")
     assert (using.name, using.alignment) == ("single", 1)
     given = case((filled,), 64)
     compare(jax.jit(outputs(using))(*given.arrays), grouped(*given.arrays))
@@ -286,9 +285,7 @@ def compiled(using: GroupedProduct, rows: int, groups: int, dims: tuple[int, int
 
 @pytest.mark.parametrize(("groups", "rows"), [(2, 1024), (16, 4096), (64, 4096)])
 def test_blocked_multiplies_every_row_once(groups: int, rows: int) -> None:
-    using = choose(
-        "auto", platform="cpu", groups=groups, rows=rows, in_dim=64, out_dim=96, dtype="float32"
-    )
+    using = choose("auto", platform="cpu", groups=groups, rows=rows, dtype="float32")
     padded = rows + groups * (using.alignment - 1)
     padded -= padded % -using.alignment
     program = compiled(using, padded, groups, (64, 96))
@@ -314,8 +311,6 @@ def chosen(requested: Any, platform: str, groups: int = 8, rows: int = 16384) ->
         platform=platform,
         groups=groups,
         rows=rows,
-        in_dim=64,
-        out_dim=64,
         dtype=jnp.bfloat16,
     )
 
@@ -387,4 +382,4 @@ def test_every_choice_has_a_reason(
 
 def test_a_wide_dtype_is_refused_by_the_kernel() -> None:
     with pytest.raises(UserError, match="float32 and narrower"):
-        choose("pallas", platform="cuda", groups=2, rows=9, in_dim=1, out_dim=1, dtype=np.float64)
+        choose("pallas", platform="cuda", groups=2, rows=9, dtype=np.float64)
