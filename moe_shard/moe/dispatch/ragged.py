@@ -44,7 +44,7 @@ from moe_shard.sharding.varying import vary_alike
 
 Activation = Callable[[Array], Array]
 
-_HEADROOM = 1 / 16
+_HEADROOM = 1 / 32
 """Rows of the first round above a balanced load, as a part of it."""
 _FURTHER = 1 / 8
 """Rows of a further round, as a part of a balanced load."""
@@ -75,7 +75,7 @@ class Load:
 def bounds_of(load: Load, *, padded: bool, factor: float) -> tuple[Bound, Bound | None]:
     """What the first round holds, and what each further one; None where there is no other.
 
-    Without a factor the first round holds a balanced load, a sixteenth more, and what chance adds
+    Without a factor the first round holds a balanced load, 1/32 more, and what chance adds
     (four standard deviations of as many random choices); or all that there can be.
 
     Args:

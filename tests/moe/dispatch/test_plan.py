@@ -177,9 +177,9 @@ def test_seats_are_a_stable_sort(experts: list[int], alignment: int) -> None:
 
 def test_the_bounds_of_rounds() -> None:
     load = Load(tokens=4096, k=2, devices=8, experts=1)
-    # ceil(8192 * 17/16 + 4 * sqrt(8192)) rows, ceil(1024 * 17/16 + 4 * sqrt(1024)) of a piece.
-    assert bounds_of(load, padded=False, factor=-1) == (Bound(9067), Bound(1024))
-    assert bounds_of(load, padded=True, factor=-1) == (Bound(9067, 1216), Bound(1024, 128))
+    # ceil(8192 * 33/32 + 4 * sqrt(8192)) rows, ceil(1024 * 33/32 + 4 * sqrt(1024)) of a piece.
+    assert bounds_of(load, padded=False, factor=-1) == (Bound(8811), Bound(1024))
+    assert bounds_of(load, padded=True, factor=-1) == (Bound(8811, 1184), Bound(1024, 128))
     assert bounds_of(load, padded=False, factor=1.5) == (Bound(12288), None)
     assert bounds_of(load, padded=True, factor=1.5) == (Bound(12288, 1536), None)
     # Where a round can hold all that there may be, there is no other.
