@@ -69,11 +69,14 @@ def aligned(sizes: Int[Array, "*dims"], alignment: int) -> Int[Array, "*dims"]:
     return jnp.maximum(-(-sizes // alignment), 1) * alignment
 
 
-def aligned_rows(rows: int, groups: int, alignment: int) -> int:
-    """Rows of a buffer that holds `rows` rows in `groups` aligned groups, however they fall."""
-    if alignment == 1:
-        return rows
-    return -(-rows // alignment) * alignment + groups * alignment
+def aligned_rows(rows: int, groups: int, alignment: int, multiple: int = 1) -> int:
+    """Rows of a buffer that holds `rows` rows in `groups` aligned groups, however they fall.
+
+    A multiple of `multiple`, itself one of the alignment.
+    """
+    if alignment > 1:
+        rows = -(-rows // alignment) * alignment + groups * alignment
+    return -(-rows // multiple) * multiple
 
 
 def take(remaining: Counts, bound: Bound) -> Counts:

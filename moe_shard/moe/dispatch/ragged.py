@@ -271,7 +271,7 @@ class _OnDevice:
                     self._seat(i, chosen[i]),
                     chosen[i],
                     alignment=alignment,
-                    rows=aligned_rows(self.load.rows, self.load.experts, alignment),
+                    rows=self._held(self.load.rows),
                 )
                 rows = tokens_to_slots(chunk[None], slots)[0]
             with jax.named_scope("experts"):
@@ -351,10 +351,13 @@ class _OnDevice:
         )
 
     def _transport_of(self, bound: Bound) -> Transport:
-        load, alignment = self.load, self.product.alignment
-        held = aligned_rows(bound.rows, load.experts, alignment)
         kind = PaddedTransport if self.padded else RaggedTransport
-        return kind(self.shards.expert_axes, load.rows, bound, held)
+        return kind(self.shards.expert_axes, self.load.rows, bound, self._held(bound.rows))
+
+    def _held(self, rows: int) -> int:
+        """Rows of the experts' buffer for so many rows."""
+        product = self.product
+        return aligned_rows(rows, self.load.experts, product.alignment, product.multiple)
 
     def _grouped(
         self, weights: ExpertWeights, rows: Float[Array, "R m"], sizes: Int[Array, "L"]

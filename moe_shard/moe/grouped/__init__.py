@@ -41,6 +41,7 @@ _REASONS = {
 }
 _SMALLEST = {"blocked": 8, "pallas": 16}
 _LARGEST = 128
+_TPU_TILE = 512
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,14 @@ class GroupedProduct:
         name: "single", "ragged_dot", "tokamax", "pallas" or "blocked".
         alignment: groups start at multiples of so many rows.
         reason: why this one, a clause for a printed record.
+        multiple: the number of all rows should be one of it. TPU's ragged_dot multiplies every row
+            by every group's weights where its tiles do not divide the rows.
     """
 
     name: str
     alignment: int
     reason: str
+    multiple: int = 1
 
 
 def choose(
@@ -92,7 +96,8 @@ def choose(
         raise UserError(f"grouped_product: pallas takes float32 and narrower, not {dtype}")
     other = "what runs anywhere" if requested == "auto" else "by name; auto takes another there"
     reason = _REASONS.get((name, platform), other)
-    return GroupedProduct(name, _alignment(name, groups, rows), reason)
+    multiple = _TPU_TILE if (name, platform) == ("ragged_dot", "tpu") else 1
+    return GroupedProduct(name, _alignment(name, groups, rows), reason, multiple)
 
 
 def _alignment(name: str, groups: int, rows: int) -> int:
