@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 TARGETS := $(VENV)/.targets
 
-.PHONY: demo test test-newest targets test-targets goldens test-goldens browser test-browser lint format bench clean help
+.PHONY: demo test test-newest targets test-targets test-targets-slow goldens test-goldens browser test-browser lint format bench clean help
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,9 +23,9 @@ demo: $(READY)  ## train mixtral-tiny for 60 steps, its expert parallelism shown
 	@$(RUN) -m moe_shard.train mixtral-tiny run_name=demo dump_hlo=true
 
 test: $(READY)  ## the whole suite
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 $(TESTS)
 
-test-newest:  ## the whole suite on the newest jax, which needs NEWEST_PYTHON
+test-newest:  ## the whole suite on the newest jax, which needs NEWEST_PYTHON (TESTS="..." for some)
 	@$(MAKE) test PYTHON=$(NEWEST_PYTHON) VENV=.venv-newest PINS=
 
 $(TARGETS): $(READY)
@@ -36,13 +36,16 @@ $(TARGETS): $(READY)
 targets: $(TARGETS)  ## compilers for hardware that is not there
 
 test-targets: $(TARGETS)  ## compile for TPUs and GPUs that are not there (minutes)
-	$(RUN) -m pytest -m targets
+	$(RUN) -m pytest -m "targets and not slow"
+
+test-targets-slow: $(TARGETS)  ## the rest of them: minutes a program, the more so for TPUs
+	$(RUN) -m pytest -m "targets and slow"
 
 goldens: $(TARGETS)  ## compile every model for every kind of hardware and keep what it lowers to
 	@$(RUN) tools/lowering_matrix.py --refresh
 
-test-goldens: $(TARGETS)  ## compile them again and compare (about a quarter of an hour)
-	@$(RUN) tools/lowering_matrix.py
+test-goldens: $(TARGETS)  ## compile them again and compare (up to an hour; CELLS="--model ... --target ..." for some)
+	@$(RUN) tools/lowering_matrix.py $(CELLS)
 
 browser:  ## a browser, from the distribution
 	@command -v chromium chromium-browser google-chrome chrome-headless-shell >/dev/null || \
