@@ -26,6 +26,12 @@ class UserError(ValueError):
     """Bad input: the message says what is wrong, where, and the fix, in at most three lines."""
 
 
+def first_line(error: BaseException, limit: int = 160) -> str:
+    """What an exception says on its first line, cut to `limit` characters; its type if nothing."""
+    lines = str(error).splitlines()
+    return (lines[0] if lines else type(error).__name__)[:limit]
+
+
 class CommandParser(argparse.ArgumentParser):
     """Answers bad usage with one line instead of the whole usage text."""
 

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 
 from moe_shard.config.keys import shown
 from moe_shard.config.schema import Config
-from moe_shard.errors import UserError
+from moe_shard.errors import UserError, first_line
 from moe_shard.training.convert import is_fused, other_layout, to_layout
 from moe_shard.training.step import TrainState
 
@@ -155,7 +155,7 @@ class Checkpointer:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"cannot read the checkpoint {self._folder / str(updates)}: "
-                f"{str(error).splitlines()[0][:160]}\n"
+                f"{first_line(error)}\n"
                 "fix: remove that folder to continue from the checkpoint before it"
             ) from error
 
