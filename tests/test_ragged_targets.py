@@ -101,11 +101,11 @@ def test_it_holds_little_more_than_gather_at_capacity_1(
 
 @pytest.mark.parametrize("target", [*TPUS, *GPUS])
 def test_16_experts_on_a_device_multiply_little_more_than_the_routed_rows(target: str) -> None:
-    report = compiled(target, "moe_dispatch=ragged", *MANY_EXPERTS)
+    report = compiled(target, "moe_dispatch=ragged", "remat_policy=none", *MANY_EXPERTS)
     assert report.lowering.extraction is not None
     done = flops_by_scope(report.lowering.extraction.walk)["experts"]
-    # Eight choices a token; three products, forward and twice backward, and two recomputed.
-    needed = LAYERS * 11 * 2 * (ROWS * S * 8) * M * H
+    # Eight choices a token, three products, forward and twice backward.
+    needed = LAYERS * 9 * 2 * (ROWS * S * 8) * M * H
     assert needed <= done <= 1.2 * needed
     product = report.moe["layers 0-1"].grouped_product
     assert product == ("pallas" if target in GPUS else "ragged_dot")
