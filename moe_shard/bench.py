@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import jax
@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from moe_shard.config.hardware import find_hardware
 from moe_shard.config.load import load_config
-from moe_shard.config.schema import MoEConfig
+from moe_shard.config.moe import MoEConfig
 from moe_shard.lowering.bounds import EXCHANGES, PRODUCTS, moe_wire_bytes
 from moe_shard.lowering.report import memory_from_compiled, report_from_text
 from moe_shard.lowering.work import flops_by_scope
@@ -59,6 +59,7 @@ class Variant:
 
     name: str
     changes: dict[str, Any]
+    routing: dict[str, Any] = field(default_factory=dict)
 
 
 VARIANTS = (
@@ -69,7 +70,7 @@ VARIANTS = (
     Variant("ragged", {"dispatch": "ragged"}),
     Variant("ragged, 2 chunks", {"dispatch": "ragged", "num_token_chunks": 2}),
     Variant("ragged, fused gate/up", {"dispatch": "ragged", "prefuse_weights": True}),
-    Variant("ragged, forced balance", {"dispatch": "ragged", "force_load_balance": True}),
+    Variant("ragged, forced balance", {"dispatch": "ragged"}, {"force_load_balance": True}),
 )
 
 
@@ -177,6 +178,7 @@ def _config(size: LayerSize, variant: Variant) -> MoEConfig:
         num_experts_per_tok=size.k,
         mlp_dim=size.hidden_dim,
         capacity_factor=size.capacity_factor,
+        router=replace(base.router, **variant.routing),
         **variant.changes,
     )
 
@@ -189,7 +191,7 @@ def _prepare(mesh: Mesh, size: LayerSize, variant: Variant) -> _Candidate:
         return MoELayer(
             config=moe,
             model_dim=size.model_dim,
-            activation="silu",
+            gating=load_config("mixtral-tiny").model.gating,
             dtype=size.dtype,
             weight_dtype=jnp.float32,
             annotate=annotate,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from moe_shard.config.schema import Config, MoEConfig, divisors
+from moe_shard.config.keys import divisors
+from moe_shard.config.moe import MoEConfig
+from moe_shard.config.schema import Config
 from moe_shard.errors import UserError
 
 _FLAG = "moe_dispatch_no_expert_sharding=true"

@@ -21,6 +21,7 @@ class Key:
         below: values are smaller than this.
         off: one more value, outside the range, that switches the thing off.
         choices: the only values, where the leaf is a name.
+        each: the only items, where the leaf is a list of names.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Key:
     below: float | None = None
     off: float | None = None
     choices: tuple[str, ...] = ()
+    each: tuple[str, ...] = ()
 
     def range_text(self) -> str:
         """The range in words, such as "at least 1, or -1"."""
@@ -68,7 +70,7 @@ def check_leaves(part: object) -> None:
     """Check every leaf of a dataclass instance against its own key.
 
     Raises:
-        UserError: a number out of its range or a name that is not among the choices.
+        UserError: a number out of its range, or a name that is not among the choices.
     """
     for attribute, key in leaf_keys(type(part)).items():
         value = getattr(part, attribute)
@@ -77,15 +79,21 @@ def check_leaves(part: object) -> None:
                 f"{key.name}={shown(value)} is not a known {key.name}\n"
                 f"fix: {key.name} one of {', '.join(key.choices)}"
             )
-        texts = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(text, str) and not text.isprintable() for text in texts):
+        items = value if isinstance(value, tuple) else (value,)
+        if key.each and not set(items) <= set(key.each):
+            raise UserError(
+                f"{key.name}={shown(value)} is not a list of known names\n"
+                f"fix: {key.name} of {', '.join(key.each)}"
+            )
+        if any(isinstance(item, str) and not item.isprintable() for item in items):
             raise UserError(
                 f"{key.name}={shown(value)} has a line break or another unprintable character\n"
                 f"fix: {key.name} on one line"
             )
-        if isinstance(value, int | float) and not isinstance(value, bool) and not key.admits(value):
+        numbers = [x for x in items if isinstance(x, int | float) and not isinstance(x, bool)]
+        if not all(key.admits(number) for number in numbers):
             raise UserError(
-                f"{key.name}={value} is out of range\n"
+                f"{key.name}={shown(value)} is out of range\n"
                 f"fix: {key.name} {key.range_text() or 'a finite number'}"
             )
 
@@ -115,3 +123,8 @@ def shown(value: Any) -> str:
     text = f"[{', '.join(map(shown, value))}]" if is_list else str(value)
     text = "".join(character if character.isprintable() else " " for character in text)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors of a positive number, smallest first."""
+    return [size for size in range(1, number + 1) if number % size == 0]

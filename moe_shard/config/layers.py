@@ -31,6 +31,12 @@ _NULL_MEANS: Mapping[str, Any] = {
     "run_name": "",
     "base_output_directory": "",
 }
+_LISTS_OF: Mapping[str, type] = {
+    "dense_layers": int,
+    "rope_short_factors": float,
+    "rope_long_factors": float,
+}
+"""Keys whose lists hold numbers; the others' hold names."""
 _LARGEST_INT = 2**63
 
 
@@ -72,7 +78,7 @@ class Layer:
         values: dict[str, Any] = {}
         unbuilt: dict[str, Any | None] = {}
         ignored = []
-        for name, value in written.items():
+        for name, value in maxtext.read(written).items():
             key = maxtext.ALIASES.get(name, name)
             if key != name and key in written:
                 raise UserError(
@@ -193,10 +199,23 @@ def _prepared(key: str, value: Any, default: Any) -> Any:
         return [value] if value else []
     if isinstance(default, list) and not isinstance(value, list):
         raise TypeError(key)
-    of_names = isinstance(default, list) and key != "logical_axis_rules"
-    if of_names and not all(isinstance(item, str) for item in value):
-        raise TypeError(key)
+    if isinstance(default, list) and key != "logical_axis_rules":
+        return [_item(item, _LISTS_OF.get(key, str)) for item in value]
     return value
+
+
+def _item(item: Any, kind: type) -> Any:
+    """One item of a list, as what the list holds.
+
+    Raises:
+        TypeError: it is something else.
+        OverflowError: an integer too large for a float.
+    """
+    if kind is float and isinstance(item, int) and not isinstance(item, bool):
+        return float(item)
+    if not isinstance(item, kind) or isinstance(item, bool):
+        raise TypeError(item)
+    return item
 
 
 def _plain(value: Any) -> Any:

@@ -13,23 +13,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from moe_shard.config.attention import AttentionConfig, RopeConfig
 from moe_shard.config.keys import leaf_keys, shown
 from moe_shard.config.layers import COMMAND_LINE, Layer, lay, parse_overrides, short_name
-from moe_shard.config.schema import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    MoEConfig,
-    RunConfig,
-    TrainConfig,
-)
+from moe_shard.config.model import GatingConfig, ModelConfig
+from moe_shard.config.moe import MoEConfig, RouterConfig
+from moe_shard.config.schema import Config, DataConfig, RunConfig, TrainConfig
 from moe_shard.config.strict_yaml import read_mapping
 from moe_shard.config.tables import build_mesh, read_rules_file
 from moe_shard.errors import UserError
 
 T = TypeVar("T")
 
-LOADER_KEYS = ("custom_mesh_and_rule", "override_logical_axis_rules")
+LOADER_KEYS = ("custom_mesh_and_rule", "override_logical_axis_rules", "hf_family")
 """Keys of `base.yml` that say how to load; what they lead to stands in `MeshConfig`."""
 
 
@@ -93,7 +89,7 @@ def load_config(model: str, overrides: Sequence[str] = ()) -> Config:
         )
     return Config(
         run=_build(RunConfig, settings),
-        model=_build(ModelConfig, settings, moe=_build_moe(settings)),
+        model=_build_model(settings),
         mesh=mesh,
         train=_build(TrainConfig, settings),
         data=_build(DataConfig, settings),
@@ -154,11 +150,17 @@ def _derive(settings: dict[str, Any], path: Path) -> None:
         settings["head_dim"] = emb_dim // heads
 
 
-def _build_moe(settings: Mapping[str, Any]) -> MoEConfig | None:
-    """The MoE layer; None for one expert."""
+def _build_model(settings: Mapping[str, Any]) -> ModelConfig:
+    """The decoder; its MoE layer is None for one expert."""
     # Built in any case, so that a dense model's keys are checked like everyone's.
-    moe = _build(MoEConfig, settings)
-    return moe if moe.num_experts > 1 else None
+    moe = _build(MoEConfig, settings, router=_build(RouterConfig, settings))
+    return _build(
+        ModelConfig,
+        settings,
+        gating=_build(GatingConfig, settings),
+        attention=_build(AttentionConfig, settings, rope=_build(RopeConfig, settings)),
+        moe=moe if moe.num_experts > 1 else None,
+    )
 
 
 def _build(schema: type[T], settings: Mapping[str, Any], **parts: Any) -> T:

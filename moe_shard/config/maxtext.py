@@ -20,61 +20,80 @@ ALIASES = {
 }
 """MaxText's name -> the name here."""
 
+Settings = Mapping[str, Any]
+
+IMPLIED: tuple[tuple[Settings, Settings], ...] = (
+    ({"decoder_block": "deepseek"}, {"rope_interleave": True, "norm_topk_prob": False}),
+    (
+        {"decoder_block": "deepseek", "routed_score_func": "sigmoid"},
+        {"norm_topk_prob": True},
+    ),
+    ({"decoder_block": "gpt_oss"}, {"attention_pattern": ["sliding", "global"]}),
+    ({"decoder_block": "gpt_oss", "attention_bias": True}, {"attention_out_bias": True}),
+    (
+        {"decoder_block": "llama4"},
+        {
+            "attention_pattern": ["chunked", "chunked", "chunked", "global"],
+            "qk_norm_type": "l2",
+            "rope_interleave": True,
+            "routed_score_func": "sigmoid",
+            "routed_score_on_input": True,
+            "norm_topk_prob": False,
+        },
+    ),
+)
+"""What a file of MaxText's has settled by saying something, unless it says otherwise itself."""
+
+MEANT: tuple[tuple[Settings, Settings], ...] = (
+    ({"routed_score_func": ""}, {"routed_score_func": "softmax"}),
+    ({"routed_score_func": None}, {"routed_score_func": "softmax"}),
+    (
+        {"decoder_block": "gpt_oss", "routed_bias": True},
+        {"routed_bias": False, "router_bias": True},
+    ),
+    (
+        {"decoder_block": "gpt_oss", "mlp_activations": ["sigmoid", "linear"]},
+        {"mlp_activations": ["quick_gelu", "linear"], "mlp_linear_offset": 1.0},
+    ),
+)
+"""What a file of MaxText's means by what it says, where the words have another meaning here."""
+
 _OFF = (False, None)
 _ZERO = (0, None)
 _NEGATIVE = (-1, None)
 
 UNBUILT: Mapping[str, tuple[Any, ...]] = {
-    # Blocks that pre-norm attention, RoPE and a gated MLP (or MoE layer) describe fully, given
-    # the other keys. gemma scales its embeddings, gpt3 has LayerNorm, and so on.
-    "decoder_block": ("default", "llama2", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"),
+    # Blocks that the other keys describe fully, together with what `IMPLIED` and `MEANT` say of
+    # them. gemma has a norm after attention, gpt3 learned positions, and so on.
+    "decoder_block": (
+        *("default", "llama2", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"),
+        *("deepseek", "gpt_oss", "llama4"),
+    ),
     # A file that inherits from others: its own keys are not the whole model.
     "base_config": (),
     "global_parameter_scale": (1,),
     # attention
-    "attention_type": ("global",),
-    "attention_bias": _OFF,
-    "attention_sink": _OFF,
     "attention_output_dim": _NEGATIVE,
-    "attn_logits_soft_cap": _ZERO,
-    "sliding_window_size": _ZERO,
-    "chunk_attn_window_size": _ZERO,
     "share_kv_projections": _OFF,
     "global_head_dim": _ZERO,
     "global_num_kv_heads": _ZERO,
     "num_kv_shared_layers": _ZERO,
     "qk_norm_with_scale": (True,),
     "v_norm_with_scale": (True,),
-    "temperature_tuning": _OFF,
     "use_indexer": _OFF,
     "use_qk_clip": _OFF,
     "compress_ratios": ([], None),
     "moba": _OFF,
     # positions
-    "rope_type": ("default",),
     "rope_linear_scaling_factor": (1, None),
     "rope_min_timescale": (1,),
     "local_rope_max_timescale": _NEGATIVE,
     "global_rope_max_timescale": _NEGATIVE,
-    "partial_rotary_factor": (1,),
-    "nope_layer_interval": _NEGATIVE,
     "trainable_position_size": _NEGATIVE,
     "use_untrainable_positional_embedding": _OFF,
     "use_mrope": _OFF,
     # MLP, MoE and the router
-    "mlp_bias": _OFF,
-    "mlp_activations_limit": _NEGATIVE,
-    "routed_bias": _OFF,
-    "routed_bias_update_rate": _ZERO,
-    "routed_scaling_factor": (1,),
-    "routed_score_func": ("", "softmax", None),
-    "n_routing_groups": _NEGATIVE,
-    "topk_routing_group": _NEGATIVE,
     "first_num_hash_layers": _ZERO,
-    "first_num_dense_layers": _ZERO,
-    "shared_experts": _ZERO,
-    "interleave_moe_layer_step": (1,),
-    "inhomogeneous_layer_cycle_interval": (1,),
     "moe_expert_input_dim": _NEGATIVE,
     "use_double_wide_mlp": _OFF,
     "dropout_rate": _ZERO,
@@ -82,7 +101,6 @@ UNBUILT: Mapping[str, tuple[Any, ...]] = {
     "use_post_attn_norm": _OFF,
     "use_post_ffw_norm": _OFF,
     "normalize_embedding_logits": _OFF,
-    "final_logits_soft_cap": _ZERO,
     "z_loss_multiplier": _ZERO,
     "hidden_size_per_layer_input": _ZERO,
     "mtp_num_layers": _ZERO,
@@ -97,8 +115,8 @@ UNBUILT: Mapping[str, tuple[Any, ...]] = {
 
 UNBUILT_VALUES: Mapping[str, tuple[Any, ...]] = {
     "optimizer": ("adam_pax", "muon"),
-    "dtype": ("float16",),
-    "weight_dtype": ("float16", "float8_e4m3fn"),
+    "weight_dtype": ("float8_e4m3fn",),
+    "attention_type": ("local_sliding", "chunk", "full", "compressed"),
     "mlp_activations": (["sigmoid", "linear"], ["gelu"], ["relu"], ["silu"], ["relu", "relu"]),
 }
 """Keys of `base.yml` -> values that a model file may ask for and that are not built here."""
@@ -132,6 +150,19 @@ MAXTEXT_AXES = (
     "autoregressive",
 )
 """Mesh axes of MaxText that this mesh does not have."""
+
+
+def read(written: Settings) -> dict[str, Any]:
+    """What a file says, with what it implies and in this package's words."""
+
+    def found(table: tuple[tuple[Settings, Settings], ...]) -> dict[str, Any]:
+        settings: dict[str, Any] = {}
+        for said, settled in table:
+            if all(key in written and written[key] == value for key, value in said.items()):
+                settings |= settled
+        return settings
+
+    return {**found(IMPLIED), **written, **found(MEANT)}
 
 
 def is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:

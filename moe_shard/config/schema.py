@@ -15,167 +15,10 @@ import yaml
 
 from moe_shard.config.keys import Key, check_leaves, keyed_values, shown, to_plain
 from moe_shard.config.mesh import MeshConfig
+from moe_shard.config.model import ModelConfig
 from moe_shard.errors import UserError
 
-DType = Literal["bfloat16", "float32"]
-RematPolicy = Literal["none", "dots", "full", "save_exchanged"]
-DispatchStrategy = Literal["einsum", "gather", "ragged"]
-RaggedTransport = Literal["auto", "ragged", "padded"]
-GroupedProductName = Literal["auto", "ragged_dot", "tokamax", "pallas", "blocked"]
-CapacityRule = Literal["maxtext", "gshard"]
-DropPolicy = Literal["position", "probability"]
-LoadBalanceLoss = Literal["maxtext", "gshard", "huggingface"]
 Optimizer = Literal["adamw", "sgd"]
-MOST_HEADS = MOST_EXPERTS = 2**16  # far above any model; keeps the divisors in a fix countable
-GATE_ACTIVATIONS = ("silu", "gelu", "relu")
-"""First entry of `mlp_activations`; the second is `linear`. `gelu` is the tanh form, as in JAX."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MoEConfig:
-    """The MoE layer of a model.
-
-    Attributes:
-        num_experts: E, experts in each MoE layer.
-        num_experts_per_tok: K, experts each token is sent to.
-        mlp_dim: H, hidden size of one expert.
-        capacity_factor: slots per expert over the slots of a perfect balance; 0 or less: as many
-            slots as the row has tokens, so that nothing is dropped.
-        capacity_rule: a `CapacityRule`; how the factor is rounded.
-        min_capacity: fewest slots of an expert for a batch row.
-        drop_policy: a `DropPolicy`; which choices an overfull expert keeps.
-        dispatch: a `DispatchStrategy`.
-        ragged_transport: a `RaggedTransport`; how `ragged` moves rows.
-        ragged_buffer_factor: rows `ragged` can take in over those of a balanced load, beyond which
-            it drops; -1: it never drops.
-        grouped_product: a `GroupedProductName`; how `ragged` multiplies rows by experts' weights.
-        num_token_chunks: parts of a layer's tokens that travel one by one.
-        force_load_balance: experts are dealt out in turn; for benchmarks.
-        use_random_routing: experts are chosen at random; for benchmarks.
-        prefuse_weights: gate and up are one parameter and one product.
-        no_expert_sharding: the flag: the dispatched batch dim leaves the expert axes alone.
-        norm_topk_prob: the K weights of a token are divided by their sum.
-        load_balance_loss_weight: factor of the load-balance loss in the training loss.
-        load_balance_loss_type: a `LoadBalanceLoss`.
-        router_z_loss_weight: factor of the mean squared log-sum-exp of the router's logits.
-
-    Raises:
-        UserError: on a value out of range or a contradiction between keys.
-    """
-
-    num_experts: Annotated[int, Key("num_experts", least=1, most=MOST_EXPERTS)]
-    num_experts_per_tok: Annotated[int, Key("num_experts_per_tok", least=1)]
-    mlp_dim: Annotated[int, Key("base_moe_mlp_dim", least=1)]
-    capacity_factor: Annotated[float, Key("capacity_factor")]
-    capacity_rule: Annotated[CapacityRule, Key("capacity_rule", choices=get_args(CapacityRule))]
-    min_capacity: Annotated[int, Key("min_capacity", least=0)]
-    drop_policy: Annotated[DropPolicy, Key("drop_policy", choices=get_args(DropPolicy))]
-    dispatch: Annotated[DispatchStrategy, Key("moe_dispatch", choices=get_args(DispatchStrategy))]
-    ragged_transport: Annotated[
-        RaggedTransport, Key("ragged_transport", choices=get_args(RaggedTransport))
-    ]
-    ragged_buffer_factor: Annotated[float, Key("ragged_buffer_factor", above=0, off=-1)]
-    grouped_product: Annotated[
-        GroupedProductName, Key("grouped_product", choices=get_args(GroupedProductName))
-    ]
-    num_token_chunks: Annotated[int, Key("num_moe_token_chunks", least=1)]
-    force_load_balance: Annotated[bool, Key("force_load_balance")]
-    use_random_routing: Annotated[bool, Key("use_random_routing")]
-    prefuse_weights: Annotated[bool, Key("prefuse_moe_weights")]
-    no_expert_sharding: Annotated[bool, Key("moe_dispatch_no_expert_sharding")]
-    norm_topk_prob: Annotated[bool, Key("norm_topk_prob")]
-    load_balance_loss_weight: Annotated[float, Key("load_balance_loss_weight", least=0)]
-    load_balance_loss_type: Annotated[
-        LoadBalanceLoss, Key("load_balance_loss_type", choices=get_args(LoadBalanceLoss))
-    ]
-    router_z_loss_weight: Annotated[float, Key("router_z_loss_weight", least=0)]
-
-    def __post_init__(self) -> None:
-        check_leaves(self)
-        if self.num_experts_per_tok > self.num_experts:
-            raise UserError(
-                f"num_experts_per_tok={self.num_experts_per_tok} is more than "
-                f"num_experts={self.num_experts}: a token cannot go to an expert twice\n"
-                f"fix: num_experts_per_tok from 1 to {self.num_experts}"
-            )
-        if self.force_load_balance and self.use_random_routing:
-            raise UserError(
-                "force_load_balance=true and use_random_routing=true: tokens are dealt out or "
-                "scattered, not both\nfix: one of the two"
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The decoder. Sizes count elements.
-
-    Attributes:
-        emb_dim: M, the model dim.
-        num_decoder_layers: L.
-        num_query_heads: N, query heads.
-        num_kv_heads: key and value heads; divides `num_query_heads`.
-        head_dim: D, even because RoPE turns pairs.
-        mlp_dim: hidden size of a dense MLP.
-        vocab_size: V.
-        mlp_activations: the gate's activation, then "linear".
-        norm_epsilon: added to the mean square in RMSNorm.
-        rope_max_timescale: RoPE's theta, in positions.
-        logits_via_embedding: the output projection is the embedding table, transposed.
-        use_qk_norm: RMSNorm over `head_dim` of queries and keys, before RoPE.
-        dtype: of activations and matrix products.
-        weight_dtype: of the stored parameters.
-        remat_policy: what the backward pass finds saved; a `RematPolicy`.
-        moe: the MoE layer, or None for a dense model (`num_experts: 1`).
-
-    Raises:
-        UserError: on a value out of range or a contradiction between keys.
-    """
-
-    emb_dim: Annotated[int, Key("base_emb_dim", least=1)]
-    num_decoder_layers: Annotated[int, Key("base_num_decoder_layers", least=1)]
-    num_query_heads: Annotated[int, Key("base_num_query_heads", least=1, most=MOST_HEADS)]
-    num_kv_heads: Annotated[int, Key("base_num_kv_heads", least=1)]
-    head_dim: Annotated[int, Key("head_dim", least=2)]
-    mlp_dim: Annotated[int, Key("base_mlp_dim", least=1)]
-    vocab_size: Annotated[int, Key("vocab_size", least=2)]
-    mlp_activations: Annotated[tuple[str, ...], Key("mlp_activations")]
-    norm_epsilon: Annotated[float, Key("normalization_layer_epsilon", above=0)]
-    rope_max_timescale: Annotated[float, Key("rope_max_timescale", above=1)]
-    logits_via_embedding: Annotated[bool, Key("logits_via_embedding")]
-    use_qk_norm: Annotated[bool, Key("use_qk_norm")]
-    dtype: Annotated[DType, Key("dtype", choices=get_args(DType))]
-    weight_dtype: Annotated[DType, Key("weight_dtype", choices=get_args(DType))]
-    remat_policy: Annotated[RematPolicy, Key("remat_policy", choices=get_args(RematPolicy))]
-    moe: MoEConfig | None
-
-    def __post_init__(self) -> None:
-        check_leaves(self)
-        if self.num_query_heads % self.num_kv_heads:
-            raise UserError(
-                f"base_num_query_heads={self.num_query_heads} is not a multiple of "
-                f"base_num_kv_heads={self.num_kv_heads}: every key head serves as many queries\n"
-                f"fix: base_num_kv_heads one of {divisors(self.num_query_heads)}"
-            )
-        if self.head_dim % 2:
-            raise UserError(
-                f"head_dim={self.head_dim} is odd, and RoPE turns pairs of elements\n"
-                f"fix: head_dim={self.head_dim + 1}"
-            )
-        if self.mlp_activations not in [(name, "linear") for name in GATE_ACTIVATIONS]:
-            raise UserError(
-                f"mlp_activations={shown(self.mlp_activations)} is not a known pair\n"
-                f"fix: [ACTIVATION, linear] with ACTIVATION one of {', '.join(GATE_ACTIVATIONS)}"
-            )
-
-    @property
-    def activation(self) -> str:
-        """The gate's activation, a name in `GATE_ACTIVATIONS`."""
-        return self.mlp_activations[0]
-
-    @property
-    def num_experts(self) -> int:
-        """Experts in each layer; 1 for a dense model."""
-        return self.moe.num_experts if self.moe else 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -320,6 +163,8 @@ class RunConfig:
         run_name: directory of this run; by default the model's name, so that the same command
             resumes the same run.
         model_name: the model YAML's name without `.yml`.
+        load_parameters_path: where the first parameters of a new run come from: a Hugging Face
+            directory, an imported model or a run; empty: they are drawn from `seed`.
 
     Raises:
         UserError: `run_name` is not the name of a directory.
@@ -328,6 +173,7 @@ class RunConfig:
     base_output_directory: Annotated[str, Key("base_output_directory")]
     run_name: Annotated[str, Key("run_name")]
     model_name: Annotated[str, Key("model_name")]
+    load_parameters_path: Annotated[str, Key("load_parameters_path")]
 
     def __post_init__(self) -> None:
         check_leaves(self)
@@ -384,8 +230,14 @@ class Config:
         Sizes of -1 stay -1, so that the file is good for another number of devices.
         """
         flat: dict[str, Any] = {}
-        for part in (self.run, self.model, self.model.moe, self.mesh, self.train, self.data):
-            flat |= keyed_values(part) if part is not None else {"num_experts": 1}
+        model, moe = self.model, self.model.moe
+        parts = [self.run, model, model.gating, model.attention, model.attention.rope]
+        if moe is None:
+            flat["num_experts"] = 1
+        else:
+            parts += [moe, moe.router]
+        for part in (*parts, self.mesh, self.train, self.data):
+            flat |= keyed_values(part)
         flat |= self.mesh.flat_sizes()
         # The table is whole: rows that it lacks must not come back from base.yml.
         flat["override_logical_axis_rules"] = True
@@ -394,11 +246,6 @@ class Config:
     def to_yaml(self) -> str:
         """The text of `config.yml`."""
         return yaml.safe_dump(self.as_flat_dict(), sort_keys=False, default_flow_style=None)
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors of a positive number, smallest first."""
-    return [size for size in range(1, number + 1) if number % size == 0]
 
 
 def brief_list(items: Sequence[str], most: int = 8) -> str:

@@ -9,6 +9,9 @@ from jax.nn.initializers import variance_scaling
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from moe_shard.config.attention import AttentionConfig
+from moe_shard.config.model import LayerKind
+from moe_shard.layers.cache import LayerCache, Memory
 from moe_shard.layers.norm import RMSNorm
 from moe_shard.layers.rope import apply_rope
 from moe_shard.sharding.annotate import Annotator
@@ -22,12 +25,10 @@ class Attention(nnx.Module):
     """Grouped-query attention with rotary positions and, optionally, normalised queries and keys.
 
     Args:
+        config: heads, norms, positions.
+        kind: the layer's span, and whether it has RoPE.
         model_dim: M.
-        num_query_heads: N.
-        num_kv_heads: J; divides N.
-        head_dim: D.
-        rope_max_timescale: see `apply_rope`.
-        qk_norm_epsilon: RMSNorm over D of queries and keys before the rotation; None: no norm.
+        norm_epsilon: of the norms of queries and keys.
         dtype: of the products.
         weight_dtype: of the parameters.
         annotate: the mesh and its rules.
@@ -37,12 +38,10 @@ class Attention(nnx.Module):
     def __init__(
         self,
         *,
+        config: AttentionConfig,
+        kind: LayerKind,
         model_dim: int,
-        num_query_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        rope_max_timescale: float,
-        qk_norm_epsilon: float | None,
+        norm_epsilon: float,
         dtype: DTypeLike,
         weight_dtype: DTypeLike,
         annotate: Annotator,
@@ -50,9 +49,10 @@ class Attention(nnx.Module):
     ) -> None:
         init_in = variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=0, out_axis=(1, 2))
         init_out = variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=(0, 1), out_axis=2)
-        q_shape = (model_dim, num_query_heads, head_dim)
-        kv_shape = (model_dim, num_kv_heads, head_dim)
-        out_shape = (num_query_heads, head_dim, model_dim)
+        head_dim = config.head_dim
+        q_shape = (model_dim, config.num_query_heads, head_dim)
+        kv_shape = (model_dim, config.num_kv_heads, head_dim)
+        out_shape = (config.num_query_heads, head_dim, model_dim)
         self.query = nnx.Param(init_in(rngs.params(), q_shape, weight_dtype), logical_axes=QUERY)
         self.key = nnx.Param(init_in(rngs.params(), kv_shape, weight_dtype), logical_axes=KEY_VALUE)
         self.value = nnx.Param(
@@ -61,14 +61,14 @@ class Attention(nnx.Module):
         self.out = nnx.Param(init_out(rngs.params(), out_shape, weight_dtype), logical_axes=OUT)
 
         def head_norm() -> RMSNorm | None:
-            if qk_norm_epsilon is None:
+            if not config.use_qk_norm:
                 return None
             return RMSNorm(
-                dim=head_dim, epsilon=qk_norm_epsilon, weight_dtype=weight_dtype, axis="head_dim"
+                dim=head_dim, epsilon=norm_epsilon, weight_dtype=weight_dtype, axis="head_dim"
             )
 
         self.query_norm, self.key_norm = head_norm(), head_norm()
-        self.rope_max_timescale = rope_max_timescale
+        self.config, self.kind = config, kind
         self.dtype = dtype
         self.annotate = annotate
 
@@ -77,13 +77,19 @@ class Attention(nnx.Module):
         x: Float[Array, "B S M"],
         positions: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
-    ) -> Float[Array, "B S M"]:
+        memory: Memory | None = None,  # noqa: ARG002
+    ) -> tuple[Float[Array, "B S M"], LayerCache]:
         """Attend from each token to itself and the earlier ones of its document.
 
         Args:
             x: normalised activations.
             positions: place of each token in its document.
             segment_ids: equal for tokens of one document.
+            memory: what earlier calls left, while a text is being written; None in training.
+
+        Returns:
+            What is added to the residual stream, and the memory's cache with these tokens in it;
+            empty without one.
         """
         with jax.named_scope("attention"):
             query = self._project(x, self.query, "heads", "query")
@@ -91,8 +97,8 @@ class Attention(nnx.Module):
             value = self._project(x, self.value, "kv_heads", "value")
             if self.query_norm is not None and self.key_norm is not None:
                 query, key = self.query_norm(query), self.key_norm(key)
-            query = apply_rope(query, positions, self.rope_max_timescale)
-            key = apply_rope(key, positions, self.rope_max_timescale)
+            query = apply_rope(query, positions, self.config.rope.max_timescale)
+            key = apply_rope(key, positions, self.config.rope.max_timescale)
             same_document = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
             attended = jax.nn.dot_product_attention(
                 query, key, value, mask=same_document, is_causal=True
@@ -105,13 +111,14 @@ class Attention(nnx.Module):
                 name="attention out",
             )
             y = jnp.einsum("bsnd,ndm->bsm", attended, out)
-            return self.annotate(
+            y = self.annotate(
                 y,
                 "activation_batch",
                 "activation_length",
                 "activation_embed",
                 name="attention output",
             )
+            return y, {}
 
     def _project(
         self, x: Float[Array, "B S M"], kernel: nnx.Param[Array], heads: str, name: str

@@ -9,6 +9,7 @@ from jax.nn.initializers import variance_scaling
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from moe_shard.config.model import GatingConfig
 from moe_shard.layers.activation import ACTIVATIONS
 from moe_shard.sharding.annotate import Annotator
 
@@ -21,7 +22,7 @@ class MLP(nnx.Module):
     Args:
         model_dim: M.
         hidden_dim: F.
-        activation: a name of `activation.ACTIVATIONS`.
+        gating: activation, clamps, offset, biases.
         dtype: of the products.
         weight_dtype: of the parameters.
         annotate: the mesh and its rules.
@@ -33,7 +34,7 @@ class MLP(nnx.Module):
         *,
         model_dim: int,
         hidden_dim: int,
-        activation: str,
+        gating: GatingConfig,
         dtype: DTypeLike,
         weight_dtype: DTypeLike,
         annotate: Annotator,
@@ -44,7 +45,7 @@ class MLP(nnx.Module):
         self.gate = nnx.Param(init(rngs.params(), shape_in, weight_dtype), logical_axes=WEIGHT_IN)
         self.up = nnx.Param(init(rngs.params(), shape_in, weight_dtype), logical_axes=WEIGHT_IN)
         self.down = nnx.Param(init(rngs.params(), shape_out, weight_dtype), logical_axes=WEIGHT_OUT)
-        self.activate = ACTIVATIONS[activation]
+        self.activate = ACTIVATIONS[gating.activation]
         self.dtype = dtype
         self.annotate = annotate
 

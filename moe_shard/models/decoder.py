@@ -2,46 +2,67 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from moe_shard.config.schema import ModelConfig
+from moe_shard.config.model import LayerKind, ModelConfig
 from moe_shard.layers.attention import Attention
+from moe_shard.layers.cache import EMPTY, LayerCache, Memory
 from moe_shard.layers.embedding import Embedding
 from moe_shard.layers.mlp import MLP
-from moe_shard.layers.norm import RMSNorm
+from moe_shard.layers.norm import LayerNorm, RMSNorm
+from moe_shard.models.cycles import Cycle, cycles_of
 from moe_shard.models.remat import remat
 from moe_shard.moe.layer import MoELayer, MoEStats
 from moe_shard.sharding.annotate import Annotator
 
 
+class Cache(NamedTuple):
+    """What a decoder keeps of a text's tokens while it is being written.
+
+    Attributes:
+        length: places taken.
+        positions: of the tokens in them.
+        segment_ids: of the same; `layers.cache.EMPTY` in a place not taken.
+        stacks: of every stack of layers, each array with a leading dim of layers.
+    """
+
+    length: Int[Array, ""]
+    positions: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"]
+    stacks: dict[str, LayerCache]
+
+
 class DecoderLayer(nnx.Module):
     """Attention, then MoE or MLP; each normalised before and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, annotate: Annotator, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: ModelConfig, kind: LayerKind, annotate: Annotator, *, rngs: nnx.Rngs
+    ) -> None:
         dtypes = {"dtype": config.dtype, "weight_dtype": config.weight_dtype}
-        self.attention_norm = self._norm(config)
+        self.residual_multiplier = config.residual_multiplier
+        self.attention_norm = make_norm(config)
         self.attention = Attention(
+            config=config.attention,
+            kind=kind,
             model_dim=config.emb_dim,
-            num_query_heads=config.num_query_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            rope_max_timescale=config.rope_max_timescale,
-            qk_norm_epsilon=config.norm_epsilon if config.use_qk_norm else None,
+            norm_epsilon=config.norm_epsilon,
             annotate=annotate,
             rngs=rngs,
             **dtypes,
         )
-        self.mlp_norm = self._norm(config)
+        self.mlp_norm = make_norm(config)
         self.mlp: MoELayer | MLP
-        if config.moe is not None:
+        if kind.moe:
+            assert config.moe is not None, "of the kinds of layers"
             self.mlp = MoELayer(
                 config=config.moe,
                 model_dim=config.emb_dim,
-                activation=config.activation,
+                gating=config.gating,
                 annotate=annotate,
                 rngs=rngs,
                 **dtypes,
@@ -50,7 +71,7 @@ class DecoderLayer(nnx.Module):
             self.mlp = MLP(
                 model_dim=config.emb_dim,
                 hidden_dim=config.mlp_dim,
-                activation=config.activation,
+                gating=config.gating,
                 annotate=annotate,
                 rngs=rngs,
                 **dtypes,
@@ -61,27 +82,28 @@ class DecoderLayer(nnx.Module):
         x: Float[Array, "B S M"],
         positions: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
-    ) -> tuple[Float[Array, "B S M"], MoEStats | None]:
-        """Apply the layer; the statistics are None for a dense model."""
-        x = x + self.attention(self.attention_norm(x), positions, segment_ids)
+        memory: Memory | None = None,
+    ) -> tuple[Float[Array, "B S M"], MoEStats | None, LayerCache]:
+        """Apply the layer; the statistics are None for a dense one."""
+        attended, cache = self.attention(self.attention_norm(x), positions, segment_ids, memory)
+        x = self._add(x, attended)
         normalised = self.mlp_norm(x)
         if isinstance(self.mlp, MoELayer):
             y, stats = self.mlp(normalised)
-            return x + y, stats
-        return x + self.mlp(normalised), None
+            return self._add(x, y), stats, cache
+        return self._add(x, self.mlp(normalised)), None, cache
 
-    @staticmethod
-    def _norm(config: ModelConfig) -> RMSNorm:
-        return RMSNorm(
-            dim=config.emb_dim, epsilon=config.norm_epsilon, weight_dtype=config.weight_dtype
-        )
+    def _add(self, x: Float[Array, "B S M"], y: Float[Array, "B S M"]) -> Float[Array, "B S M"]:
+        return x + y if self.residual_multiplier == 1 else x + y * self.residual_multiplier
 
 
 class Decoder(nnx.Module):
     """A causal language model.
 
-    The layers' parameters are stacked along a leading dim, `layers`, and the layers run in a
-    scan, so that the program, and the time to compile it, do not grow with their number.
+    Layers of one kind have their parameters stacked along a leading dim, `layers`, and run in a
+    scan, so that the program, and the time to compile it, do not grow with their number. Where
+    kinds alternate, the scan is over turns of the cycle, and each place in it has a stack. A stack
+    is called after its first layer, `layers_1`; a model with one stack calls it `layers`.
 
     Args:
         config: the model.
@@ -99,19 +121,15 @@ class Decoder(nnx.Module):
             annotate=annotate,
             rngs=rngs,
         )
-
-        @nnx.split_rngs(splits=config.num_decoder_layers)
-        @nnx.vmap
-        def stack(rngs: nnx.Rngs) -> DecoderLayer:
-            return DecoderLayer(config, annotate, rngs=rngs)
-
-        self.layers = stack(rngs)
-        for _, param in nnx.iter_graph(self.layers):
-            if isinstance(param, nnx.Param):
-                param.set_metadata(logical_axes=("layers", *param.get_metadata("logical_axes")))
-        self.final_norm = RMSNorm(
-            dim=config.emb_dim, epsilon=config.norm_epsilon, weight_dtype=config.weight_dtype
-        )
+        self.cycles = cycles_of(config.layer_kinds)
+        for cycle in self.cycles:
+            for place, kind in enumerate(cycle.kinds):
+                setattr(
+                    self,
+                    self.stack_name(cycle, place),
+                    _stack(config, kind, cycle.turns, annotate, rngs),
+                )
+        self.final_norm = make_norm(config)
         self.remat_policy = config.remat_policy
 
     def __call__(
@@ -128,17 +146,151 @@ class Decoder(nnx.Module):
             segment_ids: equal for tokens of one document; no token attends across documents.
 
         Returns:
-            Logits in float32, and the MoE layers' statistics, each with a leading dim L (None for
-            a dense model).
+            Logits in float32, and the MoE layers' statistics, each with a leading dim of as many
+            as there are MoE layers (None for a dense model).
         """
-        graph, params = nnx.split(self.layers)
-
-        def layer(
-            x: Float[Array, "B S M"], params: nnx.State[Any, Any]
-        ) -> tuple[Float[Array, "B S M"], MoEStats | None]:
-            return nnx.merge(graph, params)(x, positions, segment_ids)
-
-        x = self.embedding.embed(tokens)
-        with jax.named_scope("layers"):
-            x, stats = jax.lax.scan(remat(layer, self.remat_policy), x, params)
+        x, stats, _ = self._layers(tokens, positions, segment_ids, None)
         return self.embedding.logits(self.final_norm(x)), stats
+
+    def extend(
+        self,
+        tokens: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        segment_ids: Int[Array, "B S"],
+        cache: Cache,
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Read further tokens of a text.
+
+        Args:
+            tokens: ids below the vocabulary size.
+            positions: as in a call.
+            segment_ids: as in a call, of tokens read before too.
+            cache: of `empty_cache` or of the call before, with S places left.
+
+        Returns:
+            Logits of the token after the last one, in float32, and the cache with these tokens.
+        """
+
+        def write(kept: Int[Array, "B T"], new: Int[Array, "B S"]) -> Int[Array, "B T"]:
+            return jax.lax.dynamic_update_slice_in_dim(kept, new, cache.length, axis=1)
+
+        cache = cache._replace(
+            positions=write(cache.positions, positions),
+            segment_ids=write(cache.segment_ids, segment_ids),
+        )
+        x, _, stacks = self._layers(tokens, positions, segment_ids, cache)
+        logits = self.embedding.logits(self.final_norm(x[:, -1:]))[:, 0]
+        return logits, cache._replace(length=cache.length + tokens.shape[1], stacks=stacks)
+
+    def empty_cache(self, rows: int, places: int) -> Cache:
+        """A cache without tokens.
+
+        Args:
+            rows: B.
+            places: T, the most tokens that a row will have.
+        """
+        stacks: dict[str, LayerCache] = {}
+        for cycle in self.cycles:
+            for place in range(len(cycle.kinds)):
+                name = self.stack_name(cycle, place)
+                one = getattr(self, name).attention.empty_cache(rows, places)
+                stacks[name] = {
+                    key: jnp.broadcast_to(array, (cycle.turns, *array.shape))
+                    for key, array in one.items()
+                }
+        empty = jnp.full((rows, places), EMPTY, jnp.int32)
+        return Cache(jnp.zeros((), jnp.int32), jnp.zeros_like(empty), empty, stacks)
+
+    def stack_name(self, cycle: Cycle, place: int) -> str:
+        """Attribute of the stack at one place of a cycle."""
+        alone = len(self.cycles) == 1 and len(cycle.kinds) == 1
+        return "layers" if alone else f"layers_{cycle.first + place}"
+
+    def _layers(
+        self,
+        tokens: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        segment_ids: Int[Array, "B S"],
+        cache: Cache | None,
+    ) -> tuple[Float[Array, "B S M"], MoEStats | None, dict[str, LayerCache]]:
+        x = self.embedding.embed(tokens)
+        found: list[MoEStats] = []
+        stacks: dict[str, LayerCache] = {}
+        with jax.named_scope("layers"):
+            for cycle in self.cycles:
+                x, stats, kept = self._turn(cycle, x, positions, segment_ids, cache)
+                found += stats
+                stacks |= kept
+        if not found:
+            return x, None, stacks
+        together = found[0] if len(found) == 1 else jax.tree.map(_joined, *found)
+        return x, together, stacks
+
+    def _turn(
+        self,
+        cycle: Cycle,
+        x: Float[Array, "B S M"],
+        positions: Int[Array, "B S"],
+        segment_ids: Int[Array, "B S"],
+        cache: Cache | None,
+    ) -> tuple[Float[Array, "B S M"], list[MoEStats], dict[str, LayerCache]]:
+        """All turns of one cycle; statistics in the order of the layers, caches by stack."""
+        names = [self.stack_name(cycle, place) for place in range(len(cycle.kinds))]
+        parts = [nnx.split(getattr(self, name)) for name in names]
+        kept = [{} if cache is None else cache.stacks[name] for name in names]
+
+        def apply(graph: Any) -> Any:
+            def layer(x: Float[Array, "B S M"], params: Any, kept: LayerCache) -> Any:
+                memory = None
+                if cache is not None:
+                    memory = Memory(kept, cache.length, cache.positions, cache.segment_ids)
+                return nnx.merge(graph, params)(x, positions, segment_ids, memory)
+
+            return remat(layer, self.remat_policy)
+
+        layers = [apply(graph) for graph, _ in parts]
+
+        def turn(x: Float[Array, "B S M"], each: Any) -> Any:
+            stats, caches = [], []
+            for layer, params, before in zip(layers, *each, strict=True):
+                x, stat, after = layer(x, params, before)
+                stats += [] if stat is None else [stat]
+                caches.append(after)
+            return x, (stats, caches)
+
+        x, (stats, caches) = jax.lax.scan(turn, x, ([params for _, params in parts], kept))
+        if len(stats) > 1:
+            stats = [jax.tree.map(_interleaved, *stats)]
+        return x, stats, dict(zip(names, caches, strict=True))
+
+
+def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
+    """A normalisation of the residual stream."""
+    kind = RMSNorm if config.normalization == "rms" else LayerNorm
+    return kind(dim=config.emb_dim, epsilon=config.norm_epsilon, weight_dtype=config.weight_dtype)
+
+
+def _stack(
+    config: ModelConfig, kind: LayerKind, layers: int, annotate: Annotator, rngs: nnx.Rngs
+) -> DecoderLayer:
+    """Layers of one kind, their parameters stacked."""
+
+    @nnx.split_rngs(splits=layers)
+    @nnx.vmap
+    def make(rngs: nnx.Rngs) -> DecoderLayer:
+        return DecoderLayer(config, kind, annotate, rngs=rngs)
+
+    stack: DecoderLayer = make(rngs)
+    for _, param in nnx.iter_graph(stack):
+        if isinstance(param, nnx.Param):
+            param.set_metadata(logical_axes=("layers", *param.get_metadata("logical_axes")))
+    return stack
+
+
+def _joined(*parts: Array) -> Array:
+    return jnp.concatenate(parts)
+
+
+def _interleaved(*parts: Array) -> Array:
+    """Statistics of the places of a cycle, in the order of its layers."""
+    return jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])

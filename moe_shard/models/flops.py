@@ -8,13 +8,14 @@ again and the slots of padded experts do not, so that utilisation falls when wor
 
 from __future__ import annotations
 
-from moe_shard.config.schema import ModelConfig
+from moe_shard.config.model import ModelConfig
 
 
 def matmul_params_per_token(config: ModelConfig) -> int:
     """Parameters that a token is multiplied with: the active ones, without norms and lookup."""
-    heads = 2 * config.num_query_heads + 2 * config.num_kv_heads
-    layer = config.emb_dim * config.head_dim * heads
+    attention = config.attention
+    heads = 2 * attention.num_query_heads + 2 * attention.num_kv_heads
+    layer = config.emb_dim * attention.head_dim * heads
     if config.moe is None:
         layer += 3 * config.emb_dim * config.mlp_dim
     else:
@@ -30,5 +31,6 @@ def train_flops_per_token(config: ModelConfig, *, seq_len: int) -> int:
         config: the model.
         seq_len: S, tokens in a sequence.
     """
-    attention = 12 * config.num_decoder_layers * config.num_query_heads * config.head_dim * seq_len
+    heads = config.attention.num_query_heads * config.attention.head_dim
+    attention = 12 * config.num_decoder_layers * heads * seq_len
     return 6 * matmul_params_per_token(config) + attention

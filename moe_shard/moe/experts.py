@@ -14,6 +14,7 @@ from jax.nn.initializers import variance_scaling
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from moe_shard.config.model import GatingConfig
 from moe_shard.layers.activation import ACTIVATIONS
 from moe_shard.moe.placement import EXPERT_WEIGHT_FUSED, EXPERT_WEIGHT_IN, EXPERT_WEIGHT_OUT
 from moe_shard.moe.weights import ExpertWeights, fuse
@@ -62,7 +63,7 @@ class Experts(nnx.Module):
         num_experts: E.
         model_dim: M.
         hidden_dim: H.
-        activation: a name of `layers.activation.ACTIVATIONS`.
+        gating: activation, clamps, offset, biases.
         fused: keep gate and up in one parameter `gate_up`, [E M 2 H].
         dtype: of the products.
         weight_dtype: of the parameters.
@@ -75,7 +76,7 @@ class Experts(nnx.Module):
         num_experts: int,
         model_dim: int,
         hidden_dim: int,
-        activation: str,
+        gating: GatingConfig,
         fused: bool,
         dtype: DTypeLike,
         weight_dtype: DTypeLike,
@@ -95,7 +96,7 @@ class Experts(nnx.Module):
             init(rngs.params(), shape_out, weight_dtype), logical_axes=EXPERT_WEIGHT_OUT
         )
         self.fused = fused
-        self.activate = ACTIVATIONS[activation]
+        self.activate = ACTIVATIONS[gating.activation]
         self.dtype = dtype
 
     def weights(self) -> ExpertWeights:

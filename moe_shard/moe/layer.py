@@ -13,7 +13,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from moe_shard.config.schema import MoEConfig
+from moe_shard.config.model import GatingConfig
+from moe_shard.config.moe import MoEConfig, RouterConfig
 from moe_shard.moe.dispatch import make_strategy
 from moe_shard.moe.experts import Experts
 from moe_shard.moe.losses import expert_counts, load_balance_loss, router_z_loss
@@ -44,7 +45,7 @@ class MoELayer(nnx.Module):
     Args:
         config: experts, capacity, strategy, the flag.
         model_dim: M.
-        activation: a name of `layers.activation.ACTIVATIONS`.
+        gating: the experts' activation, clamps, offset, biases.
         dtype: of the experts' products and the layer's output.
         weight_dtype: of the experts' parameters; the router is always float32.
         annotate: the mesh and its rules.
@@ -56,7 +57,7 @@ class MoELayer(nnx.Module):
         *,
         config: MoEConfig,
         model_dim: int,
-        activation: str,
+        gating: GatingConfig,
         dtype: DTypeLike,
         weight_dtype: DTypeLike,
         annotate: Annotator,
@@ -68,15 +69,15 @@ class MoELayer(nnx.Module):
             model_dim=model_dim,
             num_experts=config.num_experts,
             k=config.num_experts_per_tok,
-            renormalise=config.norm_topk_prob,
-            choice=_choice(config),
+            renormalise=config.router.norm_topk_prob,
+            choice=_choice(config.router),
             rngs=rngs,
         )
         self.experts = Experts(
             num_experts=config.num_experts,
             model_dim=model_dim,
             hidden_dim=config.mlp_dim,
-            activation=activation,
+            gating=gating,
             fused=config.prefuse_weights,
             dtype=dtype,
             weight_dtype=weight_dtype,
@@ -106,7 +107,7 @@ class MoELayer(nnx.Module):
         return self.placement.tokens(y), stats
 
 
-def _choice(config: MoEConfig) -> Choice:
+def _choice(config: RouterConfig) -> Choice:
     if config.force_load_balance:
         return "round_robin"
-    return "random" if config.use_random_routing else "learned"
+    return "random" if config.random else "learned"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moe_shard.config.schema import MoEConfig
+from moe_shard.config.moe import MoEConfig
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,10 @@ class MoERecord:
             equal_pieces: why not every peer gets as much; empty where it does.
         """
         chunks = config.num_token_chunks
+        forced = config.router.force_load_balance
         why_not = {
             "singleton": singleton,
-            "forced-balance": "" if config.force_load_balance else "force_load_balance=false",
+            "forced-balance": "" if forced else "force_load_balance=false",
             "equal-pieces": equal_pieces,
             "fused-gate-up": "" if config.prefuse_weights else "prefuse_moe_weights=false",
             "token-chunks": "" if chunks > 1 else "num_moe_token_chunks=1",

@@ -8,16 +8,30 @@ import pytest
 import yaml
 
 from moe_shard.config import configs_dir, list_models, load_config
+from moe_shard.config.attention import AttentionConfig, RopeConfig
 from moe_shard.config.keys import leaf_keys
 from moe_shard.config.load import LOADER_KEYS, maxtext_keys
 from moe_shard.config.mesh import LEVELS, MESH_AXES, MeshConfig, parallelism_key
-from moe_shard.config.schema import DataConfig, ModelConfig, MoEConfig, RunConfig, TrainConfig
+from moe_shard.config.model import GatingConfig, ModelConfig
+from moe_shard.config.moe import MoEConfig, RouterConfig
+from moe_shard.config.schema import DataConfig, RunConfig, TrainConfig
 from moe_shard.errors import UserError
 from tests.config.helpers import says
 
 BASE_TEXT = (configs_dir() / "base.yml").read_text(encoding="utf-8")
 BASE = yaml.safe_load(BASE_TEXT)
-SCHEMAS = (RunConfig, ModelConfig, MoEConfig, MeshConfig, TrainConfig, DataConfig)
+SCHEMAS = (
+    RunConfig,
+    ModelConfig,
+    GatingConfig,
+    AttentionConfig,
+    RopeConfig,
+    MoEConfig,
+    RouterConfig,
+    MeshConfig,
+    TrainConfig,
+    DataConfig,
+)
 
 
 def test_every_leaf_is_a_key_of_base_and_every_key_is_read() -> None:
@@ -76,7 +90,7 @@ def test_the_tiny_model_fits_eight_devices() -> None:
     sizes = config.mesh.resolve(config.mesh.num_simulated_devices)
     assert sizes["expert"] == 8
     assert config.train.global_batch_rows(8) == 32
-    assert config.model.head_dim == 32
+    assert config.model.attention.head_dim == 32
 
 
 @pytest.mark.parametrize("rules", ["pure-fsdp", "context-as-expert"])

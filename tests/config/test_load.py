@@ -38,10 +38,10 @@ def test_values_as_people_write_them(tmp_path: Path) -> None:
     assert config.train.adam_eps == 1e-7
     assert config.run.run_name == "12"
     assert config.data.dataset_path == ("a.txt",)
-    assert config.model.activation == "gelu"
+    assert config.model.gating.activation == "gelu"
     assert config.train.dump_hlo
     assert config.train.per_device_batch_size == 2.0
-    assert config.model.rope_max_timescale == 1e6
+    assert config.model.attention.rope.max_timescale == 1e6
     assert config.train.max_num_checkpoints_to_keep == -1
     assert load(tmp_path, "dataset_path=").data.dataset_path == ()
     assert load(tmp_path, "dataset_path=[a, b]").data.dataset_path == ("a", "b")
@@ -49,7 +49,7 @@ def test_values_as_people_write_them(tmp_path: Path) -> None:
 
 def test_derived_values(tmp_path: Path) -> None:
     config = load(tmp_path)
-    assert config.model.head_dim == 16
+    assert config.model.attention.head_dim == 16
     assert config.model.moe is not None
     assert config.model.moe.mlp_dim == config.model.mlp_dim == 128
     assert (config.run.model_name, config.run.run_name) == ("small", "small")
@@ -157,11 +157,51 @@ def test_maxtext_file_that_is_fully_described(tmp_path: Path) -> None:
     assert config.model.norm_epsilon == 1e-6
 
 
+SAMPLES = Path(__file__).parent / "samples"
+
+
+def test_deepseek_of_maxtext() -> None:
+    config = load_config(str(SAMPLES / "deepseek2-16b.yml"))
+    assert config.not_built == ()
+    model = config.model
+    assert model.moe is not None
+    attention = model.attention
+    assert attention.type == "mla"
+    assert (attention.kv_lora_rank, attention.q_lora_rank, attention.turned_dim) == (512, 0, 64)
+    assert (attention.rope.type, attention.rope.mscale, attention.rope.interleave) == (
+        "yarn",
+        0.707,
+        True,
+    )
+    assert [kind.moe for kind in model.layer_kinds] == [False] + [True] * 26
+    assert (model.moe.shared_dim, model.moe.router.norm_topk_prob) == (2 * 1408, False)
+
+
+def test_gpt_oss_of_maxtext() -> None:
+    config = load_config(str(SAMPLES / "gpt-oss-20b.yml"))
+    assert config.not_built == ()
+    model = config.model
+    assert model.moe is not None
+    assert [kind.span for kind in model.layer_kinds[:3]] == ["sliding", "global", "sliding"]
+    attention = model.attention
+    assert attention.bias
+    assert attention.out_bias
+    assert attention.sink
+    assert (model.moe.router.bias, model.moe.router.correction_bias) == (True, False)
+    gating = model.gating
+    assert (gating.activation, gating.limit, gating.offset, gating.bias) == (
+        "quick_gelu",
+        7.0,
+        1.0,
+        True,
+    )
+
+
 def test_maxtext_file_that_asks_for_another_model(tmp_path: Path) -> None:
     extra = """
-decoder_block: gpt_oss
-attention_type: mla
-shared_experts: 2
+decoder_block: gemma3
+attention_type: local_sliding
+use_post_attn_norm: true
 mlp_activations: [sigmoid, linear]
 opt_type: adam_pax
 weight_dtype: float8_e4m3fn
@@ -170,9 +210,9 @@ logical_axis_rules: [[layers, stage], [embed, [fsdp, expert]]]
 """
     config = load(tmp_path, extra=extra)
     assert set(config.not_built) == {
-        "decoder_block=gpt_oss",
-        "attention_type=mla",
-        "shared_experts=2",
+        "decoder_block=gemma3",
+        "attention_type=local_sliding",
+        "use_post_attn_norm=true",
         "mlp_activations=[sigmoid, linear]",
         "optimizer=adam_pax",
         "weight_dtype=float8_e4m3fn",
@@ -181,9 +221,14 @@ logical_axis_rules: [[layers, stage], [embed, [fsdp, expert]]]
     says(config.warnings[0], "read as size 1: stage")
     with pytest.raises(UserError) as caught:
         config.require_built()
-    says(check_message(caught.value), "small asks for", "attention_type=mla", "another model")
+    says(
+        check_message(caught.value),
+        "small asks for",
+        "attention_type=local_sliding",
+        "another model",
+    )
     cured = load(tmp_path, "attention_type=global", "optimizer=sgd", extra=extra)
-    assert "attention_type=mla" not in cured.not_built
+    assert "attention_type=local_sliding" not in cured.not_built
     assert "optimizer=adam_pax" not in cured.not_built
     assert cured.train.optimizer == "sgd"
 
@@ -196,6 +241,14 @@ logical_axis_rules: [[layers, stage], [embed, [fsdp, expert]]]
         ["custom_mesh_and_rule=context-as-expert", "ici_context_parallelism=2"],
         ["ici_expert_parallelism=-1", "dataset_path=[a,b]", "learning_rate=1e-5"],
         ["attention_type=mla", "shared_experts=2", "compress_ratios=[0,4]"],
+        [
+            "dense_layers=[1]",
+            "rope_type=yarn",
+            "attention_pattern=[sliding,global]",
+            "sliding_window_size=8",
+            "n_routing_groups=2",
+            "topk_routing_group=1",
+        ],
     ],
 )
 def test_round_trip(tmp_path: Path, overrides: list[str]) -> None:

@@ -67,16 +67,16 @@ def architecture(config: Config) -> Architecture:
         capacity_rule=moe.capacity_rule,
         min_capacity=moe.min_capacity,
         drop_policy=moe.drop_policy,
-        renormalise=moe.norm_topk_prob,
-        activation=model.activation,
+        renormalise=moe.router.norm_topk_prob,
+        activation=model.gating.activation,
         load_balance=moe.load_balance_loss_type,
         load_balance_weight=moe.load_balance_loss_weight,
         z_weight=moe.router_z_loss_weight,
     )
     return Architecture(
-        theta=model.rope_max_timescale,
+        theta=model.attention.rope.max_timescale,
         epsilon=model.norm_epsilon,
-        activation=model.activation,
+        activation=model.gating.activation,
         moe=settings,
     )
 

@@ -14,14 +14,15 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from moe_shard.config.load import load_config
-from moe_shard.config.schema import MoEConfig
+from moe_shard.config.moe import MoEConfig, RouterConfig
 from moe_shard.moe.layer import MoELayer, MoEStats
 from moe_shard.sharding.annotate import Annotator
 from tests.moe.inputs import Inputs
 from tests.moe.oracle import Settings
 
 AXES = ("data", "fsdp", "fsdp_transpose", "tensor", "context", "expert")
-RULES = load_config("mixtral-tiny").mesh.rules  # the default table, of `configs/base.yml`
+TINY = load_config("mixtral-tiny")
+RULES = TINY.mesh.rules  # the default table, of `configs/base.yml`
 TOKENS = ("activation_batch_moe", "activation_length_moe", "activation_embed_moe")
 PATHS = {
     "kernel": ("router", "kernel"),
@@ -29,15 +30,7 @@ PATHS = {
     "up": ("experts", "up"),
     "down": ("experts", "down"),
 }
-ROUTE = {
-    "ragged_transport": "auto",
-    "ragged_buffer_factor": -1.0,
-    "grouped_product": "auto",
-    "num_token_chunks": 1,
-    "force_load_balance": False,
-    "use_random_routing": False,
-    "prefuse_weights": False,
-}
+ROUTER_FIELDS = {field.name for field in dataclasses.fields(RouterConfig)}
 
 
 def mesh_of(sizes: Mapping[str, int], order: Sequence[int] | None = None) -> Mesh:
@@ -52,8 +45,16 @@ def mesh_of(sizes: Mapping[str, int], order: Sequence[int] | None = None) -> Mes
 def moe_config(
     settings: Settings, *, experts: int, hidden: int, dispatch: str, flag: bool, **route: Any
 ) -> MoEConfig:
-    """The package's configuration of what the oracle is asked for."""
-    return MoEConfig(
+    """The package's configuration of what the oracle is asked for.
+
+    Args:
+        route: further fields of it, or of its router.
+    """
+    base = TINY.model.moe
+    assert base is not None
+    of_router = {name: route.pop(name) for name in list(route) if name in ROUTER_FIELDS}
+    return dataclasses.replace(
+        base,
         num_experts=experts,
         num_experts_per_tok=settings.k,
         mlp_dim=hidden,
@@ -62,12 +63,12 @@ def moe_config(
         min_capacity=settings.min_capacity,
         drop_policy=settings.drop_policy,
         dispatch=dispatch,
-        **{**ROUTE, **route},
         no_expert_sharding=flag,
-        norm_topk_prob=settings.renormalise,
         load_balance_loss_weight=float(settings.load_balance_weight),
         load_balance_loss_type=settings.load_balance,
         router_z_loss_weight=float(settings.z_weight),
+        router=dataclasses.replace(base.router, norm_topk_prob=settings.renormalise, **of_router),
+        **route,
     )
 
 
@@ -189,7 +190,9 @@ def build_layer(
         lambda: MoELayer(
             config=config,
             model_dim=model,
-            activation=settings.activation,
+            gating=dataclasses.replace(
+                TINY.model.gating, activations=(settings.activation, "linear")
+            ),
             dtype=dtype,
             weight_dtype=jnp.float32,
             annotate=annotate,

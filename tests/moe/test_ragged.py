@@ -117,7 +117,7 @@ def test_forced_balance_sorts_nothing_and_counts_nothing(dispatch: str, tokens: 
         assert " gather(" not in text
 
 
-@pytest.mark.parametrize("chosen", ["force_load_balance", "use_random_routing"])
+@pytest.mark.parametrize("chosen", ["force_load_balance", "random"])
 def test_the_weights_of_forced_routing_are_the_routers(chosen: str) -> None:
     layer, inputs = build(EXPERT_8, **{chosen: True}), random_inputs(**DIMS)
     counts = layer.run(inputs).stats.expert_counts

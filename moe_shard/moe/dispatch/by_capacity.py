@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_shard.config.schema import MoEConfig
+from moe_shard.config.moe import MoEConfig
 from moe_shard.moe.capacity import Slots, assign_slots, assign_slots_in_turn, row_capacity
 from moe_shard.moe.experts import Experts, batched_product, gated_mlp
 from moe_shard.moe.placement import Placement
@@ -99,7 +99,7 @@ class ByCapacity:
     def _assign(self, routing: Routing) -> Slots:
         batch, tokens, k = routing.indices.shape
         capacity = row_capacity(self.config, tokens=tokens)
-        if self.config.force_load_balance:
+        if self.config.router.force_load_balance:
             return assign_slots_in_turn(
                 batch, tokens, k, num_experts=self.config.num_experts, capacity=capacity
             )

@@ -24,7 +24,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_shard.config.schema import MoEConfig
+from moe_shard.config.moe import MoEConfig
 from moe_shard.errors import UserError
 from moe_shard.moe.capacity import Slots
 from moe_shard.moe.dispatch.forced import EqualPieces
@@ -171,7 +171,7 @@ class Ragged:
         load = Load(tokens // chunks, k, devices, config.num_experts // devices)
         dealt = None
         # Of a row that is split over devices, each part begins its turn with another expert.
-        if config.force_load_balance and (
+        if config.router.force_load_balance and (
             parts == 1 or length // parts * k % config.num_experts == 0
         ):
             row = round_robin(tokens=length // parts, k=k, num_experts=config.num_experts)

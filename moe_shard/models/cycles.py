@@ -1,0 +1,60 @@
+"""Which layers share a program: a model's layers as cycles of kinds that repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moe_shard.config.model import LayerKind
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """Layers that run as one scan: a few kinds, one after the other, again and again.
+
+    Attributes:
+        first: number of its first layer.
+        kinds: of one turn.
+        turns: how often they follow one another.
+    """
+
+    first: int
+    kinds: tuple[LayerKind, ...]
+    turns: int
+
+    @property
+    def layers(self) -> int:
+        """Layers of all turns."""
+        return len(self.kinds) * self.turns
+
+    def numbers(self, place: int) -> range:
+        """Numbers of the layers that stand at one place of the cycle, which share a stack."""
+        step = len(self.kinds)
+        return range(self.first + place, self.first + self.layers, step)
+
+
+def cycles_of(kinds: Sequence[LayerKind]) -> tuple[Cycle, ...]:
+    """Split a model's layers into cycles, each as long as it can be; of equals the shorter turn.
+
+    One leading dense layer and 26 alike are two cycles of one kind; layers that alternate between
+    two spans are one cycle of two.
+    """
+    found = []
+    first = 0
+    while first < len(kinds):
+        rest = tuple(kinds[first:])
+        best = Cycle(first, rest[:1], 1)
+        for period in range(1, len(rest) // 2 + 1):
+            turns = _turns(rest, period)
+            if turns > 1 and period * turns > best.layers:
+                best = Cycle(first, rest[:period], turns)
+        found.append(best)
+        first += best.layers
+    return tuple(found)
+
+
+def _turns(kinds: Sequence[LayerKind], period: int) -> int:
+    turns = 1
+    while kinds[turns * period : (turns + 1) * period] == kinds[:period]:
+        turns += 1
+    return turns
