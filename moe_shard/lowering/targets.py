@@ -171,6 +171,7 @@ def _tpu_devices(target: Target) -> Sequence[jax.Device]:
     with _environment(
         TPU_SKIP_MDS_QUERY="1",  # asks no metadata server whether this is a TPU host
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # no lock file: several compilations may go on at once
+        TPU_LOG_DIR="disabled",  # makes no /tmp/tpu_logs
         # No log files either: neither TPU_LOG_DIR nor a log level keeps all of them from TMPDIR.
         LIBTPU_INIT_ARGS=f"{os.environ.get('LIBTPU_INIT_ARGS', '')} --logtostderr=1".strip(),
         TPU_ACCELERATOR_TYPE="v5litepod-8",  # any: it is about the host, not the target
