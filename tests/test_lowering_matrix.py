@@ -32,7 +32,7 @@ def matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec.loader.exec_module(tool)
     shutil.copytree(tool.GOLDENS, tmp_path / "goldens")
     monkeypatch.setattr(tool, "GOLDENS", tmp_path / "goldens")
-    now = {model: read_golden(tool._file(model)).cells for model in tool.list_models()}
+    now = {model: read_golden(tool._file(model)).cells for model in tool.flag_models()}
     for model, cells in now.items():
         commands = {cell: " ".join(tool._command(model, cell)) for cell in cells}
         tool._file(model).write_text(Golden(tool._versions(), commands, cells).to_text())

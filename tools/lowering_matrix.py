@@ -1,12 +1,13 @@
-"""Every model on every kind of hardware, flag on and off: what it lowers to, against the goldens.
+"""The flag on every kind of hardware, on and off: what models lower to, against the goldens.
 
     python tools/lowering_matrix.py                       compile all cells, show what has changed
     python tools/lowering_matrix.py --refresh             and keep it (make goldens)
     python tools/lowering_matrix.py --markdown            the README's matrix, nothing compiled
 
 Models are compiled two layers deep, one row of 1024 tokens a device: a scanned stack runs the same
-collectives at any depth, and sizes grow in proportion. Needs `make targets`. Exit code 1 when a
-cell differs from its golden file in tests/goldens/.
+collectives at any depth, and sizes grow in proportion. Models that are configured with
+moe_dispatch=ragged are not among them: the flag changes nothing there. Needs `make targets`. Exit
+code 1 when a cell differs from its golden file in tests/goldens/.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moe_shard.config import list_models
+from moe_shard.config import list_models, load_config
 from moe_shard.errors import (
     EXIT_DONE,
     EXIT_FINDING,
@@ -113,6 +114,12 @@ def _refresh(models: Sequence[str], targets: Sequence[str]) -> int:
 
 def _cells(targets: Iterable[str] = TARGETS) -> list[str]:
     return [f"{target} {flag}" for target in targets for flag in FLAGS]
+
+
+def flag_models() -> list[str]:
+    """The models in which the flag decides."""
+    layers = {name: load_config(name).model.moe for name in list_models()}
+    return [name for name, moe in layers.items() if moe and moe.dispatch != "ragged"]
 
 
 def _file(model: str) -> Path:
@@ -269,7 +276,8 @@ def _arguments() -> argparse.Namespace:
     parser = CommandParser(
         prog="lowering_matrix.py", description="What every model lowers to on every target."
     )
-    parser.add_argument("--model", nargs="+", choices=list_models(), default=list_models())
+    models = flag_models()
+    parser.add_argument("--model", nargs="+", choices=models, default=models)
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--refresh", action="store_true", help="write the golden files")

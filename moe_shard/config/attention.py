@@ -68,9 +68,9 @@ class RopeConfig:
                 f"{len(self.long_factors)} rope_long_factors: it needs as many of both\n"
                 "fix: one of each for every pair of a head's elements that turns"
             )
-        if self.type == "llama3.1" and self.high_freq_factor <= self.low_freq_factor:
+        if self.type == "llama3.1" and self.high_freq_factor < self.low_freq_factor:
             raise UserError(
-                f"rope_high_freq_factor={self.high_freq_factor:g} is not above "
+                f"rope_high_freq_factor={self.high_freq_factor:g} is below "
                 f"rope_low_freq_factor={self.low_freq_factor:g}\nfix: 4 and 1, as Llama 3.1 has"
             )
 

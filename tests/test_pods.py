@@ -1,0 +1,52 @@
+"""Every published model at its real size, compiled for a pod that holds it; nothing is run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_shard.config import list_models
+
+ROOT = Path(__file__).resolve().parents[1]
+PODS = {
+    "deepseek2-16b": ("v6e:4x4", "per_device_batch_size=1"),
+    "deepseek3-671b": ("v5p:8x8x8", "per_device_batch_size=1"),
+    "glm4.5-air": ("v6e:8x16", "per_device_batch_size=1"),
+    "gpt-oss-120b": ("mi355x:32", "per_device_batch_size=1"),
+    "gpt-oss-20b": ("h100:8", "per_device_batch_size=1"),
+    "llama4-17b-16e": ("mi355x:32", "per_device_batch_size=1"),
+    "mixtral-8x22b": ("v5p:4x4x4", "per_device_batch_size=1"),
+    "mixtral-8x7b": ("mi355x:8", "per_device_batch_size=4"),
+    "olmoe-1b-7b": ("v6e:2x4", "per_device_batch_size=1"),
+    "qwen3-235b-a22b": ("v6e:16x16", "per_device_batch_size=1"),
+    "qwen3-30b-a3b": ("v6e:4x8", "per_device_batch_size=1"),
+}
+"""Model -> a target that it fits on, and the batch that fits with it."""
+
+
+def test_every_published_model_has_a_pod() -> None:
+    assert set(PODS) == set(list_models()) - {"mixtral-tiny"}
+
+
+@pytest.mark.targets
+@pytest.mark.slow
+@pytest.mark.parametrize("model", PODS)
+def test_a_model_fits_on_its_pod_and_is_expert_parallel(model: str) -> None:
+    target, *overrides = PODS[model]
+    command = [sys.executable, "tools/compile_for.py", model, target, *overrides]
+    done = subprocess.run(
+        [*command, "--expect", "expert-parallel", "--json"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=1200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(done.stdout)
+    assert report["verdict"] == "expert-parallel"
+    assert report["fits"] is True
