@@ -150,8 +150,20 @@ def moe_records(config: Config, annotate: Annotator) -> dict[str, MoERecord]:
     """What the MoE layers decided when they were traced: {the layers: their record}."""
     if config.model.moe is None:
         return {}
-    last = config.model.num_decoder_layers - 1
-    return {f"layers 0-{last}" if last else "layer 0": annotate.decisions["moe"]}
+    layers = [layer for layer, kind in enumerate(config.model.layer_kinds) if kind.moe]
+    return {_layers_in_words(layers): annotate.decisions["moe"]}
+
+
+def _layers_in_words(layers: Sequence[int]) -> str:
+    """Such as "layer 0", "layers 1-26" or "layers 1, 3, 5-7"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    words = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(words)}"
 
 
 def estimate_step(
