@@ -66,7 +66,7 @@ def load_config(model: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: anything that a person got wrong, with the fix, in at most three lines.
     """
-    base = _base()
+    base = base_settings()
     known = maxtext_keys()
     path = _find("models", model, "MODEL")
     layers = [
@@ -99,7 +99,8 @@ def load_config(model: str, overrides: Sequence[str] = ()) -> Config:
 
 
 @functools.cache
-def _base() -> dict[str, Any]:
+def base_settings() -> dict[str, Any]:
+    """Every key of `base.yml` and its default."""
     return read_mapping(configs_dir() / "base.yml")
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from moe_shard.config import Config
 from moe_shard.errors import UserError
+from moe_shard.training import checkpoint
 from moe_shard.training.checkpoint import Checkpointer
 from moe_shard.training.step import Program, TrainState, make_program
 from tests.models.build import QUICK, annotator, random_batch, random_params, small_config
@@ -127,7 +128,8 @@ def test_no_checkpoint_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     ["base_emb_dim=32", "num_experts=16", "optimizer=sgd", "use_qk_norm=true",
-     "logits_via_embedding=true", "base_num_decoder_layers=3", "weight_dtype=bfloat16"],
+     "logits_via_embedding=true", "base_num_decoder_layers=3", "weight_dtype=bfloat16",
+     "attention_bias=true", "dense_layers=[1]"],
 )  # fmt: skip
 def test_another_models_checkpoint_is_refused_by_the_keys_that_differ(
     tmp_path: Path, change: str
@@ -149,6 +151,20 @@ def test_keys_that_shape_nothing_may_change(tmp_path: Path) -> None:
     save(tmp_path, config, state, 1)
     other = small_config(EP8, *KEYS, "learning_rate=1.0", "capacity_factor=2", "steps=99")
     assert_bitwise(restore(tmp_path, other, make_program(other, annotator(other))), state)
+
+
+def test_a_checkpoint_from_before_a_key_has_its_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, program, _ = build(EP8)
+    state = made_up(config, program)
+    with monkeypatch.context() as before:
+        before.setattr(checkpoint, "_LATER_SHAPING_KEYS", ())
+        save(tmp_path, config, state, 1)
+    assert_bitwise(restore(tmp_path, config, program), state)
+    other = small_config(EP8, *KEYS, "attention_sink=true")
+    with pytest.raises(UserError, match="attention_sink=false"):
+        restore(tmp_path, other, make_program(other, annotator(other)))
 
 
 def damage_arrays(folder: Path) -> None:
