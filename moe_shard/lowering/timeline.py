@@ -152,7 +152,7 @@ class Timeline:
         for scope, seconds, waited, beside in self._stages():
             if seconds > _SHOWN * self.seconds:
                 names = ", ".join(list(beside)[:3])
-                hidden = f"{1 - waited / seconds:.0%} hidden" + (
+                hidden = f"{_hidden(waited, seconds):.0%} hidden" + (
                     f" beside {names}" if names else ""
                 )
                 lines.append(f"  {scope}: {human_seconds(seconds)} on the wire, {hidden}")
@@ -164,7 +164,11 @@ class Timeline:
         return lines
 
     def _hidden(self) -> str:
-        return f"{1 - self.waited / self.on_wire:.0%} hidden" if self.on_wire else "nothing to hide"
+        return (
+            f"{_hidden(self.waited, self.on_wire):.0%} hidden"
+            if self.on_wire
+            else "nothing to hide"
+        )
 
     def _stages(self) -> list[tuple[str, float, float, dict[str, float]]]:
         stages: dict[str, list[Exchange]] = {}
@@ -194,6 +198,11 @@ class Timeline:
                 for scope, seconds, waited, beside in self._stages()
             },
         }
+
+
+def _hidden(waited: float, seconds: float) -> float:
+    """The part of a time that was not waited for, rounding in long sums aside."""
+    return max(0.0, 1 - waited / seconds)
 
 
 def _by_size(seconds: Mapping[str, float]) -> dict[str, float]:
