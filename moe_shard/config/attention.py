@@ -148,6 +148,7 @@ class AttentionConfig:
                 f"base_num_kv_heads={self.num_kv_heads}: every key head serves as many queries\n"
                 f"fix: base_num_kv_heads one of {divisors(self.num_query_heads)}"
             )
+        self._check_latent()
         self._check_turned()
         if not self.pattern:
             raise UserError("attention_pattern=[] names no span\nfix: [global], for example")
@@ -158,6 +159,20 @@ class AttentionConfig:
             if span in self.pattern and size == 0:
                 raise UserError(
                     f"attention_pattern={shown(self.pattern)} with {key}=0\nfix: {key} above 0"
+                )
+
+    def _check_latent(self) -> None:
+        if self.type != "mla":
+            return
+        for key, on in (
+            ("use_qk_norm", self.use_qk_norm),
+            ("clip_qkv", self.clip_qkv != -1),
+            ("temperature_tuning", self.temperature_tuning),
+        ):
+            if on:
+                raise UserError(
+                    f"attention_type=mla with {key}: it is of queries and keys that have weights "
+                    f"of their own\nfix: leave {key} out, or attention_type=global"
                 )
 
     def _check_turned(self) -> None:

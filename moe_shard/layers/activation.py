@@ -1,14 +1,44 @@
-"""The nonlinearities a gated MLP or an expert can use, by their name in `mlp_activations`."""
+"""What stands between the projections of a gated MLP, dense, shared or of an expert."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
-from jaxtyping import Array
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moe_shard.config.model import GatingConfig
+
+
+def _quick_gelu(x: Float[Array, "*R F"]) -> Float[Array, "*R F"]:
+    return x * jax.nn.sigmoid(1.702 * x)
+
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
-    "gelu": jax.nn.gelu,
+    "gelu": partial(jax.nn.gelu, approximate=True),
+    "gelu_exact": partial(jax.nn.gelu, approximate=False),
+    "quick_gelu": _quick_gelu,
     "relu": jax.nn.relu,
 }
+"""The gate's nonlinearity, by its name in `mlp_activations`."""
+
+
+def gated(
+    gate: Float[Array, "*R F"], up: Float[Array, "*R F"], gating: GatingConfig
+) -> Float[Array, "*R F"]:
+    """`act(gate) * (up + offset)`, both clamped first where there is a limit (arXiv 2002.05202).
+
+    Args:
+        gate: output of the gate's projection, its bias added.
+        up: output of the other inward projection, likewise.
+        gating: activation, limit, offset.
+    """
+    if gating.limit != -1:
+        gate = jnp.minimum(gate, gating.limit)
+        up = jnp.clip(up, -gating.limit, gating.limit)
+    if gating.offset != 0:
+        up = up + gating.offset
+    return ACTIVATIONS[gating.activation](gate) * up

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.nn.initializers import variance_scaling
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moe_shard.config.attention import AttentionConfig
 from moe_shard.config.model import LayerKind
 from moe_shard.layers.cache import LayerCache, Memory
-from moe_shard.layers.norm import RMSNorm
-from moe_shard.layers.rope import apply_rope
+from moe_shard.layers.heads import Heads, make_vector, make_weight
+from moe_shard.layers.mla import LatentAttention
+from moe_shard.layers.norm import RMSNorm, normalise
 from moe_shard.sharding.annotate import Annotator
 
-QUERY = ("embed", "heads", "head_dim")
-KEY_VALUE = ("embed", "kv_heads", "head_dim")
-OUT = ("heads", "head_dim", "embed")
+
+class Projected(NamedTuple):
+    """Queries, keys and values of a call's tokens."""
+
+    query: Float[Array, "B S N D"]
+    key: Float[Array, "B S J D"]
+    value: Float[Array, "B S J D"]
 
 
-class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions and, optionally, normalised queries and keys.
+class Attention(Heads):
+    """Grouped-query attention.
 
     Args:
         config: heads, norms, positions.
@@ -47,37 +54,42 @@ class Attention(nnx.Module):
         annotate: Annotator,
         rngs: nnx.Rngs,
     ) -> None:
-        init_in = variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=0, out_axis=(1, 2))
-        init_out = variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=(0, 1), out_axis=2)
-        head_dim = config.head_dim
-        q_shape = (model_dim, config.num_query_heads, head_dim)
-        kv_shape = (model_dim, config.num_kv_heads, head_dim)
-        out_shape = (config.num_query_heads, head_dim, model_dim)
-        self.query = nnx.Param(init_in(rngs.params(), q_shape, weight_dtype), logical_axes=QUERY)
-        self.key = nnx.Param(init_in(rngs.params(), kv_shape, weight_dtype), logical_axes=KEY_VALUE)
-        self.value = nnx.Param(
-            init_in(rngs.params(), kv_shape, weight_dtype), logical_axes=KEY_VALUE
-        )
-        self.out = nnx.Param(init_out(rngs.params(), out_shape, weight_dtype), logical_axes=OUT)
+        super().__init__(config=config, kind=kind, dtype=dtype, annotate=annotate)
+        self.norm_epsilon = norm_epsilon
+        dim = config.head_dim
 
-        def head_norm() -> RMSNorm | None:
-            if not config.use_qk_norm:
+        def project(heads: int, axis: str) -> nnx.Param[Array]:
+            axes = ("embed", axis, "head_dim")
+            return make_weight((model_dim, heads, dim), axes, dtype=weight_dtype, rngs=rngs)
+
+        def bias(heads: int, axis: str) -> nnx.Param[Array] | None:
+            if not config.bias:
                 return None
+            return make_vector((heads, dim), (axis, None), dtype=weight_dtype)
+
+        def norm(heads: int, axis: str) -> RMSNorm | None:
+            if not config.use_qk_norm or config.qk_norm_type == "l2":
+                return None
+            both = config.qk_norm_type == "projection"
             return RMSNorm(
-                dim=head_dim, epsilon=norm_epsilon, weight_dtype=weight_dtype, axis="head_dim"
+                dim=(heads, dim) if both else dim,
+                epsilon=norm_epsilon,
+                weight_dtype=weight_dtype,
+                axis=(axis, None) if both else "head_dim",
             )
 
-        self.query_norm, self.key_norm = head_norm(), head_norm()
-        self.config, self.kind = config, kind
-        self.dtype = dtype
-        self.annotate = annotate
+        queries, keys = (config.num_query_heads, "heads"), (config.num_kv_heads, "kv_heads")
+        self.query, self.key, self.value = project(*queries), project(*keys), project(*keys)
+        self.query_bias, self.key_bias, self.value_bias = bias(*queries), bias(*keys), bias(*keys)
+        self.query_norm, self.key_norm = norm(*queries), norm(*keys)
+        self._make_output(model_dim=model_dim, value_dim=dim, dtype=weight_dtype, rngs=rngs)
 
     def __call__(
         self,
         x: Float[Array, "B S M"],
         positions: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
-        memory: Memory | None = None,  # noqa: ARG002
+        memory: Memory | None = None,
     ) -> tuple[Float[Array, "B S M"], LayerCache]:
         """Attend from each token to itself and the earlier ones of its document.
 
@@ -92,53 +104,108 @@ class Attention(nnx.Module):
             empty without one.
         """
         with jax.named_scope("attention"):
-            query = self._project(x, self.query, "heads", "query")
-            key = self._project(x, self.key, "kv_heads", "key")
-            value = self._project(x, self.value, "kv_heads", "value")
-            if self.query_norm is not None and self.key_norm is not None:
-                query, key = self.query_norm(query), self.key_norm(key)
-            query = apply_rope(query, positions, self.config.rope.max_timescale)
-            key = apply_rope(key, positions, self.config.rope.max_timescale)
-            same_document = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-            attended = jax.nn.dot_product_attention(
-                query, key, value, mask=same_document, is_causal=True
-            )
-            attended = self._by_head(attended, "heads", "attended")
-            out = self.annotate.use_weight(
-                self.out[...].astype(self.dtype),
-                OUT,
-                ("activation_heads", "activation_head_dim", None),
-                name="attention out",
-            )
-            y = jnp.einsum("bsnd,ndm->bsm", attended, out)
-            y = self.annotate(
-                y,
-                "activation_batch",
-                "activation_length",
-                "activation_embed",
-                name="attention output",
-            )
-            return y, {}
+            query, key, value = self._placed(self._project(x), positions, memory)
+            cache: LayerCache = {}
+            if memory is not None:
+                cache = self._remember(memory, {"key": key, "value": value})
+                key, value = cache["key"], cache["value"]
+            scale = self.config.scale
+            scale = 1 / math.sqrt(self.config.head_dim) if scale == -1 else scale
+            attended = self._attend(query, key, value, positions, segment_ids, memory, scale)
+            return self._output(attended), cache
 
-    def _project(
-        self, x: Float[Array, "B S M"], kernel: nnx.Param[Array], heads: str, name: str
-    ) -> Float[Array, "B S N D"]:
-        kernel_in_use = self.annotate.use_weight(
-            kernel[...].astype(self.dtype),
-            ("embed", heads, "head_dim"),
-            (None, f"activation_{heads}", "activation_head_dim"),
-            name=f"attention {name}",
-        )
-        return self._by_head(jnp.einsum("bsm,mnd->bsnd", x, kernel_in_use), heads, name)
+    def empty_cache(self, rows: int, places: int) -> LayerCache:
+        """A cache without tokens.
 
-    def _by_head(
-        self, x: Float[Array, "B S N D"], heads: str, name: str
+        Args:
+            rows: B.
+            places: T.
+        """
+        each = (self.config.num_kv_heads, self.config.head_dim)
+        return self._empty_cache(rows, places, {"key": each, "value": each})
+
+    def _project(self, x: Float[Array, "B S M"]) -> Projected:
+        """Queries, keys and values, before positions are in them."""
+        query = self._by_weight(x, self.query, self.query_bias, "heads", "query")
+        key = self._by_weight(x, self.key, self.key_bias, "kv_heads", "key")
+        value = self._by_weight(x, self.value, self.value_bias, "kv_heads", "value")
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        most = self.config.clip_qkv
+        if most != -1:
+            query, key, value = (jnp.clip(each, -most, most) for each in (query, key, value))
+        return Projected(query, key, value)
+
+    def _by_weight(
+        self,
+        x: Float[Array, "B S M"],
+        weight: nnx.Param[Array],
+        bias: nnx.Param[Array] | None,
+        heads: str,
+        name: str,
     ) -> Float[Array, "B S N D"]:
-        return self.annotate(
-            x,
-            "activation_batch",
-            "activation_length",
-            f"activation_{heads}",
-            "activation_head_dim",
-            name=f"{name} by head",
+        used = (f"activation_{heads}", "activation_head_dim")
+        kernel = self._in_use(weight, (None, *used), name)
+        y = self._by_head(jnp.einsum("bsm,mnd->bsnd", x, kernel), heads, name)
+        return y if bias is None else y + self._in_use(bias, used, f"{name} bias")
+
+    def _placed(
+        self, projected: Projected, positions: Int[Array, "B S"], memory: Memory | None
+    ) -> Projected:
+        """Queries and keys turned by their positions or, in layers without RoPE, tempered."""
+        query, key, value = projected
+        config = self.config
+        if not self.kind.rope:
+            if config.temperature_tuning:
+                query = _tempered(query, positions, config)
+            return Projected(query, key, value)
+        query, key = self._turn(query, positions, memory), self._turn(key, positions, memory)
+        if config.use_qk_norm and config.qk_norm_type == "l2":
+            query, key = (
+                normalise(each.astype(jnp.float32), epsilon=self.norm_epsilon).astype(each.dtype)
+                for each in (query, key)
+            )
+        return Projected(query, key, value)
+
+
+def _tempered(
+    query: Float[Array, "B S N D"], positions: Int[Array, "B S"], config: AttentionConfig
+) -> Float[Array, "B S N D"]:
+    """Queries that grow with the logarithm of the position (arXiv 2501.19399, as in Llama 4)."""
+    steps = ((positions + 1) // config.temperature_floor).astype(jnp.float32)
+    growth = 1 + config.temperature_scale * jnp.log1p(steps)
+    return (query * growth[..., None, None]).astype(query.dtype)
+
+
+def make_attention(
+    *,
+    config: AttentionConfig,
+    kind: LayerKind,
+    model_dim: int,
+    norm_epsilon: float,
+    dtype: DTypeLike,
+    weight_dtype: DTypeLike,
+    annotate: Annotator,
+    rngs: nnx.Rngs,
+) -> Attention | LatentAttention:
+    """The attention that `attention_type` names; see the classes for the arguments."""
+    if config.type == "mla":
+        return LatentAttention(
+            config=config,
+            kind=kind,
+            model_dim=model_dim,
+            dtype=dtype,
+            weight_dtype=weight_dtype,
+            annotate=annotate,
+            rngs=rngs,
         )
+    return Attention(
+        config=config,
+        kind=kind,
+        model_dim=model_dim,
+        norm_epsilon=norm_epsilon,
+        dtype=dtype,
+        weight_dtype=weight_dtype,
+        annotate=annotate,
+        rngs=rngs,
+    )

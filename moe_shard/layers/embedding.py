@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import normal
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from moe_shard.config.model import ModelConfig
 from moe_shard.sharding.annotate import Annotator
 
 TABLE = ("vocab", "embed_vocab")
@@ -19,26 +19,14 @@ class Embedding(nnx.Module):
     """A table of one vector per token, and logits from it or from a kernel of their own.
 
     Args:
-        vocab_size: V.
-        model_dim: M.
-        tied: logits are products with the embedding table itself.
-        dtype: of activations; logits are always float32.
-        weight_dtype: of the parameters.
+        config: the model; logits are float32 whatever its dtype.
         annotate: the mesh and its rules.
         rngs: source of the initial weights.
     """
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int,
-        model_dim: int,
-        tied: bool,
-        dtype: DTypeLike,
-        weight_dtype: DTypeLike,
-        annotate: Annotator,
-        rngs: nnx.Rngs,
-    ) -> None:
+    def __init__(self, config: ModelConfig, annotate: Annotator, *, rngs: nnx.Rngs) -> None:
+        vocab_size, model_dim = config.vocab_size, config.emb_dim
+        tied, weight_dtype = config.logits_via_embedding, config.weight_dtype
         # A tied table gives the logits too, which must not start far from 0.
         table_init = normal(stddev=model_dim**-0.5 if tied else 1.0)
         self.table = nnx.Param(
@@ -54,7 +42,14 @@ class Embedding(nnx.Module):
                 logical_axes=KERNEL,
             )
         )
-        self.dtype = dtype
+        self.bias = (
+            nnx.Param(jnp.zeros((vocab_size,), weight_dtype), logical_axes=("vocab",))
+            if config.logits_bias
+            else None
+        )
+        self.multiplier = config.embedding_multiplier
+        self.scaling, self.soft_cap = config.logits_scaling, config.final_logits_soft_cap
+        self.dtype = config.dtype
         self.annotate = annotate
 
     def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S M"]:
@@ -68,9 +63,10 @@ class Embedding(nnx.Module):
             )
             table = self.annotate(table, "vocab", None, name="embedding table in use")
             x = jnp.take(table, tokens, axis=0)
-            return self.annotate(
+            x = self.annotate(
                 x, "activation_batch", "activation_length", "activation_embed", name="embedded"
             )
+            return x if self.multiplier == 1 else x * self.multiplier
 
     def logits(self, x: Float[Array, "B S M"]) -> Float[Array, "B S V"]:
         """Scores of every token of the vocabulary, in float32."""
@@ -80,6 +76,18 @@ class Embedding(nnx.Module):
                 weight.astype(self.dtype), KERNEL, (None, "activation_vocab"), name="logits kernel"
             )
             logits = jnp.einsum("bsm,mv->bsv", x, kernel, preferred_element_type=jnp.float32)
-            return self.annotate(
+            logits = self.annotate(
                 logits, "activation_batch", "activation_length", "activation_vocab", name="logits"
             )
+            if self.bias is not None:
+                logits = logits + self.annotate.use_weight(
+                    self.bias[...].astype(jnp.float32),
+                    ("vocab",),
+                    ("activation_vocab",),
+                    name="logits bias",
+                )
+            if self.scaling != 1:
+                logits = logits / self.scaling
+            if self.soft_cap != 0:
+                logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)
+            return logits

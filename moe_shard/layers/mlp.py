@@ -1,4 +1,4 @@
-"""The dense gated MLP: `down(act(gate(x)) * up(x))` (arXiv 2002.05202)."""
+"""The dense gated MLP: `down(act(gate(x)) * (up(x) + offset))` (arXiv 2002.05202)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from moe_shard.config.model import GatingConfig
-from moe_shard.layers.activation import ACTIVATIONS
+from moe_shard.layers.activation import gated
 from moe_shard.sharding.annotate import Annotator
 
 WEIGHT_IN, WEIGHT_OUT = ("embed", "mlp"), ("mlp", "embed")
@@ -45,36 +45,62 @@ class MLP(nnx.Module):
         self.gate = nnx.Param(init(rngs.params(), shape_in, weight_dtype), logical_axes=WEIGHT_IN)
         self.up = nnx.Param(init(rngs.params(), shape_in, weight_dtype), logical_axes=WEIGHT_IN)
         self.down = nnx.Param(init(rngs.params(), shape_out, weight_dtype), logical_axes=WEIGHT_OUT)
-        self.activate = ACTIVATIONS[gating.activation]
+
+        def bias(size: int, axis: str) -> nnx.Param[Array] | None:
+            if not gating.bias:
+                return None
+            return nnx.Param(jnp.zeros((size,), weight_dtype), logical_axes=(axis,))
+
+        self.gate_bias, self.up_bias = bias(hidden_dim, "mlp"), bias(hidden_dim, "mlp")
+        self.down_bias = bias(model_dim, "norm")
+        self.gating = gating
         self.dtype = dtype
         self.annotate = annotate
 
     def __call__(self, x: Float[Array, "B S M"]) -> Float[Array, "B S M"]:
         """Apply the MLP."""
         with jax.named_scope("mlp"):
-            gate = self._project(x, self.gate, "mlp gate")
-            up = self._project(x, self.up, "mlp up")
+            gate = self._project(x, self.gate, self.gate_bias, "mlp gate")
+            up = self._project(x, self.up, self.up_bias, "mlp up")
             down = self.annotate.use_weight(
                 self.down[...].astype(self.dtype),
                 WEIGHT_OUT,
                 ("activation_mlp", None),
                 name="mlp down",
             )
-            y = jnp.einsum("bsf,fm->bsm", self.activate(gate) * up, down)
-            return self.annotate(
+            y = jnp.einsum("bsf,fm->bsm", gated(gate, up, self.gating), down)
+            y = self.annotate(
                 y, "activation_batch", "activation_length", "activation_embed", name="mlp output"
             )
+            return self._add(y, self.down_bias, ("norm",), ("activation_embed",), "mlp down bias")
 
     def _project(
-        self, x: Float[Array, "B S M"], kernel: nnx.Param[Array], name: str
+        self,
+        x: Float[Array, "B S M"],
+        kernel: nnx.Param[Array],
+        bias: nnx.Param[Array] | None,
+        name: str,
     ) -> Float[Array, "B S F"]:
         kernel_in_use = self.annotate.use_weight(
             kernel[...].astype(self.dtype), WEIGHT_IN, (None, "activation_mlp"), name=name
         )
-        return self.annotate(
+        y = self.annotate(
             jnp.einsum("bsm,mf->bsf", x, kernel_in_use),
             "activation_batch",
             "activation_length",
             "activation_mlp",
             name="mlp hidden",
         )
+        return self._add(y, bias, ("mlp",), ("activation_mlp",), f"{name} bias")
+
+    def _add(
+        self,
+        y: Float[Array, "B S F"],
+        bias: nnx.Param[Array] | None,
+        stored: tuple[str],
+        used: tuple[str],
+        name: str,
+    ) -> Float[Array, "B S F"]:
+        if bias is None:
+            return y
+        return y + self.annotate.use_weight(bias[...].astype(self.dtype), stored, used, name=name)

@@ -9,27 +9,45 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
-class RMSNorm(nnx.Module):
-    """Divides by the root mean square of the last dim, in float32, then scales.
+def normalise(x: Float[Array, "*B M"], *, epsilon: float, dims: int = 1) -> Float[Array, "*B M"]:
+    """Divide by the root mean square.
 
     Args:
-        dim: size of the last dim.
+        x: in float32.
+        epsilon: added to the mean square.
+        dims: how many of the last dims the mean is over, together.
+    """
+    over = tuple(range(-dims, 0))
+    mean_square = jnp.mean(jnp.square(x), axis=over, keepdims=True)
+    return x * jax.lax.rsqrt(mean_square + epsilon)
+
+
+class RMSNorm(nnx.Module):
+    """Divides by the root mean square of the last dim or dims, in float32, then scales.
+
+    Args:
+        dim: size of the last dim, or of the last dims.
         epsilon: added to the mean square.
         weight_dtype: of the scale.
-        axis: logical axis of the scale's dim.
+        axis: logical axis of each of the scale's dims.
     """
 
     def __init__(
-        self, *, dim: int, epsilon: float, weight_dtype: DTypeLike, axis: str = "norm"
+        self,
+        *,
+        dim: int | tuple[int, ...],
+        epsilon: float,
+        weight_dtype: DTypeLike,
+        axis: str | tuple[str | None, ...] = "norm",
     ) -> None:
-        self.scale = nnx.Param(jnp.ones((dim,), weight_dtype), logical_axes=(axis,))
-        self.epsilon = epsilon
+        shape = (dim,) if isinstance(dim, int) else dim
+        axes = (axis,) if isinstance(axis, str) else axis
+        self.scale = nnx.Param(jnp.ones(shape, weight_dtype), logical_axes=axes)
+        self.epsilon, self.dims = epsilon, len(shape)
 
     def __call__(self, x: Float[Array, "*B M"]) -> Float[Array, "*B M"]:
         """Normalise `x`; the result has its dtype."""
-        x32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-        normalised = x32 * jax.lax.rsqrt(mean_square + self.epsilon)
+        normalised = normalise(x.astype(jnp.float32), epsilon=self.epsilon, dims=self.dims)
         return (normalised * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 

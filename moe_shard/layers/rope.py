@@ -1,25 +1,112 @@
-"""Rotary position embedding (RoFormer, arXiv 2104.09864), halves paired as in Llama and Mixtral."""
+"""Rotary position embedding (RoFormer, arXiv 2104.09864) and how it is stretched.
+
+A pair of elements turns by position * frequency. Frequencies are made in NumPy, in float64, while
+a program is traced: they depend on nothing but the configuration and on how long a text may be.
+"""
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
+
+from moe_shard.config.attention import RopeConfig
 
 
 def apply_rope(
-    x: Float[Array, "B S N D"], positions: Int[Array, "B S"], max_timescale: float
+    x: Float[Array, "B S N D"],
+    positions: Int[Array, "B S"],
+    *,
+    rope: RopeConfig,
+    turned_dim: int,
+    length: int,
 ) -> Float[Array, "B S N D"]:
-    """Rotate the pairs (i, i + D/2) of each head by angles that grow with the position.
+    """Turn the pairs in the first elements of each head; the other elements stay.
+
+    Turned pairs stay where they are, neighbours or halves: scores do not depend on the order of a
+    head's elements as long as queries and keys have the same.
 
     Args:
-        x: queries or keys; D is even.
+        x: queries or keys.
         positions: place of each token in its document.
-        max_timescale: theta, the longest wavelength over 2 pi, in positions.
+        rope: pairs and frequencies.
+        turned_dim: elements of a head that turn, even.
+        length: tokens that a row has or may come to have.
     """
-    half = x.shape[-1] // 2
-    frequency = max_timescale ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    frequency = rope_frequencies(rope, turned_dim=turned_dim, length=length)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency.astype(np.float32)
     sin, cos = jnp.sin(angle), jnp.cos(angle)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    magnitude = rope_magnitude(rope)
+    if magnitude != 1:
+        sin, cos = sin * magnitude, cos * magnitude
+    turned, rest = x[..., :turned_dim].astype(jnp.float32), x[..., turned_dim:]
+    if rope.interleave:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+    else:
+        first, second = jnp.split(turned, 2, axis=-1)
+    pair = first * cos - second * sin, second * cos + first * sin
+    if rope.interleave:
+        rotated = jnp.stack(pair, axis=-1).reshape(turned.shape)
+    else:
+        rotated = jnp.concatenate(pair, axis=-1)
+    rotated = rotated.astype(x.dtype)
+    return jnp.concatenate([rotated, rest], axis=-1) if rest.shape[-1] else rotated
+
+
+def rope_magnitude(rope: RopeConfig) -> float:
+    """What cosines and sines are multiplied by; YaRN's temperature of the softmax."""
+    if rope.attention_factor != -1:
+        return rope.attention_factor
+    return 0.1 * math.log(rope.factor) + 1 if rope.attention_scaling else 1.0
+
+
+def rope_frequencies(rope: RopeConfig, *, turned_dim: int, length: int) -> np.ndarray:
+    """Radians that each pair turns by from one position to the next, in float64.
+
+    Args:
+        rope: the kind of stretching, and its numbers.
+        turned_dim: elements of a head that turn, two for each frequency.
+        length: tokens that a row has or may come to have; longrope tells short rows from long
+            ones by it. A row that grows in a cache is as long as its places from the start, so
+            that keys turned before need not be turned again.
+    """
+    kept = rope.max_timescale ** (-np.arange(0, turned_dim, 2) / turned_dim)
+    if rope.type == "llama3.1":
+        return _by_wavelength(kept, rope)
+    if rope.type == "yarn":
+        return _by_rotations(kept, rope)
+    if rope.type == "longrope":
+        factors = rope.long_factors if length > rope.original_length else rope.short_factors
+        return kept / np.asarray(factors)
+    return kept
+
+
+def _by_wavelength(kept: np.ndarray, rope: RopeConfig) -> np.ndarray:
+    """Llama 3.1: waves longer than the original length are stretched, short ones are not."""
+    waves = rope.original_length * kept / (2 * np.pi)  # in the original length
+    share = (waves - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    return _blend(kept, kept / rope.factor, np.clip(share, 0, 1))
+
+
+def _by_rotations(kept: np.ndarray, rope: RopeConfig) -> np.ndarray:
+    """YaRN (arXiv 2309.00071, section 3.2): a ramp over the pairs between two rotation counts."""
+    dim = 2 * len(kept)
+
+    def pair_that_rotates(times: float) -> float:
+        waves = rope.original_length / (2 * math.pi * times)
+        return dim * math.log(waves) / (2 * math.log(rope.max_timescale))
+
+    low, high = pair_that_rotates(rope.beta_fast), pair_that_rotates(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    # The upper bound is in elements and not in pairs, as in every released implementation.
+    low, high = max(low, 0), min(high, dim - 1)
+    # A ramp of no width is a step.
+    ramp = (np.arange(len(kept)) - low) / (high - low if high != low else 0.001)
+    return _blend(kept, kept / rope.factor, 1 - np.clip(ramp, 0, 1))
+
+
+def _blend(kept: np.ndarray, divided: np.ndarray, share: np.ndarray) -> np.ndarray:
+    return share * kept + (1 - share) * divided

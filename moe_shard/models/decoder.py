@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from moe_shard.config.model import LayerKind, ModelConfig
-from moe_shard.layers.attention import Attention
+from moe_shard.layers.attention import make_attention
 from moe_shard.layers.cache import EMPTY, LayerCache, Memory
 from moe_shard.layers.embedding import Embedding
 from moe_shard.layers.mlp import MLP
@@ -46,7 +46,7 @@ class DecoderLayer(nnx.Module):
         dtypes = {"dtype": config.dtype, "weight_dtype": config.weight_dtype}
         self.residual_multiplier = config.residual_multiplier
         self.attention_norm = make_norm(config)
-        self.attention = Attention(
+        self.attention = make_attention(
             config=config.attention,
             kind=kind,
             model_dim=config.emb_dim,
@@ -112,15 +112,7 @@ class Decoder(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, annotate: Annotator, *, rngs: nnx.Rngs) -> None:
-        self.embedding = Embedding(
-            vocab_size=config.vocab_size,
-            model_dim=config.emb_dim,
-            tied=config.logits_via_embedding,
-            dtype=config.dtype,
-            weight_dtype=config.weight_dtype,
-            annotate=annotate,
-            rngs=rngs,
-        )
+        self.embedding = Embedding(config, annotate, rngs=rngs)
         self.cycles = cycles_of(config.layer_kinds)
         for cycle in self.cycles:
             for place, kind in enumerate(cycle.kinds):

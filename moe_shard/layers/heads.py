@@ -1,0 +1,221 @@
+"""What grouped-query and latent attention share: weights in use, placement by head, the output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn.initializers import variance_scaling
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from moe_shard.config.attention import AttentionConfig
+from moe_shard.config.model import LayerKind
+from moe_shard.layers.cache import LayerCache, Memory
+from moe_shard.layers.rope import apply_rope
+from moe_shard.layers.scores import attend, seen_tokens
+from moe_shard.sharding.annotate import Annotator
+
+OUT = ("heads", "head_dim", "embed")
+
+
+def make_weight(
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    *,
+    contracted: int = 1,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
+) -> nnx.Param[Array]:
+    """A projection, drawn so that what it gives has the variance of what it takes.
+
+    Args:
+        shape: the dims of what it takes, then of what it gives.
+        axes: their logical axes.
+        contracted: dims of what it takes.
+        dtype: of the parameter.
+        rngs: source of the values.
+    """
+    dims = tuple(range(len(shape)))
+    init = variance_scaling(
+        1.0,
+        "fan_in",
+        "truncated_normal",
+        in_axis=dims[:contracted],
+        out_axis=dims[contracted:],
+    )
+    return nnx.Param(init(rngs.params(), shape, dtype), logical_axes=axes)
+
+
+def make_vector(
+    shape: tuple[int, ...], axes: tuple[str | None, ...], *, dtype: DTypeLike
+) -> nnx.Param[Array]:
+    """A bias or a score, 0 at first.
+
+    Args:
+        shape: of the parameter.
+        axes: logical; elements of a head have none, so that no weight decay takes it for a matrix.
+        dtype: of the parameter.
+    """
+    return nnx.Param(jnp.zeros(shape, dtype), logical_axes=axes)
+
+
+class Heads(nnx.Module):
+    """The base of a layer's attention. Those derived from it make the weights.
+
+    Args:
+        config: heads, norms, positions.
+        kind: the layer's span, and whether it has RoPE.
+        dtype: of the products.
+        annotate: the mesh and its rules.
+    """
+
+    out: nnx.Param[Array]
+    out_bias: nnx.Param[Array] | None
+    sink: nnx.Param[Array] | None
+
+    def __init__(
+        self, *, config: AttentionConfig, kind: LayerKind, dtype: DTypeLike, annotate: Annotator
+    ) -> None:
+        self.config, self.kind = config, kind
+        self.dtype = dtype
+        self.annotate = annotate
+
+    def _make_output(
+        self, *, model_dim: int, value_dim: int, dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        """The weights behind the scores: the sink, and the projection back to the model dim."""
+        heads = self.config.num_query_heads
+        self.out = make_weight(
+            (heads, value_dim, model_dim), OUT, contracted=2, dtype=dtype, rngs=rngs
+        )
+        self.out_bias = (
+            make_vector((model_dim,), ("norm",), dtype=dtype) if self.config.out_bias else None
+        )
+        self.sink = make_vector((heads,), ("heads",), dtype=dtype) if self.config.sink else None
+
+    def _in_use(
+        self, param: nnx.Param[Array], used: tuple[str | None, ...], name: str
+    ) -> Float[Array, "*D"]:
+        """A parameter in the dtype of the products, where they need it."""
+        axes = param.get_metadata("logical_axes")
+        stored = axes[-len(used) :]  # a stack's parameters bear `layers` first
+        return self.annotate.use_weight(
+            param[...].astype(self.dtype), stored, used, name=f"attention {name}"
+        )
+
+    def _by_head(
+        self, x: Float[Array, "B S N D"], heads: str, name: str
+    ) -> Float[Array, "B S N D"]:
+        return self.annotate(
+            x,
+            "activation_batch",
+            "activation_length",
+            f"activation_{heads}",
+            "activation_head_dim",
+            name=f"{name} by head",
+        )
+
+    def _turn(
+        self, x: Float[Array, "B S N D"], positions: Int[Array, "B S"], memory: Memory | None
+    ) -> Float[Array, "B S N D"]:
+        """Queries or keys with their positions in them."""
+        length = x.shape[1] if memory is None else memory.positions.shape[1]
+        return apply_rope(
+            x,
+            positions,
+            rope=self.config.rope,
+            turned_dim=self.config.turned_dim,
+            length=length,
+        )
+
+    def _remember(self, memory: Memory, new: LayerCache) -> LayerCache:
+        """The memory's cache with this call's tokens written to their places."""
+
+        def write(name: str, array: Array) -> Array:
+            kept = memory.layer[name]
+            kept = jax.lax.dynamic_update_slice_in_dim(kept, array, memory.slot, axis=1)
+            return self._place_cache(name, kept)
+
+        return {name: write(name, array) for name, array in new.items()}
+
+    def _empty_cache(
+        self, rows: int, places: int, dims: Mapping[str, tuple[int, ...]]
+    ) -> LayerCache:
+        return {
+            name: self._place_cache(name, jnp.zeros((rows, places, *each), self.dtype))
+            for name, each in dims.items()
+        }
+
+    def _place_cache(self, name: str, array: Array) -> Array:
+        by_head = ("activation_kv_heads", "activation_head_dim")
+        dims = by_head if array.ndim == 4 else (None,)
+        return self.annotate(
+            array, "activation_batch", "activation_kv_length", *dims, name=f"cached {name}"
+        )
+
+    def _sink_in_use(self) -> Float[Array, "N"] | None:
+        return None if self.sink is None else self._in_use(self.sink, ("activation_heads",), "sink")
+
+    def _attend(
+        self,
+        query: Float[Array, "B S N D"],
+        key: Float[Array, "B T J D"],
+        value: Float[Array, "B T J Dv"],
+        positions: Int[Array, "B S"],
+        segment_ids: Int[Array, "B S"],
+        memory: Memory | None,
+        scale: float,
+    ) -> Float[Array, "B S N Dv"]:
+        """Values, weighed by the softmax of the scores, through jax's own kernel where it serves.
+
+        With a memory keys and values are those of all its places.
+        """
+        plain = (
+            self.sink is None
+            and self.config.logits_soft_cap == 0
+            and key.shape[-1] == value.shape[-1]
+        )
+        if plain and memory is None and self.kind.span == "global":
+            # Tokens of a document stand in the order of their positions, so causality needs none.
+            same_document = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+            return jax.nn.dot_product_attention(
+                query, key, value, mask=same_document, scale=scale, is_causal=True
+            )
+        seen = self._seen(positions, segment_ids, memory)
+        if plain:
+            return jax.nn.dot_product_attention(query, key, value, mask=seen, scale=scale)
+        return attend(
+            query,
+            key,
+            value,
+            seen,
+            scale=scale,
+            soft_cap=self.config.logits_soft_cap,
+            sink=self._sink_in_use(),
+        )
+
+    def _seen(
+        self, positions: Int[Array, "B S"], segment_ids: Int[Array, "B S"], memory: Memory | None
+    ) -> Array:
+        """See `seen_tokens`."""
+        keys = (positions, segment_ids)
+        if memory is not None:
+            keys = (memory.positions, memory.segment_ids)
+        return seen_tokens(positions, segment_ids, *keys, config=self.config, span=self.kind.span)
+
+    def _output(self, attended: Float[Array, "B S N Dv"]) -> Float[Array, "B S M"]:
+        attended = self._by_head(attended, "heads", "attended")
+        out = self._in_use(self.out, ("activation_heads", "activation_head_dim", None), "out")
+        y = self.annotate(
+            jnp.einsum("bsnd,ndm->bsm", attended, out),
+            "activation_batch",
+            "activation_length",
+            "activation_embed",
+            name="attention output",
+        )
+        if self.out_bias is None:
+            return y
+        return y + self._in_use(self.out_bias, ("activation_embed",), "out bias")

@@ -1,0 +1,235 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+Keys and values of all heads come from one latent a token, and a second part of the keys, the one
+that RoPE turns, is shared by the heads. Further dims:
+
+    R  latent of keys and values     Rq  latent of queries      Dn  elements that do not turn
+    Dr  elements that turn           Dq  Dn + Dr, of a query    Dv  elements of a value
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from moe_shard.config.attention import AttentionConfig
+from moe_shard.config.model import LayerKind
+from moe_shard.layers.cache import LayerCache, Memory
+from moe_shard.layers.heads import Heads, make_vector, make_weight
+from moe_shard.layers.norm import RMSNorm
+from moe_shard.layers.scores import attention_weights
+from moe_shard.sharding.annotate import Annotator
+
+LATENT_EPSILON = 1e-6
+"""Of the latents' norms; DeepSeek-V2 and V3 have it whatever the other norms' is."""
+
+
+class LatentAttention(Heads):
+    """Attention whose keys and values are projections of a latent.
+
+    Args:
+        config: ranks, heads, positions.
+        kind: the layer's span, and whether it has RoPE.
+        model_dim: M.
+        dtype: of the products.
+        weight_dtype: of the parameters.
+        annotate: the mesh and its rules.
+        rngs: source of the initial weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: AttentionConfig,
+        kind: LayerKind,
+        model_dim: int,
+        dtype: DTypeLike,
+        weight_dtype: DTypeLike,
+        annotate: Annotator,
+        rngs: nnx.Rngs,
+    ) -> None:
+        super().__init__(config=config, kind=kind, dtype=dtype, annotate=annotate)
+        heads, rank = config.num_query_heads, config.kv_lora_rank
+        nope, turned = config.qk_nope_head_dim, config.qk_rope_head_dim
+
+        def up(shape: tuple[int, int, int], axis: str) -> nnx.Param[Array]:
+            return make_weight(shape, (axis, "heads", "head_dim"), dtype=weight_dtype, rngs=rngs)
+
+        def down(size: int) -> nnx.Param[Array]:
+            shape = (model_dim, size)
+            return make_weight(shape, ("embed", None), dtype=weight_dtype, rngs=rngs)
+
+        def bias(size: int) -> nnx.Param[Array] | None:
+            return make_vector((size,), ("norm",), dtype=weight_dtype) if config.bias else None
+
+        def norm(size: int) -> RMSNorm:
+            return RMSNorm(dim=size, epsilon=LATENT_EPSILON, weight_dtype=weight_dtype)
+
+        if config.q_lora_rank == 0:
+            self.query = up((model_dim, heads, nope + turned), "embed")
+        else:
+            self.query_down = down(config.q_lora_rank)
+            self.query_down_bias = bias(config.q_lora_rank)
+            self.query_norm = norm(config.q_lora_rank)
+            self.query_up = up((config.q_lora_rank, heads, nope + turned), "q_lora")
+        self.latent_down = down(rank + turned)
+        self.latent_down_bias = bias(rank + turned)
+        self.latent_norm = norm(rank)
+        self.latent_up = up((rank, heads, nope + config.v_head_dim), "kv_lora")
+        self._make_output(
+            model_dim=model_dim, value_dim=config.v_head_dim, dtype=weight_dtype, rngs=rngs
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "B S M"],
+        positions: Int[Array, "B S"],
+        segment_ids: Int[Array, "B S"],
+        memory: Memory | None = None,
+    ) -> tuple[Float[Array, "B S M"], LayerCache]:
+        """Attend from each token to itself and the earlier ones of its document.
+
+        Args:
+            x: normalised activations.
+            positions: place of each token in its document.
+            segment_ids: equal for tokens of one document.
+            memory: what earlier calls left, while a text is being written; None in training.
+
+        Returns:
+            What is added to the residual stream, and the memory's cache with these tokens in it;
+            empty without one.
+        """
+        with jax.named_scope("attention"):
+            nope, turned = jnp.split(self._queries(x), [self.config.qk_nope_head_dim], axis=-1)
+            latent, key = self._latents(x)
+            if self.kind.rope:
+                turned = self._turn(turned, positions, memory)
+                key = self._turn(key[:, :, None], positions, memory)[:, :, 0]
+            if memory is None:
+                attended = self._expanded(nope, turned, latent, key, positions, segment_ids)
+                return self._output(attended), {}
+            cache = self._remember(memory, {"latent": latent, "rope_key": key})
+            attended = self._absorbed(nope, turned, cache, positions, segment_ids, memory)
+            return self._output(attended), cache
+
+    def empty_cache(self, rows: int, places: int) -> LayerCache:
+        """A cache without tokens.
+
+        Args:
+            rows: B.
+            places: T.
+        """
+        config = self.config
+        dims = {"latent": (config.kv_lora_rank,), "rope_key": (config.qk_rope_head_dim,)}
+        return self._empty_cache(rows, places, dims)
+
+    def _queries(self, x: Float[Array, "B S M"]) -> Float[Array, "B S N Dq"]:
+        if self.config.q_lora_rank == 0:
+            weight, name = self.query, "query"
+        else:
+            x = self._latent(x, self.query_down, self.query_down_bias, "query down")
+            x = self.query_norm(x)
+            weight, name = self.query_up, "query up"
+        return self._expand(x, weight, name)
+
+    def _latents(
+        self, x: Float[Array, "B S M"]
+    ) -> tuple[Float[Array, "B S R"], Float[Array, "B S Dr"]]:
+        """The normalised latent, and the part of the keys that heads share."""
+        both = self._latent(x, self.latent_down, self.latent_down_bias, "latent down")
+        latent, key = jnp.split(both, [self.config.kv_lora_rank], axis=-1)
+        return self.latent_norm(latent), key
+
+    def _latent(
+        self,
+        x: Float[Array, "B S M"],
+        weight: nnx.Param[Array],
+        bias: nnx.Param[Array] | None,
+        name: str,
+    ) -> Float[Array, "B S R"]:
+        kernel = self._in_use(weight, (None, None), name)
+        y = self.annotate(
+            jnp.einsum("bsm,mr->bsr", x, kernel),
+            "activation_batch",
+            "activation_length",
+            None,
+            name=name,
+        )
+        return y if bias is None else y + self._in_use(bias, (None,), f"{name} bias")
+
+    def _expand(
+        self, x: Float[Array, "B S R"], weight: nnx.Param[Array], name: str
+    ) -> Float[Array, "B S N D"]:
+        kernel = self._in_use(weight, (None, "activation_heads", "activation_head_dim"), name)
+        return self._by_head(jnp.einsum("bsr,rnd->bsnd", x, kernel), "heads", name)
+
+    def _expanded(
+        self,
+        nope: Float[Array, "B S N Dn"],
+        turned: Float[Array, "B S N Dr"],
+        latent: Float[Array, "B S R"],
+        key: Float[Array, "B S Dr"],
+        positions: Int[Array, "B S"],
+        segment_ids: Int[Array, "B S"],
+    ) -> Float[Array, "B S N Dv"]:
+        """Keys and values for each head, for which scores cost least where all tokens are new."""
+        by_head = self._expand(latent, self.latent_up, "latent up")
+        key_nope, value = jnp.split(by_head, [self.config.qk_nope_head_dim], axis=-1)
+        shared = jnp.broadcast_to(key[:, :, None], (*key_nope.shape[:-1], key.shape[-1]))
+        return self._attend(
+            jnp.concatenate([nope, turned], axis=-1),
+            jnp.concatenate([key_nope, shared], axis=-1),
+            value,
+            positions,
+            segment_ids,
+            None,
+            self._scale,
+        )
+
+    def _absorbed(
+        self,
+        nope: Float[Array, "B S N Dn"],
+        turned: Float[Array, "B S N Dr"],
+        cache: LayerCache,
+        positions: Int[Array, "B S"],
+        segment_ids: Int[Array, "B S"],
+        memory: Memory,
+    ) -> Float[Array, "B S N Dv"]:
+        """Queries go to the latents, and not the T latents of the cache to the heads.
+
+        q . (W_k l) = (W_k^T q) . l, and the weighted values are W_v of the weighted latents.
+        """
+        used = (None, "activation_heads", "activation_head_dim")
+        up = self._in_use(self.latent_up, used, "latent up")
+        to_key, to_value = jnp.split(up, [self.config.qk_nope_head_dim], axis=-1)
+        query = jnp.einsum("bsnd,rnd->bsnr", nope, to_key)
+        scores = self._scale * (
+            jnp.einsum("bsnr,btr->bnst", query, cache["latent"], preferred_element_type=jnp.float32)
+            + jnp.einsum(
+                "bsnd,btd->bnst", turned, cache["rope_key"], preferred_element_type=jnp.float32
+            )
+        )
+        weights = attention_weights(
+            scores,
+            self._seen(positions, segment_ids, memory),
+            soft_cap=self.config.logits_soft_cap,
+            sink=self._sink_in_use(),
+        )
+        mixed = jnp.einsum("bnst,btr->bsnr", weights.astype(self.dtype), cache["latent"])
+        return jnp.einsum("bsnr,rnd->bsnd", mixed, to_value)
+
+    @property
+    def _scale(self) -> float:
+        """Factor of the scores: of a key's size and, under YaRN, of the stretch (DeepSeek-V2)."""
+        config, rope = self.config, self.config.rope
+        scale = config.scale
+        if scale == -1:
+            scale = 1 / math.sqrt(config.qk_nope_head_dim + config.qk_rope_head_dim)
+        if rope.type == "yarn":
+            scale *= (0.1 * rope.mscale * math.log(rope.factor) + 1) ** 2
+        return scale
