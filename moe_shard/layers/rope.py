@@ -86,7 +86,9 @@ def rope_frequencies(rope: RopeConfig, *, turned_dim: int, length: int) -> np.nd
 def _by_wavelength(kept: np.ndarray, rope: RopeConfig) -> np.ndarray:
     """Llama 3.1: waves longer than the original length are stretched, short ones are not."""
     waves = rope.original_length * kept / (2 * np.pi)  # in the original length
-    share = (waves - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    # A ramp of no width is a step: Llama 4 has it.
+    share = (waves - low) / (high - low) if high != low else waves >= low
     return _blend(kept, kept / rope.factor, np.clip(share, 0, 1))
 
 
