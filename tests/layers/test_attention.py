@@ -1,0 +1,132 @@
+"""Attention of every kind equals the oracle, outputs and gradients, on one device and on meshes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.layers import oracle
+from tests.layers.build import (
+    MLA,
+    Sizes,
+    assert_gradients,
+    attention_layer,
+    layer_annotator,
+    layer_config,
+    packed,
+    random_like,
+    value_and_grads,
+)
+from tests.layers.test_rope import LONGROPE, TYPES
+from tests.models.build import assert_close, label
+
+SLIDING = ("attention_pattern=[sliding]", "sliding_window_size=3")
+CHUNKED = ("attention_pattern=[chunked]", "chunk_attn_window_size=3")
+NO_ROPE = ("nope_layer_interval=1",)
+BIASES = ("attention_bias=true", "attention_out_bias=true")
+CASES = {
+    "plain": (),
+    "bias": BIASES,
+    "sliding": SLIDING,
+    "chunked": CHUNKED,
+    "sink": ("attention_sink=true",),
+    "soft-cap": ("attn_logits_soft_cap=0.8",),
+    "scale": ("attention_scale=0.7",),
+    "norm-head": ("use_qk_norm=true",),
+    "norm-projection": ("use_qk_norm=true", "qk_norm_type=projection"),
+    "norm-l2": ("use_qk_norm=true", "qk_norm_type=l2"),
+    "norm-l2-without-rope": ("use_qk_norm=true", "qk_norm_type=l2", *NO_ROPE),
+    "clip": ("clip_qkv=0.6",),
+    "clip-after-norm": ("use_qk_norm=true", "qk_norm_type=projection", "clip_qkv=0.6"),
+    "no-rope": NO_ROPE,
+    "tempered": ("temperature_tuning=true", "temperature_tuning_floor=2", *NO_ROPE),
+    "tempered-only-without-rope": ("temperature_tuning=true", "temperature_tuning_floor=2"),
+    "partial-interleaved": ("partial_rotary_factor=0.5", "rope_interleave=true"),
+    "yarn": TYPES["yarn"],
+    "longrope-at-its-length": LONGROPE,
+    "longrope-beyond": (*LONGROPE, "original_max_position_embeddings=11"),
+    "sliding-sink-soft-cap-bias": (
+        *SLIDING,
+        *BIASES,
+        "attention_sink=true",
+        "attn_logits_soft_cap=2",
+    ),
+    "mla": MLA,
+    "mla-query-latent-bias-yarn": (
+        *MLA,
+        *BIASES,
+        *TYPES["yarn"],
+        "q_lora_rank=24",
+        "rope_interleave=true",
+        "mscale=0.7",
+    ),
+    "mla-sliding-sink-soft-cap": (
+        *MLA,
+        *SLIDING,
+        "attention_sink=true",
+        "attn_logits_soft_cap=2",
+        "attention_scale=0.4",
+    ),
+    "mla-equal-sizes-no-rope": (*MLA, *NO_ROPE, "v_head_dim=10"),
+}
+MESHES: list[Sizes] = [
+    {"fsdp": 8},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"fsdp_transpose": 2, "context": 2, "expert": 2},
+    {"tensor": 2, "expert": 4},
+]
+ON_MESHES = (
+    "plain",
+    "norm-projection",
+    "sliding-sink-soft-cap-bias",
+    "mla-query-latent-bias-yarn",
+)
+
+
+def check(sizes: Sizes, overrides: tuple[str, ...], rows: int) -> None:
+    config = layer_config(sizes, *overrides)
+    annotate = layer_annotator(config, sizes)
+    layer = attention_layer(config, annotate)
+    keys, kind = config.as_flat_dict(), config.model.layer_kinds[0]
+    text, params = packed(rows), random_like(layer.shapes)
+    probe = np.random.default_rng(3).standard_normal(text.x.shape).astype(np.float32)
+    place = annotate.sharding(
+        "x", ("activation_batch", "activation_length", "activation_embed"), text.x.shape
+    )
+    y, grads = value_and_grads(
+        lambda module, x: module(x, text.positions, text.segment_ids)[0],
+        layer,
+        params,
+        text.x,
+        probe,
+        place,
+    )
+    masks = [
+        oracle.mask(*each, keys, kind.span)
+        for each in zip(text.positions, text.segment_ids, strict=True)
+    ]
+
+    def forward(at: tuple) -> np.ndarray:
+        return oracle.attention(at[1], at[0], masks, text.positions, keys, kind.rope)
+
+    at = (params, text.x.astype(np.float64))
+    assert_close(y, forward(at))
+    assert_gradients(grads, at, lambda at: float(np.sum(forward(at) * probe)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_on_one_device(case: str) -> None:
+    check({}, CASES[case], rows=3)
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=label)
+@pytest.mark.parametrize("case", ON_MESHES)
+def test_on_meshes(case: str, sizes: Sizes) -> None:
+    check(sizes, CASES[case], rows=8)
+
+
+def test_text_shows_what_spans_and_documents_hide() -> None:
+    # Tests of masks are worth nothing on texts that none of them cuts.
+    text = packed(3)
+    assert len(np.unique(text.segment_ids)) > 2
+    assert text.positions.max() > 6
