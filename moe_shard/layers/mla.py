@@ -61,8 +61,10 @@ class LatentAttention(Heads):
             return make_weight(shape, (axis, "heads", "head_dim"), dtype=weight_dtype, rngs=rngs)
 
         def down(size: int) -> nnx.Param[Array]:
-            shape = (model_dim, size)
-            return make_weight(shape, ("embed", None), dtype=weight_dtype, rngs=rngs)
+            # A latent is the one head that all share. A dim without a name would make this a vector
+            # to the optimizer, which decays none.
+            axes = ("embed", "head_dim")
+            return make_weight((model_dim, size), axes, dtype=weight_dtype, rngs=rngs)
 
         def bias(size: int) -> nnx.Param[Array] | None:
             return make_vector((size,), ("norm",), dtype=weight_dtype) if config.bias else None

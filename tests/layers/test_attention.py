@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
+from moe_shard.layers.cache import Memory
+from moe_shard.models.params import describe as describe_model
 from tests.layers import oracle
 from tests.layers.build import (
     MLA,
@@ -123,6 +129,40 @@ def test_on_one_device(case: str) -> None:
 @pytest.mark.parametrize("case", ON_MESHES)
 def test_on_meshes(case: str, sizes: Sizes) -> None:
     check(sizes, CASES[case], rows=8)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_activations_and_caches_have_the_dtype_asked_for(case: str) -> None:
+    config = layer_config({}, "dtype=bfloat16", *CASES[case])
+    layer = attention_layer(config, layer_annotator(config, {}))
+
+    def call(params: Any, x: jax.Array, at: jax.Array) -> Any:
+        module = nnx.merge(layer.graph, params)
+        memory = Memory(module.empty_cache(1, 4), at[0, 0], at, at)
+        return module(x, at, at)[0], module(x, at, at, memory)
+
+    x = jax.ShapeDtypeStruct((1, 4, 16), np.dtype("bfloat16"))
+    found = jax.eval_shape(call, layer.shapes, x, jax.ShapeDtypeStruct((1, 4), np.int32))
+    assert {str(array.dtype) for array in jax.tree.leaves(found)} == {"bfloat16"}
+
+
+def test_weight_decay_leaves_biases_sinks_and_norms_alone() -> None:
+    normed = ("use_qk_norm=true", "qk_norm_type=projection")
+    for expected, overrides in (
+        ({"query", "key", "value", "out"}, (*BIASES, *normed, "attention_sink=true")),
+        (
+            {"query_down", "query_up", "latent_down", "latent_up", "out"},
+            (*MLA, *BIASES, "q_lora_rank=8"),
+        ),
+    ):
+        config = layer_config({}, *overrides)
+        specs = describe_model(config.model, layer_annotator(config, {})).specs
+        matrices = {
+            spec.name.rsplit(".")[-1]
+            for spec in jax.tree.leaves(specs["layers"]["attention"])
+            if len(set(spec.logical_axes) - {"layers", None}) > 1
+        }
+        assert matrices == expected
 
 
 def test_text_shows_what_spans_and_documents_hide() -> None:

@@ -86,6 +86,8 @@ def test_llama_3_1_divides_long_waves_keeps_short_ones_and_blends_between() -> N
         pytest.param("true", (2.5, 4.5), (2, 5), id="rounded-outwards"),
         pytest.param("false", (2.5, 4.5), (2.5, 4.5), id="not-rounded"),
         pytest.param("false", (-1, 3), (0, 3), id="from-the-first-pair"),
+        pytest.param("false", (2, 10), (2, 10), id="beyond-the-last-pair"),
+        pytest.param("false", (2, 20), (2, 15), id="no-further-than-elements"),
     ],
 )
 def test_yarn_ramps_between_two_pairs(
