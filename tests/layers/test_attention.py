@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from moe_shard.layers.cache import Memory
+from moe_shard.lowering.report import report_from_text
 from moe_shard.models.params import describe as describe_model
 from tests.layers import oracle
 from tests.layers.build import (
@@ -24,7 +25,7 @@ from tests.layers.build import (
     value_and_grads,
 )
 from tests.layers.test_rope import LONGROPE, TYPES
-from tests.models.build import assert_close, label
+from tests.models.build import QUICK, assert_close, label
 
 SLIDING = ("attention_pattern=[sliding]", "sliding_window_size=3")
 CHUNKED = ("attention_pattern=[chunked]", "chunk_attn_window_size=3")
@@ -170,3 +171,28 @@ def test_text_shows_what_spans_and_documents_hide() -> None:
     text = packed(3)
     assert len(np.unique(text.segment_ids)) > 2
     assert text.positions.max() > 6
+
+
+def test_a_context_axis_gathers_the_latents_of_mla_and_not_keys_and_values() -> None:
+    sizes = {"context": 2, "fsdp": 4}
+    config = layer_config(sizes, *MLA)
+    annotate = layer_annotator(config, sizes)
+    layer = attention_layer(config, annotate)
+    rows, tokens = 8, 12
+    place = annotate.sharding("x", ("activation_batch", "activation_length"), (rows, tokens))
+    at = jax.ShapeDtypeStruct((rows, tokens), np.int32)
+    text = (
+        jax.jit(
+            lambda params, x, at: nnx.merge(layer.graph, params)(x, at, at)[0],
+            in_shardings=(layer.places, place, place),
+        )
+        .lower(layer.shapes, jax.ShapeDtypeStruct((rows, tokens, 16), np.float32), at)
+        .compile(QUICK)
+        .as_text()
+    )
+    found = report_from_text(text, mesh=dict(annotate.mesh.shape), backend="cpu").collectives
+    over = [(each.kind, each.bytes) for each in found if each.axes == ("context",)]
+    # Latents of 8 and keys of 4 elements, and the tokens' place and document (one array here), for
+    # 12 tokens of 2 rows a device, in 4 bytes; keys and values would be 22 elements for each head.
+    assert {kind for kind, _ in over} == {"all-gather"}
+    assert sum(size for _, size in over) <= (8 + 4 + 2) * tokens * 2 * 4
