@@ -30,6 +30,12 @@ PATHS = {
     "gate": ("experts", "gate"),
     "up": ("experts", "up"),
     "down": ("experts", "down"),
+    # where there are biases
+    "router_bias": ("router", "bias"),
+    "correction": ("router", "correction_bias"),
+    "gate_bias": ("experts", "gate_bias"),
+    "up_bias": ("experts", "up_bias"),
+    "down_bias": ("experts", "down_bias"),
 }
 ROUTER_FIELDS = {field.name for field in dataclasses.fields(RouterConfig)}
 
@@ -68,7 +74,17 @@ def moe_config(
         load_balance_loss_weight=float(settings.load_balance_weight),
         load_balance_loss_type=settings.load_balance,
         router_z_loss_weight=float(settings.z_weight),
-        router=dataclasses.replace(base.router, norm_topk_prob=settings.renormalise, **of_router),
+        router=dataclasses.replace(
+            base.router,
+            norm_topk_prob=settings.renormalise,
+            score_func=settings.score,
+            scaling_factor=settings.scaling,
+            num_groups=settings.groups,
+            kept_groups=settings.kept_groups,
+            group_score=settings.group_score,
+            score_on_input=settings.on_input,
+            **of_router,
+        ),
         **route,
     )
 
@@ -97,12 +113,15 @@ class BuiltLayer:
     def apply(self, params: dict[str, jax.Array], x: jax.Array) -> tuple[jax.Array, MoEStats]:
         """The layer as a function."""
         state: dict[str, dict[str, jax.Array]] = {}
-        for name, (module, leaf) in PATHS.items():
-            state.setdefault(module, {})[leaf] = params[name]
+        for name, param in params.items():
+            module, leaf = PATHS[name]
+            state.setdefault(module, {})[leaf] = param
         if self.fused:  # the oracle has them apart
             experts = state["experts"]
-            both = [experts.pop("gate"), experts.pop("up")]
-            experts["gate_up"] = jnp.stack(both, axis=2)
+            for end in ("", "_bias"):
+                if f"gate{end}" in experts:
+                    both = [experts.pop(f"gate{end}"), experts.pop(f"up{end}")]
+                    experts[f"gate_up{end}"] = jnp.stack(both, axis=-2)
         return nnx.merge(self.graphdef, nnx.State(state))(x)
 
     def step(
@@ -188,9 +207,14 @@ def build_layer(
     experts: int,
     dtype: Any = jnp.float32,
     rules: Sequence[tuple[str, Sequence[str]]] = RULES,
+    biases: bool = False,
     **route: Any,
 ) -> BuiltLayer:
-    """Trace the layer's constructor and place what it declares by its logical axes."""
+    """Trace the layer's constructor and place what it declares by its logical axes.
+
+    Args:
+        biases: of the experts.
+    """
     annotate = Annotator(mesh, rules)
     config = moe_config(
         settings, experts=experts, hidden=hidden, dispatch=dispatch, flag=flag, **route
@@ -200,7 +224,11 @@ def build_layer(
             config=config,
             model_dim=model,
             gating=dataclasses.replace(
-                TINY.model.gating, activations=(settings.activation, "linear")
+                TINY.model.gating,
+                activations=(settings.activation, "linear"),
+                limit=-1 if math.isinf(settings.limit) else settings.limit,
+                offset=settings.offset,
+                bias=biases,
             ),
             dtype=dtype,
             weight_dtype=jnp.float32,
@@ -210,15 +238,17 @@ def build_layer(
     )
     graphdef, state = nnx.split(layer)
     fused = config.prefuse_weights
-    assert sum(1 for _ in nnx.to_flat_state(state)) == len(PATHS) - fused
     if fused:
-        whole = state["experts"]["gate_up"]
-        one = jax.ShapeDtypeStruct((*whole.get_raw_value().shape[:2], hidden), jnp.float32)
-        for leaf in ("gate", "up"):
-            state["experts"][leaf] = nnx.Param(one, logical_axes=("exp", "embed_moe", "mlp_moe"))
+        for end, axes in ("", ("exp", "embed_moe", "mlp_moe")), ("_bias", ("exp", "mlp_moe")):
+            if f"gate_up{end}" in state["experts"]:
+                whole = state["experts"].pop(f"gate_up{end}").get_raw_value()
+                one = jax.ShapeDtypeStruct((*whole.shape[:-2], hidden), jnp.float32)
+                for leaf in (f"gate{end}", f"up{end}"):
+                    state["experts"][leaf] = nnx.Param(one, logical_axes=axes)
     shapes = {}
-    for name, (module, leaf) in PATHS.items():
-        variable = state[module][leaf]
+    named = {path: name for name, path in PATHS.items()}
+    for path, variable in nnx.to_flat_state(state):
+        name = named[path]
         shape = variable.get_raw_value()
         sharding = annotate.sharding(name, variable.get_metadata()["logical_axes"], shape.shape)
         shapes[name] = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)

@@ -17,15 +17,28 @@ class Inputs:
 
 
 def random_inputs(
-    *, rows: int, tokens: int, model: int, hidden: int, experts: int, seed: int = 0
+    *,
+    rows: int,
+    tokens: int,
+    model: int,
+    hidden: int,
+    experts: int,
+    seed: int = 0,
+    biases: tuple[str, ...] = (),
 ) -> Inputs:
-    """Inputs of unit scale; the router's scores differ enough to overfill some experts."""
+    """Inputs of unit scale; the router's scores differ enough to overfill some experts.
+
+    Args:
+        biases: names of `oracle.FURTHER`, drawn too.
+    """
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
         return (scale * rng.standard_normal(shape)).astype(np.float32)
 
-    return Inputs(
+    sizes = {"gate_bias": (experts, hidden), "up_bias": (experts, hidden)}
+    sizes |= {"down_bias": (experts, model)}
+    inputs = Inputs(
         x=normal(rows, tokens, model),
         params={
             "kernel": normal(model, experts, scale=model**-0.5),
@@ -35,3 +48,5 @@ def random_inputs(
         },
         cotangent=normal(rows, tokens, model),
     )
+    inputs.params.update({name: normal(*sizes.get(name, (experts,)), scale=0.3) for name in biases})
+    return inputs

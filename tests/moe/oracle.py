@@ -16,6 +16,8 @@ from fractions import Fraction
 import numpy as np
 
 PARAMETERS = ("kernel", "gate", "up", "down")
+FURTHER = ("router_bias", "correction", "gate_bias", "up_bias", "down_bias")
+"""Parameters that a layer may have besides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,14 @@ class Settings:
     load_balance: str = "maxtext"
     load_balance_weight: float = 0.0
     z_weight: float = 0.0
+    score: str = "softmax"
+    scaling: float = 1.0
+    groups: int = 1
+    kept_groups: int = 1
+    group_score: str = "max"
+    on_input: bool = False
+    limit: float = math.inf
+    offset: float = 0.0
 
 
 @dataclass
@@ -82,6 +92,16 @@ def seat(
     return slots
 
 
+def outside_kept_groups(ranked: np.ndarray, settings: Settings) -> list[int]:
+    """The experts of one token that stand in no group it may choose from."""
+    experts = len(ranked)
+    size = experts // settings.groups
+    best = [sorted(ranked[g * size : (g + 1) * size])[::-1] for g in range(settings.groups)]
+    of_group = np.array([b[0] if settings.group_score == "max" else b[0] + b[1] for b in best])
+    kept = top_k(of_group, settings.kept_groups)
+    return [e for e in range(experts) if e // size not in kept]
+
+
 def activation(name: str, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The nonlinearity and its derivative."""
     if name == "relu":
@@ -125,35 +145,51 @@ def moe_layer(
     """
     x, cotangent = x.astype(np.float64), cotangent.astype(np.float64)
     kernel, gate, up, down = (params[name].astype(np.float64) for name in PARAMETERS)
+    zero = {"router_bias": kernel[0], "correction": kernel[0], "gate_bias": gate[:, 0]}
+    zero |= {"up_bias": up[:, 0], "down_bias": down[:, 0]}
+    bias = {
+        name: params.get(name, np.zeros_like(like)).astype(np.float64)
+        for name, like in zero.items()
+    }
+    dbias = {name: np.zeros_like(array) for name, array in bias.items()}
     rows, tokens, _ = x.shape
     experts, k = kernel.shape[1], settings.k
     capacity = layer_capacity(tokens, experts, settings)
 
-    logits = x @ kernel
+    logits = x @ kernel + bias["router_bias"]
     log_z = np.log(np.sum(np.exp(logits), axis=-1))
-    probs = np.exp(logits - log_z[..., None])
+    scores = softmax = np.exp(logits - log_z[..., None])
+    if settings.score == "sigmoid":
+        scores = 1 / (1 + np.exp(-logits))
+    # Of the load-balance loss: they sum to 1.
+    total_score = np.sum(scores, axis=-1, keepdims=True)
+    probs = scores / total_score
     y = np.zeros_like(x)
     counts = np.zeros((rows, experts), np.int64)
     dropped = np.zeros(rows, np.int64)
     margin = math.inf
-    dx, dprobs = np.zeros_like(x), np.zeros_like(probs)
+    dx, dscores = np.zeros_like(x), np.zeros_like(probs)
     dgate, dup, ddown = np.zeros_like(gate), np.zeros_like(up), np.zeros_like(down)
 
+    ranked = scores + bias["correction"]
+    for row, token in np.ndindex(rows, tokens):
+        ranked[row, token, outside_kept_groups(ranked[row, token], settings)] = -np.inf
     for row in range(rows):
         chosen = [
             [(token * k + i) % experts for i in range(k)]
             if settings.round_robin
-            else top_k(probs[row, token], k)
+            else top_k(ranked[row, token], k)
             for token in range(tokens)
         ]
         slots = seat(chosen, probs[row], capacity, settings.drop_policy)
         for token in range(tokens):
             mine = chosen[token]
-            p = probs[row, token]
-            refused = np.delete(p, mine)
+            p, order = scores[row, token], ranked[row, token]
+            refused = np.delete(order, mine)
             if not settings.round_robin:
-                margin = min(margin, p[mine].min() - refused.max() if refused.size else math.inf)
-            norm = p[mine].sum() if settings.renormalise else 1.0
+                gap = order[mine].min() - refused.max() if refused.size else math.inf
+                margin = min(margin, gap)
+            norm = (p[mine].sum() if settings.renormalise else 1.0) / settings.scaling
             weights = p[mine] / norm
             dweights = np.zeros(k)
             for i, e in enumerate(mine):
@@ -161,32 +197,47 @@ def moe_layer(
                 if (token, e) not in slots:
                     dropped[row] += 1
                     continue
-                v = x[row, token]
-                act, slope = activation(settings.activation, v @ gate[e])
-                lin = v @ up[e]
-                out = (act * lin) @ down[e]
-                y[row, token] += weights[i] * out
+                taken, given = (weights[i], 1.0) if settings.on_input else (1.0, weights[i])
+                v = taken * x[row, token]
+                u, w = v @ gate[e] + bias["gate_bias"][e], v @ up[e] + bias["up_bias"][e]
+                act, slope = activation(settings.activation, np.minimum(u, settings.limit))
+                lin = np.clip(w, -settings.limit, settings.limit) + settings.offset
+                out = (act * lin) @ down[e] + bias["down_bias"][e]
+                y[row, token] += given * out
                 # Backward of this one choice.
-                dweights[i] = cotangent[row, token] @ out
-                dout = weights[i] * cotangent[row, token]
+                dout = given * cotangent[row, token]
                 ddown[e] += np.outer(act * lin, dout)
+                dbias["down_bias"][e] += dout
                 dhidden = down[e] @ dout
-                dact, dlin = dhidden * lin * slope, dhidden * act
-                dgate[e] += np.outer(v, dact)
-                dup[e] += np.outer(v, dlin)
-                dx[row, token] += gate[e] @ dact + up[e] @ dlin
+                du = dhidden * lin * slope * (u < settings.limit)
+                dw = dhidden * act * (np.abs(w) < settings.limit)
+                dgate[e] += np.outer(v, du)
+                dup[e] += np.outer(v, dw)
+                dbias["gate_bias"][e] += du
+                dbias["up_bias"][e] += dw
+                dv = gate[e] @ du + up[e] @ dw
+                dx[row, token] += taken * dv
+                dweights[i] = (
+                    x[row, token] @ dv if settings.on_input else cotangent[row, token] @ out
+                )
+            dchosen = dweights / norm
             if settings.renormalise:
-                dweights = (dweights - dweights @ weights) / norm
+                dchosen -= (dweights @ weights) / (norm * settings.scaling)
             for i, e in enumerate(mine):
-                dprobs[row, token, e] += dweights[i]
+                dscores[row, token, e] += dchosen[i]
 
     load_balance, dload = load_balance_rows(probs, counts, k, settings.load_balance)
     z_loss = np.mean(log_z**2, axis=1)
-    dprobs += settings.load_balance_weight * dload
-    dlogits = probs * (dprobs - np.sum(dprobs * probs, axis=-1, keepdims=True))
-    dlogits += settings.z_weight * 2 * log_z[..., None] * probs / (rows * tokens)
+    dload = settings.load_balance_weight * dload
+    dscores += (dload - np.sum(dload * probs, axis=-1, keepdims=True)) / total_score
+    if settings.score == "sigmoid":
+        dlogits = dscores * scores * (1 - scores)
+    else:
+        dlogits = scores * (dscores - np.sum(dscores * scores, axis=-1, keepdims=True))
+    dlogits += settings.z_weight * 2 * log_z[..., None] * softmax / (rows * tokens)
     dx += dlogits @ kernel.T
     dkernel = np.einsum("bsm,bse->me", x, dlogits)
+    dbias["router_bias"] = np.sum(dlogits, axis=(0, 1))
     total = (
         np.sum(y * cotangent)
         + settings.load_balance_weight * load_balance.mean()
@@ -200,5 +251,8 @@ def moe_layer(
         dropped=dropped,
         total=float(total),
         margin=float(margin),
-        grads={"x": dx, "kernel": dkernel, "gate": dgate, "up": dup, "down": ddown},
+        grads={
+            **{"x": dx, "kernel": dkernel, "gate": dgate, "up": dup, "down": ddown},
+            **{name: grad for name, grad in dbias.items() if name in params},
+        },
     )

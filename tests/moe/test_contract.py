@@ -73,6 +73,11 @@ def check(sizes: dict[str, int], settings: Settings, inputs: Inputs, **route: An
     dims = {
         "rows": rows, "tokens": tokens, "model": model, "hidden": hidden, "experts": experts
     }  # fmt: skip
+    route |= {
+        "bias": "router_bias" in inputs.params,
+        "correction_bias": "correction" in inputs.params,
+        "biases": "down_bias" in inputs.params,
+    }
     found, expected = run(sizes, settings, inputs, dims, **route)
     assert_equal_to_oracle(found, expected)
     assert expected.dropped.sum() == 0
@@ -153,6 +158,61 @@ def test_forced_balance(sizes: dict[str, int], route: dict[str, Any], tokens: in
     settings = dataclasses.replace(WHOLE, k=k, round_robin=True)
     inputs = random_inputs(**(DIMS | {"tokens": tokens}))
     check(sizes, settings, inputs, force_load_balance=True, **route)
+
+
+FAMILIES = {
+    # as DeepSeek-V3 routes
+    "groups": (
+        Settings(
+            score="sigmoid", k=3, groups=4, kept_groups=2, group_score="top2_sum", scaling=2.5
+        ),
+        ("correction",),
+    ),
+    # as GPT-OSS
+    "biases": (
+        Settings(limit=0.7, offset=1.0),
+        ("router_bias", "gate_bias", "up_bias", "down_bias"),
+    ),
+    # as Llama 4, though with two experts a token and biases, which make it harder
+    "on-input": (
+        Settings(score="sigmoid", renormalise=False, on_input=True),
+        ("gate_bias", "up_bias", "down_bias"),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("variant", MORE_VARIANTS)
+@pytest.mark.parametrize("sizes", MORE_MESHES, ids=label)
+def test_what_published_models_have(
+    sizes: dict[str, int], route: dict[str, Any], family: str
+) -> None:
+    settings, biases = FAMILIES[family]
+    settings = dataclasses.replace(
+        settings, capacity_factor=-1.0, load_balance_weight=3.0, z_weight=0.5
+    )
+    check(sizes, settings, random_inputs(**DIMS, biases=biases), **route)
+
+
+@every_variant
+@pytest.mark.parametrize("sizes", [*SINGLETONS, MESHES[1]], ids=label)
+@pytest.mark.parametrize("fast", ["force_load_balance", "prefuse_weights"])
+def test_fast_paths_have_biases_and_weights_on_the_input(
+    sizes: dict[str, int], route: dict[str, Any], fast: str
+) -> None:
+    forced = fast == "force_load_balance"
+    settings = dataclasses.replace(WHOLE, on_input=True, round_robin=forced)
+    inputs = random_inputs(**DIMS, biases=("gate_bias", "up_bias", "down_bias"))
+    check(sizes, settings, inputs, **{fast: True}, **route)
+
+
+def test_a_skewed_router_with_biases_makes_further_rounds() -> None:
+    inputs = random_inputs(
+        **(DIMS | {"tokens": 64}), biases=("router_bias", "down_bias", "gate_bias", "up_bias")
+    )
+    inputs.params["router_bias"] += np.float32([3, 0, 0, 0, 0, 0, 0, 0])
+    expected = check({"expert": 8}, dataclasses.replace(WHOLE, k=1), inputs, dispatch="ragged")
+    assert expected.counts.sum(axis=0)[0] > 0.8 * 8 * 64
 
 
 @every_variant

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from tests.moe.inputs import random_inputs
-from tests.moe.oracle import Settings, moe_layer
+from tests.moe.inputs import Inputs, random_inputs
+from tests.moe.oracle import FURTHER, Answer, Settings, moe_layer
 
 
 @pytest.mark.parametrize("load_balance", ["maxtext", "gshard", "huggingface"])
@@ -24,6 +26,11 @@ def test_gradients_are_those_of_finite_differences(
         load_balance_weight=0.7,
         z_weight=0.3,
     )
+    found = assert_gradients(inputs, settings)
+    assert k == 4 or found.dropped.sum() > 0
+
+
+def assert_gradients(inputs: Inputs, settings: Settings) -> Answer:
     # float64 copies: the differences below are far under float32's resolution.
     arrays = {name: a.astype(np.float64) for name, a in {"x": inputs.x, **inputs.params}.items()}
 
@@ -32,10 +39,12 @@ def test_gradients_are_those_of_finite_differences(
         return moe_layer(arrays["x"], params, inputs.cotangent, settings)
 
     found = answer()
-    assert k == 4 or found.dropped.sum() > 0
     rng, step = np.random.default_rng(5), 1e-6
     assert found.margin > 100 * step  # no choice flips under the steps below
     for name, array in arrays.items():
+        if name == "correction":  # chooses, and no more
+            assert not found.grads[name].any()
+            continue
         for _ in range(6):
             at = tuple(rng.integers(size) for size in array.shape)
             value = array[at]
@@ -46,6 +55,30 @@ def test_gradients_are_those_of_finite_differences(
             array[at] = value
             expected = (above - below) / (2 * step)
             np.testing.assert_allclose(found.grads[name][at], expected, rtol=2e-6, atol=2e-7)
+    return found
+
+
+SIGMOID = Settings(
+    score="sigmoid", groups=4, kept_groups=2, group_score="top2_sum", scaling=2.5, k=3
+)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(SIGMOID, id="sigmoid-groups"),
+        pytest.param(dataclasses.replace(SIGMOID, renormalise=False), id="sigmoid-raw"),
+        pytest.param(Settings(limit=0.7, offset=1.0), id="clamped"),
+        pytest.param(Settings(on_input=True, renormalise=False, score="sigmoid"), id="on-input"),
+        pytest.param(Settings(on_input=True), id="on-input-softmax"),
+    ],
+)
+def test_gradients_of_what_few_models_have(settings: Settings) -> None:
+    inputs = random_inputs(rows=2, tokens=6, model=5, hidden=7, experts=8, biases=FURTHER)
+    settings = dataclasses.replace(
+        settings, capacity_factor=-1.0, load_balance_weight=0.7, z_weight=0.3
+    )
+    assert_gradients(inputs, settings)
 
 
 def test_a_dropped_choice_adds_nothing_and_keeps_its_share_of_the_weights() -> None:
