@@ -14,7 +14,7 @@ from typing import Any
 
 from moe_shard.lowering.hlo import Computation, HloParseError, Instruction, Module, parse_module
 from moe_shard.lowering.mesh_axes import UNKNOWN_AXES, MeshAxes
-from moe_shard.lowering.op_names import classify
+from moe_shard.lowering.op_names import classify, merged_names
 from moe_shard.lowering.replica_groups import parse_groups, parse_pairs
 from moe_shard.lowering.shapes import shape_bytes, tuple_elements
 from moe_shard.lowering.spellings import implements, is_unrolled, spelled_by_all_reduce
@@ -23,6 +23,8 @@ from moe_shard.lowering.walk import EXCHANGES, OPCODES, Executions
 # A cross-replica group without use_global_device_ids lists replicas, each with all its partitions.
 _REPLICA_GROUPED = frozenset({"all-gather", "all-reduce", "reduce-scatter", "collective-broadcast"})
 _OP_NAME_HOPS = 6
+_LEAST_SHARE = 0.01
+"""Of a merged collective's bytes: what has less does not say which stage it is of."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,7 @@ def _collective(
 ) -> Collective:
     instruction = site.instruction
     named = _named(site)
-    scope, pass_ = classify(named.op_name if named else "")
+    scope, pass_ = classify(_that_weigh(named.op_name, site) if named else "")
     if named is not site.instruction and scope == "experts" and site.kind in EXCHANGES:
         scope = _stage_of_exchange(site, pass_)
     along, group = _groups(module, site, axes)
@@ -273,6 +275,19 @@ def _collective(
         group=group,
         implements=rings.get(instruction.line_number, "") or _spelled(module, site, len(group)),
     )
+
+
+def _that_weigh(op_name: str, site: _Site) -> str:
+    """Of ops that a compiler made one collective of, the names of those that send much of it.
+
+    Else the few bytes of an exchange of counts would lend their stage to an attention weight.
+    """
+    names = merged_names(op_name)
+    sizes = [shape_bytes(each) for each in tuple_elements(_outputs(site))]
+    if len(names) == 1 or len(names) != len(sizes):
+        return op_name
+    least = _LEAST_SHARE * sum(sizes)
+    return ";".join(name for name, size in zip(names, sizes, strict=True) if size >= least)
 
 
 def _spelled(module: Module, site: _Site, group_size: int) -> str:
@@ -312,11 +327,17 @@ def _output_bytes(site: _Site, group_size: int) -> int:
     instruction = site.instruction
     if site.kind == "reduce-scatter" and instruction.opcode == "all-reduce":
         return shape_bytes(instruction.shape) // group_size
+    return shape_bytes(_outputs(site))
+
+
+def _outputs(site: _Site) -> str:
+    """The shape of what comes out, a tuple where it is several arrays."""
+    instruction = site.instruction
     if instruction.opcode.endswith("-start") and site.kind != "all-reduce":
         # The result of a start is (operands, outputs, ...); that of all-reduce-start the outputs.
         elements = tuple_elements(instruction.shape)
-        return shape_bytes(elements[1] if len(elements) > 1 else instruction.shape)
-    return shape_bytes(instruction.shape)
+        return elements[1] if len(elements) > 1 else instruction.shape
+    return instruction.shape
 
 
 def _carried_bytes(site: _Site, size: int) -> int:

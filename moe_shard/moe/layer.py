@@ -86,10 +86,8 @@ class MoELayer(nnx.Module):
             weight_dtype=weight_dtype,
             rngs=rngs,
         )
-        self.shared: MLP | None = None
-        self.shared_gate: nnx.Param[Array] | None = None
-        if config.shared_dim:
-            self.shared = MLP(
+        self.shared = (
+            MLP(
                 model_dim=model_dim,
                 hidden_dim=config.shared_dim,
                 gating=gating,
@@ -98,11 +96,12 @@ class MoELayer(nnx.Module):
                 annotate=annotate,
                 rngs=rngs,
             )
-        if config.shared_gate:
-            init = jax.nn.initializers.normal(stddev=model_dim**-0.5)
-            self.shared_gate = nnx.Param(
-                init(rngs.params(), (model_dim,), weight_dtype), logical_axes=("embed_router",)
-            )
+            if config.shared_dim
+            else None
+        )
+        self.shared_gate = (
+            _shared_gate(model_dim, weight_dtype, rngs) if config.shared_gate else None
+        )
         self.strategy = make_strategy(config, self.placement)
 
     def __call__(self, x: Float[Array, "B S M"]) -> tuple[Float[Array, "B S M"], MoEStats]:
@@ -141,3 +140,8 @@ class MoELayer(nnx.Module):
             gate = self.shared_gate[...].astype(x.dtype)
             share = jax.nn.sigmoid(jnp.einsum("bsm,m->bs", x, gate))
             return share[..., None] * y
+
+
+def _shared_gate(model_dim: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Param[Array]:
+    init = jax.nn.initializers.normal(stddev=model_dim**-0.5)
+    return nnx.Param(init(rngs.params(), (model_dim,), dtype), logical_axes=("embed_router",))

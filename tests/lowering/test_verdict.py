@@ -6,7 +6,7 @@ import pytest
 from fixtures_hand_counted import HAND_COUNTED, read
 
 from moe_shard.errors import UserError
-from moe_shard.lowering.collectives import Collective
+from moe_shard.lowering.collectives import Collective, extract_collectives
 from moe_shard.lowering.expect import assert_collectives, verdict
 from moe_shard.lowering.op_names import classify, merged_names
 
@@ -141,3 +141,30 @@ def test_assert_collectives_needs_a_mesh_for_an_axis() -> None:
         assert_collectives(MOE, axis="expert", all_to_all=4)
     with pytest.raises(UserError):
         assert_collectives("not HLO", all_to_all=0)
+
+
+MERGED = """\
+HloModule step, is_scheduled=true, num_partitions=8
+
+ENTRY %main (c: s32[1,32], w: bf16[360,512]) -> (s32[8,32], bf16[2880,512]) {
+  %c = s32[1,32]{1,0} parameter(0)
+  %w = bf16[360,512]{1,0} parameter(1)
+  %start = ((s32[1,32]{1,0}, bf16[360,512]{1,0}), (s32[8,32]{1,0}, bf16[2880,512]{1,0})) all-gather-start(%c, %w), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, use_global_device_ids=true, metadata={op_name="jit(step)/(NAMES)"}
+  ROOT %done = (s32[8,32]{1,0}, bf16[2880,512]{1,0}) all-gather-done(%start)
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("names", "scope"),
+    [
+        ("dispatch/all_gather:attention/gather", "attention"),
+        ("attention/gather:experts/gather", "experts"),
+        # Which name is of which operand is not known: the stage that matters most speaks.
+        ("dispatch/all_gather:attention/gather:attention/gather", "dispatch"),
+    ],
+)
+def test_of_merged_ops_those_that_send_much_say_the_stage(names: str, scope: str) -> None:
+    (found,) = extract_collectives(MERGED.replace("NAMES", names), {"expert": 8}).collectives
+    assert found.scope == scope
+    assert found.bytes == 8 * 32 * 4 + 2880 * 512 * 2
