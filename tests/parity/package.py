@@ -81,3 +81,23 @@ def batch_of(opened: Opened, inputs: np.ndarray, targets: np.ndarray) -> dict[st
         "batch", ("activation_batch", "activation_length"), inputs.shape
     )
     return {name: jax.device_put(a.astype(np.int32), rows) for name, a in fields.items()}
+
+
+def evaluate(opened: Opened, inputs: np.ndarray, targets: np.ndarray) -> Answer:
+    """Logits, router logits and losses, by one program."""
+
+    def forward(params: Params, batch: dict[str, jax.Array]) -> Any:
+        logits, stats = opened.model.apply(params)(
+            batch["inputs"], batch["positions"], batch["segment_ids"]
+        )
+        ce_loss = step.cross_entropy(logits, batch["targets"])
+        losses = step.with_moe(opened.config, ce_loss, stats)
+        return logits, stats.router_z_loss, losses.ce_loss, losses.aux_loss
+
+    batch = batch_of(opened, inputs, targets)
+    with pytest.MonkeyPatch.context() as patch:
+        # The one statistic that a layer takes of its logits becomes the logits themselves.
+        patch.setattr("moe_shard.moe.layer.router_z_loss", lambda logits: logits)
+        lowered = jax.jit(forward).lower(opened.params, batch)
+    answer = jax.device_get(lowered.compile(QUICK)(opened.params, batch))
+    return Answer(*answer[:2], *(float(loss) for loss in answer[2:]))
