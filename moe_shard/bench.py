@@ -26,6 +26,7 @@ from moe_shard.lowering.bounds import EXCHANGES, PRODUCTS, moe_wire_bytes
 from moe_shard.lowering.report import memory_from_compiled, report_from_text
 from moe_shard.lowering.work import flops_by_scope
 from moe_shard.moe.layer import MoELayer
+from moe_shard.moe.losses import load_balance_loss
 from moe_shard.moe.placement import TOKENS
 from moe_shard.sharding.annotate import Annotator
 
@@ -221,7 +222,14 @@ def _prepare(mesh: Mesh, size: LayerSize, variant: Variant) -> _Candidate:
         y, stats = nnx.merge(graph, params)(x)
         dropped = jnp.sum(stats.dropped) / jnp.sum(stats.expert_counts)
         mean = jnp.mean(jnp.square(y.astype(jnp.float32)))
-        return mean + 0.01 * jnp.mean(stats.load_balance_loss), dropped
+        balance = load_balance_loss(
+            stats.mean_probs[None],
+            stats.expert_counts[None],
+            tokens=size.tokens,
+            k=size.k,
+            convention="maxtext",
+        )
+        return mean + 0.01 * balance, dropped
 
     step = jax.jit(
         jax.value_and_grad(loss, argnums=(0, 1), has_aux=True),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from moe_shard.config.model import LayerKind
 
@@ -16,16 +16,28 @@ class Cycle:
         first: number of its first layer.
         kinds: of one turn.
         turns: how often they follow one another.
+        alone: it is all of the model.
     """
 
     first: int
     kinds: tuple[LayerKind, ...]
     turns: int
+    alone: bool = False
 
     @property
     def layers(self) -> int:
         """Layers of all turns."""
         return len(self.kinds) * self.turns
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the stack of each place is called: after its first layer, `layers_1`.
+
+        A stack that is alone in its model is called `layers`.
+        """
+        if self.alone and len(self.kinds) == 1:
+            return ("layers",)
+        return tuple(f"layers_{self.first + place}" for place in range(len(self.kinds)))
 
     def numbers(self, place: int) -> range:
         """Numbers of the layers that stand at one place of the cycle, which share a stack."""
@@ -50,7 +62,14 @@ def cycles_of(kinds: Sequence[LayerKind]) -> tuple[Cycle, ...]:
                 best = Cycle(first, rest[:period], turns)
         found.append(best)
         first += best.layers
-    return tuple(found)
+    return (replace(found[0], alone=True),) if len(found) == 1 else tuple(found)
+
+
+def stacks_of(kinds: Sequence[LayerKind]) -> Iterator[tuple[str, LayerKind, range]]:
+    """The stacks of a model's parameters: name, kind, and numbers of the layers in it."""
+    for cycle in cycles_of(kinds):
+        for place, (name, kind) in enumerate(zip(cycle.names, cycle.kinds, strict=True)):
+            yield name, kind, cycle.numbers(place)
 
 
 def _turns(kinds: Sequence[LayerKind], period: int) -> int:

@@ -115,12 +115,8 @@ class Decoder(nnx.Module):
         self.embedding = Embedding(config, annotate, rngs=rngs)
         self.cycles = cycles_of(config.layer_kinds)
         for cycle in self.cycles:
-            for place, kind in enumerate(cycle.kinds):
-                setattr(
-                    self,
-                    self.stack_name(cycle, place),
-                    _stack(config, kind, cycle.turns, annotate, rngs),
-                )
+            for name, kind in zip(cycle.names, cycle.kinds, strict=True):
+                setattr(self, name, _stack(config, kind, cycle.turns, annotate, rngs))
         self.final_norm = make_norm(config)
         self.remat_policy = config.remat_policy
 
@@ -183,8 +179,7 @@ class Decoder(nnx.Module):
         """
         stacks: dict[str, LayerCache] = {}
         for cycle in self.cycles:
-            for place in range(len(cycle.kinds)):
-                name = self.stack_name(cycle, place)
+            for name in cycle.names:
                 one = getattr(self, name).attention.empty_cache(rows, places)
                 stacks[name] = {
                     key: jnp.broadcast_to(array, (cycle.turns, *array.shape))
@@ -192,11 +187,6 @@ class Decoder(nnx.Module):
                 }
         empty = jnp.full((rows, places), EMPTY, jnp.int32)
         return Cache(jnp.zeros((), jnp.int32), jnp.zeros_like(empty), empty, stacks)
-
-    def stack_name(self, cycle: Cycle, place: int) -> str:
-        """Attribute of the stack at one place of a cycle."""
-        alone = len(self.cycles) == 1 and len(cycle.kinds) == 1
-        return "layers" if alone else f"layers_{cycle.first + place}"
 
     def _layers(
         self,
@@ -227,9 +217,8 @@ class Decoder(nnx.Module):
         cache: Cache | None,
     ) -> tuple[Float[Array, "B S M"], list[MoEStats], dict[str, LayerCache]]:
         """All turns of one cycle; statistics in the order of the layers, caches by stack."""
-        names = [self.stack_name(cycle, place) for place in range(len(cycle.kinds))]
-        parts = [nnx.split(getattr(self, name)) for name in names]
-        kept = [{} if cache is None else cache.stacks[name] for name in names]
+        parts = [nnx.split(getattr(self, name)) for name in cycle.names]
+        kept = [{} if cache is None else cache.stacks[name] for name in cycle.names]
 
         def apply(graph: Any) -> Any:
             def layer(x: Float[Array, "B S M"], params: Any, kept: LayerCache) -> Any:
@@ -253,7 +242,7 @@ class Decoder(nnx.Module):
         x, (stats, caches) = jax.lax.scan(turn, x, ([params for _, params in parts], kept))
         if len(stats) > 1:
             stats = [jax.tree.map(_interleaved, *stats)]
-        return x, stats, dict(zip(names, caches, strict=True))
+        return x, stats, dict(zip(cycle.names, caches, strict=True))
 
 
 def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:

@@ -2,11 +2,15 @@
 
 What multiplies rows with experts' weights is handed in: batched products over capacity slots, or a
 grouped product over rows that stand by expert. So is what pins the arrays in between.
+
+Where experts have biases, a row that is nobody's (an empty slot, a filler) comes out as something
+and not as zero. Nothing reads it, so no gradient comes back to it either.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import jax.numpy as jnp
 from flax import nnx
@@ -15,12 +19,30 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from moe_shard.config.model import GatingConfig
-from moe_shard.layers.activation import ACTIVATIONS
-from moe_shard.moe.placement import EXPERT_WEIGHT_FUSED, EXPERT_WEIGHT_IN, EXPERT_WEIGHT_OUT
-from moe_shard.moe.weights import ExpertWeights, fuse
+from moe_shard.layers.activation import gated
+from moe_shard.moe.placement import (
+    EXPERT_BIAS_FUSED,
+    EXPERT_BIAS_IN,
+    EXPERT_BIAS_OUT,
+    EXPERT_WEIGHT_FUSED,
+    EXPERT_WEIGHT_IN,
+    EXPERT_WEIGHT_OUT,
+)
+from moe_shard.moe.weights import ExpertWeights, fuse, unfuse
+from moe_shard.sharding.rules import LogicalAxes
 
-Product = Callable[[Array, Array], Array]
-"""Rows [*R A], each by the weights [E A *P] of its own expert: rows [*R *P]."""
+
+class Product(Protocol):
+    """Rows, each by the weights of its own expert."""
+
+    def __call__(
+        self,
+        x: Float[Array, "*R A"],
+        w: Float[Array, "E A *P"],
+        bias: Float[Array, "E *P"] | None = None,
+    ) -> Float[Array, "*R *P"]:
+        """Multiply, and add the bias of the same expert."""
+        ...
 
 
 def gated_mlp(
@@ -28,7 +50,7 @@ def gated_mlp(
     weights: ExpertWeights,
     *,
     product: Product,
-    activate: Callable[[Float[Array, "*R H"]], Float[Array, "*R H"]],
+    gating: GatingConfig,
     pin_hidden: Callable[[Float[Array, "*R H"]], Float[Array, "*R H"]] = lambda h: h,
 ) -> Float[Array, "*R M"]:
     """Apply each row's expert to it.
@@ -37,23 +59,28 @@ def gated_mlp(
         x: rows; `product` knows which expert each belongs to.
         weights: of the experts at hand, in the dtype of the products.
         product: see `Product`.
-        activate: the gate's nonlinearity.
+        gating: what stands between the products.
         pin_hidden: says where the hidden activations live.
     """
-    if weights.fused:
-        both = product(x, weights.inward[0])
-        gate, up = both[..., 0, :], both[..., 1, :]
-    else:
-        gate, up = (product(x, w) for w in weights.inward)
-    return product(activate(pin_hidden(gate)) * pin_hidden(up), weights.down)
+    biases = weights.inward_bias or (None,) * len(weights.inward)
+    pairs = zip(weights.inward, biases, strict=True)
+    inward = [product(x, w, bias) for w, bias in pairs]
+    gate, up = unfuse(inward[0]) if weights.fused else inward
+    hidden = gated(pin_hidden(gate), pin_hidden(up), gating)
+    return product(hidden, weights.down, weights.down_bias)
 
 
 def batched_product(
-    x: Float[Array, "E *R A"], w: Float[Array, "E A *P"]
+    x: Float[Array, "E *R A"],
+    w: Float[Array, "E A *P"],
+    bias: Float[Array, "E *P"] | None = None,
 ) -> Float[Array, "E *R *P"]:
     """The `Product` where every expert has equally many rows."""
     rows, out = "bc"[: x.ndim - 2], "gh"[-(w.ndim - 2) :]
-    return jnp.einsum(f"e{rows}a,ea{out}->e{rows}{out}", x, w)
+    y = jnp.einsum(f"e{rows}a,ea{out}->e{rows}{out}", x, w)
+    if bias is None:
+        return y
+    return y + jnp.expand_dims(bias, tuple(range(1, 1 + len(rows))))
 
 
 class Experts(nnx.Module):
@@ -64,7 +91,7 @@ class Experts(nnx.Module):
         model_dim: M.
         hidden_dim: H.
         gating: activation, clamps, offset, biases.
-        fused: keep gate and up in one parameter `gate_up`, [E M 2 H].
+        fused: keep gate and up in one parameter `gate_up`, [E M 2 H], and so their biases.
         dtype: of the products.
         weight_dtype: of the parameters.
         rngs: source of the initial weights, the same fused or not.
@@ -95,8 +122,9 @@ class Experts(nnx.Module):
         self.down = nnx.Param(
             init(rngs.params(), shape_out, weight_dtype), logical_axes=EXPERT_WEIGHT_OUT
         )
-        self.fused = fused
-        self.activate = ACTIVATIONS[gating.activation]
+        if gating.bias:
+            self._make_biases(num_experts, hidden_dim, model_dim, fused, weight_dtype)
+        self.fused, self.gating = fused, gating
         self.dtype = dtype
 
     def weights(self) -> ExpertWeights:
@@ -104,7 +132,26 @@ class Experts(nnx.Module):
 
         Cast here, on the shards, so that FSDP gathers weights in the narrow dtype.
         """
-        inward = (self.gate_up,) if self.fused else (self.gate, self.up)
-        return ExpertWeights(
-            tuple(w[...].astype(self.dtype) for w in inward), self.down[...].astype(self.dtype)
-        )
+
+        def cast(*params: nnx.Param[Array]) -> tuple[Array, ...]:
+            return tuple(param[...].astype(self.dtype) for param in params)
+
+        inward = cast(self.gate_up) if self.fused else cast(self.gate, self.up)
+        (down,) = cast(self.down)
+        if not self.gating.bias:
+            return ExpertWeights(inward, down)
+        biases = cast(self.gate_up_bias) if self.fused else cast(self.gate_bias, self.up_bias)
+        return ExpertWeights(inward, down, biases, *cast(self.down_bias))
+
+    def _make_biases(
+        self, experts: int, hidden_dim: int, model_dim: int, fused: bool, dtype: DTypeLike
+    ) -> None:
+        def zeros(axes: LogicalAxes, *dims: int) -> nnx.Param[Array]:
+            return nnx.Param(jnp.zeros((experts, *dims), dtype), logical_axes=axes)
+
+        if fused:
+            self.gate_up_bias = zeros(EXPERT_BIAS_FUSED, 2, hidden_dim)
+        else:
+            self.gate_bias = zeros(EXPERT_BIAS_IN, hidden_dim)
+            self.up_bias = zeros(EXPERT_BIAS_IN, hidden_dim)
+        self.down_bias = zeros(EXPERT_BIAS_OUT, model_dim)

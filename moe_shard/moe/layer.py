@@ -1,5 +1,7 @@
 """The MoE layer: route; dispatch, exchange, experts, exchange, combine by a strategy.
 
+Experts that every token passes are added beside.
+
 The named scopes `router`, `dispatch`, `experts` and `combine` are what the HLO tools attribute
 collectives by.
 """
@@ -9,17 +11,19 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moe_shard.config.model import GatingConfig
-from moe_shard.config.moe import MoEConfig, RouterConfig
+from moe_shard.config.moe import MoEConfig
+from moe_shard.layers.mlp import MLP
 from moe_shard.moe.dispatch import make_strategy
 from moe_shard.moe.experts import Experts
-from moe_shard.moe.losses import expert_counts, load_balance_loss, router_z_loss
+from moe_shard.moe.losses import expert_counts, router_z_loss
 from moe_shard.moe.placement import Placement
-from moe_shard.moe.router import Choice, Router
+from moe_shard.moe.router import Router, Routing
 from moe_shard.sharding.annotate import Annotator
 
 
@@ -27,13 +31,13 @@ class MoEStats(NamedTuple):
     """What the layer tells of each batch row; unreduced, so that it costs no collective here.
 
     Attributes:
-        load_balance_loss: see `losses.load_balance_loss`; not yet weighted.
+        mean_probs: the router's scores, summing to 1, as means over the row's tokens.
         router_z_loss: see `losses.router_z_loss`; not yet weighted.
         expert_counts: choices of each expert, before drops.
         dropped: choices that found no slot.
     """
 
-    load_balance_loss: Float[Array, "B"]
+    mean_probs: Float[Array, "B E"]
     router_z_loss: Float[Array, "B"]
     expert_counts: Int[Array, "B E"]
     dropped: Int[Array, "B"]
@@ -69,8 +73,7 @@ class MoELayer(nnx.Module):
             model_dim=model_dim,
             num_experts=config.num_experts,
             k=config.num_experts_per_tok,
-            renormalise=config.router.norm_topk_prob,
-            choice=_choice(config.router),
+            config=config.router,
             rngs=rngs,
         )
         self.experts = Experts(
@@ -83,6 +86,23 @@ class MoELayer(nnx.Module):
             weight_dtype=weight_dtype,
             rngs=rngs,
         )
+        self.shared: MLP | None = None
+        self.shared_gate: nnx.Param[Array] | None = None
+        if config.shared_dim:
+            self.shared = MLP(
+                model_dim=model_dim,
+                hidden_dim=config.shared_dim,
+                gating=gating,
+                dtype=dtype,
+                weight_dtype=weight_dtype,
+                annotate=annotate,
+                rngs=rngs,
+            )
+        if config.shared_gate:
+            init = jax.nn.initializers.normal(stddev=model_dim**-0.5)
+            self.shared_gate = nnx.Param(
+                init(rngs.params(), (model_dim,), weight_dtype), logical_axes=("embed_router",)
+            )
         self.strategy = make_strategy(config, self.placement)
 
     def __call__(self, x: Float[Array, "B S M"]) -> tuple[Float[Array, "B S M"], MoEStats]:
@@ -91,23 +111,33 @@ class MoELayer(nnx.Module):
         Returns:
             The weighted sum of the experts' outputs, in `x`'s dtype, and the rows' statistics.
         """
+        shared = self._of_shared(x)
         x = self.placement.tokens(x)
-        with jax.named_scope("router"):
-            routing = self.router(x)
+        routing = self.route(x)
         y, dropped = self.strategy(x, routing, self.experts)
         with jax.named_scope("router"):
             stats = MoEStats(
-                load_balance_loss(
-                    routing.probs, routing.indices, self.config.load_balance_loss_type
-                ),
+                jnp.mean(routing.probs, axis=1),
                 router_z_loss(routing.logits),
                 expert_counts(routing.indices, self.config.num_experts),
                 dropped,
             )
-        return self.placement.tokens(y), stats
+        y = self.placement.tokens(y)
+        return y if shared is None else y + shared, stats
 
+    def route(self, x: Float[Array, "B S M"]) -> Routing:
+        """What the router decides for every token."""
+        with jax.named_scope("router"):
+            return self.router(x)
 
-def _choice(config: RouterConfig) -> Choice:
-    if config.force_load_balance:
-        return "round_robin"
-    return "random" if config.random else "learned"
+    def _of_shared(self, x: Float[Array, "B S M"]) -> Float[Array, "B S M"] | None:
+        """What the experts that every token passes add; None where there are none."""
+        if self.shared is None:
+            return None
+        y = self.shared(x)
+        if self.shared_gate is None:
+            return y
+        with jax.named_scope("mlp"):
+            gate = self.shared_gate[...].astype(x.dtype)
+            share = jax.nn.sigmoid(jnp.einsum("bsm,m->bs", x, gate))
+            return share[..., None] * y

@@ -1,7 +1,7 @@
-"""Auxiliary losses of the router, one number per batch row.
+"""Auxiliary losses of the router.
 
-Rows, not one mean: the mean over the batch is taken once for all layers where the training loss is
-formed, so that a layer adds no collective. Fractions count choices before any is dropped.
+A layer gives sums of each batch row, and the losses are formed once for all layers where the
+training loss is, so that a layer adds no collective. Fractions count choices before any is dropped.
 """
 
 from __future__ import annotations
@@ -19,29 +19,41 @@ def expert_counts(indices: Int[Array, "B S K"], num_experts: int) -> Int[Array, 
 
 
 def load_balance_loss(
-    probs: Float[Array, "B S E"], indices: Int[Array, "B S K"], convention: LoadBalanceLoss
-) -> Float[Array, "B"]:
-    """Load-balance loss, `sum over experts of mean probability * fraction of choices`, scaled.
+    mean_probs: Float[Array, "L B E"],
+    counts: Int[Array, "L B E"],
+    *,
+    tokens: int,
+    k: int,
+    convention: LoadBalanceLoss,
+) -> Float[Array, ""]:
+    """Load-balance loss: the sum over experts of mean probability times fraction of choices.
 
-    - "maxtext": per row, times E * 1/S-fractions that sum to K: K when balanced, E when k = 1
-      and all tokens take one expert. MaxText's, and the only one local to a row.
-    - "gshard": over the whole batch, normalised to 1 when balanced (GShard, arXiv 2006.16668;
-      Switch Transformer, arXiv 2101.03961, for k = 1).
-    - "huggingface": K times "gshard", as transformers' `load_balancing_loss_func` computes it.
+    - "maxtext": of each row of each layer, times E, the fractions summing to K: K when balanced, E
+      when k = 1 and all tokens take one expert; then the mean. MaxText's, and the only one local
+      to a row.
+    - "gshard": of each layer over the whole batch, normalised to 1 when balanced (GShard, arXiv
+      2006.16668; Switch Transformer, arXiv 2101.03961, for k = 1); then the mean over layers.
+    - "huggingface": over the whole batch and all layers together, K when balanced, as
+      transformers' `load_balancing_loss_func` computes it.
 
-    The batch-wide ones need the means of all devices' rows: one small all-reduce a layer. Every
-    row then holds the same number.
+    Args:
+        mean_probs: of each row, the mean over its tokens.
+        counts: choices of each expert, see `expert_counts`.
+        tokens: S, of a row.
+        k: K.
+        convention: see above.
     """
-    batch, tokens, num_experts = probs.shape
-    k = indices.shape[-1]
-    fraction = expert_counts(indices, num_experts).astype(jnp.float32) / tokens
-    mean_prob = jnp.mean(probs, axis=1)
-    if convention == "maxtext":
-        return num_experts * jnp.sum(mean_prob * fraction, axis=-1)
-    loss = num_experts * jnp.sum(jnp.mean(mean_prob, axis=0) * jnp.mean(fraction, axis=0))
-    if convention == "gshard":
-        loss = loss / k
-    return jnp.broadcast_to(loss, (batch,))
+    num_experts = mean_probs.shape[-1]
+    fraction = counts.astype(jnp.float32) / tokens
+    match convention:
+        case "maxtext":
+            over: tuple[int, ...] = ()
+        case "gshard":
+            over, fraction = (1,), fraction / k
+        case "huggingface":
+            over = (0, 1)
+    together = jnp.mean(mean_probs, axis=over) * jnp.mean(fraction, axis=over)
+    return num_experts * jnp.mean(jnp.sum(together, axis=-1))
 
 
 def router_z_loss(logits: Float[Array, "B S E"]) -> Float[Array, "B"]:

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from moe_shard.moe.record import MoERecord
-from moe_shard.moe.shards import Shards
+from moe_shard.moe.shards import Shards, WeightSpecs
 from moe_shard.moe.weights import ExpertWeights
 from moe_shard.sharding.annotate import Annotator
 from moe_shard.sharding.rules import LogicalAxes
@@ -31,7 +31,11 @@ TOKENS = ("activation_batch_moe", "activation_length_moe", "activation_embed_moe
 EXPERT_WEIGHT_IN = ("exp", "embed_moe", "mlp_moe")
 EXPERT_WEIGHT_FUSED = ("exp", "embed_moe", None, "mlp_moe")
 EXPERT_WEIGHT_OUT = ("exp", "mlp_moe", "embed_moe")
+EXPERT_BIAS_IN = ("exp", "mlp_moe")
+EXPERT_BIAS_FUSED = ("exp", None, "mlp_moe")
+EXPERT_BIAS_OUT = ("exp", None)
 ROUTER_KERNEL = ("embed_router", "exp_router")
+ROUTER_VECTOR = ("exp_router",)
 
 
 class Placement:
@@ -108,7 +112,14 @@ class Placement:
             stored, used = EXPERT_WEIGHT_FUSED, (exp, None, None, hidden)
         inward = tuple(use(w, stored, used, name="moe gate, up") for w in weights.inward)
         down = use(weights.down, EXPERT_WEIGHT_OUT, (exp, hidden, None), name="moe down")
-        return ExpertWeights(inward, down)
+        if weights.down_bias is None:
+            return ExpertWeights(inward, down)
+        stored, used = EXPERT_BIAS_IN, (exp, hidden)
+        if weights.fused:
+            stored, used = EXPERT_BIAS_FUSED, (exp, None, hidden)
+        biases = tuple(use(b, stored, used, name="moe gate, up bias") for b in weights.inward_bias)
+        bias = use(weights.down_bias, EXPERT_BIAS_OUT, (exp, None), name="moe down bias")
+        return ExpertWeights(inward, down, biases, bias)
 
     def shards(self, x: Float[Array, "B S M"], weights: ExpertWeights) -> Shards:
         """The same arrays for code that runs on each device by itself.
@@ -124,12 +135,19 @@ class Placement:
         def spec(name: str, axes: LogicalAxes, of: Array) -> PartitionSpec:
             return self.annotate.sharding(name, axes, of.shape, dtype=of.dtype).spec
 
-        axes = EXPERT_WEIGHT_FUSED if weights.fused else EXPERT_WEIGHT_IN
+        fused = weights.fused
+        axes: LogicalAxes = EXPERT_WEIGHT_FUSED if fused else EXPERT_WEIGHT_IN
+        of_bias: LogicalAxes = EXPERT_BIAS_FUSED if fused else EXPERT_BIAS_IN
+        bias = weights.down_bias
         return Shards(
             self.annotate.mesh,
             tokens=spec("moe tokens", TOKENS, x),
-            inward=tuple(spec("moe gate, up as stored", axes, w) for w in weights.inward),
-            down=spec("moe down as stored", EXPERT_WEIGHT_OUT, weights.down),
+            weights=WeightSpecs(
+                tuple(spec("moe gate, up as stored", axes, w) for w in weights.inward),
+                spec("moe down as stored", EXPERT_WEIGHT_OUT, weights.down),
+                tuple(spec("moe gate, up bias as stored", of_bias, b) for b in weights.inward_bias),
+                None if bias is None else spec("moe down bias as stored", EXPERT_BIAS_OUT, bias),
+            ),
             expert_axes=self.expert_axes,
         )
 

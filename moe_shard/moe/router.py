@@ -5,7 +5,7 @@ Arithmetic only: no mesh, and nothing here needs one, because every step is loca
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from moe_shard.moe.placement import ROUTER_KERNEL
+from moe_shard.config.moe import RouterConfig
+from moe_shard.moe.placement import ROUTER_KERNEL, ROUTER_VECTOR
 
 ROUTING = "routing"
 """Name under which every remat policy saves the choice, so that recomputation repeats it."""
@@ -24,10 +25,10 @@ class Routing(NamedTuple):
     """What the router decided. All floats are float32.
 
     Attributes:
-        logits: raw scores.
-        probs: softmax of the scores over all experts.
+        logits: raw scores, a learned bias included.
+        probs: scores over all experts that sum to 1, for the load-balance loss.
         indices: the chosen experts, best first.
-        weights: how much each chosen expert counts; sums to 1 over K where renormalised.
+        weights: how much each chosen expert counts.
     """
 
     logits: Float[Array, "B S E"]
@@ -42,19 +43,23 @@ def top_k_indices(scores: Float[Array, "B S E"], k: int) -> Int[Array, "B S K"]:
     Rounds of argmax and mask, because the partitioner gathers the whole batch for `lax.top_k`
     over a batch-sharded array, on CPU, and on TPU it reads four times the bytes.
     """
-    num_experts = scores.shape[-1]
     # Above the mask's -inf, so that an expert that was masked before is not chosen twice.
     scores = jnp.maximum(scores, jnp.finfo(scores.dtype).min)
     chosen = []
     for _ in range(k):
         best = jnp.argmax(scores, axis=-1)
         chosen.append(best)
-        scores = jnp.where(jax.nn.one_hot(best, num_experts, dtype=jnp.bool_), -jnp.inf, scores)
+        scores = _without(scores, best)
     return jnp.stack(chosen, axis=-1)
 
 
-Choice = Literal["learned", "round_robin", "random"]
-"""How experts are chosen; the last two are for benchmarks and leave the weights the router's."""
+def _without(scores: Float[Array, "B S E"], index: Int[Array, "B S"]) -> Float[Array, "B S E"]:
+    return jnp.where(jax.nn.one_hot(index, scores.shape[-1], dtype=jnp.bool_), -jnp.inf, scores)
+
+
+def _at(values: Float[Array, "B S E"], index: Int[Array, "B S"]) -> Float[Array, "B S"]:
+    """One value of each row. By a mask: its gradient is a product, not a scatter."""
+    return jnp.sum(values * jax.nn.one_hot(index, values.shape[-1]), axis=-1)
 
 
 def round_robin(*, tokens: int, k: int, num_experts: int) -> Int[np.ndarray, "S K"]:
@@ -78,39 +83,91 @@ def shuffled(logits: Float[Array, "B S E"]) -> Float[Array, "B S E"]:
     return (bits ^ (bits >> 16)).astype(jnp.float32)
 
 
-def _choose(logits: Float[Array, "B S E"], k: int, choice: Choice) -> Int[Array, "B S K"]:
-    batch, tokens, num_experts = logits.shape
-    if choice == "round_robin":
+def in_kept_groups(scores: Float[Array, "B S E"], config: RouterConfig) -> Float[Array, "B S E"]:
+    """The scores, -inf outside the groups of experts that a token may choose from.
+
+    Sources: DeepSeek-V2 (arXiv 2405.04434, section 2.2.2), which ranks groups by their best
+    expert, and DeepSeek-V3 (arXiv 2412.19437), which does by the sum of their best two.
+    """
+    groups, kept = config.groups
+    if kept == groups:
+        return scores
+    batch, tokens, num_experts = scores.shape
+    by_group = scores.reshape(batch, tokens, groups, num_experts // groups)
+    of_group = jnp.max(by_group, axis=-1)
+    if config.group_score == "top2_sum":
+        best = jnp.argmax(by_group, axis=-1)
+        of_group = of_group + jnp.max(_without(by_group, best), axis=-1)
+    chosen = top_k_indices(of_group, kept)
+    is_kept = jnp.any(jax.nn.one_hot(chosen, groups, dtype=jnp.bool_), axis=-2)
+    return jnp.where(jnp.repeat(is_kept, num_experts // groups, axis=-1), scores, -jnp.inf)
+
+
+def _choose(
+    scores: Float[Array, "B S E"], logits: Float[Array, "B S E"], k: int, config: RouterConfig
+) -> Int[Array, "B S K"]:
+    batch, tokens, num_experts = scores.shape
+    if config.force_load_balance:
         row = round_robin(tokens=tokens, k=k, num_experts=num_experts)
         return jnp.broadcast_to(row, (batch, *row.shape))
-    return top_k_indices(shuffled(logits) if choice == "random" else logits, k)
+    if config.random:
+        return top_k_indices(shuffled(logits), k)
+    return top_k_indices(in_kept_groups(scores, config), k)
+
+
+def _sparsemixer_weights(
+    logits: Float[Array, "B S E"], indices: Int[Array, "B S K"], *, jitter: float
+) -> Float[Array, "B S K"]:
+    """Each chosen expert's share of a softmax over the logits near it, those before it left out.
+
+    As Phi-3.5-MoE computes it at evaluation (SparseMixer-v2, arXiv 2409.12136). Its training form
+    draws experts at random and corrects the gradient for that; here the best are taken, and the
+    gradient is the softmax's.
+    """
+    left = logits
+    weights = []
+    for slot in range(indices.shape[-1]):
+        index = indices[..., slot]
+        best = jax.lax.stop_gradient(_at(logits, index))[..., None]
+        far = (best - logits) / jnp.maximum(jnp.abs(logits), best) > 2 * jitter
+        weights.append(_at(jax.nn.softmax(jnp.where(far, -jnp.inf, left), axis=-1), index))
+        left = _without(left, index)
+    return jnp.stack(weights, axis=-1)
 
 
 def route(
-    logits: Float[Array, "B S E"], k: int, *, renormalise: bool, choice: Choice = "learned"
+    logits: Float[Array, "B S E"],
+    k: int,
+    *,
+    config: RouterConfig,
+    correction: Float[Array, "E"] | None = None,
 ) -> Routing:
-    """Softmax over all experts, then the k most probable ones.
+    """Scores of all experts, the k best ones, and their weights.
 
     Args:
-        logits: the router's scores.
+        logits: the router's raw scores.
         k: experts per token.
-        renormalise: divide the k weights by their sum, as Mixtral does.
-        choice: of the experts.
+        config: score function, groups, what becomes of the weights.
+        correction: added to the scores where experts are chosen, and only there.
     """
-    probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    # By probability, not by score: softmax may round two scores to one, and ties go to the first.
-    scores = jax.lax.stop_gradient(probs if choice == "learned" else logits)
-    indices = checkpoint_name(_choose(scores, k, choice), ROUTING)
-    # One mask per choice rather than take_along_axis: its gradient is a product, not a scatter.
-    weights = jnp.stack(
-        [
-            jnp.sum(probs * jax.nn.one_hot(indices[..., slot], probs.shape[-1]), axis=-1)
-            for slot in range(k)
-        ],
-        axis=-1,
-    )
-    if renormalise:
+    logits = logits.astype(jnp.float32)
+    softmax = jax.nn.softmax(logits, axis=-1)
+    scores = probs = softmax
+    if config.score_func == "sigmoid":
+        scores = jax.nn.sigmoid(logits)
+        probs = scores / jnp.sum(scores, axis=-1, keepdims=True)
+    # By score, not by logit: the softmax may round two logits to one, and ties go to the first.
+    ranked = jax.lax.stop_gradient(scores if correction is None else scores + correction)
+    chosen = _choose(ranked, jax.lax.stop_gradient(logits), k, config)
+    indices = checkpoint_name(chosen, ROUTING)
+    if config.score_func == "sparsemixer":
+        weights = _sparsemixer_weights(logits, indices, jitter=config.sparsemixer_jitter)
+    else:
+        weights = jnp.stack([_at(scores, indices[..., slot]) for slot in range(k)], axis=-1)
+    if config.norm_topk_prob:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    if config.scaling_factor != 1:
+        weights = weights * config.scaling_factor
     return Routing(logits, probs, indices, weights)
 
 
@@ -121,29 +178,27 @@ class Router(nnx.Module):
         model_dim: M.
         num_experts: E.
         k: experts per token.
-        renormalise: see `route`.
-        choice: of the experts.
+        config: see `route`; and which biases there are.
         rngs: source of the initial kernel.
     """
 
     def __init__(
-        self,
-        *,
-        model_dim: int,
-        num_experts: int,
-        k: int,
-        renormalise: bool,
-        choice: Choice,
-        rngs: nnx.Rngs,
+        self, *, model_dim: int, num_experts: int, k: int, config: RouterConfig, rngs: nnx.Rngs
     ) -> None:
         init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
         self.kernel = nnx.Param(
             init(rngs.params(), (model_dim, num_experts), jnp.float32),
             logical_axes=ROUTER_KERNEL,
         )
+
+        def vector() -> nnx.Param[Array]:
+            return nnx.Param(jnp.zeros((num_experts,), jnp.float32), logical_axes=ROUTER_VECTOR)
+
+        self.bias = vector() if config.bias else None
+        # No gradient reaches it, so no optimizer moves it; `training.balance` may.
+        self.correction_bias = vector() if config.correction_bias else None
         self.k = k
-        self.renormalise = renormalise
-        self.choice = choice
+        self.config = config
 
     def __call__(self, x: Float[Array, "B S M"]) -> Routing:
         """Route every token of `x`."""
@@ -155,4 +210,7 @@ class Router(nnx.Module):
             self.kernel[...],
             precision=jax.lax.Precision.HIGHEST,
         )
-        return route(logits, self.k, renormalise=self.renormalise, choice=self.choice)
+        if self.bias is not None:
+            logits = logits + self.bias[...]
+        correction = None if self.correction_bias is None else self.correction_bias[...]
+        return route(logits, self.k, config=self.config, correction=correction)

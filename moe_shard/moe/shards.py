@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -27,6 +28,15 @@ def axes_of(entry: str | Axes | None) -> Axes:
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
+class WeightSpecs(NamedTuple):
+    """The specs of an `ExpertWeights`, field by field."""
+
+    inward: tuple[PartitionSpec, ...]
+    down: PartitionSpec
+    inward_bias: tuple[PartitionSpec, ...]
+    down_bias: PartitionSpec | None
+
+
 @dataclass(frozen=True)
 class Shards:
     """Where the arrays of one layer live, and how a device makes of its shards what it needs.
@@ -34,8 +44,7 @@ class Shards:
     Attributes:
         mesh: the devices.
         tokens: spec of the layer's input and output, [B S M].
-        inward: spec of each of `ExpertWeights.inward`, as stored.
-        down: spec of `ExpertWeights.down`, as stored.
+        weights: specs of `ExpertWeights`, as stored.
         expert_axes: the mesh axes that split the experts; their devices are an expert group.
 
     Raises:
@@ -44,8 +53,7 @@ class Shards:
 
     mesh: Mesh | AbstractMesh
     tokens: PartitionSpec
-    inward: tuple[PartitionSpec, ...]
-    down: PartitionSpec
+    weights: WeightSpecs
     expert_axes: Axes
 
     def __post_init__(self) -> None:
@@ -57,7 +65,7 @@ class Shards:
                 f"fix: {', '.join(missing)} in the row of activation_batch_moe, or "
                 "moe_dispatch=gather"
             )
-        stored = axes_of(self.down[0])
+        stored = axes_of(self.weights.down[0])
         if stored[: len(self.expert_axes)] != self.expert_axes:
             raise UserError(
                 f"moe_dispatch=ragged: expert weights are stored over {', '.join(stored) or 'no'} "
@@ -88,7 +96,7 @@ class Shards:
     @property
     def hidden_axes(self) -> Axes:
         """The mesh axes over which H stays split in use: those that split no tokens."""
-        return tuple(axis for axis in axes_of(self.down[1]) if axis not in self.token_axes)
+        return tuple(axis for axis in axes_of(self.weights.down[1]) if axis not in self.token_axes)
 
     @property
     def expert_parallelism(self) -> int:
@@ -109,7 +117,7 @@ class Shards:
             check_vma: have JAX check that what is said to be equal on devices is.
         """
         rows = PartitionSpec(self.tokens[0])
-        weights: Any = ExpertWeights(self.inward, self.down)  # type: ignore[arg-type]
+        weights: Any = ExpertWeights(*self.weights)  # type: ignore[arg-type]
         choices = PartitionSpec(self.tokens[0], self.tokens[1])
         return jax.shard_map(
             local,
@@ -125,13 +133,33 @@ class Shards:
         The gradient is scattered the same way back. Over axes that split tokens but not weights
         (data) it is summed after that, when it is a shard: hence the cast to varying at first.
         """
-        inward = tuple(
-            self._gathered(w, spec, hidden=w.ndim - 1)
-            for w, spec in zip(stored.inward, self.inward, strict=True)
-        )
-        return ExpertWeights(inward, self._gathered(stored.down, self.down, hidden=1))
 
-    def _gathered(self, w: Array, spec: PartitionSpec, *, hidden: int) -> Array:
+        def inward(
+            arrays: tuple[Array, ...], specs: tuple[PartitionSpec, ...]
+        ) -> tuple[Array, ...]:
+            pairs = zip(arrays, specs, strict=True)
+            return tuple(self._gathered(w, spec, hidden=w.ndim - 1) for w, spec in pairs)
+
+        specs = self.weights
+        bias = stored.down_bias
+        if bias is not None:
+            assert specs.down_bias is not None
+            bias = self._gathered(bias, specs.down_bias, hidden=None)
+        return ExpertWeights(
+            inward(stored.inward, specs.inward),
+            self._gathered(stored.down, specs.down, hidden=1),
+            inward(stored.inward_bias, specs.inward_bias),
+            None if bias is None else self._once(bias),
+        )
+
+    def _once(self, bias: Float[Array, "E M"]) -> Float[Array, "E M"]:
+        """A bias of what is summed over parts of H: with one of the parts, 0 with the others."""
+        if not self.hidden_axes:
+            return bias
+        first = jax.lax.axis_index(self.hidden_axes) == 0
+        return jnp.where(first, bias, jnp.zeros_like(bias))
+
+    def _gathered(self, w: Array, spec: PartitionSpec, *, hidden: int | None) -> Array:
         w = vary_over(w, self.token_axes)
         for dim, entry in enumerate(spec):
             kept = self.expert_axes if dim == 0 else self.hidden_axes if dim == hidden else ()

@@ -14,10 +14,14 @@ class ExpertWeights(NamedTuple):
     Attributes:
         inward: gate and up, [E M H] each; or, fused, the one array [E M 2 H] of both.
         down: the way out.
+        inward_bias: of gate and up, [E H] each, or of both, [E 2 H]; empty where there are none.
+        down_bias: None where there are none.
     """
 
     inward: tuple[Float[Array, "E M *GH"], ...]
     down: Float[Array, "E H M"]
+    inward_bias: tuple[Float[Array, "E *GH"], ...] = ()
+    down_bias: Float[Array, "E M"] | None = None
 
     @property
     def fused(self) -> bool:
@@ -25,13 +29,13 @@ class ExpertWeights(NamedTuple):
         return len(self.inward) == 1
 
 
-def fuse(gate: Float[Array, "*E M H"], up: Float[Array, "*E M H"]) -> Float[Array, "*E M 2 H"]:
-    """Gate and up as the one array that `gate_up` holds; `unfuse` is the exact inverse."""
+def fuse(gate: Float[Array, "*E H"], up: Float[Array, "*E H"]) -> Float[Array, "*E 2 H"]:
+    """Gate and up, weights or biases, as the one array of both; `unfuse` is the exact inverse."""
     return jnp.stack([gate, up], axis=-2)
 
 
 def unfuse(
-    gate_up: Float[Array, "*E M 2 H"],
-) -> tuple[Float[Array, "*E M H"], Float[Array, "*E M H"]]:
+    gate_up: Float[Array, "*E 2 H"],
+) -> tuple[Float[Array, "*E H"], Float[Array, "*E H"]]:
     """Gate and up of a fused array."""
     return gate_up[..., 0, :], gate_up[..., 1, :]

@@ -40,9 +40,9 @@ def make_optimizer(config: TrainConfig, specs: Params) -> optax.GradientTransfor
     """
     schedule = make_schedule(config)
     if config.optimizer == "adamw":
-        # Neither stacked layers nor a dim without a name make a matrix of a vector.
+        # Neither stacked layers or experts nor a dim without a name make a matrix of a vector.
         decayed = jax.tree.map(
-            lambda spec: len(set(spec.logical_axes) - {"layers", None}) > 1, specs
+            lambda spec: len(set(spec.logical_axes) - {"layers", "exp", None}) > 1, specs
         )
         update = optax.adamw(
             schedule,

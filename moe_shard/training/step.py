@@ -19,7 +19,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from moe_shard.config.schema import Config
 from moe_shard.models.params import AbstractModel, Params, describe
 from moe_shard.moe.layer import MoEStats
+from moe_shard.moe.losses import load_balance_loss
 from moe_shard.sharding.annotate import Annotator
+from moe_shard.training.balance import balanced
 from moe_shard.training.optimizer import make_optimizer, make_schedule
 
 Batch = dict[str, Int[Array, "A B S"]]
@@ -103,6 +105,7 @@ def make_program(config: Config, annotate: Annotator) -> Program:
             grad_norm = optax.tree.norm(grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
+            params = balanced(config.model, params, losses.expert_counts)
         metrics = {
             "loss": loss,
             "ce_loss": losses.ce_loss,
@@ -179,7 +182,13 @@ def _with_moe(config: Config, ce_loss: Float[Array, ""], stats: MoEStats | None)
     moe = config.model.moe
     if stats is None or moe is None:
         return Losses(ce_loss, zero, zero, jnp.ones((1, 1), jnp.float32))
-    balance = jnp.mean(stats.load_balance_loss) * moe.load_balance_loss_weight
+    balance = moe.load_balance_loss_weight * load_balance_loss(
+        stats.mean_probs,
+        stats.expert_counts,
+        tokens=config.train.max_target_length,
+        k=moe.num_experts_per_tok,
+        convention=moe.load_balance_loss_type,
+    )
     z_loss = jnp.mean(stats.router_z_loss) * moe.router_z_loss_weight
     return Losses(
         ce_loss=ce_loss,

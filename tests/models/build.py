@@ -144,7 +144,10 @@ def evaluate(config: Config, params: Params, batch: Mapping[str, np.ndarray]) ->
         is_target = jax.nn.one_hot(batch["targets"], logits.shape[-1])
         loss = -jnp.sum(jax.nn.log_softmax(logits) * is_target) / is_target[..., 0].size
         if moe is not None and stats is not None:
-            loss += moe.load_balance_loss_weight * jnp.mean(stats.load_balance_loss)
+            assert moe.load_balance_loss_type == "maxtext"
+            fraction = stats.expert_counts / fields["inputs"].shape[1]
+            balance = jnp.sum(stats.mean_probs * fraction, axis=-1) * moe.num_experts
+            loss += moe.load_balance_loss_weight * jnp.mean(balance)
             loss += moe.router_z_loss_weight * jnp.mean(stats.router_z_loss)
         return loss, (logits, stats)
 

@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from moe_shard.config.load import load_config
 from moe_shard.config.moe import MoEConfig, RouterConfig
 from moe_shard.moe.layer import MoELayer, MoEStats
+from moe_shard.moe.losses import load_balance_loss
 from moe_shard.sharding.annotate import Annotator
 from tests.moe.inputs import Inputs
 from tests.moe.oracle import Settings
@@ -76,6 +77,7 @@ class Outputs(NamedTuple):
     """What one step gives; `grads` by the oracle's names."""
 
     total: jax.Array
+    load_balance: jax.Array
     y: jax.Array
     stats: MoEStats
     grads: dict[str, jax.Array]
@@ -114,17 +116,24 @@ class BuiltLayer:
 
         def total(
             params: dict[str, jax.Array], x: jax.Array
-        ) -> tuple[jax.Array, tuple[jax.Array, MoEStats]]:
+        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, MoEStats]]:
             y, stats = wrap(self.apply)(params, x)
             loss = jnp.sum(y.astype(jnp.float32) * cotangent.astype(jnp.float32))
-            loss += self.settings.load_balance_weight * jnp.mean(stats.load_balance_loss)
+            balance = load_balance_loss(
+                stats.mean_probs[None],
+                stats.expert_counts[None],
+                tokens=x.shape[1],
+                k=self.settings.k,
+                convention=self.settings.load_balance,
+            )
+            loss += self.settings.load_balance_weight * balance
             loss += self.settings.z_weight * jnp.mean(stats.router_z_loss)
-            return loss, (y, stats)
+            return loss, (balance, y, stats)
 
-        (loss, (y, stats)), (by_params, by_x) = jax.value_and_grad(
-            total, argnums=(0, 1), has_aux=True
-        )(params, x)
-        return Outputs(loss, y, stats, {"x": by_x, **by_params})
+        (loss, aux), (by_params, by_x) = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(
+            params, x
+        )
+        return Outputs(loss, *aux, {"x": by_x, **by_params})
 
     def shardings(self) -> tuple[dict[str, NamedSharding], NamedSharding]:
         """Of the parameters and of the tokens."""
@@ -136,7 +145,7 @@ class BuiltLayer:
         return jax.jit(
             lambda p, x, cotangent: self.step(p, x, cotangent, **options),
             in_shardings=(params, tokens, tokens),
-            out_shardings=Outputs(None, tokens, None, {"x": tokens, **params}),
+            out_shardings=Outputs(None, None, tokens, None, {"x": tokens, **params}),
         )
 
     def lower(self, **options: Any) -> Any:

@@ -7,15 +7,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_shard.config.moe import LoadBalanceLoss
 from moe_shard.moe.losses import expert_counts, load_balance_loss, router_z_loss
 from moe_shard.moe.router import top_k_indices
 from tests.moe.oracle import load_balance_rows, top_k
 from tests.moe.test_capacity import LOGITS, PROBS
 
 
-def loss(probs: np.ndarray, k: int, convention: str) -> np.ndarray:
-    indices = top_k_indices(jnp.array(probs), k)
-    return np.asarray(load_balance_loss(jnp.array(probs), indices, convention))
+def load_balance(
+    probs: jax.Array, indices: np.ndarray, convention: LoadBalanceLoss, experts: int
+) -> jax.Array:
+    """Of routing [L B S E] and choices [L B S K]."""
+    counts = jnp.stack([expert_counts(jnp.array(layer), experts) for layer in indices])
+    tokens, k = indices.shape[-2:]
+    means = jnp.mean(probs, axis=2)
+    return load_balance_loss(means, counts, tokens=tokens, k=k, convention=convention)
+
+
+def loss(probs: np.ndarray, k: int, convention: LoadBalanceLoss) -> float:
+    """Of one layer's routing [B S E]."""
+    indices = np.asarray(top_k_indices(jnp.array(probs), k))
+    return float(load_balance(jnp.array(probs[None]), indices[None], convention, probs.shape[-1]))
 
 
 def one_hot_rows(*experts: int) -> np.ndarray:
@@ -24,28 +36,30 @@ def one_hot_rows(*experts: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("k", "expected"), [(2, 1.03342), (1, 1.06684)])
 def test_the_published_example(k: int, expected: float) -> None:
-    np.testing.assert_allclose(loss(PROBS[None], k, "gshard"), [expected], atol=5e-6)
-    np.testing.assert_allclose(loss(PROBS[None], k, "huggingface"), [k * expected], atol=1e-5)
+    np.testing.assert_allclose(loss(PROBS[None], k, "gshard"), expected, atol=5e-6)
+    np.testing.assert_allclose(loss(PROBS[None], k, "huggingface"), k * expected, atol=1e-5)
     # With one row, the mean over rows is the mean over the batch.
-    np.testing.assert_allclose(loss(PROBS[None], k, "maxtext"), [k * expected], atol=1e-5)
+    np.testing.assert_allclose(loss(PROBS[None], k, "maxtext"), k * expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("convention", ["maxtext", "gshard", "huggingface"])
-def test_balanced_is_one_and_collapsed_is_the_number_of_experts(convention: str) -> None:
-    np.testing.assert_allclose(loss(one_hot_rows(0, 1, 2, 3), 1, convention), [1])
-    np.testing.assert_allclose(loss(one_hot_rows(2, 2, 2, 2), 1, convention), [4])
+def test_balanced_is_one_and_collapsed_is_the_number_of_experts(
+    convention: LoadBalanceLoss,
+) -> None:
+    np.testing.assert_allclose(loss(one_hot_rows(0, 1, 2, 3), 1, convention), 1)
+    np.testing.assert_allclose(loss(one_hot_rows(2, 2, 2, 2), 1, convention), 4)
 
 
 def test_only_maxtexts_is_local_to_a_row() -> None:
     # Each row takes one expert for all its tokens; together the rows are balanced.
     probs = np.concatenate([one_hot_rows(e, e, e) for e in range(4)])
-    np.testing.assert_allclose(loss(probs, 1, "maxtext"), [4] * 4)
-    np.testing.assert_allclose(loss(probs, 1, "gshard"), [1] * 4)
+    np.testing.assert_allclose(loss(probs, 1, "maxtext"), 4)
+    np.testing.assert_allclose(loss(probs, 1, "gshard"), 1)
 
 
 @pytest.mark.parametrize("convention", ["maxtext", "gshard", "huggingface"])
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_values_and_gradients_are_the_oracles(convention: str, k: int) -> None:
+def test_values_and_gradients_are_the_oracles(convention: LoadBalanceLoss, k: int) -> None:
     rng = np.random.default_rng(k)
     probs = rng.dirichlet(np.ones(5), size=(3, 7))
     indices = np.array([[top_k(p, k) for p in row] for row in probs])
@@ -54,10 +68,10 @@ def test_values_and_gradients_are_the_oracles(convention: str, k: int) -> None:
     np.testing.assert_array_equal(expert_counts(jnp.array(indices), 5), counts)
 
     def mean(probs: jax.Array) -> jax.Array:
-        return jnp.mean(load_balance_loss(probs, jnp.array(indices), convention))
+        return load_balance(probs[None], indices[None], convention, 5)
 
     found_grad = jax.grad(mean)(jnp.array(probs, jnp.float32))
-    np.testing.assert_allclose(loss(probs, k, convention), expected, rtol=1e-6)
+    np.testing.assert_allclose(loss(probs, k, convention), expected.mean(), rtol=1e-6)
     np.testing.assert_allclose(found_grad, expected_grad, rtol=1e-5)
 
 
@@ -66,3 +80,14 @@ def test_z_loss_is_the_mean_square_of_log_z() -> None:
     np.testing.assert_allclose(router_z_loss(jnp.array(LOGITS[None])), [expected], rtol=1e-6)
     # Scores of 1000 overflow exp in float32; the loss must not.
     np.testing.assert_allclose(router_z_loss(jnp.full((1, 2, 1), 1000.0)), [1e6])
+
+
+def test_layers_together_and_one_by_one() -> None:
+    # One layer takes experts 0 and 1 alone, the other 2 and 3: balanced together, and only so.
+    layers = np.stack([one_hot_rows(0, 1, 0, 1), one_hot_rows(2, 3, 2, 3)])
+    indices = np.argmax(layers, axis=-1)[..., None]
+
+    def of(convention: LoadBalanceLoss) -> float:
+        return float(load_balance(jnp.array(layers), indices, convention, 4))
+
+    assert (of("huggingface"), of("gshard"), of("maxtext")) == (1, 2, 2)

@@ -207,8 +207,10 @@ def test_what_should_be_equal_on_all_devices_is(
         (inputs.params, inputs.x, inputs.cotangent), (params, tokens, tokens)
     )
     found = layer.lower().compile()(*arguments)
-    replicated = {"total": found.total, "kernel": found.grads["kernel"]}
-    for name, array in {**replicated, **found.grads, "loss": found.stats.load_balance_loss}.items():
+    replicated = {
+        "total": found.total, "kernel": found.grads["kernel"], "loss": found.load_balance
+    }  # fmt: skip
+    for name, array in {**found.grads, **replicated}.items():
         by_index: dict[str, list[np.ndarray]] = {}
         for shard in array.addressable_shards:
             by_index.setdefault(str(shard.index), []).append(np.asarray(shard.data))

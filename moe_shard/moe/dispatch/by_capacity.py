@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_shard.config.moe import MoEConfig
 from moe_shard.moe.capacity import Slots, assign_slots, assign_slots_in_turn, row_capacity
+from moe_shard.moe.dispatch.weighing import on_input
 from moe_shard.moe.experts import Experts, batched_product, gated_mlp
 from moe_shard.moe.placement import Placement
 from moe_shard.moe.record import MoERecord
@@ -59,7 +60,10 @@ class ByCapacity:
             slots = self._assign(routing)
             dropped = jnp.sum(~slots.kept(), axis=(1, 2), dtype=jnp.int32)
         with jax.named_scope("dispatch"):
-            by_row = self.carrier.dispatch(x, slots, self.config.num_experts)
+            sent, seats, shares = x, slots, routing.weights
+            if self.config.router.score_on_input:
+                sent, seats, shares = on_input(x, slots, routing.weights)
+            by_row = self.carrier.dispatch(sent, seats, self.config.num_experts)
         with jax.named_scope("experts"):
             weights = self.placement.weights_in_use(experts.weights())
         answers = []
@@ -71,14 +75,14 @@ class ByCapacity:
                     expert_input,
                     weights,
                     product=batched_product,
-                    activate=experts.activate,
+                    gating=experts.gating,
                     pin_hidden=self.placement.hidden,
                 )
             with jax.named_scope("combine"):
                 answers.append(self.placement.to_rows(expert_output))
         with jax.named_scope("combine"):
             together = answers[0] if len(answers) == 1 else jnp.concatenate(answers, axis=2)
-            return self.carrier.combine(together, routing.weights, slots), dropped
+            return self.carrier.combine(together, shares, slots), dropped
 
     def _record(self) -> MoERecord:
         placement = self.placement

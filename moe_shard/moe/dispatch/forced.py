@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from moe_shard.moe.dispatch.weighing import weighed
 from moe_shard.moe.placement import EXCHANGED
 from moe_shard.moe.weights import ExpertWeights
 
@@ -32,12 +33,14 @@ class EqualPieces:
         devices: D, devices of the group.
         experts: L, experts of one device.
         compute: applies the experts to [L C M].
+        score_on_input: weights are on what experts take in.
     """
 
     axes: tuple[str, ...]
     devices: int
     experts: int
     compute: BatchedCompute
+    score_on_input: bool
 
     def apply(
         self,
@@ -50,7 +53,11 @@ class EqualPieces:
         dim = tokens.shape[1]
         each = count * k // (self.devices * self.experts)  # rows of an expert from one device
         with jax.named_scope("dispatch"):
-            rows = _repeated(tokens, k)
+            if self.score_on_input:
+                rows = weighed(tokens, combine_weights)
+                combine_weights = jnp.ones_like(combine_weights)
+            else:
+                rows = _repeated(tokens, k)
             rows = rows.reshape(each, self.devices * self.experts, dim).swapaxes(0, 1)
             rows = self._exchange(rows.reshape(self.devices, self.experts, each, dim))
             rows = checkpoint_name(rows, EXCHANGED).swapaxes(0, 1)

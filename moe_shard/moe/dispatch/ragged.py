@@ -14,7 +14,6 @@ travels, and with forced balance nothing has to be found out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,6 +23,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from moe_shard.config.model import GatingConfig
 from moe_shard.config.moe import MoEConfig
 from moe_shard.errors import UserError
 from moe_shard.moe.capacity import Slots
@@ -33,16 +33,16 @@ from moe_shard.moe.dispatch.plan import Bound, Counts, aligned_rows, kept
 from moe_shard.moe.dispatch.rounds import Chunks, Rounds, Routes
 from moe_shard.moe.dispatch.seating import Seating, at_aligned_groups, seat, seat_known
 from moe_shard.moe.dispatch.transport import PaddedTransport, RaggedTransport, Transport
+from moe_shard.moe.dispatch.weighing import on_input
 from moe_shard.moe.experts import Experts, Product, batched_product, gated_mlp
 from moe_shard.moe.grouped import GroupedProduct, choose, grouped_product
+from moe_shard.moe.grouped.biases import of_groups
 from moe_shard.moe.placement import Placement
 from moe_shard.moe.record import MoERecord
 from moe_shard.moe.router import ROUTING, Routing, round_robin
 from moe_shard.moe.shards import Shards
 from moe_shard.moe.weights import ExpertWeights
 from moe_shard.sharding.varying import vary_alike
-
-Activation = Callable[[Array], Array]
 
 _HEADROOM = 1 / 32
 """Rows of the first round above a balanced load, as a part of it."""
@@ -183,7 +183,7 @@ class Ragged:
             rows=load.rows,
             dtype=experts.dtype,
         )
-        return _OnDevice(config, shards, platform, experts.activate, load, dealt, product)
+        return _OnDevice(config, shards, platform, experts.gating, load, dealt, product)
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class _OnDevice:
         config: of the layer.
         shards: of its arrays.
         platform: of the devices.
-        activate: the experts' nonlinearity.
+        gating: what stands between the experts' products.
         load: of a chunk.
         dealt: [C T K] the experts of the chunks' choices where forced balance makes them known
             now and alike on every device; else None.
@@ -204,7 +204,7 @@ class _OnDevice:
     config: MoEConfig
     shards: Shards
     platform: str
-    activate: Activation
+    gating: GatingConfig
     load: Load
     dealt: Int[np.ndarray, "C T K"] | None
     product: GroupedProduct
@@ -255,6 +255,7 @@ class _OnDevice:
             self.load.devices,
             self.load.experts,
             partial(self._experts, batched_product),
+            self.config.router.score_on_input,
         )
         each = zip(tokens, shares, strict=True)
         return [route.apply(chunk, share, weights) for chunk, share in each]
@@ -273,11 +274,12 @@ class _OnDevice:
                     alignment=alignment,
                     rows=self._held(self.load.rows),
                 )
-                rows = tokens_to_slots(chunk[None], slots)[0]
+                sent, seats, share = self._sent(chunk, slots, shares[i])
+                rows = tokens_to_slots(sent[None], seats)[0]
             with jax.named_scope("experts"):
                 rows = self._grouped(weights, rows, sizes)
             with jax.named_scope("combine"):
-                y.append(_combined(rows, shares[i], slots))
+                y.append(_combined(rows, share, slots))
         return y
 
     def _in_rounds(
@@ -287,12 +289,19 @@ class _OnDevice:
         with jax.named_scope("dispatch"):
             seats = [self._seat(i, each) for i, each in enumerate(chosen)]
             counts = self._exchange_counts(seats)
+            sent, slots, shares = zip(
+                *(
+                    self._sent(chunk, seat.slots, share)
+                    for chunk, seat, share in zip(tokens, seats, shares, strict=True)
+                ),
+                strict=True,
+            )
         rounds = self.rounds()
-        routes = tuple(Routes(seat.slots, count) for seat, count in zip(seats, counts, strict=True))
-        answers = rounds.carry(tokens, weights, routes)
+        routes = tuple(Routes(*each) for each in zip(slots, counts, strict=True))
+        answers = rounds.carry(sent, weights, routes)
         with jax.named_scope("combine"):
-            each = zip(answers, shares, routes, strict=True)
-            y = [_combined(rows, share, way.slots) for rows, share, way in each]
+            each = zip(answers, shares, seats, strict=True)
+            y = [_combined(rows, share, seat.slots) for rows, share, seat in each]
         if not rounds.drops:
             return y, None
         with jax.named_scope("router"):
@@ -302,6 +311,16 @@ class _OnDevice:
                 for count, seating, choice in zip(counts, seats, chosen, strict=True)
             ]
         return y, jnp.concatenate(lost)
+
+    def _sent(
+        self, tokens: Float[Array, "T m"], slots: Slots, shares: Float[Array, "T K"]
+    ) -> tuple[Float[Array, "N m"], Slots, Float[Array, "T K"]]:
+        """The rows that travel, their slots, and the weights that are left for the sum."""
+        if not self.config.router.score_on_input:
+            return tokens, slots, shares
+        tokens, shares = vary_alike(tokens, shares)
+        sent, seats, left = on_input(tokens[None], slots, shares[None])
+        return sent[0], seats, left[0]
 
     def _seat(self, chunk: int, chosen: Int[Array, "T K"]) -> Seating:
         if self.dealt is not None:
@@ -362,10 +381,15 @@ class _OnDevice:
     def _grouped(
         self, weights: ExpertWeights, rows: Float[Array, "R m"], sizes: Int[Array, "L"]
     ) -> Float[Array, "R m"]:
-        def product(x: Float[Array, "R A"], w: Float[Array, "L A *P"]) -> Float[Array, "R *P"]:
+        def product(
+            x: Float[Array, "R A"],
+            w: Float[Array, "L A *P"],
+            bias: Float[Array, "L *P"] | None = None,
+        ) -> Float[Array, "R *P"]:
             flat = w.reshape(*w.shape[:2], -1)
             y = grouped_product(x, flat, sizes, using=self.product, platform=self.platform)
-            return y.reshape(-1, *w.shape[2:])
+            y = y.reshape(-1, *w.shape[2:])
+            return y if bias is None else y + of_groups(bias, sizes, rows=y.shape[0])
 
         return self._experts(product, weights, rows)
 
@@ -373,7 +397,7 @@ class _OnDevice:
         self, product: Product, weights: ExpertWeights, rows: Float[Array, "*R m"]
     ) -> Float[Array, "*R m"]:
         rows = self.shards.whole_rows(rows)
-        y = gated_mlp(rows, weights, product=product, activate=self.activate)
+        y = gated_mlp(rows, weights, product=product, gating=self.gating)
         return self.shards.summed_rows(y)
 
 
