@@ -107,12 +107,16 @@ class Heads(nnx.Module):
         )
 
     def _by_head(
-        self, x: Float[Array, "B S N D"], heads: str, name: str
+        self,
+        x: Float[Array, "B S N D"],
+        heads: str,
+        name: str,
+        length: str = "activation_length",
     ) -> Float[Array, "B S N D"]:
         return self.annotate(
             x,
             "activation_batch",
-            "activation_length",
+            length,
             f"activation_{heads}",
             "activation_head_dim",
             name=f"{name} by head",

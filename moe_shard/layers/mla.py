@@ -61,8 +61,10 @@ class LatentAttention(Heads):
             return make_weight(shape, (axis, "heads", "head_dim"), dtype=weight_dtype, rngs=rngs)
 
         def down(size: int) -> nnx.Param[Array]:
-            shape = (model_dim, size)
-            return make_weight(shape, ("embed", None), dtype=weight_dtype, rngs=rngs)
+            # A latent is the one head that all share. A dim without a name would make this a vector
+            # to the optimizer, which decays none.
+            axes = ("embed", "head_dim")
+            return make_weight((model_dim, size), axes, dtype=weight_dtype, rngs=rngs)
 
         def bias(size: int) -> nnx.Param[Array] | None:
             return make_vector((size,), ("norm",), dtype=weight_dtype) if config.bias else None
@@ -163,10 +165,14 @@ class LatentAttention(Heads):
         return y if bias is None else y + self._in_use(bias, (None,), f"{name} bias")
 
     def _expand(
-        self, x: Float[Array, "B S R"], weight: nnx.Param[Array], name: str
+        self,
+        x: Float[Array, "B S R"],
+        weight: nnx.Param[Array],
+        name: str,
+        length: str = "activation_length",
     ) -> Float[Array, "B S N D"]:
         kernel = self._in_use(weight, (None, "activation_heads", "activation_head_dim"), name)
-        return self._by_head(jnp.einsum("bsr,rnd->bsnd", x, kernel), "heads", name)
+        return self._by_head(jnp.einsum("bsr,rnd->bsnd", x, kernel), "heads", name, length)
 
     def _expanded(
         self,
@@ -178,7 +184,12 @@ class LatentAttention(Heads):
         segment_ids: Int[Array, "B S"],
     ) -> Float[Array, "B S N Dv"]:
         """Keys and values for each head, for which scores cost least where all tokens are new."""
-        by_head = self._expand(latent, self.latent_up, "latent up")
+        # Gathered here: a context axis would otherwise gather the keys and values of all heads.
+        latent, key = (
+            self.annotate(x, "activation_batch", "activation_kv_length", None, name=name)
+            for x, name in ((latent, "latents attended to"), (key, "shared keys attended to"))
+        )
+        by_head = self._expand(latent, self.latent_up, "latent up", "activation_kv_length")
         key_nope, value = jnp.split(by_head, [self.config.qk_nope_head_dim], axis=-1)
         shared = jnp.broadcast_to(key[:, :, None], (*key_nope.shape[:-1], key.shape[-1]))
         return self._attend(

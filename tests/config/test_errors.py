@@ -71,6 +71,15 @@ def test_wrong_argument(tmp_path: Path, override: str, parts: list[str]) -> None
     says(error_of(write_model(tmp_path), [override]), *parts)
 
 
+@pytest.mark.parametrize("other", ["use_qk_norm", "clip_qkv", "temperature_tuning"])
+def test_mla_has_no_weights_for_what_is_asked_of_queries_and_keys(
+    tmp_path: Path, other: str
+) -> None:
+    on = "8" if other == "clip_qkv" else "true"
+    message = error_of(write_model(tmp_path), ["attention_type=mla", f"{other}={on}"])
+    says(message, f"attention_type=mla with {other}", "attention_type=global")
+
+
 def test_two_free_axes(tmp_path: Path) -> None:
     message = error_of(
         write_model(tmp_path), ["ici_expert_parallelism=-1", "ici_data_parallelism=-1"]

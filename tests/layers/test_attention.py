@@ -1,0 +1,198 @@
+"""Attention of every kind equals the oracle, outputs and gradients, on one device and on meshes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe_shard.layers.cache import Memory
+from moe_shard.lowering.report import report_from_text
+from moe_shard.models.params import describe as describe_model
+from tests.layers import oracle
+from tests.layers.build import (
+    MLA,
+    Sizes,
+    assert_gradients,
+    attention_layer,
+    layer_annotator,
+    layer_config,
+    packed,
+    random_like,
+    value_and_grads,
+)
+from tests.layers.test_rope import LONGROPE, TYPES
+from tests.models.build import QUICK, assert_close, label
+
+SLIDING = ("attention_pattern=[sliding]", "sliding_window_size=3")
+CHUNKED = ("attention_pattern=[chunked]", "chunk_attn_window_size=3")
+NO_ROPE = ("nope_layer_interval=1",)
+BIASES = ("attention_bias=true", "attention_out_bias=true")
+CASES = {
+    "plain": (),
+    "bias": BIASES,
+    "sliding": SLIDING,
+    "chunked": CHUNKED,
+    "sink": ("attention_sink=true",),
+    "soft-cap": ("attn_logits_soft_cap=0.8",),
+    "scale": ("attention_scale=0.7",),
+    "norm-head": ("use_qk_norm=true",),
+    "norm-projection": ("use_qk_norm=true", "qk_norm_type=projection"),
+    "norm-l2": ("use_qk_norm=true", "qk_norm_type=l2"),
+    "norm-l2-without-rope": ("use_qk_norm=true", "qk_norm_type=l2", *NO_ROPE),
+    "clip": ("clip_qkv=0.6",),
+    "clip-after-norm": ("use_qk_norm=true", "qk_norm_type=projection", "clip_qkv=0.6"),
+    "no-rope": NO_ROPE,
+    "tempered": ("temperature_tuning=true", "temperature_tuning_floor=2", *NO_ROPE),
+    "tempered-only-without-rope": ("temperature_tuning=true", "temperature_tuning_floor=2"),
+    "partial-interleaved": ("partial_rotary_factor=0.5", "rope_interleave=true"),
+    "yarn": TYPES["yarn"],
+    "longrope-at-its-length": LONGROPE,
+    "longrope-beyond": (*LONGROPE, "original_max_position_embeddings=11"),
+    "sliding-sink-soft-cap-bias": (
+        *SLIDING,
+        *BIASES,
+        "attention_sink=true",
+        "attn_logits_soft_cap=2",
+    ),
+    "mla": MLA,
+    "mla-query-latent-bias-yarn": (
+        *MLA,
+        *BIASES,
+        *TYPES["yarn"],
+        "q_lora_rank=24",
+        "rope_interleave=true",
+        "mscale=0.7",
+    ),
+    "mla-sliding-sink-soft-cap": (
+        *MLA,
+        *SLIDING,
+        "attention_sink=true",
+        "attn_logits_soft_cap=2",
+        "attention_scale=0.4",
+    ),
+    "mla-equal-sizes-no-rope": (*MLA, *NO_ROPE, "v_head_dim=10"),
+}
+MESHES: list[Sizes] = [
+    {"fsdp": 8},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"fsdp_transpose": 2, "context": 2, "expert": 2},
+    {"tensor": 2, "expert": 4},
+]
+ON_MESHES = (
+    "plain",
+    "norm-projection",
+    "sliding-sink-soft-cap-bias",
+    "mla-query-latent-bias-yarn",
+)
+
+
+def check(sizes: Sizes, overrides: tuple[str, ...], rows: int) -> None:
+    config = layer_config(sizes, *overrides)
+    annotate = layer_annotator(config, sizes)
+    layer = attention_layer(config, annotate)
+    keys, kind = config.as_flat_dict(), config.model.layer_kinds[0]
+    text, params = packed(rows), random_like(layer.shapes)
+    probe = np.random.default_rng(3).standard_normal(text.x.shape).astype(np.float32)
+    place = annotate.sharding(
+        "x", ("activation_batch", "activation_length", "activation_embed"), text.x.shape
+    )
+    y, grads = value_and_grads(
+        lambda module, x: module(x, text.positions, text.segment_ids)[0],
+        layer,
+        params,
+        text.x,
+        probe,
+        place,
+    )
+    masks = [
+        oracle.mask(*each, keys, kind.span)
+        for each in zip(text.positions, text.segment_ids, strict=True)
+    ]
+
+    def forward(at: tuple) -> np.ndarray:
+        return oracle.attention(at[1], at[0], masks, text.positions, keys, kind.rope)
+
+    at = (params, text.x.astype(np.float64))
+    assert_close(y, forward(at))
+    assert_gradients(grads, at, lambda at: float(np.sum(forward(at) * probe)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_on_one_device(case: str) -> None:
+    check({}, CASES[case], rows=3)
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=label)
+@pytest.mark.parametrize("case", ON_MESHES)
+def test_on_meshes(case: str, sizes: Sizes) -> None:
+    check(sizes, CASES[case], rows=8)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_activations_and_caches_have_the_dtype_asked_for(case: str) -> None:
+    config = layer_config({}, "dtype=bfloat16", *CASES[case])
+    layer = attention_layer(config, layer_annotator(config, {}))
+
+    def call(params: Any, x: jax.Array, at: jax.Array) -> Any:
+        module = nnx.merge(layer.graph, params)
+        memory = Memory(module.empty_cache(1, 4), at[0, 0], at, at)
+        return module(x, at, at)[0], module(x, at, at, memory)
+
+    x = jax.ShapeDtypeStruct((1, 4, 16), np.dtype("bfloat16"))
+    found = jax.eval_shape(call, layer.shapes, x, jax.ShapeDtypeStruct((1, 4), np.int32))
+    assert {str(array.dtype) for array in jax.tree.leaves(found)} == {"bfloat16"}
+
+
+def test_weight_decay_leaves_biases_sinks_and_norms_alone() -> None:
+    normed = ("use_qk_norm=true", "qk_norm_type=projection")
+    for expected, overrides in (
+        ({"query", "key", "value", "out"}, (*BIASES, *normed, "attention_sink=true")),
+        (
+            {"query_down", "query_up", "latent_down", "latent_up", "out"},
+            (*MLA, *BIASES, "q_lora_rank=8"),
+        ),
+    ):
+        config = layer_config({}, *overrides)
+        specs = describe_model(config.model, layer_annotator(config, {})).specs
+        matrices = {
+            spec.name.rsplit(".")[-1]
+            for spec in jax.tree.leaves(specs["layers"]["attention"])
+            if len(set(spec.logical_axes) - {"layers", None}) > 1
+        }
+        assert matrices == expected
+
+
+def test_text_shows_what_spans_and_documents_hide() -> None:
+    # Tests of masks are worth nothing on texts that none of them cuts.
+    text = packed(3)
+    assert len(np.unique(text.segment_ids)) > 2
+    assert text.positions.max() > 6
+
+
+def test_a_context_axis_gathers_the_latents_of_mla_and_not_keys_and_values() -> None:
+    sizes = {"context": 2, "fsdp": 4}
+    config = layer_config(sizes, *MLA)
+    annotate = layer_annotator(config, sizes)
+    layer = attention_layer(config, annotate)
+    rows, tokens = 8, 12
+    place = annotate.sharding("x", ("activation_batch", "activation_length"), (rows, tokens))
+    at = jax.ShapeDtypeStruct((rows, tokens), np.int32)
+    text = (
+        jax.jit(
+            lambda params, x, at: nnx.merge(layer.graph, params)(x, at, at)[0],
+            in_shardings=(layer.places, place, place),
+        )
+        .lower(layer.shapes, jax.ShapeDtypeStruct((rows, tokens, 16), np.float32), at)
+        .compile(QUICK)
+        .as_text()
+    )
+    found = report_from_text(text, mesh=dict(annotate.mesh.shape), backend="cpu").collectives
+    over = [(each.kind, each.bytes) for each in found if each.axes == ("context",)]
+    # Latents of 8 and keys of 4 elements, and the tokens' place and document (one array here), for
+    # 12 tokens of 2 rows a device, in 4 bytes; keys and values would be 22 elements for each head.
+    assert {kind for kind, _ in over} == {"all-gather"}
+    assert sum(size for _, size in over) <= (8 + 4 + 2) * tokens * 2 * 4
