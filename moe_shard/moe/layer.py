@@ -86,8 +86,8 @@ class MoELayer(nnx.Module):
             weight_dtype=weight_dtype,
             rngs=rngs,
         )
-        self.shared: MLP | None = None
-        self.shared_gate: nnx.Param[Array] | None = None
+        self.shared: MLP | None = nnx.data(None)
+        self.shared_gate: nnx.Param[Array] | None = nnx.data(None)
         if config.shared_dim:
             self.shared = MLP(
                 model_dim=model_dim,

@@ -159,14 +159,37 @@ def forward(shape: Shape, model: Any, inputs: np.ndarray, targets: np.ndarray) -
     for hook in hooks:
         hook.remove()
     aux = answer.aux_loss if balanced else None
-    weighed = model.config.router_aux_loss_coef * aux if balanced else 0.0
+    weight = model.config.router_aux_loss_coef if balanced else 0.0
+    ce_loss = answer.loss - weight * aux if balanced else answer.loss
+    if balanced and _correction_biases(model):
+        aux = _balance_of_choices(model, answer.router_logits)
     return {
         "logits": answer.logits,
         "router_logits": np.stack([each.reshape(*inputs.shape, -1).numpy() for each in seen]),
-        "ce_loss": answer.loss - weighed,
+        "ce_loss": ce_loss,
         "aux_loss": aux,
-        "loss": answer.loss,
+        "loss": ce_loss + weight * aux if balanced else ce_loss,
     }
+
+
+def _correction_biases(model: Any) -> list[torch.Tensor]:
+    """Of each layer with experts, where the family has them."""
+    state = model.state_dict()
+    return [bias.reshape(-1) for name, bias in state.items() if name.endswith("correction_bias")]
+
+
+def _balance_of_choices(model: Any, router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The auxiliary loss by the experts that tokens go to.
+
+    transformers takes the k most probable, though the router adds its correction bias first: with a
+    bias it balances a load that is not there.
+    """
+    probs = torch.stack(router_logits).softmax(dim=-1)
+    biases = torch.stack(_correction_biases(model))
+    k, experts = model.config.num_experts_per_tok, probs.shape[-1]
+    chosen = (probs + biases[:, None]).topk(k, dim=-1).indices
+    load = torch.nn.functional.one_hot(chosen, experts).sum(dim=-2).float()
+    return experts * (probs.mean(dim=(0, 1)) * load.mean(dim=(0, 1))).sum()
 
 
 def generate(model: Any, prompts: np.ndarray, *, use_cache: bool) -> np.ndarray:
@@ -188,7 +211,7 @@ def margin(shape: Shape, model: Any, router_logits: np.ndarray) -> float:
     order, else in the scores. A gap far above rounding makes the choice the same everywhere.
     """
     config = model.config
-    biases = [b for name, b in model.state_dict().items() if name.endswith("correction_bias")]
+    biases = _correction_biases(model)
     gaps = []
     for layer, logits in enumerate(router_logits.astype(np.float64)):
         scores = logits
@@ -196,7 +219,7 @@ def margin(shape: Shape, model: Any, router_logits: np.ndarray) -> float:
             exp = np.exp(logits)
             soft = shape.family.startswith("ernie")
             scores = exp / exp.sum(-1, keepdims=True) if soft else exp / (1 + exp)
-            scores = scores + biases[layer].numpy().reshape(-1)
+            scores = scores + biases[layer].numpy()
         groups, kept = (getattr(config, key, None) for key in ("n_group", "topk_group"))
         if groups and kept < groups and getattr(config, "topk_method", "") != "greedy":
             split = np.sort(scores.reshape(*scores.shape[:-1], groups, -1), axis=-1)
