@@ -6,8 +6,9 @@ NEWEST_PYTHON ?= python3.12
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 TARGETS := $(VENV)/.targets
+PARITY := $(VENV)/.parity
 
-.PHONY: demo test test-newest targets test-targets test-targets-slow goldens test-goldens browser test-browser lint format bench clean help
+.PHONY: demo test test-newest test-parity record-parity targets test-targets test-targets-slow goldens test-goldens browser test-browser lint format bench clean help
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +28,17 @@ test: $(READY)  ## the whole suite
 
 test-newest:  ## the whole suite on the newest jax, which needs NEWEST_PYTHON (TESTS="..." for some)
 	@$(MAKE) test PYTHON=$(NEWEST_PYTHON) VENV=.venv-newest PINS=
+
+$(PARITY): $(READY)
+	@echo "installing torch and transformers into $(VENV) (about 1 GB)"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check $(PINS) -e ".[parity]"
+	@touch $@
+
+test-parity: $(PARITY)  ## small models of every family against transformers (minutes)
+	$(RUN) -m pytest -n 2 -m parity tests/parity
+
+record-parity: $(PARITY)  ## keep transformers' numbers for the tests that run without it
+	$(RUN) -m tests.parity.record
 
 $(TARGETS): $(READY)
 	@echo "installing the compilers of TPUs, NVIDIA and AMD GPUs into $(VENV) (about 2 GB)"

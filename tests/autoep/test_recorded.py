@@ -1,0 +1,68 @@
+"""One small model of every family against recorded numbers of transformers, without torch.
+
+`make record-parity` makes the numbers. The weights are drawn anew from the tensors' names.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.parity import weights
+from tests.parity.compare import assert_forward
+from tests.parity.package import evaluate, open_model
+
+RECORDED = sorted((Path(__file__).parent / "recorded").glob("*.npz"))
+
+
+@pytest.fixture(scope="module")
+def rebuilt(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A recorded model's directory, made once, and its numbers."""
+    made: dict[Path, SimpleNamespace] = {}
+
+    def get(path: Path) -> SimpleNamespace:
+        if path not in made:
+            made[path] = rebuild(path, tmp_path_factory.mktemp(path.stem))
+        return made[path]
+
+    return get
+
+
+def rebuild(path: Path, directory: Path) -> SimpleNamespace:
+    with np.load(path) as recorded:
+        known = dict(recorded)
+    model = json.loads(str(known["model"]))
+    (directory / "config.json").write_text(json.dumps(model["config"]))
+    tensors = {
+        name: weights.tensor(name, entry["shape"], model["seed"])
+        for name, entry in model["tensors"].items()
+    }
+    weights.write(directory / model["file"], tensors)
+    aux = known["aux_loss"]
+    return SimpleNamespace(
+        directory=directory,
+        inputs=known["inputs"].astype(np.int32),
+        targets=known["targets"].astype(np.int32),
+        logits=known["logits"],
+        router_logits=known["router_logits"],
+        ce_loss=float(known["ce_loss"]),
+        aux_loss=None if np.isnan(aux) else float(aux),
+        greedy=known["greedy"].astype(np.int32),
+    )
+
+
+def test_twelve_families_are_recorded() -> None:
+    assert len(RECORDED) == 12
+
+
+@pytest.mark.parametrize("experts", [1, 8])
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
+def test_forward(path: Path, experts: int, rebuilt: Any) -> None:
+    known = rebuilt(path)
+    opened = open_model(known.directory, experts)
+    assert_forward(evaluate(opened, known.inputs, known.targets), known, opened.config)

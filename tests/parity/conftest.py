@@ -1,0 +1,28 @@
+"""The references that the tests compare with, each made once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.parity.families import Shape
+
+if TYPE_CHECKING:
+    from tests.parity.reference import Reference
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Shape], Reference]:
+    """Reference of a shape. Torch is imported where the first one is asked for."""
+    made: dict[str, Reference] = {}
+
+    def get(shape: Shape) -> Reference:
+        from tests.parity.reference import make
+
+        if shape.id not in made:
+            made[shape.id] = make(shape, tmp_path_factory.mktemp(shape.id))
+        return made[shape.id]
+
+    return get

@@ -1,0 +1,79 @@
+"""The small models that both sides compute, by `shapes.yml`."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+HERE = Path(__file__).parent
+
+ROWS = 8
+LENGTH = 16
+VOCAB = 96
+PROMPTS = 2
+PROMPT_LENGTH = 12
+NEW_TOKENS = 32
+UPDATES = 10
+LEARNING_RATE = 0.02
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One small model.
+
+    Attributes:
+        family: `model_type` of its configuration class.
+        name: of the shape, unique in the family.
+        about: what it is for.
+        settings: of the configuration class, beyond `COMMON`.
+        seed: of its weights and tokens.
+    """
+
+    family: str
+    name: str
+    about: str
+    settings: dict[str, Any]
+    seed: int
+
+    @property
+    def id(self) -> str:
+        """Name in test ids and file names."""
+        return f"{self.family}-{self.name}"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Keyword arguments of the configuration class."""
+        return COMMON | self.settings
+
+    def tokens(self) -> np.ndarray:
+        """Ids [B, S + 1]: inputs are all but the last of a row, targets all but the first."""
+        seed = zlib.crc32(f"{self.id} tokens {self.seed}".encode())
+        rng = np.random.Generator(np.random.PCG64(seed))
+        return rng.integers(0, VOCAB, (ROWS, LENGTH + 1))
+
+
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 64,
+    # No token ends a text, and none is left out of the gradient as padding.
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+}
+
+SHAPES = tuple(
+    Shape(**each) for each in yaml.safe_load((HERE / "shapes.yml").read_text())["shapes"]
+)
+"""All of `shapes.yml`, which says how they were chosen."""
+
+FAMILIES = tuple(dict.fromkeys(shape.family for shape in SHAPES))
+"""In the order of `SHAPES`."""
+
+TRAINED = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
+"""Families whose gradients and updates are compared too."""

@@ -1,0 +1,110 @@
+"""The package's side of the comparison: a model's directory in, NumPy arrays out. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from moe_shard.autoep.model import load_model
+from moe_shard.autoep.transfer import load_params
+
+from moe_shard.config import Config
+from moe_shard.models.params import AbstractModel, Params, describe
+from moe_shard.moe.losses import load_balance_loss
+from moe_shard.sharding.annotate import Annotator
+from moe_shard.sharding.mesh import make_mesh
+from moe_shard.training import step
+from tests.models.build import QUICK
+from tests.parity.families import LEARNING_RATE, LENGTH, UPDATES
+
+OVERRIDES = (
+    "dtype=float32",
+    "weight_dtype=float32",
+    "num_simulated_devices=8",
+    "remat_policy=none",
+    f"max_target_length={LENGTH}",
+    f"steps={UPDATES}",
+    "optimizer=sgd",
+    f"learning_rate={LEARNING_RATE}",
+    "warmup_steps_fraction=0",
+    "learning_rate_final_fraction=1",
+    "gradient_clipping_threshold=0",
+)
+
+
+class Opened(NamedTuple):
+    """A model on a mesh."""
+
+    config: Config
+    annotate: Annotator
+    model: AbstractModel
+    params: Params
+
+
+class Answer(NamedTuple):
+    """What the package says of a batch; the auxiliary loss with its weight."""
+
+    logits: np.ndarray
+    router_logits: np.ndarray
+    ce_loss: float
+    aux_loss: float
+
+
+def open_model(directory: Path, experts: int, *overrides: str) -> Opened:
+    """Load a directory's model onto the eight devices.
+
+    Args:
+        directory: of transformers.
+        experts: size of the expert axis; FSDP has the other devices.
+        overrides: settings beyond `OVERRIDES`.
+    """
+    mesh = f"ici_expert_parallelism={experts}"
+    config = load_model(str(directory), [*OVERRIDES, mesh, *overrides])
+    annotate = Annotator(make_mesh(config.mesh), config.mesh.rules)
+    model = describe(config.model, annotate)
+    return Opened(config, annotate, model, load_params(str(directory), model.specs))
+
+
+def batch_of(opened: Opened, inputs: np.ndarray, targets: np.ndarray) -> dict[str, jax.Array]:
+    """One microbatch, each row one document, placed on the mesh."""
+    fields = {
+        "inputs": inputs,
+        "targets": targets,
+        "positions": np.broadcast_to(np.arange(inputs.shape[1]), inputs.shape),
+        "segment_ids": np.ones_like(inputs),
+    }
+    rows = opened.annotate.sharding(
+        "batch", ("activation_batch", "activation_length"), inputs.shape
+    )
+    return {name: jax.device_put(a.astype(np.int32), rows) for name, a in fields.items()}
+
+
+def evaluate(opened: Opened, inputs: np.ndarray, targets: np.ndarray) -> Answer:
+    """Logits, router logits and losses, by one program."""
+    moe = opened.config.model.moe
+    assert moe is not None
+
+    def forward(params: Params, batch: dict[str, jax.Array]) -> Any:
+        logits, stats = opened.model.apply(params)(
+            batch["inputs"], batch["positions"], batch["segment_ids"]
+        )
+        balance = load_balance_loss(
+            stats.mean_probs,
+            stats.expert_counts,
+            tokens=inputs.shape[1],
+            k=moe.num_experts_per_tok,
+            convention=moe.load_balance_loss_type,
+        )
+        ce_loss = step.cross_entropy(logits, batch["targets"])
+        return logits, stats.router_z_loss, ce_loss, balance * moe.load_balance_loss_weight
+
+    batch = batch_of(opened, inputs, targets)
+    with pytest.MonkeyPatch.context() as patch:
+        # The one statistic that a layer takes of its logits becomes the logits themselves.
+        patch.setattr("moe_shard.moe.layer.router_z_loss", lambda logits: logits)
+        lowered = jax.jit(forward).lower(opened.params, batch)
+    answer = jax.device_get(lowered.compile(QUICK)(opened.params, batch))
+    return Answer(*answer[:2], *(float(loss) for loss in answer[2:]))

@@ -1,0 +1,282 @@
+"""What transformers computes for one of the small models: float32, eager attention, on the CPU.
+
+Nothing here is of the package. The module imports torch, so tests reach it through the fixture in
+`conftest.py`, which makes each shape's reference once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from tests.parity import weights
+from tests.parity.families import (
+    LEARNING_RATE,
+    LENGTH,
+    NEW_TOKENS,
+    PROMPT_LENGTH,
+    PROMPTS,
+    UPDATES,
+    Shape,
+)
+
+# More threads than one cost time on arrays this small.
+torch.set_num_threads(1)
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+# Where a router's answer has its logits; the others give them first.
+ROUTER_LOGITS_AT = {"llama4_text": 1}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reference:
+    """One shape's numbers.
+
+    Attributes:
+        directory: what `save_pretrained` writes: experts one by one, where that is the family's.
+        fused: the same weights as the model holds them, experts stacked.
+        inputs: ids [B, S].
+        targets: the token after each.
+        logits: [B, S, V].
+        router_logits: [L, B, S, E], of the layers that have experts.
+        ce_loss: mean cross entropy, in nats a token.
+        aux_loss: load-balance loss before its weight; None where the family has none.
+        loss: of training, the auxiliary loss weighed in.
+        gradients: of `loss`, by the tensor's name in `directory`.
+        losses: before each of some updates of plain SGD.
+        greedy: ids [prompts, new tokens].
+        greedy_without_cache: the same, every step from the start.
+        margin: least gap between what is chosen and what is not, of experts and groups.
+        greedy_margin: the same over the generated texts, next tokens included.
+    """
+
+    directory: Path
+    fused: Path
+    inputs: np.ndarray
+    targets: np.ndarray
+    logits: np.ndarray
+    router_logits: np.ndarray
+    ce_loss: float
+    aux_loss: float | None
+    loss: float
+    gradients: dict[str, np.ndarray]
+    losses: list[float]
+    greedy: np.ndarray
+    greedy_without_cache: np.ndarray
+    margin: float
+    greedy_margin: float
+
+
+def make(shape: Shape, folder: Path) -> Reference:
+    """Compute one shape's reference.
+
+    Args:
+        shape: the model.
+        folder: gets the model's directories.
+    """
+    directory, fused = folder / "unfused", folder / "fused"
+    write(shape, directory)
+    model = load(shape, directory)
+    model.save_pretrained(fused, save_original_format=False)
+    tokens = shape.tokens()
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    found = forward(shape, model, inputs, targets)
+    found["loss"].backward()
+    gradients = _gradients(model, folder / "gradients")
+    prompts = inputs[:PROMPTS, :PROMPT_LENGTH]
+    greedy, without = (generate(model, prompts, use_cache=cache) for cache in (True, False))
+    return Reference(
+        directory=directory,
+        fused=fused,
+        inputs=inputs,
+        targets=targets,
+        logits=found["logits"].detach().numpy(),
+        router_logits=found["router_logits"],
+        ce_loss=found["ce_loss"].item(),
+        aux_loss=None if found["aux_loss"] is None else found["aux_loss"].item(),
+        loss=found["loss"].item(),
+        gradients=gradients,
+        losses=_train(shape, directory, inputs, targets),
+        greedy=greedy,
+        greedy_without_cache=without,
+        margin=margin(shape, model, found["router_logits"]),
+        greedy_margin=_greedy_margin(shape, model, prompts, greedy),
+    )
+
+
+def write(shape: Shape, directory: Path) -> None:
+    """Write a model whose every tensor has the values of `weights.tensor`."""
+    config = transformers.AutoConfig.for_model(shape.family, **shape.config)
+    _model(config).save_pretrained(directory)
+    (path,) = directory.glob("*.safetensors")
+    drawn = {
+        name: weights.tensor(name, values.shape, shape.seed)
+        for name, values in weights.read(directory).items()
+    }
+    weights.write(path, drawn)
+
+
+def load(shape: Shape, directory: Path) -> Any:
+    """The model of a directory, in evaluation mode; every tensor must be taken and be there."""
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report.values()), report
+    rope = shape.config["rope_parameters"]
+    if rope["rope_type"] == "longrope" and rope["original_max_position_embeddings"] < LENGTH:
+        # In 5.24 this family's rotary module asks for its frequencies without saying how long the
+        # row is, and so never uses the long factors. The model's authors do.
+        rotary = model.model.rotary_emb
+        rotary.rope_init_fn = functools.partial(rotary.rope_init_fn, seq_len=LENGTH)
+    return model.eval()
+
+
+def forward(shape: Shape, model: Any, inputs: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
+    """Logits, router logits and losses of a batch."""
+    routers = [m for m in model.modules() if type(m).__name__.lower().endswith("router")]
+    at = ROUTER_LOGITS_AT.get(shape.family, 0)
+    seen: list[torch.Tensor] = []
+    hooks = [
+        router.register_forward_hook(lambda _module, _args, out: seen.append(out[at].detach()))
+        for router in routers
+    ]
+    balanced = "output_router_logits" in inspect.signature(model.forward).parameters
+    given = {"output_router_logits": True} if balanced else {}
+    answer = model(
+        torch.tensor(inputs),
+        labels=torch.tensor(inputs),
+        shift_labels=torch.tensor(targets),
+        **given,
+    )
+    for hook in hooks:
+        hook.remove()
+    aux = answer.aux_loss if balanced else None
+    weight = model.config.router_aux_loss_coef if balanced else 0.0
+    ce_loss = answer.loss - weight * aux if balanced else answer.loss
+    if balanced and _correction_biases(model):
+        aux = _balance_of_choices(model, answer.router_logits)
+    return {
+        "logits": answer.logits,
+        "router_logits": np.stack([each.reshape(*inputs.shape, -1).numpy() for each in seen]),
+        "ce_loss": ce_loss,
+        "aux_loss": aux,
+        "loss": ce_loss + weight * aux if balanced else ce_loss,
+    }
+
+
+def _correction_biases(model: Any) -> list[torch.Tensor]:
+    """Of each layer with experts, where the family has them."""
+    state = model.state_dict()
+    return [bias.reshape(-1) for name, bias in state.items() if name.endswith("correction_bias")]
+
+
+def _balance_of_choices(model: Any, router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The auxiliary loss by the experts that tokens go to.
+
+    transformers takes the k most probable, though the router adds its correction bias first: with a
+    bias it balances a load that is not there.
+    """
+    probs = torch.stack(router_logits).softmax(dim=-1)
+    biases = torch.stack(_correction_biases(model))
+    k, experts = model.config.num_experts_per_tok, probs.shape[-1]
+    chosen = (probs + biases[:, None]).topk(k, dim=-1).indices
+    load = torch.nn.functional.one_hot(chosen, experts).sum(dim=-2).float()
+    return experts * (probs.mean(dim=(0, 1)) * load.mean(dim=(0, 1))).sum()
+
+
+def generate(model: Any, prompts: np.ndarray, *, use_cache: bool) -> np.ndarray:
+    """The likeliest token, again and again."""
+    ids = model.generate(
+        torch.tensor(prompts),
+        attention_mask=torch.ones(prompts.shape, dtype=torch.int64),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        use_cache=use_cache,
+    )
+    return ids[:, prompts.shape[1] :].numpy()
+
+
+def margin(shape: Shape, model: Any, router_logits: np.ndarray) -> float:
+    """Least gap between what is chosen and what is not, over layers and tokens.
+
+    In the logits where nothing but the softmax comes between them and the choice, which keeps their
+    order, else in the scores. A gap far above rounding makes the choice the same everywhere.
+    """
+    config = model.config
+    biases = _correction_biases(model)
+    gaps = []
+    for layer, logits in enumerate(router_logits.astype(np.float64)):
+        scores = logits
+        if biases:
+            exp = np.exp(logits)
+            soft = shape.family.startswith("ernie")
+            scores = exp / exp.sum(-1, keepdims=True) if soft else exp / (1 + exp)
+            scores = scores + biases[layer].numpy()
+        groups, kept = (getattr(config, key, None) for key in ("n_group", "topk_group"))
+        if groups and kept < groups and getattr(config, "topk_method", "") != "greedy":
+            split = np.sort(scores.reshape(*scores.shape[:-1], groups, -1), axis=-1)
+            best = split[..., -2:].sum(-1) if biases else split[..., -1]
+            gaps.append(_gap(best, kept))
+            allowed = best >= np.sort(best)[..., -kept, None]
+            scores = np.where(np.repeat(allowed, split.shape[-1], axis=-1), scores, -100.0)
+        gaps.append(_gap(scores, config.num_experts_per_tok))
+        jitter = getattr(config, "router_jitter_noise", 0)
+        if shape.family == "phimoe":
+            best, second = np.sort(logits)[..., -1:], np.sort(logits)[..., -2:-1]
+            for top in (best, second):
+                away = (top - logits) / np.maximum(np.abs(logits), top)
+                gaps.append(np.abs(away - 2 * jitter).min())
+    return float(min(gaps))
+
+
+def _gap(scores: np.ndarray, k: int) -> float:
+    order = np.sort(scores)
+    return float((order[..., -k] - order[..., -k - 1]).min())
+
+
+def _model(config: Any) -> Any:
+    return transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", dtype=torch.float32
+    )
+
+
+def _gradients(model: Any, folder: Path) -> dict[str, np.ndarray]:
+    """By the names of the checkpoint: they are saved as if they were weights."""
+    twin = _model(model.config)
+    given = {name: value.grad for name, value in model.named_parameters()}
+    with torch.no_grad():
+        for name, value in [*twin.named_parameters(), *twin.named_buffers()]:
+            gradient = given.get(name)
+            value.copy_(torch.zeros_like(value) if gradient is None else gradient)
+    twin.save_pretrained(folder)
+    return weights.read(folder)
+
+
+def _train(shape: Shape, directory: Path, inputs: np.ndarray, targets: np.ndarray) -> list[float]:
+    model, losses = load(shape, directory), []
+    for _ in range(UPDATES):
+        loss = forward(shape, model, inputs, targets)["loss"]
+        model.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        with torch.no_grad():
+            for value in model.parameters():
+                if value.grad is not None:
+                    value -= LEARNING_RATE * value.grad
+    return losses
+
+
+def _greedy_margin(shape: Shape, model: Any, prompts: np.ndarray, greedy: np.ndarray) -> float:
+    texts = np.concatenate([prompts, greedy], axis=1)
+    with torch.no_grad():
+        found = forward(shape, model, texts, texts)
+    chosen = found["logits"].numpy()[:, prompts.shape[1] - 1 : -1]
+    return min(_gap(chosen, 1), margin(shape, model, found["router_logits"]))

@@ -1,0 +1,22 @@
+"""Every shape on every size of the expert axis: logits, router logits, losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.parity.compare import assert_forward
+from tests.parity.families import SHAPES, Shape
+from tests.parity.package import evaluate, open_model
+
+pytestmark = pytest.mark.parity
+
+
+@pytest.mark.parametrize("experts", [1, 2, 4, 8])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.id)
+def test_forward(shape: Shape, experts: int, reference: Callable[[Shape], Any]) -> None:
+    known = reference(shape)
+    opened = open_model(known.directory, experts)
+    assert_forward(evaluate(opened, known.inputs, known.targets), known, opened.config)

@@ -1,0 +1,77 @@
+"""Weights that anyone can make again without torch, and safetensors files by a few lines of NumPy.
+
+The rule: the values of a tensor are drawn by NumPy's PCG64, seeded by the crc32 of its name and the
+model's seed, and scaled by what the name and the shape say it is:
+
+- a norm's weight: uniform from 0.5 to 1.5;
+- a bias, a sink, a correction bias, an embedding table: normal, times 0.3;
+- a router's matrix: normal, times 2 over the root of the elements it takes in, so that tokens
+  differ in the experts they choose and the chosen stand clear of the others;
+- any other matrix, or stack of them: normal, over the fourth root of the product of its last two
+  dims, which is the same whichever of them comes in.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+ROUTERS = (".gate.weight", ".router.weight", ".router.layer.weight")
+
+
+def tensor(name: str, shape: Iterable[int], seed: int) -> np.ndarray:
+    """The float32 values of one tensor, by the rule above.
+
+    Args:
+        name: in the checkpoint.
+        shape: of the tensor.
+        seed: of the model.
+    """
+    shape = tuple(shape)
+    rng = np.random.Generator(np.random.PCG64(zlib.crc32(f"{name} {seed}".encode())))
+    kind = name.rsplit(".", 1)[-1]
+    if "norm" in name and kind == "weight":
+        return rng.uniform(0.5, 1.5, shape).astype(np.float32)
+    if "bias" in kind or kind == "sinks" or "embed_tokens" in name:
+        scale = 0.3
+    elif name.endswith(ROUTERS):
+        scale = 2 * shape[-1] ** -0.5
+    else:
+        scale = (shape[-1] * shape[-2]) ** -0.25
+    return (rng.standard_normal(shape) * scale).astype(np.float32)
+
+
+def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write a safetensors file of float32 tensors."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, values in tensors.items():
+        assert values.dtype == np.float32, name
+        end = at + values.nbytes
+        header[name] = {"dtype": "F32", "shape": list(values.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for values in tensors.values():
+            file.write(np.ascontiguousarray(values).tobytes())
+
+
+def read(directory: Path) -> dict[str, np.ndarray]:
+    """All tensors of a directory's safetensors files, which are float32."""
+    found = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        content = path.read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little")
+        for name, entry in json.loads(content[8:start]).items():
+            if name == "__metadata__":
+                continue
+            assert entry["dtype"] == "F32", name
+            begin, end = (start + at for at in entry["data_offsets"])
+            found[name] = np.frombuffer(content[begin:end], np.float32).reshape(entry["shape"])
+    return found
