@@ -3,7 +3,8 @@
 Counted from the configuration and the rule table for one device and one step (forward, backward,
 all layers, all microbatches). Two counts: for the capacity that is configured, padded slots
 included, since a capacity strategy does carry and multiply them; and dropless, for the tokens
-alone, routed evenly over the experts, with one copy for each choice.
+alone, routed evenly over the experts, with one copy for each choice. Shared experts are a dense MLP
+beside the routed ones, and are no part of either; nor are the experts' biases.
 """
 
 from __future__ import annotations
@@ -96,14 +97,15 @@ def moe_bounds(config: Config, table: RuleTable, *, slots_per_row: int) -> MoEBo
 
     experts = math.prod(sizes[axis] for axis in table.expert_axes)
     token_bytes = config.model.emb_dim * jnp.dtype(config.model.dtype).itemsize
-    # Slots, or choices, that one device holds in the layout by row, over all layers.
-    layers_of_rows = config.model.num_decoder_layers * rows / shards("activation_batch_moe")
+    layers = sum(kind.moe for kind in config.model.layer_kinds)
+    # Slots, or choices, that one device holds in the layout by row, over all of them.
+    layers_of_rows = layers * rows / shards("activation_batch_moe")
     slots = layers_of_rows * slots_per_row
     choices = layers_of_rows * config.train.max_target_length * moe.num_experts_per_tok
     sent = EXCHANGES * token_bytes / shards("activation_embed_moe") * (experts - 1) / experts
     multiplied = 2 * PRODUCTS * config.model.emb_dim * moe.mlp_dim / shards("activation_mlp_moe")
     weights = 3 * moe.num_experts * config.model.emb_dim * moe.mlp_dim / experts
-    weights *= config.model.num_decoder_layers / shards("activation_mlp_moe")
+    weights *= layers / shards("activation_mlp_moe")
     itemsize = jnp.dtype(config.model.dtype).itemsize
     weight_bytes = weights * config.train.gradient_accumulation_steps * 3 * itemsize
     ends = config.model.emb_dim / shards("activation_embed_moe")

@@ -1,27 +1,33 @@
 """Floating-point operations of a training step, counted from the configuration.
 
 The count of PaLM (arXiv 2204.02311, appendix B): 6 operations a token for each parameter that
-takes part in a product (2 forward, 4 backward), and 12 * L * N * D * S a token for attention, with
-the causal half not taken off. Only the experts a token is routed to count; what remat computes
-again and the slots of padded experts do not, so that utilisation falls when work is wasted.
+takes part in a product (2 forward, 4 backward), and for attention 6 * N * S for each element of a
+key and of a value, in every layer; neither the causal half nor what a sliding or chunked layer does
+not see is taken off. Only the experts that a token passes count, routed and shared; what remat
+computes again and the slots of padded experts do not, so that utilisation falls when work is
+wasted.
 """
 
 from __future__ import annotations
 
+from moe_shard.config.attention import AttentionConfig
 from moe_shard.config.model import ModelConfig
+from moe_shard.config.moe import MoEConfig
+
+_PROJECTIONS = 3
+"""Of a gated MLP: gate, up, down."""
 
 
 def matmul_params_per_token(config: ModelConfig) -> int:
     """Parameters that a token is multiplied with: the active ones, without norms and lookup."""
-    attention = config.attention
-    heads = 2 * attention.num_query_heads + 2 * attention.num_kv_heads
-    layer = config.emb_dim * attention.head_dim * heads
-    if config.moe is None:
-        layer += 3 * config.emb_dim * config.mlp_dim
-    else:
-        layer += config.emb_dim * config.moe.num_experts
-        layer += config.moe.num_experts_per_tok * 3 * config.emb_dim * config.moe.mlp_dim
-    return config.num_decoder_layers * layer + config.emb_dim * config.vocab_size
+    total = config.emb_dim * config.vocab_size
+    for kind in config.layer_kinds:
+        total += _attention_params(config.attention, config.emb_dim)
+        if kind.moe and config.moe is not None:
+            total += _moe_params(config.moe, config.emb_dim)
+        else:
+            total += _PROJECTIONS * config.emb_dim * config.mlp_dim
+    return total
 
 
 def train_flops_per_token(config: ModelConfig, *, seq_len: int) -> int:
@@ -31,6 +37,32 @@ def train_flops_per_token(config: ModelConfig, *, seq_len: int) -> int:
         config: the model.
         seq_len: S, tokens in a sequence.
     """
-    heads = config.attention.num_query_heads * config.attention.head_dim
-    attention = 12 * config.num_decoder_layers * heads * seq_len
-    return 6 * matmul_params_per_token(config) + attention
+    of_key, of_value = _head_dims(config.attention)
+    each = 6 * config.attention.num_query_heads * (of_key + of_value) * seq_len
+    return 6 * matmul_params_per_token(config) + config.num_decoder_layers * each
+
+
+def _attention_params(config: AttentionConfig, emb_dim: int) -> int:
+    heads = config.num_query_heads
+    of_key, of_value = _head_dims(config)
+    out = heads * of_value * emb_dim
+    if config.type == "mla":
+        inner = config.q_lora_rank or emb_dim
+        queries = emb_dim * config.q_lora_rank + inner * heads * of_key
+        latent = emb_dim * (config.kv_lora_rank + config.qk_rope_head_dim)
+        expanded = config.kv_lora_rank * heads * (config.qk_nope_head_dim + of_value)
+        return queries + latent + expanded + out
+    return emb_dim * (heads * of_key + config.num_kv_heads * (of_key + of_value)) + out
+
+
+def _head_dims(config: AttentionConfig) -> tuple[int, int]:
+    """Elements of a key and of a value."""
+    if config.type == "mla":
+        return config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    return config.head_dim, config.head_dim
+
+
+def _moe_params(config: MoEConfig, emb_dim: int) -> int:
+    hidden = config.num_experts_per_tok * config.mlp_dim + config.shared_dim
+    router = emb_dim * (config.num_experts + config.shared_gate)
+    return router + _PROJECTIONS * emb_dim * hidden

@@ -1,15 +1,15 @@
 """States whose experts keep gate and up apart, made into states that keep them as one, and back.
 
 A run may be continued with the other value of `prefuse_moe_weights`. Nothing but the experts' gate
-and up differs, in the parameters and in each tree that an optimizer keeps of their like; so trees
-are searched for experts, and what kind of tree it is does not matter. A model that is loaded to be
-used is converted here too, once, and not in each call.
+and up differs, their biases included, in the parameters and in each tree that an optimizer keeps of
+their like; so trees are searched for experts, and what kind of tree it is does not matter. A model
+that is loaded to be used is converted here too, once, and not in each call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -19,9 +19,21 @@ from moe_shard.moe.weights import fuse, unfuse
 Tree = TypeVar("Tree")
 Abstract = jax.ShapeDtypeStruct
 Experts = dict[str, Any]
-"""`gate_up` or `gate` and `up`, and `down`: arrays, or what describes arrays."""
+"""`gate_up` or `gate` and `up`, and `down`, the like of their biases: arrays, or what describes
+arrays."""
 
 _EXPERTS = "experts"
+
+
+class _Pair(NamedTuple):
+    """Names of what is one array in the one layout and two in the other."""
+
+    both: str
+    gate: str
+    up: str
+
+
+_PAIRS = (_Pair("gate_up", "gate", "up"), _Pair("gate_up_bias", "gate_bias", "up_bias"))
 
 
 def is_fused(tree: Any) -> bool | None:
@@ -45,11 +57,12 @@ def other_layout(abstract: Tree) -> Tree:
 
     def change(experts: Experts) -> Experts:
         new = dict(experts)
-        if "gate_up" in new:
-            new["gate"] = new["up"] = _without_pair(new.pop("gate_up"))
-        else:
-            new["gate_up"] = _with_pair(new.pop("gate"))
-            del new["up"]
+        for pair in _PAIRS:
+            if pair.both in new:
+                new[pair.gate] = new[pair.up] = _without_pair(new.pop(pair.both))
+            elif pair.gate in new:
+                new[pair.both] = _with_pair(new.pop(pair.gate))
+                del new[pair.up]
         return new
 
     return _map_experts(change, abstract)
@@ -67,17 +80,19 @@ def to_layout(tree: Tree, wanted: Any) -> Tree:
     """
 
     def change(experts: Experts, wanted: Experts) -> Experts:
-        if ("gate_up" in experts) == ("gate_up" in wanted):
-            return experts
         new = dict(experts)
-        if "gate_up" in wanted:
-            old = [new.pop("gate"), new.pop("up")]
-            place = wanted["gate_up"].sharding
-            new["gate_up"] = jax.jit(fuse, out_shardings=place)(*old)
-        else:
-            old = [new.pop("gate_up")]
-            places = wanted["gate"].sharding, wanted["up"].sharding
-            new["gate"], new["up"] = jax.jit(unfuse, out_shardings=places)(*old)
+        old = []
+        for pair in _PAIRS:
+            if pair.both in wanted and pair.gate in experts:
+                halves = new.pop(pair.gate), new.pop(pair.up)
+                place = wanted[pair.both].sharding
+                new[pair.both] = jax.jit(fuse, out_shardings=place)(*halves)
+                old += halves
+            elif pair.gate in wanted and pair.both in experts:
+                whole = new.pop(pair.both)
+                places = wanted[pair.gate].sharding, wanted[pair.up].sharding
+                new[pair.gate], new[pair.up] = jax.jit(unfuse, out_shardings=places)(whole)
+                old.append(whole)
         assert all(array.shape == wanted[name].shape for name, array in new.items()), (new, wanted)
         # Donated, they would be kept, with a warning: no output has their shape.
         for array in old:
@@ -105,14 +120,14 @@ def _has_experts(node: Any) -> bool:
 
 
 def _with_pair(part: Abstract) -> Abstract:
-    """[*E M H] to [*E M 2 H], the new dim whole on every device."""
+    """[*E H] to [*E 2 H], the new dim whole on every device."""
     *outer, last = _entries(part)
     shape = (*part.shape[:-1], 2, part.shape[-1])
     return _placed(part, shape, (*outer, None, last))
 
 
 def _without_pair(whole: Abstract) -> Abstract:
-    """[*E M 2 H] to [*E M H]."""
+    """[*E 2 H] to [*E H]."""
     *outer, _, last = _entries(whole)
     return _placed(whole, (*whole.shape[:-2], whole.shape[-1]), (*outer, last))
 

@@ -48,7 +48,10 @@ Metrics = dict[str, Float[Array, ""]]
 
 
 class Losses(NamedTuple):
-    """What one microbatch's forward pass yields besides its total loss, all means over it."""
+    """What one microbatch's forward pass yields besides its total loss.
+
+    Means over it, but for `expert_counts`: the choices of each expert in each MoE layer.
+    """
 
     ce_loss: Float[Array, ""]
     aux_loss: Float[Array, ""]
@@ -194,7 +197,7 @@ def _with_moe(config: Config, ce_loss: Float[Array, ""], stats: MoEStats | None)
         ce_loss=ce_loss,
         aux_loss=balance + z_loss,
         dropped=jnp.sum(stats.dropped) / jnp.sum(stats.expert_counts),
-        expert_counts=jnp.mean(stats.expert_counts.astype(jnp.float32), axis=1),
+        expert_counts=jnp.sum(stats.expert_counts.astype(jnp.float32), axis=1),
     )
 
 
@@ -206,7 +209,7 @@ def _load_imbalance(expert_counts: Float[Array, "L E"]) -> Float[Array, ""]:
 def _accumulate(
     grad_fn: GradFn, params: Params, batch: Batch
 ) -> tuple[Float[Array, ""], Losses, Params]:
-    """Loss and gradients as means over the microbatches, in float32."""
+    """Loss and gradients as means over the microbatches, in float32; counts are of all of them."""
     microbatches = batch["inputs"].shape[0]
     first = jax.tree.map(lambda x: x[0], batch)
     if microbatches == 1:
@@ -219,8 +222,8 @@ def _accumulate(
     shapes = jax.eval_shape(grad_fn, params, first)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     total, _ = jax.lax.scan(add, zeros, batch)
-    mean: tuple[Float[Array, ""], Losses, Params] = jax.tree.map(lambda x: x / microbatches, total)
-    return mean
+    loss, losses, grads = jax.tree.map(lambda x: x / microbatches, total)
+    return loss, losses._replace(expert_counts=total[1].expert_counts), grads
 
 
 def _abstract_state(

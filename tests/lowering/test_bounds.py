@@ -63,6 +63,14 @@ def test_accumulation_repeats_everything() -> None:
     assert thrice.weight_bytes == 3 * once.weight_bytes
 
 
+def test_only_layers_with_experts_count_and_not_the_shared_ones() -> None:
+    whole = bounds("base_num_decoder_layers=3")
+    for keys in (["first_num_dense_layers=1"], ["dense_layers=[2]", "shared_experts=2"]):
+        assert bounds("base_num_decoder_layers=4", *keys) == whole
+    one_of_two = bounds("base_num_decoder_layers=6", "interleave_moe_layer_step=2", "mlp_bias=true")
+    assert one_of_two == whole
+
+
 def test_a_dense_model_has_no_bounds() -> None:
     config = load_config("mixtral-tiny", ["num_experts=1", "num_experts_per_tok=1"])
     table = RuleTable(config.mesh.rules, config.mesh.resolve(8))

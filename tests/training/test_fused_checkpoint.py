@@ -32,6 +32,7 @@ KEYS = (
     "async_checkpointing=false",
 )
 FUSED = "prefuse_moe_weights=true"
+BIASES = "mlp_bias=true"
 EP8 = {"expert": 8}
 # Experts on two axes and H on one; then all of E, M and H sharded.
 MESHES = [EP8, {"fsdp": 2, "expert": 2, "tensor": 2}, {"expert": 2, "context": 2, "tensor": 2}]
@@ -122,11 +123,12 @@ def arrays(tree: Any) -> dict[str, np.ndarray]:
 def stacked(apart: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """By hand: for each experts' gate, and the up beside it, the one array of both."""
     made = dict(apart)
-    gates = [name for name in apart if name.endswith(".experts.gate")]
-    assert len(gates) == 3, "parameters and two moments"
-    for name in gates:
-        up = f"{name.removesuffix('gate')}up"
-        made[f"{name}_up"] = np.stack([made.pop(name), made.pop(up)], axis=-2)
+    for end in ("", "_bias"):
+        gates = [name for name in apart if name.endswith(f".experts.gate{end}")]
+        assert len(gates) == 3 or end, "parameters and two moments"
+        for name in gates:
+            both, up = (name.replace(".gate", f".{other}") for other in ("gate_up", "up"))
+            made[both] = np.stack([made.pop(name), made.pop(up)], axis=-2)
     return made
 
 
@@ -173,6 +175,26 @@ def test_to_fused_and_back_is_bit_for_bit_on_any_mesh(
         ]
         assert_placed(again, back.program)
         assert_bitwise(arrays(again), original)
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=label)
+def test_biases_are_converted_with_their_weights(tmp_path: Path, sizes: dict[str, int]) -> None:
+    apart = build(EP8, BIASES)
+    state = made_up(apart.program)
+    original = arrays(state)
+    assert sum(".experts." in name and name.endswith("_bias") for name in original) == 3 * 3
+    save(tmp_path / "apart", apart.config, state)
+
+    fused = build(sizes, BIASES, FUSED)
+    restored, _ = restore(tmp_path / "apart", fused)
+    assert_placed(restored, fused.program)
+    assert_bitwise(arrays(restored), stacked(original))
+    assert other_layout(fused.program.abstract_state) == build(sizes, BIASES).program.abstract_state
+
+    save(tmp_path / "fused", fused.config, restored)
+    again, _ = restore(tmp_path / "fused", apart)
+    assert_placed(again, apart.program)
+    assert_bitwise(arrays(again), original)
 
 
 def test_the_meshes_shard_each_dim_of_the_experts() -> None:

@@ -1,0 +1,82 @@
+"""Operations of models that are not alike in every layer, against counts made by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from moe_shard.config import load_config
+from moe_shard.models.flops import matmul_params_per_token, train_flops_per_token
+from tests.models.build import small_config
+
+SMALL = (
+    "base_num_decoder_layers=4", "base_emb_dim=16", "base_num_query_heads=4",
+    "base_num_kv_heads=2", "head_dim=8", "base_mlp_dim=64", "base_moe_mlp_dim=32",
+    "vocab_size=100", "num_experts=8", "num_experts_per_tok=2",
+)  # fmt: skip
+ATTENTION = 16 * 8 * (4 + 2 + 2 + 4)
+DENSE = 3 * 16 * 64
+MOE = 16 * 8 + 2 * 3 * 16 * 32
+LOGITS = 16 * 100
+
+
+def active(*overrides: str) -> int:
+    return matmul_params_per_token(small_config({"data": 8}, *SMALL, *overrides).model)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "moe_layers"),
+    [
+        ((), 4),
+        (("first_num_dense_layers=1",), 3),
+        (("interleave_moe_layer_step=2",), 2),
+        (("dense_layers=[3, 0]",), 2),
+    ],
+)
+def test_dense_layers_have_one_wide_mlp(overrides: tuple[str, ...], moe_layers: int) -> None:
+    by_hand = 4 * ATTENTION + moe_layers * MOE + (4 - moe_layers) * DENSE + LOGITS
+    assert active(*overrides) == by_hand
+
+
+@pytest.mark.parametrize(
+    ("overrides", "each"),
+    [
+        (("shared_experts=2",), 3 * 16 * 2 * 32),
+        (("shared_experts=1", "shared_expert_mlp_dim=80"), 3 * 16 * 80),
+        (("shared_experts=1", "shared_expert_gate=true"), 3 * 16 * 32 + 16),
+    ],
+)
+def test_every_token_passes_the_shared_experts(overrides: tuple[str, ...], each: int) -> None:
+    assert active(*overrides) == active() + 4 * each
+
+
+@pytest.mark.parametrize(
+    ("rank", "queries"), [(0, 16 * 4 * (6 + 2)), (12, 16 * 12 + 12 * 4 * (6 + 2))]
+)
+def test_latent_attention(rank: int, queries: int) -> None:
+    config = small_config(
+        {"data": 8}, *SMALL, "attention_type=mla", f"q_lora_rank={rank}", "kv_lora_rank=10",
+        "qk_nope_head_dim=6", "qk_rope_head_dim=2", "v_head_dim=5",
+    ).model  # fmt: skip
+    each = queries + 16 * (10 + 2) + 10 * 4 * (6 + 5) + 4 * 5 * 16
+    by_hand = 4 * (each + MOE) + LOGITS
+    assert matmul_params_per_token(config) == by_hand
+    # Of 7 tokens' keys (6 + 2) and values (5), for 4 heads: 2 operations forward, 4 backward.
+    scores = 4 * 6 * 4 * (6 + 2 + 5) * 7
+    assert train_flops_per_token(config, seq_len=7) == 6 * by_hand + scores
+
+
+@pytest.mark.parametrize(
+    ("model", "billions"),
+    [
+        ("deepseek2-16b", 2.4),
+        ("deepseek3-671b", 37),
+        ("qwen3-30b-a3b", 3.3),
+        ("gpt-oss-20b", 3.6),
+        ("llama4-17b-16e", 17),
+    ],
+)
+def test_published_models_have_their_published_active_parameters(
+    model: str, billions: float
+) -> None:
+    config = load_config(model).model
+    assert matmul_params_per_token(config) / 1e9 == pytest.approx(billions, rel=0.08)
