@@ -29,6 +29,7 @@ DTYPE_BYTES: Mapping[str, int] = {
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LENGTH_BYTES = 8
 _LONGEST_HEADER = 100_000_000
+_MOST_DIMS = 16
 _AGAIN = "fix: download or save the file again"
 
 
@@ -116,7 +117,7 @@ def _entry(path: Path, start: int, name: str, entry: Any) -> TensorHeader:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise wrong(f"dtype {shown(dtype)} is not one of {', '.join(DTYPE_BYTES)}")
-    if not _are_sizes(shape):
+    if not _are_sizes(shape) or len(shape) > _MOST_DIMS:
         raise wrong(f"shape {shown(shape)} is not a list of sizes")
     if not _are_sizes(offsets) or len(offsets) != 2:
         raise wrong(f"data_offsets {shown(offsets)} are not two numbers")
@@ -129,7 +130,7 @@ def _entry(path: Path, start: int, name: str, entry: Any) -> TensorHeader:
 
 
 def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
 def _check_cover(path: Path, tensors: Mapping[str, TensorHeader], start: int, size: int) -> None:
@@ -203,6 +204,8 @@ def _inside(directory: Path, name: str, named_by: str) -> Path:
         target = path.resolve(strict=True)
     except (OSError, RuntimeError):  # a missing file, or links in a circle
         raise UserError(f"{path}: missing\nfix: download the model again") from None
+    if not target.is_file():
+        raise UserError(f"{path}: not a file\nfix: download the model again")
     if target.parent not in allowed:
         raise UserError(
             f"{path}: a link that leaves the directory, to {shown(target)}\n"
