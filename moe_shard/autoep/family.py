@@ -133,9 +133,7 @@ class Family:
 
 
 _KINDS = {name: hint for name, hint in get_type_hints(Family).items() if name != "name"}
-_PATTERNS = tuple(
-    name for name in _KINDS if name.endswith(("_pattern", "_w1", "_w2", "_w3"))
-)
+_PATTERNS = tuple(name for name in _KINDS if name.endswith(("_pattern", "_w1", "_w2", "_w3")))
 """Keys whose values are regular expressions."""
 _CHOICES = {"score_func": ("softmax", "sigmoid", "sparsemixer"), "score_apply": ("pre", "post")}
 

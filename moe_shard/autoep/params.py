@@ -51,9 +51,7 @@ def outer_slots(model: ModelConfig) -> dict[str, Slot]:
 
 def layer_slots(model: ModelConfig, kind: LayerKind) -> dict[str, Slot]:
     """Parameters of a layer of one kind, by dotted path."""
-    attention = (
-        _latent_attention(model) if model.attention.type == "mla" else _attention(model)
-    )
+    attention = _latent_attention(model) if model.attention.type == "mla" else _attention(model)
     slots = _norm("attention_norm", model) | _norm("mlp_norm", model)
     slots |= {f"attention.{name}": slot for name, slot in attention.items()}
     if not kind.moe:
@@ -94,7 +92,10 @@ def _mlp(name: str, model: ModelConfig, hidden: int, keys: tuple[str, ...]) -> d
 
 def _attention(model: ModelConfig) -> dict[str, Slot]:
     config, dim = model.attention, model.emb_dim
-    queries, keys = (config.num_query_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
+    queries, keys = (
+        (config.num_query_heads, config.head_dim),
+        (config.num_kv_heads, config.head_dim),
+    )
     slots = {"query": Slot((dim, *queries), 1, (_N, _D, _M))}
     slots["key"] = slots["value"] = Slot((dim, *keys), 1, (_J, _D, _M))
     slots["out"] = Slot((*queries, dim), 2, (_N, _D, _M))
