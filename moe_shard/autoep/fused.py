@@ -32,9 +32,7 @@ class Fused(NamedTuple):
     def words(self) -> str:
         """The dims, for a report."""
         order = "[E 2H M] and [E M H]" if self.gate_up_first else "[E M 2H] and [E H M]"
-        return (
-            f"{order}, {'columns of gate and up in turn' if self.interleaved else 'gate, then up'}"
-        )
+        return f"{order}, {'gate and up in turn' if self.interleaved else 'gate, then up'}"
 
     def part(self, name: str) -> slice:
         """Of the fused dim, what is gate or up."""
@@ -47,11 +45,8 @@ class Fused(NamedTuple):
         order = (0, 2, 1) if self.gate_up_first else ()
         if name == "down":
             return Layout(order=order)
-        every = slice(None)
-        part = self.part(name)
-        return Layout(
-            take=(every, part) if self.gate_up_first else (every, every, part), order=order
-        )
+        before = 1 if self.gate_up_first else 2
+        return Layout(take=(*(slice(None),) * before, self.part(name)), order=order)
 
     def bias_layout(self, name: str) -> Layout:
         """Of the biases of gate, up or down in [E out]."""

@@ -130,9 +130,7 @@ def _entry(path: Path, start: int, name: str, entry: Any) -> TensorHeader:
 
 
 def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        type(item) is int and 0 <= item < 2**63 for item in value
-    )
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
 def _check_cover(path: Path, tensors: Mapping[str, TensorHeader], start: int, size: int) -> None:

@@ -92,10 +92,8 @@ def _mlp(name: str, model: ModelConfig, hidden: int, keys: tuple[str, ...]) -> d
 
 def _attention(model: ModelConfig) -> dict[str, Slot]:
     config, dim = model.attention, model.emb_dim
-    queries, keys = (
-        (config.num_query_heads, config.head_dim),
-        (config.num_kv_heads, config.head_dim),
-    )
+    queries = config.num_query_heads, config.head_dim
+    keys = config.num_kv_heads, config.head_dim
     slots = {"query": Slot((dim, *queries), 1, (_N, _D, _M))}
     slots["key"] = slots["value"] = Slot((dim, *keys), 1, (_J, _D, _M))
     slots["out"] = Slot((*queries, dim), 2, (_N, _D, _M))

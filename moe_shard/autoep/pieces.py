@@ -15,7 +15,7 @@ from moe_shard.autoep.plan import Layout, Piece
 from moe_shard.config.keys import shown
 from moe_shard.config.model import LayerKind, ModelConfig
 from moe_shard.errors import UserError
-from moe_shard.models.cycles import cycles_of, stack_name
+from moe_shard.models.cycles import stacks_of
 
 _FUSED = ("gate_up", "down")
 
@@ -58,13 +58,9 @@ class Pieces:
         """
         for role, slot in outer_slots(self.model).items():
             yield self._piece(role, (), slot, tuple(role.split(".")), ())
-        kinds = self.model.layer_kinds
-        cycles = cycles_of(kinds)
-        for cycle in cycles:
-            for place in range(len(cycle.kinds)):
-                stack = stack_name(cycles, cycle, place)
-                for index, layer in enumerate(cycle.numbers(place)):
-                    yield from self._layer(layer, kinds[layer], stack, index)
+        for stack, kind, numbers in stacks_of(self.model.layer_kinds):
+            for index, layer in enumerate(numbers):
+                yield from self._layer(layer, kind, stack, index)
 
     def _layer(self, layer: int, kind: LayerKind, stack: str, index: int) -> Iterator[Piece]:
         slots = layer_slots(self.model, kind)
@@ -158,9 +154,8 @@ class Pieces:
     def _tensor(self, role: str, place: Place) -> str:
         tensor = self.names.roles.get(role, {}).get(place)
         if tensor is None:
-            of = "".join(
-                f" of {word} {n}" for word, n in zip(("layer", "expert"), place, strict=False)
-            )
+            words = zip(("layer", "expert"), place, strict=False)
+            of = "".join(f" of {word} {number}" for word, number in words)
             raise UserError(
                 f"{self.where}: no tensor for {role}{of}, which family {self.family.name} calls\n"
                 f"{expected(role, self.family, place)}\n"

@@ -147,16 +147,13 @@ def _longrope(written: _Parameters, original: int, ratio: float, _latent: bool) 
     factor = written.number("factor", ratio)
     magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     magnitude = written.number("attention_factor", magnitude)
-    mscales = [
-        written.values[key] for key in ("short_mscale", "long_mscale") if key in written.values
-    ]
-    if mscales:
-        if len(mscales) < 2 or mscales[0] != mscales[1]:
-            raise written.attributes.error(
-                f"{written.name}: short_mscale and long_mscale are {shown(mscales)}",
-                "a model where they are equal: cos and sin have one factor here",
-            )
-        magnitude = written.number("short_mscale")
+    short, long = (written.values.get(key) for key in ("short_mscale", "long_mscale"))
+    if short != long:
+        raise written.attributes.error(
+            f"{written.name}: short_mscale={shown(short)} and long_mscale={shown(long)}",
+            "a model where they are equal: cos and sin have one factor here",
+        )
+    magnitude = written.number("short_mscale", magnitude)
     return {
         "rope_attention_factor": magnitude,
         "rope_short_factors": written.numbers("short_factor"),

@@ -39,7 +39,6 @@ def model_settings(attributes: Attributes, family: Family) -> dict[str, Any]:
 
 def setting_rules(family: Family) -> dict[str, Rule]:
     """The rule of every setting that is one attribute or a value, AutoEP's keys among them."""
-    none = Rule(default=-1)
     rules = {
         **family.settings,
         "num_experts": family.num_experts_attr,
@@ -49,12 +48,8 @@ def setting_rules(family: Family) -> dict[str, Rule]:
         "routed_bias": Rule(default=bool(family.correction_bias_pattern)),
         "norm_topk_prob": family.route_norm,
         "routed_scaling_factor": family.route_scale,
-        "n_routing_groups": none
-        if family.num_expert_groups == Rule()
-        else family.num_expert_groups,
-        "topk_routing_group": (
-            none if family.num_limited_groups == Rule() else family.num_limited_groups
-        ),
+        "n_routing_groups": family.num_expert_groups,
+        "topk_routing_group": family.num_limited_groups,
         "shared_expert_gate": Rule(default=bool(family.shared_experts_gate_pattern)),
     }
     if not family.has_shared_experts:

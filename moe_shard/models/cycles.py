@@ -72,18 +72,6 @@ def stacks_of(kinds: Sequence[LayerKind]) -> Iterator[tuple[str, LayerKind, rang
             yield name, kind, cycle.numbers(place)
 
 
-def stack_name(cycles: Sequence[Cycle], cycle: Cycle, place: int) -> str:
-    """What the stack of layers at one place of a cycle is called: after its first layer.
-
-    Args:
-        cycles: of the model; one stack is called `layers`.
-        cycle: one of them.
-        place: in a turn of it.
-    """
-    alone = len(cycles) == 1 and len(cycle.kinds) == 1
-    return "layers" if alone else f"layers_{cycle.first + place}"
-
-
 def _turns(kinds: Sequence[LayerKind], period: int) -> int:
     turns = 1
     while kinds[turns * period : (turns + 1) * period] == kinds[:period]:
