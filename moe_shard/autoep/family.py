@@ -243,7 +243,8 @@ def _read(path: Path, key: str, value: Any) -> Any:
             raise wrong("true or false")
         return value
     if kind is Rule:
-        return read_rule(path, key, value)
+        # Null: none of it, as AutoEP has it.
+        return read_rule(path, key, -1 if value is None else value)
     if kind is str:
         text = "" if value is None else value
         if not isinstance(text, str) or text not in _CHOICES.get(key, (text,)):
