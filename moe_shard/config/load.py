@@ -53,7 +53,7 @@ def configs_dir() -> Path:
 
 def list_models() -> list[str]:
     """Names that MODEL may take besides a path, sorted."""
-    return _names("models")
+    return list_names("models")
 
 
 def load_config(model: str, overrides: Sequence[str] = ()) -> Config:
@@ -66,20 +66,33 @@ def load_config(model: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: anything that a person got wrong, with the fix, in at most three lines.
     """
-    base = base_settings()
-    known = maxtext_keys()
-    path = _find("models", model, "MODEL")
-    layers = [
-        Layer.sift(short_name(path), read_mapping(path), base, known),
-        Layer.sift(COMMAND_LINE, parse_overrides(overrides, base), base, known),
-    ]
+    path = find_file("models", model, "MODEL")
+    written = read_mapping(path)
+    layer = Layer.sift(short_name(path), written, base_settings(), maxtext_keys())
+    return load_settings(layer, overrides, name=path.stem)
+
+
+def load_settings(layer: Layer, overrides: Sequence[str] = (), *, name: str) -> Config:
+    """Lay a model's settings over `base.yml`, and arguments over both.
+
+    Args:
+        layer: the model's settings, wherever they come from.
+        overrides: `key=value` arguments, the strongest layer.
+        name: the model's, where `model_name` is not among the settings.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    base, known = base_settings(), maxtext_keys()
+    said = Layer.sift(COMMAND_LINE, parse_overrides(overrides, base), base, known)
+    layers = [layer, said]
     settings = lay(base, layers)
     custom = settings["custom_mesh_and_rule"]
-    rules_file = (
-        read_rules_file(_find("rules", custom, "custom_mesh_and_rule"), known) if custom else None
-    )
+    rules_file = None
+    if custom:
+        rules_file = read_rules_file(find_file("rules", custom, "custom_mesh_and_rule"), known)
     mesh, warnings = build_mesh(settings, base, layers, rules_file)
-    _derive(settings, path)
+    _derive(settings, name)
     ignored = sorted({key for layer in layers for key in layer.ignored})
     if ignored:
         warnings += (f"MaxText keys that mean nothing here: {', '.join(ignored)}",)
@@ -111,14 +124,24 @@ def maxtext_keys() -> set[str]:
     return {line for line in lines if line and not line.startswith("#")}
 
 
-def _names(kind: str) -> list[str]:
+def list_names(kind: str) -> list[str]:
+    """Names of the files in `configs/<kind>/`, sorted."""
     return sorted(path.stem for path in (configs_dir() / kind).glob("*.yml"))
 
 
-def _find(kind: str, given: str, what: str) -> Path:
-    """The file that a name in `configs/<kind>/` or a path stands for."""
+def find_file(kind: str, given: str, what: str) -> Path:
+    """The file that a name in `configs/<kind>/` or a path stands for.
+
+    Args:
+        kind: directory below `configs/`.
+        given: a name there or the path of a YAML file.
+        what: a person calls it, for messages.
+
+    Raises:
+        UserError: neither.
+    """
     directory = configs_dir() / kind
-    names = _names(kind)
+    names = list_names(kind)
     if given in names:
         return directory / f"{given}.yml"
     path = Path(given)
@@ -134,10 +157,10 @@ def _find(kind: str, given: str, what: str) -> Path:
     )
 
 
-def _derive(settings: dict[str, Any], path: Path) -> None:
+def _derive(settings: dict[str, Any], name: str) -> None:
     """Fill what a default leaves to other keys."""
     if settings["model_name"] in {"", "default"}:
-        settings["model_name"] = path.stem
+        settings["model_name"] = name
     settings["run_name"] = settings["run_name"] or settings["model_name"]
     if settings["base_moe_mlp_dim"] == -1:
         settings["base_moe_mlp_dim"] = settings["base_mlp_dim"]

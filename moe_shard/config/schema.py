@@ -196,6 +196,7 @@ class Config:
         data: where the text comes from.
         warnings: one line each, for standard error.
         unbuilt: key and value of what the model asks for and this version does not compute.
+        detected: what was found where the model is a Hugging Face directory, one line each.
     """
 
     run: RunConfig
@@ -205,6 +206,7 @@ class Config:
     data: DataConfig
     warnings: tuple[str, ...] = ()
     unbuilt: tuple[tuple[str, Any], ...] = ()
+    detected: tuple[str, ...] = ()
 
     @property
     def not_built(self) -> tuple[str, ...]:
