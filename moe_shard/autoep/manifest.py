@@ -192,28 +192,36 @@ class Manifest:
 
 
 def copy_small_files(source: Path, folder: Path) -> None:
-    """Copy a Hugging Face directory's small files.
+    """Copy a Hugging Face directory's small files: configuration, tokenizer, templates.
 
     Args:
-        source: the directory; its files may be links within it, or into the hub's cache around it.
+        source: the directory.
         folder: where to; it exists.
 
     Raises:
         UserError: a file is a link to somewhere else.
     """
-    allowed = [source.resolve()]
-    if source.resolve().parent.name == "snapshots":
-        allowed.append(source.resolve().parents[1] / "blobs")
     for file in sorted(source.iterdir()):
-        if file.suffix not in _SMALL or file.name == MANIFEST or not file.is_file():
-            continue
-        real = file.resolve()
-        if not any(real.is_relative_to(place) for place in allowed):
-            raise UserError(
-                f"{file} is a link out of its directory, to {real}\n"
-                "fix: put the file itself there, if it belongs there"
-            )
-        shutil.copyfile(real, folder / file.name)
+        if file.suffix in _SMALL and file.name != MANIFEST and file.is_file():
+            copy_file(file, folder)
+
+
+def copy_file(file: Path, folder: Path) -> None:
+    """Copy one file, which may be a link within its directory or into the hub's cache around it.
+
+    Raises:
+        UserError: it is a link to somewhere else.
+    """
+    directory, real = file.parent.resolve(), file.resolve()
+    allowed = [directory]
+    if directory.parent.name == "snapshots":
+        allowed.append(directory.parents[1] / "blobs")
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise UserError(
+            f"{file} is a link out of its directory, to {real}\n"
+            "fix: put the file itself there, if it belongs there"
+        )
+    shutil.copyfile(real, folder / file.name)
 
 
 def save_carried(entries: Mapping[str, TensorEntry], names: Collection[str], folder: Path) -> None:
