@@ -9,26 +9,25 @@ what its manifest says is checked before a file is made.
 from __future__ import annotations
 
 import json
-import math
 import shutil
-import struct
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_shard.autoep.headers import TensorEntry
-from moe_shard.autoep.tensors import DTYPES, view, write
+from moe_shard.autoep.headers import TensorHeader, read_file
+from moe_shard.autoep.tensors import view, write
 from moe_shard.errors import UserError, first_line
 
 MANIFEST = "manifest.json"
 CARRIED = "carried.safetensors"
 FAMILY = "family.yml"
-INDEX = "model.safetensors.index.json"
+_AGAIN = "fix: import the Hugging Face directory again"
 _VERSION = 1
 _SMALL = frozenset({".json", ".jinja", ".txt", ".model", ".tiktoken"})
 """Endings of the files that are kept; code is not, nor weights in other formats."""
-_LARGEST_HEADER = 100_000_000  # bytes, as in safetensors itself
+_LENGTH_BYTES = 8
+_LONGEST_HEADER = 100_000_000  # bytes, as in safetensors itself
 
 
 @dataclass(frozen=True)
@@ -43,86 +42,35 @@ class FileLayout:
     header_bytes: int
     header: Mapping[str, Any]
 
-    def entries(self, file: Path) -> dict[str, TensorEntry]:
-        """Where each tensor lies in a file with this header.
+    @classmethod
+    def of(cls, file: Path) -> FileLayout:
+        """The layout of a file whose header has been checked."""
+        with file.open("rb") as data:
+            length = int.from_bytes(data.read(_LENGTH_BYTES), "little")
+            return cls(length, json.loads(data.read(length)))
 
-        Args:
-            file: its path.
+    def make(self, file: Path) -> None:
+        """Make the file at its full length, the tensors' bytes zero.
 
         Raises:
-            UserError: the header is none, or its tensors overlap or leave a gap.
+            ValueError, KeyError, TypeError: the header is none. What else may be wrong with it is
+                for a reader of headers to say.
         """
-        start = 8 + self.header_bytes
-        try:
-            found = {
-                name: _entry(file, start, tensor)
-                for name, tensor in self.header.items()
-                if name != "__metadata__"
-            }
-            metadata = self.header.get("__metadata__") or {}
-            if not all(isinstance(value, str) for value in metadata.values()):
-                raise ValueError("__metadata__ is not text")
-            end = start
-            for entry in sorted(found.values(), key=lambda entry: (entry.begin, entry.end)):
-                if entry.begin != end:
-                    raise ValueError(f"tensors overlap or leave a gap at byte {end - start}")
-                end = entry.end
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{file}: its header is not safetensors': {first_line(error)}\n"
-                "fix: take the file from where it came once more"
-            ) from error
-        return found
-
-    def make(self, file: Path) -> dict[str, TensorEntry]:
-        """Make the file at its full length, the tensors' bytes zero, and say where they lie."""
-        entries = self.entries(file)
-        header = _to_bytes(self.header, self.header_bytes)
-        size = max((entry.end for entry in entries.values()), default=8 + len(header))
+        # As safetensors writes it: compact, and filled up with spaces.
+        text = _compact(self.header)
+        if len(text) > self.header_bytes:
+            raise ValueError(f"{file.name}: its header does not fit {self.header_bytes} bytes")
+        tensors = {**self.header}
+        tensors.pop("__metadata__", None)
+        size = max((int(tensor["data_offsets"][1]) for tensor in tensors.values()), default=0)
         with file.open("xb") as out:
-            out.write(struct.pack("<Q", len(header)) + header)
-            out.truncate(size)
-        return entries
+            out.write(self.header_bytes.to_bytes(_LENGTH_BYTES, "little"))
+            out.write(text.ljust(self.header_bytes))
+            out.truncate(_LENGTH_BYTES + self.header_bytes + size)
 
 
-def _entry(file: Path, start: int, tensor: Mapping[str, Any]) -> TensorEntry:
-    shape, (begin, end) = tuple(tensor["shape"]), tensor["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-        raise ValueError("a shape or an offset is not a number")
-    if end - begin != math.prod(shape) * DTYPES[tensor["dtype"]].itemsize:
-        raise ValueError(f"data_offsets {begin} to {end} are not of shape {shape}")
-    return TensorEntry(file, tensor["dtype"], shape, start + begin, start + end)
-
-
-def _to_bytes(header: Mapping[str, Any], length: int) -> bytes:
-    """As safetensors writes it: compact, and filled up with spaces."""
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    if len(text) > length:
-        raise UserError(
-            f"a header of {len(text)} bytes has no room in {length}\n"
-            "fix: take manifest.json from where it came once more"
-        )
-    return text.ljust(length)
-
-
-def read_layout(file: Path) -> FileLayout:
-    """The header of a safetensors file.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        with file.open("rb") as data:
-            (length,) = struct.unpack("<Q", data.read(8))
-            if length > _LARGEST_HEADER:
-                raise ValueError(f"a header of {length} bytes")
-            header = json.loads(data.read(length))
-        return FileLayout(length, header)
-    except (OSError, ValueError, struct.error) as error:
-        raise UserError(
-            f"{file} is not a safetensors file: {first_line(error)}\n"
-            "fix: take the file from where it came once more"
-        ) from error
+def _compact(header: Mapping[str, Any]) -> bytes:
+    return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 @dataclass(frozen=True)
@@ -140,7 +88,7 @@ class Manifest:
     @classmethod
     def of(cls, family: str, files: Collection[Path]) -> Manifest:
         """The manifest of files that are there."""
-        return cls(family, {file.name: read_layout(file) for file in sorted(files)})
+        return cls(family, {file.name: FileLayout.of(file) for file in sorted(files)})
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json`."""
@@ -164,31 +112,24 @@ class Manifest:
             for name, layout in kept["files"].items():
                 if Path(name).name != name or not name.endswith(".safetensors"):
                     raise ValueError(f"{name!r} is not the name of a safetensors file")
-                if not 0 <= int(layout["header_bytes"]) <= _LARGEST_HEADER:
+                if not 0 <= int(layout["header_bytes"]) <= _LONGEST_HEADER:
                     raise ValueError(f"{name}: a header of {layout['header_bytes']} bytes")
                 files[name] = FileLayout(int(layout["header_bytes"]), dict(layout["header"]))
             return cls(str(kept["family"]), files)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path}: {first_line(error)}\nfix: import the Hugging Face directory again"
-            ) from error
+            raise UserError(f"{path}: {first_line(error)}\n{_AGAIN}") from error
 
-    def make(self, folder: Path) -> dict[str, TensorEntry]:
-        """Make all files at their full lengths, and say where the tensors lie in them.
+    def make(self, folder: Path) -> None:
+        """Make all files at their full lengths; a reader of their headers checks the rest.
 
         Raises:
-            UserError: a header is none, or two files have the same tensor.
+            UserError: a header is none.
         """
-        entries: dict[str, TensorEntry] = {}
-        for name, layout in self.files.items():
-            found = layout.make(folder / name)
-            if twice := entries.keys() & found.keys():
-                raise UserError(
-                    f"{MANIFEST}: tensor {min(twice)} is in {name} and in "
-                    f"{entries[min(twice)].file.name}\nfix: import the directory again"
-                )
-            entries |= found
-        return entries
+        try:
+            for name, layout in self.files.items():
+                layout.make(folder / name)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise UserError(f"{MANIFEST}: {first_line(error)}\n{_AGAIN}") from error
 
 
 def copy_small_files(source: Path, folder: Path) -> None:
@@ -224,33 +165,34 @@ def copy_file(file: Path, folder: Path) -> None:
     shutil.copyfile(real, folder / file.name)
 
 
-def save_carried(entries: Mapping[str, TensorEntry], names: Collection[str], folder: Path) -> None:
+def save_carried(headers: Mapping[str, TensorHeader], names: Collection[str], folder: Path) -> None:
     """Copy tensors into one file, one after the other.
 
     Args:
-        entries: where the tensors are.
+        headers: where the tensors are.
         names: of those to copy; if there are none there is no file.
         folder: gets `carried.safetensors`.
     """
     if not names:
         return
-    header: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     end = 0
-    for name in sorted(names, key=lambda name: (entries[name].file, entries[name].begin)):
-        entry = entries[name]
-        begin, end = end, end + entry.end - entry.begin
-        header[name] = {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
+    for name in sorted(names, key=lambda name: (headers[name].file, headers[name].begin)):
+        tensor = headers[name]
+        begin, end = end, end + tensor.end - tensor.begin
+        entries[name] = {
+            "dtype": tensor.dtype,
+            "shape": tensor.shape,
             "data_offsets": [begin, end],
         }
-    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    places = FileLayout(length + -length % 8, header).make(folder / CARRIED)
-    for name, place in places.items():
-        write(place, view(entries[name]))
+    file = folder / CARRIED
+    length = len(_compact(entries))
+    FileLayout(length + -length % 8, entries).make(file)
+    for name, place in read_file(file).items():
+        write(place, view(headers[name]))
 
 
-def carried_in(folder: Path) -> dict[str, TensorEntry]:
+def carried_in(folder: Path) -> dict[str, TensorHeader]:
     """Where the carried tensors lie.
 
     Args:
@@ -260,4 +202,4 @@ def carried_in(folder: Path) -> dict[str, TensorEntry]:
         UserError: the file is not a safetensors file.
     """
     file = folder / CARRIED
-    return read_layout(file).entries(file) if file.is_file() else {}
+    return read_file(file) if file.is_file() else {}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_shard.autoep.headers import TensorEntry
+from moe_shard.autoep.headers import TensorHeader
 from moe_shard.autoep.manifest import (
     CARRIED,
     FAMILY,
@@ -35,7 +35,7 @@ class Source:
 
     family: str
     plan: Plan
-    entries: Mapping[str, TensorEntry]
+    entries: Mapping[str, TensorHeader]
 
 
 def read_source(directory: Path, family: str = "") -> Source:
@@ -105,12 +105,12 @@ def lay_out_again(hf: Path, directory: Path) -> Source:
     """
     manifest = Manifest.load(hf)
     copy_small_files(hf, directory)
-    places = manifest.make(directory)
+    manifest.make(directory)
     family = str(hf / FAMILY) if (hf / FAMILY).is_file() else manifest.family
     found = read_source(directory, family)
     kept = carried_in(hf)
     for name in found.plan.carried:
-        place = places[name]
+        place = found.entries[name]
         if name not in kept or (kept[name].dtype, kept[name].shape) != (place.dtype, place.shape):
             raise UserError(
                 f"{hf / CARRIED} lacks tensor {name}, {place.dtype} of shape {list(place.shape)}\n"

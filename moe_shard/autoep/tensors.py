@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from moe_shard.autoep.headers import TensorEntry
+from moe_shard.autoep.headers import TensorHeader
 from moe_shard.errors import UserError
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -19,6 +19,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
@@ -36,7 +37,7 @@ _LARGE = 4 * 2**20  # bytes: below it, threads cost more than they save
 _POOL = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="tensors")
 
 
-def view(entry: TensorEntry) -> np.ndarray:
+def view(entry: TensorHeader) -> np.ndarray:
     """A tensor where it lies in its file: mapped, not read, and read-only.
 
     Args:
@@ -60,7 +61,7 @@ def view(entry: TensorEntry) -> np.ndarray:
     return np.frombuffer(data, dtype).reshape(entry.shape)
 
 
-def write(entry: TensorEntry, tensor: np.ndarray) -> None:
+def write(entry: TensorHeader, tensor: np.ndarray) -> None:
     """Write a tensor into its place in a file that has its full length.
 
     Args:

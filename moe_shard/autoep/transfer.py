@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_shard.autoep.headers import TensorEntry
+from moe_shard.autoep.headers import TensorHeader
 from moe_shard.autoep.plan import Piece, Plan
 from moe_shard.autoep.tensors import DTYPES, copy, is_exact, view, write
 from moe_shard.errors import UserError
@@ -38,7 +38,7 @@ _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 def import_params(
     plan: Plan,
-    entries: Mapping[str, TensorEntry],
+    entries: Mapping[str, TensorHeader],
     specs: Params,
     *,
     say: Callable[[str], object] = lambda _: None,
@@ -90,7 +90,7 @@ def import_params(
 
 def export_params(
     plan: Plan,
-    entries: Mapping[str, TensorEntry],
+    entries: Mapping[str, TensorHeader],
     params: Params,
     *,
     progress: Progress = lambda _done, _all: None,
@@ -151,7 +151,7 @@ def _leaves(tree: Params) -> list[tuple[Path, Any]]:
 
 
 def _by_param(
-    plan: Plan, entries: Mapping[str, TensorEntry], specs: Params
+    plan: Plan, entries: Mapping[str, TensorHeader], specs: Params
 ) -> dict[Path, dict[Index, Piece]]:
     """The pieces of each parameter by their index; together they are all of it, once."""
     _same_names("tensor", entries, {piece.tensor for piece in plan.pieces} | {*plan.carried})
@@ -193,7 +193,7 @@ def _same_names(what: str, here: Iterable[str], planned: Iterable[str]) -> None:
 
 def _say_what_is_rounded(
     pieces: Mapping[Path, Mapping[Index, Piece]],
-    entries: Mapping[str, TensorEntry],
+    entries: Mapping[str, TensorHeader],
     leaves: Mapping[Path, Any],
     say: Callable[[str], object],
 ) -> None:
@@ -240,7 +240,7 @@ class _Reader:
     """
 
     def __init__(
-        self, leaf: Any, pieces: Mapping[Index, Piece], entries: Mapping[str, TensorEntry]
+        self, leaf: Any, pieces: Mapping[Index, Piece], entries: Mapping[str, TensorHeader]
     ) -> None:
         self.shape, self.dtype = leaf.shape, np.dtype(leaf.dtype)
         self.pieces, self.entries = pieces, entries

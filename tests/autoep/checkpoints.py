@@ -14,11 +14,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from moe_shard.autoep.headers import TensorEntry
+from moe_shard.autoep.headers import TensorHeader, read_headers
 from moe_shard.autoep.plan import Layout, Piece, Plan
 
-# As tests.models.build.SMALL has them.
-LAYERS, E, M, H, N, J, D, V = 3, 8, 16, 32, 8, 4, 8, 64
+# As tests.models.build.SMALL has them, with room for bytes in the vocabulary.
+KEYS = ("vocab_size=320",)
+LAYERS, E, M, H, N, J, D, V = 3, 8, 16, 32, 8, 4, 8, 320
 NAMES = {np.dtype(ml_dtypes.bfloat16): "BF16", np.dtype(np.float16): "F16",
          np.dtype(np.float32): "F32", np.dtype(np.float64): "F64",
          np.dtype(np.int64): "I64"}  # fmt: skip
@@ -56,7 +57,7 @@ def read_file(path: Path) -> Tensors:
     return found
 
 
-def entries_of(*files: Path) -> dict[str, TensorEntry]:
+def entries_of(*files: Path) -> dict[str, TensorHeader]:
     """Where the tensors of files lie."""
     found = {}
     for path in files:
@@ -66,7 +67,7 @@ def entries_of(*files: Path) -> dict[str, TensorEntry]:
             if name != "__metadata__":
                 begin, end = (8 + length + offset for offset in tensor["data_offsets"])
                 shape = tuple(tensor["shape"])
-                found[name] = TensorEntry(path, tensor["dtype"], shape, begin, end)
+                found[name] = TensorHeader(path, tensor["dtype"], shape, begin, end)
     return found
 
 
@@ -91,7 +92,7 @@ class Checkpoint:
         return sorted(self.directory.glob("*.safetensors"))
 
     @property
-    def entries(self) -> dict[str, TensorEntry]:
+    def entries(self) -> dict[str, TensorHeader]:
         return entries_of(*self.files)
 
 
@@ -252,7 +253,7 @@ def detect(directory: Path, family: str = "") -> SimpleNamespace:
     return SimpleNamespace(
         family=kind,
         plan=Plan((*plan_of_attention_and_norms(), *pieces), CARRIED),
-        entries=entries_of(*directory.glob("*.safetensors")),
+        entries=read_headers(directory),
     )
 
 

@@ -23,7 +23,7 @@ from moe_shard.errors import UserError
 from moe_shard.models.params import Params, describe
 from moe_shard.training import imported
 from moe_shard.training.imported import export_model, import_model, load_params, written_aside
-from tests.autoep.checkpoints import BF16, KINDS, Checkpoint, detect, make_checkpoint
+from tests.autoep.checkpoints import BF16, KEYS, KINDS, Checkpoint, detect, make_checkpoint
 from tests.autoep.test_transfer import MESHES, assert_are, specs_on
 from tests.models.build import annotator, label, small_config
 
@@ -33,7 +33,7 @@ FUSED = "prefuse_moe_weights=true"
 @pytest.fixture(autouse=True)
 def _families(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(
-        sys.modules, "moe_shard.autoep.detect", SimpleNamespace(detect=detect)  # type: ignore
+        sys.modules, "moe_shard.autoep.detect", SimpleNamespace(detect=detect)
     )  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def console() -> Console:
 
 
 def import_into(target: Path, source: Path, *overrides: str, ep: int = 8) -> Config:
-    config = small_config({"expert": ep, "fsdp": 8 // ep}, *overrides)
+    config = small_config({"expert": ep, "fsdp": 8 // ep}, *KEYS, *overrides)
     run = dataclasses.replace(config.run, load_parameters_path=str(source))
     config = dataclasses.replace(config, run=run)
     specs = describe(config.model, annotator(config)).specs
@@ -76,7 +76,7 @@ def model(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> P
     target = tmp_path_factory.mktemp("imported") / "deep" / "model"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(
-            sys.modules, "moe_shard.autoep.detect", SimpleNamespace(detect=detect)  # type: ignore
+            sys.modules, "moe_shard.autoep.detect", SimpleNamespace(detect=detect)
         )  # fmt: skip
         import_into(target, checkpoint.directory, ep=2)
     return target
@@ -102,7 +102,7 @@ def test_the_folder_is_a_model_that_begins_with_its_own_parameters(
     for name in (str(moved), str(moved / "config.yml")):
         config = load_config(name, ["steps=7"])
         assert config.run.load_parameters_path == str(moved)
-        assert config.model == small_config({"expert": 2, "fsdp": 4}).model
+        assert config.model == small_config({"expert": 2, "fsdp": 4}, *KEYS).model
         assert config.train.steps == 7
     again = load_config(str(moved), ["load_parameters_path=elsewhere"])
     assert again.run.load_parameters_path == "elsewhere"
