@@ -25,7 +25,7 @@ from moe_shard.errors import UserError
 
 T = TypeVar("T")
 
-LOADER_KEYS = ("custom_mesh_and_rule", "override_logical_axis_rules", "hf_family")
+LOADER_KEYS = ("custom_mesh_and_rule", "override_logical_axis_rules")
 """Keys of `base.yml` that say how to load; what they lead to stands in `MeshConfig`."""
 
 
@@ -60,7 +60,8 @@ def load_config(model: str, overrides: Sequence[str] = ()) -> Config:
     """Load one run's configuration.
 
     Args:
-        model: a name in `configs/models/` or the path of a YAML file.
+        model: a name in `configs/models/`, the path of a YAML file, or the folder of an imported
+            model.
         overrides: `key=value` arguments, the strongest layer.
 
     Raises:
@@ -145,6 +146,8 @@ def find_file(kind: str, given: str, what: str) -> Path:
     if given in names:
         return directory / f"{given}.yml"
     path = Path(given)
+    if kind == "models" and (path / "config.yml").is_file():
+        return path / "config.yml"
     looks_like_path = path.suffix in {".yml", ".yaml"} or "/" in given or "\\" in given
     if looks_like_path and given.isprintable():
         return path  # read_mapping says what is wrong with it
@@ -162,6 +165,9 @@ def _derive(settings: dict[str, Any], name: str) -> None:
     if settings["model_name"] in {"", "default"}:
         settings["model_name"] = name
     settings["run_name"] = settings["run_name"] or settings["model_name"]
+    if (path.parent / "params").is_dir() and not settings["load_parameters_path"]:
+        # An imported model does not name itself: it may have been moved.
+        settings["load_parameters_path"] = str(path.parent.resolve())
     if settings["base_moe_mlp_dim"] == -1:
         settings["base_moe_mlp_dim"] = settings["base_mlp_dim"]
     emb_dim, heads = settings["base_emb_dim"], settings["base_num_query_heads"]

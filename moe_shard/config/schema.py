@@ -165,6 +165,8 @@ class RunConfig:
         model_name: the model YAML's name without `.yml`.
         load_parameters_path: where the first parameters of a new run come from: a Hugging Face
             directory, an imported model or a run; empty: they are drawn from `seed`.
+        hf_family: name or file of the family that a Hugging Face directory is read by; empty: as
+            its config.json says.
 
     Raises:
         UserError: `run_name` is not the name of a directory.
@@ -174,6 +176,7 @@ class RunConfig:
     run_name: Annotated[str, Key("run_name")]
     model_name: Annotated[str, Key("model_name")]
     load_parameters_path: Annotated[str, Key("load_parameters_path")]
+    hf_family: Annotated[str, Key("hf_family")]
 
     def __post_init__(self) -> None:
         check_leaves(self)

@@ -18,6 +18,7 @@ from moe_shard.errors import Finding
 from moe_shard.models.flops import train_flops_per_token
 from moe_shard.training.checkpoint import Checkpointer
 from moe_shard.training.data import Batches, batches
+from moe_shard.training.imported import find_weights, load_params
 from moe_shard.training.metrics import MetricsWriter, Record
 from moe_shard.training.profile import StepProfile
 from moe_shard.training.progress import ProgressLine
@@ -52,7 +53,8 @@ class Trainer:
         folder: of the run.
 
     Raises:
-        UserError: the text cannot be read, or the checkpoint is another model's.
+        UserError: the text cannot be read, the checkpoint is another model's, or there are no
+            parameters at load_parameters_path.
     """
 
     def __init__(self, config: Config, program: Program, folder: Path) -> None:
@@ -69,6 +71,8 @@ class Trainer:
                 self.first = self.checkpointer.latest() or 0
                 if self.first:
                     self.checkpointer.check_fits(self.first)
+            if config.run.load_parameters_path and not self.first:
+                find_weights(config.run.load_parameters_path)
             if self.first < train.steps:
                 self.data = batches(
                     config.data,
@@ -106,7 +110,7 @@ class Trainer:
             console: for progress.
 
         Raises:
-            UserError: the checkpoint cannot be read.
+            UserError: the checkpoint, or the parameters to begin with, cannot be read.
             Finding: the loss is no longer finite.
         """
         if self.data is None:
@@ -137,6 +141,16 @@ class Trainer:
             console.print(f"continuing from the checkpoint after step {self.first}")
             abstract_state = self.program.abstract_state
             return self.checkpointer.restore(self.first, abstract_state, say=console.print)
+        run = self.config.run
+        if run.load_parameters_path:
+            params = load_params(
+                run.load_parameters_path,
+                self.program.model.specs,
+                family=run.hf_family,
+                console=console,
+            )
+            step, opt_state = self.program.init_rest(params)
+            return TrainState(step, params, opt_state)
         with console.status("creating the parameters"):
             key = jax.random.key(self.config.train.seed)
             state: TrainState = jax.block_until_ready(self.program.init(key))
