@@ -17,6 +17,7 @@ from moe_shard.config.schema import Config
 from moe_shard.errors import Finding
 from moe_shard.models.flops import train_flops_per_token
 from moe_shard.training.checkpoint import Checkpointer
+from moe_shard.training.corpus import Say
 from moe_shard.training.data import Batches, batches
 from moe_shard.training.metrics import MetricsWriter, Record
 from moe_shard.training.profile import StepProfile
@@ -50,12 +51,15 @@ class Trainer:
         config: the run.
         program: the step's surroundings.
         folder: of the run.
+        say: told of what takes long.
 
     Raises:
         UserError: the text cannot be read, or the checkpoint is another model's.
     """
 
-    def __init__(self, config: Config, program: Program, folder: Path) -> None:
+    def __init__(
+        self, config: Config, program: Program, folder: Path, *, say: Say = lambda _: None
+    ) -> None:
         self.config, self.program, self.folder = config, program, folder
         train = config.train
         self.checkpointer: Checkpointer | None = None
@@ -78,6 +82,7 @@ class Trainer:
                     microbatches=microbatches,
                     sharding=program.batch_sharding,
                     first_step=self.first,
+                    say=say,
                 )
                 opening.callback(self.data.close)
             self._open = opening.pop_all()
@@ -124,7 +129,7 @@ class Trainer:
             first_step=self.first,
             steps=train.steps,
             log_period=train.log_period,
-            bytes_per_token=None if self.config.data.tokenizer_path else 1.0,
+            bytes_per_token=self.data.bytes_per_token,
         )
         profile = StepProfile(self.folder / "profile", train, first_step=self.first)
         self.writer, self.progress, self.profile, self.step = writer, progress, profile, step
