@@ -96,6 +96,7 @@ class TokenCorpus:
         self.lengths = found
         self.num_bytes = sum(path.stat().st_size for path in documents)
         self._starts = np.cumsum(found) - found
+        self._file_size = int(found.sum()) * _TOKEN.itemsize
 
     def read(self, document: int, offset: int, size: int) -> Int32[np.ndarray, "size"]:
         """See `Corpus`.
@@ -104,8 +105,7 @@ class TokenCorpus:
             UserError: the cache has gone or changed.
         """
         first = (int(self._starts[document]) + offset) * _TOKEN.itemsize
-        whole = int(self.lengths.sum()) * _TOKEN.itemsize
-        tokens = _read(self._file, first, size * _TOKEN.itemsize, whole)
+        tokens = _read(self._file, first, size * _TOKEN.itemsize, self._file_size)
         if tokens is None:
             raise UserError(
                 f"{self._file} has changed since the start of the run\nfix: start again"
