@@ -50,15 +50,15 @@ def find_source(model: str) -> Source:
         UserError: a directory that holds neither.
     """
     path = Path(model).expanduser()
-    if model in list_models() or not path.is_dir():
+    of_run = path.parent.name == "checkpoints" and path.name.isdecimal() and path.parent.is_dir()
+    if model in list_models() or not (of_run or path.is_dir()):
         return Source(model)
-    path = path.resolve()
-    updates = None
-    run = path
-    if path.parent.name == "checkpoints" and path.name.isdecimal():
-        updates, run = int(path.name), path.parent.parent
-    elif path.name == "checkpoints":
-        run = path.parent
+    run = path.resolve()
+    updates = int(path.name) if of_run else None
+    if of_run:
+        run = run.parent.parent
+    elif run.name == "checkpoints":
+        run = run.parent
     if not (run / "config.yml").is_file():
         raise UserError(
             f"{model} is not the folder of a run: no config.yml in it\n"
