@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moe_shard.config.attention import AttentionConfig, RopeConfig
+from moe_shard.config.generate import GenerateConfig
 from moe_shard.config.keys import leaf_keys, shown
 from moe_shard.config.layers import COMMAND_LINE, Layer, lay, parse_overrides, short_name
 from moe_shard.config.model import GatingConfig, ModelConfig
@@ -107,6 +108,7 @@ def load_settings(layer: Layer, overrides: Sequence[str] = (), *, name: str) -> 
         mesh=mesh,
         train=_build(TrainConfig, settings),
         data=_build(DataConfig, settings),
+        generate=_build(GenerateConfig, settings),
         warnings=warnings,
         unbuilt=_unbuilt(layers, settings),
     )

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 
+from moe_shard.config.generate import GenerateConfig
 from moe_shard.config.keys import Key, check_leaves, keyed_values, shown, to_plain
 from moe_shard.config.mesh import MeshConfig
 from moe_shard.config.model import ModelConfig
@@ -134,11 +135,8 @@ class DataConfig:
 
     Attributes:
         dataset_path: files or directories of text; empty: the standard library's own source text.
-        tokenizer_path: empty: bytes, the only tokenizer built.
+        tokenizer_path: a Hugging Face model directory or a tokenizer.json; empty: bytes.
         seed: as in `TrainConfig`.
-
-    Raises:
-        UserError: a tokenizer is asked for.
     """
 
     dataset_path: Annotated[tuple[str, ...], Key("dataset_path")]
@@ -147,11 +145,6 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_leaves(self)
-        if self.tokenizer_path:
-            raise UserError(
-                f"tokenizer_path={self.tokenizer_path}: this version reads bytes only\n"
-                'fix: leave tokenizer_path="" and vocab_size at 257 or more'
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,6 +190,7 @@ class Config:
         mesh: axes, sizes, rule table.
         train: batch, schedule, optimizer.
         data: where the text comes from.
+        generate: how text is written.
         warnings: one line each, for standard error.
         unbuilt: key and value of what the model asks for and this version does not compute.
         detected: what was found where the model is a Hugging Face directory, one line each.
@@ -207,6 +201,7 @@ class Config:
     mesh: MeshConfig
     train: TrainConfig
     data: DataConfig
+    generate: GenerateConfig
     warnings: tuple[str, ...] = ()
     unbuilt: tuple[tuple[str, Any], ...] = ()
     detected: tuple[str, ...] = ()
@@ -241,7 +236,7 @@ class Config:
             flat["num_experts"] = 1
         else:
             parts += [moe, moe.router]
-        for part in (*parts, self.mesh, self.train, self.data):
+        for part in (*parts, self.mesh, self.train, self.data, self.generate):
             flat |= keyed_values(part)
         flat |= self.mesh.flat_sizes()
         # The table is whole: rows that it lacks must not come back from base.yml.

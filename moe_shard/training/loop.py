@@ -17,6 +17,7 @@ from moe_shard.config.schema import Config
 from moe_shard.errors import Finding
 from moe_shard.models.flops import train_flops_per_token
 from moe_shard.training.checkpoint import Checkpointer
+from moe_shard.training.corpus import Say
 from moe_shard.training.data import Batches, batches
 from moe_shard.training.imported import find_weights, load_params
 from moe_shard.training.metrics import MetricsWriter, Record
@@ -51,13 +52,16 @@ class Trainer:
         config: the run.
         program: the step's surroundings.
         folder: of the run.
+        say: told of what takes long.
 
     Raises:
         UserError: the text cannot be read, the checkpoint is another model's, or there are no
             parameters at load_parameters_path.
     """
 
-    def __init__(self, config: Config, program: Program, folder: Path) -> None:
+    def __init__(
+        self, config: Config, program: Program, folder: Path, *, say: Say = lambda _: None
+    ) -> None:
         self.config, self.program, self.folder = config, program, folder
         train = config.train
         self.checkpointer: Checkpointer | None = None
@@ -82,6 +86,7 @@ class Trainer:
                     microbatches=microbatches,
                     sharding=program.batch_sharding,
                     first_step=self.first,
+                    say=say,
                 )
                 opening.callback(self.data.close)
             self._open = opening.pop_all()
@@ -128,7 +133,7 @@ class Trainer:
             first_step=self.first,
             steps=train.steps,
             log_period=train.log_period,
-            bytes_per_token=None if self.config.data.tokenizer_path else 1.0,
+            bytes_per_token=self.data.bytes_per_token,
         )
         profile = StepProfile(self.folder / "profile", train, first_step=self.first)
         self.writer, self.progress, self.profile, self.step = writer, progress, profile, step

@@ -55,7 +55,7 @@ def run(config: Config) -> Outcome:
     with (
         out_of_memory_is_a_finding(),
         open_run(config.run, writer=writer) as folder,
-        Trainer(config, program, folder) as trainer,
+        Trainer(config, program, folder, say=console.print) as trainer,
     ):
         if writer:
             write_text(folder / "config.yml", config.to_yaml())
