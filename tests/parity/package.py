@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
-from moe_shard.autoep.model import load_model
-from moe_shard.autoep.transfer import load_params
 
+from moe_shard.autoep.model import load_model
 from moe_shard.config import Config
 from moe_shard.models.params import AbstractModel, Params, describe
 from moe_shard.moe.losses import load_balance_loss
 from moe_shard.sharding.annotate import Annotator
 from moe_shard.sharding.mesh import make_mesh
 from moe_shard.training import step
+from moe_shard.training.imported import load_params
 from tests.models.build import QUICK
 from tests.parity.families import LEARNING_RATE, LENGTH, UPDATES
 
