@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides the model's")
     arguments = parser.parse_intermixed_args()
     # Only now: bad usage is answered before the rest has been loaded.
-    from moe_shard.autoep.model import load_model  # type: ignore
+    from moe_shard.autoep.model import load_model
 
     config = load_model(str(arguments.source), arguments.overrides)
     config.require_built()

@@ -49,10 +49,10 @@ def read_source(directory: Path, family: str = "") -> Source:
         UserError: it is of no known family, or not whole.
     """
     # Here, not above: what only copies files needs no family.
-    from moe_shard.autoep.detect import detect  # type: ignore
+    from moe_shard.autoep.detect import detect
 
     found = detect(directory, family)
-    return Source(found.family, found.plan, found.entries)
+    return Source(found.family, found.plan, found.headers)
 
 
 def keep_hf(source: str, folder: Path, family: str = "") -> None:

@@ -71,6 +71,9 @@ def load_config(model: str, overrides: Sequence[str] = ()) -> Config:
     path = find_file("models", model, "MODEL")
     written = read_mapping(path)
     layer = Layer.sift(short_name(path), written, base_settings(), maxtext_keys())
+    if (path.parent / "params").is_dir() and not layer.values.get("load_parameters_path"):
+        # An imported model does not name itself: it may have been moved.
+        layer.values["load_parameters_path"] = str(path.parent.resolve())
     return load_settings(layer, overrides, name=path.stem)
 
 
@@ -167,9 +170,6 @@ def _derive(settings: dict[str, Any], name: str) -> None:
     if settings["model_name"] in {"", "default"}:
         settings["model_name"] = name
     settings["run_name"] = settings["run_name"] or settings["model_name"]
-    if (path.parent / "params").is_dir() and not settings["load_parameters_path"]:
-        # An imported model does not name itself: it may have been moved.
-        settings["load_parameters_path"] = str(path.parent.resolve())
     if settings["base_moe_mlp_dim"] == -1:
         settings["base_moe_mlp_dim"] = settings["base_mlp_dim"]
     emb_dim, heads = settings["base_emb_dim"], settings["base_num_query_heads"]
