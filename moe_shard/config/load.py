@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moe_shard.config.attention import AttentionConfig, RopeConfig
+from moe_shard.config.generate import GenerateConfig
 from moe_shard.config.keys import leaf_keys, shown
 from moe_shard.config.layers import COMMAND_LINE, Layer, lay, parse_overrides, short_name
 from moe_shard.config.model import GatingConfig, ModelConfig
@@ -25,7 +26,7 @@ from moe_shard.errors import UserError
 
 T = TypeVar("T")
 
-LOADER_KEYS = ("custom_mesh_and_rule", "override_logical_axis_rules", "hf_family")
+LOADER_KEYS = ("custom_mesh_and_rule", "override_logical_axis_rules")
 """Keys of `base.yml` that say how to load; what they lead to stands in `MeshConfig`."""
 
 
@@ -53,33 +54,47 @@ def configs_dir() -> Path:
 
 def list_models() -> list[str]:
     """Names that MODEL may take besides a path, sorted."""
-    return _names("models")
+    return list_names("models")
 
 
 def load_config(model: str, overrides: Sequence[str] = ()) -> Config:
     """Load one run's configuration.
 
     Args:
-        model: a name in `configs/models/` or the path of a YAML file.
+        model: a name in `configs/models/`, the path of a YAML file, or the folder of an imported
+            model.
         overrides: `key=value` arguments, the strongest layer.
 
     Raises:
         UserError: anything that a person got wrong, with the fix, in at most three lines.
     """
-    base = base_settings()
-    known = maxtext_keys()
-    path = _find("models", model, "MODEL")
-    layers = [
-        Layer.sift(short_name(path), read_mapping(path), base, known),
-        Layer.sift(COMMAND_LINE, parse_overrides(overrides, base), base, known),
-    ]
+    path = find_file("models", model, "MODEL")
+    written = read_mapping(path)
+    layer = Layer.sift(short_name(path), written, base_settings(), maxtext_keys())
+    return load_settings(layer, overrides, name=path.stem)
+
+
+def load_settings(layer: Layer, overrides: Sequence[str] = (), *, name: str) -> Config:
+    """Lay a model's settings over `base.yml`, and arguments over both.
+
+    Args:
+        layer: the model's settings, wherever they come from.
+        overrides: `key=value` arguments, the strongest layer.
+        name: the model's, where `model_name` is not among the settings.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    base, known = base_settings(), maxtext_keys()
+    said = Layer.sift(COMMAND_LINE, parse_overrides(overrides, base), base, known)
+    layers = [layer, said]
     settings = lay(base, layers)
     custom = settings["custom_mesh_and_rule"]
-    rules_file = (
-        read_rules_file(_find("rules", custom, "custom_mesh_and_rule"), known) if custom else None
-    )
+    rules_file = None
+    if custom:
+        rules_file = read_rules_file(find_file("rules", custom, "custom_mesh_and_rule"), known)
     mesh, warnings = build_mesh(settings, base, layers, rules_file)
-    _derive(settings, path)
+    _derive(settings, name)
     ignored = sorted({key for layer in layers for key in layer.ignored})
     if ignored:
         warnings += (f"MaxText keys that mean nothing here: {', '.join(ignored)}",)
@@ -93,6 +108,7 @@ def load_config(model: str, overrides: Sequence[str] = ()) -> Config:
         mesh=mesh,
         train=_build(TrainConfig, settings),
         data=_build(DataConfig, settings),
+        generate=_build(GenerateConfig, settings),
         warnings=warnings,
         unbuilt=_unbuilt(layers, settings),
     )
@@ -111,17 +127,29 @@ def maxtext_keys() -> set[str]:
     return {line for line in lines if line and not line.startswith("#")}
 
 
-def _names(kind: str) -> list[str]:
+def list_names(kind: str) -> list[str]:
+    """Names of the files in `configs/<kind>/`, sorted."""
     return sorted(path.stem for path in (configs_dir() / kind).glob("*.yml"))
 
 
-def _find(kind: str, given: str, what: str) -> Path:
-    """The file that a name in `configs/<kind>/` or a path stands for."""
+def find_file(kind: str, given: str, what: str) -> Path:
+    """The file that a name in `configs/<kind>/` or a path stands for.
+
+    Args:
+        kind: directory below `configs/`.
+        given: a name there or the path of a YAML file.
+        what: a person calls it, for messages.
+
+    Raises:
+        UserError: neither.
+    """
     directory = configs_dir() / kind
-    names = _names(kind)
+    names = list_names(kind)
     if given in names:
         return directory / f"{given}.yml"
     path = Path(given)
+    if kind == "models" and (path / "config.yml").is_file():
+        return path / "config.yml"
     looks_like_path = path.suffix in {".yml", ".yaml"} or "/" in given or "\\" in given
     if looks_like_path and given.isprintable():
         return path  # read_mapping says what is wrong with it
@@ -134,11 +162,14 @@ def _find(kind: str, given: str, what: str) -> Path:
     )
 
 
-def _derive(settings: dict[str, Any], path: Path) -> None:
+def _derive(settings: dict[str, Any], name: str) -> None:
     """Fill what a default leaves to other keys."""
     if settings["model_name"] in {"", "default"}:
-        settings["model_name"] = path.stem
+        settings["model_name"] = name
     settings["run_name"] = settings["run_name"] or settings["model_name"]
+    if (path.parent / "params").is_dir() and not settings["load_parameters_path"]:
+        # An imported model does not name itself: it may have been moved.
+        settings["load_parameters_path"] = str(path.parent.resolve())
     if settings["base_moe_mlp_dim"] == -1:
         settings["base_moe_mlp_dim"] = settings["base_mlp_dim"]
     emb_dim, heads = settings["base_emb_dim"], settings["base_num_query_heads"]

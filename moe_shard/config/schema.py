@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 
+from moe_shard.config.generate import GenerateConfig
 from moe_shard.config.keys import Key, check_leaves, keyed_values, shown, to_plain
 from moe_shard.config.mesh import MeshConfig
 from moe_shard.config.model import ModelConfig
@@ -134,11 +135,8 @@ class DataConfig:
 
     Attributes:
         dataset_path: files or directories of text; empty: the standard library's own source text.
-        tokenizer_path: empty: bytes, the only tokenizer built.
+        tokenizer_path: a Hugging Face model directory or a tokenizer.json; empty: bytes.
         seed: as in `TrainConfig`.
-
-    Raises:
-        UserError: a tokenizer is asked for.
     """
 
     dataset_path: Annotated[tuple[str, ...], Key("dataset_path")]
@@ -147,11 +145,6 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_leaves(self)
-        if self.tokenizer_path:
-            raise UserError(
-                f"tokenizer_path={self.tokenizer_path}: this version reads bytes only\n"
-                'fix: leave tokenizer_path="" and vocab_size at 257 or more'
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,6 +158,8 @@ class RunConfig:
         model_name: the model YAML's name without `.yml`.
         load_parameters_path: where the first parameters of a new run come from: a Hugging Face
             directory, an imported model or a run; empty: they are drawn from `seed`.
+        hf_family: name or file of the family that a Hugging Face directory is read by; empty: as
+            its config.json says.
 
     Raises:
         UserError: `run_name` is not the name of a directory.
@@ -174,6 +169,7 @@ class RunConfig:
     run_name: Annotated[str, Key("run_name")]
     model_name: Annotated[str, Key("model_name")]
     load_parameters_path: Annotated[str, Key("load_parameters_path")]
+    hf_family: Annotated[str, Key("hf_family")]
 
     def __post_init__(self) -> None:
         check_leaves(self)
@@ -194,8 +190,10 @@ class Config:
         mesh: axes, sizes, rule table.
         train: batch, schedule, optimizer.
         data: where the text comes from.
+        generate: how text is written.
         warnings: one line each, for standard error.
         unbuilt: key and value of what the model asks for and this version does not compute.
+        detected: what was found where the model is a Hugging Face directory, one line each.
     """
 
     run: RunConfig
@@ -203,8 +201,10 @@ class Config:
     mesh: MeshConfig
     train: TrainConfig
     data: DataConfig
+    generate: GenerateConfig
     warnings: tuple[str, ...] = ()
     unbuilt: tuple[tuple[str, Any], ...] = ()
+    detected: tuple[str, ...] = ()
 
     @property
     def not_built(self) -> tuple[str, ...]:
@@ -236,7 +236,7 @@ class Config:
             flat["num_experts"] = 1
         else:
             parts += [moe, moe.router]
-        for part in (*parts, self.mesh, self.train, self.data):
+        for part in (*parts, self.mesh, self.train, self.data, self.generate):
             flat |= keyed_values(part)
         flat |= self.mesh.flat_sizes()
         # The table is whole: rows that it lacks must not come back from base.yml.

@@ -15,6 +15,7 @@ from moe_shard.config.keys import shown
 from moe_shard.config.load import base_settings
 from moe_shard.config.schema import Config
 from moe_shard.errors import UserError, first_line
+from moe_shard.models.params import Params
 from moe_shard.training.convert import is_fused, other_layout, to_layout
 from moe_shard.training.step import TrainState
 
@@ -155,23 +156,12 @@ class Checkpointer:
 
     def _is_fused(self, updates: int) -> bool | None:
         """Whether a checkpoint keeps gate and up as one; its structure is read, no array is."""
-        with self._reading(updates):
+        with _reading(self._folder / str(updates)):
             return is_fused(self._manager.metadata(updates).item_metadata.get("state"))
 
     def _read(self, updates: int, **items: Any) -> Any:
-        with self._reading(updates):
+        with _reading(self._folder / str(updates)):
             return self._manager.restore(updates, args=ocp.args.Composite(**items))
-
-    @contextmanager
-    def _reading(self, updates: int) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"cannot read the checkpoint {self._folder / str(updates)}: "
-                f"{first_line(error)}\n"
-                "fix: remove that folder to continue from the checkpoint before it"
-            ) from error
 
     def reached_preemption(self, updates: int) -> bool:
         """True on every process at the same step once the scheduler has announced a preemption."""
@@ -181,3 +171,74 @@ class Checkpointer:
         """Wait until everything is written."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def restore_params(
+    folder: Path,
+    abstract_params: Params,
+    *,
+    updates: int | None = None,
+    say: Callable[[str], object] = lambda _: None,
+) -> Params:
+    """Read the parameters of a run and nothing else of its state, each device its own shards.
+
+    Args:
+        folder: `checkpoints/` of the run; nothing in it is written.
+        abstract_params: shapes, dtypes and shardings to restore to. The dtype may be another than
+            the run's, and the experts' gate and up be one array where the run kept two.
+        updates: which checkpoint; None: the newest.
+        say: told which one was read.
+
+    Raises:
+        UserError: there is none, it is another model's, or it cannot be read.
+    """
+    manager = ocp.CheckpointManager(
+        folder,
+        options=ocp.CheckpointManagerOptions(read_only=True),
+        item_handlers={"state": ocp.PyTreeCheckpointHandler()},
+    )
+    with manager:
+        updates = manager.latest_step() if updates is None else updates
+        if updates is None or updates not in manager.all_steps():
+            what = "no whole checkpoint" if updates is None else f"no checkpoint {updates}"
+            raise UserError(f"{folder} holds {what}\nfix: the folder of a run that has saved one")
+        with _reading(folder / str(updates)):
+            found = manager.metadata(updates).item_metadata["state"]["params"]
+        converts = (is_fused(found), is_fused(abstract_params)) in ((False, True), (True, False))
+        wanted = {"params": other_layout(abstract_params) if converts else abstract_params}
+        _require_same_shapes(folder / str(updates), found, wanted["params"])
+        how = ocp.args.PyTreeRestore(
+            item=wanted,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=True,
+        )
+        with _reading(folder / str(updates)):
+            params = manager.restore(updates, args=ocp.args.Composite(state=how)).state["params"]
+    say(f"after step {updates} of {folder.parent}")
+    return to_layout(params, abstract_params) if converts else params
+
+
+def _require_same_shapes(checkpoint: Path, found: Any, wanted: Params) -> None:
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        named = {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+        return {name: tuple(leaf.shape) for name, leaf in named.items()}
+
+    there, here = shapes(found), shapes(wanted)
+    for name in sorted({*there, *here}):
+        if there.get(name) != here.get(name):
+            raise UserError(
+                f"{checkpoint} holds another model: {name} has shape {there.get(name)} there and "
+                f"{here.get(name)} here\nfix: the config.yml of its run, without such overrides"
+            )
+
+
+@contextmanager
+def _reading(checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"cannot read the checkpoint {checkpoint}: {first_line(error)}\n"
+            "fix: remove that folder to continue from the checkpoint before it"
+        ) from error

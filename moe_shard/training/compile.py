@@ -28,6 +28,9 @@ _OVERLAP = {
     "cuda": ("xla_gpu_enable_latency_hiding_scheduler",),
     "rocm": ("xla_gpu_enable_latency_hiding_scheduler",),
 }
+_LESS_MEMORY = (
+    "a smaller per_device_batch_size with more gradient_accumulation_steps, or remat_policy=full"
+)
 _NO_OPTIONS: Mapping[str, bool] = MappingProxyType({})
 
 
@@ -185,15 +188,15 @@ def estimate_lines(config: Config, found: Timeline | None, num_devices: int) -> 
 
 
 @contextmanager
-def out_of_memory_is_a_finding() -> Iterator[None]:
-    """Within the block, a compiler or device that runs out of memory raises a `Finding`."""
+def out_of_memory_is_a_finding(fix: str = _LESS_MEMORY) -> Iterator[None]:
+    """Within the block, a compiler or device that runs out of memory raises a `Finding`.
+
+    Args:
+        fix: what helps.
+    """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise Finding(
-            f"out of memory: {str(error).splitlines()[0][:200]}\n"
-            "fix: a smaller per_device_batch_size with more gradient_accumulation_steps, or "
-            "remat_policy=full"
-        ) from error
+        raise Finding(f"out of memory: {str(error).splitlines()[0][:200]}\nfix: {fix}") from error

@@ -1,7 +1,7 @@
-"""Text to batches: bytes of files, packed into rows, shuffled by seed, read ahead by Grain.
+"""Text to batches: tokens of files, packed into rows, shuffled by seed, read ahead by Grain.
 
 The documents, in an order that the seed decides, form one stream of tokens: a mark, then the
-document's bytes. Row i of the stream is fixed arithmetic on file sizes, so nothing is read before
+document's own. Row i of the stream is fixed arithmetic on their lengths, so nothing is read before
 it is needed, a corpus may be larger than memory, and a step's batch follows from its number alone.
 """
 
@@ -23,12 +23,14 @@ from jaxtyping import Int32, Int64
 
 from moe_shard.config.schema import DataConfig
 from moe_shard.errors import UserError
-from moe_shard.training.documents import find_documents, unreadable
-
-DOCUMENT = 256
-"""The token that begins a document and so, as a target, ends the one before."""
-VOCAB_SIZE = 257
-"""The 256 bytes and `DOCUMENT`."""
+from moe_shard.training.corpus import ByteCorpus, Corpus, Say, TokenCorpus
+from moe_shard.training.documents import find_documents
+from moe_shard.training.tokenizer import (
+    ByteTokenizer,
+    Tokenizer,
+    find_tokenizer,
+    require_vocabulary,
+)
 
 READ_AHEAD_STEPS = 4
 READ_THREADS = 4
@@ -46,28 +48,50 @@ class PackedText:
 
     Attributes:
         paths: the documents, shuffled by seed.
-        starts: stream position of each document's mark; last, the length of the stream.
+        starts: stream position of each document's first mark; last, the length of the stream.
         seq_len: S.
+        bytes_per_token: of the text, marks counted as tokens.
     """
 
-    def __init__(self, documents: Sequence[Path], *, seq_len: int, seed: int):
-        """Index the documents by their sizes.
+    def __init__(
+        self,
+        documents: Sequence[Path],
+        *,
+        seq_len: int,
+        seed: int,
+        tokenizer: Tokenizer | None = None,
+        say: Say = lambda _: None,
+    ):
+        """Index the documents by their lengths.
 
         Args:
             documents: files, from `find_documents`.
             seq_len: S, tokens in a row.
             seed: of the order of the documents, in [0, 2**32).
+            tokenizer: of their text; None: bytes.
+            say: told of the work of tokenizing, where there was any.
 
         Raises:
             UserError: there is less than one row of text, or more rows than can be shuffled.
         """
         # Grain's shuffle and not NumPy's, whose random streams may change with its version.
-        shuffled = grain.MapDataset.source([os.fspath(path) for path in documents]).shuffle(seed)
-        self.paths: tuple[str, ...] = tuple(shuffled[i] for i in range(len(shuffled)))
-        self.starts: Int64[np.ndarray, "documents+1"] = np.zeros(len(self.paths) + 1, np.int64)
-        np.cumsum([os.stat(path).st_size + 1 for path in self.paths], out=self.starts[1:])
+        shuffled = grain.MapDataset.range(len(documents)).shuffle(seed)
+        self._order = tuple(int(shuffled[i]) for i in range(len(shuffled)))
+        self.paths: tuple[str, ...] = tuple(os.fspath(documents[i]) for i in self._order)
+        self._corpus: Corpus
+        if tokenizer is None:
+            tokenizer, self._corpus = ByteTokenizer(), ByteCorpus(documents)
+        else:
+            self._corpus = TokenCorpus(documents, tokenizer, say=say)
+        self._before = np.array(tokenizer.before, np.int32)
+        self._after = np.array(tokenizer.after, np.int32)
+        self._digest = tokenizer.digest
+        lengths = self._corpus.lengths[list(self._order)]
+        self.starts: Int64[np.ndarray, "documents+1"] = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths + len(self._before) + len(self._after), out=self.starts[1:])
         self.seq_len = seq_len
         tokens = int(self.starts[-1])
+        self.bytes_per_token = self._corpus.num_bytes / max(tokens, 1)
         if tokens < seq_len + 1:
             raise UserError(
                 f"dataset_path holds {tokens} tokens in {len(self.paths)} files; one row takes "
@@ -88,64 +112,54 @@ class PackedText:
 
         Returns:
             `inputs` and `targets`: tokens, targets one ahead. `positions`: since the row's start
-            or the document's mark, whichever is later. `segment_ids`: 1 for the document that the
-            row begins in, one more at each later mark.
+            or the document's, whichever is later. `segment_ids`: 1 for the document that the row
+            begins in, one more at each later one.
 
         Raises:
             UserError: a file has gone or changed its size.
         """
-        tokens = self._tokens(row * self.seq_len, self.seq_len + 1)
-        inputs = tokens[:-1]
-        begins = inputs == DOCUMENT
+        start = row * self.seq_len
+        tokens = self._tokens(start, self.seq_len + 1)
+        first, last = np.searchsorted(self.starts, [start, start + self.seq_len])
+        begins = np.zeros(self.seq_len, bool)
+        begins[self.starts[first:last] - start] = True
         begins[0] = True
         place = np.arange(self.seq_len, dtype=np.int32)
         return {
-            "inputs": inputs,
+            "inputs": tokens[:-1],
             "targets": tokens[1:],
             "positions": place - np.maximum.accumulate(np.where(begins, place, 0)),
             "segment_ids": np.cumsum(begins, dtype=np.int32),
         }
 
     def _tokens(self, start: int, count: int) -> Int32[np.ndarray, "count"]:
-        tokens = np.full(count, DOCUMENT, np.int32)
         document = int(np.searchsorted(self.starts, start, side="right")) - 1
-        filled = 0
-        while filled < count:
-            mark, end = (int(at) for at in self.starts[document : document + 2])
-            position = start + filled
-            if position == mark:  # already there
-                filled += 1
-                position += 1
-            size = min(end - position, count - filled)
-            if size > 0:
-                text = self._read(document, position - mark - 1, size, end - mark - 1)
-                tokens[filled : filled + size] = np.frombuffer(text, np.uint8)
-                filled += size
-            document += 1
-        return tokens
+        parts = []
+        while count > 0:
+            first, end = (int(at) for at in self.starts[document : document + 2])
+            size = min(end - start, count)
+            parts += self._parts(document, start - first, size, end - first)
+            start, count, document = start + size, count - size, document + 1
+        return np.concatenate(parts)
 
-    def _read(self, document: int, offset: int, size: int, file_size: int) -> bytes:
-        path = self.paths[document]
-        try:
-            # Opened for each read: nothing to share between threads, to pickle or to run out of.
-            with open(path, "rb") as file:
-                changed = os.fstat(file.fileno()).st_size != file_size
-                file.seek(offset)
-                text = file.read(size)
-        except OSError as error:
-            raise unreadable(path, error) from error
-        if changed or len(text) != size:
-            raise UserError(
-                f"dataset_path: {path} was {file_size} bytes long at the start of the run and has "
-                "changed since\nfix: leave the text alone while it is trained on; start again"
-            )
-        return text
+    def _parts(self, document: int, offset: int, size: int, whole: int) -> list[np.ndarray]:
+        """Tokens of a document with its marks, in order; the text is read where it is needed."""
+        text_start, text_end = len(self._before), whole - len(self._after)
+        end = offset + size
+        parts = [
+            self._before[offset:end],
+            self._after[max(offset - text_end, 0) : max(end - text_end, 0)],
+        ]
+        first, last = max(offset, text_start), min(end, text_end)
+        if first < last:
+            text = self._corpus.read(self._order[document], first - text_start, last - first)
+            parts.insert(1, text)
+        return parts
 
     def fingerprint(self) -> Int32[np.ndarray, "4"]:
-        """A hash of the sizes in order: equal where all rows begin and end at the same bytes."""
-        return np.frombuffer(
-            hashlib.blake2b(self.starts.tobytes(), digest_size=16).digest(), np.int32
-        )
+        """A hash of tokenizer and lengths in order: equal where all rows begin and end alike."""
+        content = self._digest + self.starts.tobytes()
+        return np.frombuffer(hashlib.blake2b(content, digest_size=16).digest(), np.int32)
 
 
 def held_rows(sharding: NamedSharding, shape: tuple[int, int, int]) -> tuple[list[int], list[int]]:
@@ -167,14 +181,23 @@ def held_rows(sharding: NamedSharding, shape: tuple[int, int, int]) -> tuple[lis
 class Batches(Iterator[dict[str, jax.Array]]):
     """The batches of successive steps, without end. Close it to stop the reading ahead."""
 
-    def __init__(self, steps: Any, sharding: NamedSharding, shape: tuple[int, int, int]):
+    def __init__(
+        self,
+        steps: Any,
+        sharding: NamedSharding,
+        shape: tuple[int, int, int],
+        *,
+        bytes_per_token: float,
+    ):
         """Wrap what `batches` has built.
 
         Args:
             steps: Grain's iterator over a `HostBatch` a step.
             sharding: over (A, R, S).
             shape: (A, R, S).
+            bytes_per_token: of the whole text.
         """
+        self.bytes_per_token = bytes_per_token
         self._steps = steps
         self._sharding = sharding
         self._shape = shape
@@ -214,6 +237,7 @@ def batches(
     microbatches: int,
     sharding: NamedSharding,
     first_step: int = 0,
+    say: Say = lambda _: None,
 ) -> Batches:
     """The batches from a step on, the first ones being read already when this returns.
 
@@ -222,13 +246,14 @@ def batches(
     to end, each in an order of its own.
 
     Args:
-        config: where the text is, and the seed.
+        config: where the text is, its tokenizer, and the seed.
         vocab_size: V of the model.
         seq_len: S, `max_target_length`.
         rows: R, sequences of one microbatch over all devices.
         microbatches: A, `gradient_accumulation_steps`.
         sharding: of an array [A, R, S]; a process reads only the rows of its own devices.
         first_step: number of the first batch.
+        say: told of what takes long.
 
     Returns:
         An iterator over `inputs`, `targets`, `positions` and `segment_ids` (see `PackedText`), each
@@ -238,11 +263,8 @@ def batches(
         UserError: the vocabulary is too small, the batch does not divide over the devices, the
             text is missing or too short, or it differs between processes.
     """
-    if vocab_size < VOCAB_SIZE:
-        raise UserError(
-            f"vocab_size={vocab_size} is less than the 256 bytes and the document mark\n"
-            f"fix: vocab_size={VOCAB_SIZE} or more"
-        )
+    tokenizer = find_tokenizer(config.tokenizer_path)
+    require_vocabulary(tokenizer, vocab_size)
     shape = (microbatches, rows, seq_len)
     try:
         sharding.shard_shape(shape)
@@ -252,7 +274,13 @@ def batches(
             f"divide over {sharding.spec} of mesh {dict(sharding.mesh.shape)}\n"
             "fix: per_device_batch_size (rows) or max_target_length (tokens)"
         ) from error
-    text = PackedText(find_documents(config.dataset_path), seq_len=seq_len, seed=config.seed)
+    text = PackedText(
+        find_documents(config.dataset_path),
+        seq_len=seq_len,
+        seed=config.seed,
+        tokenizer=tokenizer if config.tokenizer_path else None,
+        say=say,
+    )
     _require_same_text(text)
     stream = grain.MapDataset.source(text).shuffle(config.seed).repeat()
     held_a, held_r = held_rows(sharding, shape)
@@ -270,7 +298,7 @@ def batches(
         .to_iter_dataset(grain.ReadOptions(READ_THREADS, READ_AHEAD_STEPS))
     )
     steps.start_prefetch()
-    return Batches(steps, sharding, shape)
+    return Batches(steps, sharding, shape, bytes_per_token=text.bytes_per_token)
 
 
 def _require_same_text(text: PackedText) -> None:
@@ -279,6 +307,7 @@ def _require_same_text(text: PackedText) -> None:
     mine = text.fingerprint()
     if (multihost_utils.process_allgather(mine) != mine).any():
         raise UserError(
-            "dataset_path holds files of other names or sizes on some processes than on others\n"
+            "dataset_path holds files of other names or sizes, or tokenizer_path another "
+            "tokenizer, on some processes than on others\n"
             "fix: the same text (and for the standard library, the same Python) on every host"
         )

@@ -17,7 +17,9 @@ from moe_shard.config.schema import Config
 from moe_shard.errors import Finding
 from moe_shard.models.flops import train_flops_per_token
 from moe_shard.training.checkpoint import Checkpointer
+from moe_shard.training.corpus import Say
 from moe_shard.training.data import Batches, batches
+from moe_shard.training.imported import find_weights, load_params
 from moe_shard.training.metrics import MetricsWriter, Record
 from moe_shard.training.profile import StepProfile
 from moe_shard.training.progress import ProgressLine
@@ -50,12 +52,16 @@ class Trainer:
         config: the run.
         program: the step's surroundings.
         folder: of the run.
+        say: told of what takes long.
 
     Raises:
-        UserError: the text cannot be read, or the checkpoint is another model's.
+        UserError: the text cannot be read, the checkpoint is another model's, or there are no
+            parameters at load_parameters_path.
     """
 
-    def __init__(self, config: Config, program: Program, folder: Path) -> None:
+    def __init__(
+        self, config: Config, program: Program, folder: Path, *, say: Say = lambda _: None
+    ) -> None:
         self.config, self.program, self.folder = config, program, folder
         train = config.train
         self.checkpointer: Checkpointer | None = None
@@ -69,6 +75,8 @@ class Trainer:
                 self.first = self.checkpointer.latest() or 0
                 if self.first:
                     self.checkpointer.check_fits(self.first)
+            if config.run.load_parameters_path and not self.first:
+                find_weights(config.run.load_parameters_path)
             if self.first < train.steps:
                 self.data = batches(
                     config.data,
@@ -78,6 +86,7 @@ class Trainer:
                     microbatches=microbatches,
                     sharding=program.batch_sharding,
                     first_step=self.first,
+                    say=say,
                 )
                 opening.callback(self.data.close)
             self._open = opening.pop_all()
@@ -106,7 +115,7 @@ class Trainer:
             console: for progress.
 
         Raises:
-            UserError: the checkpoint cannot be read.
+            UserError: the checkpoint, or the parameters to begin with, cannot be read.
             Finding: the loss is no longer finite.
         """
         if self.data is None:
@@ -124,7 +133,7 @@ class Trainer:
             first_step=self.first,
             steps=train.steps,
             log_period=train.log_period,
-            bytes_per_token=None if self.config.data.tokenizer_path else 1.0,
+            bytes_per_token=self.data.bytes_per_token,
         )
         profile = StepProfile(self.folder / "profile", train, first_step=self.first)
         self.writer, self.progress, self.profile, self.step = writer, progress, profile, step
@@ -137,6 +146,16 @@ class Trainer:
             console.print(f"continuing from the checkpoint after step {self.first}")
             abstract_state = self.program.abstract_state
             return self.checkpointer.restore(self.first, abstract_state, say=console.print)
+        run = self.config.run
+        if run.load_parameters_path:
+            params = load_params(
+                run.load_parameters_path,
+                self.program.model.specs,
+                family=run.hf_family,
+                console=console,
+            )
+            step, opt_state = self.program.init_rest(params)
+            return TrainState(step, params, opt_state)
         with console.status("creating the parameters"):
             key = jax.random.key(self.config.train.seed)
             state: TrainState = jax.block_until_ready(self.program.init(key))

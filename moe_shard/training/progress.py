@@ -23,7 +23,7 @@ class ProgressLine:
         first_step: the step this process starts with.
         steps: of the whole run.
         log_period: steps between two updates of the line.
-        bytes_per_token: 1 for a byte vocabulary, which adds bits per byte; None: not known.
+        bytes_per_token: of the text, for the loss in bits a byte.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class ProgressLine:
         first_step: int,
         steps: int,
         log_period: int,
-        bytes_per_token: float | None,
+        bytes_per_token: float,
     ) -> None:
         self._console = console
         self._first, self._steps, self._period = first_step, steps, log_period
@@ -82,9 +82,8 @@ class ProgressLine:
 
     def _describe(self, record: Record) -> str:
         ce_loss = float(record["ce_loss"] or 0.0)
-        parts = [f"loss {record['loss']:.3f}"]
-        if self._bytes_per_token is not None:
-            parts.append(f"bits/byte {ce_loss / math.log(2) / self._bytes_per_token:.2f}")
+        bits_per_byte = ce_loss / math.log(2) / self._bytes_per_token
+        parts = [f"loss {record['loss']:.3f}", f"bits/byte {bits_per_byte:.2f}"]
         parts.append(f"grad norm {record['grad_norm']:.2f}")
         parts.append(f"dropped {100 * float(record['dropped_token_fraction'] or 0):.1f}%")
         parts.append(f"{record['tokens_per_sec_per_device']:,.0f} tok/s/device")

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
+from moe_shard.autoep.source import keep_hf
 from moe_shard.config import Config
 from moe_shard.config.hardware import find_hardware
 from moe_shard.lowering.report import LoweringReport
@@ -54,10 +55,12 @@ def run(config: Config) -> Outcome:
     with (
         out_of_memory_is_a_finding(),
         open_run(config.run, writer=writer) as folder,
-        Trainer(config, program, folder) as trainer,
+        Trainer(config, program, folder, say=console.print) as trainer,
     ):
         if writer:
             write_text(folder / "config.yml", config.to_yaml())
+            if config.run.load_parameters_path:
+                keep_hf(config.run.load_parameters_path, folder, config.run.hf_family)
         with console.status("compiling the training step"):
             step = compile_step(program, compiler_options(config, annotate.platform))
         console.print(f"compiled in {step.seconds:.1f} s")

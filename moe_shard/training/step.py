@@ -68,6 +68,7 @@ class Program:
         abstract_state: a `TrainState` of `ShapeDtypeStruct`s with shardings.
         abstract_batch: a `Batch` of the same.
         init: key -> state; jitted, so that every device makes its own shards.
+        init_rest: params -> step and opt_state of parameters that are there already.
         step: (state, batch) -> (state, metrics); jitted, its state is donated.
     """
 
@@ -75,6 +76,7 @@ class Program:
     abstract_state: TrainState
     abstract_batch: dict[str, jax.ShapeDtypeStruct]
     init: jax.stages.Wrapped
+    init_rest: jax.stages.Wrapped
     step: jax.stages.Wrapped
 
     @property
@@ -98,9 +100,13 @@ def make_program(config: Config, annotate: Annotator) -> Program:
     schedule = make_schedule(config.train)
     grad_fn = make_grad(config, model)
 
+    def init_rest(params: Params) -> tuple[Int[Array, ""], Any]:
+        return jnp.zeros((), jnp.int32), optimizer.init(params)
+
     def init(key: PRNGKeyArray) -> TrainState:
         params = model.init(key)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        step, opt_state = init_rest(params)
+        return TrainState(step, params, opt_state)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss, losses, grads = _accumulate(grad_fn, state.params, batch)
@@ -129,6 +135,9 @@ def make_program(config: Config, annotate: Annotator) -> Program:
         abstract_state=abstract_state,
         abstract_batch=abstract_batch,
         init=jax.jit(init, out_shardings=state_shardings),
+        init_rest=jax.jit(
+            init_rest, out_shardings=(state_shardings.step, state_shardings.opt_state)
+        ),
         step=jax.jit(
             step,
             in_shardings=(state_shardings, _shardings(abstract_batch)),

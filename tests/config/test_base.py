@@ -9,6 +9,7 @@ import yaml
 
 from moe_shard.config import configs_dir, list_models, load_config
 from moe_shard.config.attention import AttentionConfig, RopeConfig
+from moe_shard.config.generate import GenerateConfig
 from moe_shard.config.keys import leaf_keys
 from moe_shard.config.load import LOADER_KEYS, maxtext_keys
 from moe_shard.config.mesh import LEVELS, MESH_AXES, MeshConfig, parallelism_key
@@ -31,6 +32,7 @@ SCHEMAS = (
     MeshConfig,
     TrainConfig,
     DataConfig,
+    GenerateConfig,
 )
 
 

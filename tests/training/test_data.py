@@ -26,10 +26,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from moe_shard.config.schema import DataConfig
 from moe_shard.errors import UserError
 from moe_shard.training import data
-from moe_shard.training.data import DOCUMENT, VOCAB_SIZE, PackedText, batches
+from moe_shard.training.data import PackedText, batches
 from moe_shard.training.documents import find_documents
+from moe_shard.training.tokenizer import DOCUMENT
 
 FIELDS = ["inputs", "targets", "positions", "segment_ids"]
+VOCAB_SIZE = 257  # the 256 bytes and DOCUMENT
 WAIT_S = 60
 
 

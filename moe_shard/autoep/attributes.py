@@ -1,0 +1,153 @@
+"""What `config.json` says of a model, over what its configuration class says where it is silent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moe_shard.autoep.family import Family, Rule
+from moe_shard.config.keys import shown
+from moe_shard.config.load import base_settings
+from moe_shard.errors import UserError
+
+_EXPECTED = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+}
+
+
+class Attributes:
+    """A model's attributes by name; dots lead into objects.
+
+    Args:
+        written: the content of `config.json`.
+        family: knows other names and defaults.
+        where: the file, for messages.
+
+    Raises:
+        UserError: an attribute under two names with two values, the family's section is missing,
+            or a value that this package does not compute.
+    """
+
+    def __init__(self, written: Mapping[str, Any], family: Family, where: Path) -> None:
+        self.where = where
+        if family.config_section:
+            section = written.get(family.config_section)
+            if not isinstance(section, dict):
+                raise self.error(f"no {family.config_section}", "the config.json of the model")
+            written = section | {
+                name: written[name] for name in ("quantization_config",) if name in written
+            }
+        self.written = dict(written)
+        for other, name in family.aliases.items():
+            if other not in self.written:
+                continue
+            value = self.written.pop(other)
+            if self.written.setdefault(name, value) != value:
+                raise self.error(
+                    f"{other}={shown(value)} and {name}={shown(self.written[name])} are one thing",
+                    "keep one of them",
+                )
+        self._values = {**family.attributes, **self.written}
+        self._check_computed(family)
+
+    def error(self, what: str, fix: str) -> UserError:
+        """An error about the file."""
+        return UserError(f"{self.where}: {what}\nfix: {fix}")
+
+    def get(self, name: str) -> Any:
+        """An attribute's value; None where it is null or nowhere."""
+        value: Any = self._values
+        for part in name.split(".") if name else ():
+            value = value.get(part) if isinstance(value, dict) else None
+        return value if name else None
+
+    def said(self, name: str) -> str:
+        """`name=value`, for messages."""
+        return f"{name}={shown(self.get(name))}"
+
+    def number(self, name: str, default: int) -> int:
+        """A whole number of 0 or more, or -1.
+
+        Args:
+            name: the attribute; "": the default.
+            default: where it is null.
+
+        Raises:
+            UserError: something else.
+        """
+        value = self.get(name)
+        if value is None:
+            return default
+        if type(value) is not int or value < -1:
+            raise self.error(f"{self.said(name)} is not a whole number", "as the model has it")
+        return value
+
+    def numbers(self, name: str) -> list[int] | None:
+        """A list of whole numbers from 0; None where it is null.
+
+        Raises:
+            UserError: something else.
+        """
+        value = self.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(type(n) is int and n >= 0 for n in value):
+            raise self.error(f"{self.said(name)} is not a list of numbers", "as the model has it")
+        return value
+
+    def source(self, rule: Rule) -> str:
+        """The attribute that a rule's value comes from; "" where none counts."""
+        if any(self.get(name) != value for name, value in rule.when):
+            return ""
+        return next((name for name in rule.sources if self.get(name) is not None), "")
+
+    def value(self, key: str, rule: Rule) -> Any:
+        """A setting's value.
+
+        Args:
+            key: of `base.yml`, whose default there has the type.
+            rule: where the value comes from.
+
+        Raises:
+            UserError: there is none, or it is of another type or not among those that are known.
+        """
+        name = self.source(rule)
+        if not name:
+            if rule.required:
+                raise self.error(f"no {' or '.join(rule.sources)}", "the config.json of the model")
+            return rule.default
+        value = self.get(name)
+        if rule.mapping:
+            known = dict(rule.mapping)
+            if shown(value) not in known:
+                raise self.error(
+                    f"{self.said(name)} is not computed here", f"one of {', '.join(known)}"
+                )
+            return known[shown(value)]
+        kind = type(base_settings()[key])
+        # Attributes that switch something are sometimes numbers; lists and text never are.
+        accepted = {bool: (bool, int), float: (int, float)}.get(kind, (kind,))
+        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+            raise self.error(f"{self.said(name)} is not {_EXPECTED[kind]}", "as the model has it")
+        return kind(value)
+
+    def _check_computed(self, family: Family) -> None:
+        quantized = self.get("quantization_config")
+        if quantized is not None:
+            method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+            raise self.error(
+                f"quantization_config: the weights are stored as {shown(method)}",
+                "convert the model to bfloat16 first; only plain weights are read",
+            )
+        for name, allowed in family.require.items():
+            values = allowed if isinstance(allowed, list) else [allowed]
+            if self.get(name) is not None and self.get(name) not in values:
+                raise self.error(
+                    f"{self.said(name)} is not computed here",
+                    f"a model with {name}={' or '.join(map(shown, values))}",
+                )

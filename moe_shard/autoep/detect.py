@@ -1,0 +1,221 @@
+"""What a Hugging Face model directory holds, from `config.json` and the tensors' headers alone.
+
+No weight is read, and neither torch nor jax is imported: the largest models take a second.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_shard.autoep.attributes import Attributes
+from moe_shard.autoep.family import Family, choose_family, load_family
+from moe_shard.autoep.headers import TensorHeader, read_headers
+from moe_shard.autoep.lines import report_lines
+from moe_shard.autoep.names import Names, sort_names
+from moe_shard.autoep.pieces import Pieces
+from moe_shard.autoep.plan import Piece, Plan
+from moe_shard.autoep.settings import model_settings, setting_rules
+from moe_shard.autoep.strict_json import read_object
+from moe_shard.config.keys import shown
+from moe_shard.config.layers import Layer
+from moe_shard.config.load import load_settings
+from moe_shard.config.model import ModelConfig
+from moe_shard.errors import UserError
+
+CONFIG = "config.json"
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_QUANTIZED = re.compile(r".*(_blocks|_scales|_scale_inv|_scale|\.qweight|\.qzeros|\.scales)")
+"""Names of tensors that others are multiplied by, or made of, before they are weights."""
+
+
+@dataclass(frozen=True)
+class Detected:
+    """What a directory holds.
+
+    Attributes:
+        family: its name.
+        settings: key of `base.yml` -> value, of the model.
+        plan: which tensor fills which part of which parameter.
+        headers: all tensors, by name.
+        lines: what was found, for a person.
+    """
+
+    family: str
+    settings: dict[str, Any]
+    plan: Plan
+    headers: dict[str, TensorHeader]
+    lines: tuple[str, ...]
+
+
+def detect(directory: Path, family: str = "") -> Detected:
+    """Read a model directory.
+
+    Args:
+        directory: with `config.json` and safetensors files.
+        family: a name in `configs/families/` or the path of a YAML file; "": by `config.json`.
+
+    Raises:
+        UserError: something is missing, wrong, or not computed here, or `config.json` and the
+            tensors disagree.
+    """
+    where = directory / CONFIG
+    written = read_object(where)
+    known = load_family(family) if family else choose_family(written, where)
+    attributes = Attributes(written, known, where)
+    headers = read_headers(directory)
+    _check_plain(headers, directory)
+    names = sort_names(headers, known, directory)
+    beyond = _layers_beyond(headers, names, known, attributes)
+    settings = model_settings(attributes, known)
+    model = _model(settings, where)
+    _check_expert_layers(model, names, known, attributes)
+
+    def explain(keys: Sequence[str]) -> str:
+        rules = setting_rules(known)
+        said = []
+        for key in keys:
+            if key in rules:
+                source = attributes.source(rules[key])
+                said.append(attributes.said(source) if source else f"{key}={shown(settings[key])}")
+        return ", ".join(said)
+
+    pieces = Pieces(
+        model=model, family=known, names=names, headers=headers, where=directory, explain=explain
+    )
+    plan = _plan(tuple(pieces.find()), headers, names, known, model, beyond, directory)
+    dtype = _dtype(plan, headers, directory)
+    settings |= {"weight_dtype": dtype, "dtype": dtype}
+    lines = report_lines(
+        family=known.name,
+        model=model,
+        names=names,
+        headers=headers,
+        plan=plan,
+        fused=pieces.fused,
+        dtype=dtype,
+    )
+    return Detected(known.name, settings, plan, headers, lines)
+
+
+def _check_plain(headers: Mapping[str, TensorHeader], where: Path) -> None:
+    for name, tensor in headers.items():
+        if tensor.dtype.startswith("F8") or _QUANTIZED.fullmatch(name):
+            raise UserError(
+                f"{where}: {shown(name)} ({tensor.dtype}) belongs to quantized weights\n"
+                "fix: convert the model to bfloat16 first; only plain weights are read"
+            )
+
+
+def _layers_beyond(
+    headers: Mapping[str, TensorHeader], names: Names, family: Family, attributes: Attributes
+) -> set[str]:
+    """Tensors of layers after the model's last, which the family carries.
+
+    Raises:
+        UserError: the layers are not those of `config.json`.
+    """
+    rule = family.settings["base_num_decoder_layers"]
+    layers = attributes.value("base_num_decoder_layers", rule)
+    said = attributes.said(attributes.source(rule))
+    missing = next((layer for layer in range(layers) if layer not in names.layers()), None)
+    if missing is not None:
+        raise attributes.error(
+            f"{said}, but no tensor is of layer {missing}", "the config.json of these tensors"
+        )
+    carried = attributes.value("base_num_decoder_layers", family.carried_layers)
+    number = re.compile(re.escape(f"{family.prefix}{family.layers}.") + r"([0-9]{1,9})\..*")
+    matches = {name: number.fullmatch(name) for name in headers}
+    of = {name: int(match[1]) for name, match in matches.items() if match}
+    # A layer of multi-token prediction has tensors that layers of the model have not.
+    special = {of[name] for name in names.others if name in of}
+    for name, layer in of.items():
+        if layer >= layers + carried or (layer >= layers and layer not in special):
+            raise attributes.error(
+                f"{said}, but the tensors go on to layer {layer} ({shown(name)})",
+                "the config.json of these tensors",
+            )
+    return {name for name, layer in of.items() if layer >= layers}
+
+
+def _model(settings: Mapping[str, Any], where: Path) -> ModelConfig:
+    layer = Layer(str(where), dict(settings), {}, ())
+    try:
+        return load_settings(layer, name=where.parent.name).model
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if text.startswith(str(where)) else f"{where}: {text}") from error
+
+
+def _check_expert_layers(
+    model: ModelConfig, names: Names, family: Family, attributes: Attributes
+) -> None:
+    kinds = model.layer_kinds
+    routers = names.roles.get("mlp.router.kernel", {})
+    if not routers:
+        raise UserError(
+            f"{attributes.where.parent}: no router: no tensor matches {family.moe_layer_pattern}, "
+            f"then {family.router_pattern}\nfix: the patterns of hf_family"
+        )
+    for layer, kind in enumerate(kinds):
+        if kind.moe != ((layer,) in routers):
+            said = family.moe_layers
+            keys = (said.list, said.first, said.last, said.step, said.excluded)
+            told = ", ".join(attributes.said(key) for key in keys if key)
+            raise attributes.error(
+                f"layer {layer} has {'experts' if kind.moe else 'none'} by {told or family.name}, "
+                f"and its tensors {'no router' if kind.moe else shown(routers[(layer,)])}",
+                "the config.json of these tensors",
+            )
+
+
+def _plan(
+    pieces: tuple[Piece, ...],
+    headers: Mapping[str, TensorHeader],
+    names: Names,
+    family: Family,
+    model: ModelConfig,
+    beyond: set[str],
+    where: Path,
+) -> Plan:
+    """The plan, once every tensor has its place."""
+    used = {piece.tensor for piece in pieces}
+    carried = set(beyond)
+    if model.logits_via_embedding:
+        carried |= set(names.roles.get("embedding.kernel", {}).values())
+    patterns = [re.compile(pattern) for pattern in family.carried]
+    for name in headers:
+        if name in used or name in carried:
+            continue
+        if any(pattern.fullmatch(name) for pattern in patterns):
+            carried.add(name)
+            continue
+        role = next((role for role, at in names.roles.items() if name in at.values()), "")
+        what = (
+            f"is {role}, which by config.json the model has not"
+            if role
+            else f"fits no name or pattern of family {family.name}"
+        )
+        raise UserError(
+            f"{where}: {shown(name)} {what}\n"
+            "fix: the config.json of these tensors, or hf_family with a pattern under carried"
+        )
+    return Plan(pieces, tuple(name for name in headers if name in carried))
+
+
+def _dtype(plan: Plan, headers: Mapping[str, TensorHeader], where: Path) -> str:
+    """The narrowest dtype that holds all weights; a router's are float32 in any case."""
+    found = set()
+    for piece in plan.pieces:
+        dtype = headers[piece.tensor].dtype
+        if dtype not in _DTYPES:
+            raise UserError(
+                f"{where}: {shown(piece.tensor)} has dtype {dtype}\n"
+                f"fix: weights in one of {', '.join(_DTYPES)}"
+            )
+        if "router" not in piece.param:
+            found.add(_DTYPES[dtype])
+    return found.pop() if len(found) == 1 else "float32"

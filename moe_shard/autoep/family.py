@@ -1,0 +1,328 @@
+"""Families of models as data: what their `config.json` and their tensors are called.
+
+A family is a file of `configs/families/` or of a person's own. It lies over another one, in the end
+over `defaults.yml`, which lists every key with its meaning.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from moe_shard.autoep.params import PARAMETERS
+from moe_shard.config.keys import shown
+from moe_shard.config.load import base_settings, configs_dir, find_file, list_names
+from moe_shard.config.strict_yaml import read_mapping
+from moe_shard.errors import UserError
+
+DEFAULTS = "defaults"
+_MOST_BASES = 8
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Where a setting's value comes from.
+
+    Attributes:
+        sources: attributes of `config.json`, of which the first that is not null counts; dots
+            lead into objects.
+        default: the value where all are null; without sources, always.
+        required: all null is an error.
+        mapping: attribute's value as text -> the setting's; empty: as it is.
+        when: attributes and the values that they must have for the sources to count.
+    """
+
+    sources: tuple[str, ...] = ()
+    default: Any = None
+    required: bool = False
+    mapping: tuple[tuple[str, Any], ...] = ()
+    when: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class LayersWithExperts:
+    """Attributes that say which layers have experts; empty: none says so.
+
+    Attributes:
+        list: their numbers, where it is not null; then the others do not count.
+        first: number of the first one.
+        last: number of the last one; -1: the model's last.
+        step: the last of every so many has them.
+        excluded: numbers of layers that have none.
+    """
+
+    list: str = ""
+    first: str = ""
+    last: str = ""
+    step: str = ""
+    excluded: str = ""
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Attributes that say what layers attend to; empty: none says so.
+
+    Attributes:
+        types: a name for each layer, where it is not null; then `every` and `below` do not count.
+        window: tokens that a layer with a window sees; null: no layer has one.
+        switch: false: no layer has a window.
+        every: the first of every so many has the window. A number.
+        below: layers from this number on have none.
+        chunk: tokens of a chunk; null: no chunks. Layers with RoPE have them.
+        rope_flags: 0 for each layer without RoPE, 1 for the others, where it is not null or empty.
+        nope_interval: the last of every so many layers has no RoPE, where the flags do not say.
+    """
+
+    types: str = ""
+    window: str = ""
+    switch: str = ""
+    every: int = 1
+    below: str = ""
+    chunk: str = ""
+    rope_flags: str = ""
+    nope_interval: str = ""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family; the keys of its file, see `configs/families/defaults.yml`."""
+
+    model_type: tuple[str, ...]
+    architectures: tuple[str, ...]
+    config_section: str
+    prefix: str
+    layers: str
+    moe_layer_pattern: str
+    router_pattern: str
+    correction_bias_pattern: str
+    expert_pattern: str
+    expert_w1: str
+    expert_w2: str
+    expert_w3: str
+    expert_fused_w1: str
+    expert_fused_w2: str
+    expert_gate_up_interleaved: bool
+    has_shared_experts: bool
+    shared_experts_pattern: str
+    shared_expert_w1: str
+    shared_expert_w2: str
+    shared_expert_w3: str
+    shared_experts_gate_pattern: str
+    num_experts_attr: Rule
+    top_k_attr: Rule
+    score_func: str
+    score_apply: str
+    route_norm: Rule
+    route_scale: Rule
+    num_expert_groups: Rule
+    num_limited_groups: Rule
+    moe_layers: LayersWithExperts
+    spans: Spans
+    attributes: Mapping[str, Any]
+    aliases: Mapping[str, str]
+    require: Mapping[str, Any]
+    settings: Mapping[str, Rule]
+    tensors: Mapping[str, str]
+    carried: tuple[str, ...]
+    carried_layers: Rule
+    name: str = ""
+
+
+_KINDS = {name: hint for name, hint in get_type_hints(Family).items() if name != "name"}
+_PATTERNS = tuple(name for name in _KINDS if name.endswith(("_pattern", "_w1", "_w2", "_w3")))
+"""Keys whose values are regular expressions."""
+_CHOICES = {"score_func": ("softmax", "sigmoid", "sparsemixer"), "score_apply": ("pre", "post")}
+
+
+def list_families() -> list[str]:
+    """Names of the families that come with the package, sorted."""
+    return [name for name in list_names("families") if name != DEFAULTS]
+
+
+def load_family(given: str) -> Family:
+    """Read a family.
+
+    Args:
+        given: a name in `configs/families/` or the path of a YAML file.
+
+    Raises:
+        UserError: the file cannot be read or says something that no family says.
+    """
+    path = find_file("families", given, "hf_family")
+    merged = _merged(path)
+    values = {key: _read(path, key, merged.get(key)) for key in _KINDS}
+    if not values["moe_layer_pattern"]:
+        raise UserError(
+            f"{path}: no moe_layer_pattern\nfix: for example model\\.layers\\.\\d+\\.mlp"
+        )
+    return Family(**values, name=path.stem)
+
+
+def choose_family(config: Mapping[str, Any], where: Path) -> Family:
+    """The one family that a `config.json` names, by `model_type`, else by `architectures`.
+
+    Args:
+        config: the file's content.
+        where: the file, for messages.
+
+    Raises:
+        UserError: none, or several.
+    """
+    families = [load_family(name) for name in list_families()]
+    model_type, named = config.get("model_type"), config.get("architectures")
+    architectures = named if isinstance(named, list) else []
+    found = [family for family in families if model_type in family.model_type]
+    if not found:
+        found = [one for one in families if any(a in one.architectures for a in architectures)]
+    if len(found) == 1:
+        return found[0]
+    said = f"{where}: model_type={shown(model_type)}, architectures={shown(architectures)}"
+    if found:
+        names = " or ".join(f"hf_family={family.name}" for family in found)
+        raise UserError(f"{said}: several families match\nfix: {names}")
+    raise UserError(
+        f"{said}: no family of configs/families matches\n"
+        f"fix: hf_family=FILE.yml of your own, or one of {', '.join(list_families())}"
+    )
+
+
+def _merged(path: Path) -> dict[str, Any]:
+    """A family's file over those that it is based on, `defaults.yml` last."""
+    chain = [path]
+    contents = [_checked(path)]
+    while chain[-1] != configs_dir() / "families" / f"{DEFAULTS}.yml":
+        base = contents[-1].pop("based_on", DEFAULTS)
+        if not isinstance(base, str) or len(chain) == _MOST_BASES:
+            raise UserError(f"{chain[-1]}: based_on={shown(base)}\nfix: the name of a family")
+        chain.append(find_file("families", base, "based_on"))
+        contents.append(_checked(chain[-1]))
+    merged: dict[str, Any] = {}
+    for content in reversed(contents):
+        for key, value in content.items():
+            both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+            merged[key] = merged[key] | value if both and _is_open(key) else value
+    return merged
+
+
+def _is_open(key: str) -> bool:
+    """Whether a key's mapping is added to, not replaced."""
+    return _KINDS[key] is not Rule
+
+
+def _checked(path: Path) -> dict[str, Any]:
+    content = read_mapping(path)
+    for key in content:
+        _check_known(path, "", key, [*_KINDS, "based_on"])
+    return content
+
+
+def _check_known(path: Path, inside: str, key: Any, known: Collection[str]) -> None:
+    if key in known:
+        return
+    near = difflib.get_close_matches(str(key), known, n=1)
+    fix = f"did you mean {near[0]}?" if near else "configs/families/defaults.yml lists every key"
+    raise UserError(f"{path}: unknown key {inside}{shown(key)}\nfix: {fix}")
+
+
+def _read(path: Path, key: str, value: Any) -> Any:
+    """One key's value, as `Family` has it."""
+
+    def wrong(what: str) -> UserError:
+        return UserError(
+            f"{path}: {key}={shown(value)} is not {what}\n"
+            "fix: as configs/families/defaults.yml says"
+        )
+
+    kind = _KINDS[key]
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise wrong("true or false")
+        return value
+    if kind is Rule:
+        # Null: none of it, as AutoEP has it.
+        return read_rule(path, key, -1 if value is None else value)
+    if kind is str:
+        text = "" if value is None else value
+        if not isinstance(text, str) or text not in _CHOICES.get(key, (text,)):
+            raise wrong(f"one of {', '.join(_CHOICES[key])}" if key in _CHOICES else "text")
+        if key in _PATTERNS:
+            _check_pattern(path, key, text)
+        return text
+    if kind == tuple[str, ...]:
+        texts = [value] if isinstance(value, str) else value or []
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise wrong("a name or a list of names")
+        if key == "carried":
+            for text in texts:
+                _check_pattern(path, key, text)
+        return tuple(texts)
+    value = {} if value is None else value
+    if not isinstance(value, dict):
+        raise wrong("a mapping")
+    if kind in (LayersWithExperts, Spans):
+        known = {field.name: field for field in fields(kind)}
+        for name, each in value.items():
+            _check_known(path, f"{key}.", name, known)
+            if type(each) is not type(known[name].default):
+                raise wrong("a mapping to attributes")
+        return kind(**value)
+    if key == "settings":
+        for name in value:
+            _check_known(path, f"{key}.", name, base_settings())
+        return {name: read_rule(path, name, each) for name, each in value.items()}
+    if key == "tensors":
+        for name in value:
+            _check_known(path, f"{key}.", name, PARAMETERS)
+    if key in ("tensors", "aliases") and not all(isinstance(v, str) for v in value.values()):
+        raise wrong("a mapping to names")
+    return value
+
+
+def read_rule(path: Path, key: str, value: Any) -> Rule:
+    """A rule as YAML has it.
+
+    Args:
+        path: the family's file, for messages.
+        key: the setting, for messages.
+        value: text: an attribute; a mapping: see `defaults.yml`; anything else: itself.
+
+    Raises:
+        UserError: a mapping of another form.
+    """
+    if isinstance(value, str):
+        return Rule(sources=(value,), required=True)
+    if not isinstance(value, dict):
+        return Rule(default=value)
+    for name in value:
+        _check_known(path, f"{key}.", name, ("from", "else", "map", "when", "value"))
+    if set(value) == {"value"}:
+        return Rule(default=value["value"])
+    sources, mapping, when = value.get("from"), value.get("map", {}), value.get("when", {})
+    sources = [sources] if isinstance(sources, str) else sources
+    is_list = isinstance(sources, list) and all(isinstance(name, str) for name in sources)
+    if not sources or not is_list or not isinstance(mapping, dict) or not isinstance(when, dict):
+        raise UserError(
+            f"{path}: {key}={shown(value)} does not say where its value comes from\n"
+            "fix: {from: attribute, else: value}, for example"
+        )
+    return Rule(
+        sources=tuple(sources),
+        default=value.get("else"),
+        required="else" not in value,
+        mapping=tuple((shown(name), each) for name, each in mapping.items()),
+        when=tuple(when.items()),
+    )
+
+
+def _check_pattern(path: Path, key: str, text: str) -> None:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise UserError(
+            f"{path}: {key}={shown(text)} is not a regular expression: {error}\n"
+            "fix: a dot of a name is written \\., a number \\d+"
+        ) from error

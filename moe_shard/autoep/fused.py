@@ -1,0 +1,78 @@
+"""Experts of a layer in one tensor, gate and up in one: which dim is which."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from moe_shard.autoep.plan import Layout
+from moe_shard.config.keys import shown
+from moe_shard.errors import UserError
+
+Shape = tuple[int, ...]
+
+
+class Fused(NamedTuple):
+    """How a layer's experts are stored.
+
+    Attributes:
+        experts: E.
+        model_dim: M.
+        hidden_dim: H, of one expert.
+        gate_up_first: [E, 2H, M] and [E, M, H], as of `nn.Linear`; else [E, M, 2H] and [E, H, M].
+        interleaved: even entries of the fused dim are gate, odd ones up; else halves.
+    """
+
+    experts: int
+    model_dim: int
+    hidden_dim: int
+    gate_up_first: bool
+    interleaved: bool
+
+    @property
+    def words(self) -> str:
+        """The dims, for a report."""
+        order = "[E 2H M] and [E M H]" if self.gate_up_first else "[E M 2H] and [E H M]"
+        return f"{order}, {'gate and up in turn' if self.interleaved else 'gate, then up'}"
+
+    def part(self, name: str) -> slice:
+        """Of the fused dim, what is gate or up."""
+        if self.interleaved:
+            return slice(int(name == "up"), None, 2)
+        return slice(0, self.hidden_dim) if name == "gate" else slice(self.hidden_dim, None)
+
+    def layout(self, name: str) -> Layout:
+        """Of the weights gate, up or down in [E in out]."""
+        order = (0, 2, 1) if self.gate_up_first else ()
+        if name == "down":
+            return Layout(order=order)
+        before = 1 if self.gate_up_first else 2
+        return Layout(take=(*(slice(None),) * before, self.part(name)), order=order)
+
+    def bias_layout(self, name: str) -> Layout:
+        """Of the biases of gate, up or down in [E out]."""
+        return Layout() if name == "down" else Layout(take=(slice(None), self.part(name)))
+
+
+def read_fused(gate_up: Shape, down: Shape, *, interleaved: bool, where: str) -> Fused:
+    """Tell the layout by the two shapes.
+
+    Args:
+        gate_up: of the tensor with gate and up.
+        down: of the tensor with the projections back.
+        interleaved: as the family says.
+        where: the tensors, for messages.
+
+    Raises:
+        UserError: the shapes fit neither layout.
+    """
+    if len(gate_up) == len(down) == 3:
+        experts, rows, columns = gate_up
+        for first, both, dim in ((True, rows, columns), (False, columns, rows)):
+            hidden = both // 2
+            back = (experts, dim, hidden) if first else (experts, hidden, dim)
+            if both % 2 == 0 and down == back:
+                return Fused(experts, dim, hidden, first, interleaved)
+    raise UserError(
+        f"{where}: shapes {shown(gate_up)} and {shown(down)} are neither [E 2H M] with [E M H] nor "
+        "[E M 2H] with [E H M]\nfix: expert_w1 and expert_w2 of hf_family name other tensors"
+    )

@@ -1,0 +1,128 @@
+"""What was found in a model directory, said to a person."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from moe_shard.autoep.fused import Fused
+from moe_shard.autoep.headers import TensorHeader
+from moe_shard.autoep.names import FUSED, LISTED, Names
+from moe_shard.autoep.plan import Plan
+from moe_shard.config.model import ModelConfig
+from moe_shard.config.moe import MoEConfig
+
+_NUMBER = re.compile(r"\.[0-9]+\.")
+
+
+def report_lines(
+    *,
+    family: str,
+    model: ModelConfig,
+    names: Names,
+    headers: Mapping[str, TensorHeader],
+    plan: Plan,
+    fused: Fused | None,
+    dtype: str,
+) -> tuple[str, ...]:
+    """Lines about family, layers, experts, router, shared experts, biases and tensors.
+
+    Args:
+        family: its name.
+        model: the decoder.
+        names: its tensors, sorted.
+        headers: its tensors.
+        plan: what becomes of them.
+        fused: how experts are stored; None: one by one.
+        dtype: of the weights.
+    """
+    moe = model.moe
+    assert moe is not None, "a model of a family has experts"
+    with_experts = [layer for layer, kind in enumerate(model.layer_kinds) if kind.moe]
+    dense = model.num_decoder_layers - len(with_experts)
+    which = f", {_ranges(with_experts)}; {dense} dense" if dense else ""
+    stored = f"in one tensor, {fused.words}" if fused else "one by one"
+    inward = _example(names, f"{FUSED}gate_up" if fused else f"{LISTED}gate", f"{LISTED}gate_up")
+    return (
+        f"family: {family}; {model.num_decoder_layers} layers, {len(with_experts)} with experts"
+        f"{which}",
+        f"experts: {moe.num_experts} of hidden size {moe.mlp_dim}, {stored}: {inward}",
+        f"router: {', '.join(_router(moe))}: {_example(names, 'mlp.router.kernel')}",
+        f"shared experts: {_shared(moe, names)}",
+        f"biases: {', '.join(_biases(model, names)) or 'none'}",
+        _weights(headers, plan, dtype),
+    )
+
+
+def _router(moe: MoEConfig) -> Iterator[str]:
+    router = moe.router
+    groups, kept = router.groups
+    yield f"{router.score_func} scores, top {moe.num_experts_per_tok}"
+    if groups > 1:
+        best = "best expert" if router.group_score == "max" else "best two experts"
+        yield f"in {kept} of {groups} groups by their {best}"
+    if router.norm_topk_prob:
+        yield "weights over their sum"
+    if router.scaling_factor != 1:
+        yield f"times {router.scaling_factor:g}"
+    if router.score_on_input:
+        yield "on what experts take in"
+
+
+def _shared(moe: MoEConfig, names: Names) -> str:
+    if not moe.shared_experts:
+        return "none"
+    gate = f", weighed by {_example(names, 'mlp.shared_gate')}" if moe.shared_gate else ""
+    where = _example(names, "mlp.shared.gate")
+    return f"{moe.shared_experts} as one MLP of hidden size {moe.shared_dim}{gate}: {where}"
+
+
+def _biases(model: ModelConfig, names: Names) -> Iterator[str]:
+    if model.attention.bias:
+        yield "latents" if model.attention.type == "mla" else "queries, keys, values"
+    if model.attention.out_bias:
+        yield "attention output"
+    if model.gating.bias:
+        yield "MLPs and experts"
+    assert model.moe is not None, "of `report_lines`"
+    if model.moe.router.bias:
+        yield "router"
+    if model.moe.router.correction_bias:
+        yield f"choice of experts ({_example(names, 'mlp.router.correction_bias')})"
+    if model.logits_bias:
+        yield "logits"
+
+
+def _weights(headers: Mapping[str, TensorHeader], plan: Plan, dtype: str) -> str:
+    used = dict.fromkeys(piece.tensor for piece in plan.pieces)
+    elements = sum(math.prod(headers[name].shape) for name in used)
+    line = f"weights: {elements:,} in {len(used):,} tensors, {dtype}"
+    if plan.carried:
+        line += f"; {len(plan.carried):,} more tensors are carried: {_general(plan.carried[0])}"
+        line += ", ..." if len(plan.carried) > 1 else ""
+    return line
+
+
+def _example(names: Names, *roles: str) -> str:
+    """What the tensors of the first role that has any are called."""
+    places: Mapping[tuple[int, ...], str] = next(
+        (names.roles[role] for role in roles if names.roles.get(role)), {}
+    )
+    return _general(next(iter(places.values()), "none"))
+
+
+def _general(name: str) -> str:
+    return _NUMBER.sub(".*.", _NUMBER.sub(".*.", name))
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers, those that follow one another as 3 to 60; at most a few."""
+    ends: list[list[int]] = []
+    for number in numbers:
+        if ends and number == ends[-1][1] + 1:
+            ends[-1][1] = number
+        else:
+            ends.append([number, number])
+    texts = [str(first) if first == last else f"{first} to {last}" for first, last in ends]
+    return ", ".join(texts[:4]) + (", ..." if len(texts) > 4 else "")

@@ -1,0 +1,205 @@
+"""What a Hugging Face directory was, without its weights: enough to write it again, byte for byte.
+
+The folder `hf/` of an imported model, or of a run that began with one, holds the small files of the
+directory (configuration, tokenizer, chat templates), the tensors that no parameter takes, and
+`manifest.json`: the header of each of its safetensors files. A folder may come from a stranger:
+what its manifest says is checked before a file is made.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_shard.autoep.headers import TensorHeader, read_file
+from moe_shard.autoep.tensors import view, write
+from moe_shard.errors import UserError, first_line
+
+MANIFEST = "manifest.json"
+CARRIED = "carried.safetensors"
+FAMILY = "family.yml"
+_AGAIN = "fix: import the Hugging Face directory again"
+_VERSION = 1
+_SMALL = frozenset({".json", ".jinja", ".txt", ".model", ".tiktoken"})
+"""Endings of the files that are kept; code is not, nor weights in other formats."""
+_LENGTH_BYTES = 8
+_LONGEST_HEADER = 100_000_000  # bytes, as in safetensors itself
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """One safetensors file, but for its tensors' bytes.
+
+    Attributes:
+        header_bytes: length of the header, the spaces that fill it up included.
+        header: as it is in the file: each tensor's dtype, shape and data_offsets, `__metadata__`.
+    """
+
+    header_bytes: int
+    header: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, file: Path) -> FileLayout:
+        """The layout of a file whose header has been checked."""
+        with file.open("rb") as data:
+            length = int.from_bytes(data.read(_LENGTH_BYTES), "little")
+            return cls(length, json.loads(data.read(length)))
+
+    def make(self, file: Path) -> None:
+        """Make the file at its full length, the tensors' bytes zero.
+
+        Raises:
+            ValueError, KeyError, TypeError: the header is none. What else may be wrong with it is
+                for a reader of headers to say.
+        """
+        # As safetensors writes it: compact, and filled up with spaces.
+        text = _compact(self.header)
+        if len(text) > self.header_bytes:
+            raise ValueError(f"{file.name}: its header does not fit {self.header_bytes} bytes")
+        tensors = {**self.header}
+        tensors.pop("__metadata__", None)
+        size = max((int(tensor["data_offsets"][1]) for tensor in tensors.values()), default=0)
+        with file.open("xb") as out:
+            out.write(self.header_bytes.to_bytes(_LENGTH_BYTES, "little"))
+            out.write(text.ljust(self.header_bytes))
+            out.truncate(_LENGTH_BYTES + self.header_bytes + size)
+
+
+def _compact(header: Mapping[str, Any]) -> bytes:
+    return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The weights' files of a Hugging Face directory.
+
+    Attributes:
+        family: that it is of.
+        files: each file's layout, by name.
+    """
+
+    family: str
+    files: Mapping[str, FileLayout]
+
+    @classmethod
+    def of(cls, family: str, files: Collection[Path]) -> Manifest:
+        """The manifest of files that are there."""
+        return cls(family, {file.name: FileLayout.of(file) for file in sorted(files)})
+
+    def save(self, folder: Path) -> None:
+        """Write `manifest.json`."""
+        files = {name: vars(layout) for name, layout in self.files.items()}
+        kept = {"version": _VERSION, "family": self.family, "files": files}
+        (folder / MANIFEST).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read `manifest.json` of a folder that may be a stranger's.
+
+        Raises:
+            UserError: it is missing or is none, or names a file outside of the folder.
+        """
+        path = folder / MANIFEST
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["version"] != _VERSION:
+                raise ValueError(f"version {kept['version']} is not {_VERSION}")
+            files = {}
+            for name, layout in kept["files"].items():
+                if Path(name).name != name or not name.endswith(".safetensors"):
+                    raise ValueError(f"{name!r} is not the name of a safetensors file")
+                if not 0 <= int(layout["header_bytes"]) <= _LONGEST_HEADER:
+                    raise ValueError(f"{name}: a header of {layout['header_bytes']} bytes")
+                files[name] = FileLayout(int(layout["header_bytes"]), dict(layout["header"]))
+            return cls(str(kept["family"]), files)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: {first_line(error)}\n{_AGAIN}") from error
+
+    def make(self, folder: Path) -> None:
+        """Make all files at their full lengths; a reader of their headers checks the rest.
+
+        Raises:
+            UserError: a header is none.
+        """
+        try:
+            for name, layout in self.files.items():
+                layout.make(folder / name)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise UserError(f"{MANIFEST}: {first_line(error)}\n{_AGAIN}") from error
+
+
+def copy_small_files(source: Path, folder: Path) -> None:
+    """Copy a Hugging Face directory's small files: configuration, tokenizer, templates.
+
+    Args:
+        source: the directory.
+        folder: where to; it exists.
+
+    Raises:
+        UserError: a file is a link to somewhere else.
+    """
+    for file in sorted(source.iterdir()):
+        if file.suffix in _SMALL and file.name != MANIFEST and file.is_file():
+            copy_file(file, folder)
+
+
+def copy_file(file: Path, folder: Path) -> None:
+    """Copy one file, which may be a link within its directory or into the hub's cache around it.
+
+    Raises:
+        UserError: it is a link to somewhere else.
+    """
+    directory, real = file.parent.resolve(), file.resolve()
+    allowed = [directory]
+    if directory.parent.name == "snapshots":
+        allowed.append(directory.parents[1] / "blobs")
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise UserError(
+            f"{file} is a link out of its directory, to {real}\n"
+            "fix: put the file itself there, if it belongs there"
+        )
+    shutil.copyfile(real, folder / file.name)
+
+
+def save_carried(headers: Mapping[str, TensorHeader], names: Collection[str], folder: Path) -> None:
+    """Copy tensors into one file, one after the other.
+
+    Args:
+        headers: where the tensors are.
+        names: of those to copy; if there are none there is no file.
+        folder: gets `carried.safetensors`.
+    """
+    if not names:
+        return
+    entries: dict[str, Any] = {}
+    end = 0
+    for name in sorted(names, key=lambda name: (headers[name].file, headers[name].begin)):
+        tensor = headers[name]
+        begin, end = end, end + tensor.end - tensor.begin
+        entries[name] = {
+            "dtype": tensor.dtype,
+            "shape": tensor.shape,
+            "data_offsets": [begin, end],
+        }
+    file = folder / CARRIED
+    length = len(_compact(entries))
+    FileLayout(length + -length % 8, entries).make(file)
+    for name, place in read_file(file).items():
+        write(place, view(headers[name]))
+
+
+def carried_in(folder: Path) -> dict[str, TensorHeader]:
+    """Where the carried tensors lie.
+
+    Args:
+        folder: with or without `carried.safetensors`.
+
+    Raises:
+        UserError: the file is not a safetensors file.
+    """
+    file = folder / CARRIED
+    return read_file(file) if file.is_file() else {}

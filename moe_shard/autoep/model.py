@@ -1,0 +1,60 @@
+"""MODEL of a command line: a name, a YAML file, or the directory of a Hugging Face model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from moe_shard.autoep.detect import CONFIG, Detected, detect
+from moe_shard.config.layers import Layer, parse_overrides
+from moe_shard.config.load import base_settings, load_config, load_settings
+from moe_shard.config.schema import Config
+from moe_shard.errors import UserError
+
+
+def is_model_directory(model: str) -> bool:
+    """Whether MODEL is a directory of Hugging Face's."""
+    return (Path(model) / CONFIG).is_file()
+
+
+def load_model(model: str, overrides: Sequence[str] = ()) -> Config:
+    """Load one run's configuration.
+
+    Args:
+        model: as `load_config`, or a directory with `config.json`, from where the first
+            parameters then come too.
+        overrides: `key=value` arguments, the strongest layer.
+
+    Raises:
+        UserError: anything that a person got wrong, with the fix, in at most three lines.
+    """
+    family = parse_overrides(overrides, base_settings()).get("hf_family", "")
+    directory = Path(model)
+    if not is_model_directory(model):
+        if directory.is_dir():
+            raise UserError(f"{directory}: no {CONFIG}\nfix: a Hugging Face model directory")
+        if family:
+            raise UserError(
+                f"hf_family={family} with MODEL {model}, which is no directory with {CONFIG}\n"
+                "fix: leave hf_family out"
+            )
+        return load_config(model, overrides)
+    detected = detect(directory, family)
+    layer = Layer(str(directory / CONFIG), directory_settings(directory, detected), {}, ())
+    config = load_settings(layer, overrides, name=directory.resolve().name)
+    return replace(config, detected=detected.lines)
+
+
+def directory_settings(directory: Path, detected: Detected) -> dict[str, Any]:
+    """Settings of a directory's model, its parameters and its tokenizer.
+
+    Args:
+        directory: of the model.
+        detected: what it holds.
+    """
+    settings = {**detected.settings, "load_parameters_path": str(directory)}
+    if (directory / "tokenizer.json").is_file():
+        settings["tokenizer_path"] = str(directory)
+    return settings

@@ -1,0 +1,196 @@
+"""From tensors sorted by what they are to a `Plan`, every shape checked on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from moe_shard.autoep.family import Family
+from moe_shard.autoep.fused import Fused, read_fused
+from moe_shard.autoep.headers import TensorHeader
+from moe_shard.autoep.names import FUSED, LISTED, Names, Place, expected
+from moe_shard.autoep.params import Slot, layer_slots, outer_slots
+from moe_shard.autoep.plan import Layout, Piece
+from moe_shard.config.keys import shown
+from moe_shard.config.model import LayerKind, ModelConfig
+from moe_shard.errors import UserError
+from moe_shard.models.cycles import stacks_of
+
+_FUSED = ("gate_up", "down")
+
+Explain = Callable[[tuple[str, ...]], str]
+"""Settings -> the attributes of `config.json` that they come from, as `name=value, ...`."""
+
+
+class Pieces:
+    """Finds the tensor of every parameter.
+
+    Args:
+        model: what the parameters are of.
+        family: names and patterns.
+        names: the tensors, sorted.
+        headers: the tensors.
+        where: the directory, for messages.
+        explain: for messages about sizes.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: ModelConfig,
+        family: Family,
+        names: Names,
+        headers: Mapping[str, TensorHeader],
+        where: Path,
+        explain: Explain,
+    ) -> None:
+        self.model, self.family, self.names = model, family, names
+        self.headers, self.where, self.explain = headers, where, explain
+        self.fused: Fused | None = None
+        """How experts are stored, of the last layer seen; None: one by one."""
+
+    def find(self) -> Iterator[Piece]:
+        """A piece for each part of each parameter.
+
+        Raises:
+            UserError: a tensor is missing, or its shape or the number of experts is another.
+        """
+        for role, slot in outer_slots(self.model).items():
+            yield self._piece(role, (), slot, tuple(role.split(".")), ())
+        for stack, kind, numbers in stacks_of(self.model.layer_kinds):
+            for index, layer in enumerate(numbers):
+                yield from self._layer(layer, kind, stack, index)
+
+    def _layer(self, layer: int, kind: LayerKind, stack: str, index: int) -> Iterator[Piece]:
+        slots = layer_slots(self.model, kind)
+        experts = {role: slot for role, slot in slots.items() if role.startswith(LISTED)}
+        for role, slot in slots.items():
+            if role not in experts:
+                yield self._piece(role, (layer,), slot, (stack, *role.split(".")), (index,))
+        if not experts:
+            return
+        is_fused = any((layer,) in self.names.roles.get(f"{FUSED}{part}", {}) for part in _FUSED)
+        if is_fused and self.names.experts(layer):
+            raise UserError(
+                f"{self.where}: layer {layer} has experts one by one and all in one tensor\n"
+                "fix: remove one of the two"
+            )
+        find = self._fused if is_fused else self._listed
+        yield from find(layer, experts, stack, index)
+
+    def _fused(
+        self, layer: int, slots: Mapping[str, Slot], stack: str, index: int
+    ) -> Iterator[Piece]:
+        """Experts of one layer, in one tensor for gate and up and another for down."""
+        inward, outward = (self._tensor(f"{FUSED}{part}", (layer,)) for part in _FUSED)
+        shapes = self.headers[inward].shape, self.headers[outward].shape
+        self.fused = fused = read_fused(
+            *shapes,
+            interleaved=self.family.expert_gate_up_interleaved,
+            where=f"{self.where}: {shown(inward)} and {shown(outward)}",
+        )
+        self._check_count(fused.experts, f"{shown(inward)} has {fused.experts} experts")
+        dims, keys = slots[f"{LISTED}gate"].shape, slots[f"{LISTED}gate"].keys
+        if dims != (fused.model_dim, fused.hidden_dim):
+            raise self._other_shape(inward, keys, f"[E 2H M] or [E M 2H] with M, H = {shown(dims)}")
+        for role in slots:
+            part = role.removeprefix(LISTED)
+            name = part.removesuffix("_bias")
+            path = (stack, *role.split("."))
+            if name == part:
+                tensor = outward if name == "down" else inward
+                yield Piece(tensor, path, (index,), fused.layout(name))
+                continue
+            both = "down" if name == "down" else "gate_up"
+            tensor = self._tensor(f"{FUSED}{both}_bias", (layer,))
+            size = fused.model_dim if name == "down" else 2 * fused.hidden_dim
+            if self.headers[tensor].shape != (fused.experts, size):
+                raise self._other_shape(tensor, slots[role].keys, f"[{fused.experts}, {size}]")
+            yield Piece(tensor, path, (index,), fused.bias_layout(name))
+
+    def _listed(
+        self, layer: int, slots: Mapping[str, Slot], stack: str, index: int
+    ) -> Iterator[Piece]:
+        """Experts of one layer, one by one."""
+        found = self.names.experts(layer)
+        if found:
+            count = max(found) + 1
+            self._check_count(count, f"layer {layer} has experts 0 to {count - 1}")
+        for expert in range(self.model.num_experts):
+            place = (layer, expert)
+            for role, slot in slots.items():
+                path = (stack, *role.split("."))
+                if self.family.expert_w3 or "down" in role:
+                    yield self._piece(role, place, slot, path, (index, expert))
+                else:
+                    yield self._half(role, place, slot, path, (index, expert))
+
+    def _half(
+        self, role: str, place: Place, slot: Slot, path: tuple[str, ...], index: Place
+    ) -> Piece:
+        """Gate or up of one expert, where the two are one tensor, gate first."""
+        both = role.replace(".gate", ".gate_up").replace(".up", ".gate_up")
+        tensor = self._tensor(both, place)
+        hidden, *rest = (slot.shape[-1], *slot.shape[:-1])
+        if self.headers[tensor].shape != (2 * hidden, *rest):
+            raise self._other_shape(tensor, slot.keys, shown((2 * hidden, *rest)))
+        start = hidden if ".up" in role else 0
+        order = (1, 0) if rest else ()
+        return Piece(tensor, path, index, Layout((slice(start, start + hidden),), (), order))
+
+    def _piece(
+        self, role: str, place: Place, slot: Slot, path: tuple[str, ...], index: Place
+    ) -> Piece:
+        """A parameter or one layer's or expert's part of it that is all of a tensor."""
+        tensor = self._tensor(role, place)
+        stored = self.headers[tensor].shape
+        allowed = _stored(role, slot)
+        # Vectors of some routers and gates have a dim of size 1 before them.
+        if stored != allowed and not (len(allowed) == 1 and stored == (1, *allowed)):
+            raise self._other_shape(tensor, slot.keys, shown(allowed))
+        return Piece(tensor, path, index, _layout(slot, stored))
+
+    def _tensor(self, role: str, place: Place) -> str:
+        tensor = self.names.roles.get(role, {}).get(place)
+        if tensor is None:
+            words = zip(("layer", "expert"), place, strict=False)
+            of = "".join(f" of {word} {number}" for word, number in words)
+            raise UserError(
+                f"{self.where}: no tensor for {role}{of}, which family {self.family.name} calls\n"
+                f"{expected(role, self.family, place)}\n"
+                "fix: the rest of the files, or another config.json or hf_family"
+            )
+        return tensor
+
+    def _check_count(self, found: int, what: str) -> None:
+        if found != self.model.num_experts:
+            raise UserError(
+                f"{self.where}: {what}, but config.json has {self.explain(('num_experts',))}\n"
+                "fix: the config.json of these tensors"
+            )
+
+    def _other_shape(self, tensor: str, keys: tuple[str, ...], expected_shape: str) -> UserError:
+        return UserError(
+            f"{self.where}: {shown(tensor)} has shape {shown(self.headers[tensor].shape)}, not "
+            f"{expected_shape}\nas config.json has it: {self.explain(keys)}\n"
+            "fix: the config.json of these tensors"
+        )
+
+
+def _stored(role: str, slot: Slot) -> tuple[int, ...]:
+    """The shape that a checkpoint has: [out, in] of a matrix, heads flattened."""
+    ins, outs = slot.shape[: slot.inputs], slot.shape[slot.inputs :]
+    if slot.inputs:
+        return math.prod(outs), math.prod(ins)
+    return (math.prod(outs),) if role.startswith("attention.") else outs
+
+
+def _layout(slot: Slot, stored: tuple[int, ...]) -> Layout:
+    """Of a tensor that is all of a slot: [out..., in...] flattened, or a vector."""
+    if not slot.inputs:
+        return Layout() if stored == slot.shape else Layout(split=slot.shape)
+    ins, outs = slot.shape[: slot.inputs], slot.shape[slot.inputs :]
+    split = (*outs, *ins)
+    order = (*range(len(outs), len(split)), *range(len(outs)))
+    return Layout(split=() if split == stored else split, order=order)

@@ -1,0 +1,170 @@
+"""Rotary positions as `config.json` has them: `rope_scaling` of old, `rope_parameters` of today.
+
+What is multiplied by what is transformers': yarn's `attention_factor` multiplies cosines and sines,
+and `mscale_all_dim` multiplies the scores of latent attention, twice.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from moe_shard.autoep.attributes import Attributes
+from moe_shard.config.keys import shown
+
+_TYPES = {
+    "default": "default",
+    "llama3": "llama3.1",
+    "yarn": "yarn",
+    "longrope": "longrope",
+    "su": "longrope",
+}
+"""Name in `config.json` -> `rope_type`."""
+_PARAMETERS = (
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"),
+    *("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "truncate"),
+    *("mscale", "mscale_all_dim", "low_freq_factor", "high_freq_factor"),
+    *("short_factor", "long_factor", "short_mscale", "long_mscale"),
+)
+
+
+def rope_settings(attributes: Attributes, *, latent: bool) -> dict[str, Any]:
+    """The keys of `base.yml` that say how positions turn.
+
+    Args:
+        attributes: of the model.
+        latent: its attention is MLA.
+
+    Raises:
+        UserError: positions that are stretched in a way that is not computed here.
+    """
+    written = _Parameters(attributes)
+    settings = {
+        "rope_type": written.type,
+        "rope_max_timescale": written.number("rope_theta", attributes.get("rope_theta")),
+        "partial_rotary_factor": written.number(
+            "partial_rotary_factor", _or(attributes.get("partial_rotary_factor"), 1.0)
+        ),
+    }
+    if written.type == "default":
+        return settings
+    original = _or(
+        attributes.get("original_max_position_embeddings"),
+        written.values.get("original_max_position_embeddings"),
+    )
+    longest = attributes.number("max_position_embeddings", 0)
+    original = longest if original is None else original
+    if type(original) is not int or original < 2:
+        raise attributes.error(
+            f"original_max_position_embeddings={shown(original)} is not a length", "a whole number"
+        )
+    settings["original_max_position_embeddings"] = original
+    stretch = {"llama3.1": _llama3, "yarn": _yarn, "longrope": _longrope}[written.type]
+    return settings | stretch(written, original, longest / original, latent)
+
+
+class _Parameters:
+    """The one dictionary of parameters, of whichever form."""
+
+    def __init__(self, attributes: Attributes) -> None:
+        self.attributes = attributes
+        self.name = "rope_scaling" if attributes.get("rope_scaling") else "rope_parameters"
+        values = _or(attributes.get(self.name), {})
+        if not isinstance(values, dict):
+            raise attributes.error(f"{attributes.said(self.name)} is not an object", "{...}")
+        nested = list(values.values())
+        if nested and all(isinstance(each, dict) for each in nested):
+            # One dictionary for each type of layer.
+            if any(each != nested[0] for each in nested):
+                raise attributes.error(
+                    f"{self.name} differs between types of layers, which is not computed here",
+                    "a model with one RoPE",
+                )
+            values = nested[0]
+        for key in values:
+            if key not in _PARAMETERS:
+                raise attributes.error(
+                    f"{self.name}.{shown(key)} is not computed here",
+                    f"parameters among {', '.join(_PARAMETERS[4:])}",
+                )
+        self.values: dict[str, Any] = values
+        kind = _or(values.get("rope_type"), values.get("type"), "default")
+        if not isinstance(kind, str) or kind not in _TYPES:
+            raise attributes.error(
+                f"{self.name}.rope_type={shown(kind)} is not computed here",
+                f"one of {', '.join(_TYPES)}",
+            )
+        self.type = _TYPES[kind]
+
+    def number(self, key: str, default: Any = None) -> float:
+        """A parameter's value; an error where there is none, or no finite number."""
+        value = _or(self.values.get(key), default)
+        if not _is_number(value):
+            raise self.attributes.error(
+                f"{self.name}.{key}={shown(value)} is not a number", "as the model has it"
+            )
+        return float(value)
+
+    def numbers(self, key: str) -> list[float]:
+        """A parameter that is a list."""
+        values = self.values.get(key)
+        if not isinstance(values, list) or not all(map(_is_number, values)):
+            raise self.attributes.error(
+                f"{self.name}.{key}={shown(values)} is not a list of numbers", "as the model has it"
+            )
+        return [float(value) for value in values]
+
+
+def _llama3(written: _Parameters, _original: int, _ratio: float, _latent: bool) -> dict[str, Any]:
+    return {
+        "rope_factor": written.number("factor"),
+        "rope_low_freq_factor": written.number("low_freq_factor"),
+        "rope_high_freq_factor": written.number("high_freq_factor"),
+    }
+
+
+def _yarn(written: _Parameters, _original: int, ratio: float, latent: bool) -> dict[str, Any]:
+    factor = written.number("factor", ratio)
+
+    def grown(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
+
+    mscale, of_scores = (written.number(key, 0) for key in ("mscale", "mscale_all_dim"))
+    magnitude = grown(mscale) / grown(of_scores) if mscale and of_scores else grown(1)
+    settings: dict[str, Any] = {
+        "rope_factor": factor,
+        "rope_attention_factor": written.number("attention_factor", magnitude),
+        "beta_fast": written.number("beta_fast", 0) or 32.0,
+        "beta_slow": written.number("beta_slow", 0) or 1.0,
+        "rope_truncate": bool(written.values.get("truncate", True)),
+    }
+    if latent:
+        settings["mscale"] = of_scores
+    return settings
+
+
+def _longrope(written: _Parameters, original: int, ratio: float, _latent: bool) -> dict[str, Any]:
+    factor = written.number("factor", ratio)
+    magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    magnitude = written.number("attention_factor", magnitude)
+    short, long = (written.values.get(key) for key in ("short_mscale", "long_mscale"))
+    if short != long:
+        raise written.attributes.error(
+            f"{written.name}: short_mscale={shown(short)} and long_mscale={shown(long)}",
+            "a model where they are equal: cos and sin have one factor here",
+        )
+    magnitude = written.number("short_mscale", magnitude)
+    return {
+        "rope_attention_factor": magnitude,
+        "rope_short_factors": written.numbers("short_factor"),
+        "rope_long_factors": written.numbers("long_factor"),
+    }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _or(*values: Any) -> Any:
+    """The first that is not None; None if all are."""
+    return next((value for value in values if value is not None), None)

@@ -1,0 +1,173 @@
+"""From a model's attributes to the keys of `configs/base.yml`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from moe_shard.autoep.attributes import Attributes
+from moe_shard.autoep.family import Family, Rule
+from moe_shard.autoep.rope import rope_settings
+from moe_shard.config.keys import shown
+
+_SPANS = {
+    "full_attention": "global",
+    "sliding_attention": "sliding",
+    "chunked_attention": "chunked",
+}
+"""Name in `layer_types` -> in `attention_pattern`."""
+
+
+def model_settings(attributes: Attributes, family: Family) -> dict[str, Any]:
+    """Settings of the model, by key of `base.yml`.
+
+    Args:
+        attributes: of the model.
+        family: says where each setting is found.
+
+    Raises:
+        UserError: an attribute is missing, of another type, or not computed here.
+    """
+    settings = {key: attributes.value(key, rule) for key, rule in setting_rules(family).items()}
+    layers = settings["base_num_decoder_layers"]
+    settings |= _expert_layers(attributes, family, layers)
+    settings |= _spans(attributes, family, layers)
+    settings |= rope_settings(attributes, latent=settings.get("attention_type") == "mla")
+    return settings
+
+
+def setting_rules(family: Family) -> dict[str, Rule]:
+    """The rule of every setting that is one attribute or a value, AutoEP's keys among them."""
+    rules = {
+        **family.settings,
+        "num_experts": family.num_experts_attr,
+        "num_experts_per_tok": family.top_k_attr,
+        "routed_score_func": Rule(default=family.score_func),
+        "routed_score_on_input": Rule(default=family.score_apply == "pre"),
+        "routed_bias": Rule(default=bool(family.correction_bias_pattern)),
+        "norm_topk_prob": family.route_norm,
+        "routed_scaling_factor": family.route_scale,
+        "n_routing_groups": family.num_expert_groups,
+        "topk_routing_group": family.num_limited_groups,
+        "shared_expert_gate": Rule(default=bool(family.shared_experts_gate_pattern)),
+    }
+    if not family.has_shared_experts:
+        rules["shared_experts"] = Rule(default=0)
+        rules["shared_expert_gate"] = Rule(default=False)
+    return rules
+
+
+def _expert_layers(attributes: Attributes, family: Family, layers: int) -> dict[str, Any]:
+    """The keys that say which layers have experts."""
+    said = family.moe_layers
+    numbers = attributes.numbers(said.list)
+    if numbers is None:
+        first, last = attributes.number(said.first, 0), attributes.number(said.last, -1)
+        last = layers - 1 if last == -1 else last
+        step = max(attributes.number(said.step, 1), 1)
+        excluded = set(attributes.numbers(said.excluded) or [])
+        numbers = [
+            layer
+            for layer in range(max(first, 0), min(last + 1, layers))
+            if (layer + 1) % step == 0 and layer not in excluded
+        ]
+    elif any(number >= layers for number in numbers):
+        raise attributes.error(
+            f"{attributes.said(said.list)} of {layers} layers", f"numbers below {layers}"
+        )
+    if not numbers:
+        names = [name for name in (said.list, said.first, said.last, said.step) if name]
+        raise attributes.error(
+            f"no layer has experts: {', '.join(map(attributes.said, names))}",
+            "a model with experts",
+        )
+    have = set(numbers)
+    step = math.gcd(*(layer + 1 for layer in have))
+    first = min(have) if min(have) >= step else 0
+    return {
+        "first_num_dense_layers": first,
+        "interleave_moe_layer_step": step,
+        "dense_layers": [
+            layer for layer in range(first, layers) if (layer + 1) % step == 0 and layer not in have
+        ],
+    }
+
+
+def _spans(attributes: Attributes, family: Family, layers: int) -> dict[str, Any]:
+    """The keys that say what each layer attends to, and whether it has positions."""
+    said = family.spans
+    flags = _rope_flags(attributes, family, layers)
+    window, chunk = attributes.number(said.window, 0), attributes.number(said.chunk, 0)
+    if said.switch and not attributes.get(said.switch):
+        window = 0
+    types = attributes.get(said.types)
+    if types is not None:
+        spans = _named_spans(attributes, said.types, types, layers)
+    else:
+        below = attributes.number(said.below, layers)
+        spans = ["global"] * layers
+        for layer, rope in enumerate(flags):
+            if window and layer % said.every == 0 and layer < below:
+                spans[layer] = "sliding"
+            elif chunk and rope:
+                spans[layer] = "chunked"
+    interval = _nope_interval(flags)
+    if interval is None:
+        raise attributes.error(
+            f"{attributes.said(said.rope_flags)}: the layers without RoPE are not the last of "
+            "every so many",
+            "a model where they are",
+        )
+    return {
+        "attention_pattern": _shortest(spans),
+        "sliding_window_size": window if "sliding" in spans else 0,
+        "chunk_attn_window_size": chunk if "chunked" in spans else 0,
+        "nope_layer_interval": interval,
+    }
+
+
+def _rope_flags(attributes: Attributes, family: Family, layers: int) -> list[bool]:
+    """Whether each layer has RoPE."""
+    said = family.spans
+    flags = attributes.numbers(said.rope_flags)
+    if flags:
+        if len(flags) != layers:
+            raise attributes.error(
+                f"{attributes.said(said.rope_flags)} has {len(flags)} entries for {layers} layers",
+                "one for each layer",
+            )
+        return [bool(flag) for flag in flags]
+    interval = attributes.number(said.nope_interval, -1)
+    return [interval < 1 or (layer + 1) % interval != 0 for layer in range(layers)]
+
+
+def _named_spans(attributes: Attributes, name: str, types: Any, layers: int) -> list[str]:
+    if not isinstance(types, list) or len(types) != layers:
+        raise attributes.error(
+            f"{attributes.said(name)} is not a list of {layers} names", "one for each layer"
+        )
+    unknown = next((each for each in types if shown(each) not in _SPANS), None)
+    if unknown is not None:
+        raise attributes.error(
+            f"{name}: {shown(unknown)} is not computed here", f"one of {', '.join(_SPANS)}"
+        )
+    return [_SPANS[each] for each in types]
+
+
+def _nope_interval(flags: Sequence[bool]) -> int | None:
+    """Of what every last layer has no RoPE; -1: all have it; None: there is no such number."""
+    without = [layer for layer, rope in enumerate(flags) if not rope]
+    if not without:
+        return -1
+    interval = without[0] + 1
+    regular = [(layer + 1) % interval != 0 for layer in range(len(flags))]
+    return interval if regular == list(flags) else None
+
+
+def _shortest(spans: list[str]) -> list[str]:
+    """The shortest list that, repeated, gives these."""
+    for period in range(1, len(spans)):
+        if all(span == spans[layer % period] for layer, span in enumerate(spans)):
+            return spans[:period]
+    return spans

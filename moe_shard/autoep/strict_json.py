@@ -1,0 +1,68 @@
+"""Reading JSON that strangers wrote: objects without duplicate keys, errors of one line."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from moe_shard.config.keys import shown
+from moe_shard.errors import UserError, first_line
+
+_LARGEST_FILE = 100_000_000  # bytes; an index of a hundred thousand tensors has a tenth
+
+
+def parse_json(text: bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        UserError: not JSON in UTF-8, or a key stands twice; one line, without the file's name.
+    """
+    try:
+        return json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except UserError:
+        raise
+    except UnicodeDecodeError:
+        raise UserError("not text") from None
+    except RecursionError:
+        raise UserError("nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"not JSON: {shown(first_line(error))}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object of a JSON file.
+
+    Args:
+        path: the file.
+
+    Raises:
+        UserError: the file cannot be read, is too large, or is not a JSON object.
+    """
+    try:
+        size = path.stat().st_size
+        if size > _LARGEST_FILE:
+            raise UserError(f"{path}: {size:,} bytes\nfix: a file of at most {_LARGEST_FILE:,}")
+        text = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}\nfix: a JSON file that can be read") from error
+    try:
+        value = parse_json(text)
+    except UserError as error:
+        raise UserError(f"{path}: {error}\nfix: correct it, or download it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object\nfix: correct it, or download it again")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise UserError(f"the key {shown(twice)} stands twice")
+    return values
+
+
+def _refuse_constant(name: str) -> Any:
+    raise UserError(f"{name} is not a number of JSON")

@@ -1,0 +1,109 @@
+"""The bytes of tensors in safetensors files: seen in place, written in place."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from moe_shard.autoep.headers import TensorHeader
+from moe_shard.errors import UserError
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+"""safetensors' names of dtypes."""
+
+_STRIPE = 64  # elements: a transpose then reads and writes whole cache lines
+_LARGE = 4 * 2**20  # bytes: below it, threads cost more than they save
+_POOL = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="tensors")
+
+
+def view(entry: TensorHeader) -> np.ndarray:
+    """A tensor where it lies in its file: mapped, not read, and read-only.
+
+    Args:
+        entry: from a header that was checked.
+
+    Raises:
+        UserError: the file is gone, or shorter than its header says.
+    """
+    dtype = DTYPES[entry.dtype]
+    if entry.begin == entry.end:
+        return np.empty(entry.shape, dtype)
+    try:
+        size = entry.end - entry.begin
+        data = np.memmap(entry.file, np.uint8, "r", offset=entry.begin, shape=(size,))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{entry.file}: bytes {entry.begin} to {entry.end} cannot be read: {error}\n"
+            "fix: the file is damaged or was cut short; download it again"
+        ) from error
+    # A plain array: what is cut out of it needs no memmap's bookkeeping, and keeps the map alive.
+    return np.frombuffer(data, dtype).reshape(entry.shape)
+
+
+def write(entry: TensorHeader, tensor: np.ndarray) -> None:
+    """Write a tensor into its place in a file that has its full length.
+
+    Args:
+        entry: the place.
+        tensor: of its shape and dtype, in C order.
+    """
+    assert tensor.flags.c_contiguous, entry
+    assert (tensor.shape, tensor.dtype) == (entry.shape, DTYPES[entry.dtype]), entry
+    with entry.file.open("r+b") as file:
+        file.seek(entry.begin)
+        file.write(tensor.reshape(-1).view(np.uint8).data)
+
+
+def is_exact(source: np.dtype[Any], target: np.dtype[Any]) -> bool:
+    """Whether every number of one floating-point dtype is one of another."""
+    a, b = ml_dtypes.finfo(source), ml_dtypes.finfo(target)
+    return a.nmant <= b.nmant and a.maxexp <= b.maxexp and a.minexp >= b.minexp
+
+
+def copy(target: np.ndarray, source: np.ndarray) -> None:
+    """Copy elements into an array, rounding to its dtype; bit for bit where that is the same.
+
+    A transposed source is copied in stripes: along one dim the bytes of a cache line would be
+    fetched anew for each element, which is several times slower.
+
+    Raises:
+        FloatingPointError: a number is too large for float16 (bfloat16 has float32's range).
+    """
+    if target.dtype == source.dtype:
+        # As integers: without the lock that a cast of the narrow dtypes holds.
+        bits = np.dtype(f"u{target.itemsize}")
+        target, source = target.view(bits), source.view(bits)
+
+    def assign(stripe: slice) -> None:
+        with np.errstate(over="raise"):
+            target[..., stripe] = source[..., stripe]
+
+    flat = not source.ndim or source.strides[-1] == source.itemsize
+    if flat or target.nbytes < _LARGE:
+        with np.errstate(over="raise"):
+            target[...] = source
+        return
+    stripes = [slice(at, at + _STRIPE) for at in range(0, target.shape[-1], _STRIPE)]
+    for _ in _POOL.map(assign, stripes):
+        pass

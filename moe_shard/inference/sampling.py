@@ -1,0 +1,56 @@
+"""The next token from the logits: the most probable one, or one that is drawn."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from moe_shard.config.generate import GenerateConfig
+
+
+def next_tokens(
+    logits: Float[Array, "B V"], key: PRNGKeyArray, config: GenerateConfig
+) -> Int[Array, "B"]:
+    """A token for each row.
+
+    What is drawn for a row depends on the key, the row's number and its logits alone: not on how
+    many rows there are, nor on the mesh.
+
+    Args:
+        logits: float32.
+        key: of this token's place.
+        config: the strategy and its sizes.
+    """
+    if config.strategy == "greedy":
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / config.temperature
+    if config.strategy in ("topk", "composite"):
+        logits = keep_top_k(logits, config.top_k)
+    if config.strategy in ("nucleus", "composite"):
+        logits = keep_nucleus(logits, config.nucleus_p)
+    rows = jnp.arange(logits.shape[0])
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def keep_top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
+    """Logits of the k most probable tokens, and of those as probable as the last of them.
+
+    The others become -inf.
+    """
+    best = jnp.sort(logits, axis=-1, descending=True)
+    least = best[:, min(k, logits.shape[-1]) - 1]
+    return jnp.where(logits >= least[:, None], logits, -jnp.inf)
+
+
+def keep_nucleus(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
+    """Logits of the fewest tokens, the most probable first, whose probabilities reach p.
+
+    Tokens as probable as the last of them are kept too; the others become -inf (arXiv 1904.09751).
+    """
+    best = jnp.sort(logits, axis=-1, descending=True)
+    share = jax.nn.softmax(best, axis=-1)
+    before = jnp.cumsum(share, axis=-1) - share
+    least = jnp.min(jnp.where(before < p, best, jnp.inf), axis=-1)
+    return jnp.where(logits >= least[:, None], logits, -jnp.inf)

@@ -1,0 +1,241 @@
+"""Models that were trained elsewhere: their first parameters, their folders, and the way back.
+
+An imported model is a folder: `config.yml`, the parameters in `params/`, and `hf/`, what is needed
+to write the Hugging Face directory again. Nothing of the mesh is in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental.multihost_utils import sync_global_devices
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
+
+from moe_shard.autoep.progress import BytesLine
+from moe_shard.autoep.source import keep_hf, lay_out_again, read_source
+from moe_shard.autoep.transfer import export_params, import_params
+from moe_shard.config.schema import Config
+from moe_shard.errors import UserError
+from moe_shard.models.params import Params
+from moe_shard.training.checkpoint import restore_params
+from moe_shard.training.convert import is_fused, other_layout, to_layout
+from moe_shard.training.files import write_text
+
+_PARAMS = "params"
+
+
+def load_params(
+    path: str, specs: Params, *, family: str = "", console: Console | None = None
+) -> Params:
+    """Read a model's parameters, each device its own shards.
+
+    Args:
+        path: a Hugging Face directory, an imported model, or a run, of which the newest checkpoint
+            is taken.
+        specs: what they are to be: leaves with a shape, a dtype and a sharding.
+        family: of a Hugging Face directory, as in `read_source`.
+        console: told how it goes; None: nothing is.
+
+    Raises:
+        UserError: the path is none of these, is of another model, or cannot be read.
+    """
+    console = console or Console(quiet=True)
+    folder = find_weights(path)
+    wanted = jax.tree.map(_abstract, specs)
+    if folder.name == "checkpoints":
+        return restore_params(folder, wanted, say=_plainly(console))
+    _plainly(console)(f"of {path}")
+    if folder.name == _PARAMS:
+        with _fix("import the Hugging Face directory again, or change the keys back"):
+            return restore_params(folder, wanted)
+    source = read_source(folder, family)
+    stored = other_layout(wanted) if is_fused(wanted) else wanted
+    with BytesLine(console, "reading parameters") as line:
+        params = import_params(
+            source.plan, source.entries, stored, say=_plainly(console), progress=line
+        )
+    return to_layout(params, wanted)
+
+
+def find_weights(path: str) -> Path:
+    """The folder that holds a model's weights: `checkpoints`, `params`, or the one that is named.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = Path(path).expanduser().resolve()
+    for name in ("checkpoints", _PARAMS):
+        if (folder / name).is_dir():
+            return folder / name
+    if (folder / "config.json").is_file():
+        return folder
+    raise UserError(
+        f"{path} holds no parameters: no config.json, params or checkpoints in it\n"
+        "fix: load_parameters_path= a Hugging Face directory, an imported model, or a run"
+    )
+
+
+def import_model(
+    source: Path, target: Path, config: Config, specs: Params, *, family: str = "", console: Console
+) -> None:
+    """Import a Hugging Face directory into a folder that is there whole or not at all.
+
+    Args:
+        source: the directory.
+        target: the folder; new, or empty.
+        config: the model's, resolved.
+        specs: of its parameters on a mesh.
+        family: as in `read_source`.
+        console: told how it goes.
+
+    Raises:
+        UserError: the target is not empty or cannot be written, or the source cannot be read.
+    """
+    with written_aside(target) as folder:
+        if jax.process_index() == 0:
+            # Set anew by whoever loads the model: the folder may be moved.
+            run = dataclasses.replace(config.run, load_parameters_path="")
+            write_text(folder / "config.yml", dataclasses.replace(config, run=run).to_yaml())
+            keep_hf(str(source), folder, family)
+        params = load_params(str(source), specs, family=family, console=console)
+        with console.status("writing the parameters"), _manager(folder / _PARAMS) as manager:
+            saved = ocp.args.PyTreeSave({"params": params})
+            manager.save(0, args=ocp.args.Composite(state=saved))
+            manager.wait_until_finished()
+
+
+def export_model(source: Path, target: Path, *, console: Console) -> None:
+    """Write the Hugging Face directory of an imported model, or of a run that began with one.
+
+    The parameters are read onto the first device, whole.
+
+    Args:
+        source: the folder; of a run the newest checkpoint is taken.
+        target: the directory; new, or empty.
+        console: told how it goes.
+
+    Raises:
+        UserError: the source did not come from a Hugging Face directory or cannot be read, or the
+            target is not empty or cannot be written.
+    """
+    weights = find_weights(str(source))
+    if not (source / "hf").is_dir() or weights == source.resolve():
+        raise UserError(
+            f"{source} has no folder hf: it did not begin with a Hugging Face model\n"
+            "fix: an imported model, or a run with load_parameters_path= one"
+        )
+    with written_aside(target) as directory:
+        layout = lay_out_again(source / "hf", directory)
+        with console.status("reading the parameters"):
+            wanted = _apart(_stored(weights))
+            params = restore_params(weights, wanted, say=_plainly(console))
+        with BytesLine(console, "writing tensors") as line:
+            export_params(layout.plan, layout.entries, params, progress=line)
+
+
+@contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """A folder to write into, renamed to its name when the block has ended; without it if not.
+
+    Args:
+        target: the name; nothing may be there but an empty folder.
+
+    Yields:
+        `<target>.partial`.
+
+    Raises:
+        UserError: something is there, or it cannot be written.
+    """
+    target = target.expanduser().absolute()
+    aside = target.with_name(f"{target.name}.partial")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target} exists and is not an empty folder\nfix: another name")
+    writer = jax.process_index() == 0
+    try:
+        if writer:
+            _make(aside)
+        _meet(f"{target} begun")
+        try:
+            yield aside
+            _meet(f"{target} written")
+            if writer:
+                aside.rename(target)
+        except BaseException:
+            if writer:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise UserError(
+            f"cannot write {target}: {error.strerror or error}; nothing of it was kept\n"
+            "fix: a place with enough room that you may write to"
+        ) from error
+
+
+def _make(folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir()
+    except FileExistsError as error:
+        raise UserError(
+            f"{folder} is there: another process writes it, or one was killed\n"
+            "fix: remove it, if no process is writing it"
+        ) from error
+
+
+def _meet(where: str) -> None:
+    """Wait for the other processes."""
+    if jax.process_count() > 1:
+        sync_global_devices(where)
+
+
+def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
+    """Keeps parameters as a run keeps its state, so that they are read as a run's are."""
+    return ocp.CheckpointManager(
+        folder,
+        options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options),
+        item_handlers={"state": ocp.PyTreeCheckpointHandler()},
+    )
+
+
+def _stored(weights: Path) -> Params:
+    """What the newest parameters of a folder are, to be read as they are onto the first device."""
+    place = NamedSharding(Mesh(jax.devices()[:1], "all"), PartitionSpec())
+    with _manager(weights, read_only=True) as manager:
+        newest = manager.latest_step()
+        if newest is None:
+            raise UserError(f"{weights} holds no whole checkpoint\nfix: train until it saves one")
+        found = manager.metadata(newest).item_metadata["state"]["params"]
+    described: Params = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), found
+    )
+    return described
+
+
+def _apart(described: Params) -> Params:
+    """With gate and up apart, as a plan has them."""
+    return other_layout(described) if is_fused(described) else described
+
+
+def _abstract(spec: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=spec.sharding)
+
+
+def _plainly(console: Console) -> Callable[[str], object]:
+    return lambda line: console.print(f"parameters: {line}", markup=False)
+
+
+@contextmanager
+def _fix(what: str) -> Iterator[None]:
+    """Errors of a checkpoint, with the fix for one that is of no run."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{str(error).splitlines()[0]}\nfix: {what}") from error
