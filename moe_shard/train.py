@@ -11,7 +11,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from moe_shard.config import list_models, load_config
+from moe_shard.autoep.model import MODEL_HELP, load_model
+from moe_shard.config import list_models
 from moe_shard.errors import run_command
 from moe_shard.quiet import absent_accelerators_unsaid
 
@@ -35,10 +36,10 @@ def main(argv: Sequence[str]) -> int:
         epilog=f"Models: {', '.join(list_models())}. Keys: configs/base.yml lists them all. "
         "steps=0 compiles and reports only.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a name in configs/models/, or a .yml file")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides the model's")
     args = parser.parse_args(argv)
-    config = load_config(args.model, args.overrides)
+    config = load_model(args.model, args.overrides)
     config.require_built()
 
     # Only now: a mistyped key is answered before jax and the rest have been loaded.

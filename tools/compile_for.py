@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from moe_shard.config import list_models, load_config
+from moe_shard.autoep.model import MODEL_HELP, load_model
+from moe_shard.config import list_models
 from moe_shard.config.hardware import list_hardware
 from moe_shard.errors import EXIT_DONE, EXIT_FINDING, CommandParser, UserError, run_command
 from moe_shard.lowering.expect import VERDICTS
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 def main() -> int:
     """Compile, print the report, judge it."""
     arguments = _arguments()
-    config = load_config(arguments.model, arguments.overrides)
+    config = load_model(arguments.model, arguments.overrides)
     config.require_built()
     # Only now: a mistyped key is answered before jax has been loaded.
     with absent_accelerators_unsaid():
@@ -165,7 +166,7 @@ def _arguments() -> argparse.Namespace:
         description="Compile the training step for hardware that is not there.",
         epilog=f"Models: {', '.join(list_models())}. Hardware: {', '.join(list_hardware())}.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a name in configs/models/, or a .yml file")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("target", metavar="TARGET", help="v5e:2x4, v5p:4x4x2, h100:8, mi355x:8")
     parser.add_argument(
         "overrides", metavar="key=value", nargs="*", default=[], help="overrides the model's"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moe_shard.config import load_config
+from moe_shard.autoep.model import MODEL_HELP, load_model
 from moe_shard.errors import EXIT_DONE, EXIT_FINDING, CommandParser, run_command
 from moe_shard.quiet import absent_accelerators_unsaid
 
@@ -29,9 +29,7 @@ def main() -> int:
         prog="explain_sharding.py", description="Where every array lies, and which row said so."
     )
     # Optional to argparse only: it would say that key=value is missing as well.
-    parser.add_argument(
-        "model", metavar="MODEL", nargs="?", help="a name in configs/models/, or a .yml file"
-    )
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides the model's")
     parser.add_argument("--rules", metavar="FILE", help="judge this file's mesh_axes and rows")
     parser.add_argument("--strict", action="store_true", help="exit with 1 on a conflict")
@@ -40,7 +38,7 @@ def main() -> int:
     if arguments.model is None:
         parser.error("MODEL is missing, for example mixtral-tiny")
     if arguments.rules is None:
-        config = load_config(arguments.model, arguments.overrides)
+        config = load_model(arguments.model, arguments.overrides)
         config.require_built()
     # Only now: a mistyped key is answered before jax has been loaded. An accelerator would only
     # be taken from whoever is using it.

@@ -40,13 +40,14 @@ def report_lines(
     moe = model.moe
     assert moe is not None, "a model of a family has experts"
     with_experts = [layer for layer, kind in enumerate(model.layer_kinds) if kind.moe]
-    dense = model.num_decoder_layers - len(with_experts)
-    which = f", {_ranges(with_experts)}; {dense} dense" if dense else ""
+    layers = model.num_decoder_layers
+    which = "all"
+    if len(with_experts) < layers:
+        which = f"{len(with_experts)}: {_ranges(with_experts)}"
     stored = f"in one tensor, {fused.words}" if fused else "one by one"
     inward = _example(names, f"{FUSED}gate_up" if fused else f"{LISTED}gate", f"{LISTED}gate_up")
     return (
-        f"family: {family}; {model.num_decoder_layers} layers, {len(with_experts)} with experts"
-        f"{which}",
+        f"family: {family}; layers: {layers}, with experts in {which}",
         f"experts: {moe.num_experts} of hidden size {moe.mlp_dim}, {stored}: {inward}",
         f"router: {', '.join(_router(moe))}: {_example(names, 'mlp.router.kernel')}",
         f"shared experts: {_shared(moe, names)}",

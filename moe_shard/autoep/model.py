@@ -9,14 +9,12 @@ from typing import Any
 
 from moe_shard.autoep.detect import CONFIG, Detected, detect
 from moe_shard.config.layers import Layer, parse_overrides
-from moe_shard.config.load import base_settings, load_config, load_settings
+from moe_shard.config.load import base_settings, list_models, load_config, load_settings
 from moe_shard.config.schema import Config
 from moe_shard.errors import UserError
 
-
-def is_model_directory(model: str) -> bool:
-    """Whether MODEL is a directory of Hugging Face's."""
-    return (Path(model) / CONFIG).is_file()
+MODEL_HELP = "a name in configs/models/, a .yml file, or a Hugging Face model directory"
+"""For command lines."""
 
 
 def load_model(model: str, overrides: Sequence[str] = ()) -> Config:
@@ -30,25 +28,25 @@ def load_model(model: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: anything that a person got wrong, with the fix, in at most three lines.
     """
-    family = parse_overrides(overrides, base_settings()).get("hf_family", "")
-    directory = Path(model)
-    if not is_model_directory(model):
-        if directory.is_dir():
-            raise UserError(f"{directory}: no {CONFIG}\nfix: a Hugging Face model directory")
-        if family:
-            raise UserError(
-                f"hf_family={family} with MODEL {model}, which is no directory with {CONFIG}\n"
-                "fix: leave hf_family out"
-            )
+    if model in list_models():
         return load_config(model, overrides)
-    detected = detect(directory, family)
-    layer = Layer(str(directory / CONFIG), directory_settings(directory, detected), {}, ())
-    config = load_settings(layer, overrides, name=directory.resolve().name)
-    return replace(config, detected=detected.lines)
+    family = parse_overrides(overrides, base_settings()).get("hf_family", "")
+    directory = Path(model).expanduser()
+    if (directory / CONFIG).is_file():
+        detected = detect(directory, family)
+        layer = Layer(str(directory / CONFIG), directory_settings(directory, detected), {}, ())
+        config = load_settings(layer, overrides, name=directory.resolve().name)
+        return replace(config, detected=detected.lines)
+    if directory.is_dir() and not (directory / "config.yml").is_file():
+        raise UserError(
+            f"{model}: a directory without {CONFIG}\n"
+            "fix: a Hugging Face model directory, or what tools/import_hf.py makes of one"
+        )
+    return load_config(model, overrides)
 
 
 def directory_settings(directory: Path, detected: Detected) -> dict[str, Any]:
-    """Settings of a directory's model, its parameters and its tokenizer.
+    """Settings of a Hugging Face directory: its model, its parameters and its tokenizer.
 
     Args:
         directory: of the model.

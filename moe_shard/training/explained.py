@@ -13,7 +13,8 @@ from pathlib import Path
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from moe_shard.config import Config, check_against_mesh, load_config
+from moe_shard.autoep.model import load_model
+from moe_shard.config import Config, check_against_mesh
 from moe_shard.config.foreign import ASSUMED_SIZE, read_foreign_table, take_sizes
 from moe_shard.sharding.annotate import Annotator
 from moe_shard.sharding.explain import Explanation, Recorder, Rules, explain, usable_rules
@@ -63,7 +64,7 @@ def explain_table(model: str, overrides: Sequence[str], path: Path) -> Explanati
     """
     table = read_foreign_table(path)
     sizes, assumed, others = take_sizes(overrides, table.mesh_axes)
-    config = load_config(model, others)
+    config = load_model(model, others)
     notes = list(config.warnings)
     if config.not_built:
         notes.append(f"arrays of what is not built are missing: {', '.join(config.not_built)}")

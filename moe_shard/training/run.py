@@ -47,6 +47,8 @@ def run(config: Config) -> Outcome:
     device_line = start_devices(config.mesh.num_simulated_devices)
     console.quiet = notes.quiet = jax.process_index() > 0
     console.print(device_line)
+    for line in config.detected:
+        console.print(line, markup=False, soft_wrap=True)
     annotate, changes_nothing = lay_out(config)
     for line in changes_nothing:
         notes.print(f"note: {line}", markup=False)

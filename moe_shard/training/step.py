@@ -98,7 +98,7 @@ def make_program(config: Config, annotate: Annotator) -> Program:
     model = describe(config.model, annotate)
     optimizer = make_optimizer(config.train, model.specs)
     schedule = make_schedule(config.train)
-    grad_fn = _make_grad(config, model)
+    grad_fn = make_grad(config, model)
 
     def init_rest(params: Params) -> tuple[Int[Array, ""], Any]:
         return jnp.zeros((), jnp.int32), optimizer.init(params)
@@ -150,7 +150,7 @@ def make_program(config: Config, annotate: Annotator) -> Program:
 GradFn = Callable[[Params, dict[str, Int[Array, "B S"]]], tuple[Float[Array, ""], Losses, Params]]
 
 
-def _make_grad(config: Config, model: AbstractModel) -> GradFn:
+def make_grad(config: Config, model: AbstractModel) -> GradFn:
     """Loss and gradients of a microbatch: mean cross entropy plus the weighted auxiliary losses."""
 
     def loss_fn(

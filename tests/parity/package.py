@@ -10,15 +10,20 @@ import numpy as np
 import pytest
 
 from moe_shard.autoep.model import load_model
+from moe_shard.autoep.source import read_source
+from moe_shard.autoep.transfer import export_params
 from moe_shard.config import Config
+from moe_shard.inference.generator import Generator
 from moe_shard.models.params import AbstractModel, Params, describe
 from moe_shard.moe.losses import load_balance_loss
 from moe_shard.sharding.annotate import Annotator
 from moe_shard.sharding.mesh import make_mesh
 from moe_shard.training import step
 from moe_shard.training.imported import load_params
+from moe_shard.training.optimizer import make_optimizer
 from tests.models.build import QUICK
-from tests.parity.families import LEARNING_RATE, LENGTH, UPDATES
+from tests.parity import weights
+from tests.parity.families import LEARNING_RATE, LENGTH, NEW_TOKENS, ROWS, UPDATES, VOCAB
 
 OVERRIDES = (
     "dtype=float32",
@@ -32,6 +37,7 @@ OVERRIDES = (
     "warmup_steps_fraction=0",
     "learning_rate_final_fraction=1",
     "gradient_clipping_threshold=0",
+    f"max_new_tokens={NEW_TOKENS}",
 )
 
 
@@ -108,3 +114,55 @@ def evaluate(opened: Opened, inputs: np.ndarray, targets: np.ndarray) -> Answer:
         lowered = jax.jit(forward).lower(opened.params, batch)
     answer = jax.device_get(lowered.compile(QUICK)(opened.params, batch))
     return Answer(*answer[:2], *(float(loss) for loss in answer[2:]))
+
+
+def gradients(
+    opened: Opened, inputs: np.ndarray, targets: np.ndarray, directory: Path
+) -> tuple[float, dict[str, np.ndarray]]:
+    """The training loss and its gradients, by the names of the checkpoint.
+
+    Args:
+        opened: the model.
+        inputs: ids [B, S].
+        targets: the token after each.
+        directory: a copy of the model's, whose weights are overwritten: gradients go back to the
+            checkpoint's tensors by the way that parameters go.
+    """
+    grad_fn = jax.jit(step.make_grad(opened.config, opened.model))
+    batch = batch_of(opened, inputs, targets)
+    compiled = grad_fn.lower(opened.params, batch).compile(QUICK)
+    loss, _, grads = compiled(opened.params, batch)
+    source = read_source(directory)
+    export_params(source.plan, source.entries, grads)
+    return float(loss), weights.read(directory)
+
+
+def train(opened: Opened, inputs: np.ndarray, targets: np.ndarray) -> list[float]:
+    """Losses of updates by the training step, all on one batch; uses the parameters up."""
+    program = step.make_program(opened.config, opened.annotate)
+    batch = {name: each[None] for name, each in batch_of(opened, inputs, targets).items()}
+    batch = jax.device_put(batch, program.batch_sharding)
+    optimizer = make_optimizer(opened.config.train, opened.model.specs)
+    state = step.TrainState(jnp.zeros((), jnp.int32), opened.params, optimizer.init(opened.params))
+    state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state))
+    compiled = program.step.lower(program.abstract_state, program.abstract_batch).compile(QUICK)
+    losses = []
+    for _ in range(UPDATES):
+        state, metrics = compiled(state, batch)
+        losses.append(float(metrics["loss"]))
+    return losses
+
+
+def greedy(opened: Opened, prompts: np.ndarray, *, cached: bool) -> np.ndarray:
+    """The likeliest tokens after prompts of one length."""
+    generator = Generator(
+        opened.model,
+        opened.annotate,
+        opened.config.generate,
+        vocab_size=VOCAB,
+        rows=ROWS,
+        places=prompts.shape[1],
+        cached=cached,
+        options=QUICK,
+    )
+    return np.stack(list(generator(opened.params, prompts.tolist())), axis=1)

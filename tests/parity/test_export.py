@@ -1,0 +1,49 @@
+"""A directory of transformers, imported and exported: the same bytes, and transformers reads it."""
+
+from __future__ import annotations
+
+import filecmp
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from tests.parity.families import SHAPES, Shape
+from tests.parity.package import open_model
+
+pytestmark = pytest.mark.parity
+
+each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.id)
+
+
+@each_shape
+def test_there_and_back(shape: Shape, reference: Callable[[Shape], Any], tmp_path: Path) -> None:
+    from rich.console import Console
+
+    from moe_shard.training.imported import export_model, import_model
+    from tests.parity.reference import forward, load
+
+    known, quiet = reference(shape), Console(quiet=True)
+    opened = open_model(known.directory, 8)
+    imported, exported = tmp_path / "imported", tmp_path / "exported"
+    import_model(known.directory, imported, opened.config, opened.model.specs, console=quiet)
+    export_model(imported, exported, console=quiet)
+    names = {path.name for path in known.directory.iterdir()}
+    assert names == {path.name for path in exported.iterdir()}
+    _, different, _ = filecmp.cmpfiles(known.directory, exported, names, shallow=False)
+    assert not different
+    answer = forward(shape, load(shape, exported), known.inputs, known.targets)
+    np.testing.assert_array_equal(answer["logits"].detach().numpy(), known.logits)
+
+
+@each_shape
+def test_stacked_experts_are_the_same_model(
+    shape: Shape, reference: Callable[[Shape], Any]
+) -> None:
+    """`save_original_format=False` gives the same parameters, to the bit."""
+    known = reference(shape)
+    one_by_one, stacked = (open_model(at, 4).params for at in (known.directory, known.fused))
+    jax.tree.map(np.testing.assert_array_equal, one_by_one, stacked)

@@ -1,0 +1,52 @@
+"""Every parameter's gradient, and a few updates of plain SGD."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.parity.families import SHAPES, TRAINED, Shape
+from tests.parity.package import gradients, open_model, train
+
+pytestmark = pytest.mark.parity
+
+each_trained = pytest.mark.parametrize(
+    "shape", [shape for shape in SHAPES if shape.family in TRAINED], ids=lambda shape: shape.id
+)
+
+
+@pytest.mark.parametrize("experts", [1, 8])
+@each_trained
+def test_gradients(
+    shape: Shape, experts: int, reference: Callable[[Shape], Any], tmp_path: Path
+) -> None:
+    """To 1e-5 of each gradient's norm; one that is nothing but rounding, of all gradients'."""
+    known = reference(shape)
+    directory = tmp_path / "gradients"
+    shutil.copytree(known.directory, directory)
+    opened = open_model(known.directory, experts)
+    loss, found = gradients(opened, known.inputs, known.targets, directory)
+    np.testing.assert_allclose(loss, known.loss, rtol=1e-5)
+    assert found.keys() == known.gradients.keys()
+    norms = {name: np.linalg.norm(gradient) for name, gradient in known.gradients.items()}
+    least = 1e-3 * np.sqrt(sum(norm**2 for norm in norms.values()))
+    wrong = {
+        name: error
+        for name, gradient in known.gradients.items()
+        if not (error := np.linalg.norm(found[name] - gradient) / max(norms[name], least)) <= 1e-5
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize("experts", [2, 8])
+@each_trained
+def test_updates(shape: Shape, experts: int, reference: Callable[[Shape], Any]) -> None:
+    known = reference(shape)
+    losses = train(open_model(known.directory, experts), known.inputs, known.targets)
+    assert known.losses[-1] < known.losses[0] - 0.1
+    np.testing.assert_allclose(losses, known.losses, rtol=1e-5)
