@@ -81,7 +81,7 @@ def to_layout(tree: Tree, wanted: Any) -> Tree:
 
     def change(experts: Experts, wanted: Experts) -> Experts:
         new = dict(experts)
-        old = []
+        old: list[Any] = []
         for pair in _PAIRS:
             if pair.both in wanted and pair.gate in experts:
                 halves = new.pop(pair.gate), new.pop(pair.up)
