@@ -20,6 +20,8 @@ class MoERecord:
             `moe.grouped`, or "batched" where experts have equally many rows.
         fast_paths: those taken, of "singleton", "forced-balance", "equal-pieces", "fused-gate-up"
             and "token-chunks".
+        router: how experts are chosen and what is beside them, such as
+            "sigmoid, top 8 in 4 of 8 groups, correction bias, 1 shared expert".
         reasons: {a choice: why}.
         not_taken: {a fast path: why not}.
     """
@@ -28,6 +30,7 @@ class MoERecord:
     transport: str
     grouped_product: str
     fast_paths: tuple[str, ...]
+    router: str
     reasons: dict[str, str]
     not_taken: dict[str, str]
 
@@ -64,6 +67,7 @@ class MoERecord:
             transport=transport[0],
             grouped_product=grouped_product[0],
             fast_paths=tuple(path for path, why in why_not.items() if not why),
+            router=_router_in_words(config),
             reasons={
                 f"transport {transport[0]}": transport[1],
                 f"product {grouped_product[0]}": grouped_product[1],
@@ -80,6 +84,7 @@ class MoERecord:
         return [
             f"MoE in {layers}: dispatch {self.strategy}, transport {self.transport}, "
             f"product {self.grouped_product}, fast paths: {', '.join(self.fast_paths) or 'none'}",
+            f"  router: {self.router}",
             *(f"  {what}: {why}" for what, why in self.reasons.items()),
             f"  not taken: {', '.join(f'{path} ({why})' for path, why in self.not_taken.items())}",
         ]
@@ -87,3 +92,19 @@ class MoERecord:
     def to_json(self) -> dict[str, Any]:
         """A value of the object `moe` of `lowering.json`."""
         return asdict(self)
+
+
+def _router_in_words(config: MoEConfig) -> str:
+    router = config.router
+    groups, kept = router.groups
+    words = [router.score_func, f"top {config.num_experts_per_tok}"]
+    if kept < groups:
+        words[-1] += f" in {kept} of {groups} groups"
+    if router.correction_bias:
+        words.append("correction bias")
+    if router.score_on_input:
+        words.append("weights on the input")
+    if config.shared_experts:
+        plural = "s" if config.shared_experts > 1 else ""
+        words.append(f"{config.shared_experts} shared expert{plural}")
+    return ", ".join(words)

@@ -62,6 +62,13 @@ def _at(values: Float[Array, "B S E"], index: Int[Array, "B S"]) -> Float[Array,
     return jnp.sum(values * jax.nn.one_hot(index, values.shape[-1]), axis=-1)
 
 
+def _shares(scores: Float[Array, "B S N"]) -> Float[Array, "B S N"]:
+    """Each score over the sum of its token's; of scores that are all 0, 0."""
+    # Sigmoids of logits far below 0 may all be 0. The derivative has the square of what is divided
+    # by, which must not be 0 either.
+    return scores / jnp.maximum(jnp.sum(scores, axis=-1, keepdims=True), 1e-15)
+
+
 def round_robin(*, tokens: int, k: int, num_experts: int) -> Int[np.ndarray, "S K"]:
     """Experts dealt out in turn to the choices of a batch row: forced balance.
 
@@ -151,11 +158,11 @@ def route(
         correction: added to the scores where experts are chosen, and only there.
     """
     logits = logits.astype(jnp.float32)
-    softmax = jax.nn.softmax(logits, axis=-1)
-    scores = probs = softmax
     if config.score_func == "sigmoid":
         scores = jax.nn.sigmoid(logits)
-        probs = scores / jnp.sum(scores, axis=-1, keepdims=True)
+        probs = _shares(scores)
+    else:
+        scores = probs = jax.nn.softmax(logits, axis=-1)
     # By score, not by logit: the softmax may round two logits to one, and ties go to the first.
     ranked = jax.lax.stop_gradient(scores if correction is None else scores + correction)
     chosen = _choose(ranked, jax.lax.stop_gradient(logits), k, config)
@@ -165,7 +172,7 @@ def route(
     else:
         weights = jnp.stack([_at(scores, indices[..., slot]) for slot in range(k)], axis=-1)
     if config.norm_topk_prob:
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        weights = _shares(weights)
     if config.scaling_factor != 1:
         weights = weights * config.scaling_factor
     return Routing(logits, probs, indices, weights)

@@ -36,6 +36,12 @@ PATHS = {
     "gate_bias": ("experts", "gate_bias"),
     "up_bias": ("experts", "up_bias"),
     "down_bias": ("experts", "down_bias"),
+    # where there are experts that every token passes
+    **{
+        f"shared_{leaf}": ("shared", leaf)
+        for leaf in ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+    },
+    "shared_score": ("shared_gate",),
 }
 ROUTER_FIELDS = {field.name for field in dataclasses.fields(RouterConfig)}
 
@@ -112,10 +118,13 @@ class BuiltLayer:
 
     def apply(self, params: dict[str, jax.Array], x: jax.Array) -> tuple[jax.Array, MoEStats]:
         """The layer as a function."""
-        state: dict[str, dict[str, jax.Array]] = {}
+        state: dict[str, Any] = {}
         for name, param in params.items():
-            module, leaf = PATHS[name]
-            state.setdefault(module, {})[leaf] = param
+            *modules, leaf = PATHS[name]
+            module = state
+            for each in modules:
+                module = module.setdefault(each, {})
+            module[leaf] = param
         if self.fused:  # the oracle has them apart
             experts = state["experts"]
             for end in ("", "_bias"):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_shard.config.load import load_config
 from moe_shard.errors import UserError
 from moe_shard.lowering.expect import assert_collectives
 from moe_shard.lowering.report import report_from_text
@@ -236,6 +237,7 @@ def test_the_record() -> None:
         transport="padded all-to-all",
         grouped_product="single",
         fast_paths=(),
+        router="softmax, top 2",
         reasons={
             "transport padded all-to-all": "CPU has no ragged-all-to-all",
             "product single": "one group is one plain product",
@@ -252,6 +254,28 @@ def test_the_record() -> None:
         "MoE in layers 0-3: dispatch ragged, transport padded all-to-all, product single, "
         "fast paths: none"
     )
+    assert plain.lines("layers 0-3")[1] == "  router: softmax, top 2"
+
+
+@pytest.mark.parametrize(
+    ("model", "router"),
+    [
+        (
+            "deepseek3-671b",
+            "sigmoid, top 8 in 4 of 8 groups, correction bias, 1 shared expert",
+        ),
+        ("deepseek2-16b", "softmax, top 6, 2 shared experts"),
+        ("llama4-17b-16e", "sigmoid, top 1, weights on the input, 1 shared expert"),
+    ],
+)
+def test_the_record_names_the_router(model: str, router: str) -> None:
+    config = load_config(model).model.moe
+    assert config is not None
+    nothing = ("none", "")
+    record = MoERecord.of(
+        config, transport=nothing, grouped_product=nothing, singleton="", equal_pieces=""
+    )
+    assert record.router == router
 
 
 @pytest.mark.parametrize(
