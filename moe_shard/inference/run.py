@@ -120,7 +120,7 @@ def generate(
         notes.print(f"parameters: {line}", markup=False, style=style)
 
     with out_of_memory_is_a_finding(fix=_LESS_MEMORY):
-        params = load_parameters(source, config, model, say=say)
+        params = load_parameters(source, config, model, say=say, console=notes)
         with notes.status("compiling"):
             generator = Generator(
                 model,

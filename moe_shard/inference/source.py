@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+from rich.console import Console
 
-from moe_shard.config import Config, list_models, load_config
+from moe_shard.autoep.model import load_model
+from moe_shard.config import Config, list_models
 from moe_shard.errors import UserError
 from moe_shard.models.params import AbstractModel, Params
 from moe_shard.training.checkpoint import restore_params
+from moe_shard.training.imported import load_params
 
 SETTINGS = (
     "moe_dispatch=ragged",
@@ -33,7 +36,7 @@ class Source:
     """A model to write with.
 
     Attributes:
-        model: what `load_config` takes.
+        model: what `load_model` takes.
         checkpoints: of a run; None: MODEL is no run.
         updates: which checkpoint; None: the newest.
     """
@@ -44,14 +47,14 @@ class Source:
 
 
 def find_source(model: str) -> Source:
-    """Tell the folder of a run, or one of its checkpoints, from a model's name or file.
+    """Tell the folder of a run, or one of its checkpoints, from other models.
 
     Raises:
-        UserError: a directory that holds neither.
+        UserError: a directory that holds no model.
     """
     path = Path(model).expanduser()
     of_run = path.parent.name == "checkpoints" and path.name.isdecimal() and path.parent.is_dir()
-    if model in list_models() or not (of_run or path.is_dir()):
+    if model in list_models() or not (of_run or path.is_dir()) or _holds_a_model(path):
         return Source(model)
     run = path.resolve()
     updates = int(path.name) if of_run else None
@@ -61,8 +64,8 @@ def find_source(model: str) -> Source:
         run = run.parent
     if not (run / "config.yml").is_file():
         raise UserError(
-            f"{model} is not the folder of a run: no config.yml in it\n"
-            "fix: <base_output_directory>/<run_name>, or a model's name or .yml file"
+            f"{model} holds no model: no config.json and no config.yml in it\n"
+            "fix: a Hugging Face directory, an imported model, or the folder of a run"
         )
     if not (run / "checkpoints").is_dir():
         raise UserError(
@@ -70,6 +73,11 @@ def find_source(model: str) -> Source:
             "fix: train with enable_checkpointing=true; its config.yml alone has random parameters"
         )
     return Source(str(run / "config.yml"), run / "checkpoints", updates)
+
+
+def _holds_a_model(path: Path) -> bool:
+    """Whether a directory is Hugging Face's, or an imported model."""
+    return (path / "config.json").is_file() or (path / "params").is_dir()
 
 
 def load_settings(source: Source, overrides: Sequence[str]) -> Config:
@@ -80,9 +88,9 @@ def load_settings(source: Source, overrides: Sequence[str]) -> Config:
         overrides: `key=value` arguments.
 
     Raises:
-        UserError: as `load_config`; or experts that would drop tokens.
+        UserError: as `load_model`; or experts that would drop tokens.
     """
-    config = load_config(source.model, [*SETTINGS, *overrides])
+    config = load_model(source.model, [*SETTINGS, *overrides])
     config.require_built()
     moe = config.model.moe
     if moe is not None:
@@ -100,7 +108,12 @@ def load_settings(source: Source, overrides: Sequence[str]) -> Config:
 
 
 def load_parameters(
-    source: Source, config: Config, model: AbstractModel, *, say: Callable[[str], object]
+    source: Source,
+    config: Config,
+    model: AbstractModel,
+    *,
+    say: Callable[[str], object],
+    console: Console,
 ) -> Params:
     """The parameters, placed as the model's specs say.
 
@@ -109,23 +122,19 @@ def load_parameters(
         config: of `load_settings`.
         model: described for a mesh.
         say: told where they come from.
+        console: shown how far reading has come.
 
     Raises:
         UserError: they cannot be read.
     """
-    abstract = jax.tree.map(lambda spec: spec.abstract(), model.specs)
     if source.checkpoints is not None:
+        abstract = jax.tree.map(lambda spec: spec.abstract(), model.specs)
         return restore_params(source.checkpoints, abstract, updates=source.updates, say=say)
-    if config.run.load_parameters_path:
-        # A run's folder, as MODEL would name it.
-        there = find_source(config.run.load_parameters_path)
-        if there.checkpoints is None:
-            raise UserError(
-                f"load_parameters_path={config.run.load_parameters_path} is not the folder of a "
-                "run\nfix: <base_output_directory>/<run_name>"
-            )
-        return restore_params(there.checkpoints, abstract, updates=there.updates, say=say)
-    say(f"random, drawn from seed={config.train.seed}: {config.run.model_name} names no checkpoint")
+    run = config.run
+    if run.load_parameters_path:
+        path = run.load_parameters_path
+        return load_params(path, model.specs, family=run.hf_family, say=say, console=console)
+    say(f"random, drawn from seed={config.train.seed}: {run.model_name} names no checkpoint")
     places = jax.tree.map(lambda spec: spec.sharding, model.specs)
     params: Params = jax.jit(model.init, out_shardings=places)(jax.random.key(config.train.seed))
     return params

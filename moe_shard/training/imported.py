@@ -33,7 +33,12 @@ _PARAMS = "params"
 
 
 def load_params(
-    path: str, specs: Params, *, family: str = "", console: Console | None = None
+    path: str,
+    specs: Params,
+    *,
+    family: str = "",
+    say: Callable[[str], object] | None = None,
+    console: Console | None = None,
 ) -> Params:
     """Read a model's parameters, each device its own shards.
 
@@ -42,26 +47,26 @@ def load_params(
             is taken.
         specs: what they are to be: leaves with a shape, a dtype and a sharding.
         family: of a Hugging Face directory, as in `read_source`.
-        console: told how it goes; None: nothing is.
+        say: told where they come from, and of what is converted; None: the console is.
+        console: shown how far reading has come; None: nothing is.
 
     Raises:
         UserError: the path is none of these, is of another model, or cannot be read.
     """
     console = console or Console(quiet=True)
+    say = say or _plainly(console)
     folder = find_weights(path)
     wanted = jax.tree.map(_abstract, specs)
     if folder.name == "checkpoints":
-        return restore_params(folder, wanted, say=_plainly(console))
-    _plainly(console)(f"of {path}")
+        return restore_params(folder, wanted, say=say)
+    say(f"of {path}")
     if folder.name == _PARAMS:
         with _fix("import the Hugging Face directory again, or change the keys back"):
             return restore_params(folder, wanted)
     source = read_source(folder, family)
     stored = other_layout(wanted) if is_fused(wanted) else wanted
     with BytesLine(console, "reading parameters") as line:
-        params = import_params(
-            source.plan, source.entries, stored, say=_plainly(console), progress=line
-        )
+        params = import_params(source.plan, source.entries, stored, say=say, progress=line)
     return to_layout(params, wanted)
 
 
