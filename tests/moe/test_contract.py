@@ -84,7 +84,7 @@ def check(sizes: dict[str, int], settings: Settings, inputs: Inputs, **route: An
     return expected
 
 
-def towards(bias: list[float], **dims: int) -> Inputs:
+def towards(bias: list[float], **dims: Any) -> Inputs:
     """Random inputs whose router is drawn to some experts."""
     inputs = random_inputs(**(DIMS | dims))
     x, params = inputs.x.copy(), {name: value.copy() for name, value in inputs.params.items()}

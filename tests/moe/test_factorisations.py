@@ -91,7 +91,10 @@ def check(
     if dispatch == "ragged":  # has no capacity
         settings = dataclasses.replace(settings, capacity_factor=-1.0)
     expected = moe_layer(inputs.x, inputs.params, inputs.cotangent, settings)
-    layer = build_layer(mesh_of(sizes, order), settings, dispatch=dispatch, flag=flag, **DIMS)
+    layer = build_layer(
+        mesh_of(sizes, order), settings, dispatch=dispatch, flag=flag, **DIMS,
+        biases="down_bias" in inputs.params,
+    )  # fmt: skip
     assert_equal_to_oracle(layer.run(inputs), expected)
     return expected
 
@@ -186,3 +189,17 @@ def test_ties_go_to_the_first(sizes: dict[str, int], dispatch: str, drop_policy:
     expected = check(sizes, dispatch, True, settings, inputs)
     assert expected.margin == 0
     assert expected.dropped.sum() > 0
+
+
+@either_strategy
+@some_meshes
+@pytest.mark.parametrize("on_input", [False, True], ids=["weighed-after", "weighed-before"])
+def test_biases_of_empty_slots_and_dropped_choices_reach_nothing(
+    sizes: dict[str, int], dispatch: str, on_input: bool
+) -> None:
+    inputs = random_inputs(**DIMS, biases=("gate_bias", "up_bias", "down_bias"))
+    settings = dataclasses.replace(DEFAULT, on_input=on_input, offset=1.0)
+    expected = check(sizes, dispatch, True, settings, inputs)
+    # Some experts overflow in rows in which others have room.
+    assert expected.dropped.sum() > 0
+    assert expected.counts.min() < expected.counts.max()

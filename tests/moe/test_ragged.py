@@ -161,12 +161,17 @@ def test_the_sum_over_k_is_in_order(order: tuple[float, ...]) -> None:
     assert float(jax.jit(_sum_in_order)(rows, jnp.ones((1, 3)))[0, 0]) == 0.0
 
 
-@pytest.mark.parametrize("factor", [0.5, 1.0, 1.5])
-def test_what_is_dropped_is_counted_and_is_the_last_of_a_piece(factor: float) -> None:
+@pytest.mark.parametrize(
+    ("factor", "biases"),
+    [(0.5, ()), (1.0, ()), (1.5, ()), (1.0, ("gate_bias", "up_bias", "down_bias"))],
+)
+def test_what_is_dropped_is_counted_and_is_the_last_of_a_piece(
+    factor: float, biases: tuple[str, ...]
+) -> None:
     # One row and one expert a device: a piece of the padded exchange is what one row sends to one
     # expert, so its bound is the capacity of that expert for that row.
-    inputs = towards([0.4 * e for e in range(8)], tokens=64)
-    layer = build(EXPERT_8, tokens=64, ragged_buffer_factor=factor)
+    inputs = towards([0.4 * e for e in range(8)], tokens=64, biases=biases)
+    layer = build(EXPERT_8, tokens=64, ragged_buffer_factor=factor, biases=bool(biases))
     settings = dataclasses.replace(WHOLE, capacity_factor=factor)
     expected = moe_layer(inputs.x, inputs.params, inputs.cotangent, settings)
     assert expected.dropped.sum() > 0
