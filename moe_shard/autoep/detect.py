@@ -121,7 +121,8 @@ def _layers_beyond(
     rule = family.settings["base_num_decoder_layers"]
     layers = attributes.value("base_num_decoder_layers", rule)
     said = attributes.said(attributes.source(rule))
-    missing = next((layer for layer in range(layers) if layer not in names.layers()), None)
+    found = names.layers()
+    missing = next((layer for layer in range(layers) if layer not in found), None)
     if missing is not None:
         raise attributes.error(
             f"{said}, but no tensor is of layer {missing}", "the config.json of these tensors"

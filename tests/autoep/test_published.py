@@ -1,0 +1,144 @@
+"""Published models at their real sizes: detected from headers alone, in a second or two."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_shard.autoep.detect import detect
+from moe_shard.autoep.model import load_model
+from moe_shard.config import load_config
+from tests.autoep.directory import write_model
+from tests.autoep.published import CONFIGS, tensors
+
+SAME = {
+    "Mixtral-8x7B-v0.1": "mixtral-8x7b",
+    "Qwen3-30B-A3B": "qwen3-30b-a3b",
+    "OLMoE-1B-7B-0924": "olmoe-1b-7b",
+    "DeepSeek-V2-Lite": "deepseek2-16b",
+    "DeepSeek-V3": "deepseek3-671b",
+    "gpt-oss-20b": "gpt-oss-20b",
+    "Llama-4-Scout-17B-16E": "llama4-17b-16e",
+    "GLM-4.5-Air": "glm4.5-air",
+}
+"""Models that configs/models/ has too, written down by another hand."""
+
+TRAINING = {
+    *("weight_dtype", "remat_policy", "dispatch", "capacity_factor", "no_expert_sharding"),
+    *("load_balance_loss_weight", "load_balance_loss_type", "router_z_loss_weight"),
+    *("correction_bias_update_rate", "prefuse_weights", "max_length"),
+}
+"""What a model file chooses for training, and a checkpoint says nothing about."""
+
+UNREAD = {
+    "latent": {"head_dim"},
+    "heads": {"mscale"},
+    "plain positions": {"factor", "original_length", "truncate"},
+    "one group": {"group_score"},
+}
+"""Keys that other kinds of attention and positions read."""
+
+PARAMETERS = {
+    "Mixtral-8x7B-v0.1": 46_702_792_704,
+    "Qwen1.5-MoE-A2.7B": 14_315_784_192,
+    "Qwen3-30B-A3B": 30_532_122_624,
+    "OLMoE-1B-7B-0924": 6_919_161_856,
+    "DeepSeek-V2-Lite": 15_706_484_224,
+    "DeepSeek-V3": 671_026_419_200,
+    "gpt-oss-20b": 20_914_757_184,
+    "granite-3.0-1b-a400m-base": 1_334_628_352,
+    "Phi-3.5-MoE-instruct": 41_873_153_344,
+    "ERNIE-4.5-21B-A3B-PT": 21_825_437_888,
+}
+"""As their model cards, or the sums of their indices, have it; DeepSeek-V3's without MTP."""
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A published model's directory, made once."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            shapes = tensors(name)
+            float32 = {key: "F32" for key in shapes if "correction_bias" in key}
+            files = 163 if name == "DeepSeek-V3" else 3
+            directory = tmp_path_factory.mktemp("published") / name
+            made[name] = write_model(directory, CONFIGS[name], shapes, dtypes=float32, files=files)
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_tensor_has_its_place(name: str, published: Any) -> None:
+    directory = published(name)
+    start = time.process_time()
+    detected = detect(directory)
+    assert time.process_time() - start < 2
+    used = {piece.tensor for piece in detected.plan.pieces}
+    shapes = tensors(name)
+    assert used | set(detected.plan.carried) == set(shapes)
+    assert not used & set(detected.plan.carried)
+    config = CONFIGS[name]
+    extra = {f"model.layers.{config.get('num_hidden_layers')}."} | {
+        "multi_modal_projector.",
+        "vision_model.",
+    }
+    assert set(detected.plan.carried) == {n for n in shapes if n.startswith(tuple(extra))}
+    elements = sum(math.prod(shapes[n]) for n in used)
+    if name in PARAMETERS:
+        assert elements == PARAMETERS[name]
+    assert f"{elements:,}" in detected.lines[-1]
+    assert detected.settings["weight_dtype"] == detected.settings["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_the_same_model_as_the_one_in_configs(name: str, published: Any) -> None:
+    def flat(part: Any) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for key, value in part.items():
+            values |= flat(value) if isinstance(value, dict) else {key: value}
+        return values
+
+    found = flat(asdict(load_model(str(published(name))).model))
+    known = flat(asdict(load_config(SAME[name]).model))
+    if known["attention_scaling"]:
+        # Said as a number by what is detected.
+        known |= {"attention_factor": 0.1 * math.log(known["factor"]) + 1}
+        known["attention_scaling"] = False
+    elif known["attention_factor"] == -1 and found["attention_factor"] == 1:
+        known["attention_factor"] = 1.0
+    if found["num_groups"] == found["kept_groups"] == 1:
+        found |= {"num_groups": -1, "kept_groups": -1}
+    of_others = UNREAD["latent" if "deepseek" in SAME[name] else "heads"]
+    if known["type"] == "default":
+        of_others = of_others | UNREAD["plain positions"]
+    if known["num_groups"] == -1:
+        of_others = of_others | UNREAD["one group"]
+    different = {
+        key: (found[key], known[key])
+        for key in found
+        if key not in TRAINING | of_others and found[key] != known[key]
+    }
+    assert not different
+
+
+def test_neither_jax_nor_torch_is_imported(published: Any) -> None:
+    script = (
+        "import sys; from pathlib import Path; from moe_shard.autoep.model import load_model;"
+        f"config = load_model({str(published('Mixtral-8x7B-v0.1'))!r});"
+        "assert config.detected;"
+        "print([m for m in ('jax', 'torch', 'flax', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
