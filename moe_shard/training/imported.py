@@ -60,7 +60,7 @@ def load_params(
     stored = other_layout(wanted) if is_fused(wanted) else wanted
     with BytesLine(console, "reading parameters") as line:
         params = import_params(
-            source.plan, source.entries, stored, say=_plainly(console), progress=line
+            source.plan, source.headers, stored, say=_plainly(console), progress=line
         )
     return to_layout(params, wanted)
 
@@ -138,7 +138,7 @@ def export_model(source: Path, target: Path, *, console: Console) -> None:
             wanted = _apart(_stored(weights))
             params = restore_params(weights, wanted, say=_plainly(console))
         with BytesLine(console, "writing tensors") as line:
-            export_params(layout.plan, layout.entries, params, progress=line)
+            export_params(layout.plan, layout.headers, params, progress=line)
 
 
 @contextmanager
