@@ -30,12 +30,12 @@ class Source:
     Attributes:
         family: its name.
         plan: of its tensors.
-        entries: where they are.
+        headers: where they are.
     """
 
     family: str
     plan: Plan
-    entries: Mapping[str, TensorHeader]
+    headers: Mapping[str, TensorHeader]
 
 
 def read_source(directory: Path, family: str = "") -> Source:
@@ -82,8 +82,8 @@ def keep_hf(source: str, folder: Path, family: str = "") -> None:
     else:
         found = read_source(directory, family)
         copy_small_files(directory, aside)
-        save_carried(found.entries, found.plan.carried, aside)
-        files = {entry.file for entry in found.entries.values()}
+        save_carried(found.headers, found.plan.carried, aside)
+        files = {entry.file for entry in found.headers.values()}
         Manifest.of(found.family, files).save(aside)
         if Path(family).suffix in {".yml", ".yaml"}:
             shutil.copyfile(family, aside / FAMILY)
@@ -98,7 +98,7 @@ def lay_out_again(hf: Path, directory: Path) -> Source:
         directory: empty.
 
     Returns:
-        The directory; its entries are where the weights belong.
+        The directory; its headers are where the weights belong.
 
     Raises:
         UserError: `hf` is not whole.
@@ -110,7 +110,7 @@ def lay_out_again(hf: Path, directory: Path) -> Source:
     found = read_source(directory, family)
     kept = carried_in(hf)
     for name in found.plan.carried:
-        place = found.entries[name]
+        place = found.headers[name]
         if name not in kept or (kept[name].dtype, kept[name].shape) != (place.dtype, place.shape):
             raise UserError(
                 f"{hf / CARRIED} lacks tensor {name}, {place.dtype} of shape {list(place.shape)}\n"

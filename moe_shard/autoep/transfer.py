@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from moe_shard.autoep.headers import TensorHeader
 from moe_shard.autoep.plan import Piece, Plan
@@ -30,7 +31,7 @@ Index = tuple[int, ...]
 Bounds = tuple[tuple[int, int], ...]
 """First and one past the last element along each dim."""
 
-_BLOCK = 64 * 2**20
+_BLOCK = 16 * 2**20
 """Bytes that are put together on the host and sent at once, where a tensor's part is no larger."""
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -38,7 +39,7 @@ _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 def import_params(
     plan: Plan,
-    entries: Mapping[str, TensorHeader],
+    headers: Mapping[str, TensorHeader],
     specs: Params,
     *,
     say: Callable[[str], object] = lambda _: None,
@@ -51,7 +52,7 @@ def import_params(
 
     Args:
         plan: of the checkpoint's tensors.
-        entries: where the tensors are.
+        headers: where the tensors are.
         specs: what the parameters are to be: leaves with a shape, a dtype and a sharding.
         say: told of numbers that are rounded.
         progress: told as bytes arrive on this process's devices.
@@ -60,9 +61,9 @@ def import_params(
         UserError: the plan does not fill each element of each parameter once, a tensor is missing,
             of another shape or of integers, or its file cannot be read.
     """
-    pieces = _by_param(plan, entries, specs)
+    pieces = _by_param(plan, headers, specs)
     leaves = dict(_leaves(specs))
-    _say_what_is_rounded(pieces, entries, leaves, say)
+    _say_what_is_rounded(pieces, headers, leaves, say)
     total = sum(
         math.prod(high - low for low, high in bounds) * np.dtype(leaf.dtype).itemsize
         for leaf in leaves.values()
@@ -77,7 +78,7 @@ def import_params(
 
     arrays = []
     for path, leaf in leaves.items():
-        reader = _Reader(leaf, pieces[path], entries)
+        reader = _Reader(leaf, pieces[path], headers)
         parts = [
             part
             for bounds, devices in _shards(leaf).items()
@@ -90,7 +91,7 @@ def import_params(
 
 def export_params(
     plan: Plan,
-    entries: Mapping[str, TensorHeader],
+    headers: Mapping[str, TensorHeader],
     params: Params,
     *,
     progress: Progress = lambda _done, _all: None,
@@ -102,7 +103,7 @@ def export_params(
 
     Args:
         plan: of the checkpoint's tensors.
-        entries: where each tensor belongs.
+        headers: where each tensor belongs.
         params: on devices of this process.
         progress: told as bytes are written.
 
@@ -113,7 +114,7 @@ def export_params(
     pieces: dict[str, list[Piece]] = {}
     for piece in plan.pieces:
         pieces.setdefault(piece.tensor, []).append(piece)
-    _same_names("tensor", entries, {*pieces, *plan.carried})
+    _same_names("tensor", headers, {*pieces, *plan.carried})
     arrays = dict(_leaves(params))
     if not all(array.is_fully_addressable for array in arrays.values()):
         raise UserError(
@@ -121,11 +122,11 @@ def export_params(
             "fix: export from their checkpoint, in one process: tools/export_hf.py"
         )
     # File by file and front to back.
-    order = sorted(pieces, key=lambda name: (entries[name].file, entries[name].begin))
-    total = sum(entries[name].end - entries[name].begin for name in order)
+    order = sorted(pieces, key=lambda name: (headers[name].file, headers[name].begin))
+    total = sum(headers[name].end - headers[name].begin for name in order)
     done = 0
     for name in order:
-        entry = entries[name]
+        entry = headers[name]
         tensor = np.empty(entry.shape, DTYPES[entry.dtype])
         filled = 0
         for piece in pieces[name]:
@@ -151,10 +152,10 @@ def _leaves(tree: Params) -> list[tuple[Path, Any]]:
 
 
 def _by_param(
-    plan: Plan, entries: Mapping[str, TensorHeader], specs: Params
+    plan: Plan, headers: Mapping[str, TensorHeader], specs: Params
 ) -> dict[Path, dict[Index, Piece]]:
     """The pieces of each parameter by their index; together they are all of it, once."""
-    _same_names("tensor", entries, {piece.tensor for piece in plan.pieces} | {*plan.carried})
+    _same_names("tensor", headers, {piece.tensor for piece in plan.pieces} | {*plan.carried})
     found: dict[Path, dict[Index, Piece]] = {}
     for piece in plan.pieces:
         of_param = found.setdefault(piece.param, {})
@@ -193,7 +194,7 @@ def _same_names(what: str, here: Iterable[str], planned: Iterable[str]) -> None:
 
 def _say_what_is_rounded(
     pieces: Mapping[Path, Mapping[Index, Piece]],
-    entries: Mapping[str, TensorHeader],
+    headers: Mapping[str, TensorHeader],
     leaves: Mapping[Path, Any],
     say: Callable[[str], object],
 ) -> None:
@@ -201,7 +202,7 @@ def _say_what_is_rounded(
     for path, of_param in pieces.items():
         dtype = np.dtype(leaves[path].dtype)
         for piece in of_param.values():
-            entry = entries[piece.tensor]
+            entry = headers[piece.tensor]
             if entry.dtype not in _FLOATS:
                 raise UserError(
                     f"tensor {piece.tensor} is {entry.dtype}, not numbers of {dtype.name}\n"
@@ -236,14 +237,14 @@ class _Reader:
     Args:
         leaf: what the parameter is to be.
         pieces: that fill it, by index.
-        entries: where their tensors are.
+        headers: where their tensors are.
     """
 
     def __init__(
-        self, leaf: Any, pieces: Mapping[Index, Piece], entries: Mapping[str, TensorHeader]
+        self, leaf: Any, pieces: Mapping[Index, Piece], headers: Mapping[str, TensorHeader]
     ) -> None:
         self.shape, self.dtype = leaf.shape, np.dtype(leaf.dtype)
-        self.pieces, self.entries = pieces, entries
+        self.pieces, self.headers = pieces, headers
         self.depth = len(next(iter(pieces)))
 
     def read(
@@ -258,18 +259,17 @@ class _Reader:
         """
         shape = tuple(high - low for low, high in bounds)
         outer = self._outer_dims(shape)
-        if not outer:
-            block = self._block(bounds, ())
-            arrays = [jax.device_put(block, device) for device in devices]
-            advance(block.nbytes)
-            return arrays
-        arrays = [jnp.zeros(shape, self.dtype, device=device) for device in devices]
+        arrays = []
+        if outer:
+            arrays = [_zeros(shape, self.dtype, device) for device in devices]
         for index in np.ndindex(shape[:outer]):
             block = self._block(bounds, index)
             sent = [jax.device_put(block, device) for device in devices]
-            arrays = [
-                _put(*pair, np.array(index, np.int32)) for pair in zip(arrays, sent, strict=True)
-            ]
+            if outer:
+                place = np.array(index, np.int32)
+                arrays = [_put(*pair, place) for pair in zip(arrays, sent, strict=True)]
+            else:
+                arrays = sent
             # The host's copy is not needed from here on; without the wait they would pile up.
             jax.block_until_ready(sent)
             advance(block.nbytes)
@@ -290,10 +290,10 @@ class _Reader:
         for inner in np.ndindex(shape[: self.depth - len(outer)]):
             index = tuple(map(sum, zip(lows, (*outer, *inner), strict=False)))
             piece = self.pieces[index]
-            seen = _seen(piece, view(self.entries[piece.tensor]))
+            seen = _seen(piece, view(self.headers[piece.tensor]))
             if seen.shape != self.shape[self.depth :]:
                 raise UserError(
-                    f"tensor {piece.tensor} has shape {list(self.entries[piece.tensor].shape)}: "
+                    f"tensor {piece.tensor} has shape {list(self.headers[piece.tensor].shape)}: "
                     f"as a part of {'.'.join(piece.param)} that is {list(seen.shape)}, not "
                     f"{list(self.shape[self.depth :])}\n"
                     "fix: the checkpoint and its config.json have to be of one model"
@@ -324,6 +324,13 @@ def _naming(piece: Piece) -> Iterator[None]:
             f"a number is too large for float16: tensor {piece.tensor}, parameter "
             f"{'.'.join(piece.param)}\nfix: weight_dtype=bfloat16 or float32"
         ) from error
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any], device: jax.Device) -> jax.Array:
+    """Made where they are wanted; `jnp.zeros` makes them on the first device, then copies them."""
+    place = SingleDeviceSharding(device)
+    zeros: jax.Array = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=place)()
+    return zeros
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -66,7 +66,7 @@ def load_params(
     source = read_source(folder, family)
     stored = other_layout(wanted) if is_fused(wanted) else wanted
     with BytesLine(console, "reading parameters") as line:
-        params = import_params(source.plan, source.entries, stored, say=say, progress=line)
+        params = import_params(source.plan, source.headers, stored, say=say, progress=line)
     return to_layout(params, wanted)
 
 
@@ -143,7 +143,7 @@ def export_model(source: Path, target: Path, *, console: Console) -> None:
             wanted = _apart(_stored(weights))
             params = restore_params(weights, wanted, say=_plainly(console))
         with BytesLine(console, "writing tensors") as line:
-            export_params(layout.plan, layout.entries, params, progress=line)
+            export_params(layout.plan, layout.headers, params, progress=line)
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def read_file(path: Path) -> Tensors:
     return found
 
 
-def entries_of(*files: Path) -> dict[str, TensorHeader]:
+def headers_of(*files: Path) -> dict[str, TensorHeader]:
     """Where the tensors of files lie."""
     found = {}
     for path in files:
@@ -92,8 +92,8 @@ class Checkpoint:
         return sorted(self.directory.glob("*.safetensors"))
 
     @property
-    def entries(self) -> dict[str, TensorHeader]:
-        return entries_of(*self.files)
+    def headers(self) -> dict[str, TensorHeader]:
+        return headers_of(*self.files)
 
 
 def attention_and_norms(random: Any) -> Tensors:
@@ -253,7 +253,7 @@ def detect(directory: Path, family: str = "") -> SimpleNamespace:
     return SimpleNamespace(
         family=kind,
         plan=Plan((*plan_of_attention_and_norms(), *pieces), CARRIED),
-        entries=read_headers(directory),
+        headers=read_headers(directory),
     )
 
 

@@ -32,9 +32,7 @@ FUSED = "prefuse_moe_weights=true"
 
 @pytest.fixture(autouse=True)
 def _families(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(
-        sys.modules, "moe_shard.autoep.detect", SimpleNamespace(detect=detect)
-    )  # fmt: skip
+    monkeypatch.setattr("moe_shard.autoep.detect.detect", detect)
 
 
 def console() -> Console:

@@ -7,7 +7,6 @@ import io
 import runpy
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -48,9 +47,7 @@ TOOLS = Path(__file__).parents[2] / "tools"
 
 @pytest.fixture(autouse=True)
 def _families(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(
-        sys.modules, "moe_shard.autoep.detect", SimpleNamespace(detect=detect)
-    )  # fmt: skip
+    monkeypatch.setattr("moe_shard.autoep.detect.detect", detect)
 
 
 def console() -> Console:
@@ -194,11 +191,7 @@ def test_the_tools(
         assert model == str(checkpoint.directory)
         return small_config({"expert": 8}, *KEYS, *overrides)
 
-    monkeypatch.setitem(
-        sys.modules,
-        "moe_shard.autoep.model",
-        SimpleNamespace(load_model=load_model),
-    )
+    monkeypatch.setattr("moe_shard.autoep.model.load_model", load_model)
     model, again = tmp_path / "model", tmp_path / "again"
     assert tool("import_hf.py", checkpoint.directory, model, "weight_dtype=bfloat16") == 0
     told = capsys.readouterr().out
