@@ -19,7 +19,8 @@ import sys
 from moe_shard.config.schema import RunConfig
 from moe_shard.training.files import open_run
 folder, name = sys.argv[1:]
-with open_run(RunConfig(base_output_directory=folder, run_name=name, model_name="m", load_parameters_path="", hf_family="")):
+nothing = dict(load_parameters_path="", hf_family="")
+with open_run(RunConfig(base_output_directory=folder, run_name=name, model_name="m", **nothing)):
     print("held", flush=True)
     sys.stdin.read()
 """
