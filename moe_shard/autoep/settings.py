@@ -90,11 +90,12 @@ def _expert_layers(attributes: Attributes, family: Family, layers: int) -> dict[
 def _with_step(numbers: Sequence[int], layers: int, step: int) -> dict[str, Any]:
     """The keys, where the last of every `step` layers has experts, but for some."""
     first = min(numbers) if min(numbers) >= step else 0
+    have = set(numbers)
     regular = [layer for layer in range(first, layers) if (layer + 1) % step == 0]
     return {
         "first_num_dense_layers": first,
         "interleave_moe_layer_step": step,
-        "dense_layers": [layer for layer in regular if layer not in set(numbers)],
+        "dense_layers": [layer for layer in regular if layer not in have],
     }
 
 
