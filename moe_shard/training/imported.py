@@ -140,8 +140,7 @@ def export_model(source: Path, target: Path, *, console: Console) -> None:
     with written_aside(target) as directory:
         layout = lay_out_again(source / "hf", directory)
         with console.status("reading the parameters"):
-            wanted = _apart(_stored(weights))
-            params = restore_params(weights, wanted, say=_plainly(console))
+            params = load_params(str(source), _apart(_stored(weights)), console=console)
         with BytesLine(console, "writing tensors") as line:
             export_params(layout.plan, layout.headers, params, progress=line)
 
