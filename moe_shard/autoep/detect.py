@@ -32,6 +32,10 @@ _QUANTIZED = re.compile(r".*(_blocks|_scales|_scale_inv|_scale|\.qweight|\.qzero
 """Names of tensors that others are multiplied by, or made of, before they are weights."""
 
 
+_MADE_OF = {"head_dim": "base_num_query_heads", "shared_expert_mlp_dim": "base_moe_mlp_dim"}
+"""Settings that may be left to others -> one of those."""
+
+
 @dataclass(frozen=True)
 class Detected:
     """What a directory holds.
@@ -77,11 +81,12 @@ def detect(directory: Path, family: str = "") -> Detected:
     def explain(keys: Sequence[str]) -> str:
         rules = setting_rules(known)
         said = []
-        for key in keys:
+        for given in keys:
+            key = _MADE_OF.get(given, given) if settings.get(given, -1) == -1 else given
             if key in rules:
                 source = attributes.source(rules[key])
                 said.append(attributes.said(source) if source else f"{key}={shown(settings[key])}")
-        return ", ".join(said)
+        return ", ".join(dict.fromkeys(said))
 
     pieces = Pieces(
         model=model, family=known, names=names, headers=headers, where=directory, explain=explain
