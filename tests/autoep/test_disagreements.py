@@ -71,6 +71,7 @@ def put(**new: list[int]) -> Callable[[Shapes], None]:
         ("mixtral-0", {"num_local_experts": 5}, ["num_local_experts=5", "gate.weight"]),
         ("mixtral-0", {"num_local_experts": 3}, ["num_local_experts=3", "gate.weight"]),
         ("granitemoe-0", {"num_local_experts": 5}, ["num_local_experts=5", "[4, 24]"]),
+        ("mixtral-0", {"num_local_experts": 1, "num_experts_per_tok": 1}, ["num_local_experts=1"]),
         ("mixtral-0", {"num_experts_per_tok": 5}, ["num_experts_per_tok=5", "num_experts=4"]),
         (
             "mixtral-0",
