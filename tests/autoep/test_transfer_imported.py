@@ -346,6 +346,16 @@ def test_a_model_of_another_shape_is_refused(model: Path, checkpoint: Checkpoint
     assert "of one model" in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["params", "checkpoints", "hf"])
+def test_a_hugging_face_directory_may_have_any_name(tmp_path: Path, name: str) -> None:
+    made = make_checkpoint(tmp_path / name, "fused")
+    specs = specs_on({"expert": 8})
+    assert_are(load_params(str(made.directory), specs), made.params, np.float32)
+    with pytest.raises(UserError) as caught:
+        export_model(made.directory, tmp_path / "out", console=console())
+    assert_short(caught.value, "no folder hf")
+
+
 @pytest.mark.parametrize("what", ["nothing", "empty", "run"])
 def test_a_path_without_parameters(tmp_path: Path, what: str) -> None:
     folder = tmp_path / what
