@@ -106,15 +106,22 @@ def import_model(
     """
     with written_aside(target) as folder:
         if jax.process_index() == 0:
-            # Set anew by whoever loads the model: the folder may be moved.
-            run = dataclasses.replace(config.run, load_parameters_path="")
-            write_text(folder / "config.yml", dataclasses.replace(config, run=run).to_yaml())
+            write_text(folder / "config.yml", _movable(config, source).to_yaml())
             keep_hf(str(source), folder, family)
         params = load_params(str(source), specs, family=family, console=console)
         with console.status("writing the parameters"), _manager(folder / _PARAMS) as manager:
             saved = ocp.args.PyTreeSave({"params": params})
             manager.save(0, args=ocp.args.Composite(state=saved))
             manager.wait_until_finished()
+
+
+def _movable(config: Config, source: Path) -> Config:
+    """A configuration without its places: `load_config` sets them anew, wherever the folder is."""
+    run = dataclasses.replace(config.run, load_parameters_path="")
+    data = config.data
+    if data.tokenizer_path == str(source):
+        data = dataclasses.replace(data, tokenizer_path="")
+    return dataclasses.replace(config, run=run, data=data)
 
 
 def export_model(source: Path, target: Path, *, console: Console) -> None:

@@ -100,6 +100,7 @@ def test_the_folder_is_a_model_that_begins_with_its_own_parameters(
     for name in (str(moved), str(moved / "config.yml")):
         config = load_config(name, ["steps=7"])
         assert config.run.load_parameters_path == str(moved)
+        assert config.data.tokenizer_path == str(moved / "hf")
         assert config.model == small_config({"expert": 2, "fsdp": 4}, *KEYS).model
         assert config.train.steps == 7
     again = load_config(str(moved), ["load_parameters_path=elsewhere"])
