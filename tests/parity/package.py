@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -133,7 +134,7 @@ def gradients(
     compiled = grad_fn.lower(opened.params, batch).compile(QUICK)
     loss, _, grads = compiled(opened.params, batch)
     source = read_source(directory)
-    export_params(source.plan, source.entries, grads)
+    export_params(source.plan, source.headers, grads)
     return float(loss), weights.read(directory)
 
 
