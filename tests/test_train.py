@@ -297,7 +297,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(command: Command) -> No
         pytest.param(["mixtral-tiny", "stepz=3"], ["stepz", "did you mean steps?"], id="key"),
         pytest.param(["mixtral-tinny"], ["mixtral-tinny", "mixtral-tiny"], id="model"),
         pytest.param([], ["usage: ", "MODEL"], id="nothing"),
-        pytest.param(["mla.yml"], ["attention_type=mla", "fix: "], id="maxtext-only"),
+        pytest.param(["chunk.yml"], ["attention_type=chunk", "fix: "], id="maxtext-only"),
         pytest.param(["mixtral-tiny", "steps=many"], ["steps=many"], id="type"),
         pytest.param(["mixtral-tiny", "run_name=../x"], ["run_name"], id="run-name"),
         pytest.param(["absent.yml"], ["absent.yml"], id="file"),
@@ -306,5 +306,5 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(command: Command) -> No
 def test_bad_input_is_answered_in_three_lines(
     command: Command, arguments: list[str], parts: list[str]
 ) -> None:
-    (command.folder / "mla.yml").write_text("base_emb_dim: 64\nattention_type: mla\n")
+    (command.folder / "chunk.yml").write_text("base_emb_dim: 64\nattention_type: chunk\n")
     assert_refused(command.run(*arguments), *parts)

@@ -32,6 +32,10 @@ _QUANTIZED = re.compile(r".*(_blocks|_scales|_scale_inv|_scale|\.qweight|\.qzero
 """Names of tensors that others are multiplied by, or made of, before they are weights."""
 
 
+_MADE_OF = {"head_dim": "base_num_query_heads", "shared_expert_mlp_dim": "base_moe_mlp_dim"}
+"""Settings that may be left to others -> one of those."""
+
+
 @dataclass(frozen=True)
 class Detected:
     """What a directory holds.
@@ -67,8 +71,8 @@ def detect(directory: Path, family: str = "") -> Detected:
     known = load_family(family) if family else choose_family(written, where)
     attributes = Attributes(written, known, where)
     headers = read_headers(directory)
-    _check_plain(headers, directory)
     names = sort_names(headers, known, directory)
+    _check_plain(headers, names, directory)
     beyond = _layers_beyond(headers, names, known, attributes)
     settings = model_settings(attributes, known)
     model = _model(settings, where)
@@ -77,11 +81,12 @@ def detect(directory: Path, family: str = "") -> Detected:
     def explain(keys: Sequence[str]) -> str:
         rules = setting_rules(known)
         said = []
-        for key in keys:
+        for given in keys:
+            key = _MADE_OF.get(given, given) if settings.get(given, -1) == -1 else given
             if key in rules:
                 source = attributes.source(rules[key])
                 said.append(attributes.said(source) if source else f"{key}={shown(settings[key])}")
-        return ", ".join(said)
+        return ", ".join(dict.fromkeys(said))
 
     pieces = Pieces(
         model=model, family=known, names=names, headers=headers, where=directory, explain=explain
@@ -101,9 +106,10 @@ def detect(directory: Path, family: str = "") -> Detected:
     return Detected(known.name, settings, plan, headers, lines)
 
 
-def _check_plain(headers: Mapping[str, TensorHeader], where: Path) -> None:
+def _check_plain(headers: Mapping[str, TensorHeader], names: Names, where: Path) -> None:
+    scales = {name for name in names.others if _QUANTIZED.fullmatch(name)}
     for name, tensor in headers.items():
-        if tensor.dtype.startswith("F8") or _QUANTIZED.fullmatch(name):
+        if tensor.dtype.startswith("F8") or name in scales:
             raise UserError(
                 f"{where}: {shown(name)} ({tensor.dtype}) belongs to quantized weights\n"
                 "fix: convert the model to bfloat16 first; only plain weights are read"
@@ -154,14 +160,16 @@ def _model(settings: Mapping[str, Any], where: Path) -> ModelConfig:
 def _check_expert_layers(
     model: ModelConfig, names: Names, family: Family, attributes: Attributes
 ) -> None:
-    kinds = model.layer_kinds
+    if model.moe is None:
+        source = attributes.source(family.num_experts_attr)
+        raise attributes.error(f"{attributes.said(source)}: no MoE layer", "a model with experts")
     routers = names.roles.get("mlp.router.kernel", {})
     if not routers:
         raise UserError(
             f"{attributes.where.parent}: no router: no tensor matches {family.moe_layer_pattern}, "
             f"then {family.router_pattern}\nfix: the patterns of hf_family"
         )
-    for layer, kind in enumerate(kinds):
+    for layer, kind in enumerate(model.layer_kinds):
         if kind.moe != ((layer,) in routers):
             said = family.moe_layers
             keys = (said.list, said.first, said.last, said.step, said.excluded)

@@ -7,6 +7,7 @@ over `defaults.yml`, which lists every key with its meaning.
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
@@ -172,7 +173,7 @@ def choose_family(config: Mapping[str, Any], where: Path) -> Family:
     Raises:
         UserError: none, or several.
     """
-    families = [load_family(name) for name in list_families()]
+    families = [_shipped(name) for name in list_families()]
     model_type, named = config.get("model_type"), config.get("architectures")
     architectures = named if isinstance(named, list) else []
     found = [family for family in families if model_type in family.model_type]
@@ -188,6 +189,11 @@ def choose_family(config: Mapping[str, Any], where: Path) -> Family:
         f"{said}: no family of configs/families matches\n"
         f"fix: hf_family=FILE.yml of your own, or one of {', '.join(list_families())}"
     )
+
+
+@functools.cache
+def _shipped(name: str) -> Family:
+    return load_family(name)
 
 
 def _merged(path: Path) -> dict[str, Any]:

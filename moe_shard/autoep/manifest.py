@@ -27,50 +27,28 @@ _VERSION = 1
 _SMALL = frozenset({".json", ".jinja", ".txt", ".model", ".tiktoken"})
 """Endings of the files that are kept; code is not, nor weights in other formats."""
 _LENGTH_BYTES = 8
-_LONGEST_HEADER = 100_000_000  # bytes, as in safetensors itself
 
 
-@dataclass(frozen=True)
-class FileLayout:
-    """One safetensors file, but for its tensors' bytes.
+def header_text(file: Path) -> str:
+    """The header of a safetensors file, as it is, once it has been checked."""
+    with file.open("rb") as data:
+        return data.read(int.from_bytes(data.read(_LENGTH_BYTES), "little")).decode()
 
-    Attributes:
-        header_bytes: length of the header, the spaces that fill it up included.
-        header: as it is in the file: each tensor's dtype, shape and data_offsets, `__metadata__`.
+
+def make_file(file: Path, header: str) -> None:
+    """Make a safetensors file at its full length, the tensors' bytes zero.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, IndexError: the header is none. What else
+            may be wrong with it is for a reader of headers to say.
     """
-
-    header_bytes: int
-    header: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, file: Path) -> FileLayout:
-        """The layout of a file whose header has been checked."""
-        with file.open("rb") as data:
-            length = int.from_bytes(data.read(_LENGTH_BYTES), "little")
-            return cls(length, json.loads(data.read(length)))
-
-    def make(self, file: Path) -> None:
-        """Make the file at its full length, the tensors' bytes zero.
-
-        Raises:
-            ValueError, KeyError, TypeError: the header is none. What else may be wrong with it is
-                for a reader of headers to say.
-        """
-        # As safetensors writes it: compact, and filled up with spaces.
-        text = _compact(self.header)
-        if len(text) > self.header_bytes:
-            raise ValueError(f"{file.name}: its header does not fit {self.header_bytes} bytes")
-        tensors = {**self.header}
-        tensors.pop("__metadata__", None)
-        size = max((int(tensor["data_offsets"][1]) for tensor in tensors.values()), default=0)
-        with file.open("xb") as out:
-            out.write(self.header_bytes.to_bytes(_LENGTH_BYTES, "little"))
-            out.write(text.ljust(self.header_bytes))
-            out.truncate(_LENGTH_BYTES + self.header_bytes + size)
-
-
-def _compact(header: Mapping[str, Any]) -> bytes:
-    return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    tensors = json.loads(header)
+    tensors.pop("__metadata__", None)
+    size = max((int(tensor["data_offsets"][1]) for tensor in tensors.values()), default=0)
+    text = header.encode()
+    with file.open("xb") as out:
+        out.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+        out.truncate(_LENGTH_BYTES + len(text) + size)
 
 
 @dataclass(frozen=True)
@@ -79,21 +57,20 @@ class Manifest:
 
     Attributes:
         family: that it is of.
-        files: each file's layout, by name.
+        files: name of each -> its header, the spaces that fill it up included.
     """
 
     family: str
-    files: Mapping[str, FileLayout]
+    files: Mapping[str, str]
 
     @classmethod
     def of(cls, family: str, files: Collection[Path]) -> Manifest:
         """The manifest of files that are there."""
-        return cls(family, {file.name: FileLayout.of(file) for file in sorted(files)})
+        return cls(family, {file.name: header_text(file) for file in sorted(files)})
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json`."""
-        files = {name: vars(layout) for name, layout in self.files.items()}
-        kept = {"version": _VERSION, "family": self.family, "files": files}
+        kept = {"version": _VERSION, "family": self.family, "files": {**self.files}}
         (folder / MANIFEST).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
@@ -108,14 +85,10 @@ class Manifest:
             kept = json.loads(path.read_text(encoding="utf-8"))
             if kept["version"] != _VERSION:
                 raise ValueError(f"version {kept['version']} is not {_VERSION}")
-            files = {}
-            for name, layout in kept["files"].items():
+            for name in kept["files"]:
                 if Path(name).name != name or not name.endswith(".safetensors"):
                     raise ValueError(f"{name!r} is not the name of a safetensors file")
-                if not 0 <= int(layout["header_bytes"]) <= _LONGEST_HEADER:
-                    raise ValueError(f"{name}: a header of {layout['header_bytes']} bytes")
-                files[name] = FileLayout(int(layout["header_bytes"]), dict(layout["header"]))
-            return cls(str(kept["family"]), files)
+            return cls(str(kept["family"]), kept["files"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: {first_line(error)}\n{_AGAIN}") from error
 
@@ -126,8 +99,8 @@ class Manifest:
             UserError: a header is none.
         """
         try:
-            for name, layout in self.files.items():
-                layout.make(folder / name)
+            for name, header in self.files.items():
+                make_file(folder / name, header)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise UserError(f"{MANIFEST}: {first_line(error)}\n{_AGAIN}") from error
 
@@ -186,8 +159,8 @@ def save_carried(headers: Mapping[str, TensorHeader], names: Collection[str], fo
             "data_offsets": [begin, end],
         }
     file = folder / CARRIED
-    length = len(_compact(entries))
-    FileLayout(length + -length % 8, entries).make(file)
+    text = json.dumps(entries, separators=(",", ":"))
+    make_file(file, text + " " * (-len(text) % 8))
     for name, place in read_file(file).items():
         write(place, view(headers[name]))
 

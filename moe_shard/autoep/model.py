@@ -28,21 +28,21 @@ def load_model(model: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: anything that a person got wrong, with the fix, in at most three lines.
     """
-    if model in list_models():
-        return load_config(model, overrides)
-    family = parse_overrides(overrides, base_settings()).get("hf_family", "")
     directory = Path(model).expanduser()
-    if (directory / CONFIG).is_file():
-        detected = detect(directory, family)
-        layer = Layer(str(directory / CONFIG), directory_settings(directory, detected), {}, ())
-        config = load_settings(layer, overrides, name=directory.resolve().name)
-        return replace(config, detected=detected.lines)
-    if directory.is_dir() and not (directory / "config.yml").is_file():
+    if model in list_models() or not directory.is_dir():
+        return load_config(model, overrides)
+    if not (directory / CONFIG).is_file():
+        if (directory / "config.yml").is_file():
+            return load_config(str(directory), overrides)
         raise UserError(
             f"{model}: a directory without {CONFIG}\n"
             "fix: a Hugging Face model directory, or what tools/import_hf.py makes of one"
         )
-    return load_config(model, overrides)
+    family = parse_overrides(overrides, base_settings()).get("hf_family", "")
+    detected = detect(directory, family)
+    layer = Layer(str(directory / CONFIG), directory_settings(directory, detected), {}, ())
+    config = load_settings(layer, overrides, name=directory.resolve().name)
+    return replace(config, detected=detected.lines)
 
 
 def directory_settings(directory: Path, detected: Detected) -> dict[str, Any]:

@@ -82,15 +82,20 @@ def _expert_layers(attributes: Attributes, family: Family, layers: int) -> dict[
             f"no layer has experts: {', '.join(map(attributes.said, names))}",
             "a model with experts",
         )
+    # Of two ways to say it, the one with fewer exceptions; of equals, without a step.
+    ways = [_with_step(numbers, layers, step) for step in (1, math.gcd(*(n + 1 for n in numbers)))]
+    return min(ways, key=lambda way: len(way["dense_layers"]))
+
+
+def _with_step(numbers: Sequence[int], layers: int, step: int) -> dict[str, Any]:
+    """The keys, where the last of every `step` layers has experts, but for some."""
+    first = min(numbers) if min(numbers) >= step else 0
     have = set(numbers)
-    step = math.gcd(*(layer + 1 for layer in have))
-    first = min(have) if min(have) >= step else 0
+    regular = [layer for layer in range(first, layers) if (layer + 1) % step == 0]
     return {
         "first_num_dense_layers": first,
         "interleave_moe_layer_step": step,
-        "dense_layers": [
-            layer for layer in range(first, layers) if (layer + 1) % step == 0 and layer not in have
-        ],
+        "dense_layers": [layer for layer in regular if layer not in have],
     }
 
 

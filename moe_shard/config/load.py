@@ -71,10 +71,17 @@ def load_config(model: str, overrides: Sequence[str] = ()) -> Config:
     path = find_file("models", model, "MODEL")
     written = read_mapping(path)
     layer = Layer.sift(short_name(path), written, base_settings(), maxtext_keys())
-    if (path.parent / "params").is_dir() and not layer.values.get("load_parameters_path"):
-        # An imported model does not name itself: it may have been moved.
-        layer.values["load_parameters_path"] = str(path.parent.resolve())
+    if (path.parent / "params").is_dir():
+        _complete_imported(layer.values, path.parent.resolve())
     return load_settings(layer, overrides, name=path.stem)
+
+
+def _complete_imported(values: dict[str, Any], folder: Path) -> None:
+    """What an imported model does not say of itself, since it may be moved: where its parts are."""
+    if not values.get("load_parameters_path"):
+        values["load_parameters_path"] = str(folder)
+    if not values.get("tokenizer_path") and (folder / "hf" / "tokenizer.json").is_file():
+        values["tokenizer_path"] = str(folder / "hf")
 
 
 def load_settings(layer: Layer, overrides: Sequence[str] = (), *, name: str) -> Config:

@@ -29,7 +29,7 @@ from moe_shard.training.checkpoint import restore_params
 from moe_shard.training.convert import is_fused, other_layout, to_layout
 from moe_shard.training.files import write_text
 
-_PARAMS = "params"
+_PARAMS, _HF_CONFIG = "params", "config.json"
 
 
 def load_params(
@@ -63,7 +63,7 @@ def load_params(
     if folder.name == _PARAMS:
         with _fix("import the Hugging Face directory again, or change the keys back"):
             return restore_params(folder, wanted)
-    source = read_source(folder, family)
+    source = read_source(folder.parent, family)
     stored = other_layout(wanted) if is_fused(wanted) else wanted
     with BytesLine(console, "reading parameters") as line:
         params = import_params(source.plan, source.headers, stored, say=say, progress=line)
@@ -71,20 +71,20 @@ def load_params(
 
 
 def find_weights(path: str) -> Path:
-    """The folder that holds a model's weights: `checkpoints`, `params`, or the one that is named.
+    """What says that a folder holds weights: its `checkpoints`, `params` or `config.json`.
 
     Raises:
-        UserError: there is none.
+        UserError: it holds none.
     """
     folder = Path(path).expanduser().resolve()
     for name in ("checkpoints", _PARAMS):
         if (folder / name).is_dir():
             return folder / name
-    if (folder / "config.json").is_file():
-        return folder
+    if (folder / _HF_CONFIG).is_file():
+        return folder / _HF_CONFIG
     raise UserError(
         f"{path} holds no parameters: no config.json, params or checkpoints in it\n"
-        "fix: load_parameters_path= a Hugging Face directory, an imported model, or a run"
+        "fix: a Hugging Face directory, an imported model, or a run"
     )
 
 
@@ -106,15 +106,22 @@ def import_model(
     """
     with written_aside(target) as folder:
         if jax.process_index() == 0:
-            # Set anew by whoever loads the model: the folder may be moved.
-            run = dataclasses.replace(config.run, load_parameters_path="")
-            write_text(folder / "config.yml", dataclasses.replace(config, run=run).to_yaml())
+            write_text(folder / "config.yml", _movable(config, source).to_yaml())
             keep_hf(str(source), folder, family)
         params = load_params(str(source), specs, family=family, console=console)
         with console.status("writing the parameters"), _manager(folder / _PARAMS) as manager:
             saved = ocp.args.PyTreeSave({"params": params})
             manager.save(0, args=ocp.args.Composite(state=saved))
             manager.wait_until_finished()
+
+
+def _movable(config: Config, source: Path) -> Config:
+    """A configuration without its places: `load_config` sets them anew, wherever the folder is."""
+    run = dataclasses.replace(config.run, load_parameters_path="")
+    data = config.data
+    if data.tokenizer_path == str(source):
+        data = dataclasses.replace(data, tokenizer_path="")
+    return dataclasses.replace(config, run=run, data=data)
 
 
 def export_model(source: Path, target: Path, *, console: Console) -> None:
@@ -131,8 +138,9 @@ def export_model(source: Path, target: Path, *, console: Console) -> None:
         UserError: the source did not come from a Hugging Face directory or cannot be read, or the
             target is not empty or cannot be written.
     """
+    source = source.expanduser()
     weights = find_weights(str(source))
-    if not (source / "hf").is_dir() or weights == source.resolve():
+    if not (source / "hf").is_dir() or weights.name == _HF_CONFIG:
         raise UserError(
             f"{source} has no folder hf: it did not begin with a Hugging Face model\n"
             "fix: an imported model, or a run with load_parameters_path= one"
@@ -140,8 +148,7 @@ def export_model(source: Path, target: Path, *, console: Console) -> None:
     with written_aside(target) as directory:
         layout = lay_out_again(source / "hf", directory)
         with console.status("reading the parameters"):
-            wanted = _apart(_stored(weights))
-            params = restore_params(weights, wanted, say=_plainly(console))
+            params = load_params(str(source), _apart(_stored(weights)), console=console)
         with BytesLine(console, "writing tensors") as line:
             export_params(layout.plan, layout.headers, params, progress=line)
 

@@ -100,6 +100,7 @@ def test_the_folder_is_a_model_that_begins_with_its_own_parameters(
     for name in (str(moved), str(moved / "config.yml")):
         config = load_config(name, ["steps=7"])
         assert config.run.load_parameters_path == str(moved)
+        assert config.data.tokenizer_path == str(moved / "hf")
         assert config.model == small_config({"expert": 2, "fsdp": 4}, *KEYS).model
         assert config.train.steps == 7
     again = load_config(str(moved), ["load_parameters_path=elsewhere"])
@@ -144,7 +145,7 @@ def test_one_file_without_an_index_and_a_header_spelt_otherwise(tmp_path: Path) 
     header = json.loads(raw[8 : 8 + length])
     header["__metadata__"] = {"format": "pt", "note": "Erklärung"}
     turned = dict(reversed(header.items()))
-    text = json.dumps(turned, separators=(",", ":"), ensure_ascii=False).encode() + b" " * 17
+    text = json.dumps(turned, indent=1, ensure_ascii=False).encode() + b" " * 17
     file.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
     import_into(tmp_path / "model", made.directory)
     export_model(tmp_path / "model", tmp_path / "again", console=console())
@@ -221,12 +222,20 @@ def break_manifest(folder: Path, change: Any) -> None:
     path.write_text(json.dumps(manifest))
 
 
-def first(manifest: Any) -> Any:
-    return next(iter(manifest["files"].values()))
+def change_header(change: Any) -> Any:
+    """Change the header of the file that holds the last norm."""
+
+    def at(manifest: Any) -> None:
+        name = next(n for n, text in manifest["files"].items() if "model.norm.weight" in text)
+        header = json.loads(manifest["files"][name])
+        change(header)
+        manifest["files"][name] = json.dumps(header)
+
+    return at
 
 
-def first_tensor(manifest: Any) -> Any:
-    return first(manifest)["header"]["model.norm.weight"]
+def set_norm(**values: Any) -> Any:
+    return change_header(lambda header: header["model.norm.weight"].update(values))
 
 
 def rename_file(name: str) -> Any:
@@ -237,8 +246,8 @@ def rename_file(name: str) -> Any:
 
 
 def copy_tensors(manifest: Any) -> None:
-    one, other = manifest["files"].values()
-    other["header"], other["header_bytes"] = one["header"], one["header_bytes"]
+    first, second = manifest["files"]
+    manifest["files"][second] = manifest["files"][first]
 
 
 @pytest.mark.parametrize(
@@ -250,14 +259,16 @@ def copy_tensors(manifest: Any) -> None:
         pytest.param(copy_tensors, id="twice"),
         pytest.param(lambda m: m.update(version=99), id="version"),
         pytest.param(lambda m: m.pop("files"), id="no-files"),
-        pytest.param(lambda m: first(m).update(header_bytes=10**12), id="header-too-long"),
-        pytest.param(lambda m: first(m).update(header_bytes=8), id="header-too-short"),
-        pytest.param(lambda m: first(m)["header"].update(x=[]), id="no-tensor"),
-        pytest.param(lambda m: first_tensor(m).update(dtype="F4"), id="dtype"),
-        pytest.param(lambda m: first_tensor(m).update(shape=[-16]), id="shape"),
-        pytest.param(lambda m: first_tensor(m).update(shape=[10**9]), id="size"),
-        pytest.param(lambda m: first_tensor(m).update(data_offsets=[0, 32]), id="overlap"),
-        pytest.param(lambda m: first(m)["header"].pop("model.norm.weight"), id="gap"),
+        pytest.param(lambda m: m["files"].update({"x.safetensors": "{"}), id="no-header"),
+        pytest.param(lambda m: m["files"].update({"x.safetensors": "[]"}), id="no-object"),
+        pytest.param(lambda m: m["files"].update({"x.safetensors": {}}), id="no-text"),
+        pytest.param(change_header(lambda header: header.update(x=[])), id="no-tensor"),
+        pytest.param(set_norm(dtype="F4"), id="dtype"),
+        pytest.param(set_norm(shape=[-16]), id="shape"),
+        pytest.param(set_norm(shape=[10**9]), id="size"),
+        pytest.param(set_norm(data_offsets=[0, 2**62]), id="beyond-any-disk"),
+        pytest.param(set_norm(data_offsets=[0, 32]), id="overlap"),
+        pytest.param(change_header(lambda h: h.pop("model.norm.weight")), id="gap"),
     ],
 )
 def test_a_strangers_manifest_is_checked(tmp_path: Path, model: Path, change: Any) -> None:
@@ -334,6 +345,16 @@ def test_a_model_of_another_shape_is_refused(model: Path, checkpoint: Checkpoint
             load_params(str(path), specs_on({"expert": 8}, "base_emb_dim=32"))
         assert_short(caught.value)
     assert "of one model" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["params", "checkpoints", "hf"])
+def test_a_hugging_face_directory_may_have_any_name(tmp_path: Path, name: str) -> None:
+    made = make_checkpoint(tmp_path / name, "fused")
+    specs = specs_on({"expert": 8})
+    assert_are(load_params(str(made.directory), specs), made.params, np.float32)
+    with pytest.raises(UserError) as caught:
+        export_model(made.directory, tmp_path / "out", console=console())
+    assert_short(caught.value, "no folder hf")
 
 
 @pytest.mark.parametrize("what", ["nothing", "empty", "run"])

@@ -19,14 +19,21 @@ import sys
 from moe_shard.config.schema import RunConfig
 from moe_shard.training.files import open_run
 folder, name = sys.argv[1:]
-with open_run(RunConfig(base_output_directory=folder, run_name=name, model_name="m")):
+nothing = dict(load_parameters_path="", hf_family="")
+with open_run(RunConfig(base_output_directory=folder, run_name=name, model_name="m", **nothing)):
     print("held", flush=True)
     sys.stdin.read()
 """
 
 
 def run_config(folder: Path, name: str = "run") -> RunConfig:
-    return RunConfig(base_output_directory=str(folder), run_name=name, model_name="m")
+    return RunConfig(
+        base_output_directory=str(folder),
+        run_name=name,
+        model_name="m",
+        load_parameters_path="",
+        hf_family="",
+    )
 
 
 def message_of(config: RunConfig) -> str:

@@ -1,0 +1,271 @@
+"""Family files: what they say against transformers' classes, and what they may not say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_shard.autoep.detect import detect
+from moe_shard.autoep.family import choose_family, list_families, load_family
+from moe_shard.errors import UserError
+from tests.autoep.directory import HERE, small_models, write_model
+
+SMALL = small_models()
+MADE_OF_OTHERS = {
+    ("ernie4_5_moe", "moe_layer_end_index"): 27,
+    ("qwen2_moe", "sliding_window"): 0,
+    ("qwen3_moe", "sliding_window"): None,
+}
+"""Attributes that a class changes once it has all of them: the last layer, and no windows."""
+RECORDED = sorted((HERE / "classes").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
+def test_attributes_that_are_left_out_are_those_of_the_class(path: Path) -> None:
+    family, known = load_family(path.stem), json.loads(path.read_text())
+    aliases = {name: other for other, name in family.aliases.items()}
+    for name, value in family.attributes.items():
+        if name in ("rope_theta", "partial_rotary_factor"):
+            assert known["rope_parameters"].get(name) == value, name
+        elif name == "rope_parameters":
+            assert {**value, "rope_theta": 150000.0} == known[name]
+        elif name not in known and name in family.require:
+            # Only published files have it.
+            assert family.require[name] == value
+        elif (path.stem, name) in MADE_OF_OTHERS:
+            assert known[name] == MADE_OF_OTHERS[path.stem, name]
+        elif isinstance(known.get(name, known.get(aliases.get(name))), list):
+            assert value is None or value == known[name], name
+        else:
+            found = known[name] if name in known else known[aliases[name]]
+            assert found == value or value is None, name
+    # And the other way: what a setting comes from has a default, or the class has none either.
+    rules = [*family.settings.values(), family.num_experts_attr, family.top_k_attr]
+    for rule in rules:
+        for name in rule.sources:
+            if known.get(name) is not None and name not in family.attributes:
+                assert name in ("num_key_value_heads", "head_dim", "hidden_act"), name
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if "llama4" not in name])
+def test_a_config_without_what_its_class_knows(name: str, tmp_path: Path) -> None:
+    model = SMALL[name]
+    known = json.loads((HERE / "classes" / f"{name[:-2]}.json").read_text())
+    short = {key: value for key, value in model["config"].items() if value != known.get(key)}
+    short["model_type"] = model["config"]["model_type"]
+    assert len(short) < len(model["config"])
+    whole = detect(write_model(tmp_path / "whole", model["config"], model["saved"]))
+    found = detect(write_model(tmp_path / "short", short, model["saved"]))
+    assert found.settings == whole.settings
+    assert found.plan == whole.plan
+
+
+def test_thirteen_families_match_their_own_types() -> None:
+    families = list_families()
+    assert len(families) == 13
+    where = Path("config.json")
+    for name in families:
+        assert choose_family({"model_type": name}, where).name == name
+        for architecture in load_family(name).architectures:
+            config = {"model_type": "x", "architectures": [architecture]}
+            assert choose_family(config, where).name == name
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"model_type": None}, {"model_type": ["mixtral"]}, {"architectures": "Mixtral"}],
+)
+def test_no_family(config: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"no family of configs/families matches\nfix: .*mixtral"):
+        choose_family(config, Path("config.json"))
+
+
+def test_several_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_shard.autoep.family.list_families", lambda: ["mixtral", "mixtral"])
+    with pytest.raises(UserError, match="hf_family=mixtral or hf_family=mixtral"):
+        choose_family({"model_type": "mixtral"}, Path("config.json"))
+
+
+OWN = r"""
+model_type: my_moe
+moe_layer_pattern: transformer\.h\.\d+\.moe
+router_pattern: route
+expert_pattern: expert_list
+expert_w1: win
+expert_w2: wout
+expert_w3: wup
+num_experts_attr: moe.count
+top_k_attr: moe.chosen
+score_func: sigmoid
+route_norm: true
+route_scale: 1.5
+num_expert_groups: null
+layers: transformer.h
+tensors:
+  embedding.table: transformer.wte.weight
+  final_norm.scale: transformer.ln_f.weight
+  attention.query: attn.wq.weight
+  attention.key: attn.wk.weight
+  attention.value: attn.wv.weight
+  attention.out: attn.wo.weight
+  attention_norm.scale: ln_1.weight
+  mlp_norm.scale: ln_2.weight
+settings:
+  base_emb_dim: n_embd
+  base_num_decoder_layers: n_layer
+  base_moe_mlp_dim: moe.size
+  base_mlp_dim: moe.size
+  base_num_query_heads: n_head
+  base_num_kv_heads: n_head
+  attention_bias: false
+  attention_out_bias: false
+  normalization_layer_epsilon: 1e-5
+  max_position_embeddings: 1024
+"""
+
+
+def own_model() -> tuple[dict[str, Any], dict[str, list[int]]]:
+    config = {
+        "model_type": "my_moe",
+        "n_embd": 8,
+        "n_layer": 2,
+        "n_head": 2,
+        "vocab_size": 300,
+        "moe": {"count": 3, "chosen": 2, "size": 6},
+    }
+    shapes = {
+        "transformer.wte.weight": [300, 8],
+        "transformer.ln_f.weight": [8],
+        "lm_head.weight": [300, 8],
+    }
+    for layer in range(2):
+        at = f"transformer.h.{layer}"
+        for name in ("wq", "wk", "wv", "wo"):
+            shapes[f"{at}.attn.{name}.weight"] = [8, 8]
+        shapes |= {f"{at}.ln_1.weight": [8], f"{at}.ln_2.weight": [8]}
+        shapes[f"{at}.moe.route.weight"] = [3, 8]
+        for expert in range(3):
+            name = f"{at}.moe.expert_list.{expert}"
+            shapes |= {f"{name}.{w}.weight": [6, 8] for w in ("win", "wup")}
+            shapes[f"{name}.wout.weight"] = [8, 6]
+    return config, shapes
+
+
+def own_family(tmp_path: Path, *changes: tuple[str, str]) -> str:
+    text = OWN
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    path = tmp_path / "my_moe.yml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_family_of_ones_own_needs_no_code(tmp_path: Path) -> None:
+    directory = write_model(tmp_path / "model", *own_model())
+    detected = detect(directory, own_family(tmp_path))
+    assert detected.family == "my_moe"
+    wanted = {
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "routed_score_func": "sigmoid",
+        "routed_scaling_factor": 1.5,
+        "n_routing_groups": -1,
+        "moe_dispatch": "ragged",
+        "capacity_factor": -1.0,
+        "load_balance_loss_weight": 0.0,
+    }
+    assert {key: detected.settings[key] for key in wanted} == wanted
+    assert len(detected.plan.pieces) == 3 + 2 * (7 + 3 * 3)
+    assert "transformer.h.*.moe.expert_list.*.win.weight" in detected.lines[1]
+
+
+def test_gate_and_up_of_each_expert_in_one_tensor(tmp_path: Path) -> None:
+    config, shapes = own_model()
+    for name in [name for name in shapes if ".wup." in name]:
+        del shapes[name]
+        shapes[name.replace("wup", "win")] = [12, 8]
+    directory = write_model(tmp_path / "model", config, shapes)
+    plan = detect(directory, own_family(tmp_path, ("expert_w3: wup", "expert_w3: null"))).plan
+    halves = {
+        piece.param[-1]: piece.layout
+        for piece in plan.pieces
+        if piece.tensor == "transformer.h.1.moe.expert_list.2.win.weight"
+    }
+    assert halves.keys() == {"gate", "up"}
+    assert halves["gate"].take == (slice(0, 6),)
+    assert halves["up"].take == (slice(6, 12),)
+    assert halves["gate"].order == halves["up"].order == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("router_pattern:", "router_patern:"), ["unknown key router_patern", "router_pattern?"]),
+        (("  base_emb_dim:", "  base_emb_dmi:"), ["settings.base_emb_dmi", "base_emb_dim?"]),
+        (("  attention.query:", "  attention.qeury:"), ["tensors.attention.qeury"]),
+        (("score_func: sigmoid", "score_func: relu"), ["score_func=relu", "softmax"]),
+        (("route_norm: true", "route_norm: {of: x}"), ["route_norm.of"]),
+        (("route_norm: true", "route_norm: {else: x}"), ["does not say where its value"]),
+        (("router_pattern: route", "router_pattern: (route"), ["not a regular expression"]),
+        (("expert_w1: win", "expert_w1: 3"), ["expert_w1=3 is not text"]),
+        (("model_type: my_moe", "model_type: {a: b}"), ["model_type=", "a name or a list"]),
+        (("settings:", "spans: {windwo: x}\nsettings:"), ["spans.windwo", "window?"]),
+        (("settings:", "spans: {every: x}\nsettings:"), ["spans={", "a mapping to attributes"]),
+        (("settings:", "has_shared_experts: 1\nsettings:"), ["has_shared_experts=1", "true or"]),
+        (("settings:", "attributes: [x]\nsettings:"), ["attributes=[x]", "a mapping"]),
+        (("settings:", "based_on: nothing\nsettings:"), ["based_on nothing", "configs/families"]),
+        (("settings:", "aliases: {a: 1}\nsettings:"), ["aliases=", "a mapping to names"]),
+        ((r"moe_layer_pattern: transformer\.h\.\d+\.moe", ""), ["no moe_layer_pattern"]),
+    ],
+)
+def test_a_family_that_says_what_none_says(
+    change: tuple[str, str], words: list[str], tmp_path: Path
+) -> None:
+    directory = write_model(tmp_path / "model", *own_model())
+    with pytest.raises(UserError) as caught:
+        detect(directory, own_family(tmp_path, change))
+    text = str(caught.value)
+    assert "my_moe.yml" in text or "based_on" in text
+    assert text.count("\n") <= 2
+    for word in words:
+        assert word in text
+
+
+def test_a_family_based_on_itself(tmp_path: Path) -> None:
+    path = own_family(tmp_path, ("model_type: my_moe", f"based_on: {tmp_path}/my_moe.yml"))
+    with pytest.raises(UserError, match="based_on"):
+        load_family(path)
+
+
+def test_a_pattern_that_fits_too_much(tmp_path: Path) -> None:
+    directory = write_model(tmp_path / "model", *own_model())
+    path = own_family(tmp_path, ("router_pattern: route", r"router_pattern: .*"))
+    with pytest.raises(UserError, match="by the patterns of family my_moe"):
+        detect(directory, path)
+
+
+def test_a_pattern_for_two_tensors(tmp_path: Path) -> None:
+    config, shapes = own_model()
+    shapes["transformer.h.0.moe.router.weight"] = [3, 8]
+    directory = write_model(tmp_path / "model", config, shapes)
+    path = own_family(tmp_path, ("router_pattern: route", "router_pattern: router?"))
+    with pytest.raises(UserError, match=r"moe\.route\.weight and .*router\.weight are one thing"):
+        detect(directory, path)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        (("router_pattern: route", "router_pattern: gate"), "no router: no tensor matches"),
+        (("expert_w3: wup", "expert_w3: up"), r"no tensor for mlp\.experts\.up of layer 0 of exp"),
+        (("attn.wq.weight", "attn.q.weight"), r"attention\.query of layer 0, .*\n.*h\.0\.attn\.q"),
+    ],
+)
+def test_patterns_that_fit_nothing(pattern: tuple[str, str], words: str, tmp_path: Path) -> None:
+    directory = write_model(tmp_path / "model", *own_model())
+    with pytest.raises(UserError, match=words):
+        detect(directory, own_family(tmp_path, pattern))
