@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -132,9 +133,14 @@ def gradients(
     batch = batch_of(opened, inputs, targets)
     compiled = grad_fn.lower(opened.params, batch).compile(QUICK)
     loss, _, grads = compiled(opened.params, batch)
-    source = read_source(directory)
-    export_params(source.plan, source.entries, grads)
+    overwrite(directory, grads)
     return float(loss), weights.read(directory)
+
+
+def overwrite(directory: Path, params: Params) -> None:
+    """Put parameters, or what is shaped like them, into the tensors of a model's directory."""
+    source = read_source(directory)
+    export_params(source.plan, source.headers, params)
 
 
 def train(opened: Opened, inputs: np.ndarray, targets: np.ndarray) -> list[float]:

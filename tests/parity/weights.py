@@ -54,7 +54,7 @@ def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         end = at + values.nbytes
         header[name] = {"dtype": "F32", "shape": list(values.shape), "data_offsets": [at, end]}
         at = end
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
