@@ -13,7 +13,7 @@ from moe_shard.config import list_models
 
 ROOT = Path(__file__).resolve().parents[1]
 PODS = {
-    "deepseek2-16b": ("h100:8", "per_device_batch_size=1"),
+    "deepseek2-16b": ("mi355x:8", "per_device_batch_size=1"),
     "deepseek3-671b": ("mi355x:256", "per_device_batch_size=1"),
     "glm4.5-air": ("mi355x:32", "per_device_batch_size=1"),
     "gpt-oss-120b": ("mi355x:32", "per_device_batch_size=1"),
