@@ -15,7 +15,8 @@ import pytest
 
 from tests.parity import weights
 from tests.parity.compare import assert_forward
-from tests.parity.package import evaluate, open_model
+from tests.parity.families import PROMPT_LENGTH, PROMPTS
+from tests.parity.package import evaluate, greedy, open_model
 
 RECORDED = sorted((Path(__file__).parent / "recorded").glob("*.npz"))
 
@@ -66,3 +67,12 @@ def test_forward(path: Path, experts: int, rebuilt: Any) -> None:
     known = rebuilt(path)
     opened = open_model(known.directory, experts)
     assert_forward(evaluate(opened, known.inputs, known.targets), known, opened.config)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "llama4_text"])
+def test_greedy(family: str, rebuilt: Any) -> None:
+    """Caches of three kinds: latents; windows and sinks; chunks and layers without positions."""
+    known = rebuilt(next(path for path in RECORDED if path.stem == family))
+    opened = open_model(known.directory, 8)
+    prompts = known.inputs[:PROMPTS, :PROMPT_LENGTH]
+    np.testing.assert_array_equal(greedy(opened, prompts, cached=True), known.greedy)
