@@ -223,7 +223,7 @@ def test_parameters_alone_equal_those_of_the_state_in_both_layouts(trained: Path
         (["mixtral-tiny", "a", "load_parameters_path=none"], ["none holds no parameters"]),
         (["RUN/nothing", "a"], ["RUN/nothing", ".yml"]),
         (["RUN/checkpoints/40", "a"], ["no checkpoint 40"]),
-        (["RUN/..", "a"], ["not the folder of a run"]),
+        (["RUN/..", "a"], ["holds no model"]),
         (["RUN", "a", "base_emb_dim=64"], ["another model", "has shape", "config.yml"]),
     ],
 )

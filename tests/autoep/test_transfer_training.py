@@ -133,8 +133,9 @@ def test_import_train_export_import(checkpoint: Checkpoint, tmp_path: Path) -> N
     model, trained = tmp_path / "model", tmp_path / "run"
     config = small_config({"expert": 8}, *KEYS)
     import_model(checkpoint.directory, model, config, specs_on({"expert": 8}), console=console())
-    config = load_config(str(model), arguments(tmp_path, "steps=2", "ici_expert_parallelism=4",
-                                               "ici_fsdp_parallelism=2", FUSED))  # fmt: skip
+    # Bytes: the checkpoint's tokenizer.json is a file to be kept, and no tokenizer.
+    keys = ("steps=2", "ici_expert_parallelism=4", "ici_fsdp_parallelism=2", FUSED)
+    config = load_config(str(model), arguments(tmp_path, "tokenizer_path=", *keys))
     assert run(config).updates == 2
     export_model(trained, tmp_path / "exported", console=console())
     assert {path.name for path in (tmp_path / "exported").iterdir()} == {

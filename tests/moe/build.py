@@ -203,6 +203,11 @@ def _compiled(lowered: Any, mesh: Mesh) -> Any:
     return _programs[key]
 
 
+def forget_programs() -> None:
+    """Let go of what was compiled."""
+    _programs.clear()
+
+
 def build_layer(
     mesh: Mesh,
     settings: Settings,
