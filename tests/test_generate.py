@@ -25,19 +25,11 @@ from moe_shard.training.compile import lay_out
 from moe_shard.training.step import make_program
 from moe_shard.training.tokenizer import ByteTokenizer
 from tests.models.build import QUICK as COMPILER
+from tests.test_train import TINY
 from tests.training.test_tokenizer import byte_level, short
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-TINY = (
-    "base_num_decoder_layers=1",
-    "base_emb_dim=32",
-    "base_num_query_heads=2",
-    "base_num_kv_heads=1",
-    "head_dim=16",
-    "base_mlp_dim=32",
-    "base_moe_mlp_dim=32",
-)
-TRAINED = (*TINY, "max_target_length=32", "per_device_batch_size=1", "steps=60", "run_name=tiny")
+TRAINED = (*TINY, "steps=60", "run_name=tiny")
 LITTLE = ("enable_tensorboard=false", "async_checkpointing=false")
 QUICK = "moe_dispatch=gather"  # compiles in half the time
 REPEATED = "abcdefghijklm. "  # a token tells the next, which a few steps teach

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
+from moe_shard.config.attention import AttentionConfig
 from moe_shard.config.keys import divisors
 from moe_shard.config.moe import MoEConfig
 from moe_shard.config.schema import Config
@@ -78,14 +79,30 @@ def _check_batch(config: Config, sizes: Mapping[str, int], row: str) -> None:
 
 
 def _notes(config: Config, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    notes = [f"{what} has no effect: {why}" for what, why in _idle_spans(config.model.attention)]
+    longest, length = config.model.attention.rope.max_length, config.train.max_target_length
+    if length > longest:
+        notes.append(
+            f"max_target_length={length} is beyond the positions that the model is made for "
+            f"(max_position_embeddings={longest})"
+        )
     moe = config.model.moe
     if moe is None:
-        return ()
-    notes = []
+        return tuple(notes)
     if moe.no_expert_sharding and (why := _flag_is_idle(config, moe, sizes)):
         notes.append(f"{_FLAG} has no effect: {why}")
     notes += [f"{what} has no effect: {why}" for what, why in _idle_keys(moe)]
     return tuple(notes)
+
+
+def _idle_spans(attention: AttentionConfig) -> Iterator[tuple[str, str]]:
+    """Sizes of spans that no layer has, each with the reason."""
+    for span, key, size in (
+        ("sliding", "sliding_window_size", attention.sliding_window_size),
+        ("chunked", "chunk_attn_window_size", attention.chunk_size),
+    ):
+        if size and span not in attention.pattern:
+            yield f"{key}={size}", f"no layer of attention_pattern is {span}"
 
 
 def _flag_is_idle(config: Config, moe: MoEConfig, sizes: Mapping[str, int]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -84,35 +83,21 @@ class Attention(Heads):
         self.query_norm, self.key_norm = norm(*queries), norm(*keys)
         self._make_output(model_dim=model_dim, value_dim=dim, dtype=weight_dtype, rngs=rngs)
 
-    def __call__(
+    def _attended(
         self,
         x: Float[Array, "B S M"],
         positions: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
-        memory: Memory | None = None,
-    ) -> tuple[Float[Array, "B S M"], LayerCache]:
-        """Attend from each token to itself and the earlier ones of its document.
-
-        Args:
-            x: normalised activations.
-            positions: place of each token in its document.
-            segment_ids: equal for tokens of one document.
-            memory: what earlier calls left, while a text is being written; None in training.
-
-        Returns:
-            What is added to the residual stream, and the memory's cache with these tokens in it;
-            empty without one.
-        """
-        with jax.named_scope("attention"):
-            query, key, value = self._placed(self._project(x), positions, memory)
-            cache: LayerCache = {}
-            if memory is not None:
-                cache = self._remember(memory, {"key": key, "value": value})
-                key, value = cache["key"], cache["value"]
-            scale = self.config.scale
-            scale = 1 / math.sqrt(self.config.head_dim) if scale == -1 else scale
-            attended = self._attend(query, key, value, positions, segment_ids, memory, scale)
-            return self._output(attended), cache
+        memory: Memory | None,
+    ) -> tuple[Float[Array, "B S N Dv"], LayerCache]:
+        query, key, value = self._placed(self._project(x), positions, memory)
+        cache: LayerCache = {}
+        if memory is not None:
+            cache = self._remember(memory, {"key": key, "value": value})
+            key, value = cache["key"], cache["value"]
+        scale = self.config.scale
+        scale = 1 / math.sqrt(self.config.head_dim) if scale == -1 else scale
+        return self._attend(query, key, value, positions, segment_ids, memory, scale), cache
 
     def empty_cache(self, rows: int, places: int) -> LayerCache:
         """A cache without tokens.

@@ -83,6 +83,39 @@ class Heads(nnx.Module):
         self.dtype = dtype
         self.annotate = annotate
 
+    def __call__(
+        self,
+        x: Float[Array, "B S M"],
+        positions: Int[Array, "B S"],
+        segment_ids: Int[Array, "B S"],
+        memory: Memory | None = None,
+    ) -> tuple[Float[Array, "B S M"], LayerCache]:
+        """Attend from each token to itself and the earlier ones of its document.
+
+        Args:
+            x: normalised activations.
+            positions: place of each token in its document.
+            segment_ids: equal for tokens of one document.
+            memory: what earlier calls left, while a text is being written; None in training.
+
+        Returns:
+            What is added to the residual stream, and the memory's cache with these tokens in it;
+            empty without one.
+        """
+        with jax.named_scope("attention"):
+            attended, cache = self._attended(x, positions, segment_ids, memory)
+            return self._output(attended), cache
+
+    def _attended(
+        self,
+        x: Float[Array, "B S M"],
+        positions: Int[Array, "B S"],
+        segment_ids: Int[Array, "B S"],
+        memory: Memory | None,
+    ) -> tuple[Float[Array, "B S N Dv"], LayerCache]:
+        """Each head's weighted values, and the cache; for a kind of attention to say."""
+        raise NotImplementedError
+
     def _make_output(
         self, *, model_dim: int, value_dim: int, dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:

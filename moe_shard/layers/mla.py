@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -87,37 +86,22 @@ class LatentAttention(Heads):
             model_dim=model_dim, value_dim=config.v_head_dim, dtype=weight_dtype, rngs=rngs
         )
 
-    def __call__(
+    def _attended(
         self,
         x: Float[Array, "B S M"],
         positions: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
-        memory: Memory | None = None,
-    ) -> tuple[Float[Array, "B S M"], LayerCache]:
-        """Attend from each token to itself and the earlier ones of its document.
-
-        Args:
-            x: normalised activations.
-            positions: place of each token in its document.
-            segment_ids: equal for tokens of one document.
-            memory: what earlier calls left, while a text is being written; None in training.
-
-        Returns:
-            What is added to the residual stream, and the memory's cache with these tokens in it;
-            empty without one.
-        """
-        with jax.named_scope("attention"):
-            nope, turned = jnp.split(self._queries(x), [self.config.qk_nope_head_dim], axis=-1)
-            latent, key = self._latents(x)
-            if self.kind.rope:
-                turned = self._turn(turned, positions, memory)
-                key = self._turn(key[:, :, None], positions, memory)[:, :, 0]
-            if memory is None:
-                attended = self._expanded(nope, turned, latent, key, positions, segment_ids)
-                return self._output(attended), {}
-            cache = self._remember(memory, {"latent": latent, "rope_key": key})
-            attended = self._absorbed(nope, turned, cache, positions, segment_ids, memory)
-            return self._output(attended), cache
+        memory: Memory | None,
+    ) -> tuple[Float[Array, "B S N Dv"], LayerCache]:
+        nope, turned = jnp.split(self._queries(x), [self.config.qk_nope_head_dim], axis=-1)
+        latent, key = self._latents(x)
+        if self.kind.rope:
+            turned = self._turn(turned, positions, memory)
+            key = self._turn(key[:, :, None], positions, memory)[:, :, 0]
+        if memory is None:
+            return self._expanded(nope, turned, latent, key, positions, segment_ids), {}
+        cache = self._remember(memory, {"latent": latent, "rope_key": key})
+        return self._absorbed(nope, turned, cache, positions, segment_ids, memory), cache
 
     def empty_cache(self, rows: int, places: int) -> LayerCache:
         """A cache without tokens.

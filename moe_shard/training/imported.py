@@ -19,7 +19,7 @@ from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
-from moe_shard.autoep.progress import BytesLine
+from moe_shard.autoep.progress import bytes_line
 from moe_shard.autoep.source import keep_hf, lay_out_again, read_source
 from moe_shard.autoep.transfer import export_params, import_params
 from moe_shard.config.schema import Config
@@ -65,7 +65,7 @@ def load_params(
             return restore_params(folder, wanted)
     source = read_source(folder.parent, family)
     stored = other_layout(wanted) if is_fused(wanted) else wanted
-    with BytesLine(console, "reading parameters") as line:
+    with bytes_line(console, "reading parameters") as line:
         params = import_params(source.plan, source.headers, stored, say=say, progress=line)
     return to_layout(params, wanted)
 
@@ -149,7 +149,7 @@ def export_model(source: Path, target: Path, *, console: Console) -> None:
         layout = lay_out_again(source / "hf", directory)
         with console.status("reading the parameters"):
             params = load_params(str(source), _apart(_stored(weights)), console=console)
-        with BytesLine(console, "writing tensors") as line:
+        with bytes_line(console, "writing tensors") as line:
             export_params(layout.plan, layout.headers, params, progress=line)
 
 

@@ -157,6 +157,15 @@ def test_maxtext_file_that_is_fully_described(tmp_path: Path) -> None:
     assert config.model.norm_epsilon == 1e-6
 
 
+def test_what_would_be_passed_over_in_silence_is_noted(tmp_path: Path) -> None:
+    config = load(
+        tmp_path, "sliding_window_size=8", "max_position_embeddings=16", "max_target_length=32"
+    )
+    window, length = check_against_mesh(config, config.mesh.resolve(8))[:2]
+    says(window, "sliding_window_size=8 has no effect", "no layer of attention_pattern is sliding")
+    says(length, "max_target_length=32", "max_position_embeddings=16")
+
+
 SAMPLES = Path(__file__).parent / "samples"
 
 
