@@ -182,7 +182,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("variant", [*VARIANTS, "ragged in chunks"])
+@every_variant
 @every_mesh
 def test_what_published_models_have(
     sizes: dict[str, int], route: dict[str, Any], family: str
@@ -204,6 +204,12 @@ def test_fast_paths_have_biases_and_weights_on_the_input(
     settings = dataclasses.replace(WHOLE, on_input=True, round_robin=forced)
     inputs = random_inputs(**DIMS, biases=("gate_bias", "up_bias", "down_bias"))
     check(sizes, settings, inputs, **{fast: True}, **route)
+
+
+def test_chunks_have_biases_and_weights_on_the_input() -> None:
+    settings = dataclasses.replace(WHOLE, on_input=True)
+    inputs = random_inputs(**DIMS, biases=("gate_bias", "up_bias", "down_bias"))
+    check(MESHES[1], settings, inputs, dispatch="ragged", num_token_chunks=2)
 
 
 def test_a_skewed_router_with_biases_makes_further_rounds() -> None:
