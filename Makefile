@@ -7,7 +7,6 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 TARGETS := $(VENV)/.targets
 PARITY := $(VENV)/.parity
-PARITY_MARKS ?= parity
 
 .PHONY: demo test test-newest test-parity record-parity targets test-targets test-targets-slow goldens test-goldens browser test-browser lint format bench clean help
 
@@ -36,7 +35,7 @@ $(PARITY): $(READY)
 	@touch $@
 
 test-parity: $(PARITY)  ## small models of every family against transformers (minutes)
-	$(RUN) -m pytest -n 2 -m "$(PARITY_MARKS)" tests/parity
+	$(RUN) -m pytest -n 2 -m parity tests/parity
 
 record-parity: $(PARITY)  ## keep transformers' numbers for the tests that run without it
 	$(RUN) -m tests.parity.record

@@ -137,13 +137,6 @@ class Attributes:
         return kind(value)
 
     def _check_computed(self, family: Family) -> None:
-        quantized = self.get("quantization_config")
-        if quantized is not None:
-            method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-            raise self.error(
-                f"quantization_config: the weights are stored as {shown(method)}",
-                "convert the model to bfloat16 first; only plain weights are read",
-            )
         for name, allowed in family.require.items():
             values = allowed if isinstance(allowed, list) else [allowed]
             if self.get(name) is not None and self.get(name) not in values:

@@ -5,8 +5,10 @@ No weight is read, and neither torch nor jax is imported: the largest models tak
 
 from __future__ import annotations
 
+import gc
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from moe_shard.autoep.lines import report_lines
 from moe_shard.autoep.names import Names, sort_names
 from moe_shard.autoep.pieces import Pieces
 from moe_shard.autoep.plan import Piece, Plan
+from moe_shard.autoep.quantized import CONFIG_KEY, read_scheme, with_scales
 from moe_shard.autoep.settings import model_settings, setting_rules
 from moe_shard.autoep.strict_json import read_object
 from moe_shard.config.keys import shown
@@ -44,7 +47,7 @@ class Detected:
         family: its name.
         settings: key of `base.yml` -> value, of the model.
         plan: which tensor fills which part of which parameter.
-        headers: all tensors, by name.
+        headers: all tensors, by name; quantized ones under the name of what they stand for.
         lines: what was found, for a person.
     """
 
@@ -55,6 +58,23 @@ class Detected:
     lines: tuple[str, ...]
 
 
+@contextmanager
+def _nothing_is_garbage() -> Iterator[None]:
+    """Without the collector of circles.
+
+    It would look at each of a hundred thousand names and headers again and again: a third of the
+    time would be its own.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@_nothing_is_garbage()
 def detect(directory: Path, family: str = "") -> Detected:
     """Read a model directory.
 
@@ -70,7 +90,8 @@ def detect(directory: Path, family: str = "") -> Detected:
     written = read_object(where)
     known = load_family(family) if family else choose_family(written, where)
     attributes = Attributes(written, known, where)
-    headers = read_headers(directory)
+    scheme = read_scheme(attributes.get(CONFIG_KEY), where)
+    headers = with_scales(read_headers(directory), scheme, directory)
     names = sort_names(headers, known, directory)
     _check_plain(headers, names, directory)
     beyond = _layers_beyond(headers, names, known, attributes)
@@ -112,7 +133,7 @@ def _check_plain(headers: Mapping[str, TensorHeader], names: Names, where: Path)
         if tensor.dtype.startswith("F8") or name in scales:
             raise UserError(
                 f"{where}: {shown(name)} ({tensor.dtype}) belongs to quantized weights\n"
-                "fix: convert the model to bfloat16 first; only plain weights are read"
+                f"fix: a config.json with the {CONFIG_KEY} of these tensors, or plain weights"
             )
 
 

@@ -51,6 +51,11 @@ class TensorHeader:
     begin: int
     end: int
 
+    @property
+    def nbytes(self) -> int:
+        """Of its elements in its dtype."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
 
 def read_headers(directory: Path) -> dict[str, TensorHeader]:
     """All tensors of a model directory, by name.
@@ -130,7 +135,9 @@ def _entry(path: Path, start: int, name: str, entry: Any) -> TensorHeader:
 
 
 def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
+    if not isinstance(value, list) or not {*map(type, value)} <= {int}:
+        return False
+    return not value or (min(value) >= 0 and max(value) < 2**63)
 
 
 def _check_cover(path: Path, tensors: Mapping[str, TensorHeader], start: int, size: int) -> None:

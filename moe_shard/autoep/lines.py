@@ -10,6 +10,7 @@ from moe_shard.autoep.fused import Fused
 from moe_shard.autoep.headers import TensorHeader
 from moe_shard.autoep.names import FUSED, LISTED, Names
 from moe_shard.autoep.plan import Plan
+from moe_shard.autoep.quantized import Quantized
 from moe_shard.config.model import ModelConfig
 from moe_shard.config.moe import MoEConfig
 
@@ -99,6 +100,9 @@ def _weights(headers: Mapping[str, TensorHeader], plan: Plan, dtype: str) -> str
     used = dict.fromkeys(piece.tensor for piece in plan.pieces)
     elements = sum(math.prod(headers[name].shape) for name in used)
     line = f"weights: {elements:,} in {len(used):,} tensors, {dtype}"
+    stored = [entry for name in used if isinstance(entry := headers[name], Quantized)]
+    if stored:
+        line += f"; {len(stored):,} of them stored as {stored[0].scheme.words}"
     if plan.carried:
         line += f"; {len(plan.carried):,} more tensors are carried: {_general(plan.carried[0])}"
         line += ", ..." if len(plan.carried) > 1 else ""

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_shard.autoep.dequantize import read
 from moe_shard.autoep.headers import TensorHeader, read_file
-from moe_shard.autoep.tensors import view, write
+from moe_shard.autoep.tensors import write
 from moe_shard.errors import UserError, first_line
 
 MANIFEST = "manifest.json"
@@ -33,6 +34,26 @@ def header_text(file: Path) -> str:
     """The header of a safetensors file, as it is, once it has been checked."""
     with file.open("rb") as data:
         return data.read(int.from_bytes(data.read(_LENGTH_BYTES), "little")).decode()
+
+
+def new_header(tensors: Mapping[str, TensorHeader], metadata: Mapping[str, str] = {}) -> str:
+    """The header of a file with these tensors, one after the other.
+
+    Args:
+        tensors: of which the dtypes and shapes count.
+        metadata: a writer's notes.
+    """
+    entries: dict[str, Any] = {"__metadata__": {**metadata}} if metadata else {}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        entries[name] = {
+            "dtype": tensor.dtype,
+            "shape": tensor.shape,
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(entries, separators=(",", ":"))
+    return text + " " * (-len(text) % 8)
 
 
 def make_file(file: Path, header: str) -> None:
@@ -148,21 +169,11 @@ def save_carried(headers: Mapping[str, TensorHeader], names: Collection[str], fo
     """
     if not names:
         return
-    entries: dict[str, Any] = {}
-    end = 0
-    for name in sorted(names, key=lambda name: (headers[name].file, headers[name].begin)):
-        tensor = headers[name]
-        begin, end = end, end + tensor.end - tensor.begin
-        entries[name] = {
-            "dtype": tensor.dtype,
-            "shape": tensor.shape,
-            "data_offsets": [begin, end],
-        }
+    order = sorted(names, key=lambda name: (headers[name].file, headers[name].begin))
     file = folder / CARRIED
-    text = json.dumps(entries, separators=(",", ":"))
-    make_file(file, text + " " * (-len(text) % 8))
+    make_file(file, new_header({name: headers[name] for name in order}))
     for name, place in read_file(file).items():
-        write(place, view(headers[name]))
+        write(place, read(headers[name]))
 
 
 def carried_in(folder: Path) -> dict[str, TensorHeader]:

@@ -26,13 +26,26 @@ class Layout:
     split: tuple[int, ...] = ()
     order: tuple[int, ...] = ()
 
+    @property
+    def keeps_first(self) -> bool:
+        """Whether the tensor's first dim is the part's, all of it."""
+        is_whole = self.take[:1] in ((), (slice(None),))
+        return is_whole and not self.split and self.order[:1] in ((), (0,))
+
     def view(self, tensor: np.ndarray) -> np.ndarray:
         """The tensor's elements as the parameter has them, in the same memory.
 
         Raises:
             ValueError: the part cannot be reshaped without a copy.
         """
-        part = tensor[self.take]
+        return self.arrange(tensor[self.take])
+
+    def arrange(self, part: np.ndarray) -> np.ndarray:
+        """The same of elements that have been taken already.
+
+        Raises:
+            ValueError: they cannot be reshaped without a copy.
+        """
         if self.split:
             part = part.reshape(self.split, copy=False)
         return part.transpose(self.order) if self.order else part

@@ -18,6 +18,7 @@ from moe_shard.autoep.manifest import (
     copy_small_files,
     save_carried,
 )
+from moe_shard.autoep.plain import is_quantized, plain_files
 from moe_shard.autoep.plan import Plan
 from moe_shard.autoep.tensors import view, write
 from moe_shard.errors import UserError
@@ -83,8 +84,11 @@ def keep_hf(source: str, folder: Path, family: str = "") -> None:
         found = read_source(directory, family)
         copy_small_files(directory, aside)
         save_carried(found.headers, found.plan.carried, aside)
-        files = {entry.file for entry in found.headers.values()}
-        Manifest.of(found.family, files).save(aside)
+        if is_quantized(found.headers):
+            Manifest(found.family, plain_files(found.headers, aside)).save(aside)
+        else:
+            files = {entry.file for entry in found.headers.values()}
+            Manifest.of(found.family, files).save(aside)
         if Path(family).suffix in {".yml", ".yaml"}:
             shutil.copyfile(family, aside / FAMILY)
     aside.rename(target)

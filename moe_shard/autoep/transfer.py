@@ -17,8 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from moe_shard.autoep.dequantize import numbers
 from moe_shard.autoep.headers import TensorHeader
 from moe_shard.autoep.plan import Piece, Plan
+from moe_shard.autoep.quantized import Quantized
 from moe_shard.autoep.tensors import DTYPES, copy, is_exact, view, write
 from moe_shard.errors import UserError
 from moe_shard.models.params import Params
@@ -28,6 +30,7 @@ Progress = Callable[[int, int], object]
 
 Path = tuple[str, ...]
 Index = tuple[int, ...]
+Take = tuple[slice, ...]
 Bounds = tuple[tuple[int, int], ...]
 """First and one past the last element along each dim."""
 
@@ -286,21 +289,53 @@ class _Reader:
         lows = [low for low, _ in bounds]
         shape = tuple(high - low for low, high in bounds)[len(outer) :]
         block = np.empty(shape, self.dtype)
-        within: Any = (*(slice(*part) for part in bounds[self.depth :]), ...)
+        within = tuple(slice(*part) for part in bounds[self.depth :])
         for inner in np.ndindex(shape[: self.depth - len(outer)]):
             index = tuple(map(sum, zip(lows, (*outer, *inner), strict=False)))
             piece = self.pieces[index]
-            seen = _seen(piece, view(self.headers[piece.tensor]))
-            if seen.shape != self.shape[self.depth :]:
-                raise UserError(
-                    f"tensor {piece.tensor} has shape {list(self.headers[piece.tensor].shape)}: "
-                    f"as a part of {'.'.join(piece.param)} that is {list(seen.shape)}, not "
-                    f"{list(self.shape[self.depth :])}\n"
-                    "fix: the checkpoint and its config.json have to be of one model"
-                )
             with _naming(piece):
-                copy(block[(*inner, ...)], seen[within])
+                for at, part in self._parts(piece, within):
+                    copy(block[(*inner, *at, ...)], part)
         return block
+
+    def _parts(self, piece: Piece, within: Take) -> Iterator[tuple[Index, np.ndarray]]:
+        """What a shard has of a piece, as the parameter has it.
+
+        What lies plain in its file is seen there, all at once. Quantized numbers are made anew, so
+        of a tensor with all experts one expert's at a time.
+
+        Args:
+            piece: of the parameter.
+            within: what the shard has of it.
+
+        Yields:
+            Where the part belongs in the shard's first dims, and the part.
+        """
+        entry = self.headers[piece.tensor]
+        whole: Any = (*within, ...)
+        if not isinstance(entry, Quantized):
+            yield (), self._checked(piece, view(entry))[whole]
+            return
+        self._checked(piece, np.broadcast_to(np.float32(0), entry.shape))
+        layout = piece.layout
+        if len(entry.shape) == 3 and layout.keeps_first:
+            for at, expert in enumerate(range(*within[0].indices(entry.shape[0]))):
+                one = numbers(entry, (slice(expert, expert + 1), *layout.take[1:]))
+                yield (at,), layout.arrange(one)[0][whole[1:]]
+        else:
+            yield (), layout.arrange(numbers(entry, layout.take))[whole]
+
+    def _checked(self, piece: Piece, tensor: np.ndarray) -> np.ndarray:
+        """A tensor as its parameter has it."""
+        seen = _seen(piece, tensor)
+        if seen.shape != self.shape[self.depth :]:
+            raise UserError(
+                f"tensor {piece.tensor} has shape {list(tensor.shape)}: "
+                f"as a part of {'.'.join(piece.param)} that is {list(seen.shape)}, not "
+                f"{list(self.shape[self.depth :])}\n"
+                "fix: the checkpoint and its config.json have to be of one model"
+            )
+        return seen
 
 
 def _seen(piece: Piece, tensor: np.ndarray) -> np.ndarray:

@@ -22,7 +22,8 @@ KEYS = ("vocab_size=320",)
 LAYERS, E, M, H, N, J, D, V = 3, 8, 16, 32, 8, 4, 8, 320
 NAMES = {np.dtype(ml_dtypes.bfloat16): "BF16", np.dtype(np.float16): "F16",
          np.dtype(np.float32): "F32", np.dtype(np.float64): "F64",
-         np.dtype(np.int64): "I64"}  # fmt: skip
+         np.dtype(np.int64): "I64", np.dtype(np.uint8): "U8",
+         np.dtype(ml_dtypes.float8_e4m3fn): "F8_E4M3"}  # fmt: skip
 BF16 = np.dtype(ml_dtypes.bfloat16)
 CARRIED = "model.layers.3.eh_proj.weight", "model.rotary.steps"
 

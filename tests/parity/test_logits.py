@@ -14,11 +14,7 @@ from tests.parity.package import evaluate, open_model
 pytestmark = pytest.mark.parity
 
 
-# Between one device and all of them nothing is new but the sizes: for a machine with time to spare.
-@pytest.mark.parametrize(
-    "experts",
-    [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow), 8],
-)
+@pytest.mark.parametrize("experts", [1, 2, 4, 8])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.id)
 def test_forward(shape: Shape, experts: int, reference: Callable[[Shape], Any]) -> None:
     known = reference(shape)

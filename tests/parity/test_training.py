@@ -20,10 +20,7 @@ each_trained = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize(
-    "experts",
-    [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow), 8],
-)
+@pytest.mark.parametrize("experts", [1, 2, 4, 8])
 @each_trained
 def test_gradients(
     shape: Shape, experts: int, reference: Callable[[Shape], Any], tmp_path: Path

@@ -1,0 +1,78 @@
+"""The numbers of quantized tensors, in float32: bits times scales, as `quantized` explains them.
+
+Where a scale is a power of two float32 has the product exactly; else it is rounded once.
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+from moe_shard.autoep.headers import TensorHeader
+from moe_shard.autoep.quantized import Quantized
+from moe_shard.autoep.tensors import DTYPES, copy, view
+
+Take = tuple[slice, ...]
+
+_BYTES = np.arange(256, dtype=np.uint8)
+_E4M3 = _BYTES.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+_E8M0 = _BYTES.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+"""What each byte stands for; 255 is NaN."""
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+_HALVES = np.concatenate([_E2M1, -_E2M1])
+_E2M1_PAIRS = np.stack([_HALVES[_BYTES & 15], _HALVES[_BYTES >> 4]], axis=1).view(np.uint64)[:, 0]
+"""The two numbers of each byte, side by side in one element: a lookup then finds both at once."""
+
+
+def read(tensor: TensorHeader) -> np.ndarray:
+    """A tensor in its own dtype: where it lies in its file, or a quantized one's numbers.
+
+    Args:
+        tensor: from a header that was checked.
+
+    Raises:
+        UserError: its file cannot be read.
+    """
+    if not isinstance(tensor, Quantized):
+        return view(tensor)
+    plain = np.empty(tensor.shape, DTYPES[tensor.dtype])
+    copy(plain, numbers(tensor))
+    return plain
+
+
+def numbers(tensor: Quantized, take: Take = ()) -> np.ndarray:
+    """A part of a quantized tensor in float32; hardly more than the part is decoded.
+
+    Args:
+        tensor: from a header that was checked.
+        take: the part, a slice for each of the first dims.
+
+    Raises:
+        UserError: its file cannot be read.
+    """
+    whole = (slice(None),) * len(tensor.shape)
+    take = take + whole[len(take) :]
+    bits, scales = view(tensor.bits), view(tensor.scales)
+    if tensor.scheme.method == "mxfp4":
+        experts, ins, outs = take
+        return _mxfp4(bits[experts, outs], scales[experts, outs]).swapaxes(1, 2)[:, ins]
+    *outer, rows, columns = take
+    part = _fp8(bits[tuple(outer)], scales[tuple(outer)], tensor.scheme.block)
+    return part[..., rows, columns]
+
+
+def _mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """[E, O, I / 32, 16] bytes and [E, O, I / 32] exponents to [E, O, I]."""
+    pairs = np.take(_E2M1_PAIRS, blocks).view(np.float32)
+    pairs *= np.take(_E8M0, scales)[..., None]
+    return pairs.reshape(*scales.shape[:-1], -1)
+
+
+def _fp8(bits: np.ndarray, scales: np.ndarray, block: tuple[int, int]) -> np.ndarray:
+    """[..., O, I] and a scale for each block of O and I; the last blocks may be smaller."""
+    rows, columns = block
+    found = np.take(_E4M3, bits.view(np.uint8))
+    wide = np.repeat(scales.astype(np.float32), columns, axis=-1)[..., : bits.shape[-1]]
+    for at in range(scales.shape[-2]):
+        found[..., at * rows : (at + 1) * rows, :] *= wide[..., at : at + 1, :]
+    return found

@@ -1,0 +1,215 @@
+"""Weights stored as few bits and scales: which those are, and the numbers that they stand for.
+
+Two ways are read, both those of the files that the models' authors publish:
+
+- `fp8` (DeepSeek-V3, arXiv 2412.19437): a matrix in float8_e4m3, [..., O, I], and beside it, under
+  its name and `_scale_inv`, a factor for each block of `weight_block_size`.
+- `mxfp4` (gpt-oss; OCP Microscaling Formats 1.0): `<name>_blocks`, bytes of two e2m1 numbers each,
+  the low half first, [E, O, I / 32, 16], and `<name>_scales`, an exponent of two for every 32
+  numbers. They stand for `<name>`, [E, I, O].
+
+They are read as bfloat16, and what is written again is bfloat16: no quantizer is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moe_shard.autoep.headers import TensorHeader
+from moe_shard.config.keys import shown
+from moe_shard.errors import UserError
+
+CONFIG_KEY = "quantization_config"
+DTYPE = "BF16"
+"""Of what quantized tensors stand for."""
+
+_SCALE, _BLOCKS, _SCALES = "_scale_inv", "_blocks", "_scales"
+_DEFAULT_BLOCK = [128, 128]
+_GROUP, _GROUP_BYTES = 32, 16
+_SCALE_DTYPES = frozenset({"F32", "BF16", "F16", "F8_E8M0"})
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What `quantization_config` says.
+
+    Attributes:
+        method: `fp8` or `mxfp4`.
+        block: rows and columns that share a scale.
+    """
+
+    method: str
+    block: tuple[int, int]
+
+    @property
+    def words(self) -> str:
+        """For a report."""
+        return f"{self.method}, a scale for each {self.block[0]} x {self.block[1]}"
+
+
+@dataclass(frozen=True)
+class Quantized(TensorHeader):
+    """A tensor stored as few bits and scales; dtype and shape are of what it stands for.
+
+    Attributes:
+        bits: its numbers, as stored; `file`, `begin` and `end` are theirs.
+        scales: what they are multiplied by.
+        scheme: how.
+    """
+
+    bits: TensorHeader
+    scales: TensorHeader
+    scheme: Scheme
+
+
+def read_scheme(said: Any, where: Path) -> Scheme | None:
+    """What a `quantization_config` says; None where it is null.
+
+    Args:
+        said: its value.
+        where: the file, for messages.
+
+    Raises:
+        UserError: it says what is not read here.
+    """
+    if said is None:
+        return None
+    said = said if isinstance(said, dict) else {"quant_method": said}
+    method = said.get("quant_method")
+    if method == "mxfp4":
+        return Scheme(method, (1, _GROUP))
+    block = said.get("weight_block_size", _DEFAULT_BLOCK)
+    if method == "fp8" and said.get("fmt", "e4m3") == "e4m3" and _is_block(block):
+        return Scheme(method, tuple(block))
+    more = [key for key in ("fmt", "weight_block_size") if method == "fp8" and key in said]
+    stored = ", ".join([shown(method), *(f"{key}={shown(said[key])}" for key in more)])
+    raise UserError(
+        f"{where}: {CONFIG_KEY}: the weights are stored as {stored}\n"
+        "fix: convert the model to bfloat16 first; read are plain weights, mxfp4, and fp8 (e4m3) "
+        "with a scale for each block"
+    )
+
+
+def _is_block(value: Any) -> bool:
+    is_pair = isinstance(value, list) and len(value) == 2
+    return is_pair and all(type(n) is int and n > 0 for n in value)
+
+
+class _Found(NamedTuple):
+    """Bits and scales that belong together.
+
+    Attributes:
+        name: of what they stand for.
+        bits: name of the tensor with them.
+        scales: name of the tensor with their scales.
+        shape: of what they stand for.
+    """
+
+    name: str
+    bits: str
+    scales: str
+    shape: tuple[int, ...]
+
+
+def with_scales(
+    headers: Mapping[str, TensorHeader], scheme: Scheme | None, where: Path
+) -> dict[str, TensorHeader]:
+    """The tensors that a model's files stand for: bits and their scales as one.
+
+    Args:
+        headers: as stored.
+        scheme: of `config.json`; None: nothing is changed.
+        where: the directory, for messages.
+
+    Raises:
+        UserError: bits without scales, of shapes or dtypes that do not belong together, or a
+            scheme of which there is nothing.
+    """
+    found = dict(headers)
+    if scheme is None:
+        return found
+    find = _find_mxfp4 if scheme.method == "mxfp4" else _find_fp8
+    for name, tensor in headers.items():
+        pair = find(name, tensor, headers, scheme, where)
+        if pair is None:
+            continue
+        del found[pair.bits], found[pair.scales]
+        if pair.name in found:
+            raise UserError(
+                f"{where}: {shown(pair.name)} and {shown(pair.bits)} are one thing\n"
+                "fix: keep one of the two"
+            )
+        found[pair.name] = Quantized(
+            file=tensor.file,
+            dtype=DTYPE,
+            shape=pair.shape,
+            begin=tensor.begin,
+            end=tensor.end,
+            bits=tensor,
+            scales=headers[pair.scales],
+            scheme=scheme,
+        )
+    if len(found) == len(headers):
+        raise UserError(
+            f"{where}: config.json has {CONFIG_KEY} with {scheme.method}, but no tensor is stored "
+            "so\nfix: remove it from config.json if the weights are plain"
+        )
+    return found
+
+
+def _find_fp8(
+    name: str,
+    tensor: TensorHeader,
+    headers: Mapping[str, TensorHeader],
+    scheme: Scheme,
+    where: Path,
+) -> _Found | None:
+    if tensor.dtype != "F8_E4M3" or len(tensor.shape) < 2:
+        return None
+    *outer, rows, columns = tensor.shape
+    grid = (*outer, -(-rows // scheme.block[0]), -(-columns // scheme.block[1]))
+    scales = name + _SCALE
+    _check_scales(name, scales, grid, _SCALE_DTYPES, headers, where)
+    return _Found(name, name, scales, tensor.shape)
+
+
+def _find_mxfp4(
+    name: str,
+    tensor: TensorHeader,
+    headers: Mapping[str, TensorHeader],
+    _scheme: Scheme,
+    where: Path,
+) -> _Found | None:
+    if not name.endswith(_BLOCKS):
+        return None
+    if tensor.dtype != "U8" or len(tensor.shape) != 4 or tensor.shape[-1] != _GROUP_BYTES:
+        raise UserError(
+            f"{where}: {shown(name)} is {tensor.dtype} of shape {shown(tensor.shape)}, not U8 "
+            f"[experts, out, in / {_GROUP}, {_GROUP_BYTES}]\nfix: download the model again"
+        )
+    plain = name.removesuffix(_BLOCKS)
+    experts, rows, groups, _ = tensor.shape
+    scales = plain + _SCALES
+    _check_scales(name, scales, (experts, rows, groups), {"U8"}, headers, where)
+    return _Found(plain, name, scales, (experts, groups * _GROUP, rows))
+
+
+def _check_scales(
+    bits: str,
+    scales: str,
+    shape: tuple[int, ...],
+    dtypes: Collection[str],
+    headers: Mapping[str, TensorHeader],
+    where: Path,
+) -> None:
+    found = headers.get(scales)
+    if found is None or found.shape != shape or found.dtype not in dtypes:
+        what = f"{found.dtype} of shape {shown(found.shape)}" if found else "missing"
+        raise UserError(
+            f"{where}: {shown(bits)}: its scales {shown(scales)} are {what}, not "
+            f"{' or '.join(sorted(dtypes))} of shape {shown(shape)}\n"
+            f"fix: the rest of the files, or the {CONFIG_KEY} of these tensors"
+        )

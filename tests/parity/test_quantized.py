@@ -1,0 +1,54 @@
+"""Models as their authors publish them, in fp8 and mxfp4: transformers' own way to plain weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.autoep.quantize import DEEPSEEK, GPT_OSS, QWEN, make_quantized
+from tests.parity.families import LENGTH, ROWS, VOCAB
+from tests.parity.package import evaluate, open_model
+
+pytestmark = pytest.mark.parity
+
+# What comes after the last layer is not of the model, and transformers says so.
+MODELS = {
+    "deepseek_v3": DEEPSEEK | {"num_nextn_predict_layers": 0},
+    "gpt_oss": GPT_OSS,
+    "qwen3_moe": QWEN,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits(name: str, tmp_path: Path) -> None:
+    # transformers divides the blocks of a matrix evenly, and rounds to bfloat16 in between.
+    make_quantized(tmp_path / "model", MODELS[name], block=(8, 8), powers_of_two=True)
+    rng = np.random.default_rng(1)
+    inputs = rng.integers(0, VOCAB, (ROWS, LENGTH))
+    opened = open_model(tmp_path / "model", 8)
+    answer = evaluate(opened, inputs, np.roll(inputs, -1, axis=1))
+    expected = logits(tmp_path / "model", inputs)
+    np.testing.assert_allclose(answer.logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def logits(directory: Path, inputs: np.ndarray) -> np.ndarray:
+    """By transformers, in float32."""
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+
+    from tests.parity.reference import torch
+
+    kind: Any = Mxfp4Config if "gpt_oss" in (directory / "config.json").read_text() else None
+    model, report = AutoModelForCausalLM.from_pretrained(
+        directory,
+        quantization_config=(kind or FineGrainedFP8Config)(dequantize=True),
+        attn_implementation="eager",
+        dtype=torch.bfloat16,
+        output_loading_info=True,
+    )
+    assert not any(report.values()), report
+    with torch.no_grad():
+        found: np.ndarray = model.float().eval()(torch.tensor(inputs)).logits.numpy()
+    return found
