@@ -1,4 +1,4 @@
-"""Models as their authors publish them, in fp8 and mxfp4: transformers' own way to plain weights."""
+"""Models as their authors publish them, in fp8 and mxfp4, against transformers' own reading."""
 
 from __future__ import annotations
 
