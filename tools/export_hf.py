@@ -5,8 +5,8 @@
 
 Every tensor has the name, shape, dtype and file that it had; without training in between every file
 is the same to the byte. What was fp8 or mxfp4 is bfloat16. Of a run the newest checkpoint is taken.
-The parameters are read into the memory of this machine, whole; no accelerator is used. DST is there
-whole or not at all.
+The parameters go from checkpoint to files a part at a time, a shard of the run that saved them; no
+accelerator is used. DST is there whole or not at all.
 """
 
 from __future__ import annotations

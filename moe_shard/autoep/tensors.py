@@ -61,6 +61,20 @@ def view(entry: TensorHeader) -> np.ndarray:
     return np.frombuffer(data, dtype).reshape(entry.shape)
 
 
+def writable(entry: TensorHeader) -> np.ndarray:
+    """A tensor's place in a file that has its full length; what is assigned to it is in the file.
+
+    Args:
+        entry: the place.
+    """
+    dtype = DTYPES[entry.dtype]
+    if entry.begin == entry.end:
+        return np.empty(entry.shape, dtype)
+    size = entry.end - entry.begin
+    data = np.memmap(entry.file, np.uint8, "r+", offset=entry.begin, shape=(size,))
+    return np.frombuffer(data, dtype).reshape(entry.shape)
+
+
 def write(entry: TensorHeader, tensor: np.ndarray) -> None:
     """Write a tensor into its place in a file that has its full length.
 
@@ -103,6 +117,9 @@ def copy(target: np.ndarray, source: np.ndarray) -> None:
         with np.errstate(over="raise"):
             target[..., stripe] = source[..., stripe]
 
+    # As the target lies in memory: what is written in order may be read out of it.
+    order = np.argsort([-abs(stride) for stride in target.strides], kind="stable")
+    target, source = target.transpose(order), source.transpose(order)
     flat = not source.ndim or source.strides[-1] == source.itemsize
     if flat or target.nbytes < _LARGE:
         with np.errstate(over="raise"):

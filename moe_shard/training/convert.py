@@ -8,12 +8,13 @@ that is loaded to be used is converted here too, once, and not in each call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from moe_shard.autoep.blocks import Block
 from moe_shard.moe.weights import fuse, unfuse
 
 Tree = TypeVar("Tree")
@@ -100,6 +101,24 @@ def to_layout(tree: Tree, wanted: Any) -> Tree:
         return new
 
     return _map_experts(change, tree, wanted)
+
+
+def apart(block: Block) -> Iterator[Block]:
+    """A part of a parameter, as the layout that keeps gate and up apart has it.
+
+    Args:
+        block: of any parameter, in either layout.
+    """
+    *outer, name = block.param
+    pair = next((pair for pair in _PAIRS if outer[-1:] == [_EXPERTS] and name == pair.both), None)
+    if pair is None:
+        yield block
+        return
+    shape, bounds = ((*whole[:-2], whole[-1]) for whole in (block.shape, block.bounds))
+    first, _ = block.bounds[-2]
+    for half in range(block.values.shape[-2]):
+        part = (pair.gate, pair.up)[first + half]
+        yield Block((*outer, part), shape, bounds, block.values[..., half, :])
 
 
 def _map_experts(change: Callable[..., Experts], tree: Tree, *others: Any) -> Tree:

@@ -16,20 +16,23 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from jax.experimental.multihost_utils import sync_global_devices
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
+from moe_shard.autoep.exporting import export_params
+from moe_shard.autoep.importing import import_params
 from moe_shard.autoep.progress import bytes_line
 from moe_shard.autoep.source import keep_hf, lay_out_again, read_source
-from moe_shard.autoep.transfer import export_params, import_params
 from moe_shard.config.schema import Config
 from moe_shard.errors import UserError
 from moe_shard.models.params import Params
 from moe_shard.training.checkpoint import restore_params
 from moe_shard.training.convert import is_fused, other_layout, to_layout
 from moe_shard.training.files import write_text
+from moe_shard.training.stored import stored_blocks
 
 _PARAMS, _HF_CONFIG = "params", "config.json"
+_CHUNK = 2**28
+"""Bytes of an array that are written, and can later be read, by themselves."""
 
 
 def load_params(
@@ -110,7 +113,9 @@ def import_model(
             keep_hf(str(source), folder, family)
         params = load_params(str(source), specs, family=family, console=console)
         with console.status("writing the parameters"), _manager(folder / _PARAMS) as manager:
-            saved = ocp.args.PyTreeSave({"params": params})
+            state = {"params": params}
+            limits = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), state)
+            saved = ocp.args.PyTreeSave(state, save_args=limits)
             manager.save(0, args=ocp.args.Composite(state=saved))
             manager.wait_until_finished()
 
@@ -127,7 +132,8 @@ def _movable(config: Config, source: Path) -> Config:
 def export_model(source: Path, target: Path, *, console: Console) -> None:
     """Write the Hugging Face directory of an imported model, or of a run that began with one.
 
-    The parameters are read onto the first device, whole.
+    The parameters are read a chunk at a time, which is a shard of the run that saved them, and go
+    straight into the files; no device holds them.
 
     Args:
         source: the folder; of a run the newest checkpoint is taken.
@@ -147,10 +153,9 @@ def export_model(source: Path, target: Path, *, console: Console) -> None:
         )
     with written_aside(target) as directory:
         layout = lay_out_again(source / "hf", directory)
-        with console.status("reading the parameters"):
-            params = load_params(str(source), _apart(_stored(weights)), console=console)
+        blocks = stored_blocks(weights, say=_plainly(console))
         with bytes_line(console, "writing tensors") as line:
-            export_params(layout.plan, layout.headers, params, progress=line)
+            export_params(layout.plan, layout.headers, blocks, progress=line)
 
 
 @contextmanager
@@ -208,32 +213,13 @@ def _meet(where: str) -> None:
         sync_global_devices(where)
 
 
-def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
+def _manager(folder: Path) -> ocp.CheckpointManager:
     """Keeps parameters as a run keeps its state, so that they are read as a run's are."""
     return ocp.CheckpointManager(
         folder,
-        options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options),
+        options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
         item_handlers={"state": ocp.PyTreeCheckpointHandler()},
     )
-
-
-def _stored(weights: Path) -> Params:
-    """What the newest parameters of a folder are, to be read as they are onto the first device."""
-    place = NamedSharding(Mesh(jax.devices()[:1], "all"), PartitionSpec())
-    with _manager(weights, read_only=True) as manager:
-        newest = manager.latest_step()
-        if newest is None:
-            raise UserError(f"{weights} holds no whole checkpoint\nfix: train until it saves one")
-        found = manager.metadata(newest).item_metadata["state"]["params"]
-    described: Params = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), found
-    )
-    return described
-
-
-def _apart(described: Params) -> Params:
-    """With gate and up apart, as a plan has them."""
-    return other_layout(described) if is_fused(described) else described
 
 
 def _abstract(spec: Any) -> jax.ShapeDtypeStruct:

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_shard.autoep import transfer
+from moe_shard.autoep import importing
+from moe_shard.autoep.blocks import blocks_of
+from moe_shard.autoep.exporting import export_params
 from moe_shard.autoep.headers import DTYPE_BYTES
+from moe_shard.autoep.importing import import_params
 from moe_shard.autoep.plan import Layout, Piece, Plan
 from moe_shard.autoep.tensors import DTYPES
-from moe_shard.autoep.transfer import export_params, import_params
 from moe_shard.errors import UserError
 from moe_shard.models.params import Params, describe
 from tests.autoep.checkpoints import (
@@ -80,7 +82,7 @@ def test_each_device_gets_its_own_part_of_each_tensor(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if block:
-        monkeypatch.setattr(transfer, "_BLOCK", block)
+        monkeypatch.setattr(importing, "_BLOCK", block)
     specs = specs_on(sizes)
     said: list[str] = []
     told: list[tuple[int, int]] = []
@@ -113,7 +115,7 @@ def test_an_export_is_the_original_bit_for_bit(
     export_params(
         checkpoint.plan,
         headers_of(tmp_path / "all.safetensors"),
-        params,
+        blocks_of(params),
         progress=lambda *n: told.append(n),
     )
     found = read_file(tmp_path / "all.safetensors")
@@ -175,7 +177,7 @@ def test_a_buffer_in_float32_among_bfloat16_is_kept_and_given_back(tmp_path: Pat
     np.testing.assert_array_equal(found, bias[None])
     before = path.read_bytes()
     write_file(path, {"mlp.gate.e_score_correction_bias": bias * 0})
-    export_params(plan, headers_of(path), params)
+    export_params(plan, headers_of(path), blocks_of(params))
     assert path.read_bytes() == before
 
 
@@ -246,7 +248,7 @@ def test_a_number_too_large_for_float16_is_not_exported(tmp_path: Path) -> None:
     write_file(tmp_path / "half.safetensors", {"t": TENSOR.astype(np.float16)})
     headers = headers_of(tmp_path / "half.safetensors")
     with pytest.raises(UserError, match=TOO_LARGE):
-        export_params(Plan((WHOLE,)), headers, {"p": array})
+        export_params(Plan((WHOLE,)), headers, blocks_of({"p": array}))
 
 
 def test_a_tensor_of_which_a_part_is_in_no_parameter_is_not_exported(tmp_path: Path) -> None:
@@ -254,7 +256,28 @@ def test_a_tensor_of_which_a_part_is_in_no_parameter_is_not_exported(tmp_path: P
     half = dataclasses.replace(WHOLE, layout=Layout(take=(slice(4),)))
     array = one(tmp_path, {"t": both}, [half], (4, 3))
     with pytest.raises(UserError, match="12 of its 24 elements"):
-        export_params(Plan((half,)), headers_of(tmp_path / "one.safetensors"), {"p": array})
+        export_params(
+            Plan((half,)), headers_of(tmp_path / "one.safetensors"), blocks_of({"p": array})
+        )
+
+
+@pytest.mark.parametrize(
+    ("piece", "shape", "parts"),
+    [
+        (Piece("t", ("q",)), (4, 3), ("parameter p is of no tensor",)),
+        (Piece("t", ("p",), (7,)), (4, 3), ("p, of shape (4, 3)", "no tensor has part [0]")),
+        (WHOLE, (4, 4), ("tensor t of shape [4, 3]", "should be [4, 4]")),
+    ],
+)
+def test_blocks_that_fit_no_tensor(
+    tmp_path: Path, piece: Piece, shape: tuple[int, ...], parts: tuple[str, ...]
+) -> None:
+    write_file(tmp_path / "one.safetensors", {"t": TENSOR})
+    blocks = blocks_of({"p": jax.numpy.zeros(shape)})
+    with pytest.raises(UserError) as caught:
+        export_params(Plan((piece,)), headers_of(tmp_path / "one.safetensors"), blocks)
+    for part in (*parts, "fix: "):
+        assert part in str(caught.value)
 
 
 def test_the_names_of_dtypes() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import io
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from moe_shard.errors import UserError
 from moe_shard.models.params import Params, describe
 from moe_shard.training import imported
 from moe_shard.training.imported import export_model, import_model, load_params, written_aside
+from moe_shard.training.stored import stored_blocks
 from tests.autoep.checkpoints import BF16, KEYS, KINDS, Checkpoint, detect, make_checkpoint
 from tests.autoep.test_transfer import MESHES, assert_are, specs_on
 from tests.models.build import annotator, label, small_config
@@ -136,6 +138,20 @@ def test_import_then_export_is_the_same_directory_to_the_byte(
     assert files_in(tmp_path / "again") == files_in(tmp_path / "hf")
 
 
+@pytest.mark.parametrize("overrides", [(), (FUSED,)], ids=["apart", "fused"])
+def test_an_export_reads_chunks_of_any_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(imported, "_CHUNK", 512)
+    made = make_checkpoint(tmp_path / "hf", "interleaved")
+    import_into(tmp_path / "model", made.directory, *overrides, ep=2)
+    blocks = list(stored_blocks(tmp_path / "model" / "params"))
+    assert max(block.values.nbytes for block in blocks) <= 512
+    assert {block.param[-1] for block in blocks} >= {"gate", "up", "down"}
+    export_model(tmp_path / "model", tmp_path / "again", console=console())
+    assert files_in(tmp_path / "again") == files_in(tmp_path / "hf")
+
+
 def test_one_file_without_an_index_and_a_header_spelt_otherwise(tmp_path: Path) -> None:
     made = make_checkpoint(tmp_path / "hf", files=1)
     (made.directory / "model.safetensors.index.json").unlink()
@@ -213,6 +229,19 @@ def test_a_target_that_cannot_be_written(tmp_path: Path, model: Path) -> None:
     with pytest.raises(UserError) as caught:
         export_model(model, tmp_path / "file" / "out", console=console())
     assert_short(caught.value, "file/out")
+
+
+def test_a_disk_without_room(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error before anything is written: a full disk would end who writes to mapped memory."""
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError) as caught:
+        export_model(model, tmp_path / "out", console=console())
+    assert_short(caught.value, "No space left", str(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def break_manifest(folder: Path, change: Any) -> None:
@@ -386,4 +415,8 @@ def test_arrays_damaged(tmp_path: Path, model: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_params(str(tmp_path / "model"), specs_on({"expert": 8}))
     assert_short(caught.value, "import")
+    with pytest.raises(UserError) as caught:
+        export_model(tmp_path / "model", tmp_path / "out", console=console())
+    assert_short(caught.value, "params/0", "import")
+    assert not (tmp_path / "out").exists()
     assert jax.device_count() == 8

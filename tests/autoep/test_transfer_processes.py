@@ -22,7 +22,9 @@ from pathlib import Path
 import numpy as np
 from moe_shard.autoep.headers import read_file
 from moe_shard.autoep.plan import Layout, Piece, Plan
-from moe_shard.autoep.transfer import export_params, import_params
+from moe_shard.autoep.blocks import blocks_of
+from moe_shard.autoep.exporting import export_params
+from moe_shard.autoep.importing import import_params
 file, layers, experts, *rest = sys.argv[1:]
 layers, experts = int(layers), int(experts)
 headers = read_file(Path(file))
@@ -32,10 +34,9 @@ plan = Plan(tuple(
 ))
 """
 
-MEMORY = """
+WATCH = """
 import threading, time
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 jax.config.update("jax_num_cpu_devices", 4)
 
 def anonymous():
@@ -55,6 +56,11 @@ def during(work):
     done.set()
     watcher.join()
     return result, peak[0] - before
+"""
+
+MEMORY = """
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 mesh = Mesh(jax.devices(), "x")
 h, m = headers["0.0"].shape
@@ -62,10 +68,25 @@ place = NamedSharding(mesh, PartitionSpec(None, "x"))
 spec = jax.ShapeDtypeStruct((layers, experts, m, h), np.dtype(rest[0]), sharding=place)
 params, imported = during(lambda: import_params(plan, headers, {"experts": {"gate": spec}}))
 before = Path(file).read_bytes()[-8:]
-_, exported = during(lambda: export_params(plan, headers, params))
+_, exported = during(lambda: export_params(plan, headers, blocks_of(params)))
 assert Path(file).read_bytes()[-8:] == before
 size = sum(a.nbytes for a in jax.tree.leaves(params))
+with ocp.CheckpointManager(
+    rest[1], item_handlers={"state": ocp.PyTreeCheckpointHandler()}
+) as manager:
+    state = ocp.args.PyTreeSave({"params": params})
+    manager.save(0, args=ocp.args.Composite(state=state))
 print(json.dumps({"size": size, "imported": imported, "exported": exported}))
+"""
+
+STORED = """
+from moe_shard.training.stored import stored_blocks
+# What is loaded once is not counted.
+next(stored_blocks(Path(rest[0])))
+before = Path(file).read_bytes()
+_, exported = during(lambda: export_params(plan, headers, stored_blocks(Path(rest[0]))))
+assert Path(file).read_bytes() == before
+print(json.dumps({"exported": exported}))
 """
 
 SHARDS = """
@@ -75,11 +96,11 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{port}", 2, int(number))
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from moe_shard.autoep import tensors, transfer
+from moe_shard.autoep import importing, tensors
 
 seen = set()
-original = transfer.view
-transfer.view = lambda header: seen.add((header.begin, header.end)) or original(header)
+original = importing.view
+importing.view = lambda header: seen.add((header.begin, header.end)) or original(header)
 names = {(h.begin, h.end): name for name, h in headers.items()}
 h, m = headers["0.0"].shape
 place = NamedSharding(Mesh(jax.devices(), "x"), PartitionSpec(None, "x"))
@@ -90,7 +111,7 @@ shards = {str(shard.index[1].start or 0): np.asarray(shard.data).tolist()
 whole = jax.jit(lambda a: a.sum(), out_shardings=NamedSharding(place.mesh, PartitionSpec()))(array)
 refused = ""
 try:
-    export_params(plan, headers, {"experts": {"gate": array}})
+    export_params(plan, headers, blocks_of({"experts": {"gate": array}}))
 except Exception as error:
     refused = type(error).__name__
 print(json.dumps({"shards": shards, "sum": float(whole), "refused": refused,
@@ -125,10 +146,14 @@ def test_the_host_holds_no_more_than_a_few_tensors_beside_the_model(tmp_path: Pa
     tensor = np.ones((1024, 2048), BF16)
     names = [f"{layer}.{expert}" for layer in range(layers) for expert in range(experts)]
     write_file(tmp_path / "model.safetensors", dict.fromkeys(names, tensor))
-    found = end(start(MEMORY, tmp_path / "model.safetensors", layers, experts, "float32"))
+    arguments = (tmp_path / "model.safetensors", layers, experts)
+    found = end(start(WATCH + MEMORY, *arguments, "float32", tmp_path / "run"))
     assert found["size"] == layers * experts * tensor.size * 4
     assert found["imported"] <= found["size"] + 12 * 8 * 2**20, found
     assert found["exported"] <= 6 * 8 * 2**20, found
+    # Of a checkpoint: its chunks are shards of 128 MB.
+    found = end(start(WATCH + STORED, *arguments, tmp_path / "run"))
+    assert found["exported"] <= 2.5 * 128 * 2**20, found
 
 
 def test_two_processes_read_each_their_own_experts(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_shard.autoep.blocks import blocks_of
+from moe_shard.autoep.exporting import export_params
 from moe_shard.autoep.model import load_model
 from moe_shard.autoep.source import read_source
-from moe_shard.autoep.transfer import export_params
 from moe_shard.config import Config
 from moe_shard.inference.generator import Generator
 from moe_shard.models.params import AbstractModel, Params, describe
@@ -140,7 +141,7 @@ def gradients(
 def overwrite(directory: Path, params: Params) -> None:
     """Put parameters, or what is shaped like them, into the tensors of a model's directory."""
     source = read_source(directory)
-    export_params(source.plan, source.headers, params)
+    export_params(source.plan, source.headers, blocks_of(params))
 
 
 def train(opened: Opened, inputs: np.ndarray, targets: np.ndarray) -> list[float]:

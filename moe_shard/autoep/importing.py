@@ -1,15 +1,14 @@
-"""Tensors of a checkpoint into parameters that are sharded over a mesh, and back.
+"""Tensors of a checkpoint into parameters that are sharded over a mesh.
 
-A plan says which part of which parameter each tensor fills. Both ways go a part at a time: of a
-stack of layers the host holds one layer's part of one shard, never the stack.
+A plan says which part of which parameter each tensor fills. They go a part at a time: of a stack of
+layers the host holds one layer's part of one shard, never the stack.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,22 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from moe_shard.autoep.blocks import Bounds, Index, Path, bounds_of, leaves_of
 from moe_shard.autoep.dequantize import numbers
+from moe_shard.autoep.fitting import naming, pieces_by_param, same_names, seen
 from moe_shard.autoep.headers import TensorHeader
 from moe_shard.autoep.plan import Piece, Plan
 from moe_shard.autoep.quantized import Quantized
-from moe_shard.autoep.tensors import DTYPES, copy, is_exact, view, write
+from moe_shard.autoep.tensors import DTYPES, copy, is_exact, view
 from moe_shard.errors import UserError
 from moe_shard.models.params import Params
 
 Progress = Callable[[int, int], object]
 """Told of bytes done and bytes in all."""
 
-Path = tuple[str, ...]
-Index = tuple[int, ...]
 Take = tuple[slice, ...]
-Bounds = tuple[tuple[int, int], ...]
-"""First and one past the last element along each dim."""
 
 _BLOCK = 16 * 2**20
 """Bytes that are put together on the host and sent at once, where a tensor's part is no larger."""
@@ -64,8 +61,8 @@ def import_params(
         UserError: the plan does not fill each element of each parameter once, a tensor is missing,
             of another shape or of integers, or its file cannot be read.
     """
-    pieces = _by_param(plan, headers, specs)
-    leaves = dict(_leaves(specs))
+    leaves = dict(leaves_of(specs))
+    pieces = _by_param(plan, headers, leaves)
     _say_what_is_rounded(pieces, headers, leaves, say)
     total = sum(
         math.prod(high - low for low, high in bounds) * np.dtype(leaf.dtype).itemsize
@@ -92,86 +89,12 @@ def import_params(
     return params
 
 
-def export_params(
-    plan: Plan,
-    headers: Mapping[str, TensorHeader],
-    params: Params,
-    *,
-    progress: Progress = lambda _done, _all: None,
-) -> None:
-    """Write the tensors of a plan into files of their full lengths, a tensor at a time.
-
-    Each is in its own dtype, so that what was imported is written bit for bit. What the plan
-    carries is left to the caller.
-
-    Args:
-        plan: of the checkpoint's tensors.
-        headers: where each tensor belongs.
-        params: on devices of this process.
-        progress: told as bytes are written.
-
-    Raises:
-        UserError: a tensor is not of the plan, or not filled by it; a number is too large for its
-            dtype; there are several processes.
-    """
-    pieces: dict[str, list[Piece]] = {}
-    for piece in plan.pieces:
-        pieces.setdefault(piece.tensor, []).append(piece)
-    _same_names("tensor", headers, {*pieces, *plan.carried})
-    arrays = dict(_leaves(params))
-    if not all(array.is_fully_addressable for array in arrays.values()):
-        raise UserError(
-            "an export of parameters that are on other processes' devices as well\n"
-            "fix: export from their checkpoint, in one process: tools/export_hf.py"
-        )
-    # File by file and front to back.
-    order = sorted(pieces, key=lambda name: (headers[name].file, headers[name].begin))
-    total = sum(headers[name].end - headers[name].begin for name in order)
-    done = 0
-    for name in order:
-        entry = headers[name]
-        tensor = np.empty(entry.shape, DTYPES[entry.dtype])
-        filled = 0
-        for piece in pieces[name]:
-            target = _seen(piece, tensor)
-            with _naming(piece):
-                _fetch(arrays[piece.param], piece.index, target)
-            filled += target.size
-        if filled != tensor.size:
-            raise UserError(
-                f"tensor {name}: {filled} of its {tensor.size} elements are in parameters\n"
-                "fix: the family's patterns have to take all of it"
-            )
-        write(entry, tensor)
-        done += entry.end - entry.begin
-        progress(done, total)
-
-
-def _leaves(tree: Params) -> list[tuple[Path, Any]]:
-    return [
-        (tuple(key.key for key in path), leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    ]
-
-
 def _by_param(
-    plan: Plan, headers: Mapping[str, TensorHeader], specs: Params
+    plan: Plan, headers: Mapping[str, TensorHeader], leaves: Mapping[Path, Any]
 ) -> dict[Path, dict[Index, Piece]]:
     """The pieces of each parameter by their index; together they are all of it, once."""
-    _same_names("tensor", headers, {piece.tensor for piece in plan.pieces} | {*plan.carried})
-    found: dict[Path, dict[Index, Piece]] = {}
-    for piece in plan.pieces:
-        of_param = found.setdefault(piece.param, {})
-        if piece.index in of_param:
-            raise UserError(
-                f"{'.'.join(piece.param)}{list(piece.index)} is filled by tensor {piece.tensor} "
-                f"and by {of_param[piece.index].tensor}\nfix: the family's patterns name it twice"
-            )
-        of_param[piece.index] = piece
-    leaves = dict(_leaves(specs))
-    _same_names(
-        "parameter", {".".join(path) for path in leaves}, {".".join(path) for path in found}
-    )
+    found = pieces_by_param(plan, headers)
+    same_names("parameter", map(".".join, leaves), map(".".join, found))
     for path, of_param in found.items():
         shape = leaves[path].shape
         depth = len(next(iter(of_param)))
@@ -183,16 +106,6 @@ def _by_param(
                 "fix: the checkpoint's number of layers and experts has to be the model's"
             )
     return found
-
-
-def _same_names(what: str, here: Iterable[str], planned: Iterable[str]) -> None:
-    here, planned = set(here), set(planned)
-    if odd := sorted(here ^ planned):
-        raise UserError(
-            f"{what} {odd[0]} is {'of no' if odd[0] in here else 'in the'} plan"
-            f"{'' if odd[0] in here else ' and not there'} ({len(odd)} such)\n"
-            "fix: a family whose patterns take each tensor, or another checkpoint"
-        )
 
 
 def _say_what_is_rounded(
@@ -225,13 +138,8 @@ def _shards(leaf: Any) -> dict[Bounds, list[jax.Device]]:
     """The distinct shards of an array on this process's devices, and which hold each."""
     found: dict[Bounds, list[jax.Device]] = {}
     for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
-        found.setdefault(_bounds(index, leaf.shape), []).append(device)
+        found.setdefault(bounds_of(index, leaf.shape), []).append(device)
     return found
-
-
-def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
-    cut = (part.indices(size) for part, size in zip(index, shape, strict=True))
-    return tuple((low, high) for low, high, _ in cut)
 
 
 class _Reader:
@@ -293,7 +201,7 @@ class _Reader:
         for inner in np.ndindex(shape[: self.depth - len(outer)]):
             index = tuple(map(sum, zip(lows, (*outer, *inner), strict=False)))
             piece = self.pieces[index]
-            with _naming(piece):
+            with naming(piece):
                 for at, part in self._parts(piece, within):
                     copy(block[(*inner, *at, ...)], part)
         return block
@@ -314,9 +222,9 @@ class _Reader:
         entry = self.headers[piece.tensor]
         whole: Any = (*within, ...)
         if not isinstance(entry, Quantized):
-            yield (), self._checked(piece, view(entry))[whole]
+            yield (), seen(piece, view(entry), self.shape)[whole]
             return
-        self._checked(piece, np.broadcast_to(np.float32(0), entry.shape))
+        seen(piece, np.broadcast_to(np.float32(0), entry.shape), self.shape)
         layout = piece.layout
         if len(entry.shape) == 3 and layout.keeps_first:
             for at, expert in enumerate(range(*within[0].indices(entry.shape[0]))):
@@ -324,41 +232,6 @@ class _Reader:
                 yield (at,), layout.arrange(one)[0][whole[1:]]
         else:
             yield (), layout.arrange(numbers(entry, layout.take))[whole]
-
-    def _checked(self, piece: Piece, tensor: np.ndarray) -> np.ndarray:
-        """A tensor as its parameter has it."""
-        seen = _seen(piece, tensor)
-        if seen.shape != self.shape[self.depth :]:
-            raise UserError(
-                f"tensor {piece.tensor} has shape {list(tensor.shape)}: "
-                f"as a part of {'.'.join(piece.param)} that is {list(seen.shape)}, not "
-                f"{list(self.shape[self.depth :])}\n"
-                "fix: the checkpoint and its config.json have to be of one model"
-            )
-        return seen
-
-
-def _seen(piece: Piece, tensor: np.ndarray) -> np.ndarray:
-    """A tensor, or room for one, as its parameter has it."""
-    try:
-        return piece.layout.view(tensor)
-    except (ValueError, IndexError) as error:
-        raise UserError(
-            f"tensor {piece.tensor} of shape {list(tensor.shape)} is no part of "
-            f"{'.'.join(piece.param)}: {error}\n"
-            "fix: the checkpoint and its config.json have to be of one model"
-        ) from error
-
-
-@contextmanager
-def _naming(piece: Piece) -> Iterator[None]:
-    try:
-        yield
-    except FloatingPointError as error:
-        raise UserError(
-            f"a number is too large for float16: tensor {piece.tensor}, parameter "
-            f"{'.'.join(piece.param)}\nfix: weight_dtype=bfloat16 or float32"
-        ) from error
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any], device: jax.Device) -> jax.Array:
@@ -374,29 +247,3 @@ def _put(array: jax.Array, block: jax.Array, index: jax.Array) -> jax.Array:
     outer = array.ndim - block.ndim
     starts = [*index, *[0] * block.ndim]
     return jax.lax.dynamic_update_slice(array, block[(None,) * outer], starts)
-
-
-def _fetch(array: jax.Array, index: Index, target: np.ndarray) -> None:
-    """Copy the part at an index of an array's first dims to the host, shard by shard."""
-    depth = len(index)
-    seen = set()
-    for shard in array.addressable_shards:
-        bounds = _bounds(shard.index, array.shape)
-        inside = all(low <= at < high for at, (low, high) in zip(index, bounds, strict=False))
-        if bounds in seen or not inside:
-            continue
-        seen.add(bounds)
-        starts = [at - low for at, (low, _) in zip(index, bounds, strict=False)]
-        part = _take(shard.data, np.array(starts, np.int32))
-        within: Any = (*(slice(*bound) for bound in bounds[depth:]), ...)
-        copy(target[within], np.asarray(part))
-
-
-@jax.jit
-def _take(shard: jax.Array, index: jax.Array) -> jax.Array:
-    """The part at an index of the first dims, as an array that is freed after use."""
-    return jax.lax.dynamic_slice(
-        shard,
-        [*index, *[0] * (shard.ndim - index.size)],
-        [*[1] * index.size, *shard.shape[index.size :]],
-    ).reshape(shard.shape[index.size :])

@@ -1,0 +1,109 @@
+"""Parameters into the tensors of a checkpoint: the way of `importing` back, a block at a time.
+
+Blocks come in whatever order they lie in, and each goes to its place in the files at once, so that
+no more of the model than a block is ever held.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_shard.autoep.blocks import Block, Index
+from moe_shard.autoep.fitting import naming, pieces_by_param, seen
+from moe_shard.autoep.headers import DTYPE_BYTES, TensorHeader
+from moe_shard.autoep.plan import Piece, Plan
+from moe_shard.autoep.tensors import copy, writable
+from moe_shard.errors import UserError
+
+
+def export_params(
+    plan: Plan,
+    headers: Mapping[str, TensorHeader],
+    blocks: Iterable[Block],
+    *,
+    progress: Callable[[int, int], object] = lambda _done, _all: None,
+) -> None:
+    """Write parameters into the files of a checkpoint, which have their full lengths.
+
+    Each tensor is in its own dtype, so that what was imported is written bit for bit. What the plan
+    carries is left to the caller.
+
+    Args:
+        plan: of the checkpoint's tensors.
+        headers: where each tensor belongs.
+        blocks: all parts of all parameters.
+        progress: told of bytes written and bytes in all.
+
+    Raises:
+        UserError: a tensor or parameter is not of the plan, or not filled by it; a number is too
+            large for its dtype.
+        OSError: there is no room for the files.
+    """
+    pieces = pieces_by_param(plan, headers)
+    used = {piece.tensor for piece in plan.pieces}
+    for file in {headers[name].file for name in used}:
+        _reserve(file)
+    total = sum(headers[name].nbytes for name in used)
+    done, filled = 0, Counter[str]()
+    for block in blocks:
+        of_param = pieces.get(block.param)
+        if of_param is None:
+            raise UserError(
+                f"parameter {'.'.join(block.param)} is of no tensor\n"
+                "fix: another checkpoint, or a family whose patterns take each tensor"
+            )
+        depth = len(next(iter(of_param)))
+        lows = [low for low, _ in block.bounds]
+        for at in np.ndindex(block.values.shape[:depth]):
+            index = tuple(map(sum, zip(lows, at, strict=False)))
+            piece = _piece(of_param, index, block)
+            entry = headers[piece.tensor]
+            size = _write(piece, entry, block, at)
+            filled[piece.tensor] += size
+            done += size * DTYPE_BYTES[entry.dtype]
+        # Else it would be held while the next one is read.
+        del block
+        progress(done, total)
+    for name in used:
+        size = math.prod(headers[name].shape)
+        if filled[name] != size:
+            raise UserError(
+                f"tensor {name}: {filled[name]} of its {size} elements are in parameters\n"
+                "fix: the family's patterns have to take all of it"
+            )
+
+
+def _piece(of_param: Mapping[Index, Piece], index: Index, block: Block) -> Piece:
+    if index not in of_param:
+        raise UserError(
+            f"{'.'.join(block.param)}, of shape {block.shape}: no tensor has part {list(index)}\n"
+            "fix: the checkpoint's number of layers and experts has to be the model's"
+        )
+    return of_param[index]
+
+
+def _write(piece: Piece, entry: TensorHeader, block: Block, at: Index) -> int:
+    """Put a part of a block where it belongs in its tensor; how many elements it has."""
+    here: Any = (*at, ...)
+    part = block.values[here]
+    within: Any = (*(slice(*bound) for bound in block.bounds[len(piece.index) :]), ...)
+    target = seen(piece, writable(entry), block.shape)[within]
+    with naming(piece):
+        copy(target, part)
+    return part.size
+
+
+def _reserve(file: Path) -> None:
+    """Take the room that a file needs.
+
+    It is written as memory, where a full disk would be a signal and not an error.
+    """
+    with file.open("r+b") as opened:
+        os.posix_fallocate(opened.fileno(), 0, max(file.stat().st_size, 1))

@@ -1,0 +1,93 @@
+"""Whether tensors and parameters fit together as a plan says, and what to say where they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from moe_shard.autoep.blocks import Index, Path
+from moe_shard.autoep.plan import Piece, Plan
+from moe_shard.errors import UserError
+
+
+def pieces_by_param(plan: Plan, tensors: Iterable[str]) -> dict[Path, dict[Index, Piece]]:
+    """The pieces of each parameter by their index.
+
+    Args:
+        plan: of a checkpoint.
+        tensors: names of those that are there.
+
+    Raises:
+        UserError: the plan is of other tensors, or fills a part twice.
+    """
+    same_names("tensor", tensors, {piece.tensor for piece in plan.pieces} | {*plan.carried})
+    found: dict[Path, dict[Index, Piece]] = {}
+    for piece in plan.pieces:
+        of_param = found.setdefault(piece.param, {})
+        if piece.index in of_param:
+            raise UserError(
+                f"{'.'.join(piece.param)}{list(piece.index)} is filled by tensor {piece.tensor} "
+                f"and by {of_param[piece.index].tensor}\nfix: the family's patterns name it twice"
+            )
+        of_param[piece.index] = piece
+    return found
+
+
+def same_names(what: str, here: Iterable[str], planned: Iterable[str]) -> None:
+    """Refuse a plan of other tensors or parameters.
+
+    Raises:
+        UserError: a name is here or planned, but not both.
+    """
+    here, planned = set(here), set(planned)
+    if odd := sorted(here ^ planned):
+        raise UserError(
+            f"{what} {odd[0]} is {'of no' if odd[0] in here else 'in the'} plan"
+            f"{'' if odd[0] in here else ' and not there'} ({len(odd)} such)\n"
+            "fix: a family whose patterns take each tensor, or another checkpoint"
+        )
+
+
+def seen(piece: Piece, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor, or room for one, as its parameter has it.
+
+    Args:
+        piece: which part of it, and of which parameter.
+        tensor: as in its file.
+        shape: of the parameter.
+
+    Raises:
+        UserError: it has another shape.
+    """
+    fix = "fix: the checkpoint and its config.json have to be of one model"
+    of = (
+        f"tensor {piece.tensor} of shape {list(tensor.shape)} is no part of {'.'.join(piece.param)}"
+    )
+    try:
+        found = piece.layout.view(tensor)
+    except (ValueError, IndexError) as error:
+        raise UserError(f"{of}: {error}\n{fix}") from error
+    wanted = shape[len(piece.index) :]
+    if found.shape != wanted:
+        raise UserError(
+            f"{of}: there it would be {list(found.shape)}, and should be {list(wanted)}\n{fix}"
+        )
+    return found
+
+
+@contextmanager
+def naming(piece: Piece) -> Iterator[None]:
+    """Errors of numbers in the block, with the names of what holds them.
+
+    Raises:
+        UserError: a number is too large for its dtype.
+    """
+    try:
+        yield
+    except FloatingPointError as error:
+        raise UserError(
+            f"a number is too large for float16: tensor {piece.tensor}, parameter "
+            f"{'.'.join(piece.param)}\nfix: weight_dtype=bfloat16 or float32"
+        ) from error
