@@ -28,9 +28,9 @@ from moe_shard.config.moe import MoEConfig
 from moe_shard.errors import UserError
 from moe_shard.moe.capacity import Slots
 from moe_shard.moe.dispatch.forced import EqualPieces
-from moe_shard.moe.dispatch.gather import slots_to_tokens, tokens_to_slots
+from moe_shard.moe.dispatch.gather import tokens_to_slots
 from moe_shard.moe.dispatch.plan import Bound, Counts, aligned_rows, kept
-from moe_shard.moe.dispatch.rounds import Chunks, Rounds, Routes
+from moe_shard.moe.dispatch.rounds import Chunks, Rounds, Routes, combined
 from moe_shard.moe.dispatch.seating import Seating, at_aligned_groups, seat, seat_known
 from moe_shard.moe.dispatch.transport import PaddedTransport, RaggedTransport, Transport
 from moe_shard.moe.dispatch.weighing import on_input
@@ -279,7 +279,7 @@ class _OnDevice:
             with jax.named_scope("experts"):
                 rows = self._grouped(weights, rows, sizes)
             with jax.named_scope("combine"):
-                y.append(_combined(rows, share, slots))
+                y.append(combined(rows, share, slots))
         return y
 
     def _in_rounds(
@@ -298,10 +298,7 @@ class _OnDevice:
             )
         rounds = self.rounds()
         routes = tuple(Routes(*each) for each in zip(slots, counts, strict=True))
-        answers = rounds.carry(sent, weights, routes)
-        with jax.named_scope("combine"):
-            each = zip(answers, shares, seats, strict=True)
-            y = [_combined(rows, share, seat.slots) for rows, share, seat in each]
+        y = list(rounds.carry(sent, weights, routes, shares))
         if not rounds.drops:
             return y, None
         with jax.named_scope("router"):
@@ -405,11 +402,3 @@ def longest_piece(dealt: Int[np.ndarray, "C T K"], load: Load) -> int:
     """The most rows that one device sends to one other in any chunk, where all deal alike."""
     owners = dealt.reshape(dealt.shape[0], -1) // load.experts
     return max(int(np.bincount(chunk).max()) for chunk in owners)
-
-
-def _combined(
-    rows: Float[Array, "N m"], shares: Float[Array, "T K"], slots: Slots
-) -> Float[Array, "T m"]:
-    """The weighted sum of each token's answers, over k in order."""
-    rows, shares = vary_alike(rows, shares)
-    return slots_to_tokens(rows[None], shares[None], slots)[0]

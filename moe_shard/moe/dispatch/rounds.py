@@ -18,11 +18,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_shard.moe.capacity import Slots
-from moe_shard.moe.dispatch.gather import tokens_to_slots
+from moe_shard.moe.dispatch.gather import slots_to_tokens, tokens_to_slots
 from moe_shard.moe.dispatch.plan import Counts, kept, plan_round, take
 from moe_shard.moe.dispatch.transport import Transport, send, send_back
 from moe_shard.moe.placement import EXCHANGED
 from moe_shard.moe.weights import ExpertWeights
+from moe_shard.sharding.varying import vary_alike
 
 OVERFLOW = "overflow"
 """Scope of the loops that run only where a router exceeds the bound of the first round; reports
@@ -73,21 +74,24 @@ class Rounds:
     compute: Compute
     drops: bool
 
-    def carry(self, tokens: Chunks, weights: ExpertWeights, routes: ChunkRoutes) -> Chunks:
-        """The experts' answer to every choice, sorted by expert; zero for one that was dropped.
+    def carry(
+        self, tokens: Chunks, weights: ExpertWeights, routes: ChunkRoutes, shares: Chunks
+    ) -> Chunks:
+        """The weighted sum of the experts' answers to each token's choices [T M].
+
+        A choice that is dropped adds nothing.
 
         Args:
             tokens: chunks, each of which makes its rounds, so that one can be on the wire while
                 another is multiplied.
             weights: of this device's experts.
             routes: of each chunk.
+            shares: [T K] of each choice in its token's sum.
         """
-        if self.further is None:
-            answers = self.first_rounds(tokens, weights, routes)
-        else:
-            answers = _all_rounds(self, tokens, weights, routes)
-        # Named here, when all rounds are in: recomputation then repeats none of them.
-        return tuple(checkpoint_name(each, EXCHANGED) for each in answers)
+        if self.further is not None:
+            return _all_rounds(self, tokens, weights, routes, shares)
+        answers = self.first_rounds(tokens, weights, routes)
+        return _sums(_named(answers), shares, routes)
 
     def first_rounds(self, tokens: Chunks, weights: ExpertWeights, routes: ChunkRoutes) -> Chunks:
         """The first round of every chunk."""
@@ -111,6 +115,9 @@ class Rounds:
     ) -> Float[Array, "N M"]:
         """A round of one chunk after its first."""
         assert self.further is not None
+        # As if they changed from round to round: else a compiler takes what it makes of them alone,
+        # such as a transposed copy of the weights, out of the loop, where it is made every time.
+        tokens, weights, size = jax.lax.optimization_barrier((tokens, weights, size))
         return self._round(self.further, tokens, weights, routes, size, carried)
 
     def _round(
@@ -134,12 +141,31 @@ class Rounds:
             return send_back(transport, rows, plan)
 
 
+def combined(
+    rows: Float[Array, "N m"], shares: Float[Array, "T K"], slots: Slots
+) -> Float[Array, "T m"]:
+    """The weighted sum of each token's answers, over k in order."""
+    rows, shares = vary_alike(rows, shares)
+    return slots_to_tokens(rows[None], shares[None], slots)[0]
+
+
+def _sums(answers: Chunks, shares: Chunks, routes: ChunkRoutes) -> Chunks:
+    with jax.named_scope("combine"):
+        each = zip(answers, shares, routes, strict=True)
+        return tuple(combined(rows, share, way.slots) for rows, share, way in each)
+
+
+def _named(answers: Chunks) -> Chunks:
+    """Named once all rounds are in: recomputation then repeats none of them."""
+    return tuple(checkpoint_name(each, EXCHANGED) for each in answers)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _all_rounds(
-    rounds: Rounds, tokens: Chunks, weights: ExpertWeights, routes: ChunkRoutes
+    rounds: Rounds, tokens: Chunks, weights: ExpertWeights, routes: ChunkRoutes, shares: Chunks
 ) -> Chunks:
     answers = rounds.first_rounds(tokens, weights, routes)
-    return _further_rounds(rounds, answers, tokens, weights, routes)
+    return _sums(_further_rounds(rounds, answers, tokens, weights, routes), shares, routes)
 
 
 def _further_rounds(
@@ -184,26 +210,39 @@ def _loop(
         return jax.lax.while_loop(some_left, again, (rounds.first_take(way), first))[1]
 
 
-_Kept = tuple[Any, Chunks, ExpertWeights, ChunkRoutes]
+class _Kept(NamedTuple):
+    """What the gradient needs of a forward pass."""
+
+    pullback: Callable[[Chunks], tuple[Chunks, ExpertWeights]]
+    answers: Chunks
+    tokens: Chunks
+    weights: ExpertWeights
+    routes: ChunkRoutes
+    shares: Chunks
 
 
 def _all_rounds_fwd(
-    rounds: Rounds, tokens: Chunks, weights: ExpertWeights, routes: ChunkRoutes
+    rounds: Rounds, tokens: Chunks, weights: ExpertWeights, routes: ChunkRoutes, shares: Chunks
 ) -> tuple[Chunks, _Kept]:
     answers, pullback = jax.vjp(
         lambda tokens, weights: rounds.first_rounds(tokens, weights, routes), tokens, weights
     )
-    answers = _further_rounds(rounds, answers, tokens, weights, routes)
-    return answers, (pullback, tokens, weights, routes)
+    answers = _named(_further_rounds(rounds, answers, tokens, weights, routes))
+    kept = _Kept(pullback, answers, tokens, weights, routes, shares)
+    return _sums(answers, shares, routes), kept
 
 
 def _all_rounds_bwd(
-    rounds: Rounds, residuals: _Kept, gradients: Chunks
-) -> tuple[Chunks, ExpertWeights, None]:
-    pullback, tokens, weights, routes = residuals
-    by_tokens, by_weights = pullback(gradients)
+    rounds: Rounds, kept: _Kept, gradients: Chunks
+) -> tuple[Chunks, ExpertWeights, None, Chunks]:
+    _, pullback = jax.vjp(
+        lambda answers, shares: _sums(answers, shares, kept.routes), kept.answers, kept.shares
+    )
+    by_answers, by_shares = pullback(gradients)
+    by_tokens, by_weights = kept.pullback(by_answers)
     sums = []
-    for chunk, way, gradient, by_chunk in zip(tokens, routes, gradients, by_tokens, strict=True):
+    each = zip(kept.tokens, kept.routes, kept.shares, gradients, by_tokens, strict=True)
+    for chunk, way, share, gradient, by_chunk in each:
 
         def add(
             size: Counts,
@@ -211,18 +250,23 @@ def _all_rounds_bwd(
             sums: tuple[Float[Array, "T M"], ExpertWeights],
             chunk: Float[Array, "T M"] = chunk,
             way: Routes = way,
-            gradient: Float[Array, "N M"] = gradient,
+            share: Float[Array, "T K"] = share,
+            gradient: Float[Array, "T M"] = gradient,
         ) -> tuple[Float[Array, "T M"], ExpertWeights]:
-            _, pullback = jax.vjp(
-                lambda chunk, weights: rounds.further_round(chunk, weights, way, size, carried),
-                chunk,
-                weights,
-            )
-            return jax.tree.map(jnp.add, sums, pullback(gradient))
+            # Of tokens, and made those of their K rows each in the loop alone: the rows' would be
+            # held for a loop that seldom runs.
+            gradient, size = jax.lax.optimization_barrier((gradient, size))
+
+            def summed(chunk: Float[Array, "T M"], weights: ExpertWeights) -> Chunks:
+                rows = rounds.further_round(chunk, weights, way, size, carried)
+                return _sums((rows,), (share,), (way,))
+
+            _, pullback = jax.vjp(summed, chunk, kept.weights)
+            return jax.tree.map(jnp.add, sums, pullback((gradient,)))
 
         by_chunk, by_weights = _loop(rounds, way, add, (by_chunk, by_weights))
         sums.append(by_chunk)
-    return tuple(sums), by_weights, None
+    return tuple(sums), by_weights, None, by_shares
 
 
 _all_rounds.defvjp(_all_rounds_fwd, _all_rounds_bwd)

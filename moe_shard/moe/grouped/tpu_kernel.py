@@ -48,9 +48,11 @@ def outer(
     height, width = x.shape[1], dy.shape[1]
     block = min(block, rows)
     tall, wide = (min(dim, _TILE_BYTES // x.dtype.itemsize) for dim in (height, width))
-    # A block that two groups share is visited for both.
-    visits = pl.cdiv(rows, block) + groups - 1
-    visited, of_group, bounds = _visits(group_sizes, visits=visits, block=block)
+    # A block that two groups share is visited for both; of an empty group, one is visited to write
+    # its zeros. What is not visited is not written, and to clear it afterwards would take a copy.
+    blocks = pl.cdiv(rows, block)
+    visits = blocks + groups - 1
+    visited, of_group, bounds = _visits(group_sizes, visits=visits, blocks=blocks, block=block)
 
     def grouped_dw(
         visited: Any, of_group: Any, bounds: Any, x_ref: Any, dy_ref: Any, dw_ref: Any, sums: Any
@@ -62,7 +64,7 @@ def outer(
         def _() -> None:
             sums[...] = jnp.zeros_like(sums)
 
-        @pl.when(at < bounds[groups + 1])
+        @pl.when((at < bounds[groups + 1]) & (bounds[group] < bounds[group + 1]))
         def _() -> None:
             row = visited[at] * block + lax.broadcasted_iota(jnp.int32, (block, 1), 0)
             ours = (row >= bounds[group]) & (row < bounds[group + 1])
@@ -107,13 +109,12 @@ def outer(
         interpret=interpret,
     )
     call = interpreted(kernel) if interpret else kernel
-    dw = call(visited, of_group, bounds, x, dy)
-    # Nothing has visited, and so written, the tiles of an empty group.
-    return jnp.where((group_sizes > 0)[:, None, None], dw, 0)
+    dw: Float[Array, "G A P"] = call(visited, of_group, bounds, x, dy)
+    return dw
 
 
 def _visits(
-    group_sizes: Int[Array, "G"], *, visits: int, block: int
+    group_sizes: Int[Array, "G"], *, visits: int, blocks: int, block: int
 ) -> tuple[Int[Array, "visits"], Int[Array, "visits"], Int[Array, "G+2"]]:
     """Which block each visit is to, for which group; groups' bounds, and how many visits count.
 
@@ -122,14 +123,14 @@ def _visits(
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
     starts = ends - group_sizes
     first = starts // block
-    each = jnp.where(group_sizes > 0, (ends - 1) // block - first + 1, 0)
+    each = jnp.where(group_sizes > 0, (ends - 1) // block - first + 1, 1)
     done = jnp.cumsum(each, dtype=jnp.int32)
-    at = jnp.minimum(jnp.arange(visits, dtype=jnp.int32), jnp.maximum(done[-1] - 1, 0))
+    at = jnp.minimum(jnp.arange(visits, dtype=jnp.int32), done[-1] - 1)
     group = jnp.sum(done[None, :] <= at[:, None], axis=1, dtype=jnp.int32)
-    group = jnp.minimum(group, group_sizes.shape[0] - 1)
-    visited = first[group] + at - (done - each)[group]
+    # An empty group may begin where the last block has ended.
+    visited = jnp.minimum(first[group] + at - (done - each)[group], blocks - 1)
     bounds = jnp.concatenate([jnp.zeros_like(ends[:1]), ends, done[-1:]])
-    return jnp.maximum(visited, 0).astype(jnp.int32), group, bounds
+    return visited.astype(jnp.int32), group, bounds
 
 
 def _only(tile: Float[Array, "R D"], rows: Array) -> Float[Array, "R D"]:
