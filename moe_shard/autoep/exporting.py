@@ -105,5 +105,7 @@ def _reserve(file: Path) -> None:
 
     It is written as memory, where a full disk would be a signal and not an error.
     """
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
     with file.open("r+b") as opened:
         os.posix_fallocate(opened.fileno(), 0, max(file.stat().st_size, 1))
