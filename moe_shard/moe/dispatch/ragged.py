@@ -297,7 +297,8 @@ class _OnDevice:
                 strict=True,
             )
         rounds = self.rounds()
-        routes = tuple(Routes(*each) for each in zip(slots, counts, strict=True))
+        answers = [seating.slots for seating in seats]
+        routes = tuple(Routes(*each) for each in zip(slots, answers, counts, strict=True))
         y = list(rounds.carry(sent, weights, routes, shares))
         if not rounds.drops:
             return y, None

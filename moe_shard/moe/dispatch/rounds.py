@@ -37,11 +37,13 @@ class Routes(NamedTuple):
     """Where the choices of a chunk go.
 
     Attributes:
-        slots: choices and their rows in the order by expert, each pointing at the other.
+        slots: what is sent and its rows in the order by expert, each pointing at the other.
+        answers: the same of choices and the rows that answer them.
         counts: what every device of the group sends to every expert.
     """
 
     slots: Slots
+    answers: Slots
     counts: Counts
 
 
@@ -152,7 +154,7 @@ def combined(
 def _sums(answers: Chunks, shares: Chunks, routes: ChunkRoutes) -> Chunks:
     with jax.named_scope("combine"):
         each = zip(answers, shares, routes, strict=True)
-        return tuple(combined(rows, share, way.slots) for rows, share, way in each)
+        return tuple(combined(rows, share, way.answers) for rows, share, way in each)
 
 
 def _named(answers: Chunks) -> Chunks:
