@@ -159,6 +159,18 @@ def test_the_gradient_of_a_tpu_takes_groups_of_any_size(sizes: tuple[int, ...], 
     close(np.asarray(dw, np.float64), expected, 1e-5)
 
 
+@pytest.mark.parametrize("sizes", [(96, 0), (0, 96), (48, 48, 0), (17, 0, 79), (0, 0, 0)])
+def test_a_tpu_visits_every_group_and_no_block_beyond_the_rows(sizes: tuple[int, ...]) -> None:
+    """The interpreter would clamp what is beyond; a TPU need not."""
+    groups, blocks = len(sizes), 6
+    visited, of_group, _ = tpu_kernel._visits(
+        jnp.array(sizes, jnp.int32), visits=blocks + groups - 1, blocks=blocks, block=16
+    )
+    assert {*of_group.tolist()} == {*range(groups)}
+    assert of_group.tolist() == sorted(of_group.tolist())
+    assert 0 <= int(visited.min()) <= int(visited.max()) < blocks
+
+
 def test_the_gradient_of_a_tpu_in_tiles() -> None:
     given = case((30, 0, 40, 20), 100, dims=(600, 520))
     dw = jax.jit(partial(tpu_kernel.outer, block=32, interpret=True))(
