@@ -60,9 +60,17 @@ def moe_wire_bytes(report: TargetReport) -> int:
     )
 
 
-def temp(report: TargetReport) -> int:
-    assert report.lowering.memory is not None
-    return report.lowering.memory["temp_bytes"]
+def peak_temp(report: TargetReport) -> int:
+    """What is held at most beside the arguments.
+
+    A GPU's temporaries are one allocation. A TPU's add up space that is used twice: its compiler
+    says its peak, by which it also refuses.
+    """
+    memory = report.lowering.memory
+    assert memory is not None
+    if report.target.backend == "tpu":
+        return memory["peak_bytes"] - memory["argument_bytes"]
+    return memory["temp_bytes"]
 
 
 @pytest.mark.parametrize("target", ["v5e:2x4", TPUS[1], *GPUS])
@@ -96,7 +104,7 @@ def test_it_holds_little_more_than_gather_at_capacity_1(
     ragged, gather = (
         compiled(target, f"moe_dispatch={name}", *experts) for name in ("ragged", "gather")
     )
-    assert temp(ragged) <= 1.2 * temp(gather)
+    assert peak_temp(ragged) <= 1.2 * peak_temp(gather)
 
 
 @pytest.mark.parametrize("target", [*TPUS, *GPUS])
