@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 
 import jax
@@ -106,6 +107,7 @@ class Heads(nnx.Module):
             attended, cache = self._attended(x, positions, segment_ids, memory)
             return self._output(attended), cache
 
+    @abstractmethod
     def _attended(
         self,
         x: Float[Array, "B S M"],
@@ -114,7 +116,6 @@ class Heads(nnx.Module):
         memory: Memory | None,
     ) -> tuple[Float[Array, "B S N Dv"], LayerCache]:
         """Each head's weighted values, and the cache; for a kind of attention to say."""
-        raise NotImplementedError
 
     def _make_output(
         self, *, model_dim: int, value_dim: int, dtype: DTypeLike, rngs: nnx.Rngs

@@ -156,11 +156,11 @@ class Checkpointer:
 
     def _is_fused(self, updates: int) -> bool | None:
         """Whether a checkpoint keeps gate and up as one; its structure is read, no array is."""
-        with _reading(self._folder / str(updates)):
+        with reading(self._folder / str(updates)):
             return is_fused(self._manager.metadata(updates).item_metadata.get("state"))
 
     def _read(self, updates: int, **items: Any) -> Any:
-        with _reading(self._folder / str(updates)):
+        with reading(self._folder / str(updates)):
             return self._manager.restore(updates, args=ocp.args.Composite(**items))
 
     def reached_preemption(self, updates: int) -> bool:
@@ -202,7 +202,7 @@ def restore_params(
         if updates is None or updates not in manager.all_steps():
             what = "no whole checkpoint" if updates is None else f"no checkpoint {updates}"
             raise UserError(f"{folder} holds {what}\nfix: the folder of a run that has saved one")
-        with _reading(folder / str(updates)):
+        with reading(folder / str(updates)):
             found = manager.metadata(updates).item_metadata["state"]["params"]
         converts = (is_fused(found), is_fused(abstract_params)) in ((False, True), (True, False))
         wanted = {"params": other_layout(abstract_params) if converts else abstract_params}
@@ -212,7 +212,7 @@ def restore_params(
             restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
             partial_restore=True,
         )
-        with _reading(folder / str(updates)):
+        with reading(folder / str(updates)):
             params = manager.restore(updates, args=ocp.args.Composite(state=how)).state["params"]
     say(f"after step {updates} of {folder.parent}")
     return to_layout(params, abstract_params) if converts else params
@@ -234,11 +234,16 @@ def _require_same_shapes(checkpoint: Path, found: Any, wanted: Params) -> None:
 
 
 @contextmanager
-def _reading(checkpoint: Path) -> Iterator[None]:
+def reading(checkpoint: Path) -> Iterator[None]:
+    """Errors of reading in the block, with the name of what is read.
+
+    Raises:
+        UserError: the checkpoint cannot be read.
+    """
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"cannot read the checkpoint {checkpoint}: {first_line(error)}\n"
-            "fix: remove that folder to continue from the checkpoint before it"
+            "fix: remove that folder to continue from the checkpoint before it, or import anew"
         ) from error

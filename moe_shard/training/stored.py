@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from moe_shard.autoep.blocks import Block, Bounds, leaves_of
-from moe_shard.errors import UserError, first_line
+from moe_shard.errors import UserError
+from moe_shard.training.checkpoint import reading
 from moe_shard.training.convert import apart
 
 
@@ -42,14 +42,14 @@ def stored_blocks(
         newest = manager.latest_step()
         if newest is None:
             raise UserError(f"{folder} holds no whole checkpoint\nfix: train until it saves one")
-        with _reading(folder / str(newest)):
+        with reading(folder / str(newest)):
             params = manager.metadata(newest).item_metadata["state"]["params"]
     say(f"after step {newest} of {folder.parent}")
     for path, leaf in leaves_of(params):
-        with _reading(folder / str(newest)):
+        with reading(folder / str(newest)):
             store = _open(leaf)
         for bounds in _chunks(leaf):
-            with _reading(folder / str(newest)):
+            with reading(folder / str(newest)):
                 block = Block(path, tuple(leaf.shape), bounds, _read(store, bounds))
             parts = apart(block)
             del block  # it is large
@@ -74,14 +74,3 @@ def _chunks(leaf: Any) -> Iterator[Bounds]:
         for size, step in zip(leaf.shape, each, strict=True)
     )
     return itertools.product(*along)
-
-
-@contextmanager
-def _reading(checkpoint: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"cannot read the checkpoint {checkpoint}: {first_line(error)}\n"
-            "fix: import the model again, or remove that folder to use the checkpoint before it"
-        ) from error
