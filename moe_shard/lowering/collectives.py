@@ -23,6 +23,10 @@ from moe_shard.lowering.walk import EXCHANGES, OPCODES, Executions
 # A cross-replica group without use_global_device_ids lists replicas, each with all its partitions.
 _REPLICA_GROUPED = frozenset({"all-gather", "all-reduce", "reduce-scatter", "collective-broadcast"})
 _OP_NAME_HOPS = 6
+_BEFORE_OPTIMIZATION = (
+    "this is the module before optimization: the partitioner has not run, so it lacks the"
+    " collectives of the step; read Compiled.as_text() or *after_optimizations.txt"
+)
 _LEAST_SHARE = 0.01
 """Of a merged collective's bytes: what has less does not say which stage it is of."""
 
@@ -139,7 +143,10 @@ def extract_collectives(
         UserError: when the text is not one whole HLO module, or the mesh is not of its size.
     """
     module = parse_module(text)
-    axes = None if mesh is None else MeshAxes(mesh, module.num_devices, device_ids)
+    early = module.is_before_optimization
+    # A traced program does not know yet how many devices it is for.
+    placed = None if early and module.num_devices == 1 else mesh
+    axes = None if placed is None else MeshAxes(placed, module.num_devices, device_ids)
     walk = Executions(module)
     sites = _sites(walk)
     rings = _rings(module, sites)
@@ -147,7 +154,8 @@ def extract_collectives(
         (site.computation.name, site.instruction.name): _collective(module, site, axes, rings)
         for site in sites
     }
-    warnings = list(dict.fromkeys(walk.warnings))
+    warnings = [_BEFORE_OPTIMIZATION] if early else []
+    warnings += dict.fromkeys(walk.warnings)
     if walk.overflows:
         warnings.append(
             f"not counted: {walk.overflows} loops of further MoE exchanges, which run only where a"

@@ -104,6 +104,15 @@ HAND_COUNTED: dict[str, tuple[dict[str, int], str, str, list[Row]]] = {
             ("all-reduce", "fsdp", "other", "forward", 1, 4),
         ],
     ),
+    "tpu_kernel": (
+        {"expert": 8},
+        "expert-parallel",
+        "tpu",
+        [
+            ("all-to-all", "expert", "dispatch", "forward", 1, 8 * 128 * 256 * 2),
+            ("all-to-all", "expert", "combine", "forward", 1, 8 * 128 * 512 * 2),
+        ],
+    ),
     "tpu_gathered": (
         {"expert": 8},
         "weight-gathered",

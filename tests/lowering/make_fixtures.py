@@ -1,16 +1,18 @@
 """Regenerate the HLO texts in fixtures/: small real programs, compiled here, nothing run.
 
     python tests/lowering/make_fixtures.py cpu_moe cpu_gathered cpu_scan cpu_three_axes cpu_none
+    python tests/lowering/make_fixtures.py before_optimization
     python3.12 tests/lowering/make_fixtures.py cpu_moe_jax012       (jax 0.12.0.1)
-    python tests/lowering/make_fixtures.py tpu_moe tpu_gathered tpu_ring
+    python tests/lowering/make_fixtures.py tpu_moe tpu_gathered tpu_ring tpu_kernel
                                                         (pip install "jax[tpu]==0.10.2")
     python tests/lowering/make_fixtures.py gpu_moe                  (jax-cuda12-pjrt and -plugin)
 
 TPU and GPU are compiled for without having them. To keep the files small, these are cut out of all
-but tpu_ring: metadata that no test reads, backend_config outside ENTRY or a loop, and, for TPU and
-GPU, the bodies of fused computations that hold no collective and no loop counter (one opaque line
-stands for them). File names become program.py. The counts in fixtures_hand_counted.py were taken by
-eye and grep from these files.
+but tpu_ring, tpu_kernel and before_optimization: metadata that no test reads, backend_config
+outside ENTRY or a loop, and, for TPU and GPU, the bodies of fused computations that hold no
+collective and no loop counter (one opaque line stands for them). File names become program.py, and
+the code of a kernel, which holds them too, is left out. The counts in fixtures_hand_counted.py were
+taken by eye and grep from these files.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -122,7 +125,7 @@ def cpu_gathered() -> str:
     return cpu_moe("gathered")
 
 
-def cpu_scan() -> str:
+def cpu_scan(when: str = "after") -> str:
     """Five layers, each with an inner loop of three that changes the layout twice."""
     run = Program("cpu", fsdp=2, expert=4)
 
@@ -142,7 +145,13 @@ def cpu_scan() -> str:
 
     p = {"up": run.array((5, 32, 32), None, "fsdp")}
     x = run.array((16, 32), None, "expert")
-    return str(jax.jit(forward, out_shardings=x.sharding).lower(p, x).compile().as_text())
+    lowered = jax.jit(forward, out_shardings=x.sharding).lower(p, x)
+    return str(lowered.as_text("hlo") if when == "before" else lowered.compile().as_text())
+
+
+def before_optimization() -> str:
+    """The same as it was traced, names without percent signs."""
+    return cpu_scan("before")
 
 
 def cpu_three_axes() -> str:
@@ -234,12 +243,45 @@ def tpu_ring() -> str:
     return str(jax.jit(jax.value_and_grad(loss), out_shardings=out).lower(p, x).compile().as_text())
 
 
+def tpu_kernel() -> str:
+    """Tokens to their experts, a kernel that multiplies them, and back.
+
+    XLA prints the kernel's metadata over several lines.
+    """
+    run = Program("v5e:2x4", expert=8)
+
+    def multiply(x: Any, w: Any, out: Any) -> None:
+        out[...] = jnp.dot(x[...], w[0], preferred_element_type=jnp.float32).astype(out.dtype)
+
+    def local(p: Any, x: Any) -> Any:
+        with jax.named_scope("dispatch"):
+            rows = jax.lax.all_to_all(x, "expert", 0, 0).reshape(1024, 256)
+        with jax.named_scope("experts"):
+            rows = pl.pallas_call(
+                multiply,
+                out_shape=jax.ShapeDtypeStruct((1024, 512), x.dtype),
+                name="multiply",
+                metadata={"tile": "[8, 128]", "note": 'a { alone, and "quotes"'},
+            )(rows, p["up"])
+        with jax.named_scope("combine"):
+            return jax.lax.all_to_all(rows.reshape(8, 128, 512), "expert", 0, 0)
+
+    specs = ({"up": P("expert")}, P("expert"))
+    layer = jax.shard_map(
+        local, mesh=run.mesh, in_specs=specs, out_specs=P("expert"), check_vma=False
+    )
+    p = {"up": run.array((8, 256, 512), "expert", dtype=jnp.bfloat16)}
+    x = run.array((64, 128, 256), "expert", dtype=jnp.bfloat16)
+    return str(jax.jit(layer).lower(p, x).compile().as_text())
+
+
 COLLECTIVE = re.compile(r" (all|collective|reduce-scatter|async)[a-z-]*\(")
 KEEPS_METADATA = re.compile(r" (while|custom-call)\(|%gemm_|calls=%all-reduce-scatter")
 
 
 def anonymous(text: str) -> str:
     """Without the paths of this machine."""
+    text = re.sub(r'("custom_call_config":\{"body":)"[^"]*"', r'\1""', text)
     return re.sub(r'^(\d+) "[^"]*/[^"/]*"$', r'\1 "program.py"', text, flags=re.M)
 
 
@@ -284,13 +326,15 @@ PROGRAMS = {
     "cpu_gathered": cpu_gathered,
     "cpu_scan": cpu_scan,
     "cpu_three_axes": cpu_three_axes,
+    "before_optimization": before_optimization,
     "cpu_none": cpu_none,
     "tpu_moe": tpu_moe,
     "tpu_gathered": tpu_gathered,
     "tpu_ring": tpu_ring,
+    "tpu_kernel": tpu_kernel,
     "gpu_moe": gpu_moe,
 }
-UNCUT = ("tpu_ring",)
+UNCUT = ("tpu_ring", "tpu_kernel", "before_optimization")
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:

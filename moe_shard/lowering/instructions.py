@@ -1,0 +1,286 @@
+"""The instructions and computations of HLO text, each line parsed when somebody asks for it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from moe_shard.errors import UserError
+
+INSTRUCTION = re.compile(r"\s+(ROOT )?%([\w.\-]+) = (\S+|\(.*?\)) ([a-z][a-z0-9\-]*)\(")
+"""The start of an instruction: is it the root, its name, shape and opcode."""
+
+# What is quoted, and what a comment holds, is no structure.
+_OPAQUE = re.compile(r'"(?:[^"\\]|\\.)*"|/\*.*?\*/|//[^\n]*')
+_NAME = re.compile(r"%([\w.\-]+)")
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
+_COMMENT = re.compile(r'"(?:[^"\\]|\\.)*"|//[^\n]*')
+_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|/\*.*?\*/|[()\[\]{},]')
+_CALLED = re.compile(
+    r'"(?:[^"\\]|\\.)*"'
+    r"|\b(to_apply|body|condition|calls|true_computation|false_computation"
+    r"|branch_computations|called_computations)=(?:%([\w.\-]+)|\{([^}]*)\})"
+)
+# call-start is TPU's: what it calls runs on a SparseCore, beside what follows.
+_CALLERS = frozenset(
+    {"while", "call", "fusion", "conditional", "async-start", "call-start", "custom-call"}
+)
+_BETWEEN_DEVICES = ("replica_groups=", "channel_id=", "source_target_pairs=")
+_OPEN, _SHUT = frozenset("([{"), frozenset(")]}")
+
+
+class HloParseError(UserError):
+    """Text that is no HLO, is damaged, or is spelled in a way this reader does not know."""
+
+
+def _shorten(text: str) -> str:
+    line = text.strip().partition("\n")[0]
+    shown = line if len(line) <= 100 else line[:97] + "..."
+    return shown.encode("ascii", "backslashreplace").decode()
+
+
+def bad_line(number: int, line: str, problem: str) -> HloParseError:
+    """The error that says what is wrong with a line of the text."""
+    return HloParseError(f"HLO line {number}: {problem}: {_shorten(line)}")
+
+
+def open_brackets(text: str) -> int:
+    """How many brackets are opened and not closed, those in strings and comments aside."""
+    if '"' in text or "/" in text:
+        text = _OPAQUE.sub("", text)
+    return sum(map(text.count, _OPEN)) - sum(map(text.count, _SHUT))
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One instruction: `name = shape opcode(operand_text), attribute_text`."""
+
+    name: str
+    shape: str
+    opcode: str
+    operand_text: str
+    attribute_text: str
+    line_number: int
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of the operands, in order."""
+        return _NAME.findall(self.operand_text)
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """The attributes as text, e.g. `{"channel_id": "1", "metadata": '{op_name="f"}'}`."""
+        found: dict[str, str] = {}
+        last = ""
+        for piece in _split(self.attribute_text):
+            key, equals, value = piece.partition("=")
+            if key == "device_ids" and last == "replica_groups":
+                found[last] += f", {piece}"  # the second half of one spelling of the groups
+            elif equals:
+                found[key] = value
+                last = key
+        return found
+
+    @property
+    def op_name(self) -> str:
+        """The path of the traced program that this came from; "" when there is none."""
+        match = re.search(r'\bop_name="((?:[^"\\]|\\.)*)"', self.attribute_text)
+        return re.sub(r"\\(.)", r"\1", match[1]) if match else ""
+
+    def integer(self, key: str) -> int | None:
+        """The integer attribute `key`, or None."""
+        return integer_of(self.attribute_text, key)
+
+    def damaged(self, problem: str) -> HloParseError:
+        """The error that says what is wrong with this instruction."""
+        text = f"{self.name} = {self.shape} {self.opcode}({self.operand_text})"
+        return bad_line(self.line_number, text, problem)
+
+    def operand(self, position: int) -> str:
+        """Name of one operand.
+
+        Raises:
+            HloParseError: when there are fewer.
+        """
+        operands = self.operands
+        if position >= len(operands):
+            raise self.damaged(f"operand {position} is missing")
+        return operands[position]
+
+    @property
+    def parameter_number(self) -> int:
+        """Which parameter of its computation a `parameter` instruction is.
+
+        Raises:
+            HloParseError: when it does not say.
+        """
+        if not self.operand_text.isdecimal():
+            raise self.damaged("a parameter without a number")
+        return int(self.operand_text)
+
+    def called(self) -> dict[str, str]:
+        """The computations it calls, by role, e.g. `{"body": "region_0.1"}`."""
+        return dict(_called(self.attribute_text))
+
+
+def integer_of(text: str, key: str) -> int | None:
+    """The number in `key=number`, strings aside; None where there is none."""
+    pattern = rf"\b{key}=(\d+)"
+    match = re.search(pattern, text)
+    if match and '"' in text[: match.start()]:
+        match = re.search(pattern, _STRING.sub('""', text))
+    return int(match[1]) if match else None
+
+
+def _called(text: str) -> Iterator[tuple[str, str]]:
+    for role, single, several in _CALLED.findall(text):
+        if not role:
+            continue  # a string
+        for name in [single] if single else _NAME.findall(several):
+            yield role, name
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """An instruction that runs another computation."""
+
+    instruction: str
+    opcode: str
+    role: str
+    called: str
+
+
+def _split(text: str) -> Iterator[str]:
+    """Split at the commas that are inside no bracket and no string."""
+    depth, start = 0, 0
+    for token in _BRACKET.finditer(text):
+        character = token[0]
+        if character in _OPEN:
+            depth += 1
+        elif character in _SHUT:
+            depth -= 1
+        elif character == "," and depth == 0:
+            yield text[start : token.start()].strip()
+            start = token.end()
+    yield text[start:].strip()
+
+
+@dataclass
+class Computation:
+    """A named list of instructions, each parsed when it is first asked for."""
+
+    name: str
+    is_entry: bool
+    first_line: int
+    root: str = ""
+    opcodes: dict[str, str] = field(default_factory=dict)
+    _lines: dict[str, tuple[int, str]] = field(default_factory=dict)
+    _parsed: dict[str, Instruction] = field(default_factory=dict)
+    _users: dict[str, list[str]] = field(default_factory=dict)
+    _calls: list[Call] | None = None
+
+    def add(self, number: int, line: str, start: re.Match[str]) -> None:
+        """Take the text of one instruction.
+
+        Args:
+            number: of its first line.
+            line: its text; attributes may go on over several lines.
+            start: what `INSTRUCTION` matches in it.
+
+        Raises:
+            HloParseError: when its brackets do not match, or it repeats a name or a root.
+        """
+        if open_brackets(line):
+            raise bad_line(number, line, "the brackets do not match")
+        is_root, name, _, opcode = start.groups()
+        if name in self.opcodes:
+            raise bad_line(number, line, f"%{name} is defined twice in %{self.name}")
+        self.opcodes[name] = opcode
+        self._lines[name] = (number, line)
+        if is_root:
+            if self.root:
+                raise bad_line(number, line, f"a second root in %{self.name}")
+            self.root = name
+
+    def instruction(self, name: str) -> Instruction:
+        """The instruction called `name`.
+
+        Raises:
+            HloParseError: when its brackets do not match, or there is no such instruction.
+        """
+        if name not in self._parsed:
+            if name not in self._lines:
+                raise HloParseError(f"HLO computation %{self.name} has no instruction %{name}")
+            self._parsed[name] = _parse_instruction(*self._lines[name])
+        return self._parsed[name]
+
+    def parameters(self) -> Iterator[Instruction]:
+        """The instructions that stand for what is passed in."""
+        for name, opcode in self.opcodes.items():
+            if opcode == "parameter":
+                yield self.instruction(name)
+
+    def users(self, name: str) -> list[str]:
+        """Names of the instructions that have `name` as an operand, in order."""
+        if not self._users:
+            for user in self.opcodes:
+                for operand in self.instruction(user).operands:
+                    self._users.setdefault(operand, []).append(user)
+        return self._users.get(name, [])
+
+    def calls(self) -> Iterator[Call]:
+        """Every call out of this computation, found without parsing the instructions."""
+        if self._calls is None:
+            self._calls = [
+                Call(name, opcode, role, called)
+                for name, opcode in self.opcodes.items()
+                if opcode in _CALLERS
+                for role, called in _called(self._lines[name][1])
+            ]
+        return iter(self._calls)
+
+    def between_devices(self, known: Collection[str]) -> Iterator[tuple[int, str, str]]:
+        """Number, line and opcode of what names devices or a channel, its opcode not `known`."""
+        for name, (number, line) in self._lines.items():
+            if self.opcodes[name] in known or not any(key in line for key in _BETWEEN_DEVICES):
+                continue
+            structure = _OPAQUE.sub("", line)
+            if any(key in structure for key in _BETWEEN_DEVICES):
+                yield number, line, self.opcodes[name]
+
+    def mentions(self, computations: Sequence[str]) -> Iterator[tuple[str, int]]:
+        """Which of these computations an instruction names, and on what line."""
+        wanted = set(computations)
+        for number, line in self._lines.values():
+            for name in _NAME.findall(_OPAQUE.sub("", line)):
+                if name in wanted:
+                    yield name, number
+
+    def undefined(self, known: set[str]) -> tuple[int, str, str] | None:
+        """The first use of a name that neither this computation nor `known` defines."""
+        # Joining once and comparing sets is what keeps this affordable on 50 MB.
+        text = "\n".join(line for _, line in self._lines.values())
+        strange = set(_NAME.findall(text)) - self._lines.keys() - known
+        for number, line in self._lines.values() if strange else ():
+            for name in _NAME.findall(_OPAQUE.sub("", line)):
+                if name in strange:
+                    return number, line, name
+        return None
+
+
+def _parse_instruction(number: int, line: str) -> Instruction:
+    match = INSTRUCTION.match(line)
+    assert match is not None, "the line was matched when it was added"
+    if "//" in line:
+        line = _COMMENT.sub(lambda found: found[0] if found[0][0] == '"' else "", line)
+    depth = 1
+    for token in _BRACKET.finditer(line, match.end()):
+        depth += (token[0] in _OPEN) - (token[0] in _SHUT)
+        if depth == 0:
+            break
+    else:
+        raise bad_line(number, line, "the brackets do not match")
+    operand_text = re.sub(r"/\*.*?\*/", "", line[match.end() : token.start()])
+    attribute_text = line[token.end() :].lstrip(", ")
+    return Instruction(match[2], match[3], match[4], operand_text, attribute_text, number)
