@@ -76,7 +76,7 @@ format: $(READY)  ## rewrite to the style
 	$(VENV)/bin/ruff format .
 
 bench: $(READY)  ## one MoE layer, every strategy, flag on and off
-	$(RUN) tools/bench_moe.py
+	$(RUN) -m moe_shard bench
 
 clean:  ## remove what the targets made, runs excepted
 	rm -rf $(VENV) .venv-newest .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

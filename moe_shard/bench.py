@@ -115,7 +115,7 @@ class Measurement:
     fraction_of_peak: float | None
 
     def to_json(self) -> dict[str, Any]:
-        """As an object of `bench_moe --json`."""
+        """As an object of `moe-shard bench --json`."""
         return asdict(self)
 
 

@@ -1,73 +1,9 @@
-"""Write on after prompts with a model.
+"""Write on after prompts, as `moe-shard generate` does."""
 
-    python -m moe_shard.generate MODEL|CHECKPOINT "prompt" ["prompt" ...] [key=value ...] [--json]
-
-MODEL is a name in configs/models/ or a .yml file; CHECKPOINT the folder of a run, or of one of its
-checkpoints. Several prompts are written to at once, and each as if it were alone.
-"""
-
-from __future__ import annotations
-
-import re
 import sys
-from collections.abc import Sequence
 
-from moe_shard.config import list_models
-from moe_shard.errors import CommandParser, UserError, run_command
-from moe_shard.quiet import absent_accelerators_unsaid
-
-_OVERRIDE = re.compile(r"[A-Za-z_]\w*=")
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run the command line.
-
-    Args:
-        argv: MODEL or CHECKPOINT; prompts and `key=value` pairs, mixed; options.
-
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        UserError: bad input.
-        Finding: the model does not fit in memory.
-    """
-    parser = CommandParser(
-        prog="python -m moe_shard.generate",
-        description="Write on after one or several prompts, with experts in parallel.",
-        epilog=f"Models: {', '.join(list_models())}. Keys: configs/base.yml lists them all; "
-        "max_new_tokens, decode_sampling_* and seed say what is written. A prompt that begins like "
-        "key=value goes behind a line break or a space.",
-    )
-    parser.add_argument(
-        "model",
-        metavar="MODEL|CHECKPOINT",
-        help="a name in configs/models/, a .yml file, the folder of a run or of a checkpoint in it",
-    )
-    parser.add_argument("prompts", metavar="prompt", nargs="*", help="a text to write on after")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    parser.add_argument(
-        "--no-cache",
-        action="store_true",
-        help="compute every token anew from the first one on: slow, the same result, for checking",
-    )
-    args = parser.parse_intermixed_args(argv)
-    overrides = [each for each in args.prompts if _OVERRIDE.match(each)]
-    prompts = [each for each in args.prompts if not _OVERRIDE.match(each)]
-    if not prompts:
-        raise UserError(
-            f'no prompt\nfix: python -m moe_shard.generate {args.model} "a text to write on after"'
-        )
-
-    with absent_accelerators_unsaid():
-        from moe_shard.inference.run import generate
-        from moe_shard.inference.source import find_source, load_settings
-
-    source = find_source(args.model)
-    config = load_settings(source, overrides)
-    generate(source, config, prompts, cached=not args.no_cache, as_json=args.json)
-    return 0
-
+from moe_shard.cli.generate import main
+from moe_shard.errors import run_command
 
 if __name__ == "__main__":
-    run_command(lambda: main(sys.argv[1:]))
+    run_command(lambda: main(sys.argv[1:], prog="python -m moe_shard.generate"))

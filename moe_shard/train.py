@@ -1,54 +1,9 @@
-"""Train a model: compile the step, report what it lowers to, then run it.
+"""Train a model, as `moe-shard train` does: python -m moe_shard.train MODEL [key=value ...]."""
 
-    python -m moe_shard.train MODEL [key=value ...]
-
-With steps=0 the step is compiled and reported, and nothing is run.
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
-from collections.abc import Sequence
 
-from moe_shard.autoep.model import MODEL_HELP, load_model
-from moe_shard.config import list_models
+from moe_shard.cli.train import main
 from moe_shard.errors import run_command
-from moe_shard.quiet import absent_accelerators_unsaid
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run the command line.
-
-    Args:
-        argv: MODEL and `key=value` pairs.
-
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        UserError: bad input.
-        Finding: the step does not fit in memory, or the loss is no longer finite.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m moe_shard.train",
-        description="Compile the training step, report what it lowers to, then train.",
-        epilog=f"Models: {', '.join(list_models())}. Keys: configs/base.yml lists them all. "
-        "steps=0 compiles and reports only.",
-    )
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides the model's")
-    args = parser.parse_args(argv)
-    config = load_model(args.model, args.overrides)
-    config.require_built()
-
-    # Only now: a mistyped key is answered before jax and the rest have been loaded.
-    with absent_accelerators_unsaid():
-        from moe_shard.training.run import run
-
-    run(config)
-    return 0
-
 
 if __name__ == "__main__":
-    run_command(lambda: main(sys.argv[1:]))
+    run_command(lambda: main(sys.argv[1:], prog="python -m moe_shard.train"))

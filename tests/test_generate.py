@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_shard import generate
+from moe_shard.cli.generate import main as generate
 from moe_shard.config import load_config
 from moe_shard.errors import UserError
 from moe_shard.inference import run as inference
@@ -69,7 +69,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def written(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    assert generate.main([*arguments, "--json"]) == 0
+    assert generate([*arguments, "--json"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
 
@@ -149,14 +149,14 @@ def test_random_parameters_say_so_and_a_tokenizer_of_a_file_has_its_tokens(
 ) -> None:
     model = byte_level(tmp_path / "model")
     arguments = ["mixtral-tiny", *TINY, QUICK, f"tokenizer_path={model}", "max_new_tokens=3"]
-    assert generate.main([*arguments, "the cat", " sat"]) == 0
+    assert generate([*arguments, "the cat", " sat"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("the cat")
     assert "\n sat" in out
     assert "random, drawn from seed=0: mixtral-tiny names no checkpoint" in err
     assert "prefill of 2 prompts" in err
     with pytest.raises(UserError) as caught:
-        generate.main([*arguments, "the cat", "vocab_size=32"])
+        generate([*arguments, "the cat", "vocab_size=32"])
     short(caught.value, "vocab_size=32", "tokens of tokenizer_path=")
 
 
@@ -224,7 +224,7 @@ def test_wrong_usage_is_a_short_error(
 ) -> None:
     given = [argument.replace("RUN", str(trained)) for argument in arguments]
     with pytest.raises(UserError) as caught:
-        generate.main(given)
+        generate(given)
     assert len(str(caught.value).splitlines()) <= 3
     for part in parts:
         assert part.replace("RUN", str(trained)) in str(caught.value)
@@ -233,9 +233,9 @@ def test_wrong_usage_is_a_short_error(
 def test_a_run_without_checkpoints_is_a_short_error(tmp_path: Path) -> None:
     (tmp_path / "config.yml").write_text(load_config("mixtral-tiny").to_yaml())
     with pytest.raises(UserError) as caught:
-        generate.main([str(tmp_path), "a"])
+        generate([str(tmp_path), "a"])
     short(caught.value, "a run without checkpoints", "enable_checkpointing=true")
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError) as caught:
-        generate.main([str(tmp_path), "a"])
+        generate([str(tmp_path), "a"])
     short(caught.value, "holds no whole checkpoint")

@@ -1,69 +1,9 @@
-"""Where every array of a model lies on the mesh, which row of the rule table said so, and why.
+"""Tell where every array lies on the mesh, as `moe-shard explain` does."""
 
-    python tools/explain_sharding.py mixtral-8x7b num_simulated_devices=64
-    python tools/explain_sharding.py mixtral-8x7b --rules maxtext/rules.yml ici_expert_parallelism=8
-
-The mesh has num_simulated_devices devices; none is needed, and nothing is compiled. With --rules
-the file's own mesh axes and rows are judged instead, as Flax would apply them; axes have size 2
-unless ici_<axis>_parallelism says otherwise. Exit code 1 with --strict when a dim loses its mesh
-axes to another one, or a row of --rules names a mesh axis twice or one that the file does not have.
-"""
-
-from __future__ import annotations
-
-import json
-import os
 import sys
-from pathlib import Path
 
-from rich.console import Console
-
-from moe_shard.autoep.model import MODEL_HELP, load_model
-from moe_shard.errors import EXIT_DONE, EXIT_FINDING, CommandParser, run_command
-from moe_shard.quiet import absent_accelerators_unsaid
-
-
-def main() -> int:
-    """Trace, resolve, print."""
-    parser = CommandParser(
-        prog="explain_sharding.py", description="Where every array lies, and which row said so."
-    )
-    # Optional to argparse only: it would say that key=value is missing as well.
-    parser.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides the model's")
-    parser.add_argument("--rules", metavar="FILE", help="judge this file's mesh_axes and rows")
-    parser.add_argument("--strict", action="store_true", help="exit with 1 on a conflict")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments = parser.parse_intermixed_args()
-    if arguments.model is None:
-        parser.error("MODEL is missing, for example mixtral-tiny")
-    if arguments.rules is None:
-        config = load_model(arguments.model, arguments.overrides)
-        config.require_built()
-    # Only now: a mistyped key is answered before jax has been loaded. An accelerator would only
-    # be taken from whoever is using it.
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    with absent_accelerators_unsaid():
-        from moe_shard.sharding.explain_print import print_explanation
-        from moe_shard.training.explained import explain_config, explain_table
-
-        if arguments.rules is None:
-            explanation = explain_config(config)
-        else:
-            explanation = explain_table(arguments.model, arguments.overrides, Path(arguments.rules))
-    if arguments.json:
-        print(json.dumps(explanation.to_json(), indent=1))
-    else:
-        # A pipe has no width of its own.
-        console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
-        print_explanation(explanation, console)
-    if arguments.strict and not explanation.is_strict:
-        conflicts = sum(not each.only_if for each in explanation.conflicts)
-        errors = sum(each.level == "error" for each in explanation.lint)
-        print(f"--strict: conflicts: {conflicts}, errors in the table: {errors}", file=sys.stderr)
-        return EXIT_FINDING
-    return EXIT_DONE
-
+from moe_shard.cli.explain import main
+from moe_shard.errors import run_command
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(lambda: main(sys.argv[1:], prog="explain_sharding.py"))

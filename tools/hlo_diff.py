@@ -1,42 +1,9 @@
-"""What changed between two lowerings, by stage, mesh axis and kind of collective.
+"""Compare two lowerings, as `moe-shard diff` does."""
 
-    python tools/hlo_diff.py outputs/mixtral-tiny-flag-off outputs/mixtral-tiny
-
-A and B are each the folder of a run, a folder written by XLA's --xla_dump_to, an HLO text file,
-"-" for standard input, or a lowering.json. The exit code is 0 whether or not they differ (a
-difference is what one looks for here; `"same"` in --json is for scripts), 2 for bad input.
-"""
-
-from __future__ import annotations
-
-import json
 import sys
 
-from rich.console import Console
-
-from moe_shard.errors import EXIT_DONE, CommandParser, run_command
-from moe_shard.lowering.diff import compare, load_pair
-from moe_shard.lowering.sources import parse_mesh
-
-
-def main() -> int:
-    """Read both, print the difference."""
-    parser = CommandParser(prog="hlo_diff.py", description="What changed between two lowerings.")
-    parser.add_argument("a", metavar="A", help="HLO text, dump or run folder, lowering.json, or -")
-    parser.add_argument("b", metavar="B", help="the same")
-    parser.add_argument(
-        "--mesh", help="axis=size,... for HLO text without a lowering.json beside it"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments = parser.parse_args()
-    mesh = parse_mesh(arguments.mesh) if arguments.mesh else None
-    diff = compare(*load_pair(arguments.a, arguments.b, mesh))
-    if arguments.json:
-        print(json.dumps(diff.to_json(), indent=2))
-    else:
-        diff.render(Console(width=None if sys.stdout.isatty() else 120, highlight=False))
-    return EXIT_DONE
-
+from moe_shard.cli.diff import main
+from moe_shard.errors import run_command
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(lambda: main(sys.argv[1:], prog="hlo_diff.py"))

@@ -1,93 +1,9 @@
-"""Which collectives a compiled program runs, over which mesh axis, and how many bytes each moves.
+"""Report which collectives a compiled program runs, as `moe-shard report` does."""
 
-    python tools/hlo_report.py step.txt --mesh data=1,fsdp=1,expert=8 --expect expert-parallel
-
-PATH is an HLO text file, "-" for standard input, a folder written by XLA's --xla_dump_to, or the
-folder of a run (whose lowering.json gives the mesh). Exit code 1 when --expect does not hold.
-"""
-
-from __future__ import annotations
-
-import argparse
-import json
 import sys
 
-from rich.console import Console
-
-from moe_shard.errors import EXIT_DONE, EXIT_FINDING, CommandParser, UserError, run_command
-from moe_shard.lowering.expect import VERDICTS
-from moe_shard.lowering.page import Panel, page_path, write_page
-from moe_shard.lowering.report import LoweringReport, report_from_text
-from moe_shard.lowering.sources import module_file, parse_mesh, read_text, recorded_mesh
-
-
-def main() -> int:
-    """Read the module, print the report, compare the verdict."""
-    arguments = _arguments()
-    mesh, report = _read(arguments.path, arguments)
-    if arguments.expect and mesh is None:
-        raise UserError("--expect needs the mesh: add --mesh data=1,fsdp=1,expert=8 (your sizes)")
-    if arguments.html:
-        panels = [Panel(arguments.path, report)]
-        if arguments.beside:
-            panels.insert(0, Panel(arguments.beside, _read(arguments.beside, arguments)[1]))
-        write_page(page_path(arguments.html), "What the step moves", panels)
-        print(f"page: {arguments.html}", file=sys.stderr)
-    if arguments.json:
-        print(json.dumps(report.to_json(), indent=2))
-        for warning in report.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-    else:
-        # A pipe has no width: 80 columns would fold the table.
-        report.render_table(Console(width=None if sys.stdout.isatty() else 120))
-    if arguments.expect and report.verdict != arguments.expect:
-        found = f"{report.verdict} (as compiled for {report.backend})"
-        print(f"expected {arguments.expect}, found {found}", file=sys.stderr)
-        return EXIT_FINDING
-    return EXIT_DONE
-
-
-def _read(
-    given: str, arguments: argparse.Namespace
-) -> tuple[dict[str, int] | None, LoweringReport]:
-    """The mesh of a program, where it is known, and its report."""
-    path = module_file(given)
-    text = read_text(path)
-    mesh = parse_mesh(arguments.mesh) if arguments.mesh else recorded_mesh(path)
-    expert_axes = _expert_axes(arguments.expert_axes, mesh or {})
-    return mesh, report_from_text(text, mesh=mesh, expert_axes=expert_axes)
-
-
-def _arguments() -> argparse.Namespace:
-    parser = CommandParser(
-        prog="hlo_report.py", description="The collectives of a compiled program."
-    )
-    parser.add_argument("path", metavar="PATH", help="HLO text, dump folder, run folder, or -")
-    parser.add_argument("--mesh", help="axis=size,... in device order, e.g. data=1,fsdp=1,expert=8")
-    parser.add_argument("--expert-axes", help="mesh axes of the experts (default: expert)")
-    parser.add_argument("--expect", choices=VERDICTS, help="exit with 1 on any other verdict")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--html", metavar="FILE", help="also write the report as a page")
-    parser.add_argument(
-        "--beside", metavar="PATH", help="a second program for the page, such as the flag off"
-    )
-    arguments = parser.parse_args()
-    if arguments.beside and not arguments.html:
-        parser.error("--beside shows a second program on the page of --html FILE")
-    return arguments
-
-
-def _expert_axes(text: str | None, mesh: dict[str, int]) -> list[str]:
-    if text is None:
-        return ["expert"]
-    axes = [axis.strip() for axis in text.split(",")]
-    unknown = [axis for axis in axes if mesh and axis not in mesh]
-    if unknown:
-        raise UserError(
-            f"--expert-axes: the mesh has no axis {', '.join(unknown)}; it has {', '.join(mesh)}"
-        )
-    return axes
-
+from moe_shard.cli.report import main
+from moe_shard.errors import run_command
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(lambda: main(sys.argv[1:], prog="hlo_report.py"))

@@ -1,59 +1,9 @@
-"""Import a Hugging Face model directory, so that it trains and generates on any mesh.
-
-    python tools/import_hf.py Mixtral-8x7B-v0.1 imported/mixtral
-    python -m moe_shard.train imported/mixtral ici_expert_parallelism=8
-
-DST holds config.yml, params/ (read in the shards that a mesh wants, at any EP size) and hf/ (what
-tools/export_hf.py needs to write the directory again). It is there whole or not at all.
-"""
-
-from __future__ import annotations
+"""Import a Hugging Face model directory, as `moe-shard import` does."""
 
 import sys
-from pathlib import Path
 
-from rich.console import Console
-
-from moe_shard.errors import EXIT_DONE, CommandParser, run_command
-from moe_shard.quiet import absent_accelerators_unsaid
-
-
-def main() -> int:
-    """Detect, read, write."""
-    parser = CommandParser(prog="import_hf.py", description="Import a Hugging Face directory.")
-    parser.add_argument("source", metavar="SRC", type=Path, help="directory with config.json")
-    parser.add_argument("target", metavar="DST", type=Path, help="new folder")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides the model's")
-    arguments = parser.parse_intermixed_args()
-    # Only now: bad usage is answered before the rest has been loaded.
-    from moe_shard.autoep.model import load_model
-
-    config = load_model(str(arguments.source), arguments.overrides)
-    config.require_built()
-    # Only now: a mistyped key is answered before jax has been loaded.
-    with absent_accelerators_unsaid():
-        from moe_shard.models.params import describe
-        from moe_shard.training.compile import lay_out
-        from moe_shard.training.devices import start_devices
-        from moe_shard.training.imported import import_model
-
-        # A pipe has no width of its own.
-        console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-        console.print(start_devices(config.mesh.num_simulated_devices))
-    annotate, _ = lay_out(config)
-    import_model(
-        arguments.source,
-        arguments.target,
-        config,
-        describe(config.model, annotate).specs,
-        family=config.run.hf_family,
-        console=console,
-    )
-    console.print(
-        f"imported: {arguments.target}\npython -m moe_shard.train {arguments.target}", markup=False
-    )
-    return EXIT_DONE
-
+from moe_shard.cli.import_ import main
+from moe_shard.errors import run_command
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(lambda: main(sys.argv[1:], prog="import_hf.py"))

@@ -64,7 +64,7 @@ def blocks_of(params: Params) -> Iterator[Block]:
     if not all(array.is_fully_addressable for _, array in arrays):
         raise UserError(
             "an export of parameters that are on other processes' devices as well\n"
-            "fix: export from their checkpoint, in one process: tools/export_hf.py"
+            "fix: export from their checkpoint, in one process: moe-shard export"
         )
     for path, array in arrays:
         shards = {bounds_of(shard.index, array.shape): shard.data for shard in array.global_shards}

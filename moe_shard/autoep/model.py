@@ -36,7 +36,7 @@ def load_model(model: str, overrides: Sequence[str] = ()) -> Config:
             return load_config(str(directory), overrides)
         raise UserError(
             f"{model}: a directory without {CONFIG}\n"
-            "fix: a Hugging Face model directory, or what tools/import_hf.py makes of one"
+            "fix: a Hugging Face model directory, or what `moe-shard import` makes of one"
         )
     family = parse_overrides(overrides, base_settings()).get("hf_family", "")
     detected = detect(directory, family)

@@ -195,7 +195,7 @@ class Diff:
             console.print(f"[bold]{name}[/]{colon}{rest}", soft_wrap=True)
 
     def to_json(self) -> dict[str, Any]:
-        """The object of `hlo_diff --json`; sums are per step and device."""
+        """The object of `moe-shard diff --json`; sums are per step and device."""
         return {
             "same": self.same,
             "a": self.a.to_json(),
@@ -274,7 +274,7 @@ def load(given: str, mesh: Mapping[str, int] | None = None) -> Lowering:
 
 
 def from_json(text: str, source: str) -> Lowering:
-    """Read a `lowering.json`, or what `hlo_report --json` printed.
+    """Read a `lowering.json`, or what `moe-shard report --json` printed.
 
     Raises:
         UserError: it is something else.
@@ -292,7 +292,7 @@ def from_json(text: str, source: str) -> Lowering:
     ) as error:
         raise UserError(
             f"{source}: no lowering.json: {type(error).__name__} {str(error).splitlines()[0][:80]}"
-            "\nfix: a run's folder, HLO text, or what hlo_report --json printed"
+            "\nfix: a run's folder, HLO text, or what moe-shard report --json printed"
         ) from error
 
 

@@ -61,7 +61,7 @@ class LoweringReport:
     extraction: Extraction | None = field(default=None, repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """The object of `lowering.json` and `hlo_report --json`."""
+        """The object of `lowering.json` and `moe-shard report --json`."""
         return {
             "backend": self.backend,
             "num_devices": self.num_devices,

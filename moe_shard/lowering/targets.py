@@ -27,7 +27,7 @@ from moe_shard.quiet import absent_accelerators_unsaid
 
 GPUS_PER_HOST = 8
 MOST_DEVICES = 2**16
-_INSTALL = "fix: make targets, or: pip install '.[targets]'"
+_INSTALL = "fix: make targets in a checkout, or: pip install 'moe_shard[targets]'"
 _GPU_PLUGINS = {"cuda": ("cuda13", "cuda12"), "rocm": ("rocm7",)}
 
 

@@ -49,7 +49,7 @@ class Collision:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As an object of `explain_sharding --json`."""
+        """As an object of `moe-shard explain --json`."""
         return {
             "dim": self.dim,
             "arrays": list(self.arrays),

@@ -113,7 +113,7 @@ class Explanation:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The object of `explain_sharding --json`."""
+        """The object of `moe-shard explain --json`."""
         placed = (*self.parameters, *self.activations)
         return {
             "model": self.model,

@@ -49,7 +49,7 @@ class Lint:
     text: str
 
     def to_json(self) -> dict[str, Any]:
-        """As an object of `explain_sharding --json`."""
+        """As an object of `moe-shard explain --json`."""
         return {"level": self.level, "kind": self.kind, "rows": list(self.rows), "text": self.text}
 
 

@@ -75,7 +75,7 @@ class PlacedArray:
         return tuple(axis for axis in loss.mesh_axes if axis in held)
 
     def to_json(self) -> dict[str, Any]:
-        """As an object of `explain_sharding --json`."""
+        """As an object of `moe-shard explain --json`."""
         return {
             "name": self.array.name,
             "dtype": jnp.dtype(self.array.dtype).name,
@@ -109,7 +109,7 @@ class PlacedArray:
 
 
 def row_json(row: Row | None) -> dict[str, Any] | None:
-    """As an object of `explain_sharding --json`."""
+    """As an object of `moe-shard explain --json`."""
     if row is None:
         return None
     return {

@@ -124,7 +124,7 @@ def _conclude(
             "the same step with the flag off:\n"
             f"  {python} -m moe_shard.train {shown}/config.yml run_name={name} "
             "moe_dispatch_no_expert_sharding=false steps=0 dump_hlo=true\n"
-            f"  {python} tools/hlo_report.py {_as_typed(folder.with_name(name))}",
+            f"  {python} -m moe_shard report {_as_typed(folder.with_name(name))}",
             markup=False,
             soft_wrap=True,  # one line, so that it can be pasted
         )

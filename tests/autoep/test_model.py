@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from moe_shard import train
 from moe_shard.autoep.detect import detect
 from moe_shard.autoep.model import directory_settings, load_model
+from moe_shard.cli.train import main as train
 from moe_shard.config import load_config
 from moe_shard.errors import Finding, UserError
 from tests.autoep.directory import small_models, write_model
@@ -103,7 +103,7 @@ def test_train_says_first_what_was_found(
 
     monkeypatch.setattr("moe_shard.training.run.make_program", stop)
     with pytest.raises(Finding):
-        train.main([str(mixtral), "steps=0"])
+        train([str(mixtral), "steps=0"])
     said = capsys.readouterr().out.splitlines()
     assert tuple(said[1:]) == detect(mixtral).lines
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import io
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from moe_shard.cli import command
 from moe_shard.config import Config, load_config
 from moe_shard.errors import UserError
 from moe_shard.training import run as running
@@ -42,7 +41,6 @@ KEYS = (
     "capacity_factor=-1",
     "dtype=float32",
 )
-TOOLS = Path(__file__).parents[2] / "tools"
 
 
 @pytest.fixture(autouse=True)
@@ -175,16 +173,14 @@ def test_parameters_that_are_not_there_are_missed_before_anything_is_compiled(
         run(config)
 
 
-def tool(name: str, *arguments: object) -> int:
-    """A tool's main, in this process: its families are those of the test."""
+def run_here(name: str, *arguments: object) -> int:
+    """A command in this process: its families are those of the test."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [name, *map(str, arguments)])
         patch.setenv("JAX_PLATFORMS", "cpu")
-        code: int = runpy.run_path(str(TOOLS / name))["main"]()
-    return code
+        return command(name)([str(each) for each in arguments])
 
 
-def test_the_tools(
+def test_import_and_export(
     checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -194,12 +190,12 @@ def test_the_tools(
 
     monkeypatch.setattr("moe_shard.autoep.model.load_model", load_model)
     model, again = tmp_path / "model", tmp_path / "again"
-    assert tool("import_hf.py", checkpoint.directory, model, "weight_dtype=bfloat16") == 0
+    assert run_here("import", checkpoint.directory, model, "weight_dtype=bfloat16") == 0
     told = capsys.readouterr().out
     assert "are float32 and rounded to bfloat16 here" in told
     assert f"python -m moe_shard.train {model}" in told
     assert load_config(str(model)).model.weight_dtype == "bfloat16"
-    assert tool("export_hf.py", model, again) == 0
+    assert run_here("export", model, again) == 0
     assert f"exported: {again}" in capsys.readouterr().out
     for file in checkpoint.files:
         found = read_file(again / file.name)
@@ -209,4 +205,4 @@ def test_the_tools(
             rounded = tensor if kept else tensor.astype(BF16).astype(F32)
             np.testing.assert_array_equal(found[name], rounded)
     with pytest.raises(UserError, match="not an empty folder"):
-        tool("export_hf.py", model, again)
+        run_here("export", model, again)

@@ -1,0 +1,49 @@
+"""Train a model: compile the step, report what it lowers to, then run it.
+
+    moe-shard train MODEL [key=value ...]
+
+With steps=0 the step is compiled and reported, and nothing is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moe_shard.autoep.model import MODEL_HELP, load_model
+from moe_shard.config import list_models
+from moe_shard.errors import CommandParser
+from moe_shard.quiet import absent_accelerators_unsaid
+
+
+def main(argv: Sequence[str], prog: str = "moe-shard train") -> int:
+    """Run the command line.
+
+    Args:
+        argv: MODEL and `key=value` pairs.
+        prog: the command's name in --help.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        UserError: bad input.
+        Finding: the step does not fit in memory, or the loss is no longer finite.
+    """
+    parser = CommandParser(
+        prog=prog,
+        description="Compile the training step, report what it lowers to, then train.",
+        epilog=f"Models: {', '.join(list_models())}. Keys: configs/base.yml lists them all. "
+        "steps=0 compiles and reports only.",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides the model's")
+    args = parser.parse_args(argv)
+    config = load_model(args.model, args.overrides)
+    config.require_built()
+
+    # Only now: a mistyped key is answered before jax and the rest have been loaded.
+    with absent_accelerators_unsaid():
+        from moe_shard.training.run import run
+
+    run(config)
+    return 0
