@@ -89,6 +89,7 @@ class AttentionConfig:
         qk_nope_head_dim: MLA: elements of a query and key that no position turns.
         qk_rope_head_dim: MLA: elements that RoPE turns, the keys' shared by all heads.
         v_head_dim: MLA: elements of a value.
+        latent_epsilon: MLA: of the latents' norms.
         pattern: the span of each layer's attention, repeated over the layers.
         sliding_window_size: tokens, itself included, that a token of a "sliding" layer sees.
         chunk_size: tokens of a chunk, beyond which a token of a "chunked" layer does not see.
@@ -97,7 +98,8 @@ class AttentionConfig:
         out_bias: of the projection back to the model dim.
         sink: a score for each head that takes its share of the softmax and gives nothing.
         logits_soft_cap: scores s become cap * tanh(s / cap); 0: they stay.
-        scale: factor of the scores; -1: one over the root of a key's size.
+        scale: factor of the scores; -1: one over the root of a key's size. Where it is 1, queries
+            begin smaller by that root instead, as in T5 and MaxText.
         use_qk_norm: queries and keys are normalised.
         qk_norm_type: a `QKNorm`: RMSNorm of each head before RoPE; of all heads together before
             they are split; or after RoPE, without a scale, in the layers that have RoPE.
@@ -121,6 +123,7 @@ class AttentionConfig:
     qk_nope_head_dim: Annotated[int, Key("qk_nope_head_dim", least=1)]
     qk_rope_head_dim: Annotated[int, Key("qk_rope_head_dim", least=2)]
     v_head_dim: Annotated[int, Key("v_head_dim", least=1)]
+    latent_epsilon: Annotated[float, Key("latent_norm_epsilon", above=0)]
     pattern: Annotated[
         tuple[AttentionSpan, ...], Key("attention_pattern", each=get_args(AttentionSpan))
     ]

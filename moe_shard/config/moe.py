@@ -13,7 +13,8 @@ RaggedTransport = Literal["auto", "ragged", "padded"]
 GroupedProductName = Literal["auto", "ragged_dot", "tokamax", "pallas", "blocked"]
 CapacityRule = Literal["maxtext", "gshard"]
 DropPolicy = Literal["position", "probability"]
-LoadBalanceLoss = Literal["maxtext", "gshard", "huggingface"]
+LoadBalanceLoss = Literal["maxtext", "sequence", "gshard", "huggingface"]
+BalanceProbs = Literal["scores", "softmax", "logits"]
 ScoreFunction = Literal["softmax", "sigmoid", "sparsemixer"]
 GroupScore = Literal["max", "top2_sum"]
 MOST_EXPERTS = 2**16  # far above any model; keeps the divisors in a fix countable
@@ -39,6 +40,8 @@ class RouterConfig:
         norm_topk_prob: the K weights of a token are divided by their sum.
         scaling_factor: of the weights, after that.
         score_on_input: the weights multiply what experts take in, not what they give (Llama 4).
+        balance_probs: a `BalanceProbs`; what the load-balance loss takes for probabilities: each
+            score over the sum of its token's, the softmax of the scores, or that of the logits.
         sparsemixer_jitter: how near the best logit others must be to share its softmax: within
             twice this part of it.
         force_load_balance: experts are dealt out in turn; for benchmarks.
@@ -58,6 +61,9 @@ class RouterConfig:
     norm_topk_prob: Annotated[bool, Key("norm_topk_prob")]
     scaling_factor: Annotated[float, Key("routed_scaling_factor", above=0)]
     score_on_input: Annotated[bool, Key("routed_score_on_input")]
+    balance_probs: Annotated[
+        BalanceProbs, Key("load_balance_probs", choices=get_args(BalanceProbs))
+    ]
     sparsemixer_jitter: Annotated[float, Key("sparsemixer_jitter", least=0, below=0.5)]
     force_load_balance: Annotated[bool, Key("force_load_balance")]
     random: Annotated[bool, Key("use_random_routing")]

@@ -20,6 +20,8 @@ from moe_shard.config.model import ModelConfig
 from moe_shard.errors import UserError
 
 Optimizer = Literal["adamw", "sgd"]
+LearningRateRule = Literal["plain", "maxtext"]
+DatasetType = Literal["text", "synthetic"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,12 +37,15 @@ class TrainConfig:
         learning_rate: peak.
         warmup_steps_fraction: of the schedule, rising linearly from 0.
         learning_rate_final_fraction: of the peak, at the end of the cosine.
+        learning_rate_rule: a `LearningRateRule`; "plain" begins at one part of the warm-up and
+            stays at the end's rate, "maxtext" begins at 0 and is 0 once the schedule is over.
         learning_rate_schedule_steps: length of the schedule in updates; -1: `steps`.
         gradient_clipping_threshold: largest global norm of the gradient; 0: no clipping.
         adam_b1: decay of the first moment.
         adam_b2: decay of the second moment.
         adam_eps: added to the root of the second moment.
         adam_weight_decay: decoupled decay per unit of learning rate.
+        decay_vectors: it takes in scales of norms and biases too.
         seed: of the initial parameters and of the order of the data.
         log_period: updates between two lines on the terminal.
         enable_checkpointing: save, and resume from what is there.
@@ -68,6 +73,9 @@ class TrainConfig:
     learning_rate_final_fraction: Annotated[
         float, Key("learning_rate_final_fraction", least=0, most=1)
     ]
+    learning_rate_rule: Annotated[
+        LearningRateRule, Key("learning_rate_rule", choices=get_args(LearningRateRule))
+    ]
     learning_rate_schedule_steps: Annotated[
         int, Key("learning_rate_schedule_steps", least=1, off=-1)
     ]
@@ -76,6 +84,7 @@ class TrainConfig:
     adam_b2: Annotated[float, Key("adam_b2", least=0, below=1)]
     adam_eps: Annotated[float, Key("adam_eps", above=0)]
     adam_weight_decay: Annotated[float, Key("adam_weight_decay", least=0)]
+    decay_vectors: Annotated[bool, Key("adam_decay_vectors")]
     seed: Annotated[int, Key("seed", least=0, below=2**32)]
     log_period: Annotated[int, Key("log_period", least=1)]
     enable_checkpointing: Annotated[bool, Key("enable_checkpointing")]
@@ -134,17 +143,25 @@ class DataConfig:
     """Where the text comes from.
 
     Attributes:
+        dataset_type: a `DatasetType`; "synthetic" is one batch of random tokens, the same in every
+            step, for measuring.
         dataset_path: files or directories of text; empty: the standard library's own source text.
         tokenizer_path: a Hugging Face model directory or a tokenizer.json; empty: bytes.
         seed: as in `TrainConfig`.
     """
 
+    dataset_type: Annotated[DatasetType, Key("dataset_type", choices=get_args(DatasetType))]
     dataset_path: Annotated[tuple[str, ...], Key("dataset_path")]
     tokenizer_path: Annotated[str, Key("tokenizer_path")]
     seed: Annotated[int, Key("seed", least=0, below=2**32)]
 
     def __post_init__(self) -> None:
         check_leaves(self)
+        if self.dataset_type == "synthetic" and self.dataset_path:
+            raise UserError(
+                f"dataset_path={shown(self.dataset_path)} with dataset_type=synthetic, which reads "
+                "no text\nfix: dataset_type=text, or no dataset_path"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -57,9 +57,14 @@ class Attention(Heads):
         self.norm_epsilon = norm_epsilon
         dim = config.head_dim
 
-        def project(heads: int, axis: str) -> nnx.Param[Array]:
-            axes = ("embed", axis, "head_dim")
-            return make_weight((model_dim, heads, dim), axes, dtype=weight_dtype, rngs=rngs)
+        def project(heads: int, axis: str, variance: float = 1.0) -> nnx.Param[Array]:
+            return make_weight(
+                (model_dim, heads, dim),
+                ("embed", axis, "head_dim"),
+                variance=variance,
+                dtype=weight_dtype,
+                rngs=rngs,
+            )
 
         def bias(heads: int, axis: str) -> nnx.Param[Array] | None:
             if not config.bias:
@@ -78,7 +83,10 @@ class Attention(Heads):
             )
 
         queries, keys = (config.num_query_heads, "heads"), (config.num_kv_heads, "kv_heads")
-        self.query, self.key, self.value = project(*queries), project(*keys), project(*keys)
+        # Scores that nothing scales are kept small by queries that begin small.
+        variance = 1 / dim if config.scale == 1 and not config.use_qk_norm else 1.0
+        self.query = project(*queries, variance)
+        self.key, self.value = project(*keys), project(*keys)
         self.query_bias, self.key_bias, self.value_bias = bias(*queries), bias(*keys), bias(*keys)
         self.query_norm, self.key_norm = norm(*queries), norm(*keys)
         self._make_output(model_dim=model_dim, value_dim=dim, dtype=weight_dtype, rngs=rngs)

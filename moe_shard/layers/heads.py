@@ -27,21 +27,23 @@ def make_weight(
     axes: tuple[str | None, ...],
     *,
     contracted: int = 1,
+    variance: float = 1.0,
     dtype: DTypeLike,
     rngs: nnx.Rngs,
 ) -> nnx.Param[Array]:
-    """A projection, drawn so that what it gives has the variance of what it takes.
+    """A projection, drawn so that what it gives has the variance of what it takes, or a part of it.
 
     Args:
         shape: the dims of what it takes, then of what it gives.
         axes: their logical axes.
         contracted: dims of what it takes.
+        variance: of what it gives over that of what it takes.
         dtype: of the parameter.
         rngs: source of the values.
     """
     dims = tuple(range(len(shape)))
     init = variance_scaling(
-        1.0,
+        variance,
         "fan_in",
         "truncated_normal",
         in_axis=dims[:contracted],

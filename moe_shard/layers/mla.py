@@ -24,9 +24,6 @@ from moe_shard.layers.norm import RMSNorm
 from moe_shard.layers.scores import attention_weights
 from moe_shard.sharding.annotate import Annotator
 
-LATENT_EPSILON = 1e-6
-"""Of the latents' norms; DeepSeek-V2 and V3 have it whatever the other norms' is."""
-
 
 class LatentAttention(Heads):
     """Attention whose keys and values are projections of a latent.
@@ -69,7 +66,7 @@ class LatentAttention(Heads):
             return make_vector((size,), ("norm",), dtype=weight_dtype) if config.bias else None
 
         def norm(size: int) -> RMSNorm:
-            return RMSNorm(dim=size, epsilon=LATENT_EPSILON, weight_dtype=weight_dtype)
+            return RMSNorm(dim=size, epsilon=config.latent_epsilon, weight_dtype=weight_dtype)
 
         if config.q_lora_rank == 0:
             self.query = up((model_dim, heads, nope + turned), "embed")

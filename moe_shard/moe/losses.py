@@ -31,6 +31,7 @@ def load_balance_loss(
     - "maxtext": of each row of each layer, times E, the fractions summing to K: K when balanced, E
       when k = 1 and all tokens take one expert; then the mean. MaxText's, and the only one local
       to a row.
+    - "sequence": the same over K, 1 when balanced: MaxText's from 0.2.5 on.
     - "gshard": of each layer over the whole batch, normalised to 1 when balanced (GShard, arXiv
       2006.16668; Switch Transformer, arXiv 2101.03961, for k = 1); then the mean over layers.
     - "huggingface": over the whole batch and all layers together, K when balanced, as
@@ -48,6 +49,8 @@ def load_balance_loss(
     match convention:
         case "maxtext":
             over: tuple[int, ...] = ()
+        case "sequence":
+            over, fraction = (), fraction / k
         case "gshard":
             over, fraction = (1,), fraction / k
         case "huggingface":

@@ -122,6 +122,20 @@ def _choose(
     return top_k_indices(in_kept_groups(scores, config), k)
 
 
+def _balance_probs(
+    logits: Float[Array, "B S E"], scores: Float[Array, "B S E"], config: RouterConfig
+) -> Float[Array, "B S E"]:
+    """What the load-balance loss takes for probabilities."""
+    match config.balance_probs:
+        case "softmax":
+            return jax.nn.softmax(scores, axis=-1)
+        case "logits":
+            return jax.nn.softmax(logits, axis=-1)
+        case "scores":
+            # A softmax sums to 1 as it is.
+            return _shares(scores) if config.score_func == "sigmoid" else scores
+
+
 def _sparsemixer_weights(
     logits: Float[Array, "B S E"], indices: Int[Array, "B S K"], *, jitter: float
 ) -> Float[Array, "B S K"]:
@@ -160,9 +174,9 @@ def route(
     logits = logits.astype(jnp.float32)
     if config.score_func == "sigmoid":
         scores = jax.nn.sigmoid(logits)
-        probs = _shares(scores)
     else:
-        scores = probs = jax.nn.softmax(logits, axis=-1)
+        scores = jax.nn.softmax(logits, axis=-1)
+    probs = _balance_probs(logits, scores, config)
     # By score, not by logit: the softmax may round two logits to one, and ties go to the first.
     ranked = jax.lax.stop_gradient(scores if correction is None else scores + correction)
     chosen = _choose(ranked, jax.lax.stop_gradient(logits), k, config)

@@ -25,6 +25,7 @@ from moe_shard.config.schema import DataConfig
 from moe_shard.errors import UserError
 from moe_shard.training.corpus import ByteCorpus, Corpus, Say, TokenCorpus
 from moe_shard.training.documents import find_documents
+from moe_shard.training.synthetic import HostBatch, SyntheticSteps
 from moe_shard.training.tokenizer import (
     ByteTokenizer,
     Tokenizer,
@@ -36,7 +37,6 @@ READ_AHEAD_STEPS = 4
 READ_THREADS = 4
 
 Row = dict[str, Int32[np.ndarray, "S"]]
-HostBatch = dict[str, Int32[np.ndarray, "a r S"]]
 
 
 class PackedText:
@@ -195,7 +195,7 @@ class Batches(Iterator[dict[str, jax.Array]]):
             steps: Grain's iterator over a `HostBatch` a step.
             sharding: over (A, R, S).
             shape: (A, R, S).
-            bytes_per_token: of the whole text.
+            bytes_per_token: of the whole text; 0: there is none.
         """
         self.bytes_per_token = bytes_per_token
         self._steps = steps
@@ -243,7 +243,7 @@ def batches(
 
     The batch of step n depends on the text, the seed, the sizes and n alone: not on the mesh, nor
     on where a run was resumed. Row r of microbatch a is row (n*A + a)*R + r of the epochs laid end
-    to end, each in an order of its own.
+    to end, each in an order of its own. Synthetic batches are all the same.
 
     Args:
         config: where the text is, its tokenizer, and the seed.
@@ -263,8 +263,6 @@ def batches(
         UserError: the vocabulary is too small, the batch does not divide over the devices, the
             text is missing or too short, or it differs between processes.
     """
-    tokenizer = find_tokenizer(config.tokenizer_path)
-    require_vocabulary(tokenizer, vocab_size)
     shape = (microbatches, rows, seq_len)
     try:
         sharding.shard_shape(shape)
@@ -274,6 +272,14 @@ def batches(
             f"divide over {sharding.spec} of mesh {dict(sharding.mesh.shape)}\n"
             "fix: per_device_batch_size (rows) or max_target_length (tokens)"
         ) from error
+    held_a, held_r = held_rows(sharding, shape)
+    if config.dataset_type == "synthetic":
+        same = SyntheticSteps(
+            held_a, held_r, rows=rows, seq_len=seq_len, vocab_size=vocab_size, seed=config.seed
+        )
+        return Batches(same, sharding, shape, bytes_per_token=0.0)
+    tokenizer = find_tokenizer(config.tokenizer_path)
+    require_vocabulary(tokenizer, vocab_size)
     text = PackedText(
         find_documents(config.dataset_path),
         seq_len=seq_len,
@@ -283,7 +289,6 @@ def batches(
     )
     _require_same_text(text)
     stream = grain.MapDataset.source(text).shuffle(config.seed).repeat()
-    held_a, held_r = held_rows(sharding, shape)
 
     def read(step: int) -> HostBatch:
         first = step * microbatches

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from moe_shard.config.schema import TrainConfig
-from moe_shard.models.params import Params
+from moe_shard.models.params import Params, ParamSpec
 
 
 def make_schedule(config: TrainConfig) -> optax.Schedule:
     """Linear warm-up from 0, cosine decay to a fraction of the peak, constant after that.
 
-    The first update already learns: it runs at 1/(warm-up steps) of the peak, not at 0.
+    By the rule "plain" the first update already learns: it runs at 1/(warm-up steps) of the peak,
+    not at 0. For "maxtext" see `_maxtext_schedule`.
     """
+    if config.learning_rate_rule == "maxtext":
+        return _maxtext_schedule(config)
     warmup = round(config.warmup_steps_fraction * config.schedule_steps)
     decay = optax.cosine_decay_schedule(
         config.learning_rate,
@@ -28,6 +32,28 @@ def make_schedule(config: TrainConfig) -> optax.Schedule:
     return optax.join_schedules([rise, decay], [warmup])
 
 
+def _maxtext_schedule(config: TrainConfig) -> optax.Schedule:
+    """MaxText's schedule: the first update at 0, the schedule's last at the end's rate, then 0.
+
+    The warm-up's steps are rounded down; the cosine runs from the peak to the end's rate over what
+    is left, both ends included.
+    """
+    length, peak = config.schedule_steps, config.learning_rate
+    last = peak * config.learning_rate_final_fraction
+    warmup = int(length * config.warmup_steps_fraction)
+    span = length - warmup
+
+    def rate(step: jax.typing.ArrayLike) -> jax.Array:
+        step = jnp.asarray(step)
+        done = (step - warmup) / (span - 1) if span > 1 else jnp.ones_like(step, jnp.float32)
+        share = 0.5 * (jnp.cos(jnp.pi * done) + 1)
+        falling = peak * share + last * (1 - share)
+        rising = peak * step / max(warmup, 1)
+        return jnp.where(step >= length, 0.0, jnp.where(step < warmup, rising, falling))
+
+    return rate
+
+
 def make_optimizer(config: TrainConfig, specs: Params) -> optax.GradientTransformation:
     """Global-norm clipping, then AdamW or plain SGD, at the scheduled learning rate.
 
@@ -36,14 +62,12 @@ def make_optimizer(config: TrainConfig, specs: Params) -> optax.GradientTransfor
 
     Args:
         config: optimizer and schedule.
-        specs: the parameters' `ParamSpec`s; weight decay leaves out vectors such as norm scales.
+        specs: the parameters' `ParamSpec`s; weight decay leaves out vectors such as norm scales,
+            unless `config` says otherwise.
     """
     schedule = make_schedule(config)
     if config.optimizer == "adamw":
-        # Neither stacked layers or experts nor a dim without a name make a matrix of a vector.
-        decayed = jax.tree.map(
-            lambda spec: len(set(spec.logical_axes) - {"layers", "exp", None}) > 1, specs
-        )
+        decayed = jax.tree.map(lambda spec: _is_decayed(spec, config.decay_vectors), specs)
         update = optax.adamw(
             schedule,
             b1=config.adam_b1,
@@ -57,3 +81,12 @@ def make_optimizer(config: TrainConfig, specs: Params) -> optax.GradientTransfor
     if config.gradient_clipping_threshold == 0:
         return update
     return optax.chain(optax.clip_by_global_norm(config.gradient_clipping_threshold), update)
+
+
+def _is_decayed(spec: ParamSpec, vectors: bool) -> bool:
+    """Whether weight decay acts on a parameter."""
+    if vectors:
+        # What no gradient moves, decay must not move either.
+        return not spec.name.endswith("correction_bias")
+    # Neither stacked layers or experts nor a dim without a name make a matrix of a vector.
+    return len(set(spec.logical_axes) - {"layers", "exp", None}) > 1

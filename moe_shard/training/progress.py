@@ -23,7 +23,7 @@ class ProgressLine:
         first_step: the step this process starts with.
         steps: of the whole run.
         log_period: steps between two updates of the line.
-        bytes_per_token: of the text, for the loss in bits a byte.
+        bytes_per_token: of the text, for the loss in bits a byte; 0: there is no text.
     """
 
     def __init__(
@@ -82,8 +82,9 @@ class ProgressLine:
 
     def _describe(self, record: Record) -> str:
         ce_loss = float(record["ce_loss"] or 0.0)
-        bits_per_byte = ce_loss / math.log(2) / self._bytes_per_token
-        parts = [f"loss {record['loss']:.3f}", f"bits/byte {bits_per_byte:.2f}"]
+        parts = [f"loss {record['loss']:.3f}"]
+        if self._bytes_per_token:
+            parts.append(f"bits/byte {ce_loss / math.log(2) / self._bytes_per_token:.2f}")
         parts.append(f"grad norm {record['grad_norm']:.2f}")
         parts.append(f"dropped {100 * float(record['dropped_token_fraction'] or 0):.1f}%")
         parts.append(f"{record['tokens_per_sec_per_device']:,.0f} tok/s/device")

@@ -43,7 +43,7 @@ from tests.config.helpers import check_message, error_of, load, says, write_mode
         ("ragged_transport=tcp", ["ragged_transport=tcp", "auto, ragged, padded"]),
         ("grouped_product=gmm", ["grouped_product=gmm", "ragged_dot, tokamax, pallas, blocked"]),
         ("optimizer=adam", ["optimizer=adam", "adamw, sgd"]),
-        ("load_balance_loss_type=x", ["load_balance_loss_type=x", "maxtext, gshard, huggingface"]),
+        ("load_balance_loss_type=x", ["loss_type=x", "maxtext, sequence, gshard, huggingface"]),
         ("rule_conflicts=maybe", ["rule_conflicts=maybe", "warn, error"]),
         ("num_experts_per_tok=9", ["num_experts_per_tok=9", "num_experts=8", "from 1 to 8"]),
         ("num_experts=0", ["num_experts=0 is out of range", "at least 1"]),

@@ -164,9 +164,9 @@ def mla_row(
     to_query, source = ("query", x)
     if keys["q_lora_rank"]:
         to_query = "query_up"
-        source = _rms(down("query"), 1e-6) * p["query_norm"]["scale"]
+        source = _rms(down("query"), keys["latent_norm_epsilon"]) * p["query_norm"]["scale"]
     both = down("latent")
-    latent = _rms(both[:, :rank], 1e-6) * p["latent_norm"]["scale"]
+    latent = _rms(both[:, :rank], keys["latent_norm_epsilon"]) * p["latent_norm"]["scale"]
     turned_key = rotate(both[:, rank:], positions, keys) if rope else both[:, rank:]
     size = nope + keys["qk_rope_head_dim"]
     scale = size**-0.5 if keys["attention_scale"] < 0 else keys["attention_scale"]

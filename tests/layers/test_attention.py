@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -66,6 +67,7 @@ CASES = {
         "q_lora_rank=24",
         "rope_interleave=true",
         "mscale=0.7",
+        "latent_norm_epsilon=0.3",
     ),
     "mla-sliding-sink-soft-cap": (
         *MLA,
@@ -164,6 +166,22 @@ def test_weight_decay_leaves_biases_sinks_and_norms_alone() -> None:
             if len(set(spec.logical_axes) - {"layers", None}) > 1
         }
         assert matrices == expected
+
+
+def test_queries_begin_small_where_nothing_scales_the_scores() -> None:
+    for overrides, expected in (
+        ((), 1.0),
+        (("attention_scale=1",), 1 / math.sqrt(64)),
+        (
+            ("attention_scale=1", "use_qk_norm=true"),
+            1.0,
+        ),  # a norm undoes what a weight is scaled by
+    ):
+        config = layer_config({}, *overrides, "head_dim=64", "base_num_kv_heads=4")
+        annotate = layer_annotator(config, {})
+        made = describe_model(config.model, annotate).init(jax.random.key(0))["layers"]["attention"]
+        ratio = np.std(made["query"]) / np.std(made["key"])
+        np.testing.assert_allclose(ratio, expected, rtol=0.05)
 
 
 def test_text_shows_what_spans_and_documents_hide() -> None:

@@ -123,8 +123,9 @@ def load_balance_rows(
     The fraction of choices is a count: it has no gradient.
     """
     rows, tokens, experts = probs.shape
-    if convention == "maxtext":
-        fraction = counts / tokens  # sums to K
+    if convention in {"maxtext", "sequence"}:
+        fraction = counts / tokens  # sums to K, or to 1
+        fraction = fraction / (k if convention == "sequence" else 1)
         loss = experts * np.sum(probs.mean(axis=1) * fraction, axis=1)
         grad = experts * fraction[:, None, :] / (rows * tokens)
     else:

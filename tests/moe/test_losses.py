@@ -42,7 +42,7 @@ def test_the_published_example(k: int, expected: float) -> None:
     np.testing.assert_allclose(loss(PROBS[None], k, "maxtext"), k * expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("convention", ["maxtext", "gshard", "huggingface"])
+@pytest.mark.parametrize("convention", ["maxtext", "sequence", "gshard", "huggingface"])
 def test_balanced_is_one_and_collapsed_is_the_number_of_experts(
     convention: LoadBalanceLoss,
 ) -> None:
@@ -57,7 +57,7 @@ def test_only_maxtexts_is_local_to_a_row() -> None:
     np.testing.assert_allclose(loss(probs, 1, "gshard"), 1)
 
 
-@pytest.mark.parametrize("convention", ["maxtext", "gshard", "huggingface"])
+@pytest.mark.parametrize("convention", ["maxtext", "sequence", "gshard", "huggingface"])
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_values_and_gradients_are_the_oracles(convention: LoadBalanceLoss, k: int) -> None:
     rng = np.random.default_rng(k)

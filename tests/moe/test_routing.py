@@ -114,6 +114,18 @@ def test_choice_and_weights_are_the_oracles(
     np.testing.assert_array_equal(found.logits, logits)
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("balance", ["softmax", "logits"])
+def test_the_balance_loss_may_take_a_softmax_for_probabilities(score: str, balance: str) -> None:
+    fields = {"score_func": score, "balance_probs": balance}
+    logits, config = tokens(), replace(PLAIN, **fields)
+    found = routed(logits, 2, **fields)
+    for token, u in enumerate(logits.astype(np.float64)):
+        of = scores_of(u, config) if balance == "softmax" else u
+        np.testing.assert_allclose(found.probs[token], softmax(of), rtol=1e-5)
+    np.testing.assert_array_equal(found.weights, routed(logits, 2, score_func=score).weights)
+
+
 @every_score
 @pytest.mark.parametrize("normed", [True, False])
 def test_gradients_of_the_weights_are_those_of_finite_differences(score: str, normed: bool) -> None:

@@ -14,6 +14,7 @@ import threading
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -55,7 +56,12 @@ def corpus(root: Path, documents: int = 12) -> Path:
 
 
 def config(*paths: Path | str, seed: int = 0) -> DataConfig:
-    return DataConfig(dataset_path=tuple(map(str, paths)), tokenizer_path="", seed=seed)
+    return DataConfig(
+        dataset_type="text",
+        dataset_path=tuple(map(str, paths)),
+        tokenizer_path="",
+        seed=seed,
+    )
 
 
 def placed(sizes: tuple[int, ...] = (8,), spec: tuple = (None, "0", None)) -> NamedSharding:
@@ -474,7 +480,7 @@ sharding = NamedSharding(Mesh(jax.devices(), "x"), PartitionSpec(None, "x", None
 
 def make(path):
     return data.batches(
-        DataConfig(dataset_path=(path,), tokenizer_path="", seed=0),
+        DataConfig(dataset_type="text", dataset_path=(path,), tokenizer_path="", seed=0),
         vocab_size=257, seq_len=16, rows=8, microbatches=2, sharding=sharding,
     )
 
@@ -554,3 +560,31 @@ def test_other_processes_make_the_same_batches_and_read_only_their_rows(tmp_path
         assert len(set(report["read"])) == len(report["read"]) >= 3 * 8
         assert_short(UserError(report["refused"]), "some processes", "every host")
     assert not set(first["read"]) & set(second["read"])
+
+
+SYNTHETIC = DataConfig(dataset_type="synthetic", dataset_path=(), tokenizer_path="", seed=3)
+
+
+def test_synthetic_batches_are_one_batch_wherever_a_run_begins_and_whatever_the_mesh() -> None:
+    first, second = take(SYNTHETIC, 2, vocab_size=50, microbatches=2)
+    (later,) = take(
+        SYNTHETIC, 1, vocab_size=50, microbatches=2, first_step=7, sharding=placed((1,))
+    )
+    for name, rows in first.items():
+        assert rows.shape == (2, 8, 16)
+        np.testing.assert_array_equal(rows, second[name])
+        np.testing.assert_array_equal(rows, later[name])
+    np.testing.assert_array_equal(first["inputs"][..., 1:], first["targets"][..., :-1])
+    assert (first["positions"] == np.arange(16)).all()
+    assert (first["segment_ids"] == 1).all()
+    rows = {row.tobytes() for row in first["inputs"].reshape(-1, 16)}
+    assert len(rows) == 16
+
+
+def test_synthetic_tokens_are_all_of_the_vocabulary_and_of_the_seed() -> None:
+    (batch,) = take(SYNTHETIC, 1, vocab_size=7, rows=64, seq_len=64)
+    counts = np.bincount(batch["inputs"].ravel(), minlength=7)
+    assert len(counts) == 7
+    assert (abs(counts / (4096 / 7) - 1) < 0.2).all()  # four standard deviations
+    (other,) = take(replace(SYNTHETIC, seed=4), 1, vocab_size=7, rows=64, seq_len=64)
+    assert (other["inputs"] != batch["inputs"]).mean() > 0.8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -96,6 +97,19 @@ def test_adamw_is_numpy_adamw_and_norm_scales_do_not_decay(threshold: float) -> 
         np.testing.assert_allclose(found[name], expected, rtol=2e-6, atol=2e-6, err_msg=name)
 
 
+def test_vectors_decay_where_they_are_asked_to() -> None:
+    config = train_config("adam_decay_vectors=true", "adam_weight_decay=0.5", "learning_rate=0.1")
+    named = specs() | {"bias": replace(specs()["norm"], name="moe.router.correction_bias")}
+    start = random_trees(1)[0] | {"bias": np.ones((2, 4), np.float32)}
+    still = {name: np.zeros_like(a) for name, a in start.items()}
+    optimizer = make_optimizer(config, named)
+    updates, _ = optimizer.update(still, optimizer.init(start), start)
+    rate = float(make_schedule(config)(0))
+    for name, update in updates.items():  # a bias that no gradient moves is not moved by decay
+        expected = 0 if name == "bias" else -rate * 0.5 * start[name]
+        np.testing.assert_allclose(update, expected, rtol=1e-6, err_msg=name)
+
+
 def test_sgd_is_the_plain_step() -> None:
     config = train_config(
         "optimizer=sgd", "learning_rate=0.5", "steps=10", "gradient_clipping_threshold=0"
@@ -123,6 +137,29 @@ def test_schedule_rises_linearly_then_follows_a_cosine(fraction: float, warmup: 
     assert schedule(0) > 0  # the first update learns
     assert float(schedule(warmup)) == pytest.approx(2.0)
     assert float(schedule(5000)) == pytest.approx(0.5)
+
+
+def maxtext_rate(step: int, *, peak: float, length: int, fraction: float, final: float) -> float:
+    warmup = math.floor(length * fraction)
+    if step >= length:
+        return 0.0
+    if step < warmup:
+        return peak * step / warmup
+    done = (step - warmup) / (length - warmup - 1) if length - warmup > 1 else 1.0
+    return peak * (final + (1 - final) * (math.cos(math.pi * done) + 1) / 2)
+
+
+@pytest.mark.parametrize(("length", "fraction"), [(40, 0.1), (40, 0.0), (1, 0.5), (3, 1.0)])
+def test_the_rule_of_maxtext_begins_at_0_and_ends_in_0(length: int, fraction: float) -> None:
+    config = train_config(
+        "steps=50", f"learning_rate_schedule_steps={length}", "learning_rate=2.0",
+        f"warmup_steps_fraction={fraction}", "learning_rate_final_fraction=0.25",
+        "learning_rate_rule=maxtext",
+    )  # fmt: skip
+    schedule = make_schedule(config)
+    for step in range(50):
+        expected = maxtext_rate(step, peak=2.0, length=length, fraction=fraction, final=0.25)
+        np.testing.assert_allclose(schedule(step), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_schedule_has_its_own_length_where_one_is_given() -> None:

@@ -157,7 +157,12 @@ def test_a_resumed_run_goes_on_and_needs_no_tokenizing(
 ) -> None:
     text_of(tmp_path / "text", random_documents(40))
     model = words(tmp_path / "model")
-    source = DataConfig(dataset_path=(str(tmp_path / "text"),), tokenizer_path=str(model), seed=1)
+    source = DataConfig(
+        dataset_type="text",
+        dataset_path=(str(tmp_path / "text"),),
+        tokenizer_path=str(model),
+        seed=1,
+    )
     whole = take(source, 6)
 
     def never(*_: Any) -> None:
@@ -171,7 +176,9 @@ def test_a_resumed_run_goes_on_and_needs_no_tokenizing(
 def test_the_vocabulary_may_be_larger_than_the_tokenizers_and_not_smaller(tmp_path: Path) -> None:
     text_of(tmp_path / "text", random_documents(40))
     model = str(words(tmp_path / "model") / "tokenizer.json")
-    source = DataConfig(dataset_path=(str(tmp_path / "text"),), tokenizer_path=model, seed=1)
+    source = DataConfig(
+        dataset_type="text", dataset_path=(str(tmp_path / "text"),), tokenizer_path=model, seed=1
+    )
     assert take(source, 1, vocab_size=100) == take(source, 1)
     with pytest.raises(UserError) as caught:
         take(source, 1, vocab_size=12)
