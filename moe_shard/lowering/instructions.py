@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 
 from moe_shard.errors import UserError
 
-INSTRUCTION = re.compile(r"\s+(ROOT )?%([\w.\-]+) = (\S+|\(.*?\)) ([a-z][a-z0-9\-]*)\(")
+INSTRUCTION = re.compile(r"\s+(ROOT )?%([\w.\-#]+) = (\S+|\(.*?\)) ([a-z][a-z0-9\-]*)\(")
 """The start of an instruction: is it the root, its name, shape and opcode."""
 
 # What is quoted, and what a comment holds, is no structure.
 _OPAQUE = re.compile(r'"(?:[^"\\]|\\.)*"|/\*.*?\*/|//[^\n]*')
-_NAME = re.compile(r"%([\w.\-]+)")
+# `%tuple#1` is an element of a tuple, used where it stands: jax 0.12 prints no instruction for it.
+_NAME = re.compile(r"%([\w.\-]+(?:#\d+)*)")
+_ELEMENT = re.compile(r"%([\w.\-]+(?:#\d+)+)")
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _COMMENT = re.compile(r'"(?:[^"\\]|\\.)*"|//[^\n]*')
 _BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|/\*.*?\*/|[()\[\]{},]')
@@ -194,6 +196,9 @@ class Computation:
         if open_brackets(line):
             raise bad_line(number, line, "the brackets do not match")
         is_root, name, _, opcode = start.groups()
+        if "#" in line:
+            for element in _ELEMENT.findall(_OPAQUE.sub("", line)):
+                self._take_element(number, line, element)
         if name in self.opcodes:
             raise bad_line(number, line, f"%{name} is defined twice in %{self.name}")
         self.opcodes[name] = opcode
@@ -202,6 +207,23 @@ class Computation:
             if self.root:
                 raise bad_line(number, line, f"a second root in %{self.name}")
             self.root = name
+
+    def _take_element(self, number: int, user: str, element: str) -> None:
+        """Put in the `get-tuple-element` that `%tuple#1` stands for, before its first user."""
+        if element in self.opcodes:
+            return
+        of, _, index = element.rpartition("#")
+        if "#" in of:
+            self._take_element(number, user, of)
+        if of not in self._lines:
+            raise bad_line(number, user, f"%{of} is used but not defined; text is damaged")
+        shape = re.sub(r"/\*.*?\*/", "", self.instruction(of).shape)
+        shapes = list(_split(shape[1:-1])) if shape.startswith("(") else []
+        if int(index) >= len(shapes):
+            raise bad_line(number, user, f"%{of} has no element {index}")
+        line = f"  %{element} = {shapes[int(index)]} get-tuple-element(%{of}), index={index}"
+        self.opcodes[element] = "get-tuple-element"
+        self._lines[element] = (number, line)
 
     def instruction(self, name: str) -> Instruction:
         """The instruction called `name`.

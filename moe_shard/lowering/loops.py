@@ -162,9 +162,9 @@ class TripCounts:
             index = instruction.integer("index")
             inside = (index or 0, *path)
             return self._value(frame, instruction.operand(0), inside, depth + 1)
-        if opcode in ("tuple", "optimization-barrier") and path:
-            if opcode == "optimization-barrier":
-                return self._value(frame, instruction.operand(0), path, depth + 1)
+        if opcode == "opt-barrier":
+            return self._value(frame, instruction.operand(0), path, depth + 1)
+        if opcode == "tuple" and path:
             return self._value(frame, instruction.operand(path[0]), path[1:], depth + 1)
         if opcode in ("add", "subtract"):
             pair = (instruction.operand(0), instruction.operand(1))

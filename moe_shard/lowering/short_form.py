@@ -14,7 +14,7 @@ _COMPUTATION = re.compile(r"(ENTRY )?([A-Za-z_][\w.\-]*)( (?:\(.*\) -> .* )?\{(?
 _INSTRUCTION = re.compile(
     r"(\s+(?:ROOT )?)([\w.\-]+)( = (?:\S+|\(.*?\)) ([a-z][a-z0-9\-]*)\()([^()]*)"
 )
-_LAST_WORD = re.compile(r"([\w.\-]+)(?=\s*(?:,|$))")
+_LAST_WORD = re.compile(r"([\w.\-]+(?:#\d+)*)(?=\s*(?:,|$))")
 _CALLED = re.compile(
     r'"(?:[^"\\]|\\.)*"'
     r"|\b(to_apply|body|condition|calls|true_computation|false_computation"

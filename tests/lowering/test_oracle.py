@@ -22,6 +22,7 @@ _SHORTENED = {
     "count-leading-zeros": "clz",
     "popcnt": "population-count",
     "top-k": "topk",
+    "opt-barrier": "optimization-barrier",
 }
 _ASYNC = {"AsyncStart": "-start", "AsyncUpdate": "-update", "AsyncDone": "-done"}
 
