@@ -8,6 +8,7 @@ what runs, with what it stands for.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,7 @@ from moe_shard.lowering.walk import EXCHANGES, OPCODES, Executions
 # A cross-replica group without use_global_device_ids lists replicas, each with all its partitions.
 _REPLICA_GROUPED = frozenset({"all-gather", "all-reduce", "reduce-scatter", "collective-broadcast"})
 _OP_NAME_HOPS = 6
+_LAYOUT = re.compile(r"\{[^}]*\}")
 _BEFORE_OPTIMIZATION = (
     "this is the module before optimization: the partitioner has not run, so it lacks the"
     " collectives of the step; read Compiled.as_text() or *after_optimizations.txt"
@@ -207,7 +209,9 @@ def _without_copies(sites: list[_Site]) -> list[_Site]:
     for site in sites:
         instruction = site.instruction
         channel = instruction.integer("channel_id")
-        key = (site.kind, channel, instruction.op_name, instruction.shape)
+        # The copies differ in layout, which says where in a chip's memory they write.
+        shape = _LAYOUT.sub("", instruction.shape)
+        key = (site.kind, channel, instruction.op_name, shape)
         families.setdefault(key, []).append(site)
     kept: list[_Site] = []
     for family in families.values():
