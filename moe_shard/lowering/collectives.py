@@ -18,7 +18,14 @@ from moe_shard.lowering.mesh_axes import UNKNOWN_AXES, MeshAxes
 from moe_shard.lowering.op_names import classify, merged_names
 from moe_shard.lowering.replica_groups import parse_groups, parse_pairs
 from moe_shard.lowering.shapes import shape_bytes, tuple_elements
-from moe_shard.lowering.spellings import implements, is_unrolled, spelled_by_all_reduce
+from moe_shard.lowering.spellings import (
+    hands_on_what_it_exchanges,
+    implements,
+    is_unrolled,
+    keeps_one_shard,
+    spelled_by_all_reduce,
+)
+from moe_shard.lowering.unlisted import unlisted
 from moe_shard.lowering.walk import EXCHANGES, OPCODES, Executions
 
 # A cross-replica group without use_global_device_ids lists replicas, each with all its partitions.
@@ -131,7 +138,10 @@ class _Site:
 
 
 def extract_collectives(
-    text: str, mesh: Mapping[str, int] | None = None, device_ids: Sequence[int] | None = None
+    text: str,
+    mesh: Mapping[str, int] | None = None,
+    device_ids: Sequence[int] | None = None,
+    count_further_rounds: bool = False,
 ) -> Extraction:
     """Read the collectives of an HLO module.
 
@@ -140,6 +150,8 @@ def extract_collectives(
         mesh: {axis: size} in the order in which the devices are laid out; without it the axes of
             the collectives stay empty.
         device_ids: the device at each position of the mesh, where that is not 0, 1, 2, ...
+        count_further_rounds: take the loops of this package's further MoE exchanges, which run
+            only where a router exceeds what one exchange holds, as running once.
 
     Raises:
         UserError: when the text is not one whole HLO module, or the mesh is not of its size.
@@ -149,7 +161,7 @@ def extract_collectives(
     # A traced program does not know yet how many devices it is for.
     placed = None if early and module.num_devices == 1 else mesh
     axes = None if placed is None else MeshAxes(placed, module.num_devices, device_ids)
-    walk = Executions(module)
+    walk = Executions(module, count_further_rounds)
     sites = _sites(walk)
     rings = _rings(module, sites)
     found = {
@@ -158,14 +170,13 @@ def extract_collectives(
     }
     warnings = [_BEFORE_OPTIMIZATION] if early else []
     warnings += dict.fromkeys(walk.warnings)
-    if walk.overflows:
+    if walk.further_rounds:
         warnings.append(
-            f"not counted: {walk.overflows} loops of further MoE exchanges, which run only where a"
-            " router exceeds what one exchange holds"
+            f"{'counted once' if count_further_rounds else 'not counted'}: {walk.further_rounds}"
+            " loops of further MoE exchanges, which run only where a router exceeds what one"
+            " exchange holds"
         )
-    sends = sum(opcode == "send" for each in walk.order for opcode in each.opcodes.values())
-    if sends:
-        warnings.append(f"{sends} point-to-point sends are not listed")
+    warnings += unlisted(walk)
     if strange := sum(each.axes == UNKNOWN_AXES for each in found.values()):
         warnings.append(f"{strange} collectives run along no set of mesh axes (shown as '?')")
     return Extraction(module, walk, found, tuple(warnings))
@@ -186,8 +197,13 @@ def _sites(walk: Executions) -> list[_Site]:
 
 def _site(walk: Executions, computation: Computation, instruction: Instruction) -> _Site:
     kind = OPCODES[instruction.opcode]
-    if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
-        kind = "reduce-scatter"  # how TPU spells it: a fusion of an all-reduce and a slice
+    devices = "source_target_pairs" if kind == "collective-permute" else "replica_groups"
+    if devices not in instruction.attributes:  # compilers always write it, if only {}
+        raise instruction.damaged(f"without {devices}")
+    if kind == "all-reduce" and computation.name in walk.fused:
+        parts = _group_size(walk.module, instruction)
+        if parts > 1 and keeps_one_shard(walk.module, computation, instruction, parts):
+            kind = "reduce-scatter"  # how TPU spells it: a fusion of an all-reduce and a slice
     return _Site(
         instruction,
         kind,
@@ -196,6 +212,14 @@ def _site(walk: Executions, computation: Computation, instruction: Instruction) 
         walk.counts[computation.name],
         instruction.opcode.endswith("-start") or computation.name in walk.asynchronous,
     )
+
+
+def _group_size(module: Module, instruction: Instruction) -> int:
+    try:
+        text = instruction.attributes.get("replica_groups", "{}")
+        return max(map(len, parse_groups(text, module.num_devices)))
+    except HloParseError as error:
+        raise HloParseError(f"HLO line {instruction.line_number}: {error}") from error
 
 
 def _without_copies(sites: list[_Site]) -> list[_Site]:
@@ -259,7 +283,7 @@ def _async_part(computation: Computation) -> str:
             for part in ("Start", "Done"):
                 if f'custom_call_target="AsyncCollective{part}"' in text:
                     return part.lower()
-    return "middle" if computation.name.startswith("async_collective_fusion") else ""
+    return "middle" if hands_on_what_it_exchanges(computation) else ""
 
 
 def _collective(

@@ -24,7 +24,15 @@ from moe_shard.lowering.instructions import (
 )
 from moe_shard.lowering.short_form import with_percent_signs
 
-__all__ = ["Call", "Computation", "HloParseError", "Instruction", "Module", "parse_module"]
+__all__ = [
+    "Call",
+    "Computation",
+    "HloParseError",
+    "Instruction",
+    "Module",
+    "bad_line",
+    "parse_module",
+]
 
 _MODULE = re.compile(r"HloModule ([^\s,]+)")
 _COMPUTATION = re.compile(r"(ENTRY )?%([\w.\-]+) (?:\(.*\) -> .* )?\{(?: ?//.*)?$")

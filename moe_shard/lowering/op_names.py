@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-MOE_SCOPES = ("router", "dispatch", "experts", "combine")
-SCOPES = (*MOE_SCOPES, "attention", "mlp", "embedding", "logits", "loss", "optimizer")
+from moe_shard.scopes import MOE_SCOPES, SCOPES
+
+__all__ = ["MOE_SCOPES", "SCOPES", "classify", "merged_names"]
 
 # `jit(loss)` names a function, not a scope.
 _FUNCTION = re.compile(r"\bp?jit\([^()]*\)")

@@ -127,6 +127,7 @@ def report_from_text(
     memory: dict[str, int] | None = None,
     backend: str | None = None,
     partitioner_log: Sequence[str] = (),
+    count_further_rounds: bool = False,
 ) -> LoweringReport:
     """Report on HLO text after optimization.
 
@@ -137,11 +138,12 @@ def report_from_text(
         memory: bytes per device, see `memory_from_compiled`.
         backend: "cpu", "tpu" or "gpu"; guessed from the text when None.
         partitioner_log: what `remat_lines` collected while the text was compiled.
+        count_further_rounds: see `extract_collectives`.
 
     Raises:
         UserError: when the text is not one whole HLO module, or the mesh is not of its size.
     """
-    extraction = extract_collectives(text, mesh)
+    extraction = extract_collectives(text, mesh, count_further_rounds=count_further_rounds)
     sharded = [axis for axis in expert_axes if (mesh or {}).get(axis, 1) > 1]
     totals: dict[str, dict[str, int]] = {}
     for each in extraction.collectives:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from moe_shard.lowering.hlo import Computation, Instruction, Module
 from moe_shard.lowering.op_names import merged_names
 from moe_shard.lowering.shapes import shape_bytes, tuple_elements
+from moe_shard.lowering.walk import OPCODES
 
 # Programmers write ppermute, whose op_name ends so; a product that has permutes was unrolled.
 _PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot")
@@ -91,8 +92,33 @@ def spelled_by_all_reduce(
         operands = [computation.instruction(instruction.operand(number)) for number in numbers]
     if all(_is_shard_in_zeros(module, computation, each, parts) for each in operands):
         return "all-gather"
-    cut = _cuts(module, computation, instruction, parts, _HOPS)
-    return "reduce-scatter" if cut and all(cut) else ""
+    return "reduce-scatter" if keeps_one_shard(module, computation, instruction, parts) else ""
+
+
+def keeps_one_shard(
+    module: Module, computation: Computation, reduced: Instruction, parts: int
+) -> bool:
+    """Whether every use of a sum keeps one shard of it only, of so many parts."""
+    cut = _cuts(module, computation, reduced, parts, _HOPS)
+    return bool(cut) and all(cut)
+
+
+def hands_on_what_it_exchanges(computation: Computation) -> bool:
+    """Whether a fused computation is the middle of a TPU's async collective.
+
+    Such a collective is started in one fusion and finished in another. Those in between repeat it
+    beside their own work, and hand on both its result and what it is of, for the next to go on.
+    """
+    root = computation.instruction(computation.root)
+    returned = set(root.operands) if root.opcode == "tuple" else set[str]()
+    for name in returned:
+        if computation.opcodes.get(name) in OPCODES:
+            sent = computation.instruction(name).operands
+            if returned.issuperset(sent) and all(
+                computation.opcodes.get(each) == "parameter" for each in sent
+            ):
+                return True
+    return False
 
 
 def _is_shard_in_zeros(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
-from moe_shard.lowering.hlo import Computation, HloParseError, Instruction, Module
+from moe_shard.lowering.hlo import Computation, HloParseError, Instruction, Module, bad_line
 from moe_shard.lowering.loops import TripCounts
+from moe_shard.lowering.op_names import merged_names
+from moe_shard.scopes import FURTHER_ROUNDS
 
 KINDS = (
     "all-gather",
@@ -23,8 +24,15 @@ EXCHANGES = ("all-to-all", "ragged-all-to-all")
 OPCODES = {kind + suffix: kind for kind in KINDS for suffix in ("", "-start")}
 """Opcode of a collective, or of the first half of an async pair -> its kind."""
 
-OVERFLOW = re.compile(r"/overflow/")
-"""In the op_name of a loop: it runs only where a router exceeds what one exchange can hold."""
+_FURTHER_ROUNDS = f"/{FURTHER_ROUNDS}/while"
+"""The end of the op_name of a loop that runs only where a router exceeds what one exchange holds.
+The loop's own name counts, not that of a scope around it."""
+
+_WITH_CHANNEL = frozenset(
+    {*OPCODES, *(f"{kind}{suffix}" for kind in KINDS for suffix in ("-update", "-done"))}
+    | {"send", "send-done", "recv", "recv-done"}
+)
+"""Opcodes that may name a group of devices or a channel."""
 
 ASYNC_CALLS = ("async-start", "call-start")
 """What starts a computation that runs beside what follows."""
@@ -41,14 +49,26 @@ class Executions:
         fused: names of those that stand in a fusion.
         callers: {name: the instruction that calls it, and where}, for fusions, calls and async
             starts.
-        overflows: loops that run only where a router exceeds a bound; counted as not running.
+        further_rounds: loops that run only where a router exceeds a bound.
         warnings: what could not be told, one sentence each.
     """
 
-    def __init__(self, module: Module) -> None:
+    def __init__(self, module: Module, count_further_rounds: bool = False) -> None:
+        """Visit a module.
+
+        Args:
+            module: what is visited.
+            count_further_rounds: take the loops that run only where a router exceeds a bound as
+                running once; else as not running.
+
+        Raises:
+            HloParseError: there is something between devices that is not known here, or what the
+                calls say does not fit together.
+        """
         self.module = module
         self.warnings: list[str] = []
-        self.overflows = 0
+        self.further_rounds = 0
+        self._trips_of_further_rounds = int(count_further_rounds)
         self.counts = {module.entry.name: 1}
         self.asynchronous = set[str]()
         self.fused = set[str]()
@@ -57,6 +77,7 @@ class Executions:
         self._known_trips: dict[tuple[str, str], int | None] = {}
         self._holding: dict[str, bool] = {}
         self.order = list(self._callers_first())
+        self._check_opcodes()
         self._check_reached()
         for computation in self.order:
             self._pass_on(computation)
@@ -89,6 +110,12 @@ class Executions:
                 stack.append((called, called.calls()))
         return reversed(done.values())
 
+    def _check_opcodes(self) -> None:
+        """Refuse an opcode that names devices or a channel and is not known here."""
+        for computation in self.module.computations.values():
+            for number, line, opcode in computation.between_devices(_WITH_CHANNEL):
+                raise bad_line(number, line, f"unknown opcode {opcode!r} that names devices")
+
     def _check_reached(self) -> None:
         """Refuse a spelling of a call that is not known here: it would hide collectives."""
         reached = {computation.name for computation in self.order}
@@ -103,6 +130,9 @@ class Executions:
                     f"HLO line {line}: calls %{name}, which holds collectives, in a way that this"
                     " reader does not know\nfix: report the line; nothing is counted without it"
                 )
+        self.warnings += [
+            f"not counted: the collectives of %{name}, which nothing calls" for name in hidden
+        ]
 
     def _computation(self, name: str) -> Computation:
         if name not in self.module.computations:
@@ -129,22 +159,32 @@ class Executions:
             if call.opcode in ("fusion", "call", *ASYNC_CALLS):
                 self.callers[name] = (computation, computation.instruction(call.instruction))
 
-    def _trip_count(self, computation: Computation, name: str) -> int:
-        loop = computation.instruction(name)
+    def times(self, computation: Computation, name: str) -> int:
+        """How often one execution of the `while` instruction `name` is taken to run its body."""
         trips = self.trips(computation, name)
         if trips is not None:
             return trips
-        communicates = self._holds_collective(self.module.called_by(loop, "body").name)
-        if OVERFLOW.search(loop.op_name):
-            if communicates:
-                self.overflows += 1
-            return 0
-        if communicates:
-            self.warnings.append(
-                f"the trip count of loop %{name} (HLO line {loop.line_number}) cannot be told:"
-                " its collectives are counted once"
-            )
-        return 1
+        further = self._makes_further_rounds(computation.instruction(name))
+        return self._trips_of_further_rounds if further else 1
+
+    @staticmethod
+    def _makes_further_rounds(loop: Instruction) -> bool:
+        return any(f"/{each}".endswith(_FURTHER_ROUNDS) for each in merged_names(loop.op_name))
+
+    def _trip_count(self, computation: Computation, name: str) -> int:
+        times = self.times(computation, name)
+        if self.trips(computation, name) is None:
+            loop = computation.instruction(name)
+            if not self._holds_collective(self.module.called_by(loop, "body").name):
+                return times
+            if self._makes_further_rounds(loop):
+                self.further_rounds += 1
+            else:
+                self.warnings.append(
+                    f"the trip count of loop %{name} (HLO line {loop.line_number}) cannot be told:"
+                    " its collectives are counted once"
+                )
+        return times
 
     def _holds_collective(self, name: str) -> bool:
         if name not in self._holding:

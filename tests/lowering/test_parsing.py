@@ -14,6 +14,7 @@ from moe_shard.errors import UserError
 from moe_shard.lowering.collectives import Collective, extract_collectives
 from moe_shard.lowering.hlo import HloParseError, parse_module
 from moe_shard.lowering.shapes import shape_bytes, tuple_elements
+from moe_shard.scopes import FURTHER_ROUNDS
 
 HEADER = "HloModule jit_f, is_scheduled=true, num_partitions=8\n\n"
 SUM = """%sum (a: f32[], b: f32[]) -> f32[] {
@@ -203,6 +204,47 @@ def test_a_trip_count_that_cannot_be_told_is_said(text: str) -> None:
     assert "%while" in extraction.warnings[0]
 
 
+UNKNOWN = loop().replace("%start = s32[] constant(0)", "%start = s32[] parameter(1)")
+AROUND = f"jit(f)/{FURTHER_ROUNDS}/while"
+
+
+def named_loop(op_name: str) -> str:
+    return UNKNOWN.replace("body=%body", f'body=%body, metadata={{op_name="{op_name}"}}')
+
+
+@pytest.mark.parametrize(
+    ("op_name", "passed_over"),
+    [
+        (AROUND, True),
+        (f"jit(f)/other/while;{AROUND}", True),
+        (f"{FURTHER_ROUNDS}/while", True),
+        # A scope of anybody's: whatever it is called, its collectives are counted.
+        ("jit(f)/overflow/while", False),
+        ("jit(f)/moe/overflow/while/body/while", False),
+        (f"jit(f)/my{FURTHER_ROUNDS}/while", False),
+        (f"jit(f)/{FURTHER_ROUNDS}2/while", False),
+        # Not the loop's own scope, but one around it.
+        (f"{AROUND}/body/while", False),
+        (f"jit(f)/{FURTHER_ROUNDS}/inner/while", False),
+    ],
+)
+def test_only_the_private_scope_of_a_loop_passes_it_over(op_name: str, passed_over: bool) -> None:
+    text = HEADER + named_loop(op_name)
+    extraction = extract_collectives(text)
+    assert [each.count for each in extraction.collectives] == ([] if passed_over else [1])
+    (warning,) = extraction.warnings
+    assert warning.startswith("not counted: 1 loops" if passed_over else "the trip count of loop")
+    asked = extract_collectives(text, count_further_rounds=True)
+    assert [each.count for each in asked.collectives] == [1]
+    assert asked.warnings[0].startswith("counted once" if passed_over else "the trip count of loop")
+
+
+def test_a_loop_of_known_trips_is_counted_whatever_its_scope() -> None:
+    text = loop().replace("body=%body", f'body=%body, metadata={{op_name="{AROUND}"}}')
+    extraction = extract_collectives(HEADER + text)
+    assert ([each.count for each in extraction.collectives], extraction.warnings) == ([12], ())
+
+
 def test_a_bound_that_the_loop_only_passes_on() -> None:
     text = loop()
     for old, new in [
@@ -240,6 +282,50 @@ def test_branches_and_sends_are_said() -> None:
     assert "1 point-to-point sends" in extraction.warnings[1]
 
 
+def test_what_is_not_listed_is_said() -> None:
+    body = (
+        "  %token = token[] after-all()\n"
+        "  %to = (f32[16]{0}, u32[], token[]) send(%x, %token), channel_id=2,"
+        " is_host_transfer=true\n"
+        "  %sent = token[] send-done(%to), channel_id=2, is_host_transfer=true\n"
+        "  %from = (f32[16]{0}, u32[], token[]) recv(%sent), channel_id=3\n"
+        '  ROOT %k = f32[16]{0} custom-call(%x), custom_call_target="tpu_custom_call",'
+        ' backend_config={"custom_call_config": {"body": "", "has_communication": true}}\n'
+    )
+    assert extract_collectives(HEADER + entry(body)).warnings == (
+        "1 transfers to the host are not listed",
+        "1 kernels exchange data themselves, which is not listed",
+    )
+
+
+def test_collectives_that_nothing_calls_are_said() -> None:
+    unused = entry(f"  ROOT %r = f32[16]{{0}} {REDUCE}\n").replace("ENTRY %main", "%unused")
+    text = HEADER + SUM + unused + entry("  ROOT %c = f32[16]{0} copy(%x)\n")
+    assert extract_collectives(text).warnings == (
+        "not counted: the collectives of %unused, which nothing calls",
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "f32[16]{0} all-gather-v2(%x), replica_groups={{0,1}}, dimensions={0}",
+        "f32[16]{0} nccl-all-to-all(%x), channel_id=4",
+        "f32[16]{0} permute(%x), source_target_pairs={{0,1}}",
+        "f32[16]{0} all-reduce-starts(%x), replica_groups=[1,8]<=[8]",
+    ],
+)
+def test_an_unknown_opcode_between_devices_is_refused(line: str) -> None:
+    opcode = line.split()[1].split("(")[0]
+    text = HEADER + entry(f"  ROOT %r = {line}\n")
+    with pytest.raises(HloParseError) as raised:
+        extract_collectives(text)
+    assert f"HLO line 5: unknown opcode {opcode!r} that names devices" in str(raised.value)
+    # In a string the words name nothing.
+    quoted = line.split(", ")[0] + ', metadata={op_name="replica_groups={} channel_id=1"}'
+    assert extract_collectives(HEADER + entry(f"  ROOT %r = {quoted}\n")).collectives == ()
+
+
 def test_a_computation_that_calls_itself_is_refused() -> None:
     text = entry("  ROOT %r = f32[16]{0} call(%x), to_apply=%main\n")
     with pytest.raises(HloParseError, match="calls itself"):
@@ -263,6 +349,7 @@ GOOD = HEADER + SUM + entry(f"  ROOT %r = f32[16]{{0}} {REDUCE}\n")
         (GOOD.replace("%x = f32", "%y = f32"), "%x is used but not defined"),
         (GOOD.replace("replica_groups={}", "replica_groups=all"), r"line \d+: unknown spelling"),
         (GOOD.replace("replica_groups={}", "replica_groups={{0,8}}"), "do not fit 8 devices"),
+        (GOOD.replace("replica_groups={}", "replica_grpups={}"), "without replica_groups"),
         (GOOD.replace("all-reduce(%x)", "all-reduce((%x)"), "brackets"),
         (GOOD.replace("  %a = f32[] parameter(0)", "  what is this"), "line 4: not an instruction"),
     ],

@@ -19,6 +19,7 @@ from moe_shard.moe import dispatch
 from moe_shard.moe.dispatch.forced import _sum_in_order
 from moe_shard.moe.dispatch.ragged import Ragged
 from moe_shard.moe.record import MoERecord
+from moe_shard.scopes import FURTHER_ROUNDS
 from tests.moe.build import RULES, BuiltLayer, Outputs, build_layer, mesh_of
 from tests.moe.inputs import random_inputs
 from tests.moe.oracle import moe_layer
@@ -45,7 +46,7 @@ def forward(layer: BuiltLayer) -> Any:
 def in_every_step(text: str) -> list[Collective]:
     """The collectives that no loop of further rounds holds."""
     lines = (line for line in text.splitlines() if COLLECTIVE.search(line))
-    return collectives("\n".join(line for line in lines if "/overflow/" not in line))
+    return collectives("\n".join(line for line in lines if FURTHER_ROUNDS not in line))
 
 
 def test_two_exchanges_forward_two_backward_and_one_of_counts() -> None:

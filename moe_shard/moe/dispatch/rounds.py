@@ -23,11 +23,8 @@ from moe_shard.moe.dispatch.plan import Counts, kept, plan_round, take
 from moe_shard.moe.dispatch.transport import Transport, send, send_back
 from moe_shard.moe.placement import EXCHANGED
 from moe_shard.moe.weights import ExpertWeights
+from moe_shard.scopes import FURTHER_ROUNDS
 from moe_shard.sharding.varying import vary_alike
-
-OVERFLOW = "overflow"
-"""Scope of the loops that run only where a router exceeds the bound of the first round; reports
-count nothing in them."""
 
 Compute = Callable[[ExpertWeights, Float[Array, "R M"], Int[Array, "L"]], Float[Array, "R M"]]
 """The experts of this device on rows that stand by expert, in groups of the sizes given."""
@@ -208,7 +205,7 @@ def _loop(
     def some_left(state: tuple[Counts, Any]) -> Bool[Array, ""]:
         return jnp.any(state[0] < way.counts)
 
-    with jax.named_scope(OVERFLOW):
+    with jax.named_scope(FURTHER_ROUNDS):
         return jax.lax.while_loop(some_left, again, (rounds.first_take(way), first))[1]
 
 
