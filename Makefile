@@ -7,8 +7,9 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 TARGETS := $(VENV)/.targets
 PARITY := $(VENV)/.parity
+MAXTEXT := .venv-maxtext
 
-.PHONY: demo test test-newest test-parity record-parity targets test-targets test-targets-slow goldens test-goldens browser test-browser lint format bench clean help
+.PHONY: demo test test-newest test-parity record-parity test-maxtext targets test-targets test-targets-slow goldens test-goldens browser test-browser lint format bench clean help
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +40,16 @@ test-parity: $(PARITY)  ## small models of every family against transformers (mi
 
 record-parity: $(PARITY)  ## keep transformers' numbers for the tests that run without it
 	$(RUN) -m tests.parity.record
+
+$(MAXTEXT)/.installed: pyproject.toml constraints-maxtext.txt
+	@echo "installing MaxText into $(MAXTEXT) (about 2 GB)"
+	@test -x $(MAXTEXT)/bin/python || $(NEWEST_PYTHON) -m venv $(MAXTEXT)
+	@$(MAXTEXT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-maxtext.txt
+	@$(MAXTEXT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+test-maxtext: $(MAXTEXT)/.installed  ## MaxText itself, watched and compared with; needs NEWEST_PYTHON (minutes)
+	$(MAXTEXT)/bin/python -m pytest -m maxtext $(or $(TESTS),tests/maxtext)
 
 $(TARGETS): $(READY)
 	@echo "installing the compilers of TPUs, NVIDIA and AMD GPUs into $(VENV) (about 2 GB)"
@@ -79,4 +90,4 @@ bench: $(READY)  ## one MoE layer, every strategy, flag on and off
 	$(RUN) -m moe_shard bench
 
 clean:  ## remove what the targets made, runs excepted
-	rm -rf $(VENV) .venv-newest .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .venv-newest $(MAXTEXT) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
