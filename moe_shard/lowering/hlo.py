@@ -10,7 +10,7 @@ attributes) is parsed when somebody asks for it, in `instructions`.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from moe_shard.lowering.instructions import (
     INSTRUCTION,
@@ -23,6 +23,7 @@ from moe_shard.lowering.instructions import (
     open_brackets,
 )
 from moe_shard.lowering.short_form import with_percent_signs
+from moe_shard.lowering.stack_frames import TABLES, StackFrames
 
 __all__ = [
     "Call",
@@ -38,7 +39,6 @@ _MODULE = re.compile(r"HloModule ([^\s,]+)")
 _COMPUTATION = re.compile(r"(ENTRY )?%([\w.\-]+) (?:\(.*\) -> .* )?\{(?: ?//.*)?$")
 _CLOSE = re.compile(r"\}(?:, [^\n]*)?(?: ?//.*)?$")
 _TABLE_ROW = re.compile(r'(\d+) (".*"|\{.*\})$')
-_TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 # What the partitioner takes away: where it should lay something out, and where that is done by
 # hand (shard_map).
 _FOR_THE_PARTITIONER = re.compile(r'custom_call_target="(?:Sharding|SPMD\w+|xla\.sdy\.[\w.]+)"')
@@ -59,6 +59,7 @@ class Module:
     computations: dict[str, Computation]
     entry: Computation
     tables: dict[str, list[str]]
+    _frames: StackFrames | None = field(default=None, repr=False)
 
     @property
     def num_devices(self) -> int:
@@ -97,30 +98,17 @@ class Module:
         raise instruction.damaged(f"no computation as {' or '.join(roles)}")
 
     def source(self, instruction: Instruction) -> str | None:
-        """`file:line` of the innermost frame the instruction was traced from, where known.
+        """`file:line` that the instruction was traced from, where known.
+
+        Of a sharding constraint it is the line that asks for it, see `stack_frames`.
 
         Raises:
             HloParseError: when the frame is not in the tables at the top of the module.
         """
-        text = instruction.attribute_text
-        if older := re.search(r'\bsource_file="([^"]*)"(?:.*?\bsource_line=(\d+))?', text):
-            return f"{older[1]}:{older[2]}" if older[2] else older[1]
-        frame = instruction.integer("stack_frame_id")
-        if not frame or not self.tables.get("StackFrames"):
-            return None
-        location = self._row("StackFrames", frame, instruction)
-        place = self._row("FileLocations", _field(location, "file_location_id"), instruction)
-        file = self._row("FileNames", _field(place, "file_name_id"), instruction)
-        return f"{file[1:-1]}:{_field(place, 'line')}"
-
-    def _row(self, table: str, number: int, instruction: Instruction) -> str:
-        rows = self.tables.get(table, [])
-        if not 1 <= number <= len(rows):
-            raise HloParseError(
-                f"HLO line {instruction.line_number}: %{instruction.name} points to row {number}"
-                f" of {table}, which has {len(rows)}: the text is damaged"
-            )
-        return rows[number - 1]
+        if self._frames is None:
+            lines = (line for each in self.computations.values() for line in each.lines())
+            self._frames = StackFrames(self.tables, lines)
+        return self._frames.source(instruction)
 
 
 def _field(row: str, key: str) -> int:
@@ -225,7 +213,7 @@ class _Reader:
         self.computations[name] = self.open
 
     def _table(self, number: int, line: str) -> None:
-        if line in _TABLES and line not in self.tables:
+        if line in TABLES and line not in self.tables:
             self.table = line
             self.tables[line] = []
             return

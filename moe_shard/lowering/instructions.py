@@ -237,6 +237,10 @@ class Computation:
             self._parsed[name] = _parse_instruction(*self._lines[name])
         return self._parsed[name]
 
+    def lines(self) -> Iterator[str]:
+        """The text of every instruction, in order."""
+        return (line for _, line in self._lines.values())
+
     def parameters(self) -> Iterator[Instruction]:
         """The instructions that stand for what is passed in."""
         for name, opcode in self.opcodes.items():
