@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 from fixtures_hand_counted import HAND_COUNTED, read
+from stored_programs import program_files, program_name, program_text
 
 from moe_shard.lowering.collectives import extract_collectives
 from moe_shard.lowering.hlo import parse_module
 
-HERE = Path(__file__).parent
-PROGRAMS = sorted([*HERE.glob("fixtures/*.txt"), *HERE.glob("programs/**/*.txt")])
 NAME_OR_STRING = re.compile(r'"(?:[^"\\]|\\.)*"|%[\w.\-]+')
 
 
@@ -25,10 +24,10 @@ def renamed(text: str, seed: int) -> str:
     return NAME_OR_STRING.sub(lambda found: table.get(found[0], found[0]), text)
 
 
-@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", program_files(), ids=program_name)
 def test_renaming_everything_changes_no_table(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    mesh = HAND_COUNTED[path.stem][0] if path.stem in HAND_COUNTED else None
+    text = program_text(path)
+    mesh = HAND_COUNTED[program_name(path)][0] if program_name(path) in HAND_COUNTED else None
     expected = extract_collectives(text, mesh)
     found = extract_collectives(renamed(text, seed=7), mesh)
     assert found.collectives == expected.collectives
