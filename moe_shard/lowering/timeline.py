@@ -3,16 +3,16 @@
 The instructions run in the order of the schedule. Each takes as long as its FLOPs at peak, or as
 its bytes at the full bandwidth of the memory, whichever is longer. Collectives run one after the
 other on the wire, as long as their bytes take on the links; an asynchronous one beside whatever
-the schedule puts between its start and its end, any other by itself. No latency, no contention, no
-kernel below peak: the estimate says what a step cannot beat, what its wire costs and how much of
-that the schedule hides. It is not a measurement.
+the schedule puts between its start and its end, any other by itself (see `wire`). No latency, no
+contention, no kernel below peak: the estimate says what a step cannot beat, what its wire costs and
+how much of that the schedule hides. It is not a measurement.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from moe_shard.config.hardware import Hardware
@@ -20,6 +20,7 @@ from moe_shard.lowering.collectives import Collective, Extraction
 from moe_shard.lowering.hlo import Computation, Instruction, Module
 from moe_shard.lowering.op_names import classify
 from moe_shard.lowering.walk import ASYNC_CALLS
+from moe_shard.lowering.wire import Flight, Key, Sums, Wire
 from moe_shard.lowering.work import flops, memory_bytes
 from moe_shard.units import human_seconds
 
@@ -81,20 +82,6 @@ class Rates:
         return max(on_links, leaving / self.network)
 
 
-_Key = tuple[str, str]
-"""A computation and an instruction in it."""
-
-
-@dataclass
-class _Flight:
-    """A collective on the wire."""
-
-    collective: Collective
-    seconds: float
-    lands: float
-    beside: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-
 @dataclass(frozen=True)
 class Exchange:
     """The executions of one collective of the text in a step.
@@ -103,7 +90,8 @@ class Exchange:
         collective: which.
         seconds: on the wire.
         waited: of these, while nothing else ran.
-        beside: {stage: seconds of its work that ran meanwhile}, the most first.
+        beside: {stage: seconds of its work that ran meanwhile}, the most first; with `waited` they
+            add up to `seconds`.
     """
 
     collective: Collective
@@ -117,7 +105,7 @@ class Timeline:
     """One step of one device.
 
     Attributes:
-        seconds: of the step.
+        seconds: of the step; what is computed and what is waited for.
         computing: of these, in work of the device's own.
         exchanges: the collectives, in the order of the schedule.
         cycles: the sum of the TPU compiler's own estimates; None where it made none.
@@ -149,13 +137,19 @@ class Timeline:
             f" a device; {human_seconds(self.on_wire)} on the wire, {self._hidden()}",
             f"  ({ASSUMPTIONS})",
         ]
+        small = small_waited = 0.0
         for scope, seconds, waited, beside in self._stages():
-            if seconds > _SHOWN * self.seconds:
+            if seconds <= _SHOWN * self.seconds:
+                small, small_waited = small + seconds, small_waited + waited
+            else:
                 names = ", ".join(list(beside)[:3])
                 hidden = f"{_hidden(waited, seconds):.0%} hidden" + (
                     f" beside {names}" if names else ""
                 )
                 lines.append(f"  {scope}: {human_seconds(seconds)} on the wire, {hidden}")
+        if small > _SHOWN * self.seconds:
+            hidden = f"{_hidden(small_waited, small):.0%} hidden"
+            lines.append(f"  further stages: {human_seconds(small)} on the wire, {hidden}")
         if self.cycles is not None:
             lines.append(
                 f"  TPU's compiler itself estimates {self.cycles / 1e6:,.1f} million cycles of "
@@ -211,62 +205,94 @@ def _by_size(seconds: Mapping[str, float]) -> dict[str, float]:
 
 def timeline(extraction: Extraction, rates: Rates) -> Timeline:
     """Lay a scheduled program out in time."""
-    run = _Run(extraction, rates)
-    seconds = run.computation(extraction.module.entry, 1)
+    sums = _Run(extraction, rates).alone(extraction.module.entry)
     return Timeline(
-        seconds,
-        run.computing,
+        sums.seconds,
+        sums.computing,
         tuple(
-            Exchange(each, run.on_wire[key], run.waited[key], _by_size(run.beside[key]))
+            Exchange(each, sums.on_wire[key], sums.waited[key], _by_size(sums.beside[key]))
             for key, each in extraction.at.items()
         ),
-        run.cycles or None,
+        sums.cycles or None,
     )
 
 
 class _Run:
-    """The sums, and the rates they are made at."""
+    """Goes through the schedule, at given rates."""
 
     def __init__(self, extraction: Extraction, rates: Rates) -> None:
-        self.computing = 0.0
-        self.cycles = 0
-        self.on_wire: dict[_Key, float] = defaultdict(float)
-        self.waited: dict[_Key, float] = defaultdict(float)
-        self.beside: dict[_Key, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self._extraction = extraction
         self._module: Module = extraction.module
         self._rates = rates
-        self._work: dict[_Key, float] = {}
+        self._alone: dict[str, Sums] = {}
 
-    def computation(self, computation: Computation, times: int) -> float:
-        """Seconds of one execution, all of `times` added to the sums."""
-        now = free = 0.0
-        flights: dict[str, tuple[_Key, _Flight]] = {}
+    def alone(self, computation: Computation) -> Sums:
+        """One execution that begins with an idle wire."""
+        if computation.name not in self._alone:
+            wire = Wire()
+            self._run(computation, wire)
+            wire.sums.seconds = wire.now
+            self._alone[computation.name] = wire.sums
+        return self._alone[computation.name]
+
+    def _run(self, computation: Computation, wire: Wire) -> None:
+        """Execute once, beside what is on the wire."""
+        flights: dict[str, Flight] = {}
         for name in computation.opcodes:
             instruction = computation.instruction(name)
             key = self._starts(computation, instruction)
             lands = self._lands(computation, instruction, flights)
             if lands is not None:
-                now += self._land(lands, flights, now, times)
+                wire.wait_for(flights.pop(lands))
                 continue
             if key is not None:
-                flight = self._flight(key, max(now, free), times)
-                free = flight.lands
-                flights[name] = key, flight
-                if not flight.collective.is_async:
-                    now += self._land(name, flights, now, times)
+                collective = self._extraction.at[key]
+                flight = wire.send(key, self._rates.exchange(collective))
+                if collective.is_async:
+                    flights[name] = flight
+                else:
+                    wire.wait_for(flight)
                 if instruction.opcode != "fusion":
                     continue
-            spent = self._spend(computation, instruction, times)
-            scope = classify(instruction.op_name)[0]
-            for _, flight in flights.values():
-                flight.beside[scope] += min(spent, max(0.0, flight.lands - now))
-            now += spent
-        for name in list(flights):
-            now += self._land(name, flights, now, times)
-        return now
+            self._spend(computation, instruction, wire)
+        for flight in flights.values():
+            wire.wait_for(flight)
 
-    def _starts(self, computation: Computation, instruction: Instruction) -> _Key | None:
+    def _spend(self, computation: Computation, instruction: Instruction, wire: Wire) -> None:
+        """Pass the time of an instruction's own work, that of what it calls included."""
+        opcode = instruction.opcode
+        if opcode == "while":
+            times = self._extraction.walk.times(computation, instruction.name)
+            self._repeat(self._module.called_by(instruction, "body"), times, wire)
+        elif opcode == "call":
+            self._repeat(self._module.called_by(instruction, "to_apply"), 1, wire)
+        elif opcode == "conditional":
+            for branch in instruction.called().values():  # as if every branch ran
+                self._repeat(self._module.computations[branch], 1, wire)
+        else:
+            self._work(computation, instruction, wire)
+
+    def _repeat(self, computation: Computation, times: int, wire: Wire) -> None:
+        """Execute so many times; all alike, but for the first beside what is on the wire."""
+        if not times:
+            return
+        once = self.alone(computation)
+        if wire.is_busy and once.exchanges:
+            self._run(computation, wire)
+            times -= 1
+        wire.repeat(once, times)
+
+    def _work(self, computation: Computation, instruction: Instruction, wire: Wire) -> None:
+        spent = max(
+            flops(self._module, computation, instruction) / self._rates.flops,
+            memory_bytes(self._module, computation, instruction) / self._rates.memory,
+        )
+        _, mark, rest = instruction.attribute_text.partition(_CYCLES)
+        if mark and 0 < (cycles := int(rest[: rest.index('"')])) < _UNKNOWN_CYCLES:
+            wire.sums.cycles += cycles
+        wire.work({classify(instruction.op_name)[0]: spent})
+
+    def _starts(self, computation: Computation, instruction: Instruction) -> Key | None:
         """The collective that an instruction is, or starts in what it calls."""
         found = self._extraction.at
         if (computation.name, instruction.name) in found:
@@ -279,10 +305,7 @@ class _Run:
         )
 
     def _lands(
-        self,
-        computation: Computation,
-        instruction: Instruction,
-        flights: dict[str, tuple[_Key, _Flight]],
+        self, computation: Computation, instruction: Instruction, flights: dict[str, Flight]
     ) -> str | None:
         """The start whose end an instruction is."""
         if instruction.opcode.endswith("-done"):
@@ -302,51 +325,8 @@ class _Run:
         ended = {
             (called.opcodes[name], called.instruction(name).op_name) for name in called.opcodes
         }
-        for start, (_, flight) in flights.items():
-            if (flight.collective.kind, flight.collective.op_name) in ended:
+        for start, flight in flights.items():
+            collective = self._extraction.at[flight.key]
+            if (collective.kind, collective.op_name) in ended:
                 return start
         return None
-
-    def _flight(self, key: _Key, begins: float, times: int) -> _Flight:
-        collective = self._extraction.at[key]
-        seconds = self._rates.exchange(collective)
-        self.on_wire[key] += times * seconds
-        return _Flight(collective, seconds, begins + seconds)
-
-    def _land(
-        self, name: str, flights: dict[str, tuple[_Key, _Flight]], now: float, times: int
-    ) -> float:
-        """Seconds to wait until a collective is there."""
-        key, flight = flights.pop(name)
-        wait = max(0.0, flight.lands - now)
-        self.waited[key] += times * wait
-        for scope, seconds in flight.beside.items():
-            self.beside[key][scope] += times * seconds
-        return wait
-
-    def _spend(self, computation: Computation, instruction: Instruction, times: int) -> float:
-        """Seconds of an instruction's own work, that of what it calls included."""
-        opcode = instruction.opcode
-        if opcode == "while":
-            trips = self._extraction.walk.trips(computation, instruction.name)
-            trips = 1 if trips is None else trips
-            body = self._module.called_by(instruction, "body")
-            return trips * self.computation(body, times * trips) if trips else 0.0
-        if opcode == "call":
-            return self.computation(self._module.called_by(instruction, "to_apply"), times)
-        if opcode == "conditional":
-            branches = instruction.called().values()
-            return max(
-                self.computation(self._module.computations[each], times) for each in branches
-            )
-        key = computation.name, instruction.name
-        if key not in self._work:
-            self._work[key] = max(
-                flops(self._module, computation, instruction) / self._rates.flops,
-                memory_bytes(self._module, computation, instruction) / self._rates.memory,
-            )
-        _, mark, rest = instruction.attribute_text.partition(_CYCLES)
-        if mark and 0 < (cycles := int(rest[: rest.index('"')])) < _UNKNOWN_CYCLES:
-            self.cycles += times * cycles
-        self.computing += times * self._work[key]
-        return self._work[key]

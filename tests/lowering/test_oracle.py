@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,6 @@ _SHORTENED = {
     "top-k": "topk",
     "opt-barrier": "optimization-barrier",
 }
-# What jax 0.12 prints and the XLA of 0.10.2 does not know; nothing of the structure.
-_NEWER = (", is_stable=true",)
 _ASYNC = {"AsyncStart": "-start", "AsyncUpdate": "-update", "AsyncDone": "-done"}
 
 Row = tuple[str, list[str], list[str]]
@@ -34,14 +33,58 @@ def plain(opcode: str) -> str:
     return _SHORTENED.get(opcode, opcode).replace("-", "").lower()
 
 
+def older(text: str) -> str:
+    """A text of jax 0.12 in words that the XLA of 0.10.2 knows too.
+
+    Attributes that it does not know are left out: none is compared. An element of a tuple that is
+    used where it stands, `%t#1`, gets an instruction before its first user, named `t.element1`.
+    """
+    text = text.replace(", is_stable=true", "")
+    while (start := text.find(", sharding={")) >= 0:
+        depth, end = 1, text.index("{", start) + 1
+        while depth:
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            end += 1
+        text = text[:start] + text[end:]
+    lines: list[str] = []
+    shapes: dict[str, str] = {}
+    for line in text.split("\n"):
+        if line.startswith("}"):
+            shapes.clear()
+        name, equals, rest = line.strip().removeprefix("ROOT ").partition(" = ")
+        for of, index in re.findall(r"%([\w.\-]+)#(\d+)", line):
+            element = f"{of}.element{index}"
+            if element not in shapes:
+                shapes[element] = elements(shapes[of])[int(index)]
+                made = f"{shapes[element]} get-tuple-element(%{of}), index={index}"
+                lines.append(f"  %{element} = {made}")
+        if equals:
+            shapes[name.removeprefix("%")] = rest
+        lines.append(re.sub(r"#(\d+)", r".element\1", line) if equals else line)
+    return "\n".join(lines)
+
+
+def elements(shape: str) -> list[str]:
+    """The elements of the tuple shape that a text begins with."""
+    found, depth = [""], 0
+    for character in shape:
+        depth += (character in "([{") - (character in ")]}")
+        if depth == 0:
+            break
+        if character == "," and depth == 1:
+            found.append("")
+        elif depth > 1 or character != "(":
+            found[-1] += character
+    return [re.sub(r"/\*.*?\*/", "", each).strip() for each in found]
+
+
 def by_xla(text: str) -> dict[str, dict[str, Row]]:
     """{computation: {instruction: opcode, operands, users}} as XLA reads it.
 
     What XLA writes as `slice-start(...)` is to it an async start and a computation of two
     instructions that stands on no line of the text: that is left out here.
     """
-    for attribute in _NEWER:
-        text = text.replace(attribute, "")
+    text = older(text)
     found: dict[str, dict[str, Row]] = {}
     wrapped = set()
     literal = {line.split(" = ")[0] + " = " for line in text.split("\n") if " async-" in line}
@@ -68,16 +111,23 @@ def by_xla(text: str) -> dict[str, dict[str, Row]]:
 
 def by_us(text: str) -> dict[str, dict[str, Row]]:
     """The same as this package reads it."""
-    return {name: dict(rows(each)) for name, each in parse_module(text).computations.items()}
+    modules = parse_module(text).computations.items()
+    return {name: dict(rows(each)) for name, each in modules}
 
 
 def rows(computation: Computation) -> list[tuple[str, Row]]:
     found = []
     for name in computation.opcodes:
         each = computation.instruction(name)
-        users = sorted(set(computation.users(name)))
-        found.append((name, (plain(each.opcode), each.operands, users)))
+        users = sorted({spelled(user) for user in computation.users(name)})
+        operands = [spelled(operand) for operand in each.operands]
+        found.append((spelled(name), (plain(each.opcode), operands, users)))
     return found
+
+
+def spelled(name: str) -> str:
+    """A name as `older` writes it."""
+    return name.replace("#", ".element")
 
 
 @pytest.mark.parametrize("path", program_files(), ids=program_name)

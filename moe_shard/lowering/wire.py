@@ -1,0 +1,143 @@
+"""The wire of an estimate: one collective at a time, beside the work of the device.
+
+Every second of a collective is on the account of one thing: of the work that the device does
+meanwhile, or of waiting, when it does none. What waits for a collective that stands behind another
+waits for both; each is charged for its own time on the wire.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+Key = tuple[str, str]
+"""A computation and an instruction in it."""
+
+
+@dataclass
+class Sums:
+    """What one execution of a computation comes to, in seconds, all that it calls included.
+
+    Attributes:
+        seconds: from its beginning to its end.
+        work: {stage: of the device's own}.
+        on_wire: of each collective.
+        waited: of these, while the device did nothing.
+        beside: of these, {stage: while the device worked on it}.
+        cycles: that the compiler itself estimates.
+    """
+
+    seconds: float = 0.0
+    work: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    on_wire: dict[Key, float] = field(default_factory=lambda: defaultdict(float))
+    waited: dict[Key, float] = field(default_factory=lambda: defaultdict(float))
+    beside: dict[Key, dict[str, float]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(float))
+    )
+    cycles: int = 0
+
+    @property
+    def computing(self) -> float:
+        """Seconds of the device's own work."""
+        return sum(self.work.values())
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether anything is on the wire."""
+        return bool(self.on_wire)
+
+    def add(self, other: Sums, times: int) -> None:
+        """Add so many executions of another computation; `seconds` stays."""
+        self.cycles += times * other.cycles
+        for scope, seconds in other.work.items():
+            self.work[scope] += times * seconds
+        for key, seconds in other.on_wire.items():
+            self.on_wire[key] += times * seconds
+        for key, seconds in other.waited.items():
+            self.waited[key] += times * seconds
+        for key, beside in other.beside.items():
+            for scope, seconds in beside.items():
+                self.beside[key][scope] += times * seconds
+
+
+@dataclass
+class Flight:
+    """A collective on its way: on the wire from `begins` to `lands`, `left` of it still to come."""
+
+    key: Key
+    begins: float
+    lands: float
+    left: float
+
+
+class Wire:
+    """A clock, what is sent, and the sums of what has happened so far.
+
+    Attributes:
+        now: seconds since the beginning.
+        sums: of what has happened until now.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.sums = Sums()
+        self._flights: deque[Flight] = deque()  # one after the other; none that has landed
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is on its way."""
+        return bool(self._flights)
+
+    def send(self, key: Key, seconds: float) -> Flight:
+        """Put a collective on the wire, behind what is on its way already."""
+        begins = self._flights[-1].lands if self._flights else self.now
+        flight = Flight(key, begins, begins + seconds, seconds)
+        self.sums.on_wire[key] += seconds
+        self._flights.append(flight)
+        return flight
+
+    def wait_for(self, flight: Flight) -> None:
+        """Do nothing until a collective is there."""
+        for each, seconds in self._pass(flight.lands):
+            self.sums.waited[each.key] += seconds
+
+    def work(self, scopes: Mapping[str, float]) -> None:
+        """Work for some seconds, {stage: its part}, in no order."""
+        total = sum(scopes.values())
+        if not total:
+            return
+        for scope, seconds in scopes.items():
+            self.sums.work[scope] += seconds
+        for each, seconds in self._pass(self.now + total):
+            for scope, part in scopes.items():
+                self.sums.beside[each.key][scope] += seconds * part / total
+
+    def repeat(self, once: Sums, times: int) -> None:
+        """Execute a computation so many times of which it is known what one comes to.
+
+        The wire must be idle, unless nothing is exchanged.
+        """
+        if self.is_busy and not once.exchanges:
+            self.sums.cycles += times * once.cycles
+            self.work({scope: times * seconds for scope, seconds in once.work.items()})
+            return
+        self.sums.add(once, times)
+        self.now += times * once.seconds
+
+    def _pass(self, until: float) -> list[tuple[Flight, float]]:
+        """Let the time pass; what was on the wire meanwhile, and how long."""
+        passed = []
+        while self._flights and self._flights[0].begins < until:
+            flight = self._flights[0]
+            if flight.lands > until:
+                part = min(until - max(flight.begins, self.now), flight.left)
+                flight.left -= part
+                passed.append((flight, part))
+                break
+            # All that is left of it, not a difference of times: small beside them, it would be lost
+            # in their rounding.
+            passed.append((flight, flight.left))
+            self._flights.popleft()
+        self.now = max(self.now, until)
+        return passed
