@@ -67,7 +67,7 @@ def import_params(
     total = sum(
         math.prod(high - low for low, high in bounds) * np.dtype(leaf.dtype).itemsize
         for leaf in leaves.values()
-        for bounds in _shards(leaf)
+        for bounds in shards_of(leaf)
     )
     done = 0
 
@@ -81,7 +81,7 @@ def import_params(
         reader = _Reader(leaf, pieces[path], headers)
         parts = [
             part
-            for bounds, devices in _shards(leaf).items()
+            for bounds, devices in shards_of(leaf).items()
             for part in reader.read(bounds, devices, advance)
         ]
         arrays.append(jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts))
@@ -134,7 +134,7 @@ def _say_what_is_rounded(
         )
 
 
-def _shards(leaf: Any) -> dict[Bounds, list[jax.Device]]:
+def shards_of(leaf: Any) -> dict[Bounds, list[jax.Device]]:
     """The distinct shards of an array on this process's devices, and which hold each."""
     found: dict[Bounds, list[jax.Device]] = {}
     for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
@@ -172,7 +172,7 @@ class _Reader:
         outer = self._outer_dims(shape)
         arrays = []
         if outer:
-            arrays = [_zeros(shape, self.dtype, device) for device in devices]
+            arrays = [zeros_on(shape, self.dtype, device) for device in devices]
         for index in np.ndindex(shape[:outer]):
             block = self._block(bounds, index)
             sent = [jax.device_put(block, device) for device in devices]
@@ -234,7 +234,7 @@ class _Reader:
             yield (), layout.arrange(numbers(entry, layout.take))[whole]
 
 
-def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any], device: jax.Device) -> jax.Array:
+def zeros_on(shape: tuple[int, ...], dtype: np.dtype[Any], device: jax.Device) -> jax.Array:
     """Made where they are wanted; `jnp.zeros` makes them on the first device, then copies them."""
     place = SingleDeviceSharding(device)
     zeros: jax.Array = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=place)()

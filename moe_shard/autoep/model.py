@@ -12,6 +12,7 @@ from moe_shard.config.layers import Layer, parse_overrides
 from moe_shard.config.load import base_settings, list_models, load_config, load_settings
 from moe_shard.config.schema import Config
 from moe_shard.errors import UserError
+from moe_shard.maxtext.folders import find_items
 
 MODEL_HELP = "a name in configs/models/, a .yml file, or a Hugging Face model directory"
 """For command lines."""
@@ -34,6 +35,11 @@ def load_model(model: str, overrides: Sequence[str] = ()) -> Config:
     if not (directory / CONFIG).is_file():
         if (directory / "config.yml").is_file():
             return load_config(str(directory), overrides)
+        if find_items(directory) is not None:
+            raise UserError(
+                f"{model}: a MaxText checkpoint, which does not say which model it is of\n"
+                f"fix: MODEL load_parameters_path={model}, or moe-shard import --model MODEL"
+            )
         raise UserError(
             f"{model}: a directory without {CONFIG}\n"
             "fix: a Hugging Face model directory, or what `moe-shard import` makes of one"

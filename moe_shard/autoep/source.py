@@ -32,11 +32,13 @@ class Source:
         family: its name.
         plan: of its tensors.
         headers: where they are.
+        attention_scale: of the model that they are of, as the key of that name.
     """
 
     family: str
     plan: Plan
     headers: Mapping[str, TensorHeader]
+    attention_scale: float = -1
 
 
 def read_source(directory: Path, family: str = "") -> Source:
@@ -53,7 +55,8 @@ def read_source(directory: Path, family: str = "") -> Source:
     from moe_shard.autoep.detect import detect
 
     found = detect(directory, family)
-    return Source(found.family, found.plan, found.headers)
+    scale = found.settings.get("attention_scale", -1)
+    return Source(found.family, found.plan, found.headers, scale)
 
 
 def keep_hf(source: str, folder: Path, family: str = "") -> None:

@@ -1,10 +1,13 @@
-"""Import a Hugging Face model directory, so that it trains and generates on any mesh.
+"""Import a model trained elsewhere, so that it trains and generates on any mesh.
 
     moe-shard import Mixtral-8x7B-v0.1 imported/mixtral
+    moe-shard import runs/mine/checkpoints/5000 imported/mine --model mixtral-8x7b.yml
     python -m moe_shard.train imported/mixtral ici_expert_parallelism=8
 
-DST holds config.yml, params/ (read in the shards that a mesh wants, at any EP size) and hf/ (what
-`moe-shard export` needs to write the directory again). It is there whole or not at all.
+SRC is a Hugging Face directory, or a checkpoint of MaxText's; that one does not say which model it
+is of, so --model does. DST holds config.yml, params/ (read in the shards that a mesh wants, at any
+EP size) and, of a Hugging Face directory, hf/ (what `moe-shard export` needs to write it again). It
+is there whole or not at all.
 """
 
 from __future__ import annotations
@@ -15,21 +18,29 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moe_shard.errors import EXIT_DONE, CommandParser
+from moe_shard.errors import EXIT_DONE, CommandParser, UserError
 from moe_shard.quiet import absent_accelerators_unsaid
 
 
 def main(argv: Sequence[str], prog: str = "moe-shard import") -> int:
     """Detect, read, write."""
-    parser = CommandParser(prog=prog, description="Import a Hugging Face directory.")
-    parser.add_argument("source", metavar="SRC", type=Path, help="directory with config.json")
+    parser = CommandParser(prog=prog, description="Import a model trained elsewhere.")
+    parser.add_argument(
+        "source", metavar="SRC", type=Path, help="directory with config.json, or with items"
+    )
     parser.add_argument("target", metavar="DST", type=Path, help="new folder")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides the model's")
+    parser.add_argument("--model", help="of a MaxText checkpoint: its name or .yml file")
     arguments = parser.parse_intermixed_args(argv)
+    if arguments.model and (arguments.source / "config.json").is_file():
+        raise UserError(
+            f"--model={arguments.model}, but {arguments.source} says in its config.json which "
+            "model it is\nfix: leave --model out"
+        )
     # Only now: bad usage is answered before the rest has been loaded.
     from moe_shard.autoep.model import load_model
 
-    config = load_model(str(arguments.source), arguments.overrides)
+    config = load_model(arguments.model or str(arguments.source), arguments.overrides)
     config.require_built()
     # Only now: a mistyped key is answered before jax has been loaded.
     with absent_accelerators_unsaid():

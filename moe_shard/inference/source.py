@@ -133,7 +133,10 @@ def load_parameters(
     run = config.run
     if run.load_parameters_path:
         path = run.load_parameters_path
-        return load_params(path, model.specs, family=run.hf_family, say=say, console=console)
+        specs, family = model.specs, run.hf_family
+        return load_params(
+            path, specs, model=config.model, family=family, say=say, console=console
+        )
     say(f"random, drawn from seed={config.train.seed}: {run.model_name} names no checkpoint")
     places = jax.tree.map(lambda spec: spec.sharding, model.specs)
     params: Params = jax.jit(model.init, out_shardings=places)(jax.random.key(config.train.seed))

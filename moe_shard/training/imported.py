@@ -1,7 +1,7 @@
 """Models that were trained elsewhere: their first parameters, their folders, and the way back.
 
-An imported model is a folder: `config.yml`, the parameters in `params/`, and `hf/`, what is needed
-to write the Hugging Face directory again. Nothing of the mesh is in it.
+An imported model is a folder: `config.yml`, the parameters in `params/`, and, where they came from
+a Hugging Face directory, `hf/`, what is needed to write it again. Nothing of the mesh is in it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ from moe_shard.autoep.exporting import export_params
 from moe_shard.autoep.importing import import_params
 from moe_shard.autoep.progress import bytes_line
 from moe_shard.autoep.source import keep_hf, lay_out_again, read_source
+from moe_shard.config.model import ModelConfig
 from moe_shard.config.schema import Config
 from moe_shard.errors import UserError
+from moe_shard.maxtext.folders import ITEMS, find_items
+from moe_shard.maxtext.read import read_params
 from moe_shard.models.params import Params
 from moe_shard.training.checkpoint import restore_params
 from moe_shard.training.convert import is_fused, other_layout, to_layout
@@ -39,6 +42,7 @@ def load_params(
     path: str,
     specs: Params,
     *,
+    model: ModelConfig | None = None,
     family: str = "",
     say: Callable[[str], object] | None = None,
     console: Console | None = None,
@@ -46,9 +50,10 @@ def load_params(
     """Read a model's parameters, each device its own shards.
 
     Args:
-        path: a Hugging Face directory, an imported model, or a run, of which the newest checkpoint
-            is taken.
+        path: a Hugging Face directory, an imported model, a MaxText checkpoint, or a run here or of
+            MaxText's, of which the newest checkpoint is taken.
         specs: what they are to be: leaves with a shape, a dtype and a sharding.
+        model: that they are of; only what is neither MaxText's nor Hugging Face's is read without.
         family: of a Hugging Face directory, as in `read_source`.
         say: told where they come from, and of what is converted; None: the console is.
         console: shown how far reading has come; None: nothing is.
@@ -66,38 +71,60 @@ def load_params(
     if folder.name == _PARAMS:
         with _fix("import the Hugging Face directory again, or change the keys back"):
             return restore_params(folder, wanted)
-    source = read_source(folder.parent, family)
     stored = other_layout(wanted) if is_fused(wanted) else wanted
+    if folder.name == ITEMS:
+        say(f"MaxText checkpoint {folder}")
+        assert model is not None, "whoever may be given a MaxText checkpoint knows the model"
+        with bytes_line(console, "reading parameters") as line:
+            params = read_params(folder, stored, model, say=say, progress=line)
+        return to_layout(params, wanted)
+    source = read_source(folder.parent, family)
+    _check_factor(folder.parent, source.attention_scale, model)
     with bytes_line(console, "reading parameters") as line:
         params = import_params(source.plan, source.headers, stored, say=say, progress=line)
     return to_layout(params, wanted)
 
 
+def _check_factor(directory: Path, there: float, model: ModelConfig | None) -> None:
+    """Refuse a model whose scores have another factor: queries would be too large or too small.
+
+    A MaxText file of some models says attention_scale=1, the factor being in the queries' weights.
+    """
+    if model is not None and model.attention.scale != there:
+        raise UserError(
+            f"{directory} is of attention_scale={there:g}, this model has "
+            f"{model.attention.scale:g}\nfix: attention_scale={there:g} (a MaxText file of it then "
+            "starts from these weights, and its queries take other steps than there)"
+        )
+
+
 def find_weights(path: str) -> Path:
-    """What says that a folder holds weights: its `checkpoints`, `params` or `config.json`.
+    """What says that a folder holds weights: its `checkpoints`, `params`, `items` or `config.json`.
 
     Raises:
         UserError: it holds none.
     """
     folder = Path(path).expanduser().resolve()
+    if (items := find_items(folder)) is not None:
+        return items
     for name in ("checkpoints", _PARAMS):
         if (folder / name).is_dir():
             return folder / name
     if (folder / _HF_CONFIG).is_file():
         return folder / _HF_CONFIG
     raise UserError(
-        f"{path} holds no parameters: no config.json, params or checkpoints in it\n"
-        "fix: a Hugging Face directory, an imported model, or a run"
+        f"{path} holds no parameters: no config.json, params, checkpoints or items in it\n"
+        "fix: a Hugging Face directory, an imported model, a run, or a MaxText checkpoint"
     )
 
 
 def import_model(
     source: Path, target: Path, config: Config, specs: Params, *, family: str = "", console: Console
 ) -> None:
-    """Import a Hugging Face directory into a folder that is there whole or not at all.
+    """Import a model trained elsewhere into a folder that is there whole or not at all.
 
     Args:
-        source: the directory.
+        source: a Hugging Face directory or a MaxText checkpoint.
         target: the folder; new, or empty.
         config: the model's, resolved.
         specs: of its parameters on a mesh.
@@ -111,7 +138,7 @@ def import_model(
         if jax.process_index() == 0:
             write_text(folder / "config.yml", _movable(config, source).to_yaml())
             keep_hf(str(source), folder, family)
-        params = load_params(str(source), specs, family=family, console=console)
+        params = load_params(str(source), specs, model=config.model, family=family, console=console)
         with console.status("writing the parameters"), _manager(folder / _PARAMS) as manager:
             state = {"params": params}
             limits = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), state)
@@ -146,7 +173,7 @@ def export_model(source: Path, target: Path, *, console: Console) -> None:
     """
     source = source.expanduser()
     weights = find_weights(str(source))
-    if not (source / "hf").is_dir() or weights.name == _HF_CONFIG:
+    if not (source / "hf").is_dir() or weights.name in (_HF_CONFIG, ITEMS):
         raise UserError(
             f"{source} has no folder hf: it did not begin with a Hugging Face model\n"
             "fix: an imported model, or a run with load_parameters_path= one"

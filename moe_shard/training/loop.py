@@ -151,6 +151,7 @@ class Trainer:
             params = load_params(
                 run.load_parameters_path,
                 self.program.model.specs,
+                model=self.config.model,
                 family=run.hf_family,
                 console=console,
             )

@@ -255,6 +255,7 @@ def detect(directory: Path, family: str = "") -> SimpleNamespace:
         family=kind,
         plan=Plan((*plan_of_attention_and_norms(), *pieces), CARRIED),
         headers=read_headers(directory),
+        settings={},
     )
 
 

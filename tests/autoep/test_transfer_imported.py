@@ -26,7 +26,7 @@ from moe_shard.training import imported
 from moe_shard.training.imported import export_model, import_model, load_params, written_aside
 from moe_shard.training.stored import stored_blocks
 from tests.autoep.checkpoints import BF16, KEYS, KINDS, Checkpoint, detect, make_checkpoint
-from tests.autoep.test_transfer import MESHES, assert_are, specs_on
+from tests.autoep.test_transfer import KEYS, MESHES, assert_are, specs_on
 from tests.models.build import annotator, label, small_config
 
 FUSED = "prefuse_moe_weights=true"
@@ -374,6 +374,17 @@ def test_a_model_of_another_shape_is_refused(model: Path, checkpoint: Checkpoint
             load_params(str(path), specs_on({"expert": 8}, "base_emb_dim=32"))
         assert_short(caught.value)
     assert "of one model" in str(caught.value)
+
+
+def test_scores_of_another_factor_are_refused(checkpoint: Checkpoint) -> None:
+    specs = specs_on({"expert": 8})
+    usual, folded = (
+        small_config({"expert": 8}, *KEYS, f"attention_scale={scale}").model for scale in (-1, 1)
+    )
+    load_params(str(checkpoint.directory), specs, model=usual)
+    with pytest.raises(UserError) as caught:
+        load_params(str(checkpoint.directory), specs, model=folded)
+    assert_short(caught.value, "attention_scale=-1", "this model has 1")
 
 
 @pytest.mark.parametrize("name", ["params", "checkpoints", "hf"])

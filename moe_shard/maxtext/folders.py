@@ -1,0 +1,28 @@
+"""Where in a folder a MaxText checkpoint is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ITEMS = "items"
+"""What MaxText calls the state in a checkpoint."""
+
+
+def find_items(folder: Path) -> Path | None:
+    """Where a MaxText checkpoint's arrays are; None: the folder is none of MaxText's.
+
+    Args:
+        folder: a run, its `checkpoints/`, one checkpoint in it, or the `items/` of one. Of several
+            checkpoints the newest is taken.
+    """
+    if folder.name == ITEMS and (folder / "_METADATA").is_file():
+        return folder
+    for inner in (folder, folder / "checkpoints"):
+        if (inner / ITEMS).is_dir():
+            return inner / ITEMS
+        if inner.is_dir():
+            names = [each.name for each in inner.iterdir() if each.name.isdecimal()]
+            for step in sorted(names, key=int, reverse=True):
+                if (inner / step / ITEMS).is_dir():
+                    return inner / step / ITEMS
+    return None

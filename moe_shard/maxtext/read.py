@@ -1,0 +1,323 @@
+"""Reading MaxText's checkpoints into parameters that are sharded over a mesh.
+
+tensorstore reads them, as it does for Orbax. Each device's shard is
+read by itself, of large ones a part at a time: a tensor is never on the host as a whole, and never
+on a device but in its place.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import tensorstore
+
+from moe_shard.autoep.blocks import Bounds, leaves_of
+from moe_shard.autoep.importing import Progress, shards_of, zeros_on
+from moe_shard.autoep.tensors import copy, is_exact
+from moe_shard.config.model import ModelConfig
+from moe_shard.errors import UserError, first_line
+from moe_shard.maxtext.names import weight
+from moe_shard.maxtext.plan import Part, Plan, make_plan
+from moe_shard.models.params import Params
+
+_LARGE = 2**28
+"""Bytes of a shard that are read at once, where its chunks are no larger."""
+_FLOATS = frozenset(
+    np.dtype(dtype) for dtype in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
+)
+
+
+def read_params(
+    items: Path,
+    specs: Params,
+    model: ModelConfig,
+    *,
+    say: Callable[[str], object] = lambda _: None,
+    progress: Progress = lambda _done, _all: None,
+) -> Params:
+    """Read a model's parameters, each device its own shards.
+
+    Args:
+        items: of `find_items`.
+        specs: what they are to be, the experts' gate and up apart: leaves with a shape, a dtype and
+            a sharding.
+        model: that they are of.
+        say: told what a person should know of it.
+        progress: told as bytes arrive on this process's devices.
+
+    Raises:
+        UserError: it is another model's checkpoint, is none, or cannot be read.
+    """
+    stores = _open(items)
+    plan = make_plan({path: _shape(each) for path, each in stores.items()}, model, str(items))
+    leaves = dict(leaves_of(specs))
+    assert plan.parts.keys() == leaves.keys(), "a model's parameters are those of its slots"
+    dtypes = _dtypes(items, plan, stores)
+    for line in plan.lines:
+        say(line)
+    _say_what_is_rounded(plan, dtypes, leaves, say)
+    total = sum(
+        _size(bounds) * np.dtype(leaf.dtype).itemsize
+        for leaf in leaves.values()
+        for bounds in shards_of(leaf)
+    )
+    done = 0
+
+    def advance(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(done, total)
+
+    arrays = []
+    for path, leaf in leaves.items():
+        reader = _Reader(
+            leaf,
+            plan.parts[path],
+            {part.tensor: stores[part.tensor] for part in plan.parts[path]},
+            items,
+            stacked=path not in plan.outer,
+            factor=plan.factors.get(path, 1.0),
+        )
+        parts = [
+            part
+            for bounds, devices in shards_of(leaf).items()
+            for part in reader.read(bounds, devices, advance)
+        ]
+        arrays.append(jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts))
+    params: Params = jax.tree.unflatten(jax.tree.structure(specs), arrays)
+    return params
+
+
+class _Reader:
+    """Reads the shards of one parameter.
+
+    Args:
+        leaf: what the parameter is to be.
+        parts: that fill it.
+        stores: the parts' tensors, by path.
+        items: where they are, for messages.
+        stacked: its first dim is of layers, each of which has its part.
+        factor: that numbers are multiplied by.
+    """
+
+    def __init__(
+        self,
+        leaf: Any,
+        parts: tuple[Part, ...],
+        stores: Mapping[str, Any],
+        items: Path,
+        *,
+        stacked: bool,
+        factor: float,
+    ) -> None:
+        self.shape, self.dtype = leaf.shape, np.dtype(leaf.dtype)
+        self.parts, self.stacked, self.factor = parts, stacked, factor
+        self.stores, self.items = stores, items
+
+    def read(
+        self, bounds: Bounds, devices: list[jax.Device], advance: Callable[[int], None]
+    ) -> list[jax.Array]:
+        """One shard, on each device that holds it; it is read once.
+
+        Args:
+            bounds: of the shard in the parameter.
+            devices: that hold it.
+            advance: told of bytes that have arrived.
+        """
+        shape = tuple(high - low for low, high in bounds)
+        cuts = list(self._cuts(bounds))
+        arrays = [] if len(cuts) == 1 else [zeros_on(shape, self.dtype, each) for each in devices]
+        for cut in cuts:
+            block = self._block(cut)
+            sent = [jax.device_put(block, device) for device in devices]
+            starts = np.array(
+                [low - first for (low, _), (first, _) in zip(cut, bounds, strict=True)], np.int32
+            )
+            pairs = zip(arrays, sent, strict=True)
+            arrays = [_put(*pair, starts) for pair in pairs] if arrays else sent
+            # The host's copy is not needed from here on; without the wait they would pile up.
+            jax.block_until_ready(sent)
+            advance(block.nbytes)
+        return arrays
+
+    def _cuts(self, bounds: Bounds) -> Iterator[Bounds]:
+        """A shard in parts along its first dim beside that of layers, at its chunks' bounds.
+
+        All its layers are read together: they are often in the same chunks.
+        """
+        dim = int(self.stacked)
+        low, high = bounds[dim]
+        each = _size(bounds) // (high - low) * self.dtype.itemsize
+        part = self.parts[0]
+        chunk = self.stores[part.tensor].chunk_layout.read_chunk.shape[int(part.axis == 0)]
+        step = max(_LARGE // each // chunk * chunk, chunk)
+        first = low
+        while first < high:
+            # Up to a bound of chunks, so that none is read for two parts.
+            last = min((first // step + 1) * step, high)
+            yield (*bounds[:dim], (first, last), *bounds[dim + 1 :])
+            first = last
+
+    def _block(self, bounds: Bounds) -> np.ndarray:
+        """A part of the parameter, on the host."""
+        block = np.empty(tuple(high - low for low, high in bounds), self.dtype)
+        if not self.stacked:
+            self._fill(block[None], self.parts[:1], bounds)
+            return block
+        (low, high), *within = bounds
+        done = 0
+        for _, group in groupby(self.parts[low:high], lambda part: (part.tensor, part.axis)):
+            parts = tuple(group)
+            self._fill(block[done : done + len(parts)], parts, tuple(within))
+            done += len(parts)
+        return block
+
+    def _fill(self, block: np.ndarray, parts: tuple[Part, ...], within: Bounds) -> None:
+        """Layers that are in one tensor, or one that has a tensor of its own."""
+        part = parts[0]
+        kept = iter(within)
+        index: list[Any] = []
+        for take in part.take or [slice(None)] * len(within):
+            if isinstance(take, int):
+                index.append(take)
+                continue
+            low, high = next(kept)
+            first = take.start or 0
+            index.append(slice(first + low, first + high))
+        axis = part.axis
+        if axis is not None:
+            index.insert(axis, _along([part.at for part in parts]))
+        with _reading(self.items, part.tensor):
+            values = self.stores[part.tensor].oindex[tuple(index)].read().result()
+        if axis is None:
+            values = values[None]
+        else:
+            gone = sum(isinstance(each, int) for each in index[:axis])
+            values = np.moveaxis(values, axis - gone, 0)
+        if self.factor != 1:
+            values = values.astype(np.float32) * np.float32(self.factor)
+        try:
+            copy(block, values)
+        except FloatingPointError as error:
+            raise UserError(
+                f"{self.items}: a number of {part.tensor} is too large for float16\n"
+                "fix: weight_dtype=bfloat16 or float32"
+            ) from error
+
+
+def _along(numbers: list[int]) -> slice | list[int]:
+    """Indices, as a slice where they can be one."""
+    step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
+    if step > 0 and numbers == list(range(numbers[0], numbers[-1] + 1, step)):
+        return slice(numbers[0], numbers[-1] + 1, step)
+    return numbers
+
+
+def _size(bounds: Bounds) -> int:
+    return math.prod(high - low for low, high in bounds)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(array: jax.Array, block: jax.Array, starts: jax.Array) -> jax.Array:
+    """Write a block, in place."""
+    return jax.lax.dynamic_update_slice(array, block, list(starts))
+
+
+def _open(items: Path) -> dict[str, Any]:
+    """The tensors of a checkpoint by path, opened, of which no number is read; None: no weight.
+
+    `_METADATA` is Orbax's list of what it wrote, and how.
+    """
+    with _reading(items):
+        notes = json.loads((items / "_METADATA").read_text(encoding="utf-8"))
+        paths = [
+            tuple(str(key["key"]) for key in entry["key_metadata"])
+            for entry in notes["tree_metadata"].values()
+            if entry["value_metadata"]["value_type"] != "None"
+        ]
+    driver = "zarr3" if notes.get("use_zarr3") else "zarr"
+    base = f"file://{items.absolute()}/"
+    opening: dict[str, Any] = {}
+    for path in paths:
+        folder = f"{'.'.join(path)}/"
+        kvstore: Any = {"driver": "ocdbt", "base": base, "path": folder}
+        if not (items / "manifest.ocdbt").is_file():
+            kvstore = base + folder
+        spec = {"driver": driver, "kvstore": kvstore}
+        is_weight = weight("/".join(path)) is not None
+        opening["/".join(path)] = tensorstore.open(spec, read=True) if is_weight else None
+    opened = {}
+    for name, future in opening.items():
+        with _reading(items, name):
+            opened[name] = future and future.result()
+    return opened
+
+
+def _shape(store: Any) -> tuple[int, ...]:
+    return () if store is None else tuple(store.shape)
+
+
+def _dtypes(items: Path, plan: Plan, stores: Mapping[str, Any]) -> dict[str, np.dtype[Any]]:
+    """The dtypes of all tensors that are read.
+
+    Raises:
+        UserError: one is of integers or of narrow floats that need scales.
+    """
+    used = sorted({part.tensor for parts in plan.parts.values() for part in parts})
+    dtypes = {path: np.dtype(stores[path].dtype.numpy_dtype) for path in used}
+    for path, dtype in dtypes.items():
+        if dtype not in _FLOATS:
+            raise UserError(
+                f"{items}: {path} is {dtype.name}, quantized numbers\n"
+                "fix: a checkpoint of bfloat16 or float32"
+            )
+    return dtypes
+
+
+def _say_what_is_rounded(
+    plan: Plan,
+    dtypes: Mapping[str, np.dtype[Any]],
+    leaves: Mapping[tuple[str, ...], Any],
+    say: Callable[[str], object],
+) -> None:
+    rounded: dict[tuple[str, str], set[str]] = {}
+    for path, parts in plan.parts.items():
+        here = np.dtype(leaves[path].dtype)
+        for part in parts:
+            there = dtypes[part.tensor]
+            if not is_exact(there, here):
+                rounded.setdefault((there.name, here.name), set()).add(part.tensor)
+    for (wide, narrow), names in rounded.items():
+        say(
+            f"{len(names)} tensors are {wide} and rounded to {narrow} here, such as {min(names)}; "
+            f"weight_dtype={wide} keeps them"
+        )
+
+
+@contextmanager
+def _reading(items: Path, path: str = "") -> Iterator[None]:
+    """Errors of reading in the block, with the name of what is read.
+
+    Raises:
+        UserError: the checkpoint cannot be read.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f": {path}" if path else ""
+        raise UserError(
+            f"cannot read the MaxText checkpoint {items}{what}: {first_line(error)}\n"
+            "fix: a whole one, as Orbax wrote it; copy it again, or take the one before it"
+        ) from error
