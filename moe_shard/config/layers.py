@@ -10,7 +10,6 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from moe_shard.config import maxtext
 from moe_shard.config.keys import shown
 from moe_shard.config.strict_yaml import parse_yaml
 from moe_shard.errors import UserError
@@ -47,60 +46,15 @@ class Layer:
     Attributes:
         source: a file's name or `COMMAND_LINE`, for messages.
         values: key -> value as written.
-        unbuilt: key -> value of what is not computed here, or None where it is switched off.
-        ignored: MaxText's keys that mean nothing here.
+        unbuilt: key -> value of what is not computed here and what that is, or None where a key is
+            given a value that is.
+        notes: one line each on what became of MaxText's keys.
     """
 
     source: str
     values: dict[str, Any]
-    unbuilt: dict[str, Any | None]
-    ignored: tuple[str, ...]
-
-    @classmethod
-    def sift(
-        cls,
-        source: str,
-        written: Mapping[str, Any],
-        base: Mapping[str, Any],
-        maxtext_keys: set[str],
-    ) -> Layer:
-        """Sort what a source says by what it means here.
-
-        Args:
-            source: a file's name or `COMMAND_LINE`.
-            written: key -> value as written.
-            base: `base.yml`.
-            maxtext_keys: names of MaxText's keys.
-
-        Raises:
-            UserError: a key that neither this package nor MaxText knows, or one said twice.
-        """
-        values: dict[str, Any] = {}
-        unbuilt: dict[str, Any | None] = {}
-        ignored = []
-        for name, value in maxtext.read(written).items():
-            key = maxtext.ALIASES.get(name, name)
-            if key != name and key in written:
-                raise UserError(
-                    f"{source}: {name} and {key} are two names of one key\nfix: keep {key}"
-                )
-            if key in base:
-                # Known to MaxText is enough for a file; on the command line it is a wrong value.
-                if source != COMMAND_LINE and value in maxtext.UNBUILT_VALUES.get(key, ()):
-                    unbuilt[key] = value
-                else:
-                    values[key] = value
-                    unbuilt[key] = None
-            elif key in maxtext.UNBUILT:
-                neutral = maxtext.is_neutral(value, maxtext.UNBUILT[key])
-                unbuilt[key] = None if neutral else value
-            elif key in maxtext.REFUSED:
-                maxtext.check_refused(key, value, source)
-            elif key in maxtext_keys:
-                ignored.append(key)
-            else:
-                raise unknown_key(source, key, [*base, *maxtext.REFUSED], maxtext_keys)
-        return cls(source, values, unbuilt, tuple(ignored))
+    unbuilt: dict[str, tuple[Any, str] | None]
+    notes: tuple[str, ...]
 
 
 def unknown_key(
@@ -119,7 +73,7 @@ def parse_overrides(overrides: Sequence[str], base: Mapping[str, Any]) -> dict[s
 
     Args:
         overrides: arguments of a command line.
-        base: `base.yml`, for the type each key has.
+        base: `base.yml`, or keys and values beyond it, for the type each key has.
 
     Raises:
         UserError: an argument without `=`, without a key, or with a value that is not YAML.
@@ -132,7 +86,7 @@ def parse_overrides(overrides: Sequence[str], base: Mapping[str, Any]) -> dict[s
             raise UserError(
                 f"{COMMAND_LINE}: {shown(argument)} is not key=value\nfix: for example steps=100"
             )
-        default = base.get(maxtext.ALIASES.get(name, name))
+        default = base.get(name)
         if isinstance(default, str):
             # Text is taken as it stands, so that run_name=12 and run_name=yes are names.
             quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
@@ -173,6 +127,42 @@ def lay(base: Mapping[str, Any], layers: Sequence[Layer]) -> dict[str, Any]:
                     f"{_EXPECTED[type(base[key])]}\nfix: {key}={shown(base[key])}, for example"
                 ) from None
     return {key: _plain(settings[key]) for key in base}
+
+
+def coerced(source: str, key: str, value: Any, default: Any) -> Any:
+    """A value in the type of its key's default, where that tells one; lists are taken as they are.
+
+    Args:
+        source: for messages.
+        key: the key.
+        value: as written.
+        default: of the key.
+
+    Raises:
+        UserError: a value of another type.
+    """
+    kind = type(default)
+    if kind not in _EXPECTED or (kind is list and isinstance(value, str) and key == "dataset_path"):
+        return value
+    try:
+        if isinstance(value, bool) != (kind is bool) or (kind is list) != isinstance(value, list):
+            raise TypeError(key)
+        if kind is float:
+            return float(value)
+        if kind is int:
+            if isinstance(value, str):
+                value = int(value)
+            if value != int(value) or abs(value) >= _LARGEST_INT:
+                raise ValueError(key)
+            return int(value)
+        if kind is str and not isinstance(value, str):
+            raise TypeError(key)
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(
+            f"{source}: {key}={shown(value)} is not {_EXPECTED[kind]}\n"
+            f"fix: {key}={shown(default)}, for example"
+        ) from None
+    return value
 
 
 def _prepared(key: str, value: Any, default: Any) -> Any:

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moe_shard.config.attention import AttentionConfig, RopeConfig
+from moe_shard.config.foreign_keys import sift
 from moe_shard.config.generate import GenerateConfig
 from moe_shard.config.keys import leaf_keys, shown
 from moe_shard.config.layers import COMMAND_LINE, Layer, lay, parse_overrides, short_name
+from moe_shard.config.maxtext import is_maxtext, read_run
+from moe_shard.config.maxtext_keys import MaxTextKeys, read_maxtext_keys
 from moe_shard.config.model import GatingConfig, ModelConfig
 from moe_shard.config.moe import MoEConfig, RouterConfig
 from moe_shard.config.schema import Config, DataConfig, RunConfig, TrainConfig
@@ -69,8 +72,20 @@ def load_config(model: str, overrides: Sequence[str] = ()) -> Config:
         UserError: anything that a person got wrong, with the fix, in at most three lines.
     """
     path = find_file("models", model, "MODEL")
-    written = read_mapping(path)
-    layer = Layer.sift(short_name(path), written, base_settings(), maxtext_keys())
+    written, base, known = read_mapping(path), base_settings(), maxtext_keys()
+    if is_maxtext(written, base, known):
+        said = parse_overrides(overrides, {**known.defaults, **base})
+        layers, name = read_run(path, written, said, base, known)
+        return _assemble(layers, name=name)
+    if path.name == "base.yml" and set(base) <= set(written):
+        # MaxText's form of a command, with our base.yml: the model is the one that it names.
+        said = parse_overrides(overrides, base)
+        named = said.get("model_name", written["model_name"])
+        if named not in {"", "default"}:
+            find_file("models", named, "model_name")
+            rest = [each for each in overrides if each.partition("=")[0].strip() != "model_name"]
+            return load_config(named, rest)
+    layer = sift(short_name(path), written, base, known)
     if (path.parent / "params").is_dir():
         _complete_imported(layer.values, path.parent.resolve())
     return load_settings(layer, overrides, name=path.stem)
@@ -96,18 +111,27 @@ def load_settings(layer: Layer, overrides: Sequence[str] = (), *, name: str) -> 
         UserError: as `load_config`.
     """
     base, known = base_settings(), maxtext_keys()
-    said = Layer.sift(COMMAND_LINE, parse_overrides(overrides, base), base, known)
-    layers = [layer, said]
+    said = parse_overrides(overrides, {**known.defaults, **base})
+    return _assemble([layer, sift(COMMAND_LINE, said, base, known)], name=name)
+
+
+def _assemble(layers: Sequence[Layer], *, name: str) -> Config:
+    """Lay sources over `base.yml` and build what the code reads.
+
+    Args:
+        layers: from the weakest to the strongest.
+        name: the model's, where `model_name` is not among the settings.
+    """
+    base, known = base_settings(), maxtext_keys()
     settings = lay(base, layers)
     custom = settings["custom_mesh_and_rule"]
     rules_file = None
     if custom:
         rules_file = read_rules_file(find_file("rules", custom, "custom_mesh_and_rule"), known)
-    mesh, warnings = build_mesh(settings, base, layers, rules_file)
+    mesh, warnings = build_mesh(settings, base, layers, rules_file, known)
     _derive(settings, name)
-    ignored = sorted({key for layer in layers for key in layer.ignored})
-    if ignored:
-        warnings += (f"MaxText keys that mean nothing here: {', '.join(ignored)}",)
+    told = [*layers, *([rules_file] if rules_file else [])]
+    warnings = (*(note for layer in told for note in layer.notes), *warnings)
     if settings["num_experts"] == 1 and settings["moe_dispatch_no_expert_sharding"]:
         warnings += (
             "moe_dispatch_no_expert_sharding=true has no effect: num_experts=1, a dense model",
@@ -120,7 +144,7 @@ def load_settings(layer: Layer, overrides: Sequence[str] = (), *, name: str) -> 
         data=_build(DataConfig, settings),
         generate=_build(GenerateConfig, settings),
         warnings=warnings,
-        unbuilt=_unbuilt(layers, settings),
+        unbuilt=_unbuilt(layers),
     )
 
 
@@ -130,11 +154,9 @@ def base_settings() -> dict[str, Any]:
     return read_mapping(configs_dir() / "base.yml")
 
 
-@functools.cache
-def maxtext_keys() -> set[str]:
-    """Names of MaxText's configuration keys."""
-    lines = (configs_dir() / "maxtext_keys.txt").read_text(encoding="utf-8").splitlines()
-    return {line for line in lines if line and not line.startswith("#")}
+def maxtext_keys() -> MaxTextKeys:
+    """Every configuration key of MaxText, and what becomes of it here."""
+    return read_maxtext_keys(configs_dir() / "maxtext_keys.yml")
 
 
 def list_names(kind: str) -> list[str]:
@@ -214,11 +236,11 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
-def _unbuilt(layers: Sequence[Layer], settings: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+def _unbuilt(layers: Sequence[Layer]) -> tuple[tuple[str, Any, str], ...]:
     """What is asked for and not built; a stronger layer may take a request back."""
-    asked: dict[str, Any] = {}
+    asked: dict[str, tuple[Any, str] | None] = {}
     for layer in layers:
         asked |= layer.unbuilt
-    if not settings["logits_via_embedding"]:
-        asked.pop("normalize_embedding_logits", None)  # says how to use a tied table
-    return tuple((key, _frozen(value)) for key, value in asked.items() if value is not None)
+    return tuple(
+        (key, _frozen(found[0]), found[1]) for key, found in asked.items() if found is not None
+    )

@@ -1,189 +1,305 @@
-"""MaxText's keys that this package does not have, sorted by what they would mean here.
+"""A run by MaxText's files: its model file alone, or its base.yml with `model_name=NAME`.
 
-A MaxText model file loads unchanged. Its keys are of four kinds: those in `configs/base.yml`,
-those that ask for another model than the one built here (`UNBUILT`, `UNBUILT_VALUES`: the file
-loads, training it is refused), those that would be ignored at a person's peril (`REFUSED`), and
-the rest, which mean nothing here and are named in one warning.
+Such a file means here what it means there. What it leaves out has MaxText's default, what it says
+is put into our keys (`maxtext_model.py` for the model, here for the run), and what cannot be had is
+refused. A file is MaxText's if it says a key that only MaxText has, such as `decoder_block`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from moe_shard.config.keys import shown
+from moe_shard.config.layers import COMMAND_LINE, Layer, coerced, short_name, unknown_key
+from moe_shard.config.maxtext_keys import UNSAID, MaxTextKeys
+from moe_shard.config.maxtext_model import Translation, translate_model
+from moe_shard.config.maxtext_run import check_data, run_values
+from moe_shard.config.strict_yaml import read_mapping
 from moe_shard.errors import UserError
 
-ALIASES = {
+OWN_KEYS_OF_A_CONFIG = 20
+"""A file with so many keys that only this package has is one that a run of it has written."""
+
+RENAMED = {
     "opt_type": "optimizer",
     "cosine_learning_rate_final_fraction": "learning_rate_final_fraction",
 }
-"""MaxText's name -> the name here."""
+"""MaxText's name -> the name here, where the values are the same."""
 
-Settings = Mapping[str, Any]
-
-IMPLIED: tuple[tuple[Settings, Settings], ...] = (
-    ({"decoder_block": "deepseek"}, {"rope_interleave": True, "norm_topk_prob": False}),
-    (
-        {"decoder_block": "deepseek", "routed_score_func": "sigmoid"},
-        {"norm_topk_prob": True},
-    ),
-    ({"decoder_block": "gpt_oss"}, {"attention_pattern": ["sliding", "global"]}),
-    ({"decoder_block": "gpt_oss", "attention_bias": True}, {"attention_out_bias": True}),
-    (
-        {"decoder_block": "llama4"},
-        {
-            "attention_pattern": ["chunked", "chunked", "chunked", "global"],
-            "qk_norm_type": "l2",
-            "rope_interleave": True,
-            "routed_score_func": "sigmoid",
-            "routed_score_on_input": True,
-            "norm_topk_prob": False,
-        },
-    ),
+_OURS_UNLESS_SAID = ("run_name", "base_output_directory", "log_period", "load_parameters_path")
+_TABLE = ("mesh_axes", "logical_axis_rules")
+_PLACES = ("mesh_axes", "logical_axis_rules", "override_logical_axis_rules", "custom_mesh_and_rule")
+_NOTED = (
+    *("steps", "per_device_batch_size", "load_balance_loss_weight", "head_dim"),
+    *("remat_policy", "checkpoint_period"),
 )
-"""What a file of MaxText's has settled by saying something, unless it says otherwise itself."""
+"""Keys whose default there is another than ours, so that a note names the default."""
 
-MEANT: tuple[tuple[Settings, Settings], ...] = (
-    ({"routed_score_func": ""}, {"routed_score_func": "softmax"}),
-    ({"routed_score_func": None}, {"routed_score_func": "softmax"}),
-    (
-        {"decoder_block": "gpt_oss", "routed_bias": True},
-        {"routed_bias": False, "router_bias": True},
-    ),
-    (
-        {"decoder_block": "gpt_oss", "mlp_activations": ["sigmoid", "linear"]},
-        {"mlp_activations": ["quick_gelu", "linear"], "mlp_linear_offset": 1.0},
-    ),
-)
-"""What a file of MaxText's means by what it says, where the words have another meaning here."""
 
-_OFF = (False, None)
-_ZERO = (0, None)
-_NEGATIVE = (-1, None)
+def is_maxtext(written: Mapping[str, Any], base: Mapping[str, Any], keys: MaxTextKeys) -> bool:
+    """Whether a file is MaxText's: it says a key that only MaxText has.
 
-UNBUILT: Mapping[str, tuple[Any, ...]] = {
-    # Blocks that the other keys describe fully, together with what `IMPLIED` and `MEANT` say of
-    # them. gemma has a norm after attention, gpt3 learned positions, and so on.
-    "decoder_block": (
-        *("default", "llama2", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"),
-        *("deepseek", "gpt_oss", "llama4"),
-    ),
-    # A file that inherits from others: its own keys are not the whole model.
-    "base_config": (),
-    "global_parameter_scale": (1,),
-    # attention
-    "attention_output_dim": _NEGATIVE,
-    "share_kv_projections": _OFF,
-    "global_head_dim": _ZERO,
-    "global_num_kv_heads": _ZERO,
-    "num_kv_shared_layers": _ZERO,
-    "qk_norm_with_scale": (True,),
-    "v_norm_with_scale": (True,),
-    "use_indexer": _OFF,
-    "use_qk_clip": _OFF,
-    "compress_ratios": ([], None),
-    "moba": _OFF,
-    # positions
-    "rope_linear_scaling_factor": (1, None),
-    "rope_min_timescale": (1,),
-    "local_rope_max_timescale": _NEGATIVE,
-    "global_rope_max_timescale": _NEGATIVE,
-    "trainable_position_size": _NEGATIVE,
-    "use_untrainable_positional_embedding": _OFF,
-    "use_mrope": _OFF,
-    # MLP, MoE and the router
-    "first_num_hash_layers": _ZERO,
-    "moe_expert_input_dim": _NEGATIVE,
-    "use_double_wide_mlp": _OFF,
-    "dropout_rate": _ZERO,
-    # the stack and its ends
-    "use_post_attn_norm": _OFF,
-    "use_post_ffw_norm": _OFF,
-    "normalize_embedding_logits": _OFF,
-    "z_loss_multiplier": _ZERO,
-    "hidden_size_per_layer_input": _ZERO,
-    "mtp_num_layers": _ZERO,
-    "mhc_expansion_rate": (1,),
-    "engram_layers": ([], None),
-    "use_multimodal": _OFF,
-    "use_audio": _OFF,
-    "quantization": ("", None),
-    "lr_schedule_type": ("cosine",),
-}
-"""Key -> the values that ask for nothing beyond what is built; any other asks for another model."""
+    Args:
+        written: the file's keys.
+        base: our `base.yml`.
+        keys: MaxText's.
+    """
+    own = sum(key in base and key not in keys for key in written)
+    foreign = any(key not in base and key in keys for key in written)
+    return foreign and own < OWN_KEYS_OF_A_CONFIG
 
-UNBUILT_VALUES: Mapping[str, tuple[Any, ...]] = {
-    "optimizer": ("adam_pax", "muon"),
-    "weight_dtype": ("float8_e4m3fn",),
-    "attention_type": ("local_sliding", "chunk", "full", "compressed"),
-    "mlp_activations": (["sigmoid", "linear"], ["gelu"], ["relu"], ["silu"], ["relu", "relu"]),
-}
-"""Keys of `base.yml` -> values that a model file may ask for and that are not built here."""
 
-REFUSED: Mapping[str, tuple[Any, ...]] = {
-    **{
-        f"{level}_{axis}_parallelism": (1,)
-        for level in ("ici", "dcn")
-        for axis in (
-            "diloco",
-            "pipeline",
-            "sequence",
-            "tensor_sequence",
-            "tensor_transpose",
-            "context_autoregressive",
-            "context_usp_ulysses",
-            "autoregressive",
+def read_run(
+    path: Path,
+    written: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    base: Mapping[str, Any],
+    keys: MaxTextKeys,
+) -> tuple[list[Layer], str]:
+    """Put a run by MaxText's files into our keys.
+
+    Args:
+        path: the file that was named.
+        written: what it says.
+        arguments: the command line's `key=value`.
+        base: our `base.yml`.
+        keys: MaxText's.
+
+    Returns:
+        The layers over `base.yml`, and the model's name.
+
+    Raises:
+        UserError: a file that is not found or read, an unknown key, or what cannot be had here.
+    """
+    theirs = {key: value for key, value in arguments.items() if key in keys}
+    files, notes = _files(path, written, theirs)
+    name = _model_name(path, files, theirs)
+    said: dict[str, Any] = {}
+    for source, content in [*files, (COMMAND_LINE, arguments)]:
+        rows = said.get("logical_axis_rules")
+        more = _checked(source, content, base, keys)
+        if rows and "logical_axis_rules" in more and not more.get("override_logical_axis_rules"):
+            more["logical_axis_rules"] = _laid(rows, more["logical_axis_rules"])
+        said |= more
+    given = {**keys.defaults, **said}
+    translation = translate_model(
+        given,
+        frozenset(said),
+        name,
+        is_named="model_name" in said,
+    )
+    unbuilt: dict[str, tuple[Any, str] | None] = dict(translation.unbuilt)
+    values = _same(said, given, translation, base, keys)
+    run_values(values, unbuilt, translation, said, given, arguments)
+    check_data(said, values["dataset_type"], keys, short_name(path))
+    for key, refusal in keys.refused.items():
+        if key in said and not refusal.admits(said[key]):
+            unbuilt[key] = (said[key], refusal.what)
+    if any(source == "base.yml" and "logical_axis_rules" in content for source, content in files):
+        values["override_logical_axis_rules"] = True  # the table is whole
+    if values.get("custom_mesh_and_rule"):
+        values["custom_mesh_and_rule"] = _rules_beside(path, values["custom_mesh_and_rule"])
+        for key in _TABLE:  # MaxText lets it replace whatever else there is
+            values.pop(key, None)
+    source = short_name(path)
+    notes = [
+        f"{source} is read as a MaxText file (configs/maxtext_keys.yml); its defaults where it "
+        f"says nothing: {_defaults(said, given, values)}",
+        *notes,
+        *_said_otherwise(translation, source, given["decoder_block"]),
+        *no_meaning(said, keys, source),
+    ]
+    layers = [Layer(source, values, unbuilt, tuple(notes))]
+    for source, content in [*files, (COMMAND_LINE, arguments)]:
+        own = {key: value for key, value in content.items() if key not in keys}
+        if own:
+            layers.append(Layer(source, own, {}, ()))
+    return layers, name
+
+
+def _files(
+    path: Path, written: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> tuple[list[tuple[str, Mapping[str, Any]]], list[str]]:
+    """The files of a run from the weakest on: what a file inherits from, itself, its model's."""
+    chain = _inherited(path, written, ())
+    notes: list[str] = []
+    named = arguments.get("model_name", written.get("model_name"))
+    if named in (*UNSAID, "default") or not isinstance(named, str):
+        return chain, notes
+    model = named.replace("-Instruct", "")
+    places = [folder / "models" for folder in (path.parent, path.parent.parent)]
+    found = next((p / f"{model}.yml" for p in places if (p / f"{model}.yml").is_file()), None)
+    if found is not None and not found.samefile(path):
+        content = read_mapping(found)
+        doubled = [
+            f"{key}={shown(value)}"
+            for key, value in arguments.items()
+            if key in content and content[key] != value
+        ]
+        if doubled and arguments.get("override_model_config") is not True:
+            notes.append(
+                f"over what models/{shown(found.name)} says, for which MaxText would want "
+                f"override_model_config=true: {', '.join(doubled)}"
+            )
+        return [*chain, *_inherited(found, content, ())], notes
+    if found is None and "model_name" in arguments and "model_name" in written:
+        known = sorted({p.stem for place in places for p in place.glob("*.yml")})
+        near = difflib.get_close_matches(model, known, n=3, cutoff=0.4)
+        fix = f"did you mean {' or '.join(near)}?" if near else "the path of its own YAML"
+        raise UserError(
+            f"model_name={shown(named)}: no models/{shown(model)}.yml beside {path}\nfix: {fix}"
         )
-    },
-}
-"""Key -> its neutral values; any other value is an error, because ignoring it would mislead."""
-
-MAXTEXT_AXES = (
-    "diloco",
-    "stage",
-    "sequence",
-    "tensor_sequence",
-    "tensor_transpose",
-    "context_autoregressive",
-    "context_usp_ulysses",
-    "autoregressive",
-)
-"""Mesh axes of MaxText that this mesh does not have."""
+    return chain, notes
 
 
-def read(written: Settings) -> dict[str, Any]:
-    """What a file says, with what it implies and in this package's words."""
-
-    def found(table: tuple[tuple[Settings, Settings], ...]) -> dict[str, Any]:
-        settings: dict[str, Any] = {}
-        for said, settled in table:
-            if all(key in written and written[key] == value for key, value in said.items()):
-                settings |= settled
-        return settings
-
-    return {**found(IMPLIED), **written, **found(MEANT)}
-
-
-def is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
-    """Whether a value is one of the neutral ones; MaxText writes null as the text None too."""
-    if value == "None":
-        value = None
-    # True == 1 in Python, and `shared_experts: true` is not `shared_experts: 1`.
-    return any(
-        value == item and isinstance(value, bool) == isinstance(item, bool) for item in neutral
+def _inherited(
+    path: Path, written: Mapping[str, Any], above: Sequence[Path]
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """A file after those that its `base_config` names, the last one first."""
+    own = [(short_name(path), written)]
+    named = written.get("base_config")
+    if named in UNSAID:
+        return own
+    if not isinstance(named, str) or path in above:
+        raise UserError(
+            f"{path}: base_config={shown(named)} is not the name of another file\n"
+            "fix: base.yml, for example"
+        )
+    for folder in (path.parent, path.parent.parent):
+        parent = folder / named
+        if parent.is_file():
+            return _inherited(parent, read_mapping(parent), (*above, path)) + own
+    if Path(named).name == "base.yml":  # its defaults stand below any file in any case
+        return own
+    raise UserError(
+        f"{path}: base_config={shown(named)} is not beside it\nfix: the path of that file"
     )
 
 
-def check_refused(key: str, value: Any, where: str) -> None:
-    """Let the neutral value of a `REFUSED` key pass.
+def _laid(table: list[Any], rows: list[Any]) -> list[Any]:
+    """Rows of a stronger source over a table, not yet checked; they replace those of a name."""
+    names = [row[0] for row in rows if isinstance(row, list) and row]
+    return [row for row in table if not (isinstance(row, list) and row and row[0] in names)] + rows
+
+
+def _model_name(
+    path: Path, files: Sequence[tuple[str, Mapping[str, Any]]], arguments: Mapping[str, Any]
+) -> str:
+    for content in (arguments, *(content for _, content in reversed(files))):
+        name = content.get("model_name")
+        if isinstance(name, str) and name not in (*UNSAID, "default"):
+            return name
+    return path.stem
+
+
+def _checked(
+    source: str, content: Mapping[str, Any], base: Mapping[str, Any], keys: MaxTextKeys
+) -> dict[str, Any]:
+    """What one source says of MaxText's keys, each in the type of its default.
 
     Raises:
-        UserError: any other value.
+        UserError: a key that nobody has, a value of another type, or a run that cannot be had.
     """
-    neutral = REFUSED[key]
-    if not is_neutral(value, neutral):
-        raise UserError(
-            f"{where}: {key}={shown(value)} is not built in this version\n"
-            f"fix: leave it out ({key}={shown(neutral[0])})"
+    said: dict[str, Any] = {}
+    for alias, key in RENAMED.items():
+        if alias in content and key in content:
+            raise UserError(
+                f"{source}: {alias} and {key} are two names of one key\nfix: keep {key}"
+            )
+    for key, value in content.items():
+        if key not in keys:
+            if key not in base:
+                raise unknown_key(source, key, list(base), list(keys.defaults))
+            continue  # ours, in a file of theirs
+        if key in keys.refused:
+            refusal = keys.refused[key]
+            if refusal.kind == "run" and not refusal.admits(value):
+                raise refused(source, key, value, keys)
+            said[key] = value
+        elif key in keys.same or key in keys.translated:
+            default = keys.defaults[key]
+            if value in UNSAID and not (value == [] and isinstance(default, list)):
+                continue
+            said[key] = coerced(source, key, value, base.get(key, default))
+        else:
+            said[key] = value
+    if source == "base.yml":
+        # What it says as it was shipped is a default, not somebody's wish; but for its table.
+        return {k: v for k, v in said.items() if k in _TABLE or v != keys.defaults[k]}
+    return said
+
+
+def refused(source: str, key: str, value: Any, keys: MaxTextKeys) -> UserError:
+    """The error for a value that cannot be had."""
+    refusal = keys.refused[key]
+    fix = refusal.fix or f"leave it out ({key}={shown(refusal.default)})"
+    return UserError(
+        f"{source}: {key}={shown(value)} asks for {refusal.what}, which is not built in this "
+        f"version\nfix: {fix}"
+    )
+
+
+def _same(
+    said: Mapping[str, Any],
+    given: Mapping[str, Any],
+    translation: Translation,
+    base: Mapping[str, Any],
+    keys: MaxTextKeys,
+) -> dict[str, Any]:
+    """The keys of one name and meaning, MaxText's default included, then the model's."""
+    values = {
+        key: given[key]
+        for key in sorted(keys.same)
+        if key in base
+        and (
+            key in said or not (key in _OURS_UNLESS_SAID or key in _PLACES or "parallelism" in key)
         )
+    }
+    return values | translation.values
+
+
+def _rules_beside(path: Path, name: Any) -> Any:
+    """A rule table's name as a path, where MaxText's folder of them is beside the file."""
+    for folder in (path.parent, path.parent.parent):
+        place = folder / "custom_mesh_and_rule" / f"{name}.yml"
+        if place.is_file():
+            return str(place)
+    return name
+
+
+def _defaults(said: Mapping[str, Any], given: Mapping[str, Any], values: Mapping[str, Any]) -> str:
+    latent = values["attention_type"] == "mla"
+    left = [key for key in _NOTED if key not in said and not (key == "head_dim" and latent)]
+    named = [f"{key}={shown(values.get(key, given[key]))}" for key in left]
+    return ", ".join([*named, "learning_rate_rule=maxtext", "adam_decay_vectors=true"])
+
+
+def _said_otherwise(translation: Translation, source: str, block: str) -> list[str]:
+    lines = []
+    if translation.words:
+        lines.append(f"{source} in the words of this package: {'; '.join(translation.words)}")
+    if translation.unread:
+        keys = ", ".join(dict.fromkeys(translation.unread))
+        lines.append(
+            f"{source}: decoder_block={shown(block)} does not read these, here and there: {keys}"
+        )
+    return lines
+
+
+def no_meaning(said: Mapping[str, Any], keys: MaxTextKeys, source: str) -> list[str]:
+    """One line on the keys that do nothing here, by what they are about."""
+    about: dict[str, list[str]] = {}
+    for key in said:
+        if key in keys.harmless:
+            about.setdefault(keys.harmless[key], []).append(key)
+        elif key in keys.implied:
+            about.setdefault(f"only with {keys.implied[key]}", []).append(key)
+        elif key in keys.data:
+            about.setdefault("no text is read, or read so in any case", []).append(key)
+    if not about:
+        return []
+    parts = [f"{', '.join(sorted(names))} ({text})" for text, names in about.items()]
+    return [f"{source}: of no meaning here: {'; '.join(parts)}"]

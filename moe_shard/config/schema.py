@@ -209,7 +209,8 @@ class Config:
         data: where the text comes from.
         generate: how text is written.
         warnings: one line each, for standard error.
-        unbuilt: key and value of what the model asks for and this version does not compute.
+        unbuilt: key and value of what the model asks for and this version does not compute, and
+            what that is.
         detected: what was found where the model is a Hugging Face directory, one line each.
     """
 
@@ -220,13 +221,13 @@ class Config:
     data: DataConfig
     generate: GenerateConfig
     warnings: tuple[str, ...] = ()
-    unbuilt: tuple[tuple[str, Any], ...] = ()
+    unbuilt: tuple[tuple[str, Any, str], ...] = ()
     detected: tuple[str, ...] = ()
 
     @property
     def not_built(self) -> tuple[str, ...]:
-        """`unbuilt` as `key=value`."""
-        return tuple(f"{key}={shown(value)}" for key, value in self.unbuilt)
+        """`unbuilt` in words: what it is, and `key=value`."""
+        return tuple(f"{what} ({key}={shown(value)})" for key, value, what in self.unbuilt)
 
     def require_built(self) -> None:
         """Refuse to go on with a model that this version would compute differently.
@@ -236,7 +237,7 @@ class Config:
         """
         if self.not_built:
             raise UserError(
-                f"{self.run.model_name} asks for {brief_list(self.not_built)}\n"
+                f"{self.run.model_name} asks for {brief_list(self.not_built, 5)}\n"
                 "this version does not build that: training would train another model\n"
                 "fix: a model without these keys, e.g. mixtral-8x7b (configs/models)"
             )
@@ -258,7 +259,7 @@ class Config:
         flat |= self.mesh.flat_sizes()
         # The table is whole: rows that it lacks must not come back from base.yml.
         flat["override_logical_axis_rules"] = True
-        return flat | {key: to_plain(value) for key, value in self.unbuilt}
+        return flat | {key: to_plain(value) for key, value, _ in self.unbuilt}
 
     def to_yaml(self) -> str:
         """The text of `config.yml`."""

@@ -9,20 +9,27 @@ from typing import Any
 
 from moe_shard.config.keys import shown
 from moe_shard.config.layers import COMMAND_LINE, Layer, short_name, unknown_key
-from moe_shard.config.maxtext import MAXTEXT_AXES
-from moe_shard.config.mesh import LEVELS, MESH_AXES, MeshConfig, Rule, parallelism_key
+from moe_shard.config.maxtext_keys import MaxTextKeys
+from moe_shard.config.mesh import (
+    LEVELS,
+    MESH_AXES,
+    MeshConfig,
+    Rule,
+    expert_row,
+    parallelism_key,
+)
 from moe_shard.config.strict_yaml import read_mapping
 from moe_shard.errors import UserError
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
-def read_rules_file(path: Path, maxtext_keys: set[str]) -> Layer:
+def read_rules_file(path: Path, keys: MaxTextKeys) -> Layer:
     """A file for `custom_mesh_and_rule`: `mesh_axes` and `logical_axis_rules`.
 
     Args:
         path: the file.
-        maxtext_keys: names of MaxText's keys; the others of a rule file of theirs are ignored.
+        keys: MaxText's; the others of a rule file of theirs mean nothing here.
 
     Raises:
         UserError: the file cannot be read, has no table, or says something else.
@@ -31,14 +38,16 @@ def read_rules_file(path: Path, maxtext_keys: set[str]) -> Layer:
     own = ("mesh_axes", "logical_axis_rules")
     source = short_name(path)
     for key in content:
-        if key not in own and key not in maxtext_keys:
-            raise unknown_key(source, key, own, maxtext_keys)
+        if key not in own and key not in keys:
+            raise unknown_key(source, key, own, list(keys.defaults))
     if "logical_axis_rules" not in content:
         raise UserError(
             f"{source}: no logical_axis_rules\nfix: rows as in configs/base.yml, or another file"
         )
     values = {key: content[key] for key in own if key in content}
-    return Layer(source, values, {}, tuple(key for key in content if key not in own))
+    others = ", ".join(key for key in content if key not in own)
+    notes = (f"{source}: of no meaning here: {others} (the rule table says it)",) if others else ()
+    return Layer(source, values, {}, notes)
 
 
 def build_mesh(
@@ -46,6 +55,7 @@ def build_mesh(
     base: Mapping[str, Any],
     layers: Sequence[Layer],
     rules_file: Layer | None,
+    keys: MaxTextKeys,
 ) -> tuple[MeshConfig, tuple[str, ...]]:
     """The mesh and its table, and warnings.
 
@@ -54,35 +64,38 @@ def build_mesh(
         base: `base.yml`.
         layers: the model file's and the command line's, in this order.
         rules_file: what `custom_mesh_and_rule` names, if anything.
+        keys: MaxText's, for the axes of its meshes and the rows of its tables.
 
     Raises:
         UserError: a row or an axis that makes no sense, or a size for an axis that is left out.
     """
-    table = read_rows(base["logical_axis_rules"], "base.yml")
+    own_table = table = read_rows(base["logical_axis_rules"], "base.yml")
     axes, chosen_by = MESH_AXES, "base.yml"
     warnings: list[str] = []
-    if rules_file is not None:
-        table = read_rows(rules_file.values["logical_axis_rules"], rules_file.source)
-        axes, chosen_by = read_axes(rules_file, ()) or axes, rules_file.source
-    for layer in layers:
-        # A MaxText model file may bring a mesh with axes that this one lacks. There they have
-        # size 1 unless a key says otherwise (and such a key is refused), so nothing is lost.
-        foreign = () if layer.source == COMMAND_LINE else _foreign_axes(layer)
+    sources = [*([rules_file] if rules_file else []), *layers]
+    for layer in sources:
+        # A table of MaxText's may name axes that this mesh lacks. They have size 1 there unless a
+        # key says otherwise, and such a key is refused, so nothing is lost.
+        foreign = () if layer.source == COMMAND_LINE else _foreign_axes(layer, keys)
         if foreign:
             warnings.append(
                 f"{layer.source}: mesh axes of MaxText that this mesh does not have, read as "
                 f"size 1: {', '.join(foreign)}"
             )
         if "mesh_axes" in layer.values:
-            axes, chosen_by = read_axes(layer, foreign), layer.source
-        if "logical_axis_rules" in layer.values:
-            rows = read_rows(layer.values["logical_axis_rules"], layer.source, foreign)
-            replace = (
-                layer.values.get("override_logical_axis_rules", False)
-                if layer.source == COMMAND_LINE
-                else settings["override_logical_axis_rules"]
-            )
-            table = rows if replace else lay_rows(table, rows)
+            axes, chosen_by = read_axes(layer, foreign) or axes, layer.source
+        if "logical_axis_rules" not in layer.values:
+            continue
+        rows = read_rows(layer.values["logical_axis_rules"], layer.source, foreign)
+        replace = layer is rules_file or (
+            layer.values.get("override_logical_axis_rules", False)
+            if layer.source == COMMAND_LINE
+            else settings["override_logical_axis_rules"]
+        )
+        table = rows if replace else lay_rows(table, rows)
+        if is_maxtext_table(rows, foreign, keys):
+            table, notes = completed(table, own_table, keys)
+            warnings += [f"{layer.source}: {note}" for note in notes]
     said = {key for layer in layers for key in layer.values}
     sizes = {level: _sizes(level, settings, said, axes, chosen_by) for level in LEVELS}
     whole = (*axes, *(axis for axis in MESH_AXES if axis not in axes))
@@ -95,6 +108,54 @@ def build_mesh(
         num_simulated_devices=settings["num_simulated_devices"],
     )
     return mesh, tuple(warnings)
+
+
+def is_maxtext_table(
+    rows: Sequence[tuple[str, Sequence[str]]], axes: Sequence[str], keys: MaxTextKeys
+) -> bool:
+    """Whether rows are of a table of MaxText's: they name what only its tables have.
+
+    Args:
+        rows: of the table.
+        axes: mesh axes that it names.
+        keys: MaxText's.
+    """
+    named = {*axes, *(axis for _, row in rows for axis in row)}
+    return bool(named & set(keys.mesh_axes)) or any(name in keys.logical_axes for name, _ in rows)
+
+
+def completed(
+    table: Sequence[Rule], own: Sequence[Rule], keys: MaxTextKeys
+) -> tuple[list[Rule], list[str]]:
+    """A table of MaxText's with a row for every logical axis here, and notes on what was added.
+
+    A dim without a row is not sharded there. `activation_batch_no_exp` has no row there: what its
+    flag takes off the batch is the axis of the experts, in code.
+
+    Args:
+        table: the rows.
+        own: those of `base.yml`, for the names.
+        keys: MaxText's.
+    """
+    rows = [row for row in table if row[0] not in keys.logical_axes]
+    idle = list(dict.fromkeys(name for name, _ in table if name in keys.logical_axes))
+    known = {name for name, _ in rows}
+    notes = []
+    if "activation_batch_no_exp" not in known:
+        experts = next((set(row) for name, row in rows if name == expert_row(known)), set())
+        at = [n for n, (name, _) in enumerate(rows) if name == "activation_batch_moe"]
+        batch = [tuple(axis for axis in rows[n][1] if axis not in experts) for n in at]
+        made = [("activation_batch_no_exp", axes) for axes in batch]
+        rows[at[-1] + 1 if at else 0 : at[-1] + 1 if at else 0] = made
+        known |= {name for name, _ in made}
+    bare = [name for name in dict.fromkeys(name for name, _ in own) if name not in known]
+    rows = list(dict.fromkeys([*rows, *((name, ()) for name in bare)]))
+    if bare:
+        notes.append(f"no row, so not sharded, as in MaxText: {', '.join(bare)}")
+    if idle:
+        some = ", ".join(idle[:4]) + (f" and {len(idle) - 4} more" if len(idle) > 4 else "")
+        notes.append(f"rows of logical axes that this package does not have: {some}")
+    return rows, notes
 
 
 def read_rows(value: Any, source: str, foreign: Sequence[str] = ()) -> list[Rule]:
@@ -157,9 +218,15 @@ def read_axes(layer: Layer, foreign: Sequence[str]) -> tuple[str, ...]:
     return kept
 
 
-def _foreign_axes(layer: Layer) -> tuple[str, ...]:
-    axes = layer.values.get("mesh_axes", [])
-    return tuple(axis for axis in axes if axis in MAXTEXT_AXES) if isinstance(axes, list) else ()
+def _foreign_axes(layer: Layer, keys: MaxTextKeys) -> tuple[str, ...]:
+    """The axes of MaxText's that a source names in its mesh or in its rows, in no other form."""
+    axes, rows = layer.values.get("mesh_axes", []), layer.values.get("logical_axis_rules", [])
+    named = list(axes) if isinstance(axes, list) else []
+    for row in rows if isinstance(rows, list) else []:
+        of = row[1] if isinstance(row, list) and len(row) == 2 else None
+        named += [of] if isinstance(of, str) else of if isinstance(of, list) else []
+    found = (axis for axis in named if isinstance(axis, str) and axis in keys.mesh_axes)
+    return tuple(dict.fromkeys(found))
 
 
 def _sizes(

@@ -148,6 +148,7 @@ def explain(
     sizes_are_assumed: bool = False,
     notes: Sequence[str] = (),
     state_bytes: int | None = None,
+    is_maxtexts: bool = False,
 ) -> Explanation:
     """Resolve every array by a table and say what is wrong with the table.
 
@@ -163,6 +164,7 @@ def explain(
             and a dim that the mesh does not divide is a warning.
         notes: see `Explanation`.
         state_bytes: see `Explanation`.
+        is_maxtexts: the table is one of MaxText's, which passes over what a mesh does not have.
 
     Raises:
         UserError: a dim that its mesh axes do not divide, unless the sizes are assumed.
@@ -170,7 +172,7 @@ def explain(
     rows, arrays = number_rows(rules), list(arrays)
     usable, lint = (
         usable_rules(rules, mesh_axes, arrays),
-        lint_rows(rows, mesh_axes, by_flax=sizes_are_assumed),
+        lint_rows(rows, mesh_axes, by_flax=sizes_are_assumed, is_maxtexts=is_maxtexts),
     )
     resolver = RuleTable(usable, sizes)
     placed = [
@@ -184,7 +186,7 @@ def explain(
         )
         for array in arrays
     ]
-    lint += lint_model(arrays, rows)
+    lint += lint_model(arrays, rows, is_maxtexts=is_maxtexts)
     lint += find_uneven(placed)
     lint += find_alternatives(placed)
     lint += find_passed_over(placed)

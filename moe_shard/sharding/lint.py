@@ -58,15 +58,23 @@ def number_rows(rules: Iterable[tuple[str, Sequence[str]]]) -> tuple[Row, ...]:
     return tuple(Row(number, name, tuple(axes)) for number, (name, axes) in enumerate(rules, 1))
 
 
-def lint_rows(rows: Sequence[Row], mesh_axes: Sequence[str], *, by_flax: bool = True) -> list[Lint]:
+def lint_rows(
+    rows: Sequence[Row],
+    mesh_axes: Sequence[str],
+    *,
+    by_flax: bool = True,
+    is_maxtexts: bool = False,
+) -> list[Lint]:
     """Everything to say of a table that needs no model.
 
     Args:
         rows: the table.
         mesh_axes: those that its rows may name.
         by_flax: see `dead_rows`.
+        is_maxtexts: the table is one of MaxText's, where an axis that the mesh does not have is
+            no error: it is taken to have size 1, in silence.
     """
-    found = [lint for row in rows for lint in _lint_axes(row, mesh_axes)]
+    found = [lint for row in rows for lint in _lint_axes(row, mesh_axes, is_maxtexts)]
     found += dead_rows(rows, by_flax=by_flax)
     named = {axis for row in rows for axis in row.mesh_axes}
     if unused := [axis for axis in mesh_axes if axis not in named]:
@@ -75,11 +83,14 @@ def lint_rows(rows: Sequence[Row], mesh_axes: Sequence[str], *, by_flax: bool = 
     return found
 
 
-def _lint_axes(row: Row, mesh_axes: Sequence[str]) -> list[Lint]:
+def _lint_axes(row: Row, mesh_axes: Sequence[str], is_maxtexts: bool) -> list[Lint]:
     found = []
     if unknown := [axis for axis in row.mesh_axes if axis not in mesh_axes]:
         text = f"{row} names the mesh {_axes(unknown)}, which mesh_axes does not have"
-        found.append(Lint(ERROR, "unknown-axis", (row.number,), f"{text}; remove it or add it"))
+        level, then = (ERROR, "remove it or add it")
+        if is_maxtexts:
+            level, then = (WARNING, "MaxText takes it for size 1 without a word, and so is it here")
+        found.append(Lint(level, "unknown-axis", (row.number,), f"{text}; {then}"))
     if twice := sorted({axis for axis in row.mesh_axes if row.mesh_axes.count(axis) > 1}):
         text = f"{row} names the mesh {_axes(twice)} twice; name it once"
         found.append(Lint(ERROR, "repeated-axis", (row.number,), text))
@@ -176,10 +187,16 @@ def missing_rows(arrays: Iterable[AnnotatedArray], rows: Sequence[Row]) -> dict[
     return missing
 
 
-def lint_model(arrays: Sequence[AnnotatedArray], rows: Sequence[Row]) -> list[Lint]:
+def lint_model(
+    arrays: Sequence[AnnotatedArray], rows: Sequence[Row], *, is_maxtexts: bool = False
+) -> list[Lint]:
     """What a table lacks for a model, and how much of it the model has no use for."""
     found = []
-    for axis, names in missing_rows(arrays, rows).items():
+    missing = missing_rows(arrays, rows)
+    if missing and is_maxtexts:
+        found += _unsharded(list(missing))
+        missing = {}
+    for axis, names in missing.items():
         text = (
             f"no row for '{axis}' ({brief_names(names)}): Flax leaves the dim unsharded without a "
             f"word, training here refuses it; add ['{axis}', []] or name mesh axes"
@@ -190,6 +207,22 @@ def lint_model(arrays: Sequence[AnnotatedArray], rows: Sequence[Row]) -> list[Li
     if idle:
         text = f"{len(idle)} of {len(rows)} rows are of logical axes that this model does not have"
         found.append(Lint(NOTE, "idle", tuple(row.number for row in idle), text))
+    return found
+
+
+def _unsharded(missing: Sequence[str]) -> list[Lint]:
+    """What a table of MaxText's leaves unsharded by having no row for it."""
+    flag = "activation_batch_no_exp"
+    found = []
+    if others := [axis for axis in missing if axis != flag]:
+        text = f"no row for {', '.join(others)}: not sharded, as in MaxText"
+        found.append(Lint(NOTE, "no-row", (), text))
+    if flag in missing:
+        text = (
+            f"no row for {flag}, here left unsharded: where its flag is on, MaxText takes the "
+            "experts' axes off activation_batch_moe instead, and so does training here"
+        )
+        found.append(Lint(NOTE, "no-row", (), text))
     return found
 
 

@@ -16,6 +16,8 @@ from jax.sharding import AbstractMesh, AxisType
 from moe_shard.autoep.model import load_model
 from moe_shard.config import Config, check_against_mesh
 from moe_shard.config.foreign import ASSUMED_SIZE, read_foreign_table, take_sizes
+from moe_shard.config.load import maxtext_keys
+from moe_shard.config.tables import is_maxtext_table
 from moe_shard.sharding.annotate import Annotator
 from moe_shard.sharding.explain import Explanation, Recorder, Rules, explain, usable_rules
 from moe_shard.training.step import Program, make_program
@@ -102,6 +104,7 @@ def _explain_rules(
         parameters=_parameter_names(program),
         sizes_are_assumed=True,
         notes=notes,
+        is_maxtexts=is_maxtext_table(rules, tuple(sizes), maxtext_keys()),
     )
 
 

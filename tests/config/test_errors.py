@@ -16,7 +16,7 @@ from tests.config.helpers import check_message, error_of, load, says, write_mode
     ("override", "parts"),
     [
         ("num_expert=4", ["unknown key num_expert", "did you mean num_experts?"]),
-        ("emb_dim=4", ["unknown key emb_dim", "base_emb_dim"]),
+        ("emb_dim=4", ["emb_dim=4", "fix: base_emb_dim"]),
         ("sliding_window_siz=4", ["unknown key", "sliding_window_size"]),
         ("qqqqqqqq=4", ["unknown key qqqqqqqq", "configs/base.yml"]),
         ("steps", ["steps is not key=value"]),
@@ -62,7 +62,10 @@ from tests.config.helpers import check_message, error_of, load, says, write_mode
         ("force_load_balance=1", ["force_load_balance=1 is not true or false"]),
         ("num_moe_token_chunks=0", ["num_moe_token_chunks=0 is out of range", "at least 1"]),
         ("ragged_buffer_factor=0", ["ragged_buffer_factor=0.0 is out of range", "or -1"]),
-        ("ici_pipeline_parallelism=2", ["ici_pipeline_parallelism=2 is not built"]),
+        (
+            "ici_pipeline_parallelism=2",
+            ["ici_pipeline_parallelism=2 asks for pipeline parallelism"],
+        ),
         ("custom_mesh_and_rule=pure-fsd", ["custom_mesh_and_rule pure-fsd", "pure-fsdp"]),
         ("logical_axis_rules=[[exp,[experts]]]", ["[exp, [experts]]", "'experts'", "expert"]),
         ("logical_axis_rules=[[exp,[expert,expert]]]", ["[exp, [expert, expert]]", "twice"]),

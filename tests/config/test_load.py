@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moe_shard.config import check_against_mesh, configs_dir, expert_parallelism, load_config
 from moe_shard.errors import UserError
-from tests.config.helpers import MODEL, check_message, load, says
+from tests.config.helpers import check_message, load, says
 
 
 def test_order_of_layers(tmp_path: Path) -> None:
@@ -120,41 +120,18 @@ def test_custom_table_by_name_and_by_path(tmp_path: Path) -> None:
 
 def test_custom_table_with_a_foreign_axis(tmp_path: Path) -> None:
     table = tmp_path / "table.yml"
-    table.write_text("mesh_axes: [data, stage]\nlogical_axis_rules: [[layers, stage]]\n")
+    table.write_text("mesh_axes: [data, rack]\nlogical_axis_rules: [[layers, rack]]\n")
     with pytest.raises(UserError) as caught:
         load(tmp_path, f"custom_mesh_and_rule={table}")
-    says(check_message(caught.value), "table.yml", "stage", "data, fsdp")
-    table.write_text("logical_axis_rules: [[layers, stage]]\n")
+    says(check_message(caught.value), "table.yml", "rack", "data, fsdp")
+    table.write_text("logical_axis_rules: [[layers, rack]]\n")
     with pytest.raises(UserError) as caught:
         load(tmp_path, f"custom_mesh_and_rule={table}")
-    says(check_message(caught.value), "[layers, [stage]]", "'stage'")
+    says(check_message(caught.value), "[layers, [rack]]", "'rack'")
     table.write_text("mesh_axes: [data]\n")
     with pytest.raises(UserError) as caught:
         load(tmp_path, f"custom_mesh_and_rule={table}")
     says(check_message(caught.value), "no logical_axis_rules")
-
-
-MAXTEXT_LIKE = (
-    MODEL
-    + """
-decoder_block: mixtral
-enable_dropout: false
-tokenizer_type: sentencepiece
-attention_bias: false
-routed_score_func: "softmax"
-normalization_layer_epsilon: 1e-6
-"""
-)
-
-
-def test_maxtext_file_that_is_fully_described(tmp_path: Path) -> None:
-    config = load(tmp_path, text=MAXTEXT_LIKE)
-    assert config.not_built == ()
-    config.require_built()
-    assert config.warnings == (
-        "MaxText keys that mean nothing here: enable_dropout, tokenizer_type",
-    )
-    assert config.model.norm_epsilon == 1e-6
 
 
 def test_what_would_be_passed_over_in_silence_is_noted(tmp_path: Path) -> None:
@@ -204,42 +181,6 @@ def test_gpt_oss_of_maxtext() -> None:
         1.0,
         True,
     )
-
-
-def test_maxtext_file_that_asks_for_another_model(tmp_path: Path) -> None:
-    extra = """
-decoder_block: gemma3
-attention_type: local_sliding
-use_post_attn_norm: true
-mlp_activations: [sigmoid, linear]
-opt_type: adam_pax
-weight_dtype: float8_e4m3fn
-mesh_axes: [data, stage, fsdp, expert]
-logical_axis_rules: [[layers, stage], [embed, [fsdp, expert]]]
-"""
-    config = load(tmp_path, extra=extra)
-    assert set(config.not_built) == {
-        "decoder_block=gemma3",
-        "attention_type=local_sliding",
-        "use_post_attn_norm=true",
-        "mlp_activations=[sigmoid, linear]",
-        "optimizer=adam_pax",
-        "weight_dtype=float8_e4m3fn",
-    }
-    assert config.mesh.axes_of("layers") == ()
-    says(config.warnings[0], "read as size 1: stage")
-    with pytest.raises(UserError) as caught:
-        config.require_built()
-    says(
-        check_message(caught.value),
-        "small asks for",
-        "attention_type=local_sliding",
-        "another model",
-    )
-    cured = load(tmp_path, "attention_type=global", "optimizer=sgd", extra=extra)
-    assert "attention_type=local_sliding" not in cured.not_built
-    assert "optimizer=adam_pax" not in cured.not_built
-    assert cured.train.optimizer == "sgd"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,116 @@
+"""MaxText's configuration keys and what becomes of them, as `configs/maxtext_keys.yml` says."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ours is slow, and this file is known
+
+UNSAID: tuple[Any, ...] = (None, "", "None", "none", [])
+"""Values by which MaxText's files leave a thing unsaid, whatever its default."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A key with one value that can be had here.
+
+    Attributes:
+        kind: "model": a model that asks for it is read and explained, but not trained; "run": the
+            command ends.
+        what: any other value asks for.
+        default: the value.
+        fix: what to say instead; empty: leave it out.
+    """
+
+    kind: Literal["model", "run"]
+    what: str
+    default: Any
+    fix: str = ""
+
+    def admits(self, value: Any) -> bool:
+        """Whether a value asks for nothing beyond what is here."""
+        if value in UNSAID:
+            return True
+        # True == 1 in Python, and `mtp_num_layers: true` is not `mtp_num_layers: 1`.
+        return bool(value == self.default) and isinstance(value, bool) == isinstance(
+            self.default, bool
+        )
+
+
+@dataclass(frozen=True)
+class MaxTextKeys:
+    """Every key of MaxText, by what becomes of it here.
+
+    Attributes:
+        defaults: of all keys, as its base.yml has them.
+        same: keys of ours with the same name and meaning.
+        translated: key -> what it is said by here.
+        implied: key -> the key without which it does nothing.
+        harmless: key -> what it is about; nothing of the model or of what it learns.
+        data: keys about how text is read.
+        refused: key -> why.
+        mesh_axes: axes of its meshes that ours does not have.
+        logical_axes: logical axes of its rule tables that ours does not have.
+    """
+
+    defaults: Mapping[str, Any]
+    same: frozenset[str]
+    translated: Mapping[str, str]
+    implied: Mapping[str, str]
+    harmless: Mapping[str, str]
+    data: frozenset[str]
+    refused: Mapping[str, Refusal]
+    mesh_axes: tuple[str, ...]
+    logical_axes: frozenset[str]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.defaults
+
+
+@functools.cache
+def read_maxtext_keys(path: Path) -> MaxTextKeys:
+    """Read the file, once."""
+    content = yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)
+    translated, refused = content["translated"], dict(_refusals(content["refused"]))
+    by_text = {kind: dict(_ungrouped(content[kind])) for kind in ("implied", "harmless")}
+    defaults = {
+        **content["same"],
+        **{key: entry["default"] for key, entry in translated.items()},
+        **{key: value for kind in ("implied", "harmless") for key, value in _flat(content[kind])},
+        **content["data"],
+        **{key: refusal.default for key, refusal in refused.items()},
+    }
+    return MaxTextKeys(
+        defaults=defaults,
+        same=frozenset(content["same"]),
+        translated={key: entry["to"] for key, entry in translated.items()},
+        implied=by_text["implied"],
+        harmless=by_text["harmless"],
+        data=frozenset(content["data"]),
+        refused=refused,
+        mesh_axes=tuple(content["mesh_axes"]),
+        logical_axes=frozenset(content["logical_axes"]),
+    )
+
+
+def _flat(groups: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
+    for keys in groups.values():
+        yield from keys.items()
+
+
+def _ungrouped(groups: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    for text, keys in groups.items():
+        yield from ((key, text) for key in keys)
+
+
+def _refusals(kinds: Mapping[Any, Any]) -> Iterator[tuple[str, Refusal]]:
+    for kind, groups in kinds.items():
+        for group in groups:
+            for key, default in group["keys"].items():
+                yield key, Refusal(kind, group["what"], default, group.get("fix", ""))

@@ -1,0 +1,125 @@
+"""What MaxText's keys of a run mean here: batch, schedule, optimizer, data, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moe_shard.config.keys import shown
+from moe_shard.config.maxtext_keys import UNSAID, MaxTextKeys
+from moe_shard.config.maxtext_model import Translation
+from moe_shard.errors import UserError
+
+_REMAT = {
+    **dict.fromkeys(("save_qkv_proj", "save_out_proj", "custom"), "full"),
+    **dict.fromkeys(("qkv_proj_offloaded", "minimal_offloaded"), "full"),
+    **dict.fromkeys(("minimal", "minimal_with_context"), "dots"),
+    "save_dot_with_context_except_mlp": "dots",
+    "save_dot_except_mlpwi": "dots",
+    "save_dot_except_mlp": "dots",
+}
+"""MaxText's policy -> the nearest here; memory and time, not what is learned."""
+
+
+def run_values(
+    values: dict[str, Any],
+    unbuilt: dict[str, tuple[Any, str] | None],
+    translation: Translation,
+    said: Mapping[str, Any],
+    given: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+) -> None:
+    """Put the keys of a run into ours.
+
+    Args:
+        values: ours so far, to be added to.
+        unbuilt: what cannot be had, to be added to.
+        translation: of the model, whose words are added to.
+        said: keys that a file or a person has said.
+        given: all translated keys, with MaxText's default where nothing is said.
+        arguments: the command line's `key=value`.
+
+    Raises:
+        UserError: what cannot be had at all.
+    """
+    values.update(learning_rate_rule="maxtext", adam_decay_vectors=True)
+    if "cosine_learning_rate_final_fraction" in said:
+        values["learning_rate_final_fraction"] = said["cosine_learning_rate_final_fraction"]
+    values["steps"] = given["steps"]
+    if given["steps"] == -1:
+        values["steps"] = given["learning_rate_schedule_steps"]
+    values["optimizer"] = given["opt_type"]
+    if given["opt_type"] in {"adam_pax", "muon"}:
+        unbuilt["opt_type"] = (given["opt_type"], f"the optimizer {given['opt_type']}")
+        values["optimizer"] = "adamw"
+    weight_dtype = values["weight_dtype"] = given["weight_dtype"]
+    if weight_dtype.startswith("float8"):
+        unbuilt["weight_dtype"] = (weight_dtype, "float8 weights")
+        values["weight_dtype"] = "bfloat16"
+    if given["mu_dtype"] not in (*UNSAID, weight_dtype):
+        unbuilt["mu_dtype"] = (given["mu_dtype"], "first moments of a dtype of their own")
+    if given["dropout_rate"] and given["enable_dropout"]:
+        unbuilt["dropout_rate"] = (given["dropout_rate"], "dropout")
+    policy = given["remat_policy"]
+    values["remat_policy"] = _REMAT.get(policy, policy)
+    if policy in _REMAT:
+        translation.words.append(f"remat_policy={policy}: remat_policy={_REMAT[policy]}")
+    if profiler := given["profiler"]:
+        if profiler != "xplane":
+            raise UserError(
+                f"profiler={shown(profiler)} is not built in this version\nfix: profiler=xplane"
+            )
+        values["profile"] = True
+    _seeds(values, said, given)
+    _data(values, translation, said, given, arguments)
+
+
+def _seeds(values: dict[str, Any], said: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """One seed here for MaxText's two; its synthetic data have one of their own."""
+    first, data = given["init_weights_seed"], given["data_shuffle_seed"]
+    if first != data and "init_weights_seed" in said and "data_shuffle_seed" in said:
+        raise UserError(
+            f"init_weights_seed={first}, data_shuffle_seed={data}: there is one seed here\n"
+            f"fix: the same for both, for example data_shuffle_seed={first}"
+        )
+    values["seed"] = first if "init_weights_seed" in said else data
+
+
+def _data(
+    values: dict[str, Any],
+    translation: Translation,
+    said: Mapping[str, Any],
+    given: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+) -> None:
+    kind, path = given["dataset_type"], given["dataset_path"]
+    here = arguments.get("dataset_path")
+    if here not in UNSAID and arguments.get("dataset_type", "text") == "text":
+        kind = "text"  # text that a person has named here is to be read
+    if kind not in {"text", "synthetic"}:
+        raise UserError(
+            f"dataset_type={shown(kind)} is a pipeline of MaxText's, which is not built here\n"
+            "fix: dataset_path=FILES (text, jsonl, parquet or folders), or dataset_type=synthetic"
+        )
+    values["dataset_type"] = kind
+    values.pop("dataset_path", None)
+    values.pop("tokenizer_path", None)
+    if kind == "text":
+        values["dataset_path"] = path
+        values["tokenizer_path"] = given["tokenizer_path"] or ""
+        return
+    translation.words.append(
+        "dataset_type=synthetic: one batch of random tokens, the same in every step"
+    )
+    if "tokenizer_path" in said or "dataset_path" in said:
+        translation.words.append("nothing is read from tokenizer_path or dataset_path")
+
+
+def check_data(said: Mapping[str, Any], kind: str, keys: MaxTextKeys, source: str) -> None:
+    """Refuse another way to read text than ours, where text is read."""
+    for key in sorted(keys.data & set(said)):
+        if kind == "text" and said[key] not in (*UNSAID, keys.defaults[key]):
+            raise UserError(
+                f"{source}: {key}={shown(said[key])} asks for text read in another way than here\n"
+                f"fix: leave it out ({key}={shown(keys.defaults[key])})"
+            )

@@ -1,0 +1,681 @@
+"""MaxText's files: what they say, what they leave out, and what they ask for that is not here.
+
+The files are written here, with MaxText's keys; those of the installed package are in
+tests/maxtext. What a key has to come to is written by hand, from reading MaxText's layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moe_shard.config import Config, check_against_mesh, configs_dir, load_config
+from moe_shard.config.load import base_settings, maxtext_keys
+from moe_shard.config.maxtext_blocks import BLOCKS, OTHER_BLOCKS
+from moe_shard.config.maxtext_model import translate_model
+from moe_shard.config.moe import MoEConfig
+from moe_shard.errors import UserError
+from moe_shard.layers.rope import rope_frequencies
+from tests.config.helpers import check_message, says
+
+SMALL = """
+base_emb_dim: 64
+base_num_decoder_layers: 4
+base_num_query_heads: 4
+base_num_kv_heads: 2
+base_mlp_dim: 96
+base_moe_mlp_dim: 96
+head_dim: 16
+vocab_size: 320
+num_experts: 8
+num_experts_per_tok: 2
+"""
+DEEPSEEK = """
+decoder_block: deepseek
+attention_type: mla
+first_num_dense_layers: 1
+shared_experts: 2
+routed_score_func: sigmoid
+routed_bias: true
+routed_scaling_factor: 2.5
+normalization_layer_epsilon: 1e-6
+rope_type: yarn
+base_moe_mlp_dim: 32
+"""
+LLAMA4 = """
+decoder_block: llama4
+rope_type: llama3.1
+rope_max_timescale: 500_000
+use_qk_norm: true
+num_experts_per_tok: 1
+shared_experts: 1
+nope_layer_interval: 4
+inhomogeneous_layer_cycle_interval: 4
+temperature_tuning: true
+chunk_attn_window_size: 8192
+"""
+GPT_OSS = """
+decoder_block: gpt_oss
+attention_bias: true
+attention_sink: true
+sliding_window_size: 8
+mlp_activations: [sigmoid, linear]
+mlp_activations_limit: 7.0
+mlp_bias: true
+routed_bias: true
+inhomogeneous_layer_cycle_interval: 2
+"""
+
+
+def load(folder: Path, text: str, *overrides: str, name: str = "small") -> Config:
+    """A model file's configuration; later lines win over the small model's."""
+    content = {**yaml.safe_load(SMALL), **yaml.safe_load(text)}
+    path = folder / f"{name}.yml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return load_config(str(path), overrides)
+
+
+def error(folder: Path, text: str, *overrides: str, name: str = "small") -> str:
+    with pytest.raises(UserError) as caught:
+        load(folder, text, *overrides, name=name).require_built()
+    message = str(caught.value)
+    assert len(message.splitlines()) <= 3
+    return message
+
+
+def moe_of(config: Config) -> MoEConfig:
+    assert config.model.moe is not None
+    return config.model.moe
+
+
+# ---------------------------------------------------------------- the data
+
+
+def test_every_key_has_one_class_and_ours_are_among_those_that_are_kept() -> None:
+    keys, base = maxtext_keys(), base_settings()
+    classes = [
+        *(keys.same, set(keys.translated), set(keys.implied)),
+        *(set(keys.harmless), keys.data, set(keys.refused)),
+    ]
+    assert sum(map(len, classes)) == len(set().union(*classes)) == len(keys.defaults)
+    assert keys.same <= set(base)
+    # A key that both have must not be passed over or refused in a file of theirs.
+    assert set(base) & set(keys.defaults) <= keys.same | set(keys.translated)
+    assert all(other in keys for other in keys.implied.values() if other.isidentifier())
+    assert not keys.logical_axes & {row[0] for row in base["logical_axis_rules"]}
+    assert not set(keys.mesh_axes) & set(base["mesh_axes"])
+
+
+class Recorded(Mapping[str, Any]):
+    """Settings that remember which of them were read."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._settings = settings
+        self.read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return self._settings[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._settings)
+
+    def __len__(self) -> int:
+        return len(self._settings)
+
+
+def test_what_is_called_translated_is_read_by_the_translation() -> None:
+    keys, read = maxtext_keys(), set()
+    for block in [*BLOCKS, *OTHER_BLOCKS]:
+        for tied in (True, False):
+            more = {"num_experts": 4, "logits_via_embedding": tied, "norm_topk_prob": False}
+            more |= {"rope_type": "yarn" if tied else "llama3.1", "decoder_block": block}
+            more["scan_layers"] = False
+            recorded = Recorded({**keys.defaults, **more})
+            translate_model(recorded, frozenset(more), "m", is_named=False)
+            read |= recorded.read
+    by_run = {
+        *("base_config", "model_name", "steps", "opt_type", "weight_dtype", "mu_dtype"),
+        *("dropout_rate", "enable_dropout", "remat_policy", "profiler", "init_weights_seed"),
+        *("data_shuffle_seed", "dataset_type", "dataset_path", "tokenizer_path"),
+        "cosine_learning_rate_final_fraction",
+        "megablox",  # the kernel of what sparse_matmul chooses
+    }
+    assert set(keys.translated) <= read | by_run
+    assert not by_run & read
+
+
+# ---------------------------------------------------------------- what is left out
+
+
+def test_a_file_of_maxtexts_has_maxtexts_defaults(tmp_path: Path) -> None:
+    config = load(tmp_path, "decoder_block: mixtral")
+    moe, train = moe_of(config), config.train
+    assert (moe.dispatch, moe.capacity_factor) == ("ragged", -1)
+    assert (moe.load_balance_loss_weight, moe.load_balance_loss_type) == (0, "sequence")
+    assert (train.decay_vectors, train.learning_rate_rule) == (True, "maxtext")
+    assert (train.steps, train.per_device_batch_size) == (150_001, 12)
+    assert (train.checkpoint_period, train.log_period) == (10_000, 1)
+    assert config.data.dataset_type == "synthetic"
+    assert config.model.remat_policy == "full"
+    assert config.run.base_output_directory == "outputs"
+    assert not config.not_built
+    notes = "\n".join(config.warnings)
+    says(notes, "small.yml is read as a MaxText file", "steps=150001", "adam_decay_vectors=true")
+    says(notes, "sparse_matmul=true: moe_dispatch=ragged")
+    without = {k: v for k, v in yaml.safe_load(SMALL).items() if k != "head_dim"}
+    path = tmp_path / "headless.yml"
+    path.write_text(yaml.safe_dump({**without, "decoder_block": "mixtral"}), encoding="utf-8")
+    assert load_config(str(path)).model.attention.head_dim == 128
+
+
+def test_a_file_of_ours_keeps_our_defaults(tmp_path: Path) -> None:
+    config = load(tmp_path, "steps: 3")
+    assert (moe_of(config).dispatch, config.data.dataset_type) == ("gather", "text")
+    assert config.warnings == ()
+
+
+def test_a_configuration_that_a_run_has_written_is_ours(tmp_path: Path) -> None:
+    config = load(tmp_path, "decoder_block: mixtral", "steps=2")
+    written = tmp_path / "config.yml"
+    written.write_text(config.to_yaml(), encoding="utf-8")
+    again = load_config(str(written))
+    assert dataclasses.replace(again, warnings=()) == dataclasses.replace(config, warnings=())
+    assert again.warnings == ()
+    # Also where it names what only MaxText has.
+    written.write_text(config.to_yaml() + "compress_ratios: [0, 4]\n", encoding="utf-8")
+    assert load_config(str(written)).not_built == ("compressed attention (compress_ratios=[0, 4])",)
+
+
+# ---------------------------------------------------------------- the model
+
+
+@pytest.mark.parametrize(
+    ("text", "dispatch", "factor"),
+    [
+        ("", "ragged", -1),
+        ("megablox: false", "ragged", -1),
+        ("capacity_factor: 1.5", "ragged", -1),  # of the dense path alone
+        ("sparse_matmul: false", "gather", -1),
+        ("sparse_matmul: false\ncapacity_factor: 1.25\nmegablox: false", "gather", 1.25),
+    ],
+)
+def test_what_chooses_the_dispatch(tmp_path: Path, text: str, dispatch: str, factor: float) -> None:
+    config = load(tmp_path, f"decoder_block: mixtral\n{text}")
+    assert (moe_of(config).dispatch, moe_of(config).capacity_factor) == (dispatch, factor)
+    ours = load(tmp_path, f"decoder_block: mixtral\n{text}", "moe_dispatch=einsum")
+    assert moe_of(ours).dispatch == "einsum"
+    if "1.5" in text:
+        says("\n".join(config.warnings), "decoder_block=mixtral does not read", "capacity_factor")
+
+
+def test_scores_are_scaled_where_the_block_scales_them(tmp_path: Path) -> None:
+    scales = {
+        block: load(tmp_path, f"decoder_block: {block}").model.attention.scale
+        for block in ("llama2", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
+    }
+    assert {block for block, scale in scales.items() if scale == 1} == {
+        *("llama2", "mistral", "mixtral")
+    }
+    assert set(scales.values()) == {1, -1}
+
+
+def test_a_dense_block_has_no_experts_whatever_is_said(tmp_path: Path) -> None:
+    config = load(tmp_path, "decoder_block: llama2")
+    assert config.model.moe is None
+    says("\n".join(config.warnings), "decoder_block=llama2 does not read these", "num_experts")
+
+
+def test_keys_that_a_block_does_not_read(tmp_path: Path) -> None:
+    extra = """
+decoder_block: mixtral
+use_qk_norm: true
+attention_bias: true
+first_num_dense_layers: 1
+interleave_moe_layer_step: 2
+shared_experts: 1
+sliding_window_size: 8
+attn_logits_soft_cap: 5
+partial_rotary_factor: 0.5
+routed_scaling_factor: 2
+norm_topk_prob: false
+final_logits_soft_cap: 30
+"""
+    plain, config = load(tmp_path, "decoder_block: mixtral"), load(tmp_path, extra)
+    assert config.model == plain.model
+    (line,) = [line for line in config.warnings if "does not read" in line]
+    said = line.partition(": decoder_block=mixtral does not read these, here and there: ")[2]
+    assert {*said.split(", "), "decoder_block"} == set(yaml.safe_load(extra))
+
+
+def test_a_tied_table_normalises_its_logits(tmp_path: Path) -> None:
+    tied = "decoder_block: mixtral\nlogits_via_embedding: true\nfinal_logits_soft_cap: 30"
+    model = load(tmp_path, tied).model
+    assert (model.logits_scaling, model.final_logits_soft_cap) == (8, 30)
+    model = load(tmp_path, f"{tied}\nnormalize_embedding_logits: false").model
+    assert model.logits_scaling == 1
+
+
+def test_deepseek(tmp_path: Path) -> None:
+    config = load(tmp_path, DEEPSEEK, name="deepseek3-small")
+    moe, attention = moe_of(config), config.model.attention
+    router = moe.router
+    assert (router.score_func, router.norm_topk_prob, router.scaling_factor) == (
+        *("sigmoid", True, 2.5),
+    )
+    assert (router.correction_bias, router.bias) == (True, False)
+    assert (router.balance_probs, router.groups) == ("softmax", (1, 1))
+    assert (moe.mlp_dim, moe.shared_dim) == (32, 64)
+    assert [kind.moe for kind in config.model.layer_kinds] == [False, True, True, True]
+    assert (attention.type, attention.latent_epsilon, attention.scale) == ("mla", 1e-6, -1)
+    rope = attention.rope
+    assert (rope.type, rope.interleave, rope.mscale, rope.factor) == ("yarn", True, 1, 40)
+
+    grouped = DEEPSEEK + "n_routing_groups: 4\ntopk_routing_group: 2"
+    router = moe_of(load(tmp_path, grouped, name="deepseek3-small")).router
+    assert (router.groups, router.group_score) == ((4, 2), "top2_sum")
+    softmax = DEEPSEEK.replace("sigmoid", "softmax").replace("routed_bias: true", "")
+    router = moe_of(load(tmp_path, softmax + "norm_topk_prob: true")).router
+    assert (router.norm_topk_prob, router.correction_bias) == (False, False)
+
+
+def test_deepseeks_routing_goes_by_the_models_name(tmp_path: Path) -> None:
+    grouped = DEEPSEEK + "n_routing_groups: 4\ntopk_routing_group: 2"
+    config = load(tmp_path, grouped)  # a file's name is nobody's word
+    assert moe_of(config).router.groups == (4, 2)
+    says("\n".join(config.warnings), "as under a model_name of deepseek3")
+    says(error(tmp_path, grouped + "\nmodel_name: ds"), "routed_bias=true", "deepseek3")
+    plain = grouped.replace("routed_bias: true", "") + "\nmodel_name: deepseek2-x"
+    assert moe_of(load(tmp_path, plain)).router.groups == (1, 1)
+
+
+def test_what_a_latents_scores_are_multiplied_by(tmp_path: Path) -> None:
+    def scale(extra: str) -> tuple[float, float]:
+        attention = load(tmp_path, DEEPSEEK + extra).model.attention
+        return attention.scale, attention.rope.mscale
+
+    assert scale("mscale: 0.7") == (-1, 0.7)
+    assert scale("max_position_embeddings: 4096") == (-1, 0)
+    found, mscale = scale("rope_type: default\nmscale: 0.5")
+    assert mscale == 0
+    by_hand = (128 + 64) ** -0.5 * (0.05 * math.log(40) + 1) ** 2
+    assert found == pytest.approx(by_hand)
+
+
+def llama_frequencies(dim: int, theta: float) -> np.ndarray:
+    """Llama 3.1's, one pair after the other: factor 8, 8192 positions, 1 and 4."""
+    found = []
+    for pair in range(dim // 2):
+        frequency = theta ** (-2 * pair / dim)
+        wave = 2 * math.pi / frequency
+        if wave < 8192 / 4:
+            found.append(frequency)
+        elif wave > 8192:
+            found.append(frequency / 8)
+        else:
+            smooth = (8192 / wave - 1) / (4 - 1)
+            found.append((1 - smooth) * frequency / 8 + smooth * frequency)
+    return np.array(found)
+
+
+def test_llama4(tmp_path: Path) -> None:
+    config = load(tmp_path, LLAMA4, "base_num_decoder_layers=8", "head_dim=128")
+    attention, router = config.model.attention, moe_of(config).router
+    kinds = config.model.layer_kinds
+    assert [(kind.span, kind.rope) for kind in kinds] == [
+        *[("chunked", True)] * 3, ("global", False), *[("chunked", True)] * 3, ("global", False)
+    ]  # fmt: skip
+    assert all(kind.moe for kind in kinds)
+    assert (router.score_func, router.norm_topk_prob, router.score_on_input) == (
+        *("sigmoid", False, True),
+    )
+    assert router.balance_probs == "logits"
+    assert (attention.use_qk_norm, attention.qk_norm_type) == (True, "l2")
+    assert (attention.temperature_tuning, attention.temperature_floor) == (True, 8192)
+    assert attention.chunk_size == 8192
+    assert attention.rope.interleave
+    found = rope_frequencies(attention.rope, turned_dim=128, length=100)
+    np.testing.assert_allclose(found, llama_frequencies(128, 500_000), rtol=1e-12)
+
+    every_other = LLAMA4 + "interleave_moe_layer_step: 2\nrope_use_scale: false"
+    config = load(tmp_path, every_other, "use_qk_norm=false")
+    assert [kind.moe for kind in config.model.layer_kinds] == [False, True] * 2
+    rope = config.model.attention.rope
+    assert (rope.type, rope.interleave) == ("default", True)
+    assert not config.model.attention.use_qk_norm
+
+
+def test_gpt_oss(tmp_path: Path) -> None:
+    config = load(tmp_path, GPT_OSS)
+    attention, gating = config.model.attention, config.model.gating
+    assert [kind.span for kind in config.model.layer_kinds] == ["sliding", "global"] * 2
+    assert (attention.bias, attention.out_bias, attention.sink) == (True, True, True)
+    assert (gating.activation, gating.limit, gating.offset, gating.bias) == (
+        *("quick_gelu", 7.0, 1.0, True),
+    )
+    router = moe_of(config).router
+    assert (router.bias, router.correction_bias, router.norm_topk_prob) == (True, False, True)
+    # Its experts have the size of a dense MLP, whatever the other key says.
+    assert moe_of(load(tmp_path, GPT_OSS + "base_moe_mlp_dim: 32")).mlp_dim == 96
+    says(error(tmp_path, GPT_OSS + "mlp_activations_limit: -1"), "another gate of gpt_oss")
+
+
+def test_positions_of_the_other_blocks_are_halves_of_a_head(tmp_path: Path) -> None:
+    for text in ("", "rope_interleave: true"):
+        rope = load(tmp_path, f"decoder_block: mixtral\n{text}").model.attention.rope
+        assert (rope.type, rope.interleave) == ("default", False)
+    yarn = "decoder_block: qwen3_moe\nrope_type: yarn\nrope_interleave: false\nrope_factor: 8"
+    rope = load(tmp_path, yarn).model.attention.rope
+    assert (rope.type, rope.interleave, rope.factor) == ("yarn", False, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("decoder_block: envy", ["small asks for a norm after each MLP (decoder_block=envy)"]),
+        ("decoder_block: deepseek4\nfirst_num_hash_layers: 3",
+         ["compressed attention", "hash layers (first_num_hash_layers=3)"]),
+        ("decoder_block: somebodys", ["layers of the kind somebodys"]),
+        ("decoder_block: deepseek\nattention_type: mla\nuse_indexer: true\n"
+         "routed_score_func: softmax", ["sparse attention by an indexer (DSA)"]),
+        ("decoder_block: qwen3_moe\nuse_multimodal: true\nuse_mrope: true",
+         ["a vision tower (use_multimodal=true)", "M-RoPE"]),
+        ("decoder_block: mixtral\nmtp_num_layers: 1", ["multi-token prediction"]),
+        ("decoder_block: mixtral\nquantization: fp8", ["quantized products (quantization=fp8)"]),
+        ("decoder_block: mixtral\nrouted_score_func: sigmoid", ["a sigmoid of the logits"]),
+        ("decoder_block: deepseek\nattention_type: mla\nrouted_score_func: sqrtsoftplus",
+         ["router weights by sqrtsoftplus"]),
+        ("decoder_block: mixtral\nmlp_activations: [gelu]", ["another MLP"]),
+        ("decoder_block: mixtral\nattention_type: mla", ["attention_type mla in its blocks"]),
+        ("decoder_block: mixtral\ndropout_rate: 0.1", ["dropout (dropout_rate=0.1)"]),
+        ("decoder_block: mixtral\nweight_dtype: float8_e4m3fn", ["float8 weights"]),
+        ("decoder_block: mixtral\nopt_type: muon", ["the optimizer muon"]),
+        ("decoder_block: mixtral\nmu_dtype: bfloat16", ["first moments of a dtype of their own"]),
+    ],
+)  # fmt: skip
+def test_a_model_that_is_not_here_is_refused_by_what_is_missing(
+    tmp_path: Path, text: str, parts: list[str]
+) -> None:
+    says(error(tmp_path, text), *parts, "training would train another model")
+
+
+def test_what_is_asked_for_can_be_taken_back(tmp_path: Path) -> None:
+    text = "decoder_block: mixtral\ndropout_rate: 0.1\nmtp_num_layers: 1\nopt_type: muon"
+    load(tmp_path, text, "enable_dropout=false", "mtp_num_layers=0", "opt_type=sgd").require_built()
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("decoder_block: mixtral\nbase_moe_mlp_dim: 32", ["base_moe_mlp_dim=32", "wants them"]),
+        ("decoder_block: mixtral\ninhomogeneous_layer_cycle_interval: 2", ["repeat every 1"]),
+        (LLAMA4 + "interleave_moe_layer_step: 3", ["repeat every 12", "scan_layers=false"]),
+        (LLAMA4 + "base_num_decoder_layers: 6", ["is no multiple", "builds 4"]),
+        (GPT_OSS + "inhomogeneous_layer_cycle_interval: 1", ["repeat every 2"]),
+    ],
+)
+def test_what_maxtext_would_build_otherwise_than_it_says(
+    tmp_path: Path, text: str, parts: list[str]
+) -> None:
+    says(error(tmp_path, text), *parts)
+    if "repeat" in parts[0]:
+        load(tmp_path, f"{text}\nscan_layers: false\n").require_built()
+
+
+# ---------------------------------------------------------------- the run
+
+
+def test_the_runs_keys(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        """
+decoder_block: mixtral
+opt_type: sgd
+cosine_learning_rate_final_fraction: 0.2
+learning_rate_schedule_steps: 40
+steps: -1
+init_weights_seed: 5
+remat_policy: minimal
+profiler: xplane
+max_num_checkpoints_to_keep: None
+enable_goodput_recording: false
+dataset_type: synthetic
+""",
+    )
+    train = config.train
+    assert (train.optimizer, train.learning_rate_final_fraction, train.steps) == ("sgd", 0.2, 40)
+    assert (train.seed, config.data.seed) == (5, 5)
+    assert (config.model.remat_policy, train.profile) == ("dots", True)
+    assert train.max_num_checkpoints_to_keep == -1
+    notes = "\n".join(config.warnings)
+    says(notes, "remat_policy=minimal: remat_policy=dots", "of no meaning here: enable_goodput")
+
+
+MIXTRAL = "decoder_block: mixtral"
+REFUSED = [
+    ("load_full_state_path=/x", ["load_full_state_path=/x", "load_parameters_path=PATH"]),
+    ("hf_path=a/b", ["hf_path=a/b", "dataset_path=FILES"]),
+    ("use_sft=true", ["use_sft=true asks for another trainer"]),
+    ("enable_lora=true", ["LoRA"]),
+    ("trainable_parameters_mask=[a]", ["all parameters are trained"]),
+    ("eval_interval=5", ["evaluation while training"]),
+    ("ici_pipeline_parallelism=2", ["pipeline parallelism", "ici_pipeline_parallelism=1"]),
+    ("max_segments_per_seq=4", ["max_segments_per_seq=4"]),
+    ("dense_init_scale=2", ["other first parameters"]),
+    ("use_qwix_quantization=true", ["quantized products (qwix)"]),
+    ("lr_schedule_type=wsd", ["lr_schedule_type=cosine"]),
+    ("skip_step_on_spikes=true", ["skipped updates"]),
+]
+
+
+@pytest.mark.parametrize(("override", "parts"), REFUSED)
+def test_no_key_that_would_change_the_run_is_passed_over(
+    tmp_path: Path, override: str, parts: list[str]
+) -> None:
+    says(error(tmp_path, MIXTRAL, override), *parts)
+    with pytest.raises(UserError) as caught:  # nor with a model of ours
+        load_config("mixtral-tiny", [override]).require_built()
+    says(str(caught.value), *parts)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("dataset_type=tfds", ["dataset_type=tfds", "dataset_path=FILES"]),
+        ("init_weights_seed=3", ["there is one seed here"]),
+        ("profiler=nsys", ["profiler=xplane"]),
+        ("adamw_mask=[norm]", ["adam_decay_vectors=false"]),
+        ("base_emb_dim=abc", ["command line: base_emb_dim=abc is not a whole number"]),
+        ("base_emb_dim=6.5", ["is not a whole number"]),
+        ("base_emb_dim=true", ["is not a whole number"]),
+        ("rope_factor=[1]", ["rope_factor=[1] is not a number"]),
+        ("sparse_matmul=2", ["sparse_matmul=2 is not true or false"]),
+        ("mlp_activations=silu", ["mlp_activations=silu is not a list"]),
+        ("nope_layer_interval={}", ["nope_layer_interval={} is not a whole number"]),
+        ("decoder_block=[mixtral]", ["layers of the kind [mixtral]"]),
+        ("num_experts=0", ["num_experts=0 is out of range"]),
+        ("remat_policy=x", ["remat_policy=x is not a known remat_policy"]),
+        ("scan_layer=true", ["unknown key scan_layer"]),
+    ],
+)
+def test_wrong_values(tmp_path: Path, override: str, parts: list[str]) -> None:
+    says(error(tmp_path, MIXTRAL + "\ndata_shuffle_seed: 2", override), *parts)
+
+
+def test_data(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("text", encoding="utf-8")
+    config = load(tmp_path, MIXTRAL + "\ntokenizer_path: there/llama", f"dataset_path={text}",
+                  "tokenizer_path=")  # fmt: skip
+    assert (config.data.dataset_type, config.data.dataset_path) == ("text", (str(text),))
+    config = load(tmp_path, MIXTRAL + "\ntokenizer_path: there/llama\nadd_bos: false")
+    assert (config.data.dataset_type, config.data.tokenizer_path) == ("synthetic", "")
+    says("\n".join(config.warnings), "nothing is read from tokenizer_path", "add_bos")
+    message = error(tmp_path, MIXTRAL + "\nadd_bos: false", f"dataset_path={text}")
+    says(message, "add_bos=false asks for text read in another way", "add_bos=true")
+
+
+def test_our_keys_in_a_file_of_theirs(tmp_path: Path) -> None:
+    config = load(tmp_path, MIXTRAL + "\nmoe_dispatch: einsum", "num_simulated_devices=3")
+    assert (moe_of(config).dispatch, config.mesh.num_simulated_devices) == ("einsum", 3)
+
+
+def test_their_keys_beside_a_model_of_ours() -> None:
+    config = load_config(
+        "mixtral-tiny",
+        *[["opt_type=sgd", "sparse_matmul=true", "init_weights_seed=4", "hardware=cpu",
+           "capacity_factor=-1", "scan_layers=true", "profiler=xplane"]],
+    )  # fmt: skip
+    assert (config.train.optimizer, config.train.seed, config.train.profile) == ("sgd", 4, True)
+    assert moe_of(config).dispatch == "ragged"
+    says(config.warnings[0], "hardware (devices, compilers and layouts of MaxText's own)")
+    for override in ("decoder_block=gemma", "rope_use_scale=false", "mu_dtype=bfloat16"):
+        with pytest.raises(UserError) as caught:
+            load_config("mixtral-tiny", [override])
+        says(check_message(caught.value), override, "this model is none of them")
+
+
+# ---------------------------------------------------------------- MaxText's form of a command
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """base.yml, models/ and custom_mesh_and_rule/ as MaxText lays them out."""
+    keys = maxtext_keys()
+    table = [
+        ["embed_attn", ["fsdp"]], ["exp", "expert"], ["activation_exp", ["expert", "diloco"]],
+        ["activation_batch_moe", ["data", "fsdp", "expert"]], ["embed", ["fsdp"]],
+        ["activation_batch", ["data", "fsdp", "expert"]], ["layers", "stage"],
+    ]  # fmt: skip
+    base = {key: value for key, value in keys.defaults.items() if key not in keys.refused}
+    del base["cosine_learning_rate_final_fraction"]  # of older releases
+    base |= {"logical_axis_rules": table, "base_config": None}
+    (tmp_path / "base.yml").write_text(yaml.safe_dump(base), encoding="utf-8")
+    (tmp_path / "models").mkdir()
+    model = SMALL + "decoder_block: mixtral\nnormalization_layer_epsilon: 1e-6\n"
+    (tmp_path / "models" / "mixtral-small.yml").write_text(model, encoding="utf-8")
+    (tmp_path / "custom_mesh_and_rule").mkdir()
+    rules = """
+mesh_axes: [data, stage, fsdp, tensor_transpose, expert]
+data_sharding: [[data, stage, fsdp, expert]]
+logical_axis_rules: [[exp, [expert]], [activation_exp, expert], [activation_kv, context],
+  [activation_batch_moe, [data, stage, fsdp, expert]], [activation_batch, [data, fsdp, expert]],
+  [embed, [fsdp, tensor_transpose, sequence]]]
+"""
+    (tmp_path / "custom_mesh_and_rule" / "pure-fsdp.yml").write_text(rules, encoding="utf-8")
+    return tmp_path
+
+
+def test_base_yml_and_a_models_name(folder: Path) -> None:
+    command = str(folder / "base.yml"), ["model_name=mixtral-small", "steps=5", "vocab_size=99"]
+    config = load_config(*command)
+    moe = moe_of(config)
+    assert (config.run.model_name, config.run.run_name) == ("mixtral-small", "mixtral-small")
+    assert (moe.num_experts, config.model.emb_dim, config.model.vocab_size) == (8, 64, 99)
+    assert (config.model.norm_epsilon, config.train.steps) == (1e-6, 5)
+    assert config.model.attention.scale == 1
+    notes = "\n".join(config.warnings)
+    says(notes, "over what models/mixtral-small.yml says", "override_model_config=true", "vocab")
+    command[1].append("override_model_config=true")
+    assert "over what" not in "\n".join(load_config(*command).warnings)
+    # The table is its own, whole; what has no row there is not sharded.
+    assert config.mesh.axes_of("embed") == ("fsdp",)
+    assert config.mesh.axes_of("activation_exp") == ("expert",)
+    assert config.mesh.axes_of("mlp") == config.mesh.axes_of("layers") == ()
+    assert config.mesh.axes_of("activation_batch_no_exp") == ("data", "fsdp")
+    names = [name for name, _ in config.mesh.rules]
+    assert names.index("activation_batch_no_exp") == names.index("activation_batch_moe") + 1
+    says(notes, "no row, so not sharded, as in MaxText", "stage")
+
+
+def test_base_yml_alone_is_llama_2(folder: Path) -> None:
+    config = load_config(str(folder / "base.yml"), ["steps=0"])
+    assert config.model.moe is None
+    assert (config.model.num_decoder_layers, config.model.emb_dim) == (16, 2048)
+
+
+def test_a_models_name_that_is_not_there(folder: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(str(folder / "base.yml"), ["model_name=mixtral-smal"])
+    says(check_message(caught.value), "model_name=mixtral-smal", "did you mean mixtral-small")
+
+
+def test_a_file_that_inherits(folder: Path) -> None:
+    child = folder / "models" / "child.yml"
+    child.write_text("base_config: mixtral-small.yml\nnum_experts: 4\n", encoding="utf-8")
+    config = load_config(str(child))
+    assert (moe_of(config).num_experts, config.model.emb_dim) == (4, 64)
+    child.write_text("base_config: base.yml\nnum_experts: 4\n", encoding="utf-8")
+    assert load_config(str(child)).model.emb_dim == 2048
+    child.write_text("base_config: child.yml\n", encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        load_config(str(child))
+    says(check_message(caught.value), "base_config=child.yml")
+    child.write_text("base_config: nowhere.yml\n", encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        load_config(str(child))
+    says(check_message(caught.value), "base_config=nowhere.yml is not beside it")
+
+
+def test_a_rule_table_of_theirs(folder: Path) -> None:
+    config = load_config(
+        str(folder / "base.yml"),
+        ["model_name=mixtral-small", "custom_mesh_and_rule=pure-fsdp", "ici_expert_parallelism=2"],
+    )
+    assert config.mesh.axes_of("embed") == ("fsdp",)
+    assert config.mesh.axes_of("activation_batch_moe") == ("data", "fsdp", "expert")
+    assert config.mesh.axes_of("activation_batch_no_exp") == ("data", "fsdp")
+    assert config.mesh.resolve(8)["fsdp"] == 4
+    notes = "\n".join(config.warnings)
+    says(notes, "read as size 1: stage, tensor_transpose, sequence", "data_sharding")
+    # The same for a model of ours, by path.
+    table = str(folder / "custom_mesh_and_rule" / "pure-fsdp.yml")
+    ours = load_config("mixtral-tiny", [f"custom_mesh_and_rule={table}"])
+    assert ours.mesh.rules == config.mesh.rules
+    check_against_mesh(ours, ours.mesh.resolve(8))
+
+
+def test_our_base_yml_and_a_models_name(tmp_path: Path) -> None:
+    base = configs_dir() / "base.yml"
+    config = load_config(str(base), ["model_name=mixtral-tiny", "steps=3"])
+    assert dataclasses.replace(config) == load_config("mixtral-tiny", ["steps=3"])
+    copy = tmp_path / "base.yml"
+    shutil.copy(base, copy)
+    assert load_config(str(copy), ["model_name=mixtral-tiny", "steps=3"]) == config
+    with pytest.raises(UserError) as caught:
+        load_config(str(base), ["model_name=mixtral-tin"])
+    says(check_message(caught.value), "model_name mixtral-tin", "mixtral-tiny")
+
+
+VALUES = st.one_of(
+    st.sampled_from([None, True, -1, 0, 3, 1.5, "None", "", [], {}, [[1]], "x", [None], 10**30]),
+    st.text(max_size=4),
+    st.lists(st.sampled_from(["silu", "linear", "fsdp", 1]), max_size=3),
+)
+NAMES = sorted(maxtext_keys().defaults)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=3), st.sampled_from([*BLOCKS, "?"]))
+def test_any_file_gives_a_config_or_a_user_error(
+    tmp_path: Path, extra: dict[str, Any], block: str
+) -> None:
+    path = tmp_path / "any.yml"
+    content = {**yaml.safe_load(SMALL), "decoder_block": block, **extra}
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    try:
+        config = load_config(str(path))
+        check_against_mesh(config, config.mesh.resolve(8))
+        yaml.safe_load(config.to_yaml())
+    except UserError as caught:
+        check_message(caught)
