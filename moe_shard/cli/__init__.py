@@ -20,6 +20,7 @@ PROG = "moe-shard"
 
 COMMANDS = {
     "train": "train a model; before step 0, show what its step lowers to",
+    "watch": "run any JAX program, and show what its steps lower to",
     "report": "show the collectives of a compiled program, and its verdict",
     "diff": "tell what changed between two lowerings",
     "explain": "tell where every array of a model lies on the mesh, and why",

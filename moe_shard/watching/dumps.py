@@ -1,0 +1,186 @@
+"""The folder that XLA writes its programs to, and picking them up when they are whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+
+from moe_shard.errors import UserError
+from moe_shard.lowering.sources import HLO_SUFFIX, read_text
+from moe_shard.watching.startup import sitecustomize as startup
+
+_ENTRY = "\nENTRY "
+_END = "\n}"
+# What a report is made of; XLA writes much else beside them, which would fill a disk.
+BEFORE_SUFFIX = "before_optimizations.txt"
+MEMORY_SUFFIX = "memory-usage-report.txt"
+_NEEDED = (HLO_SUFFIX, BEFORE_SUFFIX, MEMORY_SUFFIX)
+_ALSO_WITHOUT_PYTHON = "0"
+"""Stands for a process id in the folder of processes that do not run Python."""
+CACHE = "JAX_ENABLE_COMPILATION_CACHE"
+
+
+class Dumps:
+    """A folder of the watch's own, which is gone when the block ends; and those of the program.
+
+    A program that has `--xla_dump_to` in its own flags is read there, and nothing is removed.
+    """
+
+    def __enter__(self) -> Dumps:
+        # XLA splits its flags at blanks.
+        place = None if len(tempfile.gettempdir().split()) == 1 else "/tmp"
+        try:
+            self.folder = Path(tempfile.mkdtemp(prefix="moe-shard-watch-", dir=place))
+        except OSError as error:
+            raise UserError(
+                f"no temporary folder for XLA's dumps: {error.strerror}\n"
+                "fix: TMPDIR=FOLDER, one that can be written to"
+            ) from error
+        self._started = time.time_ns()
+        self._seen: dict[Path, tuple[int, int]] = {}
+        self._done: dict[Path, tuple[int, int]] = {}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # Once more: a process that outlives the command may just be writing.
+        for _ in range(2):
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def environment(self, given: Mapping[str, str], *, keep_cache: bool) -> dict[str, str]:
+        """The environment in which a program dumps what it compiles.
+
+        Args:
+            given: the one that it would have.
+            keep_cache: leave jax's persistent compilation cache on, from where programs come
+                without their text before optimization, or without any.
+
+        Raises:
+            UserError: its own flags send the dumps where they cannot be read.
+        """
+        flags = given.get("XLA_FLAGS", "")
+        made = {
+            **given,
+            "XLA_FLAGS": startup.with_added(flags, str(self.folder), _ALSO_WITHOUT_PYTHON),
+            startup.FOLDER: str(self.folder),
+            "PYTHONPATH": os.pathsep.join(
+                [str(Path(startup.__file__).parent), *filter(None, [given.get("PYTHONPATH")])]
+            ),
+        }
+        if not keep_cache:
+            made[CACHE] = "false"
+        for theirs in self._theirs():
+            if theirs.name == "-" or ":/" in str(theirs):
+                raise UserError(
+                    "XLA_FLAGS: --xla_dump_to is no folder that can be read\n"
+                    "fix: --xla_dump_to=FOLDER, or leave it out"
+                )
+        return made
+
+    def whole(self, *, final: bool = False) -> Iterator[Path]:
+        """The optimized programs that are new and completely written, in the order of writing.
+
+        XLA writes a file where it belongs, not aside: one that changes, or whose end is not the
+        end of a program, is left for a later call.
+
+        Args:
+            final: nothing will be written any more: whatever is there is given.
+        """
+        found = []
+        for path in self._files():
+            try:
+                stat = path.stat()
+            except OSError:
+                continue
+            state = (stat.st_size, stat.st_mtime_ns)
+            if self._done.get(path) == state:
+                continue
+            if final or self._seen.get(path) == state:
+                found.append((stat.st_mtime_ns, path, state))
+            self._seen[path] = state
+        for _, path, state in sorted(found):
+            if final or _is_whole(path):
+                self._done[path] = state
+                yield path
+                self._discard(path)
+
+    def _theirs(self) -> list[Path]:
+        listed = self.folder / startup.ELSEWHERE
+        if not listed.is_file():
+            return []
+        return [Path(line) for line in sorted(set(listed.read_text().splitlines()))]
+
+    def _files(self) -> Iterator[Path]:
+        for folder in _folders(self.folder):
+            for path in _entries(folder):
+                if path.name.endswith(HLO_SUFFIX):
+                    yield path
+                elif not path.name.endswith(_NEEDED) and not path.is_dir():
+                    path.unlink(missing_ok=True)
+        for folder in self._theirs():
+            for path in _entries(folder):
+                if path.name.endswith(HLO_SUFFIX) and _changed(path) >= self._started:
+                    yield path
+
+    def _discard(self, path: Path) -> None:
+        """Remove what belongs to a program that has been read, if the folder is the watch's own."""
+        if path.parent.parent != self.folder:
+            return
+        report = path.with_name(path.name.replace(HLO_SUFFIX, f"{HLO_SUFFIX[:-4]}-{MEMORY_SUFFIX}"))
+        for each in (path, report, before_of(path)):
+            if each is not None:
+                each.unlink(missing_ok=True)
+        self._done.pop(path, None)
+        self._seen.pop(path, None)
+
+
+def before_of(path: Path) -> Path | None:
+    """The program before optimization that a file was made of, where XLA has written it.
+
+    Args:
+        path: of the optimized one; its name may hold more, as in
+            `module_0003.jit_step.cpu_after_optimizations.txt`.
+    """
+    found = [
+        each
+        for each in _entries(path.parent)
+        if each.name.endswith(f".{BEFORE_SUFFIX}")
+        and path.name.startswith(each.name.removesuffix(BEFORE_SUFFIX))
+    ]
+    return max(found, key=lambda each: len(each.name), default=None)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a text begins and ends as a program does; the entry is the last of its parts."""
+    try:
+        text = read_text(path)
+    except UserError:
+        return False  # cut within a character
+    return text.startswith("HloModule") and _ENTRY in text and text.rstrip().endswith(_END)
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [path for path in _entries(folder) if path.is_dir()]
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _changed(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0

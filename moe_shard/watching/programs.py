@@ -1,0 +1,174 @@
+"""Which of the programs that a command compiles are shown, and whether an expectation holds."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_shard.errors import UserError, first_line
+from moe_shard.lowering.report import LoweringReport, report_from_text
+from moe_shard.lowering.sources import read_text
+from moe_shard.lowering.work import flops_by_scope
+
+SMALLER = 100
+"""A program with less than this part of the FLOPs of the largest so far is not shown."""
+
+NO_EXPERTS = "no-expert-parallelism"
+_NAME = re.compile(r"HloModule ([^\s,]+)")
+_DEVICES = re.compile(r"\b(?:num_partitions|replica_count)=(\d+)")
+# What jax calls an operation of a backward pass.
+_BACKWARD = re.compile(r'op_name="[^"]*transpose\(')
+# Kernels whose work only they themselves know.
+_KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|mosaic|__gpu\$xla\.gpu\.triton)')
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled program, and what is known of it.
+
+    Attributes:
+        name: of the module, such as "jit_train_step".
+        file: that XLA wrote it to.
+        report: its collectives and verdict.
+        flops: of its products on one device, in one execution.
+        trains: it has a backward pass.
+    """
+
+    name: str
+    file: str
+    report: LoweringReport
+    flops: int
+    trains: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """As an object of `moe-shard watch --json`."""
+        return {
+            "program": self.name,
+            "file": self.file,
+            "flops": self.flops,
+            "trains": self.trains,
+            **self.report.to_json(),
+            "warnings": list(self.report.warnings),
+        }
+
+
+@dataclass
+class Programs:
+    """The programs of one command, as they come.
+
+    Attributes:
+        mesh: {axis: size} as the person gave it, or None.
+        expert_axes: the mesh axes of the experts.
+        everything: show all of them.
+        shown: those that were shown.
+        passed_over: how many were not.
+        repeated: how many had the text of an earlier one: another process, or compiled again.
+        unread: {file: why it could not be read}.
+    """
+
+    mesh: Mapping[str, int] | None = None
+    expert_axes: Sequence[str] = ("expert",)
+    everything: bool = False
+    shown: list[Program] = field(default_factory=list)
+    passed_over: int = 0
+    repeated: int = 0
+    unread: dict[str, str] = field(default_factory=dict)
+    _largest: int = 0
+    _texts: set[bytes] = field(default_factory=set)
+
+    def add(self, path: Path) -> Program | None:
+        """Read a program.
+
+        Args:
+            path: a file of optimized HLO.
+
+        Returns:
+            The program if it is to be shown.
+        """
+        try:
+            return self._add(path, read_text(path))
+        except UserError as error:
+            self.unread[path.name] = first_line(error, 300)
+        except Exception as error:  # whatever it is, the command that is watched goes on
+            self.unread[path.name] = f"{type(error).__name__}: {first_line(error, 300)}"
+        return None
+
+    def _add(self, path: Path, text: str) -> Program | None:
+        digest = hashlib.sha256(text.encode()).digest()
+        if digest in self._texts:
+            self.repeated += 1
+            return None
+        self._texts.add(digest)
+        header = text.partition("\n")[0]
+        devices = math.prod(int(each) for each in _DEVICES.findall(header))
+        if devices == 1 and not self.everything:
+            self.passed_over += 1
+            return None
+        report = self._report(text, devices)
+        assert report.extraction is not None
+        flops = sum(flops_by_scope(report.extraction.walk).values())
+        self._largest = max(self._largest, flops)
+        large = flops * SMALLER >= self._largest > 0 or _KERNEL.search(text) is not None
+        if not large and not self.everything:
+            self.passed_over += 1
+            return None
+        name = _NAME.match(header)
+        program = Program(
+            name=name[1] if name else path.name,
+            file=path.name,
+            report=report,
+            flops=flops,
+            trains=_BACKWARD.search(text) is not None,
+        )
+        self.shown.append(program)
+        return program
+
+    def _report(self, text: str, devices: int) -> LoweringReport:
+        # A command may also compile programs over a part of its devices.
+        fits = self.mesh is not None and math.prod(self.mesh.values()) == devices
+        return report_from_text(
+            text, mesh=self.mesh if fits else None, expert_axes=self.expert_axes
+        )
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """A verdict that every program of weight should have.
+
+    Attributes:
+        verdict: one of `expect.VERDICTS`.
+    """
+
+    verdict: str
+
+    def is_broken_by(self, program: Program) -> bool:
+        """Whether one program is enough to say that the expectation does not hold.
+
+        A program where no experts take part says nothing unless it trains: a command also compiles
+        what initializes and what evaluates.
+        """
+        found = program.report.verdict
+        if found == NO_EXPERTS and not program.trains:
+            return False
+        return found != self.verdict
+
+    def failure(self, programs: Sequence[Program]) -> str | None:
+        """Say why the expectation does not hold; None if it does.
+
+        Args:
+            programs: all that were shown.
+        """
+        broken = next((each for each in programs if self.is_broken_by(each)), None)
+        if broken is not None:
+            found = broken.report.verdict or "no verdict, for want of --mesh"
+            return f"expected {self.verdict}, found {found} in {broken.name}"
+        if any(each.report.verdict == self.verdict for each in programs):
+            return None
+        if programs:
+            return f"expected {self.verdict}, found {NO_EXPERTS} in all that was shown"
+        return f"expected {self.verdict}, but no program over several devices was seen"
