@@ -26,7 +26,7 @@ from moe_shard.training import imported
 from moe_shard.training.imported import export_model, import_model, load_params, written_aside
 from moe_shard.training.stored import stored_blocks
 from tests.autoep.checkpoints import BF16, KEYS, KINDS, Checkpoint, detect, make_checkpoint
-from tests.autoep.test_transfer import KEYS, MESHES, assert_are, specs_on
+from tests.autoep.test_transfer import MESHES, assert_are, specs_on
 from tests.models.build import annotator, label, small_config
 
 FUSED = "prefuse_moe_weights=true"
