@@ -190,8 +190,7 @@ class _Reader:
             raise bad_line(number, line, f"inside %{computation.name}, which is not closed")
         else:
             self._end_instruction(computation)
-            if not computation.root:
-                raise bad_line(number, line, f"%{computation.name} has no root")
+            computation.close(number, line)
             self.open = None
 
     def _end_instruction(self, computation: Computation) -> None:

@@ -181,6 +181,7 @@ class Computation:
     _parsed: dict[str, Instruction] = field(default_factory=dict)
     _users: dict[str, list[str]] = field(default_factory=dict)
     _calls: list[Call] | None = None
+    _numbers: list[str] = field(default_factory=list)
 
     def add(self, number: int, line: str, start: re.Match[str]) -> None:
         """Take the text of one instruction.
@@ -207,6 +208,28 @@ class Computation:
             if self.root:
                 raise bad_line(number, line, f"a second root in %{self.name}")
             self.root = name
+        if opcode == "parameter":
+            self._numbers.append(line[start.end() :].partition(")")[0])
+
+    def close(self, number: int, line: str) -> None:
+        """Check what only the whole can tell.
+
+        Args:
+            number: of the line that closes it.
+            line: its text.
+
+        Raises:
+            HloParseError: when it has no root, or its parameters are not numbered from 0 on.
+        """
+        if not self.root:
+            raise bad_line(number, line, f"%{self.name} has no root")
+        if set(self._numbers) != set(map(str, range(len(self._numbers)))):
+            raise bad_line(number, line, f"%{self.name} lacks a parameter, or has one twice")
+
+    @property
+    def arity(self) -> int:
+        """How many parameters it has."""
+        return len(self._numbers)
 
     def _take_element(self, number: int, user: str, element: str) -> None:
         """Put in the `get-tuple-element` that `%tuple#1` stands for, before its first user."""

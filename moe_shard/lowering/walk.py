@@ -34,6 +34,9 @@ _WITH_CHANNEL = frozenset(
 )
 """Opcodes that may name a group of devices or a channel."""
 
+_PASSES_ALL = frozenset({"fusion", "call", "while", "async-start", "call-start"})
+"""What calls a computation with its operands, each a parameter."""
+
 ASYNC_CALLS = ("async-start", "call-start")
 """What starts a computation that runs beside what follows."""
 
@@ -79,6 +82,7 @@ class Executions:
         self.order = list(self._callers_first())
         self._check_opcodes()
         self._check_reached()
+        self._check_arity()
         for computation in self.order:
             self._pass_on(computation)
 
@@ -115,6 +119,17 @@ class Executions:
         for computation in self.module.computations.values():
             for number, line, opcode in computation.between_devices(_WITH_CHANNEL):
                 raise bad_line(number, line, f"unknown opcode {opcode!r} that names devices")
+
+    def _check_arity(self) -> None:
+        """Refuse a call that passes more or less than is taken."""
+        for computation in self.order:
+            for call in computation.calls():
+                if call.role in ("calls", "to_apply", "body", "condition"):
+                    instruction = computation.instruction(call.instruction)
+                    passed, taken = len(instruction.operands), self._computation(call.called).arity
+                    if call.opcode in _PASSES_ALL and passed != taken:
+                        problem = f"passes {passed} operands to %{call.called}, which takes {taken}"
+                        raise instruction.damaged(problem)
 
     def _check_reached(self) -> None:
         """Refuse a spelling of a call that is not known here: it would hide collectives."""

@@ -37,7 +37,7 @@ def older(text: str) -> str:
     """A text of jax 0.12 in words that the XLA of 0.10.2 knows too.
 
     Attributes that it does not know are left out: none is compared. An element of a tuple that is
-    used where it stands, `%t#1`, gets an instruction before its first user, named `t.element1`.
+    used where it stands, `%t#1`, gets an instruction before its first user, named `t_1`.
     """
     text = text.replace(", is_stable=true", "")
     while (start := text.find(", sharding={")) >= 0:
@@ -53,14 +53,14 @@ def older(text: str) -> str:
             shapes.clear()
         name, equals, rest = line.strip().removeprefix("ROOT ").partition(" = ")
         for of, index in re.findall(r"%([\w.\-]+)#(\d+)", line):
-            element = f"{of}.element{index}"
+            element = f"{of}_{index}"
             if element not in shapes:
                 shapes[element] = elements(shapes[of])[int(index)]
                 made = f"{shapes[element]} get-tuple-element(%{of}), index={index}"
                 lines.append(f"  %{element} = {made}")
         if equals:
             shapes[name.removeprefix("%")] = rest
-        lines.append(re.sub(r"#(\d+)", r".element\1", line) if equals else line)
+        lines.append(re.sub(r"#(\d+)", r"_\1", line) if equals else line)
     return "\n".join(lines)
 
 
@@ -127,7 +127,7 @@ def rows(computation: Computation) -> list[tuple[str, Row]]:
 
 def spelled(name: str) -> str:
     """A name as `older` writes it."""
-    return name.replace("#", ".element")
+    return name.replace("#", "_")
 
 
 @pytest.mark.parametrize("path", program_files(), ids=program_name)
