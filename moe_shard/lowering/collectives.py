@@ -17,6 +17,7 @@ from moe_shard.lowering.hlo import Computation, HloParseError, Instruction, Modu
 from moe_shard.lowering.mesh_axes import UNKNOWN_AXES, MeshAxes
 from moe_shard.lowering.op_names import classify, merged_names
 from moe_shard.lowering.replica_groups import parse_groups, parse_pairs
+from moe_shard.lowering.shape_check import sizes_fit
 from moe_shard.lowering.shapes import shape_bytes, tuple_elements
 from moe_shard.lowering.spellings import (
     hands_on_what_it_exchanges,
@@ -170,6 +171,12 @@ def extract_collectives(
     }
     warnings = [_BEFORE_OPTIMIZATION] if early else []
     warnings += dict.fromkeys(walk.warnings)
+    warnings += [
+        f"HLO line {site.instruction.line_number}: the sizes of what %{site.instruction.name} takes"
+        " and gives do not fit; the text may be damaged"
+        for site, each in zip(sites, found.values(), strict=True)
+        if not _fits(site, len(each.group))
+    ]
     if walk.further_rounds:
         warnings.append(
             f"{'counted once' if count_further_rounds else 'not counted'}: {walk.further_rounds}"
@@ -374,6 +381,11 @@ def _outputs(site: _Site) -> str:
         elements = tuple_elements(instruction.shape)
         return elements[1] if len(elements) > 1 else instruction.shape
     return instruction.shape
+
+
+def _fits(site: _Site, group_size: int) -> bool:
+    kind = OPCODES[site.instruction.opcode]
+    return sizes_fit(site.computation, site.instruction, kind, _outputs(site), group_size)
 
 
 def _carried_bytes(site: _Site, size: int) -> int:

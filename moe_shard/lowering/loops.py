@@ -13,8 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from moe_shard.lowering.hlo import Call, Computation, Instruction, Module
+from moe_shard.lowering.opcodes import is_known_opcode
 
 _KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_COUNTED = '"known_induction_variable"'
+"""The compiler has found what counts the trips; so it must be found here, and agree."""
 _TRANSPARENT = frozenset({"copy", "bitcast", "convert", "reshape", "copy-done", "copy-start"})
 _FLIPPED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "NE": "NE", "EQ": "EQ"}
 _MAX_DEPTH = 200
@@ -51,9 +54,15 @@ class _Loop:
 
 
 class TripCounts:
-    """Trip counts of the loops of one module."""
+    """Trip counts of the loops of one module.
+
+    Attributes:
+        contradictions: loops of which two things are told, one sentence each.
+    """
 
     def __init__(self, module: Module) -> None:
+        """Note who calls what; counts are found when asked for."""
+        self.contradictions: list[str] = []
         self._module = module
         self._callers: dict[str, list[tuple[Computation, Call]]] = {}
         for computation in module.computations.values():
@@ -62,9 +71,19 @@ class TripCounts:
 
     def of(self, outer: Computation, loop: Instruction) -> int | None:
         """Trips of the `while` instruction `loop` in `outer`; None when they cannot be told."""
-        if known := _KNOWN.search(loop.attribute_text):
-            return int(known[1])
-        return self._trips(self._loop(outer, loop))
+        stated = _KNOWN.search(loop.attribute_text)
+        if stated is None:
+            return self._trips(self._loop(outer, loop))
+        trips = int(stated[1])
+        if _COUNTED not in loop.attribute_text:
+            return trips
+        followed = self._trips(self._loop(outer, loop))
+        if followed not in (None, trips):
+            self.contradictions.append(
+                f"loop %{loop.name} (HLO line {loop.line_number}) is said to run {trips} times, but"
+                f" its condition and step make it {followed}: the larger is counted"
+            )
+        return max(trips, followed or 0)
 
     def _loop(self, outer: Computation, loop: Instruction) -> _Loop:
         def bind(_number: int, path: Path) -> Value:
@@ -131,12 +150,17 @@ class TripCounts:
             return None
         if instruction.opcode == "compare":
             left, right = (self._value(frame, instruction.operand(i), (), depth) for i in (0, 1))
-            return left, right, instruction.attributes.get("direction", "")
+            direction = instruction.attributes.get("direction", "")
+            if direction not in _FLIPPED:
+                raise instruction.damaged("a comparison without a direction")
+            return left, right, direction
         if instruction.opcode in _TRANSPARENT:
             return self._comparison(frame, instruction.operand(0), depth + 1)
         if instruction.opcode in ("fusion", "call"):
             inner = self._inner(frame, instruction, depth)
             return self._comparison(inner, inner.computation.root, depth + 1)
+        if not is_known_opcode(instruction.opcode):
+            raise instruction.damaged("unknown opcode in the condition of a loop")
         return None
 
     def _inner(self, frame: Frame, call: Instruction, depth: int) -> Frame:
@@ -173,6 +197,8 @@ class TripCounts:
         if opcode in ("fusion", "call"):
             inner = self._inner(frame, instruction, depth)
             return self._value(inner, inner.computation.root, path, depth + 1)
+        if not is_known_opcode(opcode):
+            raise instruction.damaged("unknown opcode in what a loop counts")
         return None
 
 

@@ -85,6 +85,7 @@ class Executions:
         self._check_arity()
         for computation in self.order:
             self._pass_on(computation)
+        self.warnings += self._trips.contradictions
 
     def trips(self, computation: Computation, name: str) -> int | None:
         """Trips of the `while` instruction `name`; None when they cannot be told."""

@@ -10,6 +10,7 @@ from jaxlib import _hlo
 from stored_programs import program_files, program_name, program_text
 
 from moe_shard.lowering.hlo import Computation, parse_module
+from moe_shard.lowering.opcodes import KNOWN_OPCODES
 
 # How XLA's enumeration shortens the opcodes that it prints.
 _SHORTENED = {
@@ -139,6 +140,17 @@ def test_every_instruction_is_read_as_xla_reads_it(path: Path) -> None:
         assert ours[name].keys() == instructions.keys()
         for instruction, expected in instructions.items():
             assert ours[name][instruction] == expected, f"%{instruction} of %{name}"
+
+
+def test_the_opcodes_are_those_of_xla() -> None:
+    theirs = {
+        name.removeprefix("k").lower() for name in dir(_hlo.HloOpcode) if name.startswith("k")
+    }
+    ours = {plain(opcode) for opcode in KNOWN_OPCODES}
+    for opcode in theirs:
+        halves = re.sub("(start|update|done)$", "", opcode)
+        assert opcode in ours or halves in ours, opcode
+    assert ours - theirs == {"async"}  # which XLA lists by its halves
 
 
 def test_there_are_programs() -> None:

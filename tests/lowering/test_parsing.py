@@ -183,6 +183,49 @@ def test_trip_counts(text: str, trips: int) -> None:
     assert extraction.warnings == ()
 
 
+COUNTED = (
+    'body=%body, backend_config={"known_induction_variable":{"tuple_index":"0"},'
+    '"known_trip_count":{"n":"7"}}'
+)
+
+
+def test_a_stated_trip_count_that_the_loop_contradicts_is_said() -> None:
+    """Where the compiler has found what counts, it can be counted here, and must agree."""
+    extraction = extract_collectives(HEADER + loop().replace("body=%body", COUNTED))
+    assert [each.count for each in extraction.collectives] == [12]
+    (warning,) = extraction.warnings
+    assert "%while (HLO line" in warning
+    assert "said to run 7 times" in warning
+    assert "make it 12" in warning
+    agreed = extract_collectives(HEADER + loop(bound="7").replace("body=%body", COUNTED))
+    assert ([each.count for each in agreed.collectives], agreed.warnings) == ([7], ())
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "message"),
+    [
+        ("%step = s32[] constant(1)", "%step = s32[] constamt(1)", "unknown opcode in what a loop"),
+        ("pred[] compare(", "pred[] compase(", "unknown opcode in the condition of a loop"),
+        ("direction=LT", "direction=LX", "a comparison without a direction"),
+        ("%q = (s32[], f32[16]{0}) parameter(0)", "%q = (s32[], f32[16]{0}) parameter(1)", "lacks"),
+        ("while(%init)", "while(%init, %x)", r"passes 2 operands to %\w+, which takes 1"),
+    ],
+)
+def test_a_damaged_loop_is_refused(was: str, now: str, message: str) -> None:
+    text = loop()
+    assert text.count(was) == 1
+    with pytest.raises(HloParseError, match=message):
+        collectives(text.replace(was, now))
+
+
+def test_sizes_that_do_not_fit_are_said() -> None:
+    assert extract_collectives(GOOD).warnings == ()
+    text = GOOD.replace("%r = f32[16]", "%r = f32[13]")
+    assert extract_collectives(text).warnings == (
+        "HLO line 11: the sizes of what %r takes and gives do not fit; the text may be damaged",
+    )
+
+
 def test_a_loop_that_never_runs_has_no_collective() -> None:
     assert collectives(loop(start="20")) == ()
 

@@ -1,0 +1,40 @@
+"""Whether what a collective gives fits what it takes: a damaged size is said to be one."""
+
+from __future__ import annotations
+
+import math
+
+from moe_shard.lowering.hlo import Computation, Instruction
+from moe_shard.lowering.shapes import array_dims, tuple_elements
+
+
+def sizes_fit(
+    computation: Computation, instruction: Instruction, kind: str, outputs: str, group_size: int
+) -> bool:
+    """Compare the numbers of elements; types may differ, as XLA accumulates in wider ones.
+
+    Args:
+        computation: where the collective stands.
+        instruction: the collective.
+        kind: one of `walk.KINDS`.
+        outputs: the shape of what comes out, a tuple where it is several arrays.
+        group_size: devices that exchange with each other.
+    """
+    operands = instruction.operands
+    if kind == "ragged-all-to-all":  # the buffer that it fills is its second operand
+        operands = operands[1:2]
+    elif kind == "collective-permute":  # with further ones it writes into a buffer
+        operands = operands[:1]
+    shapes = [computation.instruction(name).shape for name in operands]
+    taken = [number for shape in shapes for number in _elements(shape)]
+    times = group_size if kind == "all-gather" else 1
+    parts = group_size if kind == "reduce-scatter" else 1
+    given = [number * parts for number in _elements(outputs)]
+    return [number * times for number in taken] == given
+
+
+def _elements(shape: str) -> list[int]:
+    """The number of elements of each array of a shape."""
+    if shape.startswith("("):
+        return [number for each in tuple_elements(shape) for number in _elements(each)]
+    return [math.prod(array_dims(shape))]
