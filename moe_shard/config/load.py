@@ -18,7 +18,7 @@ from moe_shard.config.foreign_keys import sift
 from moe_shard.config.generate import GenerateConfig
 from moe_shard.config.keys import leaf_keys, shown
 from moe_shard.config.layers import COMMAND_LINE, Layer, lay, parse_overrides, short_name
-from moe_shard.config.maxtext import is_maxtext, read_run
+from moe_shard.config.maxtext import is_maxtext, read_run, why_not_ragged
 from moe_shard.config.maxtext_keys import MaxTextKeys, read_maxtext_keys
 from moe_shard.config.model import GatingConfig, ModelConfig
 from moe_shard.config.moe import MoEConfig, RouterConfig
@@ -76,7 +76,8 @@ def load_config(model: str, overrides: Sequence[str] = ()) -> Config:
     if is_maxtext(written, base, known):
         said = parse_overrides(overrides, {**known.defaults, **base})
         layers, name = read_run(path, written, said, base, known)
-        return _assemble(layers, name=name)
+        by_file = not any("moe_dispatch" in layer.values for layer in layers[1:])
+        return _assemble(layers, name=name, may_settle_dispatch=by_file)
     if path.name == "base.yml" and set(base) <= set(written):
         # MaxText's form of a command, with our base.yml: the model is the one that it names.
         said = parse_overrides(overrides, base)
@@ -115,12 +116,14 @@ def load_settings(layer: Layer, overrides: Sequence[str] = (), *, name: str) -> 
     return _assemble([layer, sift(COMMAND_LINE, said, base, known)], name=name)
 
 
-def _assemble(layers: Sequence[Layer], *, name: str) -> Config:
+def _assemble(layers: Sequence[Layer], *, name: str, may_settle_dispatch: bool = False) -> Config:
     """Lay sources over `base.yml` and build what the code reads.
 
     Args:
         layers: from the weakest to the strongest.
         name: the model's, where `model_name` is not among the settings.
+        may_settle_dispatch: `moe_dispatch` comes from a file of MaxText's, in other words, and
+            gives way to a table that it cannot serve.
     """
     base, known = base_settings(), maxtext_keys()
     settings = lay(base, layers)
@@ -129,6 +132,10 @@ def _assemble(layers: Sequence[Layer], *, name: str) -> Config:
     if custom:
         rules_file = read_rules_file(find_file("rules", custom, "custom_mesh_and_rule"), known)
     mesh, warnings = build_mesh(settings, base, layers, rules_file, known)
+    is_open = may_settle_dispatch and settings["moe_dispatch"] == "ragged"
+    if is_open and (why := why_not_ragged(mesh)):
+        settings["moe_dispatch"] = "gather"
+        warnings += (f"moe_dispatch=gather instead, which drops nothing either: {why}",)
     _derive(settings, name)
     told = [*layers, *([rules_file] if rules_file else [])]
     warnings = (*(note for layer in told for note in layer.notes), *warnings)

@@ -17,6 +17,7 @@ from moe_shard.config.layers import COMMAND_LINE, Layer, coerced, short_name, un
 from moe_shard.config.maxtext_keys import UNSAID, MaxTextKeys
 from moe_shard.config.maxtext_model import Translation, translate_model
 from moe_shard.config.maxtext_run import check_data, run_values
+from moe_shard.config.mesh import MeshConfig
 from moe_shard.config.strict_yaml import read_mapping
 from moe_shard.errors import UserError
 
@@ -240,6 +241,24 @@ def refused(source: str, key: str, value: Any, keys: MaxTextKeys) -> UserError:
         f"{source}: {key}={shown(value)} asks for {refusal.what}, which is not built in this "
         f"version\nfix: {fix}"
     )
+
+
+def why_not_ragged(mesh: MeshConfig) -> str:
+    """Why `moe_dispatch=ragged` cannot serve a table; empty where it can.
+
+    MaxText's sparse path can have the tokens whole on every device of an expert group; here a
+    token is sent by the one device that has it.
+    """
+    sizes = zip(mesh.axes, mesh.ici, mesh.dcn, strict=True)
+    split = {axis for axis, ici, dcn in sizes if (ici, dcn) != (1, 1)}
+    experts = [axis for axis in mesh.expert_axes if axis in split]
+    tokens = (*mesh.axes_of("activation_batch_moe"), *mesh.axes_of("activation_length_moe"))
+    if missing := [axis for axis in experts if axis not in tokens]:
+        return f"by the rule table no token is on one device of {', '.join(missing)} alone"
+    stored = [axis for axis in mesh.axes_of("exp") if axis in split]
+    if stored[: len(experts)] != experts:
+        return "by the rule table experts are stored over other axes than they are used over"
+    return ""
 
 
 def _same(

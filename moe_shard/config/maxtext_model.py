@@ -219,8 +219,11 @@ def _mlp(found: Translation, given: Mapping[str, Any], kind: str) -> None:
         values["mlp_activations"] = ["silu", "linear"]
     if not values["mlp_activations_limit"] > 0:
         values["mlp_activations_limit"] = -1.0
+    if kind == "deepseek" and values["mlp_activations_limit"] > 0 and _other_mlps(values):
+        limit = given["mlp_activations_limit"]
+        found.unbuilt["mlp_activations_limit"] = (limit, "a clamp of routed experts alone")
     # Only routed experts have biases there, and all of the layer's MLPs here.
-    alone = values["num_experts"] == 1 or values["shared_experts"] or _dense_layers(values)
+    alone = values["num_experts"] == 1 or _other_mlps(values)
     values["mlp_bias"] = given["mlp_bias"] and not alone
     if given["mlp_bias"] and alone:
         if values["num_experts"] == 1:
@@ -229,8 +232,10 @@ def _mlp(found: Translation, given: Mapping[str, Any], kind: str) -> None:
             found.unbuilt["mlp_bias"] = (True, "biases of routed experts alone")
 
 
-def _dense_layers(values: Mapping[str, Any]) -> bool:
-    return values["first_num_dense_layers"] > 0 or values["interleave_moe_layer_step"] > 1
+def _other_mlps(values: Mapping[str, Any]) -> bool:
+    """Whether there are MLPs beside the routed experts: shared ones, or those of dense layers."""
+    dense = values["first_num_dense_layers"] > 0 or values["interleave_moe_layer_step"] > 1
+    return dense or values["shared_experts"] > 0
 
 
 def _attention(found: Translation, given: Mapping[str, Any], kind: str, block: Block) -> None:

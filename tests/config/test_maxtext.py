@@ -397,6 +397,9 @@ def test_positions_of_the_other_blocks_are_halves_of_a_head(tmp_path: Path) -> N
          ["router weights by sqrtsoftplus"]),
         ("decoder_block: mixtral\nmlp_activations: [gelu]", ["another MLP"]),
         ("decoder_block: mixtral\nattention_type: mla", ["attention_type mla in its blocks"]),
+        (DEEPSEEK + "mlp_activations_limit: 7", ["a clamp of routed experts alone"]),
+        (DEEPSEEK + "mlp_bias: true", ["biases of routed experts alone"]),
+        (DEEPSEEK + "attention_sink: true", ["attention sinks beside a latent"]),
         ("decoder_block: mixtral\ndropout_rate: 0.1", ["dropout (dropout_rate=0.1)"]),
         ("decoder_block: mixtral\nweight_dtype: float8_e4m3fn", ["float8 weights"]),
         ("decoder_block: mixtral\nopt_type: muon", ["the optimizer muon"]),
@@ -471,6 +474,8 @@ REFUSED = [
     ("eval_interval=5", ["evaluation while training"]),
     ("ici_pipeline_parallelism=2", ["pipeline parallelism", "ici_pipeline_parallelism=1"]),
     ("max_segments_per_seq=4", ["max_segments_per_seq=4"]),
+    ("grain_train_files=/x", ["a dataset of MaxText's pipelines"]),
+    ("lora_input_adapters_path=/x", ["LoRA"]),
     ("dense_init_scale=2", ["other first parameters"]),
     ("use_qwix_quantization=true", ["quantized products (qwix)"]),
     ("lr_schedule_type=wsd", ["lr_schedule_type=cosine"]),
@@ -643,6 +648,22 @@ def test_a_rule_table_of_theirs(folder: Path) -> None:
     ours = load_config("mixtral-tiny", [f"custom_mesh_and_rule={table}"])
     assert ours.mesh.rules == config.mesh.rules
     check_against_mesh(ours, ours.mesh.resolve(8))
+
+
+def test_a_table_that_ragged_cannot_serve(folder: Path) -> None:
+    rules = folder / "custom_mesh_and_rule" / "whole.yml"
+    table = "[[exp, expert], [activation_exp, expert], [activation_batch_moe, [data, fsdp]]]"
+    rules.write_text(f"data_sharding: [[fsdp]]\nlogical_axis_rules: {table}\n", encoding="utf-8")
+    command = ["model_name=mixtral-small", "custom_mesh_and_rule=whole"]
+    split = [*command, "ici_expert_parallelism=2"]
+    base = str(folder / "base.yml")
+    config = load_config(base, split)
+    assert (moe_of(config).dispatch, moe_of(config).capacity_factor) == ("gather", -1)
+    says(config.warnings[-1], "moe_dispatch=gather instead", "no token is on one device of expert")
+    assert moe_of(load_config(base, command)).dispatch == "ragged"
+    assert moe_of(load_config(base, [*split, "moe_dispatch=ragged"])).dispatch == "ragged"
+    rules.write_text(rules.read_text(encoding="utf-8").replace("[exp, expert]", "[exp, fsdp]"))
+    says(load_config(base, split).warnings[-1], "moe_dispatch=gather instead")
 
 
 def test_our_base_yml_and_a_models_name(tmp_path: Path) -> None:
