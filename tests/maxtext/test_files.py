@@ -417,6 +417,49 @@ def _llama(frequency: float) -> float:
 
 
 @pytest.mark.parametrize("name", TRAINED)
+def test_frequencies_are_those_of_maxtexts_own_classes(name: str) -> None:
+    config = load(name)
+    found = rope_frequencies(
+        config.model.attention.rope, turned_dim=config.model.attention.turned_dim, length=4096
+    )
+    np.testing.assert_allclose(found, maxtexts_frequencies(name), rtol=2e-5)
+
+
+def maxtexts_frequencies(name: str) -> np.ndarray:
+    """Of the class that MaxText's attention would make for a YAML, at position 1."""
+    os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
+    import jax
+
+    embeddings = importlib.import_module("maxtext.layers.embeddings")
+    text = (CONFIGS / "base.yml", CONFIGS / "models" / f"{name}.yml")
+    base, own = (yaml.safe_load(path.read_text(encoding="utf-8")) for path in text)
+    said = {**base, **own}
+    dim = said["qk_rope_head_dim"] if said["attention_type"] == "mla" else said["head_dim"]
+    shared = {
+        "embedding_dims": dim,
+        "mesh": jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",)),
+    }
+    if said["rope_type"] == "yarn":
+        keys = ("max_position_embeddings", "original_max_position_embeddings")
+        keys += ("beta_fast", "beta_slow", "rope_factor")
+        yarn = embeddings.YarnRotaryEmbedding(
+            **shared,
+            **{key: said[key] for key in keys} | {"max_position_embeddings": 2},
+            rope_theta=said["rope_max_timescale"],
+            truncate=said["rope_truncate"],
+        )
+        return np.angle(np.asarray(yarn.freqs_cis)[1])
+    scales = {"min_timescale": 1, "max_timescale": said["rope_max_timescale"]}
+    if said["rope_type"] == "llama3.1":
+        llama = embeddings.LLaMARotaryEmbedding(
+            **shared, **scales, use_scale=said["rope_use_scale"]
+        )
+        return np.asarray(1 / llama.timescale).ravel()[::2]
+    plain = embeddings.RotaryEmbedding(**shared, **scales)
+    return np.asarray(1 / plain.timescale).ravel()
+
+
+@pytest.mark.parametrize("name", TRAINED)
 def test_base_yml_and_the_models_name_come_to_the_same_model(name: str) -> None:
     by_name = load_config(str(CONFIGS / "base.yml"), [f"model_name={name}"])
     by_file = load(name)
