@@ -1,0 +1,129 @@
+"""The package as it is installed: a wheel in an environment without a checkout.
+
+`make test-wheel`. The libraries are those of the interpreter that runs the tests, by a path file;
+the package itself is the wheel's, which is checked first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from moe_shard import __version__
+from moe_shard.cli import COMMANDS
+from tests.test_train import TINY
+
+pytestmark = pytest.mark.wheel
+ROOT = Path(__file__).resolve().parents[1]
+BUILT_OF = ("moe_shard", "configs", "pyproject.toml", "README.md", "LICENSE")
+
+
+def run(command: list[str] | str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run a command away from the checkout; a string as a person pastes it."""
+    kept = {name: value for name, value in os.environ.items() if name not in REMOVED}
+    return subprocess.run(
+        command,
+        shell=isinstance(command, str),
+        cwd=cwd,
+        env={**kept, "JAX_PLATFORMS": "cpu", **more},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+REMOVED = {"PYTHONPATH", "XLA_FLAGS", "VIRTUAL_ENV"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    for name in BUILT_OF:  # a copy: building writes beside what it builds
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        source.mkdir(exist_ok=True)
+        copy(ROOT / name, source / name)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder)]
+    done = run([*command, str(source)], folder)
+    assert done.returncode == 0, done.stderr
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def commands(wheel: Path) -> Path:
+    """The folder of commands of an environment that has the wheel."""
+    made = wheel.parent / "environment"
+    done = run([sys.executable, "-m", "venv", "--without-pip", str(made)], wheel.parent)
+    assert done.returncode == 0, done.stderr
+    python = made / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps"]
+    done = run([*pip, str(wheel)], wheel.parent)
+    assert done.returncode == 0, done.stderr
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(made), "platbase": str(made)}))
+    (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    told = run([str(python), "-c", "import moe_shard; print(moe_shard.__file__)"], wheel.parent)
+    assert told.stdout.strip() == str(site / "moe_shard" / "__init__.py")
+    return python.parent
+
+
+def test_it_holds_every_configuration(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    files = [path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*") if path.is_file()]
+    assert len(files) > 30
+    for file in files:
+        assert any(name.endswith(f"/share/moe_shard/{file}") for name in names), file
+    assert not [name for name in names if name.startswith(("tests/", "tools/"))]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_there(commands: Path, tmp_path: Path, name: str) -> None:
+    done = run([str(commands / "moe-shard"), name, "--help"], tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: moe-shard {name} ")
+
+
+def test_the_version(commands: Path, tmp_path: Path) -> None:
+    for start in (["moe-shard"], ["python", "-m", "moe_shard"]):
+        done = run([str(commands / start[0]), *start[1:], "--version"], tmp_path)
+        assert done.stdout == f"moe-shard {__version__}\n"
+
+
+def test_what_a_run_prints_can_be_pasted(commands: Path, tmp_path: Path) -> None:
+    moe_shard = str(commands / "moe-shard")
+    train = [moe_shard, "train", "mixtral-tiny", *TINY, "steps=0", "dump_hlo=true"]
+    watch = [moe_shard, "watch", "--expect", "expert-parallel", "--mesh", "expert=8", "--"]
+    done = run([*watch, *train], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "watch: 1 program shown" in done.stderr
+    assert "verdict: expert-parallel" in done.stdout
+    printed = done.stdout.partition("the same step with the flag off:\n")[2].splitlines()
+    pasted = [line for line in printed if line.startswith("  ")]
+    assert len(pasted) == 2
+    results = [run(line, tmp_path) for line in pasted]
+    assert [each.returncode for each in results] == [0, 0], results
+    assert "verdict: weight-gathered" in results[1].stdout
+    runs = sorted((tmp_path / "outputs").iterdir())
+    done = run([moe_shard, "diff", *map(str, runs), "--json"], tmp_path)
+    assert json.loads(done.stdout)["same"] is False
+    done = run([moe_shard, "explain", str(runs[0] / "config.yml"), "--json"], tmp_path)
+    assert re.search(r'"parameters": \d+', done.stdout)
+
+
+def test_it_runs_from_a_folder_of_packages(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "packages"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target)]
+    assert run([*pip, str(wheel)], tmp_path).returncode == 0
+    command = [sys.executable, "-P", "-m", "moe_shard", "explain", "mixtral-tiny", "--json"]
+    done = run(command, tmp_path, PYTHONPATH=str(target))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["totals"]["parameters"] == 3_429_504
