@@ -59,6 +59,24 @@ class SparseMlp(nn.Module):
             return jnp.einsum("bsec,bse,ebcm->bsm", where, scores.astype(x.dtype), rows)
 
 
+class DenseMlp(nn.Module):
+    """Do without experts."""
+
+    place: Place
+    hidden: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        start = nn.initializers.lecun_normal()
+        dense = partial(nn.Dense, use_bias=False, param_dtype=self.dtype, dtype=self.dtype)
+        up = nn.with_logical_partitioning(start, ("embed_all", "mlp"))
+        down = nn.with_logical_partitioning(start, ("mlp", "embed_all"))
+        with self.place.scope("mlp"):
+            h = jax.nn.gelu(dense(self.hidden, kernel_init=up)(x))
+            return dense(x.shape[-1], kernel_init=down)(h)
+
+
 class Attention(nn.Module):
     """Attend with eight heads."""
 
@@ -85,7 +103,7 @@ class Block(nn.Module):
     place: Place
     exchange: bool
     attention: bool
-    experts: int
+    experts: int  # 0: a dense MLP instead
     hidden: int
     top_k: int
     dtype: Any
@@ -94,16 +112,11 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
         if self.attention:
             x = x + Attention(self.place, self.dtype, name="attn")(x)
-        moe = SparseMlp(
-            self.place,
-            self.exchange,
-            self.experts,
-            self.hidden,
-            self.top_k,
-            self.dtype,
-            name="moe",
-        )
-        x = nn.with_logical_constraint(x + moe(x), ("batch", None, None), mesh=self.place.mesh)
+        sizes = {"hidden": self.hidden, "dtype": self.dtype}
+        if self.experts:
+            sizes |= {"experts": self.experts, "top_k": self.top_k, "exchange": self.exchange}
+        mlp = (SparseMlp if self.experts else DenseMlp)(place=self.place, **sizes, name="moe")
+        x = nn.with_logical_constraint(x + mlp(x), ("batch", None, None), mesh=self.place.mesh)
         return x, None
 
 

@@ -61,6 +61,19 @@ class Mixture(nnx.Module):
             return (back.reshape(B, S, E, M) * share).sum(2)
 
 
+class Dense(nnx.Module):
+    """Do without experts: an MLP whose weights are split over every axis there is."""
+
+    def __init__(self, place: Place, M: int, H: int, dtype: Any) -> None:
+        self.place = place
+        self.up = nnx.Param(jnp.zeros((M, H), dtype), layout=(place.batch, None))
+        self.down = nnx.Param(jnp.zeros((H, M), dtype), layout=(None, place.batch))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        with self.place.scope("mlp"):
+            return jax.nn.silu(x @ self.up[...]) @ self.down[...]
+
+
 class Tower(nnx.Module):
     """Add mixtures to a residual stream, with a dense layer before each."""
 
@@ -70,7 +83,10 @@ class Tower(nnx.Module):
         both = tuple(axis for axis in (place.fsdp, place.ep) if axis)
         self.place = place
         self.mixtures = nnx.List(
-            [Mixture(place, M, H, E, top_k, exchange, dtype) for exchange in exchanges]
+            [
+                Mixture(place, M, H, E, top_k, exchange, dtype) if E else Dense(place, M, H, dtype)
+                for exchange in exchanges
+            ]
         )
         self.dense = nnx.List(
             [nnx.Param(jnp.zeros((M, M), dtype), layout=(both, None)) for _ in exchanges]
@@ -91,23 +107,30 @@ def program(
     exchanges: tuple[bool, ...] = (True, True),
     experts: int = 8,
     top_k: int = 2,
+    scan: bool = False,
     dtype: str = "float32",
     sizes: tuple[int, int, int, int] = (16, 64, 128, 320),
 ) -> tuple[Any, tuple[Any, ...], Any]:
-    """Build the step of a small tower; see `finish`."""
+    """Build the step of a small tower, or of a scan over towers of one layer; see `finish`."""
     B, S, M, H = sizes
-    abstract = nnx.eval_shape(
-        lambda: Tower(place, M, H, experts, top_k, exchanges, jnp.dtype(dtype))
-    )
+    tower = exchanges[:1] if scan else exchanges
+    abstract = nnx.eval_shape(lambda: Tower(place, M, H, experts, top_k, tower, jnp.dtype(dtype)))
     graph, state = nnx.split(abstract, nnx.Param)
+    stack = (len(exchanges),) if scan else ()
     params: Tree = jax.tree.map(
-        lambda leaf: leaf.replace(place.array(leaf.shape, leaf.dtype, *leaf.layout)),
+        lambda leaf: leaf.replace(
+            place.array((*stack, *leaf.shape), leaf.dtype, *(None for _ in stack), *leaf.layout)
+        ),
         state,
         is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
     )
 
     def loss(params: Tree, x: jax.Array) -> jax.Array:
-        y = nnx.merge(graph, params)(x)
+        if scan:
+            body = jax.checkpoint(lambda x, layer: (nnx.merge(graph, layer)(x), None))
+            y = jax.lax.scan(body, x, params)[0]
+        else:
+            y = nnx.merge(graph, params)(x)
         with place.scope("loss"):
             return jnp.mean(y.astype(jnp.float32) ** 2)
 
