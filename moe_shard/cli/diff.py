@@ -28,10 +28,19 @@ def main(argv: Sequence[str], prog: str = "moe-shard diff") -> int:
     parser.add_argument(
         "--mesh", help="axis=size,... for HLO text without a lowering.json beside it"
     )
+    parser.add_argument("--mesh-a", help="the mesh of A, where the two differ")
+    parser.add_argument("--mesh-b", help="the mesh of B")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
-    mesh = parse_mesh(arguments.mesh) if arguments.mesh else None
-    diff = compare(*load_pair(arguments.a, arguments.b, mesh))
+    meshes = (
+        parse_mesh(given, option) if given else None
+        for given, option in (
+            (arguments.mesh, "--mesh"),
+            (arguments.mesh_a, "--mesh-a"),
+            (arguments.mesh_b, "--mesh-b"),
+        )
+    )
+    diff = compare(*load_pair(arguments.a, arguments.b, *meshes))
     if arguments.json:
         print(json.dumps(diff.to_json(), indent=2))
     else:

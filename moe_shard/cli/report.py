@@ -19,7 +19,13 @@ from moe_shard.errors import EXIT_DONE, EXIT_FINDING, CommandParser, UserError
 from moe_shard.lowering.expect import VERDICTS
 from moe_shard.lowering.page import Panel, page_path, write_page
 from moe_shard.lowering.report import LoweringReport, report_from_text
-from moe_shard.lowering.sources import module_file, parse_mesh, read_text, recorded_mesh
+from moe_shard.lowering.sources import (
+    memory_beside,
+    module_file,
+    parse_mesh,
+    read_text,
+    recorded_mesh,
+)
 
 
 def main(argv: Sequence[str], prog: str = "moe-shard report") -> int:
@@ -56,7 +62,13 @@ def _read(
     text = read_text(path)
     mesh = parse_mesh(arguments.mesh) if arguments.mesh else recorded_mesh(path)
     expert_axes = _expert_axes(arguments.expert_axes, mesh or {})
-    return mesh, report_from_text(text, mesh=mesh, expert_axes=expert_axes)
+    return mesh, report_from_text(
+        text,
+        mesh=mesh,
+        expert_axes=expert_axes,
+        memory=memory_beside(path),
+        count_further_rounds=arguments.further_rounds,
+    )
 
 
 def _arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
@@ -65,6 +77,12 @@ def _arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
     parser.add_argument("--mesh", help="axis=size,... in device order, e.g. data=1,fsdp=1,expert=8")
     parser.add_argument("--expert-axes", help="mesh axes of the experts (default: expert)")
     parser.add_argument("--expect", choices=VERDICTS, help="exit with 1 on any other verdict")
+    parser.add_argument(
+        "--further-rounds",
+        action="store_true",
+        help="count once the exchanges that ragged dispatch makes only where a router exceeds "
+        "what the first holds",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--html", metavar="FILE", help="also write the report as a page")
     parser.add_argument(

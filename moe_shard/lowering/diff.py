@@ -21,6 +21,7 @@ from moe_shard.lowering.report import report_from_text
 from moe_shard.lowering.sources import (
     RECORD,
     STANDARD_INPUT,
+    memory_beside,
     module_file,
     read_text,
     record_of,
@@ -223,7 +224,13 @@ def compare(a: Lowering, b: Lowering) -> Diff:
     return Diff(a, b, tuple(sorted(changes, key=lambda each: (-each.weight, each.key))))
 
 
-def load_pair(a: str, b: str, mesh: Mapping[str, int] | None = None) -> tuple[Lowering, Lowering]:
+def load_pair(
+    a: str,
+    b: str,
+    mesh: Mapping[str, int] | None = None,
+    mesh_a: Mapping[str, int] | None = None,
+    mesh_b: Mapping[str, int] | None = None,
+) -> tuple[Lowering, Lowering]:
     """Read two arguments of a command line.
 
     Where only one tells the mesh, and both have as many devices, it counts for both.
@@ -232,13 +239,22 @@ def load_pair(a: str, b: str, mesh: Mapping[str, int] | None = None) -> tuple[Lo
         a: a run folder, a dump folder, an HLO file, a `lowering.json`, or "-".
         b: the same.
         mesh: {axis: size} in device order, for HLO text whose mesh is not recorded.
+        mesh_a: of A alone.
+        mesh_b: of B alone.
 
     Raises:
-        UserError: one cannot be read, or both are "-".
+        UserError: one cannot be read, both are "-", or one records another mesh than was given for
+            it alone.
     """
     if a == b == STANDARD_INPUT:
         raise UserError("A and B cannot both be standard input\nfix: a file for one of them")
-    first, second = load(a, mesh), load(b, mesh)
+    first, second = load(a, mesh_a or mesh), load(b, mesh_b or mesh)
+    for name, given, side in (("a", mesh_a, first), ("b", mesh_b, second)):
+        if given and dict(given) != side.mesh:
+            raise UserError(
+                f"--mesh-{name}: {side.source} records its mesh, {_mesh(side)}\n"
+                f"fix: leave --mesh-{name} out"
+            )
     if not first.mesh and second.mesh and first.num_devices == second.num_devices:
         first = load(a, second.mesh) if a != STANDARD_INPUT else first
     elif not second.mesh and first.mesh and first.num_devices == second.num_devices:
@@ -263,7 +279,8 @@ def load(given: str, mesh: Mapping[str, int] | None = None) -> Lowering:
     text = read_text(path)
     if text.lstrip()[:1] == "{":
         return from_json(text, given)
-    report = report_from_text(text, mesh=recorded_mesh(path) or mesh)
+    memory = memory_beside(path)
+    report = report_from_text(text, mesh=recorded_mesh(path) or mesh, memory=memory)
     lowering = from_object(report.to_json(), given)
     record = record_of(path)
     if record is not None and report.verdict is not None:

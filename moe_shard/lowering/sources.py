@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from moe_shard.errors import UserError
 HLO_SUFFIX = "after_optimizations.txt"
 RECORD = "lowering.json"
 STANDARD_INPUT = "-"
+
+# Of the main memory, which XLA calls color 0.
+_TOTAL = re.compile(r"^Memory Space: .*\(color=0\)\nTotal bytes: (\d+)", re.M)
+_ALLOCATION = re.compile(r"^allocation \d+: size (\d+), (.*):$", re.M)
 
 
 def module_file(given: str) -> Path | None:
@@ -61,6 +66,50 @@ def read_text(path: Path | None) -> str:
         raise UserError(f"{name} is no HLO text: it is not UTF-8") from error
 
 
+def memory_beside(path: Path | None) -> dict[str, int] | None:
+    """Bytes per device of a dumped module, from what XLA wrote beside it.
+
+    The memory usage report tells the total, constants included; the buffer assignment, where it is
+    there too, what of that is arguments, outputs and temporaries.
+
+    Args:
+        path: of the module; None for standard input.
+
+    Returns:
+        As `report.memory_from_compiled`, as far as it is told; None where there is no such file.
+    """
+    if path is None:
+        return None
+    usage = _read_if_there(path.with_name(f"{path.stem}-memory-usage-report.txt"))
+    total = _TOTAL.search(usage)
+    if total is None:
+        return None
+    memory = _parts(_read_if_there(path.with_name(f"{path.stem}-buffer-assignment.txt")))
+    return {**memory, "total_bytes": int(total[1])}
+
+
+def _read_if_there(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _parts(assignment: str) -> dict[str, int]:
+    """What the allocations of a device's main memory are for."""
+    memory = dict.fromkeys(("argument_bytes", "output_bytes", "temp_bytes", "alias_bytes"), 0)
+    found = [(int(each[1]), each[2]) for each in _ALLOCATION.finditer(assignment)]
+    for size, purpose in found:
+        if re.search(r"\bcolor [1-9]", purpose):
+            continue  # on the chip, or on the host
+        is_argument, is_output = "parameter" in purpose, "maybe-live-out" in purpose
+        memory["argument_bytes"] += size * is_argument
+        memory["output_bytes"] += size * is_output
+        memory["alias_bytes"] += size * (is_argument and is_output)
+        memory["temp_bytes"] += size * ("preallocated-temp" in purpose and not is_output)
+    return memory if found else {}
+
+
 def record_of(path: Path | None) -> Path | None:
     """The `lowering.json` of the run that wrote a module, where there is one."""
     if path is None:
@@ -85,8 +134,12 @@ def recorded_mesh(path: Path | None) -> dict[str, int] | None:
         raise UserError(f"{record} holds no mesh: give --mesh") from error
 
 
-def parse_mesh(text: str) -> dict[str, int]:
+def parse_mesh(text: str, option: str = "--mesh") -> dict[str, int]:
     """A mesh as a person types it: `data=1,fsdp=1,expert=8`.
+
+    Args:
+        text: what was typed.
+        option: after what.
 
     Raises:
         UserError: written in another way, or an axis stands twice.
@@ -95,6 +148,6 @@ def parse_mesh(text: str) -> dict[str, int]:
     for item in text.split(","):
         axis, _, size = (part.strip() for part in item.partition("="))
         if not axis or axis in mesh or not size.isdecimal() or int(size) < 1:
-            raise UserError(f"--mesh: cannot read {item!r}; write it as data=1,fsdp=1,expert=8")
+            raise UserError(f"{option}: cannot read {item!r}; write it as data=1,fsdp=1,expert=8")
         mesh[axis] = int(size)
     return mesh

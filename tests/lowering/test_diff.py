@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from moe_shard.cli.diff import main
 from moe_shard.errors import UserError
 from moe_shard.lowering.diff import Diff, compare, from_json, load, load_pair
 
@@ -256,3 +257,32 @@ def test_rendered_text_is_not_markup() -> None:
     buffer = io.StringIO()
     diff(a, b).render(Console(file=buffer, width=60))
     assert "[bold] forward: +1 all-gather([/]) 1 B" in buffer.getvalue()
+
+
+def test_each_side_may_have_a_mesh_of_its_own() -> None:
+    other = {"data": 2, "expert": 4}
+    a, b = load_pair(MOE, GATHERED, mesh_a=MESH, mesh_b=other)
+    assert (a.mesh, b.mesh) == (MESH, other)
+    assert {axes for *_, axes in a.sums} == {("expert",)}
+    assert {axes for *_, axes in b.sums} == {("data", "expert")}
+    assert "mesh: expert 8 -> data 2, expert 4" in compare(a, b).lines()
+    # For the other side the common one counts.
+    a, b = load_pair(MOE, GATHERED, mesh=MESH, mesh_b=other)
+    assert (a.mesh, b.mesh) == (MESH, other)
+
+
+def test_a_mesh_beside_a_recorded_one_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "lowering.json").write_text(json.dumps(record()))
+    with pytest.raises(UserError) as raised:
+        load_pair(str(tmp_path), MOE, mesh_a={"expert": 4, "data": 2})
+    assert "--mesh-a" in str(raised.value)
+    assert "records its mesh, expert 8" in str(raised.value)
+    assert load_pair(str(tmp_path), MOE, mesh_a=MESH)[0].mesh == MESH
+
+
+def test_the_command_takes_both(capsys: pytest.CaptureFixture[str]) -> None:
+    meshes = ["--mesh-a", "data=1,fsdp=1,expert=8", "--mesh-b", "data=2,expert=4"]
+    assert main([MOE, MOE, *meshes]) == 0
+    assert "mesh: expert 8 -> data 2, expert 4" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--mesh-b: cannot read 'expert'"):
+        main([MOE, MOE, "--mesh-b", "expert"])

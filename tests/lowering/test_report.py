@@ -16,8 +16,10 @@ import pytest
 from fixtures_hand_counted import FOLDER, read
 from rich.console import Console
 
+from moe_shard.cli.report import main
 from moe_shard.errors import UserError
 from moe_shard.lowering.report import memory_from_compiled, report_from_text
+from moe_shard.scopes import FURTHER_ROUNDS
 
 ROOT = Path(__file__).parents[2]
 MESH = {"data": 1, "fsdp": 1, "expert": 8}
@@ -194,3 +196,23 @@ def test_the_command_does_not_load_jax() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code, MOE], env=environment, check=False)
     assert done.returncode == 0
+
+
+def test_further_rounds_are_counted_once_on_request(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The inner loop of cpu_scan, made one whose trips nobody can tell."""
+    text = read("cpu_scan").replace("direction=LT", "direction=EQ")
+    inner = next(line for line in text.split("\n") if '"known_trip_count":{"n":"3"}' in line)
+    changed = re.sub(r'op_name="[^"]*"', f'op_name="f/{FURTHER_ROUNDS}/while"', inner)
+    changed = changed.replace('"known_trip_count":{"n":"3"}', '"none":{}')
+    path = tmp_path / "step.txt"
+    path.write_text(text.replace(inner, changed))
+    counts = {}
+    for more in ((), ("--further-rounds",)):
+        assert main([str(path), "--json", "--mesh", "fsdp=2,expert=4", *more]) == 0
+        shown = capsys.readouterr()
+        counts[more] = sum(each["count"] for each in json.loads(shown.out)["collectives"])
+        assert ("counted once: 1 loops" if more else "not counted: 1 loops") in shown.err
+    # In the inner loop two all-to-alls, five times; 20 outside it.
+    assert counts == {(): 20, ("--further-rounds",): 20 + 2 * 5}
