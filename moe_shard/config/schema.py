@@ -179,7 +179,7 @@ class RunConfig:
             its config.json says.
 
     Raises:
-        UserError: `run_name` is not the name of a directory.
+        UserError: `run_name` is not the name of a directory, or a path is an address.
     """
 
     base_output_directory: Annotated[str, Key("base_output_directory")]
@@ -195,6 +195,15 @@ class RunConfig:
                 f"run_name={shown(self.run_name)} is not the name of a directory\n"
                 "fix: a name without slashes; base_output_directory says where it stands"
             )
+        for key, path in (
+            ("base_output_directory", self.base_output_directory),
+            ("load_parameters_path", self.load_parameters_path),
+        ):
+            if "://" in path:
+                raise UserError(
+                    f"{key}={shown(path)} is an address, and files are read and written here by "
+                    f"path\nfix: {key}=a folder, where a bucket may be mounted (gcsfuse, s3fs)"
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
