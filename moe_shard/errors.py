@@ -53,7 +53,8 @@ def run_command(main: Callable[[], int]) -> None:
     """
     try:
         code = main()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # which is None where the caller has closed it
+            sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_USAGE

@@ -61,11 +61,11 @@ def _read(
     path = module_file(given)
     text = read_text(path)
     mesh = parse_mesh(arguments.mesh) if arguments.mesh else recorded_mesh(path)
-    expert_axes = _expert_axes(arguments.expert_axes, mesh or {})
+    axes = expert_axes(arguments.expert_axes, mesh or {})
     return mesh, report_from_text(
         text,
         mesh=mesh,
-        expert_axes=expert_axes,
+        expert_axes=axes,
         memory=memory_beside(path),
         count_further_rounds=arguments.further_rounds,
     )
@@ -94,7 +94,12 @@ def _arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
     return arguments
 
 
-def _expert_axes(text: str | None, mesh: dict[str, int]) -> list[str]:
+def expert_axes(text: str | None, mesh: dict[str, int]) -> list[str]:
+    """Read --expert-axes, which must be axes of the mesh where that is known.
+
+    Raises:
+        UserError: the mesh has no such axis.
+    """
     if text is None:
         return ["expert"]
     axes = [axis.strip() for axis in text.split(",")]

@@ -17,11 +17,13 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from io import StringIO
 from typing import Any
 
 from rich.console import Console
 
+from moe_shard.cli.report import expert_axes
 from moe_shard.errors import EXIT_FINDING, CommandParser, UserError
 from moe_shard.lowering.expect import VERDICTS
 from moe_shard.lowering.sources import parse_mesh
@@ -45,7 +47,7 @@ def main(argv: Sequence[str], prog: str = "moe-shard watch") -> int:
     """Start the command, read along, end as it ends."""
     arguments, command = _arguments(argv, prog)
     mesh = parse_mesh(arguments.mesh) if arguments.mesh else None
-    axes = [axis.strip() for axis in (arguments.expert_axes or "expert").split(",")]
+    axes = expert_axes(arguments.expert_axes, mesh or {})
     programs = Programs(mesh, axes, everything=arguments.all)
     expectation = Expectation(arguments.expect) if arguments.expect else None
     mask = hold_signals()
@@ -116,15 +118,20 @@ class _Reader:
         return False
 
     def _read(self, *, final: bool) -> None:
-        for path in self._dumps.whole(final=final):
-            if self._abandoned:
-                return
-            program = self._programs.add(path)
-            if program is None:
-                continue
-            _say(_shown(program, time.monotonic() - self._since))
-            if self._expectation and self._expectation.is_broken_by(program):
-                self._stop()
+        try:
+            for path in self._dumps.whole(final=final):
+                if self._abandoned:
+                    return
+                program = self._programs.add(path)
+                if program is not None:
+                    self._show(program)
+        except OSError as error:  # a full disk, a folder that is gone: the command goes on
+            self._programs.unread[str(error.filename)] = str(error.strerror)
+
+    def _show(self, program: Program) -> None:
+        _say(_shown(program, time.monotonic() - self._since))
+        if self._expectation and self._expectation.is_broken_by(program):
+            self._stop()
 
     def _stop(self) -> None:
         if self._to_stop is None or self.stopped or self._ended.is_set():
@@ -138,7 +145,7 @@ class _Reader:
 
 
 def _shown(program: Program, seconds: float) -> str:
-    is_terminal = sys.stderr.isatty()
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
     page = StringIO()
     # A pipe has no width: 80 columns would fold the table.
     width = os.get_terminal_size(2).columns if is_terminal else 120
@@ -183,11 +190,10 @@ def _as_json(
 
 def _say(text: str) -> None:
     """Write to standard error in one piece; a reader that has left is no reason to end."""
-    try:
-        sys.stderr.write(text)
-        sys.stderr.flush()
-    except (OSError, ValueError):
-        pass
+    if sys.stderr is not None:  # which is None where the caller has closed it
+        with suppress(OSError, ValueError):
+            sys.stderr.write(text)
+            sys.stderr.flush()
 
 
 def _arguments(argv: Sequence[str], prog: str) -> tuple[argparse.Namespace, list[str]]:

@@ -66,8 +66,7 @@ class Child:
         *,
         stdout_to_stderr: bool,
     ) -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         actions = [(os.POSIX_SPAWN_DUP2, 2, 1)] if stdout_to_stderr else []
         try:
             self.pid = os.posix_spawnp(
@@ -139,6 +138,12 @@ def _in_foreground() -> bool:
     return False
 
 
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # which is None where the caller has closed it
+            stream.flush()
+
+
 def end_as(code: int) -> int:
     """End this process by the signal that ended its program, so that a caller sees no difference.
 
@@ -151,8 +156,7 @@ def end_as(code: int) -> int:
     if code >= 0:
         return code
     number = -code
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     # The program has left a core, if that was wanted: not a second one over it.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     if number not in (signal.SIGKILL, signal.SIGSTOP):

@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +129,13 @@ class Programs:
         return program
 
     def _report(self, text: str, devices: int) -> LoweringReport:
+        given = self.mesh and math.prod(self.mesh.values())
+        if given is None or given == devices:
+            return report_from_text(text, mesh=self.mesh, expert_axes=self.expert_axes)
         # A command may also compile programs over a part of its devices.
-        fits = self.mesh is not None and math.prod(self.mesh.values()) == devices
-        return report_from_text(
-            text, mesh=self.mesh if fits else None, expert_axes=self.expert_axes
-        )
+        report = report_from_text(text, expert_axes=self.expert_axes)
+        note = f"--mesh is over {given} devices and this program over {devices}: not used"
+        return replace(report, warnings=(note, *report.warnings))
 
 
 @dataclass(frozen=True)
