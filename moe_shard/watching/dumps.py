@@ -18,8 +18,8 @@ _ENTRY = "\nENTRY "
 _END = "\n}"
 # What a report is made of; XLA writes much else beside them, which would fill a disk.
 BEFORE_SUFFIX = "before_optimizations.txt"
-MEMORY_SUFFIX = "memory-usage-report.txt"
-_NEEDED = (HLO_SUFFIX, BEFORE_SUFFIX, MEMORY_SUFFIX)
+_MEMORY = ("-memory-usage-report.txt", "-buffer-assignment.txt")
+_NEEDED = (HLO_SUFFIX, BEFORE_SUFFIX, *_MEMORY)
 _ALSO_WITHOUT_PYTHON = "0"
 """Stands for a process id in the folder of processes that do not run Python."""
 CACHE = "JAX_ENABLE_COMPILATION_CACHE"
@@ -44,6 +44,7 @@ class Dumps:
         self._started = time.time_ns()
         self._seen: dict[Path, tuple[int, int]] = {}
         self._done: dict[Path, tuple[int, int]] = {}
+        self._read: set[Path] = set()
         return self
 
     def __exit__(
@@ -124,7 +125,7 @@ class Dumps:
             for path in _entries(folder):
                 if path.name.endswith(HLO_SUFFIX):
                     yield path
-                elif not path.name.endswith(_NEEDED) and not path.is_dir():
+                elif not path.is_dir() and (not path.name.endswith(_NEEDED) or self._is_late(path)):
                     path.unlink(missing_ok=True)
         for folder in self._theirs():
             for path in _entries(folder):
@@ -135,12 +136,21 @@ class Dumps:
         """Remove what belongs to a program that has been read, if the folder is the watch's own."""
         if path.parent.parent != self.folder:
             return
-        report = path.with_name(path.name.replace(HLO_SUFFIX, f"{HLO_SUFFIX[:-4]}-{MEMORY_SUFFIX}"))
-        for each in (path, report, before_of(path)):
+        memory = (path.with_name(path.stem + suffix) for suffix in _MEMORY)
+        for each in (path, *memory, before_of(path)):
             if each is not None:
                 each.unlink(missing_ok=True)
         self._done.pop(path, None)
         self._seen.pop(path, None)
+        self._read.add(path.with_name(path.stem))
+
+    def _is_late(self, path: Path) -> bool:
+        """Whether the program whose memory a file tells has been read and removed."""
+        return any(
+            path.name.endswith(suffix)
+            and path.with_name(path.name.removesuffix(suffix)) in self._read
+            for suffix in _MEMORY
+        )
 
 
 def before_of(path: Path) -> Path | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from moe_shard.errors import UserError, first_line
 from moe_shard.lowering.report import LoweringReport, report_from_text
-from moe_shard.lowering.sources import read_text
+from moe_shard.lowering.sources import memory_beside, read_text
 from moe_shard.lowering.work import flops_by_scope
 
 SMALLER = 100
@@ -109,7 +109,7 @@ class Programs:
         if devices == 1 and not self.everything:
             self.passed_over += 1
             return None
-        report = self._report(text, devices)
+        report = self._report(text, devices, memory_beside(path))
         assert report.extraction is not None
         flops = sum(flops_by_scope(report.extraction.walk).values())
         self._largest = max(self._largest, flops)
@@ -128,12 +128,18 @@ class Programs:
         self.shown.append(program)
         return program
 
-    def _report(self, text: str, devices: int) -> LoweringReport:
+    def _report(self, text: str, devices: int, memory: dict[str, int] | None) -> LoweringReport:
         given = self.mesh and math.prod(self.mesh.values())
-        if given is None or given == devices:
-            return report_from_text(text, mesh=self.mesh, expert_axes=self.expert_axes)
+        fits = given is None or given == devices
+        report = report_from_text(
+            text,
+            mesh=self.mesh if fits else None,
+            expert_axes=self.expert_axes,
+            memory=memory,
+        )
+        if fits:
+            return report
         # A command may also compile programs over a part of its devices.
-        report = report_from_text(text, expert_axes=self.expert_axes)
         note = f"--mesh is over {given} devices and this program over {devices}: not used"
         return replace(report, warnings=(note, *report.warnings))
 

@@ -25,9 +25,15 @@ from tests.cli.watched import (
 
 
 def test_a_program_is_shown_while_the_command_waits(tmp_path: Path) -> None:
-    code = WRITER + f"compiled({str(MOE)!r}); say('step 0 ' + input())"
+    code = WRITER + (
+        "stem = 'module_0001.jit_step.cpu_after_optimizations'\n"
+        "told = 'Memory Space: x (color=0)\\nTotal bytes: 1234567'\n"
+        "write(stem + '-memory-usage-report.txt', told)\n"
+        f"compiled({str(MOE)!r}); say('step 0 ' + input())"
+    )
     with started(tmp_path, *MESH, "--", *PLAIN, code) as process:
-        shown = read_until(process, "verdict:")
+        shown = read_until(process, "memory per device: ")
+        assert "total 1.2 MB" in shown
         assert "watch: jit_loss, " in shown
         assert "all-to-all" in shown
         assert "verdict: expert-parallel" in shown
@@ -139,6 +145,8 @@ def test_small_programs_are_counted(tmp_path: Path) -> None:
         f"compiled({str(MOE)!r}); compiled({str(MOE)!r}, 'module_0002.jit_step')\n"
         f"write('module_0003.jit_add.cpu_after_optimizations.txt', {ONE_DEVICE!r})\n"
         "write('module_0003.jit_add.ir-no-opt.ll', 'x' * 1000)\n"
+        "time.sleep(.5); stem = 'module_0001.jit_step.cpu_after_optimizations'\n"
+        "write(stem + '-memory-usage-report.txt', 'late')\n"
         "time.sleep(.5); say(sum(1 for each in FOLDER.iterdir()))"
     )
     found, out, err = watch(tmp_path, *MESH, "--", *PLAIN, code)

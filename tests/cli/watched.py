@@ -7,6 +7,7 @@ the same name twice. Under `-S` Python runs no sitecustomize and sees XLA_FLAGS 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -56,9 +57,10 @@ def started(folder: Path, *arguments: str, **more: str) -> Iterator[subprocess.P
         stderr=subprocess.PIPE,
         text=True,
         env=environment(folder, **more),
+        start_new_session=True,
     )
     # What does not come is a failure, not a wait without end.
-    too_long = threading.Timer(60, process.kill)
+    too_long = threading.Timer(60, os.killpg, (process.pid, signal.SIGKILL))
     too_long.start()
     try:
         yield process
