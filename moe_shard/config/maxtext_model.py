@@ -179,7 +179,8 @@ def _deepseek_router(
         norm_topk_prob=normed,
         routed_bias=biased,
         router_bias=False,
-        load_balance_probs="softmax",
+        # Its dense path takes the bias into the loss, its sparse path does not.
+        load_balance_probs="ranked" if biased and not given["sparse_matmul"] else "softmax",
     )
     if not biased:
         values["routed_bias_update_rate"] = 0.0

@@ -14,7 +14,7 @@ GroupedProductName = Literal["auto", "ragged_dot", "tokamax", "pallas", "blocked
 CapacityRule = Literal["maxtext", "gshard"]
 DropPolicy = Literal["position", "probability"]
 LoadBalanceLoss = Literal["maxtext", "sequence", "gshard", "huggingface"]
-BalanceProbs = Literal["scores", "softmax", "logits"]
+BalanceProbs = Literal["scores", "softmax", "ranked", "logits"]
 ScoreFunction = Literal["softmax", "sigmoid", "sparsemixer"]
 GroupScore = Literal["max", "top2_sum"]
 MOST_EXPERTS = 2**16  # far above any model; keeps the divisors in a fix countable
@@ -41,7 +41,8 @@ class RouterConfig:
         scaling_factor: of the weights, after that.
         score_on_input: the weights multiply what experts take in, not what they give (Llama 4).
         balance_probs: a `BalanceProbs`; what the load-balance loss takes for probabilities: each
-            score over the sum of its token's, the softmax of the scores, or that of the logits.
+            score over the sum of its token's, or a softmax: of the scores, of the scores with the
+            bias that experts are chosen by, or of the logits.
         sparsemixer_jitter: how near the best logit others must be to share its softmax: within
             twice this part of it.
         force_load_balance: experts are dealt out in turn; for benchmarks.

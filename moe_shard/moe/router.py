@@ -123,12 +123,18 @@ def _choose(
 
 
 def _balance_probs(
-    logits: Float[Array, "B S E"], scores: Float[Array, "B S E"], config: RouterConfig
+    logits: Float[Array, "B S E"],
+    scores: Float[Array, "B S E"],
+    correction: Float[Array, "E"] | None,
+    config: RouterConfig,
 ) -> Float[Array, "B S E"]:
     """What the load-balance loss takes for probabilities."""
     match config.balance_probs:
         case "softmax":
             return jax.nn.softmax(scores, axis=-1)
+        case "ranked":
+            biased = scores if correction is None else scores + jax.lax.stop_gradient(correction)
+            return jax.nn.softmax(biased, axis=-1)
         case "logits":
             return jax.nn.softmax(logits, axis=-1)
         case "scores":
@@ -176,7 +182,7 @@ def route(
         scores = jax.nn.sigmoid(logits)
     else:
         scores = jax.nn.softmax(logits, axis=-1)
-    probs = _balance_probs(logits, scores, config)
+    probs = _balance_probs(logits, scores, correction, config)
     # By score, not by logit: the softmax may round two logits to one, and ties go to the first.
     ranked = jax.lax.stop_gradient(scores if correction is None else scores + correction)
     chosen = _choose(ranked, jax.lax.stop_gradient(logits), k, config)

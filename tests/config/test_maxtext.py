@@ -275,6 +275,8 @@ def test_deepseek(tmp_path: Path) -> None:
     )
     assert (router.correction_bias, router.bias) == (True, False)
     assert (router.balance_probs, router.groups) == ("softmax", (1, 1))
+    dense = load(tmp_path, DEEPSEEK + "sparse_matmul: false", name="deepseek3-small")
+    assert moe_of(dense).router.balance_probs == "ranked"
     assert (moe.mlp_dim, moe.shared_dim) == (32, 64)
     assert [kind.moe for kind in config.model.layer_kinds] == [False, True, True, True]
     assert (attention.type, attention.latent_epsilon, attention.scale) == ("mla", 1e-6, -1)

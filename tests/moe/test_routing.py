@@ -115,15 +115,18 @@ def test_choice_and_weights_are_the_oracles(
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("balance", ["softmax", "logits"])
+@pytest.mark.parametrize("balance", ["softmax", "ranked", "logits"])
 def test_the_balance_loss_may_take_a_softmax_for_probabilities(score: str, balance: str) -> None:
     fields = {"score_func": score, "balance_probs": balance}
     logits, config = tokens(), replace(PLAIN, **fields)
-    found = routed(logits, 2, **fields)
+    correction = np.float32([0.3, -0.2, 0.1, 0, -0.3, 0.2, 0, -0.1])
+    found = routed(logits, 2, correction, **fields)
     for token, u in enumerate(logits.astype(np.float64)):
-        of = scores_of(u, config) if balance == "softmax" else u
+        of = {"softmax": scores_of(u, config), "logits": u}.get(balance)
+        of = scores_of(u, config) + correction if of is None else of
         np.testing.assert_allclose(found.probs[token], softmax(of), rtol=1e-5)
-    np.testing.assert_array_equal(found.weights, routed(logits, 2, score_func=score).weights)
+    plain = routed(logits, 2, correction, score_func=score)
+    np.testing.assert_array_equal(found.weights, plain.weights)
 
 
 @every_score
