@@ -238,7 +238,9 @@ class _Reader:
         for computation in self.computations.values():
             if found := computation.undefined(known):
                 number, line, name = found
-                raise bad_line(number, line, f"%{name} is used but not defined; text is damaged")
+                raise bad_line(
+                    number, line, f"%{name} is used but not defined above; text is damaged"
+                )
         match = _MODULE.match(self.header)
         assert match is not None, "the header was matched when it was taken"
         return Module(

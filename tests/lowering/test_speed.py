@@ -34,11 +34,9 @@ def test_a_large_module_is_read_in_seconds() -> None:
     assert peak() - held < GIGABYTES * 1e9
     # As often as it was repeated, all of it.
     once = report_from_text(read("tpu_gathered"), mesh=mesh)
-    times = text.count("%all-gather.16.of")
-    assert times
     copies, rest = divmod(len(report.collectives), len(once.collectives))
     assert rest == 0
-    assert copies >= len(text) // len(read("tpu_gathered"))
+    assert copies * len(read("tpu_gathered")) > 0.9 * MEGABYTES * 1e6
     assert report.totals == {
         kind: {key: copies * value for key, value in sums.items()}
         for kind, sums in once.totals.items()
