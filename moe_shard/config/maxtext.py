@@ -79,26 +79,26 @@ def read_run(
     files, notes = _files(path, written, theirs)
     name = _model_name(path, files, theirs)
     said: dict[str, Any] = {}
+    by: dict[str, str] = {}
     for source, content in [*files, (COMMAND_LINE, arguments)]:
         rows = said.get("logical_axis_rules")
         more = _checked(source, content, base, keys)
         if rows and "logical_axis_rules" in more and not more.get("override_logical_axis_rules"):
             more["logical_axis_rules"] = _laid(rows, more["logical_axis_rules"])
         said |= more
+        by |= dict.fromkeys(more, source)
+    asked = [key for key in said if key in keys.refused and not keys.refused[key].admits(said[key])]
+    for key in asked:
+        if keys.refused[key].kind == "run":
+            raise refused(by[key], key, said[key], keys)
     given = {**keys.defaults, **said}
-    translation = translate_model(
-        given,
-        frozenset(said),
-        name,
-        is_named="model_name" in said,
-    )
+    is_named = "model_name" in said
+    translation = translate_model(given, frozenset(said), name, is_named=is_named)
     unbuilt: dict[str, tuple[Any, str] | None] = dict(translation.unbuilt)
+    unbuilt |= {key: (said[key], keys.refused[key].what) for key in asked}
     values = _same(said, given, translation, base, keys)
     run_values(values, unbuilt, translation, said, given, arguments)
     check_data(said, values["dataset_type"], keys, short_name(path))
-    for key, refusal in keys.refused.items():
-        if key in said and not refusal.admits(said[key]):
-            unbuilt[key] = (said[key], refusal.what)
     if any(source == "base.yml" and "logical_axis_rules" in content for source, content in files):
         values["override_logical_axis_rules"] = True  # the table is whole
     if values.get("custom_mesh_and_rule"):
@@ -127,11 +127,11 @@ def _files(
     """The files of a run from the weakest on: what a file inherits from, itself, its model's."""
     chain = _inherited(path, written, ())
     notes: list[str] = []
-    named = arguments.get("model_name", written.get("model_name"))
-    if named in (*UNSAID, "default") or not isinstance(named, str):
+    named = _model_name(path, chain, arguments)
+    if not any("model_name" in content for content in (arguments, *(each for _, each in chain))):
         return chain, notes
     model = named.replace("-Instruct", "")
-    places = [folder / "models" for folder in (path.parent, path.parent.parent)]
+    places = [folder / "models" for folder in _above(path)]
     found = next((p / f"{model}.yml" for p in places if (p / f"{model}.yml").is_file()), None)
     if found is not None and not found.samefile(path):
         content = read_mapping(found)
@@ -145,7 +145,17 @@ def _files(
                 f"over what models/{shown(found.name)} says, for which MaxText would want "
                 f"override_model_config=true: {', '.join(doubled)}"
             )
-        return [*chain, *_inherited(found, content, ())], notes
+        outdone = [
+            f"{key}={shown(written[key])}"
+            for key in written
+            if key in content and content[key] != written[key] and path.name != "base.yml"
+        ]
+        if outdone:
+            notes.append(
+                f"models/{shown(found.name)} wins over {short_name(path)}, as in MaxText: not "
+                f"{', '.join(outdone)}"
+            )
+        return [*chain, (short_name(found), content)], notes
     if found is None and "model_name" in arguments and "model_name" in written:
         known = sorted({p.stem for place in places for p in place.glob("*.yml")})
         near = difflib.get_close_matches(model, known, n=3, cutoff=0.4)
@@ -169,15 +179,20 @@ def _inherited(
             f"{path}: base_config={shown(named)} is not the name of another file\n"
             "fix: base.yml, for example"
         )
-    for folder in (path.parent, path.parent.parent):
+    for folder in _above(path):
         parent = folder / named
-        if parent.is_file():
+        if parent.is_file() and not parent.samefile(path):
             return _inherited(parent, read_mapping(parent), (*above, path)) + own
     if Path(named).name == "base.yml":  # its defaults stand below any file in any case
         return own
     raise UserError(
         f"{path}: base_config={shown(named)} is not beside it\nfix: the path of that file"
     )
+
+
+def _above(path: Path) -> tuple[Path, ...]:
+    """The folder of a file and those above it, as far up as MaxText's `configs/` may be."""
+    return tuple(path.absolute().parents)[:5]
 
 
 def _laid(table: list[Any], rows: list[Any]) -> list[Any]:
@@ -202,7 +217,7 @@ def _checked(
     """What one source says of MaxText's keys, each in the type of its default.
 
     Raises:
-        UserError: a key that nobody has, a value of another type, or a run that cannot be had.
+        UserError: a key that nobody has, or a value of another type.
     """
     said: dict[str, Any] = {}
     for alias, key in RENAMED.items():
@@ -216,9 +231,6 @@ def _checked(
                 raise unknown_key(source, key, list(base), list(keys.defaults))
             continue  # ours, in a file of theirs
         if key in keys.refused:
-            refusal = keys.refused[key]
-            if refusal.kind == "run" and not refusal.admits(value):
-                raise refused(source, key, value, keys)
             said[key] = value
         elif key in keys.same or key in keys.translated:
             default = keys.defaults[key]
@@ -282,7 +294,7 @@ def _same(
 
 def _rules_beside(path: Path, name: Any) -> Any:
     """A rule table's name as a path, where MaxText's folder of them is beside the file."""
-    for folder in (path.parent, path.parent.parent):
+    for folder in _above(path):
         place = folder / "custom_mesh_and_rule" / f"{name}.yml"
         if place.is_file():
             return str(place)

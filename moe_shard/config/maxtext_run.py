@@ -64,7 +64,9 @@ def run_values(
     values["remat_policy"] = _REMAT.get(policy, policy)
     if policy in _REMAT:
         translation.words.append(f"remat_policy={policy}: remat_policy={_REMAT[policy]}")
-    if profiler := given["profiler"]:
+    if given["profiler"] == "nsys":
+        translation.words.append("profiler=nsys: profile=false; it is nsys that profiles")
+    elif profiler := given["profiler"]:
         if profiler != "xplane":
             raise UserError(
                 f"profiler={shown(profiler)} is not built in this version\nfix: profiler=xplane"

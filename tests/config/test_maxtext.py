@@ -500,7 +500,7 @@ def test_no_key_that_would_change_the_run_is_passed_over(
     [
         ("dataset_type=tfds", ["dataset_type=tfds", "dataset_path=FILES"]),
         ("init_weights_seed=3", ["there is one seed here"]),
-        ("profiler=nsys", ["profiler=xplane"]),
+        ("profiler=perf", ["profiler=xplane"]),
         ("adamw_mask=[norm]", ["adam_decay_vectors=false"]),
         ("base_emb_dim=abc", ["command line: base_emb_dim=abc is not a whole number"]),
         ("base_emb_dim=6.5", ["is not a whole number"]),
@@ -632,6 +632,20 @@ def test_a_file_that_inherits(folder: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_config(str(child))
     says(check_message(caught.value), "base_config=nowhere.yml is not beside it")
+
+
+def test_a_run_in_a_file_of_its_own(folder: Path) -> None:
+    run = folder / "gpu" / "models" / "run.yml"
+    run.parent.mkdir(parents=True)
+    said = "base_config: base.yml\nmodel_name: mixtral-small\nsteps: 7\nvocab_size: 5\n"
+    run.write_text(said + "max_segments_per_seq: 32\nprofiler: nsys\nreuse_example_batch: 1\n")
+    with pytest.raises(UserError) as caught:
+        load_config(str(run))
+    says(check_message(caught.value), "run.yml: max_segments_per_seq=32")
+    config = load_config(str(run), ["max_segments_per_seq=-1"])
+    assert (config.train.steps, config.model.vocab_size) == (7, 320)
+    notes = "\n".join(config.warnings)
+    says(notes, "models/mixtral-small.yml wins over run.yml, as in MaxText: not vocab_size=5")
 
 
 def test_a_rule_table_of_theirs(folder: Path) -> None:
