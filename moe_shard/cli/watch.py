@@ -33,6 +33,7 @@ from moe_shard.watching.programs import Expectation, Program, Programs
 
 _EVERY_S = 0.05
 _GRACE_S = 10.0
+_PATIENCE_S = 2.0
 _SIGTERM, _SIGKILL = 15, 9
 _RULES = """\
 A program is shown when it runs on several devices and its matrix products have at least 1 % of the
@@ -60,7 +61,7 @@ def main(argv: Sequence[str], prog: str = "moe-shard watch") -> int:
             return error.code
         reader = _Reader(dumps, programs, expectation, child if arguments.stop else None)
         code = child.wait()
-        cut_short = reader.finish()
+        cut_short = reader.finish(_PATIENCE_S if child.interrupted else None)
         failure = expectation.failure(programs.shown) if expectation else None
         _say(_closing(programs, cut_short=cut_short, failure=failure))
     if arguments.json:
@@ -104,15 +105,19 @@ class _Reader:
             self._read(final=False)
         self._read(final=True)
 
-    def finish(self) -> bool:
+    def finish(self, patience: float | None) -> bool:
         """Read what is left, unless a signal says that nobody wants to wait for it.
+
+        Args:
+            patience: seconds after which nobody waits in any case.
 
         Returns:
             Whether something was left unread.
         """
         self._ended.set()
+        until = None if patience is None else time.monotonic() + patience
         while self._thread.is_alive():
-            if interrupted(_EVERY_S):
+            if interrupted(_EVERY_S) or (until is not None and time.monotonic() > until):
                 self._abandoned = True
                 return True
         return False
@@ -162,7 +167,7 @@ def _closing(programs: Programs, *, cut_short: bool, failure: str | None) -> str
         lines[0] += f"; {programs.passed_over} small or of one device were not (--all shows them)"
     if programs.repeated:
         lines[0] += f"; {programs.repeated} had the text of an earlier one"
-    if not (count or programs.passed_over or programs.unread):
+    if not (count or programs.passed_over or programs.unread or cut_short):
         lines = [
             "XLA compiled no program, or without the XLA_FLAGS and PYTHONPATH given to COMMAND"
         ]

@@ -20,6 +20,8 @@ PASSED_ON = frozenset(
     }
 )
 """Signals that are meant for the program, whoever of the two they are sent to."""
+ENDING = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
+"""Those of them that ask for an end."""
 NOT_FOUND = 127
 NOT_EXECUTABLE = 126
 # Python ignores these two; a program must not inherit that.
@@ -54,6 +56,9 @@ class Child:
         mask: what `hold_signals` has returned.
         stdout_to_stderr: what it prints goes to standard error instead.
 
+    Attributes:
+        interrupted: while it ran, somebody asked for its end.
+
     Raises:
         CannotStart: there is no such program, or it may not be run.
     """
@@ -81,6 +86,7 @@ class Child:
             found = not isinstance(error, FileNotFoundError)
             code = NOT_EXECUTABLE if found else NOT_FOUND
             raise CannotStart(f"{command[0]}: {error.strerror}", code) from error
+        self.interrupted = False
         self._lock = threading.Lock()
         self._status: int | None = None
 
@@ -100,7 +106,9 @@ class Child:
                     if pid:
                         self._status = os.waitstatus_to_exitcode(status)
                         return self._status
-            elif not from_terminal:
+                continue
+            self.interrupted |= number in ENDING
+            if not from_terminal:
                 self.send(number)
 
     def send(self, number: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,23 @@ def test_stop_ends_a_command_that_will_not(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nobody_waits_for_a_large_program_after_an_interruption(tmp_path: Path) -> None:
+    slow = (
+        "import sys, time; from moe_shard.cli import watch; watch._PATIENCE_S = .1\n"
+        "from moe_shard.watching import programs\n"
+        "def add(self, path): print('reading', file=sys.stderr, flush=True); time.sleep(60)\n"
+        "programs.Programs.add = add; sys.exit(watch.main(sys.argv[1:]))"
+    )
+    code = WRITER + f"compiled({str(MOE)!r}); time.sleep(60)"
+    command = [sys.executable, "-c", slow, "--", *PLAIN, code]
+    with started(tmp_path, command=command) as process:
+        read_until(process, "reading")
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGTERM
+    assert "watch: interrupted: what was compiled last has not been read" in err
 
 
 def test_json_is_alone_on_standard_output(tmp_path: Path) -> None:

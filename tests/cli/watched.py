@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,9 +49,11 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
 
 
 @contextmanager
-def started(folder: Path, *arguments: str, **more: str) -> Iterator[subprocess.Popen[str]]:
+def started(
+    folder: Path, *arguments: str, command: Sequence[str] = WATCH, **more: str
+) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [*WATCH, *arguments],
+        [*command, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
