@@ -469,6 +469,32 @@ def test_base_yml_and_the_models_name_come_to_the_same_model(name: str) -> None:
     assert by_name.run == by_file.run
 
 
+OUR_OWN = {
+    *("run_name", "base_output_directory", "log_period", "max_num_checkpoints_to_keep"),
+    *("mesh_axes", "logical_axis_rules", "override_logical_axis_rules", "custom_mesh_and_rule"),
+    "load_parameters_path",
+}
+"""Keys of one name whose values are ours where nobody says any, or are spelt otherwise."""
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_keys_of_one_name_have_the_values_that_maxtext_resolves(name: str) -> None:
+    os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
+    pyconfig = importlib.import_module("maxtext.configs.pyconfig")
+    quiet = ("hardware=cpu", "skip_jax_distributed_system=true", "log_config=false")
+    said = ("run_name=r", "jax_cache_dir=", "attention=dot_product", "enable_checkpointing=true")
+    command = ["", str(CONFIGS / "base.yml"), f"model_name={name}", *quiet, *said]
+    resolved = pyconfig.initialize_pydantic(command)
+    config = load(name)
+    found = config.as_flat_dict() | {"learning_rate_schedule_steps": config.train.schedule_steps}
+    written = {"original_max_position_embeddings"} if name == "llama4-17b-16e" else set()
+    keys = [key for key in sorted(maxtext_keys().same - OUR_OWN - written) if key in found]
+    assert len(keys) > 50
+    theirs = {key: getattr(resolved, key) for key in keys}
+    theirs |= {key: value.value for key, value in theirs.items() if hasattr(value, "value")}
+    assert {key: found[key] for key in keys} == theirs
+
+
 # ---------------------------------------------------------------- its rule tables
 
 TABLES = (
