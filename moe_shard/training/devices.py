@@ -6,9 +6,15 @@ import os
 
 import jax
 
-from moe_shard.errors import UserError
+from moe_shard.errors import UserError, first_line
 from moe_shard.quiet import absent_accelerators_unsaid
 
+_NUMPY: dict[str, tuple[object, ...]] = {
+    "jax_enable_x64": (False,),
+    "jax_numpy_rank_promotion": ("allow", "warn"),
+    "jax_numpy_dtype_promotion": ("standard",),
+}
+"""Settings of jax that change what numbers do, and what this package is written for."""
 _COUNT_FLAG = "--xla_force_host_platform_device_count"
 
 
@@ -27,18 +33,22 @@ def start_devices(num_simulated: int) -> str:
         One line on what the command runs on.
 
     Raises:
-        UserError: an accelerator's runtime is installed and does not start.
+        UserError: an accelerator's runtime is installed and does not start, or jax is set to
+            compute otherwise than this package does.
     """
+    _refuse_other_numpy()
     sharing = _join_processes()
     if _COUNT_FLAG not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", max(num_simulated // sharing, 1))
     try:
         with absent_accelerators_unsaid():
             devices = jax.devices()
-    except RuntimeError as error:
+    # An assertion of jax's own: a platform is asked for by name, and nothing of it is there.
+    except (RuntimeError, AssertionError) as error:
+        asked = os.environ.get("JAX_PLATFORMS")
+        why = first_line(error, 200) if str(error) else f"there is none of JAX_PLATFORMS={asked}"
         raise UserError(
-            f"jax cannot start its devices: {str(error).splitlines()[0][:200]}\n"
-            "fix: JAX_PLATFORMS=cpu simulates them on the CPU"
+            f"jax cannot start its devices: {why}\nfix: JAX_PLATFORMS=cpu simulates them on the CPU"
         ) from error
     if devices[0].platform == "cpu":
         return (
@@ -47,6 +57,19 @@ def start_devices(num_simulated: int) -> str:
         )
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return f"{len(devices)} x {devices[0].device_kind}{processes}"
+
+
+def _refuse_other_numpy() -> None:
+    """Refuse settings of jax under which the layers, Flax or Optax would not trace."""
+    for name, normal in _NUMPY.items():
+        found = getattr(jax.config, name)
+        if found in normal:
+            continue
+        shown = f"{name.upper()}={found}"
+        raise UserError(
+            f"{shown}: this package computes in the dtypes of its keys, with jax's usual promotion"
+            f"\nfix: take {name.upper()} out of the environment"
+        )
 
 
 def _join_processes() -> int:
