@@ -169,7 +169,8 @@ def _closing(programs: Programs, *, cut_short: bool, failure: str | None) -> str
         lines[0] += f"; {programs.repeated} had the text of an earlier one"
     if not (count or programs.passed_over or programs.unread or cut_short):
         lines = [
-            "XLA compiled no program, or without the XLA_FLAGS and PYTHONPATH given to COMMAND"
+            "no compiled program was seen: XLA compiled none, or in a process that had lost the "
+            "XLA_FLAGS and PYTHONPATH that COMMAND was given"
         ]
     lines += [f"cannot read {name}: {why}" for name, why in programs.unread.items()]
     if cut_short:
