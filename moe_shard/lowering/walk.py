@@ -80,6 +80,8 @@ class Executions:
         self._known_trips: dict[tuple[str, str], int | None] = {}
         self._holding: dict[str, bool] = {}
         self.order = list(self._callers_first())
+        for name in module.computations:  # in the text the called stand before their callers
+            self._holds_collective(name)
         self._check_opcodes()
         self._check_reached()
         self._check_arity()
@@ -205,6 +207,7 @@ class Executions:
     def _holds_collective(self, name: str) -> bool:
         if name not in self._holding:
             computation = self._computation(name)
+            self._holding[name] = False  # what nothing reaches may call itself
             self._holding[name] = not OPCODES.keys().isdisjoint(
                 computation.opcodes.values()
             ) or any(self._holds_collective(call.called) for call in computation.calls())

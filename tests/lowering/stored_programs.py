@@ -13,6 +13,11 @@ def program_files() -> list[Path]:
     return sorted([*HERE.glob("fixtures/*.txt"), *HERE.glob("programs/**/*.txt*")])
 
 
+def compiled_files() -> list[Path]:
+    """Those of them that a compiler has worked on."""
+    return [path for path in program_files() if "before" not in path.name]
+
+
 def program_name(path: Path) -> str:
     """The name of a program in a test's id."""
     return path.name.partition(".txt")[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from fixtures_hand_counted import HAND_COUNTED, read
-from stored_programs import program_files, program_name, program_text
+from stored_programs import compiled_files, program_name, program_text
 
 from moe_shard.lowering.collectives import extract_collectives
 from moe_shard.lowering.hlo import parse_module
@@ -24,7 +24,7 @@ def renamed(text: str, seed: int) -> str:
     return NAME_OR_STRING.sub(lambda found: table.get(found[0], found[0]), text)
 
 
-@pytest.mark.parametrize("path", program_files(), ids=program_name)
+@pytest.mark.parametrize("path", compiled_files(), ids=program_name)
 def test_renaming_everything_changes_no_table(path: Path) -> None:
     text = program_text(path)
     mesh = HAND_COUNTED[program_name(path)][0] if program_name(path) in HAND_COUNTED else None

@@ -381,6 +381,18 @@ def test_a_computation_that_calls_itself_is_refused() -> None:
         collectives(text)
 
 
+def test_a_thousand_calls_deep() -> None:
+    """Also where nothing calls the outermost; no end of the interpreter's stack is reached."""
+    reduced = entry(f"  ROOT %r = f32[16]{{0}} {REDUCE}\n").replace("ENTRY %main", "%c0")
+    chain = [reduced]
+    for depth in range(1, 1500):
+        called = f"  ROOT %r = f32[16]{{0}} call(%x), to_apply=%c{depth - 1}\n"
+        chain.append(entry(called).replace("ENTRY %main", f"%c{depth}"))
+    for last in ("call(%x), to_apply=%c1499", "copy(%x)"):
+        text = SUM + "".join(chain) + entry(f"  ROOT %r = f32[16]{{0}} {last}\n")
+        assert len(collectives(text)) == ("call" in last)
+
+
 GOOD = HEADER + SUM + entry(f"  ROOT %r = f32[16]{{0}} {REDUCE}\n")
 
 

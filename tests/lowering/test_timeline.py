@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from fixtures_hand_counted import read
-from stored_programs import program_files, program_name, program_text
+from stored_programs import compiled_files, program_name, program_text
 
 from moe_shard.lowering.collectives import extract_collectives
 from moe_shard.lowering.timeline import Rates, Timeline, timeline
@@ -44,7 +44,7 @@ def assert_adds_up(found: Timeline) -> None:
         assert isclose(sum(each["beside_s"].values()), hidden, rel_tol=1e-6, abs_tol=1e-18)
 
 
-@pytest.mark.parametrize("path", program_files(), ids=program_name)
+@pytest.mark.parametrize("path", compiled_files(), ids=program_name)
 def test_the_stages_of_every_program_add_up(path: Path) -> None:
     # Fast links, and links so slow that all work is hidden behind the wire.
     links = (1e12, 1e6)
