@@ -79,13 +79,13 @@ def _keep(folder: str) -> None:
             value = with_added(value, folder, os.getpid())
         put(_NAME, value)
 
-    def putenv(key: _Text, value: _Text, /) -> None:
+    def putenv(key: _Text, value: _Text) -> None:
         if is_flags(key):
             set_flags(os.fsdecode(value))
         else:
             put(key, value)
 
-    def unsetenv(key: _Text, /) -> None:
+    def unsetenv(key: _Text) -> None:
         if is_flags(key):
             set_flags("")
         else:
@@ -117,6 +117,7 @@ def _give_way() -> None:
 
 
 if __name__ == "sitecustomize":
-    if os.environ.get(FOLDER):
+    # Before 3.9 `os.environ` held its own functions; there the flags stay in sight.
+    if os.environ.get(FOLDER) and sys.version_info >= (3, 9):
         _keep(os.environ[FOLDER])
     _give_way()
