@@ -28,7 +28,7 @@ def with_percent_signs(text: str) -> str:
     """The text with `%` before every name; the same object where it has them already."""
     if not text.startswith("HloModule") or _HAS_PERCENT.search(text):
         return text
-    return "\n".join(map(_line, text.split("\n")))
+    return "\n".join(_line(line.rstrip()) for line in text.split("\n"))
 
 
 def _line(line: str) -> str:

@@ -33,6 +33,8 @@ _CYCLES = '"estimated_cycles":"'
 _UNKNOWN_CYCLES = 2**62  # the compiler's largest number stands for "cannot tell"
 _SHOWN = 0.002
 """Stages whose exchanges take less of the step than this are not worth a line."""
+_TOLD = 0.005
+"""What hides less of them than this is not named: it would be 0 %."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,8 @@ class Timeline:
             if seconds <= _SHOWN * self.seconds:
                 small, small_waited = small + seconds, small_waited + waited
             else:
-                names = ", ".join(list(beside)[:3])
+                told = [name for name, part in beside.items() if part >= _TOLD * seconds]
+                names = ", ".join(told[:3])
                 hidden = f"{_hidden(waited, seconds):.0%} hidden" + (
                     f" beside {names}" if names else ""
                 )

@@ -96,6 +96,12 @@ def test_names_without_percent_signs_are_read_too() -> None:
             assert other.instruction(each).called() == computation.instruction(each).called()
 
 
+def test_line_ends_of_other_systems_change_nothing() -> None:
+    for text in (SHORT, LONG, TEXT, read("cpu_moe")):
+        found = extract_collectives(text.replace("\n", "\r\n"))
+        assert found.collectives == extract_collectives(text).collectives
+
+
 @pytest.mark.parametrize("text", [SHORT, LONG])
 def test_a_module_before_optimization_is_said_to_be_one(text: str) -> None:
     report = report_from_text(text, mesh={"fsdp": 2, "expert": 4})

@@ -193,6 +193,16 @@ def test_two_loops_beside_one_exchange() -> None:
     assert found.seconds == 24 + 8 + 16 + 48 + 4 * 48
 
 
+@pytest.mark.parametrize(
+    ("link", "hidden"), [(1.0, "100% hidden beside experts"), (1e-3, ", 0% hidden")]
+)
+def test_what_hides_next_to_nothing_is_not_named(link: float, hidden: str) -> None:
+    body = start("a", "dispatch") + copy("c", "experts", 10) + done("a")
+    text = program(body + "  ROOT %r = f32[16]{0} bitcast(%a.done)\n")
+    lines = timeline(extract_collectives(text), Rates(1.0, 1.0, link)).lines(tokens=1)
+    assert lines[2].endswith(hidden)
+
+
 def test_small_stages_are_in_the_lines_too() -> None:
     body = start("a", "dispatch") + done("a") + start("b", "router") + done("b")
     body += "  %big = f32[8000]{0} broadcast(%s), dimensions={}\n"
