@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from moe_shard.lowering.walk import Executions
+from moe_shard.lowering.walk import OPCODES, Executions
 
 
 def unlisted(walk: Executions) -> list[str]:
@@ -19,6 +19,16 @@ def unlisted(walk: Executions) -> list[str]:
                 text = computation.instruction(name).attribute_text
                 found["kernel"] += '"has_communication":true' in text.replace(" ", "")
     sentences = []
+    held = Counter(
+        OPCODES[opcode]
+        for computation in walk.order
+        if computation.name in walk.passed_over and not walk.counts[computation.name]
+        for opcode in computation.opcodes.values()
+        if opcode in OPCODES
+    )
+    if held:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(held.items()))
+        sentences.append(f"the loops of further rounds hold {kinds}; --further-rounds lists them")
     if sends := found["device"]:
         sentences.append(f"{sends} point-to-point sends are not listed")
     if transfers := found["host"]:

@@ -49,6 +49,7 @@ class Executions:
         order: the computations the entry reaches, each after all that call it.
         counts: {name of a computation: executions per step}.
         asynchronous: names of those that run beside other work.
+        passed_over: names of those that only loops of further rounds run.
         fused: names of those that stand in a fusion.
         callers: {name: the instruction that calls it, and where}, for fusions, calls and async
             starts.
@@ -74,6 +75,7 @@ class Executions:
         self._trips_of_further_rounds = int(count_further_rounds)
         self.counts = {module.entry.name: 1}
         self.asynchronous = set[str]()
+        self.passed_over = set[str]()
         self.fused = set[str]()
         self.callers: dict[str, tuple[Computation, Instruction]] = {}
         self._trips = TripCounts(module)
@@ -169,6 +171,10 @@ class Executions:
                     " if every branch ran"
                 )
             name = call.called
+            if computation.name in self.passed_over or (
+                call.role == "body" and self._is_passed_over(computation, call.instruction)
+            ):
+                self.passed_over.add(name)
             self.counts[name] = self.counts.get(name, 0) + times
             if call.opcode in ASYNC_CALLS or computation.name in self.asynchronous:
                 self.asynchronous.add(name)
@@ -184,6 +190,11 @@ class Executions:
             return trips
         further = self._makes_further_rounds(computation.instruction(name))
         return self._trips_of_further_rounds if further else 1
+
+    def _is_passed_over(self, computation: Computation, name: str) -> bool:
+        if self._trips_of_further_rounds or self.trips(computation, name) is not None:
+            return False
+        return self._makes_further_rounds(computation.instruction(name))
 
     @staticmethod
     def _makes_further_rounds(loop: Instruction) -> bool:
