@@ -36,11 +36,11 @@ def examples() -> list[Example]:
     return found
 
 
-EXAMPLES = examples()
-
-
 def plain(line: str) -> str:
     return " ".join(line.split())
+
+
+EXAMPLES = examples()
 
 
 @pytest.fixture(scope="module")
