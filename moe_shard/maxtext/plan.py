@@ -268,8 +268,8 @@ class _Planner:
             return {}, []
         paths = [path for path in found if path[1:] in {("attention", name) for name in _QUERY}]
         line = (
-            f"MaxText's scores have no factor there: queries are multiplied by {1 / here:g} here, "
-            "where they have (attention_scale=1 keeps them)"
+            "MaxText gives this block's scores no factor: its queries are read times "
+            f"{1 / here:g} (attention_scale=1 takes them as they are)"
         )
         return dict.fromkeys(paths, 1 / here), [line]
 

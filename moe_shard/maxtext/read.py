@@ -32,6 +32,8 @@ from moe_shard.models.params import Params
 
 _LARGE = 2**28
 """Bytes of a shard that are read at once, where its chunks are no larger."""
+_CACHE = 2**29
+"""Bytes of chunks that are kept, for what has to be read of them again: the next device's shard."""
 _FLOATS = frozenset(
     np.dtype(dtype) for dtype in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
 )
@@ -247,15 +249,18 @@ def _open(items: Path) -> dict[str, Any]:
         ]
     driver = "zarr3" if notes.get("use_zarr3") else "zarr"
     base = f"file://{items.absolute()}/"
+    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": _CACHE}})
     opening: dict[str, Any] = {}
     for path in paths:
         folder = f"{'.'.join(path)}/"
         kvstore: Any = {"driver": "ocdbt", "base": base, "path": folder}
         if not (items / "manifest.ocdbt").is_file():
             kvstore = base + folder
-        spec = {"driver": driver, "kvstore": kvstore}
+        spec = {"driver": driver, "kvstore": kvstore, "recheck_cached_data": False}
         is_weight = weight("/".join(path)) is not None
-        opening["/".join(path)] = tensorstore.open(spec, read=True) if is_weight else None
+        opening["/".join(path)] = (
+            tensorstore.open(spec, read=True, context=context) if is_weight else None
+        )
     opened = {}
     for name, future in opening.items():
         with _reading(items, name):

@@ -282,7 +282,7 @@ def test_the_factor_of_the_scores_is_in_the_queries(mixtral: tuple[Path, Tree]) 
     wanted = expected(tree, "mixtral")
     wanted["layers.attention.query"] = 4 * wanted["layers.attention.query"]  # sqrt(16), exactly
     assert_are(read(folder, config, told.append), wanted)
-    assert any("multiplied by 4" in line for line in told)
+    assert any("read times 4 " in line for line in told)
 
 
 def test_a_run_its_checkpoints_one_of_them_or_its_items(
