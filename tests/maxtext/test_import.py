@@ -297,7 +297,7 @@ def test_a_run_its_checkpoints_one_of_them_or_its_items(
     assert find_items(tmp_path / "gone") is None
 
 
-def test_import_makes_a_folder_that_is_read_again(tmp_path: Path, mixtral: tuple[Path, Tree]) -> None:
+def test_import_makes_a_folder_that_is_read(tmp_path: Path, mixtral: tuple[Path, Tree]) -> None:
     folder, tree = mixtral
     config = config_of("mixtral", {"expert": 8})
     model = tmp_path / "model"
