@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 from moe_shard.autoep.blocks import leaves_of
@@ -195,6 +198,28 @@ def test_on_any_mesh_a_part_at_a_time(
     for large in (1, 2**28):
         monkeypatch.setattr("moe_shard.maxtext.read._LARGE", large)
         assert_are(read(folder, config_of("mixtral", sizes)), expected(tree, "mixtral"))
+
+
+def test_chunks_of_a_run_on_many_devices(
+    tmp_path: Path, mixtral: tuple[Path, Tree], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = mixtral[1]
+    mesh = annotator(config_of("mixtral", {"expert": 4, "fsdp": 2})).mesh
+
+    def spread(path: str, array: np.ndarray) -> Any:
+        if not path.startswith("params/"):
+            return array
+        axes = ("expert", None, "fsdp") if "MoeBlock_0/w" in path else ("fsdp",)
+        return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    items = write(tmp_path, {path: spread(path, array) for path, array in tree.items()})
+    chunks = ocp.PyTreeCheckpointHandler().metadata(items)
+    wi = chunks["params"]["params"]["decoder"]["layers"]["MoeBlock_0"]["wi_0"]
+    assert wi.storage.chunk_shape == (2, 2, 32, 96)
+    for large in (1, 2**28):
+        monkeypatch.setattr("moe_shard.maxtext.read._LARGE", large)
+        config = config_of("mixtral", {"expert": 8})
+        assert_are(read(tmp_path, config), expected(tree, "mixtral"))
 
 
 def test_gate_and_up_as_one_array_here(mixtral: tuple[Path, Tree]) -> None:
