@@ -16,6 +16,7 @@ from moe_shard.config.keys import shown
 from moe_shard.config.layers import COMMAND_LINE, Layer, coerced, short_name, unknown_key
 from moe_shard.config.maxtext_keys import UNSAID, MaxTextKeys
 from moe_shard.config.maxtext_model import Translation, translate_model
+from moe_shard.config.maxtext_run import KEYS as RUN_KEYS
 from moe_shard.config.maxtext_run import check_data, run_values
 from moe_shard.config.mesh import MeshConfig
 from moe_shard.config.strict_yaml import read_mapping
@@ -97,6 +98,7 @@ def read_run(
     unbuilt: dict[str, tuple[Any, str] | None] = dict(translation.unbuilt)
     unbuilt |= {key: (said[key], keys.refused[key].what) for key in asked}
     values = _same(said, given, translation, base, keys)
+    idle = _idle(translation, given, said, values, name, is_named=is_named, keys=keys)
     run_values(values, unbuilt, translation, said, given, arguments)
     check_data(said, values["dataset_type"], keys, short_name(path))
     if any(source == "base.yml" and "logical_axis_rules" in content for source, content in files):
@@ -111,6 +113,7 @@ def read_run(
         f"says nothing: {_defaults(said, given, values)}",
         *notes,
         *_said_otherwise(translation, source, given["decoder_block"]),
+        *([f"{source}: of no effect beside what else it says: {', '.join(idle)}"] if idle else []),
         *no_meaning(said, keys, source),
     ]
     layers = [Layer(source, values, unbuilt, tuple(notes))]
@@ -253,6 +256,38 @@ def refused(source: str, key: str, value: Any, keys: MaxTextKeys) -> UserError:
         f"{source}: {key}={shown(value)} asks for {refusal.what}, which is not built in this "
         f"version\nfix: {fix}"
     )
+
+
+def _idle(
+    translation: Translation,
+    given: Mapping[str, Any],
+    said: Mapping[str, Any],
+    values: Mapping[str, Any],
+    name: str,
+    *,
+    is_named: bool,
+    keys: MaxTextKeys,
+) -> list[str]:
+    """Keys whose default would come to the same: found by trying it, so that none is forgotten."""
+    told = {*translation.unread, *translation.unbuilt}
+    idle = []
+    for key in said:
+        default = keys.defaults[key]
+        if key in told or given[key] == default:
+            continue
+        if key in keys.same:
+            if key in translation.values and values[key] != given[key]:
+                idle.append(key)
+        elif key in keys.translated and key not in RUN_KEYS:
+            try:
+                other = translate_model(
+                    {**given, key: default}, frozenset(said) - {key}, name, is_named=is_named
+                )
+            except UserError:
+                continue
+            if (other.values, other.unbuilt) == (translation.values, translation.unbuilt):
+                idle.append(key)
+    return sorted(idle)
 
 
 def why_not_ragged(mesh: MeshConfig) -> str:

@@ -71,6 +71,8 @@ def translate_model(
     _attention(found, given, kind, block)
     _positions(found, given, name, kind)
     _ends(found, given)
+    if given["dropout_rate"] and given["enable_dropout"]:
+        found.unbuilt["dropout_rate"] = (given["dropout_rate"], "dropout")
     if kind in BLOCKS:
         _layers(found, given, kind)
     return found

@@ -21,6 +21,17 @@ _REMAT = {
 """MaxText's policy -> the nearest here; memory and time, not what is learned."""
 
 
+KEYS = frozenset(
+    (
+        *("base_config", "model_name", "steps", "opt_type", "weight_dtype", "mu_dtype"),
+        *("remat_policy", "profiler", "init_weights_seed", "data_shuffle_seed"),
+        *("dataset_type", "dataset_path", "tokenizer_path"),
+        "cosine_learning_rate_final_fraction",
+    )
+)
+"""Translated keys that the run's translation reads, and the model's does not."""
+
+
 def run_values(
     values: dict[str, Any],
     unbuilt: dict[str, tuple[Any, str] | None],
@@ -58,8 +69,6 @@ def run_values(
         values["weight_dtype"] = "bfloat16"
     if given["mu_dtype"] not in (*UNSAID, weight_dtype):
         unbuilt["mu_dtype"] = (given["mu_dtype"], "first moments of a dtype of their own")
-    if given["dropout_rate"] and given["enable_dropout"]:
-        unbuilt["dropout_rate"] = (given["dropout_rate"], "dropout")
     policy = given["remat_policy"]
     values["remat_policy"] = _REMAT.get(policy, policy)
     if policy in _REMAT:

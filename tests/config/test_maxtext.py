@@ -23,6 +23,7 @@ from moe_shard.config import Config, check_against_mesh, configs_dir, load_confi
 from moe_shard.config.load import base_settings, maxtext_keys
 from moe_shard.config.maxtext_blocks import BLOCKS, OTHER_BLOCKS
 from moe_shard.config.maxtext_model import translate_model
+from moe_shard.config.maxtext_run import KEYS as RUN_KEYS
 from moe_shard.config.moe import MoEConfig
 from moe_shard.errors import UserError
 from moe_shard.layers.rope import rope_frequencies
@@ -140,19 +141,14 @@ def test_what_is_called_translated_is_read_by_the_translation() -> None:
         for tied in (True, False):
             more = {"num_experts": 4, "logits_via_embedding": tied, "norm_topk_prob": False}
             more |= {"rope_type": "yarn" if tied else "llama3.1", "decoder_block": block}
-            more["scan_layers"] = False
+            more |= {"scan_layers": False, "dropout_rate": 0.5}
             recorded = Recorded({**keys.defaults, **more})
             translate_model(recorded, frozenset(more), "m", is_named=False)
             read |= recorded.read
-    by_run = {
-        *("base_config", "model_name", "steps", "opt_type", "weight_dtype", "mu_dtype"),
-        *("dropout_rate", "enable_dropout", "remat_policy", "profiler", "init_weights_seed"),
-        *("data_shuffle_seed", "dataset_type", "dataset_path", "tokenizer_path"),
-        "cosine_learning_rate_final_fraction",
-        "megablox",  # the kernel of what sparse_matmul chooses
-    }
-    assert set(keys.translated) <= read | by_run
-    assert not by_run & read
+    # megablox is the kernel of what sparse_matmul chooses.
+    assert set(keys.translated) <= read | RUN_KEYS | {"megablox"}
+    assert not RUN_KEYS & read
+    assert set(keys.translated) >= RUN_KEYS
 
 
 # ---------------------------------------------------------------- what is left out
@@ -435,6 +431,41 @@ def test_what_maxtext_would_build_otherwise_than_it_says(
     says(error(tmp_path, text), *parts)
     if "repeat" in parts[0]:
         load(tmp_path, f"{text}\nscan_layers: false\n").require_built()
+
+
+def away_from(value: Any) -> Any:
+    """Another value of the same kind."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    if isinstance(value, list):
+        return [*value, "x"]
+    return f"{value or ''}x"
+
+
+@pytest.mark.parametrize("block", [DEEPSEEK, "decoder_block: mixtral"])
+def test_no_key_is_passed_over_in_silence(tmp_path: Path, block: str) -> None:
+    """Each key away from its default: another configuration, a refusal, or a line that names it."""
+    content = {**yaml.safe_load(SMALL), **yaml.safe_load(block), "enable_dropout": False}
+    plain, silent, keys = load(tmp_path, block, "enable_dropout=false"), [], maxtext_keys()
+    path = tmp_path / "small.yml"
+    for key, default in keys.defaults.items():
+        # Of the keys that do nothing, one stands for all.
+        if key in {*keys.harmless, *keys.implied, *keys.data} and not key.startswith("enable_"):
+            continue
+        other = {**content, key: away_from(content.get(key, default))}
+        path.write_text(yaml.safe_dump(other), encoding="utf-8")
+        try:
+            config = load_config(str(path))
+        except UserError:
+            continue
+        new = [line for line in config.warnings if line not in plain.warnings]
+        same = dataclasses.replace(config, warnings=()) == dataclasses.replace(plain, warnings=())
+        if same and not any(key in line for line in new):
+            silent.append(key)
+    # What it overrides is not there, and what is already away from its default is set to it.
+    assert set(silent) <= {"override_logical_axis_rules", *content}
 
 
 # ---------------------------------------------------------------- the run
