@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from moe_shard.autoep.model import MODEL_HELP, load_model
 from moe_shard.config import list_models
-from moe_shard.errors import CommandParser
+from moe_shard.errors import CommandParser, UserError
 from moe_shard.quiet import absent_accelerators_unsaid
 
 
@@ -35,9 +35,14 @@ def main(argv: Sequence[str], prog: str = "moe-shard train") -> int:
         epilog=f"Models: {', '.join(list_models())}. Keys: configs/base.yml lists them all. "
         "steps=0 compiles and reports only.",
     )
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    # Optional to argparse only: it would say that key=value is missing as well.
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides the model's")
     args = parser.parse_args(argv)
+    if args.model is None:
+        raise UserError(
+            f"MODEL is missing\nusage: {prog} MODEL [key=value ...], for example mixtral-tiny"
+        )
     config = load_model(args.model, args.overrides)
     config.require_built()
 
