@@ -24,7 +24,7 @@ from moe_shard.autoep.model import MODEL_HELP, load_model
 from moe_shard.config import list_models
 from moe_shard.config.hardware import list_hardware
 from moe_shard.errors import EXIT_DONE, EXIT_FINDING, CommandParser, UserError
-from moe_shard.lowering.expect import VERDICTS
+from moe_shard.lowering.verdict import VERDICTS
 from moe_shard.quiet import absent_accelerators_unsaid
 
 if TYPE_CHECKING:

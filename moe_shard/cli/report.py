@@ -15,29 +15,29 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from moe_shard.errors import EXIT_DONE, EXIT_FINDING, CommandParser, UserError
-from moe_shard.lowering.expect import VERDICTS
+from moe_shard.errors import EXIT_DONE, EXIT_FINDING, CommandParser
 from moe_shard.lowering.page import Panel, page_path, write_page
 from moe_shard.lowering.report import LoweringReport, report_from_text
 from moe_shard.lowering.sources import (
+    before_optimization,
     memory_beside,
     module_file,
     parse_mesh,
+    parse_stages,
     read_text,
     recorded_mesh,
 )
+from moe_shard.lowering.verdict import VERDICTS
 
 
 def main(argv: Sequence[str], prog: str = "moe-shard report") -> int:
     """Read the module, print the report, compare the verdict."""
     arguments = _arguments(argv, prog)
-    mesh, report = _read(arguments.path, arguments)
-    if arguments.expect and mesh is None:
-        raise UserError("--expect needs the mesh: add --mesh data=1,fsdp=1,expert=8 (your sizes)")
+    report = _read(arguments.path, arguments)
     if arguments.html:
         panels = [Panel(arguments.path, report)]
         if arguments.beside:
-            panels.insert(0, Panel(arguments.beside, _read(arguments.beside, arguments)[1]))
+            panels.insert(0, Panel(arguments.beside, _read(arguments.beside, arguments)))
         write_page(page_path(arguments.html), "What the step moves", panels)
         print(f"page: {arguments.html}", file=sys.stderr)
     if arguments.json:
@@ -54,18 +54,15 @@ def main(argv: Sequence[str], prog: str = "moe-shard report") -> int:
     return EXIT_DONE
 
 
-def _read(
-    given: str, arguments: argparse.Namespace
-) -> tuple[dict[str, int] | None, LoweringReport]:
-    """The mesh of a program, where it is known, and its report."""
+def _read(given: str, arguments: argparse.Namespace) -> LoweringReport:
+    """The report of a program; its mesh is the given one, a run's, or that of the text."""
     path = module_file(given)
-    text = read_text(path)
-    mesh = parse_mesh(arguments.mesh) if arguments.mesh else recorded_mesh(path)
-    axes = expert_axes(arguments.expert_axes, mesh or {})
-    return mesh, report_from_text(
-        text,
-        mesh=mesh,
-        expert_axes=axes,
+    return report_from_text(
+        read_text(path),
+        mesh=parse_mesh(arguments.mesh) if arguments.mesh else recorded_mesh(path),
+        expert_axes=expert_axes(arguments.expert_axes),
+        before=before_optimization(path),
+        stages=parse_stages(arguments.stages) if arguments.stages else None,
         memory=memory_beside(path),
         count_further_rounds=arguments.further_rounds,
     )
@@ -74,8 +71,21 @@ def _read(
 def _arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
     parser = CommandParser(prog=prog, description="The collectives of a compiled program.")
     parser.add_argument("path", metavar="PATH", help="HLO text, dump folder, run folder, or -")
-    parser.add_argument("--mesh", help="axis=size,... in device order, e.g. data=1,fsdp=1,expert=8")
-    parser.add_argument("--expert-axes", help="mesh axes of the experts (default: expert)")
+    parser.add_argument(
+        "--mesh",
+        help="axis=size,... in device order, e.g. data=1,fsdp=1,expert=8, where the text does not "
+        "name it",
+    )
+    parser.add_argument(
+        "--expert-axes",
+        metavar="AXES",
+        help="mesh axes of the experts (default: expert, or those that split the experts' weights)",
+    )
+    parser.add_argument(
+        "--stages",
+        metavar="WORD=STAGE,...",
+        help="scopes of your own and the stages they stand for, e.g. wi_0=experts,gate=router",
+    )
     parser.add_argument("--expect", choices=VERDICTS, help="exit with 1 on any other verdict")
     parser.add_argument(
         "--further-rounds",
@@ -94,18 +104,6 @@ def _arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
     return arguments
 
 
-def expert_axes(text: str | None, mesh: dict[str, int]) -> list[str]:
-    """Read --expert-axes, which must be axes of the mesh where that is known.
-
-    Raises:
-        UserError: the mesh has no such axis.
-    """
-    if text is None:
-        return ["expert"]
-    axes = [axis.strip() for axis in text.split(",")]
-    unknown = [axis for axis in axes if mesh and axis not in mesh]
-    if unknown:
-        raise UserError(
-            f"--expert-axes: the mesh has no axis {', '.join(unknown)}; it has {', '.join(mesh)}"
-        )
-    return axes
+def expert_axes(text: str | None) -> list[str] | None:
+    """Read --expert-axes; None where it is not given."""
+    return None if text is None else [axis.strip() for axis in text.split(",")]

@@ -25,8 +25,8 @@ from rich.console import Console
 
 from moe_shard.cli.report import expert_axes
 from moe_shard.errors import EXIT_FINDING, CommandParser, UserError
-from moe_shard.lowering.expect import VERDICTS
 from moe_shard.lowering.sources import parse_mesh
+from moe_shard.lowering.verdict import VERDICTS
 from moe_shard.watching.child import CannotStart, Child, end_as, hold_signals, interrupted
 from moe_shard.watching.dumps import CACHE, Dumps
 from moe_shard.watching.programs import Expectation, Program, Programs
@@ -48,7 +48,7 @@ def main(argv: Sequence[str], prog: str = "moe-shard watch") -> int:
     """Start the command, read along, end as it ends."""
     arguments, command = _arguments(argv, prog)
     mesh = parse_mesh(arguments.mesh) if arguments.mesh else None
-    axes = expert_axes(arguments.expert_axes, mesh or {})
+    axes = expert_axes(arguments.expert_axes)
     programs = Programs(mesh, axes, everything=arguments.all)
     expectation = Expectation(arguments.expect) if arguments.expect else None
     mask = hold_signals()
@@ -230,7 +230,10 @@ def _arguments(argv: Sequence[str], prog: str) -> tuple[argparse.Namespace, list
         help="at the end print one JSON object; what COMMAND prints goes to standard error",
     )
     parser.add_argument("--mesh", help="axis=size,... in device order, e.g. data=1,fsdp=1,expert=8")
-    parser.add_argument("--expert-axes", help="mesh axes of the experts (default: expert)")
+    parser.add_argument(
+        "--expert-axes",
+        help="mesh axes of the experts (default: expert, or those that split the experts' weights)",
+    )
     parser.add_argument("--all", action="store_true", help="show every program, also small ones")
     parser.add_argument(
         "--keep-cache",

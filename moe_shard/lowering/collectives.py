@@ -13,12 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from moe_shard.errors import UserError
 from moe_shard.lowering.hlo import Computation, HloParseError, Instruction, Module, parse_module
 from moe_shard.lowering.mesh_axes import UNKNOWN_AXES, MeshAxes
 from moe_shard.lowering.op_names import classify, merged_names
+from moe_shard.lowering.program_mesh import ProgramMesh, program_mesh
 from moe_shard.lowering.replica_groups import parse_groups, parse_pairs
+from moe_shard.lowering.roles import EXPERT_AXIS, Roles
 from moe_shard.lowering.shape_check import sizes_fit
 from moe_shard.lowering.shapes import shape_bytes, tuple_elements
+from moe_shard.lowering.shardings import shardings_before_optimization
 from moe_shard.lowering.spellings import (
     hands_on_what_it_exchanges,
     implements,
@@ -47,8 +51,7 @@ class Collective:
 
     Attributes:
         kind: one of `walk.KINDS`.
-        axes: the mesh axes it runs along; empty when no mesh was given, `("?",)` when its groups
-            are those of no set of axes.
+        axes: the mesh axes it runs along; `("?",)` when its groups are those of no set of axes.
         scope: the stage of the model, see `op_names.SCOPES`; or "other".
         pass_: "forward", "backward", "optimizer" or "unknown".
         count: executions per step.
@@ -61,6 +64,9 @@ class Collective:
         group: devices that take part in one exchange; of a permute a sender and its receiver.
         implements: "all-gather" or "reduce-scatter" for a permute or an all-reduce that stands
             for one, see `spellings`; else "".
+        role: what it is for, one of `roles.ROLES`.
+        parameter: paths of the parameters that it moves, or whose gradients it sums; None for data.
+        of_experts: these are weights of experts, or it moves the rows that experts work on.
     """
 
     kind: str
@@ -76,6 +82,9 @@ class Collective:
     source: str | None
     group: tuple[int, ...]
     implements: str = ""
+    role: str = "unknown"
+    parameter: tuple[str, ...] | None = None
+    of_experts: bool = False
 
     @property
     def group_size(self) -> int:
@@ -101,6 +110,8 @@ class Collective:
             "spmd_generated": self.spmd_generated,
             "op_name": self.op_name,
             "source": self.source,
+            "role": self.role,
+            "parameter": None if self.parameter is None else list(self.parameter),
         }
 
 
@@ -113,17 +124,28 @@ class Extraction:
         walk: how often it executes its computations.
         at: {(computation, instruction): the collective it starts}, in the order of the text.
         warnings: one sentence each.
+        mesh: the program's, and where its names are from.
+        roles: what the program's values derive from.
+        expert_axes: the mesh axes of the experts, those of size 1 left out.
     """
 
     module: Module
     walk: Executions
     at: dict[tuple[str, str], Collective]
     warnings: tuple[str, ...]
+    mesh: ProgramMesh
+    roles: Roles
+    expert_axes: tuple[str, ...]
 
     @property
     def collectives(self) -> tuple[Collective, ...]:
         """In the order of the text."""
         return tuple(self.at.values())
+
+    @property
+    def along(self) -> dict[tuple[str, str], tuple[str, ...]]:
+        """{collective: the mesh axes that it runs along}."""
+        return {site: each.axes for site, each in self.at.items()}
 
 
 @dataclass(frozen=True)
@@ -142,15 +164,23 @@ def extract_collectives(
     text: str,
     mesh: Mapping[str, int] | None = None,
     device_ids: Sequence[int] | None = None,
+    *,
+    expert_axes: Sequence[str] | None = None,
+    before: str | None = None,
+    stages: Mapping[str, str] | None = None,
     count_further_rounds: bool = False,
 ) -> Extraction:
     """Read the collectives of an HLO module.
 
     Args:
         text: the HLO text after optimization.
-        mesh: {axis: size} in the order in which the devices are laid out; without it the axes of
-            the collectives stay empty.
+        mesh: {axis: size} in the order in which the devices are laid out; without it, the mesh that
+            the text names.
         device_ids: the device at each position of the mesh, where that is not 0, 1, 2, ...
+        expert_axes: the mesh axes of the experts; without them, the axis called "expert", or, where
+            there is none, those over which the experts' weights are split.
+        before: the same module before optimization, which names the mesh where `text` does not.
+        stages: {a word of a scope: the stage it stands for}, beside those that are known.
         count_further_rounds: take the loops of this package's further MoE exchanges, which run
             only where a router exceeds what one exchange holds, as running once.
 
@@ -161,12 +191,23 @@ def extract_collectives(
     early = module.is_before_optimization
     # A traced program does not know yet how many devices it is for.
     placed = None if early and module.num_devices == 1 else mesh
-    axes = None if placed is None else MeshAxes(placed, module.num_devices, device_ids)
-    walk = Executions(module, count_further_rounds)
+    known = program_mesh(module, text, placed, device_ids, before)
+    axes = MeshAxes(known.sizes, module.num_devices, known.device_ids)
+    named = expert_axes
+    if named is None:
+        named = (EXPERT_AXIS,) if EXPERT_AXIS in known.sizes else None
+    elif strangers := [axis for axis in named if axis not in known.sizes]:
+        raise UserError(
+            f"the mesh has no axis {', '.join(strangers)} for the experts\n"
+            f"fix: --expert-axes with one of {', '.join(known.sizes)}"
+        )
+    shardings = shardings_before_optimization(before) if before is not None else None
+    walk = Executions(module, count_further_rounds, stages)
+    roles = Roles(module, axes, named or (), shardings)
     sites = _sites(walk)
     rings = _rings(module, sites)
     found = {
-        (site.computation.name, site.instruction.name): _collective(module, site, axes, rings)
+        (site.computation.name, site.instruction.name): _collective(walk, site, axes, rings, roles)
         for site in sites
     }
     warnings = [_BEFORE_OPTIMIZATION] if early else []
@@ -186,7 +227,10 @@ def extract_collectives(
     warnings += unlisted(walk)
     if strange := sum(each.axes == UNKNOWN_AXES for each in found.values()):
         warnings.append(f"{strange} collectives run along no set of mesh axes (shown as '?')")
-    return Extraction(module, walk, found, tuple(warnings))
+    along = {site: each.axes for site, each in found.items()}
+    axes_of_experts = roles.expert_axes(along) if named is None else named
+    split = [axis for axis in axes_of_experts if known.sizes.get(axis, 1) > 1]
+    return Extraction(module, walk, found, tuple(warnings), known, roles, tuple(split))
 
 
 def _sites(walk: Executions) -> list[_Site]:
@@ -294,15 +338,19 @@ def _async_part(computation: Computation) -> str:
 
 
 def _collective(
-    module: Module, site: _Site, axes: MeshAxes | None, rings: Mapping[int, str]
+    walk: Executions, site: _Site, axes: MeshAxes, rings: Mapping[int, str], roles: Roles
 ) -> Collective:
+    module = walk.module
     instruction = site.instruction
     named = _named(site)
-    scope, pass_ = classify(_that_weigh(named.op_name, site) if named else "")
+    scope, pass_ = classify(_that_weigh(named.op_name, site) if named else "", walk.stages)
     if named is not site.instruction and scope == "experts" and site.kind in EXCHANGES:
         scope = _stage_of_exchange(site, pass_)
     along, group = _groups(module, site, axes)
     size = _output_bytes(site, len(group))
+    role = roles.of((site.computation.name, instruction.name), site.kind, _operand_bytes(site))
+    if scope == "other":
+        scope = role.stage(pass_)
     return Collective(
         kind=site.kind,
         axes=along,
@@ -317,7 +365,15 @@ def _collective(
         source=module.source(named or instruction),
         group=group,
         implements=rings.get(instruction.line_number, "") or _spelled(module, site, len(group)),
+        role=role.name,
+        parameter=roles.paths(role.parameters) or None,
+        of_experts=role.of_experts,
     )
+
+
+def _operand_bytes(site: _Site) -> list[int]:
+    shapes = [site.computation.instruction(name).shape for name in site.instruction.operands]
+    return [shape_bytes(shape) for shape in shapes]
 
 
 def _that_weigh(op_name: str, site: _Site) -> str:
@@ -340,9 +396,7 @@ def _spelled(module: Module, site: _Site, group_size: int) -> str:
     return spelled_by_all_reduce(module, inner, site.caller, group_size)
 
 
-def _groups(
-    module: Module, site: _Site, axes: MeshAxes | None
-) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def _groups(module: Module, site: _Site, axes: MeshAxes) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """The axes, and one of the groups: of those of a permute the one that reaches farthest."""
     attributes = site.instruction.attributes
     devices = module.num_devices
@@ -350,7 +404,7 @@ def _groups(
         if site.kind == "collective-permute":
             pairs = parse_pairs(attributes.get("source_target_pairs", ""))
             farthest = max(pairs, key=lambda pair: abs(pair[0] - pair[1]), default=(0, 0))
-            return (axes.of_pairs(pairs) if axes else ()), farthest
+            return axes.of_pairs(pairs), farthest
         groups = parse_groups(attributes.get("replica_groups", "{}"), devices)
     except HloParseError as error:
         raise HloParseError(f"HLO line {site.instruction.line_number}: {error}") from error
@@ -363,7 +417,7 @@ def _groups(
     if over_replicas and "channel_id" in attributes:
         width = module.num_partitions
         groups = [[r * width + p for r in group for p in range(width)] for group in groups]
-    return (axes.of_groups(groups) if axes else ()), max(map(tuple, groups), key=len)
+    return axes.of_groups(groups), max(map(tuple, groups), key=len)
 
 
 def _output_bytes(site: _Site, group_size: int) -> int:

@@ -18,6 +18,7 @@ from rich.markup import escape
 
 from moe_shard.errors import UserError
 from moe_shard.lowering.report import report_from_text
+from moe_shard.lowering.shardings import has_names
 from moe_shard.lowering.sources import (
     RECORD,
     STANDARD_INPUT,
@@ -255,9 +256,17 @@ def load_pair(
                 f"--mesh-{name}: {side.source} records its mesh, {_mesh(side)}\n"
                 f"fix: leave --mesh-{name} out"
             )
-    if not first.mesh and second.mesh and first.num_devices == second.num_devices:
+    if (
+        not has_names(first.mesh)
+        and has_names(second.mesh)
+        and first.num_devices == second.num_devices
+    ):
         first = load(a, second.mesh) if a != STANDARD_INPUT else first
-    elif not second.mesh and first.mesh and first.num_devices == second.num_devices:
+    elif (
+        not has_names(second.mesh)
+        and has_names(first.mesh)
+        and first.num_devices == second.num_devices
+    ):
         second = load(b, first.mesh) if b != STANDARD_INPUT else second
     return first, second
 

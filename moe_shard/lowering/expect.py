@@ -1,55 +1,11 @@
-"""What a program should do, said as a verdict or as an assertion in anyone's test."""
+"""What a program should do, as an assertion in anyone's test."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from moe_shard.lowering.collectives import Collective, extract_collectives
-from moe_shard.lowering.mesh_axes import UNKNOWN_AXES
-from moe_shard.lowering.op_names import MOE_SCOPES
-from moe_shard.lowering.walk import EXCHANGES
-
-VERDICTS = ("expert-parallel", "weight-gathered", "mixed", "no-expert-parallelism")
-
-# The router's own exchanges (its gradient, top-k scores) are no sign of gathered weights.
-_WEIGHT_SCOPES = frozenset(MOE_SCOPES) - {"router"}
-# Scalars, token counts and offsets: up to 256 experts of 4 bytes.
-_SMALL_BYTES = 1024
-# Indices and scores beside the tokens of dispatch and combine. In `experts` there are none.
-_SMALL_FRACTION = 16
-
-
-def verdict(collectives: Iterable[Collective], expert_axes: Sequence[str]) -> str:
-    """Say whether the experts are expert-parallel or silently FSDP.
-
-    Args:
-        collectives: those of the whole step, with axes.
-        expert_axes: the mesh axes of size above 1 that the experts are sharded along.
-
-    Returns:
-        One of `VERDICTS`. A gather along axes that could not be told ("?") counts as one along the
-        expert axis: the verdict must not flatter.
-    """
-    wanted = set(expert_axes)
-    if not wanted:
-        return "no-expert-parallelism"
-    inside = [
-        each
-        for each in collectives
-        if each.scope in _WEIGHT_SCOPES and (wanted & set(each.axes) or each.axes == UNKNOWN_AXES)
-    ]
-    largest = max((each.bytes for each in inside), default=0)
-    gathered = any(
-        each.kind not in EXCHANGES
-        and each.bytes > _SMALL_BYTES
-        and (each.scope == "experts" or each.bytes * _SMALL_FRACTION > largest)
-        for each in inside
-    )
-    exchanged = any(each.kind in EXCHANGES and each.axes != UNKNOWN_AXES for each in inside)
-    if gathered:
-        return "mixed" if exchanged else "weight-gathered"
-    return "expert-parallel" if exchanged else "no-expert-parallelism"
 
 
 def mesh_sizes(mesh: Any) -> dict[str, int] | None:

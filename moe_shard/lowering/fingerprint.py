@@ -17,7 +17,7 @@ from typing import Any
 
 from moe_shard.errors import UserError
 from moe_shard.lowering.diff import Key, Lowering, Sums, compare, from_object
-from moe_shard.lowering.expect import VERDICTS
+from moe_shard.lowering.verdict import VERDICTS
 
 MEMORY_TOLERANCE = 0.05
 _FIELDS = ("count", "bytes", "wire_bytes")

@@ -125,6 +125,10 @@ class Instruction:
         """The computations it calls, by role, e.g. `{"body": "region_0.1"}`."""
         return dict(_called(self.attribute_text))
 
+    def branches(self) -> list[str]:
+        """The computations of a conditional, each of which takes the operand at its place."""
+        return [name for _, name in _called(self.attribute_text)]
+
 
 def integer_of(text: str, key: str) -> int | None:
     """The number in `key=number`, strings aside; None where there is none."""

@@ -8,11 +8,29 @@ of ops that it merges: `a;b`, or `prefix/(a:b)` where they share a prefix.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from moe_shard.scopes import MOE_SCOPES, SCOPES
 
 __all__ = ["MOE_SCOPES", "SCOPES", "classify", "merged_names"]
+
+FOREIGN: Mapping[str, str] = {
+    # Flax's modules, which name a scope after their class.
+    "MultiHeadDotProductAttention_0": "attention",
+    "MultiHeadAttention_0": "attention",
+    "SelfAttention_0": "attention",
+    "Embed_0": "embedding",
+    # MaxText's.
+    "self_attention": "attention",
+    "attention_op": "attention",
+    "token_embedder": "embedding",
+    "logits_dense": "logits",
+    "gate": "router",
+    "wi_0": "experts",
+    "wi_1": "experts",
+    "gmm": "experts",
+}
+"""Scopes of other packages -> the stage here."""
 
 # `jit(loss)` names a function, not a scope.
 _FUNCTION = re.compile(r"\bp?jit\([^()]*\)")
@@ -21,14 +39,19 @@ _WORD = re.compile(r"[A-Za-z_][\w\-]*")
 _PRECEDENCE = ("experts", "dispatch", "combine")
 
 
-def classify(op_name: str) -> tuple[str, str]:
+def classify(op_name: str, stages: Mapping[str, str] | None = None) -> tuple[str, str]:
     """Scope and pass of an op_name.
+
+    Args:
+        op_name: the path.
+        stages: {a word of the path: the stage it stands for}, beside `SCOPES` and `FOREIGN`.
 
     Returns:
         The innermost of `SCOPES` in the path, or "other"; and "forward", "backward", "optimizer",
         or "unknown" when the name is no path of a traced program.
     """
-    parts = [(_scope(part), part) for part in merged_names(op_name)]
+    known = {**FOREIGN, **(stages or {})}
+    parts = [(_scope(part, known), part) for part in merged_names(op_name)]
     named = [each for each in parts if each[0] != "other"]
     for scope in _PRECEDENCE:
         if found := [each for each in named if each[0] == scope]:
@@ -40,9 +63,10 @@ def classify(op_name: str) -> tuple[str, str]:
     return scope, "backward" if "backward" in passes else (passes or ["unknown"])[0]
 
 
-def _scope(part: str) -> str:
+def _scope(part: str, known: Mapping[str, str]) -> str:
     words = _WORD.findall(_FUNCTION.sub("", part))
-    return next((word for word in reversed(words) if word in SCOPES), "other")
+    named = (known.get(word, word) for word in reversed(words))
+    return next((word for word in named if word in SCOPES), "other")
 
 
 def _pass(scope: str, part: str) -> str:

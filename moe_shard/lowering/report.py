@@ -14,8 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe_shard.lowering.collectives import Collective, Extraction, extract_collectives
-from moe_shard.lowering.expect import verdict
 from moe_shard.lowering.remat_warnings import count_lines, summarize
+from moe_shard.lowering.verdict import judge
 from moe_shard.units import human_bytes
 
 _VERDICT_STYLES = {
@@ -23,8 +23,8 @@ _VERDICT_STYLES = {
     "weight-gathered": "bold red",
     "mixed": "bold yellow",
     "no-expert-parallelism": "bold",
+    "unknown": "bold magenta",
 }
-_NO_MESH = "no mesh given: the collectives have no axes and there is no verdict"
 
 # Marks that only one backend leaves in optimized HLO.
 _TPU = re.compile(r"\d:T\(\d|\{:T\(\d")
@@ -39,14 +39,15 @@ class LoweringReport:
     Attributes:
         backend: "cpu", "tpu", "gpu" or "unknown".
         num_devices: devices that run the program.
-        mesh: {axis: size} in device order; empty when it was not given.
-        verdict: one of `expect.VERDICTS`; None without a mesh.
+        mesh: {axis: size} in device order; axis_0, axis_1, ... where no names are known.
+        verdict: one of `verdict.VERDICTS`; None for a step that was not compiled.
         collectives: in the order of the program text.
         totals: {kind: {"count", "bytes"}} per step, bytes being output bytes per device.
         memory: bytes per device as of `memory_from_compiled`, or None.
         warnings: what could not be told, one sentence each.
         rematerializations: how often the partitioner replicated a tensor to re-shard it.
         extraction: what the table was read from; None for a step that was not compiled.
+        reasons: what the verdict rests on, a line each.
     """
 
     backend: str
@@ -59,6 +60,7 @@ class LoweringReport:
     warnings: tuple[str, ...]
     rematerializations: int = 0
     extraction: Extraction | None = field(default=None, repr=False, compare=False)
+    reasons: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The object of `lowering.json` and `moe-shard report --json`."""
@@ -78,6 +80,8 @@ class LoweringReport:
         if self.verdict is not None:
             style = _VERDICT_STYLES[self.verdict]
             console.print(f"verdict: [{style}]{self.verdict}[/] (as compiled for {self.backend})")
+            for reason in self.reasons:
+                console.print(f"  {escape(reason)}", soft_wrap=True)
         if self.memory is not None:
             sizes = (
                 f"{key.removesuffix('_bytes')} {human_bytes(n)}" for key, n in self.memory.items()
@@ -123,7 +127,9 @@ def report_from_text(
     text: str,
     *,
     mesh: Mapping[str, int] | None = None,
-    expert_axes: Sequence[str] = ("expert",),
+    expert_axes: Sequence[str] | None = None,
+    before: str | None = None,
+    stages: Mapping[str, str] | None = None,
     memory: dict[str, int] | None = None,
     backend: str | None = None,
     partitioner_log: Sequence[str] = (),
@@ -133,8 +139,12 @@ def report_from_text(
 
     Args:
         text: `Compiled.as_text()` or the `*after_optimizations.txt` of an XLA dump.
-        mesh: {axis: size} in the order in which the devices are laid out.
-        expert_axes: the mesh axes that the experts are sharded along.
+        mesh: {axis: size} in the order in which the devices are laid out; without it, that which
+            the text names.
+        expert_axes: the mesh axes of the experts; without them, the axis called "expert", or, where
+            there is none, those over which the experts' weights are split.
+        before: the text of the module before optimization, which names the mesh.
+        stages: {a word of a scope: the stage it stands for}, beside those that are known.
         memory: bytes per device, see `memory_from_compiled`.
         backend: "cpu", "tpu" or "gpu"; guessed from the text when None.
         partitioner_log: what `remat_lines` collected while the text was compiled.
@@ -143,8 +153,15 @@ def report_from_text(
     Raises:
         UserError: when the text is not one whole HLO module, or the mesh is not of its size.
     """
-    extraction = extract_collectives(text, mesh, count_further_rounds=count_further_rounds)
-    sharded = [axis for axis in expert_axes if (mesh or {}).get(axis, 1) > 1]
+    extraction = extract_collectives(
+        text,
+        mesh,
+        expert_axes=expert_axes,
+        before=before,
+        stages=stages,
+        count_further_rounds=count_further_rounds,
+    )
+    verdict = judge(extraction)
     totals: dict[str, dict[str, int]] = {}
     for each in extraction.collectives:
         total = totals.setdefault(each.kind, {"count": 0, "bytes": 0})
@@ -153,19 +170,28 @@ def report_from_text(
     return LoweringReport(
         backend=backend or guess_backend(text),
         num_devices=extraction.module.num_devices,
-        mesh=dict(mesh or {}),
-        verdict=None if mesh is None else verdict(extraction.collectives, sharded),
+        mesh=extraction.mesh.sizes,
+        verdict=verdict.name,
         collectives=extraction.collectives,
         totals=totals,
         memory=memory,
         warnings=(
             *extraction.warnings,
             *summarize(partitioner_log, extraction.module),
-            *([_NO_MESH] if mesh is None else []),
+            *_unnamed(extraction),
         ),
         rematerializations=count_lines(partitioner_log),
         extraction=extraction,
+        reasons=verdict.reasons,
     )
+
+
+def _unnamed(extraction: Extraction) -> list[str]:
+    """What to say of a mesh that only the devices' numbers tell."""
+    if extraction.mesh.origin != "unnamed" or not extraction.collectives:
+        return []
+    names = ",".join(f"{axis}={size}" for axis, size in extraction.mesh.sizes.items())
+    return [f"the text does not name its mesh: it is shown as {names}, --mesh gives it names"]
 
 
 def guess_backend(text: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_shard.errors import UserError
+from moe_shard.lowering.op_names import SCOPES
 
 HLO_SUFFIX = "after_optimizations.txt"
 RECORD = "lowering.json"
@@ -132,6 +133,39 @@ def recorded_mesh(path: Path | None) -> dict[str, int] | None:
         return {str(axis): int(size) for axis, size in mesh.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{record} holds no mesh: give --mesh") from error
+
+
+def before_optimization(path: Path | None) -> str | None:
+    """The text of the module before optimization that XLA dumped beside an optimized one.
+
+    Args:
+        path: of the optimized module; None for standard input.
+    """
+    if path is None or not path.name.endswith(HLO_SUFFIX):
+        return None
+    # module_0042.jit_step.cpu_after_optimizations.txt -> module_0042.jit_step.before_...; on TPU
+    # module_0042.jit_step.cl_123.after_optimizations.txt -> module_0042.jit_step.cl_123.before_...
+    stem = re.sub(r"\.[a-z_]*$", "", path.name.removesuffix(HLO_SUFFIX))
+    return _read_if_there(path.with_name(f"{stem}.before_optimizations.txt")) or None
+
+
+def parse_stages(text: str) -> dict[str, str]:
+    """Scopes as a person types them: `wi_0=experts,gate=router`.
+
+    Raises:
+        UserError: written in another way, or no stage is called so.
+    """
+    stages: dict[str, str] = {}
+    for item in text.split(","):
+        word, equals, stage = (part.strip() for part in item.partition("="))
+        if not word or not equals:
+            raise UserError(f"--stages: cannot read {item!r}; write it as wi_0=experts,gate=router")
+        if stage not in SCOPES:
+            raise UserError(
+                f"--stages: there is no stage {stage!r}\nfix: one of {', '.join(SCOPES)}"
+            )
+        stages[word] = stage
+    return stages
 
 
 def parse_mesh(text: str, option: str = "--mesh") -> dict[str, int]:

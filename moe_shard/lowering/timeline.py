@@ -270,7 +270,7 @@ class _Run:
         elif opcode == "call":
             self._repeat(self._module.called_by(instruction, "to_apply"), 1, wire)
         elif opcode == "conditional":
-            for branch in instruction.called().values():  # as if every branch ran
+            for branch in instruction.branches():  # as if every branch ran
                 self._repeat(self._module.computations[branch], 1, wire)
         else:
             self._work(computation, instruction, wire)

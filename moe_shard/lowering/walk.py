@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from moe_shard.lowering.hlo import Computation, HloParseError, Instruction, Module, bad_line
 from moe_shard.lowering.loops import TripCounts
@@ -46,6 +46,7 @@ class Executions:
 
     Attributes:
         module: what is visited.
+        stages: {a word of a scope: the stage it stands for}, beside those that are known.
         order: the computations the entry reaches, each after all that call it.
         counts: {name of a computation: executions per step}.
         asynchronous: names of those that run beside other work.
@@ -57,19 +58,26 @@ class Executions:
         warnings: what could not be told, one sentence each.
     """
 
-    def __init__(self, module: Module, count_further_rounds: bool = False) -> None:
+    def __init__(
+        self,
+        module: Module,
+        count_further_rounds: bool = False,
+        stages: Mapping[str, str] | None = None,
+    ) -> None:
         """Visit a module.
 
         Args:
             module: what is visited.
             count_further_rounds: take the loops that run only where a router exceeds a bound as
                 running once; else as not running.
+            stages: {a word of a scope: the stage it stands for}, beside those that are known.
 
         Raises:
             HloParseError: there is something between devices that is not known here, or what the
                 calls say does not fit together.
         """
         self.module = module
+        self.stages = dict(stages or {})
         self.warnings: list[str] = []
         self.further_rounds = 0
         self._trips_of_further_rounds = int(count_further_rounds)

@@ -192,10 +192,10 @@ def scope_of(walk: Executions, computation: Computation, instruction: Instructio
     while not instruction.op_name and computation.name in walk.callers:
         computation, instruction = walk.callers[computation.name]
     if instruction.op_name:
-        return classify(instruction.op_name)[0]
+        return classify(instruction.op_name, walk.stages)[0]
     around = (*instruction.operands, *computation.users(instruction.name))
     names = (computation.instruction(name).op_name for name in around)
-    return classify(";".join(filter(None, names)))[0]
+    return classify(";".join(filter(None, names)), walk.stages)[0]
 
 
 def flops_by_scope(walk: Executions) -> Counter[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from moe_shard.errors import UserError, first_line
 from moe_shard.lowering.report import LoweringReport, report_from_text
-from moe_shard.lowering.sources import memory_beside, read_text
+from moe_shard.lowering.sources import before_optimization, memory_beside, read_text
 from moe_shard.lowering.work import flops_by_scope
 
 SMALLER = 100
@@ -63,7 +63,7 @@ class Programs:
 
     Attributes:
         mesh: {axis: size} as the person gave it, or None.
-        expert_axes: the mesh axes of the experts.
+        expert_axes: the mesh axes of the experts, as the person gave them, or None.
         everything: show all of them.
         shown: those that were shown.
         passed_over: how many were not.
@@ -72,7 +72,7 @@ class Programs:
     """
 
     mesh: Mapping[str, int] | None = None
-    expert_axes: Sequence[str] = ("expert",)
+    expert_axes: Sequence[str] | None = None
     everything: bool = False
     shown: list[Program] = field(default_factory=list)
     passed_over: int = 0
@@ -109,7 +109,7 @@ class Programs:
         if devices == 1 and not self.everything:
             self.passed_over += 1
             return None
-        report = self._report(text, devices, memory_beside(path))
+        report = self._report(path, text, devices)
         assert report.extraction is not None
         flops = sum(flops_by_scope(report.extraction.walk).values())
         self._largest = max(self._largest, flops)
@@ -128,14 +128,15 @@ class Programs:
         self.shown.append(program)
         return program
 
-    def _report(self, text: str, devices: int, memory: dict[str, int] | None) -> LoweringReport:
+    def _report(self, path: Path, text: str, devices: int) -> LoweringReport:
         given = self.mesh and math.prod(self.mesh.values())
         fits = given is None or given == devices
         report = report_from_text(
             text,
             mesh=self.mesh if fits else None,
-            expert_axes=self.expert_axes,
-            memory=memory,
+            expert_axes=self.expert_axes if fits else None,
+            before=before_optimization(path),
+            memory=memory_beside(path),
         )
         if fits:
             return report
@@ -149,7 +150,7 @@ class Expectation:
     """A verdict that every program of weight should have.
 
     Attributes:
-        verdict: one of `expect.VERDICTS`.
+        verdict: one of `verdict.VERDICTS`.
     """
 
     verdict: str

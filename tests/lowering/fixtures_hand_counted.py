@@ -38,7 +38,7 @@ HAND_COUNTED: dict[str, tuple[dict[str, int], str, str, list[Row]]] = {
     ),
     "cpu_scan": (
         {"fsdp": 2, "expert": 4},
-        "expert-parallel",
+        "no-expert-parallelism",  # rows are exchanged, and no product of experts takes them
         "cpu",
         [
             ("all-to-all", "expert", "combine", "forward", 2 * 3 * 5, 512),
@@ -60,7 +60,7 @@ HAND_COUNTED: dict[str, tuple[dict[str, int], str, str, list[Row]]] = {
     "cpu_none": ({"data": 8}, "no-expert-parallelism", "unknown", []),
     "tpu_moe": (
         {"fsdp": 2, "expert": 4},
-        "expert-parallel",
+        "unknown",  # cut: what its fusions compute is not in the text
         "tpu",
         [
             ("all-to-all", "expert", "dispatch", "forward", 6, 128 * MIB),
@@ -78,7 +78,7 @@ HAND_COUNTED: dict[str, tuple[dict[str, int], str, str, list[Row]]] = {
     ),
     "gpu_moe": (
         {"fsdp": 2, "expert": 4},
-        "expert-parallel",
+        "unknown",  # cut: what its fusions compute is not in the text
         "gpu",
         [
             ("all-to-all", "expert", "dispatch", "forward", 6, 128 * MIB),
@@ -106,7 +106,7 @@ HAND_COUNTED: dict[str, tuple[dict[str, int], str, str, list[Row]]] = {
     ),
     "tpu_kernel": (
         {"expert": 8},
-        "expert-parallel",
+        "unknown",  # what the kernel makes of the weights is not in the text
         "tpu",
         [
             ("all-to-all", "expert", "dispatch", "forward", 1, 8 * 128 * 256 * 2),
@@ -115,7 +115,7 @@ HAND_COUNTED: dict[str, tuple[dict[str, int], str, str, list[Row]]] = {
     ),
     "tpu_gathered": (
         {"expert": 8},
-        "weight-gathered",
+        "unknown",  # cut: what its fusions compute is not in the text
         "tpu",
         [
             # Three windowed loops of 2 trips (0, 2 < 4), four permutes in each, in 8 layers; and

@@ -68,12 +68,12 @@ def test_every_source_is_a_line_of_the_program(name: str) -> None:
         assert line.isdecimal()
 
 
-def test_without_a_mesh_nothing_is_inferred() -> None:
+def test_a_mesh_without_names_is_counted_from_the_text() -> None:
     report = report_from_text(read("cpu_moe"))
-    assert report.verdict is None
-    assert {each.axes for each in report.collectives} == {()}
-    assert {each.group_size for each in report.collectives} == {8}
-    assert any("no mesh" in warning for warning in report.warnings)
+    assert report.mesh == {"axis_0": 8}
+    assert report.verdict == "expert-parallel"
+    assert {each.axes for each in report.collectives} == {("axis_0",)}
+    assert any("does not name its mesh" in warning for warning in report.warnings)
 
 
 def test_wire_bytes() -> None:

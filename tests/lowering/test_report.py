@@ -26,7 +26,7 @@ MESH = {"data": 1, "fsdp": 1, "expert": 8}
 MESH_TEXT = "data=1,fsdp=1,expert=8"
 CONTRACT = {"backend", "num_devices", "mesh", "verdict", "collectives", "totals", "memory"}
 COLLECTIVE = ["kind", "axes", "scope", "pass", "count", "bytes", "wire_bytes", "async"]
-COLLECTIVE += ["spmd_generated", "op_name", "source"]
+COLLECTIVE += ["spmd_generated", "op_name", "source", "role", "parameter"]
 
 
 def rendered(name: str, **options: object) -> str:
@@ -57,11 +57,11 @@ def test_table() -> None:
     assert "argument 1.5 kB, output 20 B, total 2.5 MB" in text
 
 
-def test_table_without_a_mesh_gives_the_size_of_the_groups() -> None:
+def test_table_without_a_mesh_counts_its_axes() -> None:
     text = rendered("cpu_moe")
-    assert "groups of 8" in text
-    assert "verdict:" not in text
-    assert "warning: no mesh given" in text
+    assert "axis_0 8" in text
+    assert "verdict: expert-parallel" in text
+    assert "warning: the text does not name its mesh: it is shown as axis_0=8" in text
 
 
 def test_same_rows_are_added_up() -> None:
@@ -132,7 +132,9 @@ def test_other_expert_axes() -> None:
     gathered = str(FOLDER / "cpu_gathered.txt")
     arguments = (gathered, "--mesh", "ep=8", "--expert-axes", "ep", "--expect", "weight-gathered")
     assert run(*arguments)[0] == 0
-    assert run(gathered, "--mesh", "ep=8", "--expect", "no-expert-parallelism")[0] == 0
+    # Nothing is called expert: it is the axis over which the experts' weights are split.
+    assert run(gathered, "--mesh", "ep=8", "--expect", "weight-gathered")[0] == 0
+    assert run(gathered, "--expect", "weight-gathered")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -147,7 +149,8 @@ def test_other_expert_axes() -> None:
         ((MOE, "--mesh", "expert"), b"", "cannot read 'expert'"),
         ((MOE, "--mesh", "a=2,a=4"), b"", "cannot read 'a=4'"),
         ((MOE, "--mesh", MESH_TEXT, "--expert-axes", "ep"), b"", "no axis ep"),
-        ((MOE, "--expect", "expert-parallel"), b"", "needs the mesh"),
+        ((MOE, "--stages", "wi"), b"", "write it as wi_0=experts"),
+        ((MOE, "--stages", "wi=expert"), b"", "no stage 'expert'"),
         ((MOE, "--expect", "fast"), b"", "invalid choice"),
         ((MOE, "--nonsense"), b"", "unrecognized arguments"),
         ((), b"", "PATH"),

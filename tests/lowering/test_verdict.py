@@ -7,72 +7,127 @@ from fixtures_hand_counted import HAND_COUNTED, read
 
 from moe_shard.errors import UserError
 from moe_shard.lowering.collectives import Collective, extract_collectives
-from moe_shard.lowering.expect import assert_collectives, verdict
+from moe_shard.lowering.expect import assert_collectives
 from moe_shard.lowering.op_names import classify, merged_names
+from moe_shard.lowering.verdict import judge, weigh
 
 BIG = 1 << 20
+WO = "params['wo']"
 
 
 def one(
-    kind: str, *axes: str, scope: str = "experts", size: int = BIG, pass_: str = "forward"
+    kind: str, role: str, *axes: str, size: int = BIG, of: str | None = None, experts: bool = True
 ) -> Collective:
-    return Collective(kind, axes, scope, pass_, 1, size, size, False, False, "", None, 8)
+    """A collective of this role; `of` is the path of a parameter."""
+    return Collective(
+        kind,
+        axes,
+        "other",
+        "forward",
+        1,
+        size,
+        size,
+        False,
+        False,
+        "",
+        None,
+        (0, 1),
+        role=role,
+        parameter=None if of is None else (of,),
+        of_experts=experts,
+    )
 
 
-EXCHANGE = one("all-to-all", "expert", scope="dispatch")
-GATHER = one("all-gather", "expert")
+EXCHANGE = one("all-to-all", "token-exchange", "expert")
+GATHER = one("all-gather", "weight-gather", "expert", of=WO)
+ROWS = one("all-gather", "activation-gather", "expert")
 
 
 @pytest.mark.parametrize(
     ("collectives", "expected"),
     [
         ([], "no-expert-parallelism"),
-        ([one("all-gather", "expert", scope="attention")], "no-expert-parallelism"),
         ([EXCHANGE], "expert-parallel"),
-        ([one("all-to-all", "expert", scope="experts")], "expert-parallel"),
-        ([one("ragged-all-to-all", "expert", scope="dispatch")], "expert-parallel"),
+        ([one("ragged-all-to-all", "token-exchange", "expert")], "expert-parallel"),
         ([GATHER], "weight-gathered"),
-        ([one("collective-permute", "expert")], "weight-gathered"),
-        ([one("reduce-scatter", "expert", pass_="backward")], "weight-gathered"),
-        ([one("all-reduce", "fsdp", "expert", pass_="backward")], "weight-gathered"),
-        ([one("all-gather", "fsdp", "expert")], "weight-gathered"),
-        ([one("all-gather", "?")], "weight-gathered"),
+        # A weight is gathered by whatever moves it.
+        ([one("all-reduce", "weight-gather", "expert", of=WO)], "weight-gathered"),
+        ([one("collective-permute", "weight-gather", "expert", of=WO)], "weight-gathered"),
+        ([one("reduce-scatter", "gradient-reduction", "expert", of=WO)], "weight-gathered"),
+        ([one("all-reduce", "gradient-reduction", "fsdp", "expert", of=WO)], "weight-gathered"),
+        ([one("all-gather", "weight-gather", "?", of=WO)], "weight-gathered"),
         ([EXCHANGE, GATHER], "mixed"),
-        ([EXCHANGE, one("all-reduce", "expert", scope="combine")], "mixed"),
-        ([EXCHANGE, one("all-gather", "expert", scope="dispatch")], "mixed"),
-        ([EXCHANGE, one("all-gather", "?")], "mixed"),
+        ([EXCHANGE, one("all-gather", "weight-gather", "?", of=WO)], "mixed"),
+        ([EXCHANGE, ROWS], "mixed"),
+        ([EXCHANGE, one("all-reduce", "activation-reduction", "expert")], "mixed"),
+        # Tokens move, but not by all-to-all: none of the words fits.
+        ([ROWS], "unknown"),
         # What does not count against expert parallelism:
-        ([EXCHANGE, one("all-gather", "fsdp")], "expert-parallel"),
-        ([EXCHANGE, one("all-reduce", "tensor")], "expert-parallel"),
-        ([EXCHANGE, one("all-gather", "expert", scope="attention")], "expert-parallel"),
-        ([EXCHANGE, one("all-gather", "expert", scope="embedding")], "expert-parallel"),
-        ([EXCHANGE, one("all-reduce", "fsdp", "expert", scope="router")], "expert-parallel"),
-        ([EXCHANGE, one("all-reduce", "expert", size=4)], "expert-parallel"),
-        ([EXCHANGE, one("all-gather", "expert", size=1024)], "expert-parallel"),
+        ([EXCHANGE, one("all-gather", "weight-gather", "fsdp", of=WO)], "expert-parallel"),
+        ([EXCHANGE, one("all-reduce", "gradient-reduction", "data", of=WO)], "expert-parallel"),
         (
-            [EXCHANGE, one("all-gather", "expert", scope="dispatch", size=BIG // 16)],
+            [EXCHANGE, one("all-gather", "weight-gather", "expert", of="wq", experts=False)],
             "expert-parallel",
         ),
-        ([EXCHANGE, one("all-gather", "expert", scope="dispatch", size=BIG // 15)], "mixed"),
-        # Beside the experts' own products stand no indices: a small weight is a weight.
-        ([EXCHANGE, one("all-gather", "expert", size=BIG // 16)], "mixed"),
+        (
+            [EXCHANGE, one("all-reduce", "activation-reduction", "expert", experts=False)],
+            "expert-parallel",
+        ),
+        (
+            [EXCHANGE, one("all-gather", "weight-gather", "expert", size=1024, of=WO)],
+            "expert-parallel",
+        ),
+        (
+            [EXCHANGE, one("all-gather", "activation-gather", "expert", size=BIG // 16)],
+            "expert-parallel",
+        ),
+        ([EXCHANGE, one("all-gather", "activation-gather", "expert", size=BIG // 15)], "mixed"),
+        # A small weight is a weight.
+        ([EXCHANGE, one("all-gather", "weight-gather", "expert", size=BIG // 16, of=WO)], "mixed"),
+        # Weights of experts that are not split over the axis: every device has all of them.
+        ([one("all-reduce", "gradient-reduction", "expert", of="whole")], "no-expert-parallelism"),
         # An exchange along other axes moves no token to another expert.
-        ([one("all-to-all", "tensor", scope="dispatch")], "no-expert-parallelism"),
-        ([one("all-to-all", "?", scope="dispatch")], "no-expert-parallelism"),
+        ([one("all-to-all", "token-exchange", "tensor")], "no-expert-parallelism"),
+        ([one("all-to-all", "token-exchange", "?")], "no-expert-parallelism"),
+        ([one("all-to-all", "activation-exchange", "expert")], "no-expert-parallelism"),
     ],
 )
 def test_verdict(collectives: list[Collective], expected: str) -> None:
-    assert verdict(collectives, ("expert",)) == expected
+    assert weigh(collectives, ("expert",), {WO}).name == expected
 
 
-def test_an_expert_axis_of_size_1_is_no_expert_parallelism() -> None:
-    assert verdict([EXCHANGE, GATHER], ()) == "no-expert-parallelism"
+def test_the_reasons_name_the_weights() -> None:
+    verdict = weigh([EXCHANGE, GATHER], ("expert",), {WO})
+    assert verdict.reasons == ("weight-gather over expert: params['wo'], 1 all-gather, 1.0 MB",)
 
 
 def test_experts_over_two_axes() -> None:
-    exchange = one("all-to-all", "data", "expert", scope="dispatch")
-    assert verdict([exchange], ("data", "expert")) == "expert-parallel"
-    assert verdict([exchange, one("all-gather", "data")], ("data", "expert")) == "mixed"
+    axes = ("data", "expert")
+    exchange = one("all-to-all", "token-exchange", *axes)
+    gather = one("all-gather", "weight-gather", "data", of=WO)
+    assert weigh([exchange], axes, {WO}).name == "expert-parallel"
+    assert weigh([exchange, gather], axes, {WO}).name == "mixed"
+
+
+@pytest.mark.parametrize(
+    ("mesh", "axes", "expected"),
+    [
+        ({"expert": 8}, None, "expert-parallel"),
+        ({"fsdp": 8, "expert": 1}, None, "no-expert-parallelism"),
+        ({"ep": 8}, None, "expert-parallel"),
+        ({"ep": 8}, ("ep",), "expert-parallel"),
+        (None, None, "expert-parallel"),
+    ],
+)
+def test_the_axis_of_the_experts(
+    mesh: dict[str, int] | None, axes: tuple[str, ...] | None, expected: str
+) -> None:
+    found = judge(extract_collectives(read("cpu_moe"), mesh, expert_axes=axes))
+    assert found.name == expected
+
+
+def test_a_module_before_optimization_is_unknown() -> None:
+    assert judge(extract_collectives(read("before_optimization"))).name == "unknown"
 
 
 @pytest.mark.parametrize(
@@ -98,6 +153,12 @@ def test_experts_over_two_axes() -> None:
 )
 def test_scope_and_pass(op_name: str, scope: str, pass_: str) -> None:
     assert classify(op_name) == (scope, pass_)
+
+
+def test_a_persons_own_stages() -> None:
+    assert classify("jit(f)/ffn_stack/dot", {"ffn_stack": "experts"})[0] == "experts"
+    assert classify("jit(f)/ffn_stack/dot")[0] == "other"
+    assert classify("jit(f)/experts/route/dot", {"route": "router"})[0] == "router"
 
 
 def test_merged_names() -> None:

@@ -1,0 +1,509 @@
+"""What every value of a program derives from: the ground on which roles and verdicts stand.
+
+The program is evaluated once over abstract values, in the order of its text, through fusions,
+calls, loops, branches and asynchronous pairs. Of each value is kept (`State`): the ENTRY
+parameters that it depends on; whether it is one of them, laid out anew or converted, and nothing
+else (`Origin`); the marks below; and the collectives that it came through.
+
+Where tokens are sent to experts shows in the arithmetic alone. A router compares scores and gets
+integers (top-k, argmax, sort). Data that such integers select (gather, scatter, slices, one-hot
+products, masks) has been routed; a product of routed data with a parameter that is split, or
+batched, by experts is a product of experts. Neither the names of scopes nor those of parameters
+are asked.
+
+Loops: the marks and dependences are those of the first iteration, so that a layer does not depend
+on its own weights by way of the layer before; that a value is nothing but a parameter has to hold
+in every iteration.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from moe_shard.errors import UserError
+from moe_shard.lowering.dims import Dims, whole
+from moe_shard.lowering.hlo import Computation, Instruction, Module
+from moe_shard.lowering.shapes import array_dims, shape_bytes, tuple_elements
+from moe_shard.lowering.shardings import Split, parse_split
+
+INDEX = 1 << 0
+"""Integers that a comparison of computed numbers chose: experts, positions, counts."""
+MASK = 1 << 1
+"""Made by comparing such integers: a one-hot, also when it carries weights."""
+COMPARED = 1 << 2
+"""The outcome of comparing computed numbers."""
+ROUTED = 1 << 3
+"""Data that `INDEX` or `MASK` selected, and what experts make of it."""
+EXPERT_OUTPUT = 1 << 4
+"""Has been through a product of experts."""
+EXPERT_GRADIENT = 1 << 5
+"""The gradient of experts' weights: a product of routed data with routed data."""
+GRADIENT = 1 << 6
+"""A product of two computed values that are not routed: another weight's gradient, or scores."""
+UPDATED = 1 << 7
+"""A parameter and its gradient, put together."""
+
+FEATURE = -1
+"""In `State.feature`: a dim of the vectors that experts give."""
+
+ON_ROWS = ROUTED | EXPERT_OUTPUT
+"""What a sum with data of another origin (a residual) no longer is."""
+
+
+class Origin(NamedTuple):
+    """A value that is made of ENTRY parameters alone, without a product.
+
+    Attributes:
+        params: the parameters' positions as bits; 0 for a constant.
+        main: the position of the largest; -1 for a constant.
+        dims: the parameter's dims in each dim of the value; None where they cannot be told.
+    """
+
+    params: int
+    main: int
+    dims: Dims | None
+
+
+class State(NamedTuple):
+    """What is known of an array.
+
+    Attributes:
+        deps: ENTRY parameters that it depends on, as bits.
+        origin: where it is made of parameters alone; None for what was computed.
+        marks: the marks above.
+        via: collectives that it came through since it was a parameter or was routed, as bits.
+        feature: of outputs of experts, which dims hold the vectors that a product gave: `FEATURE`
+            in them, nothing in the others; None where that cannot be told.
+    """
+
+    deps: int
+    origin: Origin | None
+    marks: int
+    via: int
+    feature: Dims | None = None
+
+    def has_feature(self, places: Iterable[int]) -> bool:
+        """Whether any of these dims holds vectors of experts' outputs."""
+        dims = self.feature or ()
+        return any(at < len(dims) and FEATURE in dims[at] for at in places)
+
+
+Value = State | list["Value"]
+"""Of an array, or of each element of a tuple."""
+
+CONSTANT = State(0, Origin(0, -1, None), 0, 0)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """An ENTRY parameter.
+
+    Attributes:
+        position: among the arguments.
+        path: as the program's author wrote it, `state.params['layers']['wo']`; "" if not told.
+        shape: of one device's part, as HLO writes it.
+        sizes: its dims.
+        bytes: of one device's part.
+        is_data: integers, which are tokens, counters or keys and never weights.
+        split: how it is split over devices; None where it is not, or the text does not say.
+        is_told: the text says how, or that it is not.
+    """
+
+    position: int
+    path: str
+    shape: str
+    sizes: tuple[int, ...]
+    bytes: int
+    is_data: bool
+    split: Split | None
+    is_told: bool = True
+
+    @property
+    def global_sizes(self) -> tuple[int, ...]:
+        """Its dims over all devices."""
+        if self.split is None:
+            return self.sizes
+        return tuple(a * b for a, b in zip(self.sizes, self.split.parts, strict=True))
+
+
+@dataclass(frozen=True)
+class ExpertProduct:
+    """A product of routed data with experts' weights.
+
+    Attributes:
+        computation: where it stands.
+        instruction: its name.
+        parameter: position of the weights.
+        expert_dims: the dims of the parameter that count experts.
+        rows_via: collectives that the data came through, as bits.
+        weights_via: collectives that the weights came through.
+        after: the data has been through a product of experts already, as that of a down projection.
+    """
+
+    computation: str
+    instruction: str
+    parameter: int
+    expert_dims: tuple[int, ...]
+    rows_via: int
+    weights_via: int
+    after: bool = False
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """What counts experts in a program that has no router.
+
+    Attributes:
+        counts_experts: whether a dim of a parameter can, where it is a batch dim of a product, or
+            where one element of it takes part.
+        only_exchanged: ask that what it is multiplied with came through an all-to-all.
+    """
+
+    counts_experts: Callable[[Parameter, int], bool]
+    only_exchanged: bool = False
+
+
+@dataclass
+class Flow:
+    """The outcome of the evaluation.
+
+    Attributes:
+        parameters: of the ENTRY computation, by position.
+        sites: {(computation, instruction): the states of a collective's operands}.
+        products: the products of experts.
+        gradients: (computation, instruction) of products that make the gradients of experts'
+            weights.
+        experts: {parameter that is weights of experts: its dims that count experts}.
+        data: positions of parameters that are tokens or other input, as bits.
+        weights: positions of those that met data which does not depend on them, as bits.
+        met: {parameter: parameters that it was multiplied with}, of products of two parameters.
+        exchanges: the all-to-alls, as bits of `State.via`.
+        opaque: positions of those that a kernel takes whose arithmetic is not in the text.
+        indices: {collective: its position in `State.via`}.
+        outputs: the states of what the program returns, with their shapes.
+        assumed: experts were looked for without a router (see `flow_rules.evaluate`).
+        scored: sizes of the last dims of what went through an exponential or a sigmoid.
+        gathered: {an all-gather: (parameter, dim) along which it puts that together}.
+    """
+
+    parameters: dict[int, Parameter]
+    sites: dict[tuple[str, str], list[State]] = field(default_factory=dict)
+    products: dict[tuple[str, str], ExpertProduct] = field(default_factory=dict)
+    gradients: set[tuple[str, str]] = field(default_factory=set)
+    data: int = 0
+    weights: int = 0
+    met: dict[int, set[int]] = field(default_factory=dict)
+    exchanges: int = 0
+    opaque: int = 0
+    indices: dict[tuple[str, str], int] = field(default_factory=dict)
+    experts: dict[int, set[int]] = field(default_factory=dict)
+    outputs: list[tuple[State, str]] = field(default_factory=list)
+    assumed: bool = False
+    scored: set[int] = field(default_factory=set)
+    gathered: dict[tuple[str, str], set[tuple[int, int]]] = field(default_factory=dict)
+
+    def bit(self, site: tuple[str, str]) -> int:
+        """The bit of a collective in `State.via`."""
+        return 1 << self.indices.setdefault(site, len(self.indices))
+
+
+def is_float(shape: str) -> bool:
+    """Whether an array holds numbers that a model computes with."""
+    return shape.startswith(("f", "bf", "c")) or shape.startswith(("(f", "(bf"))
+
+
+def entry_parameters(
+    module: Module, shardings: Mapping[int, str] | None = None
+) -> dict[int, Parameter]:
+    """Return the ENTRY parameters of a module by position.
+
+    Args:
+        module: the program.
+        shardings: of the same program before optimization, where its own text has none.
+    """
+    found: dict[int, Parameter] = {}
+    for instruction in module.entry.parameters():
+        shape = instruction.shape
+        if shape.startswith("("):
+            continue
+        sizes = tuple(array_dims(shape))
+        number = instruction.parameter_number
+        sharding = instruction.attributes.get("sharding", (shardings or {}).get(number, ""))
+        found[number] = Parameter(
+            number,
+            instruction.op_name,
+            shape,
+            sizes,
+            shape_bytes(shape),
+            not is_float(shape),
+            parse_split(sharding, len(sizes)) if sharding else None,
+            bool(sharding),
+        )
+    return found
+
+
+def join(states: Sequence[State]) -> State:
+    """Merge states of values that are put together: of parameters alone if all are."""
+    if len(states) == 1:
+        return states[0]
+    deps = marks = via = params = 0
+    origin: Origin | None = Origin(0, -1, None)
+    feature: Dims | None = None
+    for state in states:
+        deps |= state.deps
+        feature = feature or state.feature
+        marks |= state.marks
+        via |= state.via
+        if origin is None or state.origin is None:
+            origin = None
+        else:
+            params = origin.params | state.origin.params
+            chosen = origin if origin.main >= 0 else state.origin
+            origin = Origin(params, chosen.main, chosen.dims)
+    return State(deps, origin, marks, via, feature)
+
+
+def _array_shapes(shape: str) -> list[str]:
+    if not shape.startswith("("):
+        return [shape]
+    return [array for element in tuple_elements(shape) for array in _array_shapes(element)]
+
+
+def _can_have(parameter: Parameter, expert_dims: set[int], sizes: Sequence[int]) -> bool:
+    """Whether an array of these sizes can be a parameter of experts, or a slice of it.
+
+    The two dims of its matrices have to be there, whole or split; those of experts and of layers
+    may be missing.
+    """
+    parts = parameter.split.parts if parameter.split else (1,) * len(parameter.sizes)
+    possible = [
+        {local * part for part in range(1, count + 1) if count % part == 0}
+        for local, count in zip(parameter.sizes, parts, strict=True)
+    ]
+    if not parameter.is_told:  # what a dim is split into is not known: any multiple
+        possible = [
+            {local * part for part in range(1, 2 + max(sizes, default=1) // max(local, 1))}
+            for local in parameter.sizes
+        ]
+    matrix = [dim for dim in range(len(possible)) if dim not in expert_dims][-2:]
+    others = [possible[dim] for dim in range(len(possible)) if dim not in matrix]
+
+    def fits(left: tuple[int, ...], dims: tuple[set[int], ...], optional: bool) -> bool:
+        if not dims:
+            return optional and not left
+        if optional and not left:
+            return True
+        for at, size in enumerate(left):
+            if size in dims[0] and fits(left[:at] + left[at + 1 :], dims[1:], optional):
+                return True
+        return optional and fits(left, dims[1:], optional)
+
+    for first in range(len(sizes)):
+        for second in range(len(sizes)):
+            if first == second or len(matrix) < 2:
+                continue
+            if sizes[first] in possible[matrix[0]] and sizes[second] in possible[matrix[1]]:
+                left = tuple(n for at, n in enumerate(sizes) if at not in (first, second))
+                if fits(left, tuple(others), True):
+                    return True
+    return False
+
+
+def leaves(value: Value) -> list[State]:
+    """All arrays of a value."""
+    if isinstance(value, State):
+        return [value]
+    return [leaf for element in value for leaf in leaves(element)]
+
+
+def flat(value: Value) -> State:
+    """A value as one array."""
+    found = leaves(value)
+    return join(found) if found else CONSTANT
+
+
+def shaped(state: State, shape: str) -> Value:
+    """A state for every array of a shape."""
+    if not shape.startswith("("):
+        return state
+    return [shaped(state, element) for element in tuple_elements(shape)]
+
+
+def element(value: Value, index: int) -> Value:
+    """An element of a tuple; of what is not known as a tuple all of it."""
+    if isinstance(value, list):
+        return value[index] if index < len(value) else CONSTANT
+    return value
+
+
+def carried(before: Value, after: Value) -> Value:
+    """What a loop carries into every iteration, from what it begins with and what one makes.
+
+    It is a parameter only if it stays one. Marks are those of the first iteration, unless that
+    begins with a constant.
+    """
+    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        return [carried(one, other) for one, other in zip(before, after, strict=True)]
+    one, other = flat(before), flat(after)
+    if one.origin is not None and one.origin.main < 0 and one.origin.params == 0:
+        return other
+    if one.origin is None or one.origin == other.origin:
+        return one
+    if other.origin is not None and other.origin.params | one.origin.params == one.origin.params:
+        return one._replace(via=one.via | other.via)
+    return one._replace(deps=one.deps | other.deps, origin=None)
+
+
+Rule = Callable[["Evaluation", Computation, Instruction, list[Value]], Value]
+
+
+class Evaluation:
+    """Evaluates a module; `rules` says what an opcode makes of its operands."""
+
+    def __init__(
+        self,
+        module: Module,
+        rules: dict[str, Rule],
+        default: Rule,
+        assumed: Assumption | None = None,
+        shardings: Mapping[int, str] | None = None,
+    ) -> None:
+        self.module = module
+        self.flow = Flow(entry_parameters(module, shardings))
+        self._rules = rules
+        self._default = default
+        self._assumed = assumed
+        self.flow.assumed = assumed is not None
+        self.flow.data = sum(
+            1 << each.position for each in self.flow.parameters.values() if each.is_data
+        )
+
+    def run(self) -> Flow:
+        """Evaluate the ENTRY computation."""
+        entry = self.module.entry
+        count = max((each.parameter_number for each in entry.parameters()), default=-1) + 1
+        arguments = [self._argument(number) for number in range(count)]
+        limit = sys.getrecursionlimit()
+        # Calls may be as deep as there are computations, and each takes some frames.
+        sys.setrecursionlimit(limit + 8 * len(self.module.computations))
+        try:
+            result = self.computation(entry, arguments)
+        finally:
+            sys.setrecursionlimit(limit)
+        shapes = _array_shapes(entry.instruction(entry.root).shape)
+        states = leaves(result)
+        if len(shapes) == len(states):
+            self.flow.outputs = list(zip(states, shapes, strict=True))
+        return self.flow
+
+    def are_rows(self, state: State) -> bool:
+        """Whether data can be what experts work on: routed, or, without a router, computed."""
+        if self._assumed is None:
+            return bool(state.marks & ROUTED)
+        if self._assumed.only_exchanged:
+            return bool(state.via & self.flow.exchanges or state.marks & EXPERT_OUTPUT)
+        return state.origin is None
+
+    def found_experts(
+        self, site: tuple[str, str], weights: State, dims: tuple[int, ...], rows: State
+    ) -> None:
+        """Take down a product of data with experts' weights, or with several put together."""
+        assert weights.origin is not None
+        main = self.flow.parameters[weights.origin.main]
+        if rows.origin is not None:
+            self.flow.data |= rows.origin.params
+        for position, parameter in self.flow.parameters.items():
+            together = weights.origin.params >> position & 1 and not parameter.is_data
+            if together and len(parameter.sizes) == len(main.sizes):
+                self.flow.experts.setdefault(position, set()).update(dims)
+        after = bool(rows.marks & EXPERT_OUTPUT)
+        self.flow.products[site] = ExpertProduct(
+            *site, main.position, dims, rows.via, weights.via, after
+        )
+
+    def found_bias(self, bias: State, size: int) -> None:
+        """Take down what is added to the outputs of experts: it has a vector for each expert."""
+        assert bias.origin is not None
+        position = bias.origin.main
+        parameter = self.flow.parameters.get(position)
+        if parameter is None or self.flow.data >> position & 1 or self._assumed is not None:
+            return
+        large = [count for count in parameter.global_sizes if count > 1 or not parameter.is_told]
+        if len(large) > 1 and math.prod(parameter.sizes) < size:
+            self.flow.experts.setdefault(position, set()).add(len(parameter.sizes) - 2)
+
+    def may_count_experts(self, parameter: Parameter, dims: tuple[int, ...]) -> tuple[int, ...]:
+        """Of these dims of a parameter, those that can count experts."""
+        if self._assumed is None:
+            return dims
+        return tuple(dim for dim in dims if self._assumed.counts_experts(parameter, dim))
+
+    def is_expert_gradient(self, first: State, second: State, shape: str) -> bool:
+        """Whether a product of two computed values is the gradient of experts' weights."""
+        rows = first.marks & ROUTED, second.marks & ROUTED
+        if not (all(rows) if self._assumed is None else any(rows)):
+            return False
+        sizes = [size for size in array_dims(tuple_elements(shape)[0]) if size != 1]
+        return any(
+            _can_have(self.flow.parameters[position], dims, sizes)
+            for position, dims in self.flow.experts.items()
+        )
+
+    def _argument(self, number: int) -> Value:
+        parameter = self.flow.parameters.get(number)
+        if parameter is None:
+            return State(1 << number, None, 0, 0)
+        origin = Origin(1 << number, number, whole(len(parameter.sizes)))
+        return State(1 << number, origin, 0, 0)
+
+    def computation(self, computation: Computation, arguments: list[Value]) -> Value:
+        """Evaluate a computation; what its root is."""
+        values: dict[str, Value] = {}
+        for name, opcode in computation.opcodes.items():
+            instruction = computation.instruction(name)
+            if opcode == "parameter":
+                number = instruction.parameter_number
+                values[name] = arguments[number] if number < len(arguments) else CONSTANT
+            elif opcode == "constant":
+                values[name] = shaped(CONSTANT, instruction.shape)
+            else:
+                operands = [values.get(each, CONSTANT) for each in instruction.operands]
+                rule = self._rules.get(opcode, self._default)
+                try:
+                    values[name] = rule(self, computation, instruction, operands)
+                except (IndexError, KeyError, ValueError) as error:
+                    if isinstance(error, UserError):
+                        raise
+                    raise instruction.damaged("its operands do not fit it") from error
+        return values[computation.root]
+
+    def called(self, instruction: Instruction, arguments: list[Value], *roles: str) -> Value:
+        """Evaluate what an instruction calls."""
+        return self.computation(self.module.called_by(instruction, *roles), arguments)
+
+    def loop(self, instruction: Instruction, begin: Value) -> Value:
+        """Evaluate a `while`: its body once with what it begins with, then with what it carries."""
+        body = self.module.called_by(instruction, "body")
+        first = self.computation(body, [begin])
+        again = carried(begin, first)
+        if again == begin:
+            return first
+        return _after(first, self.computation(body, [again]))
+
+
+def _after(first: Value, later: Value) -> Value:
+    """What a loop leaves: a parameter only if every iteration leaves one."""
+    if isinstance(first, list) and isinstance(later, list) and len(first) == len(later):
+        return [_after(one, other) for one, other in zip(first, later, strict=True)]
+    one, other = flat(first), flat(later)
+    return State(
+        one.deps | other.deps,
+        one.origin if one.origin == other.origin else None,
+        one.marks | other.marks,
+        one.via | other.via,
+        one.feature,
+    )

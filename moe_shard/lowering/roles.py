@@ -1,0 +1,385 @@
+"""What each collective is for, told by the dataflow of the program (see `flow`).
+
+Roles do not depend on the names of scopes or parameters, and so hold for anyone's program.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from moe_shard.lowering.flow import (
+    EXPERT_GRADIENT,
+    EXPERT_OUTPUT,
+    GRADIENT,
+    INDEX,
+    MASK,
+    ROUTED,
+    UPDATED,
+    Assumption,
+    Flow,
+    Parameter,
+    State,
+    is_float,
+)
+from moe_shard.lowering.flow_rules import evaluate
+from moe_shard.lowering.hlo import Module
+from moe_shard.lowering.mesh_axes import UNKNOWN_AXES, MeshAxes
+from moe_shard.lowering.walk import EXCHANGES
+
+ROLES = (
+    "weight-gather",
+    "gradient-reduction",
+    "update",
+    "token-exchange",
+    "activation-exchange",
+    "activation-gather",
+    "activation-reduction",
+    "routing",
+    "statistics",
+    "unknown",
+)
+"""What a collective is for.
+
+weight-gather: a parameter (or a part of it, or one device's to another's) is moved to where it is
+    used, by whatever kind of collective.
+gradient-reduction: the gradient of a parameter is summed over devices.
+update: an updated parameter, or its optimizer state, is put together.
+token-exchange: rows of tokens travel to their experts' devices or back, or their gradients do.
+activation-exchange, -gather, -reduction: the same for any other computed data.
+routing: indices, counts, offsets, one-hot masks of a router.
+statistics: losses, norms, counts: no more than `STATISTICS_BYTES`.
+unknown: the text does not tell.
+"""
+
+EXPERT_AXIS = "expert"
+"""The mesh axis of the experts where nothing else is said."""
+STATISTICS_BYTES = 1024
+"""Scalars, token counts and offsets: up to 256 experts of 4 bytes."""
+_LEAST_SHARE = 0.01
+_PERMUTES = "collective-permute"
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a collective is for.
+
+    Attributes:
+        name: one of `ROLES`.
+        parameters: positions of the parameters that it moves, or whose gradients; () for data.
+        of_experts: these are weights of experts, or it moves rows that are theirs.
+        after_experts: the rows come from experts.
+    """
+
+    name: str
+    parameters: tuple[int, ...] = ()
+    of_experts: bool = False
+    after_experts: bool = False
+
+    def stage(self, pass_: str) -> str:
+        """The stage of the MoE layer that a collective without a known scope belongs to.
+
+        Forward, tokens go to the experts in dispatch and come from them in combine; gradients take
+        the ways in the other direction.
+        """
+        if self.name == "routing":
+            return "router"
+        if not self.of_experts:
+            return "other"
+        if self.parameters:
+            return "optimizer" if self.name == "update" else "experts"
+        return "combine" if self.after_experts == (pass_ != "backward") else "dispatch"
+
+
+# Of what a compiler merges into one collective, the first of these speaks for all: experts'
+# weights must not hide behind a neighbour.
+_PRECEDENCE = (
+    ("weight-gather", True),
+    ("gradient-reduction", True),
+    ("update", True),
+    ("token-exchange", True),
+    ("activation-gather", True),
+    ("activation-reduction", True),
+)
+
+
+class Roles:
+    """Tells the roles of a module's collectives."""
+
+    def __init__(
+        self,
+        module: Module,
+        axes: MeshAxes,
+        expert_axes: Sequence[str] = (),
+        shardings: Mapping[int, str] | None = None,
+    ) -> None:
+        """Evaluate the module.
+
+        Args:
+            module: the program.
+            axes: its mesh.
+            expert_axes: the axes of the experts, where they are known by name.
+            shardings: of the ENTRY parameters by position, where the text has none.
+
+        Raises:
+            HloParseError: the text is damaged.
+        """
+        self._axes = axes
+        self._shardings = shardings
+        self.flow = evaluate(module, shardings=shardings)
+        self.has_router = any(
+            state.marks & ROUTED for states in self.flow.sites.values() for state in states
+        ) or bool(self.flow.experts)
+        if not self.flow.experts:
+            self._assume(module, expert_axes)
+        flow = self.flow
+        _tell_inputs(flow)
+        self._weights = _weights(flow)
+        self._near = 0
+        for product in flow.products.values():
+            self._near |= product.rows_via
+        self._updates = _updated(flow, self._weights)
+
+    def _assume(self, module: Module, expert_axes: Sequence[str]) -> None:
+        """Look for experts in a program whose router compares nothing: soft gates, fixed places.
+
+        A dim of weights counts them that is a batch dim of products, is split over the experts'
+        axis (over any, where that has no name), and is as large as a vector of scores: an
+        exponential or a sigmoid of so many numbers. The heads of attention, and of an MLP, have no
+        such scores. And products of that kind follow each other, as those of an MLP do.
+
+        Where the axis is called "expert", it is enough that what a split stack of matrices
+        multiplies came through an all-to-all.
+        """
+        wanted = set(expert_axes)
+        scored = self.flow.scored
+
+        def counts_experts(parameter: Parameter, dim: int) -> bool:
+            if not parameter.is_told:
+                return bool(wanted and scored)
+            if not {parameter.sizes[dim], parameter.global_sizes[dim]} & scored:
+                return False
+            axes = self.split_axes(parameter, dim)
+            return bool(wanted & set(axes)) if wanted else bool(axes)
+
+        def is_split(parameter: Parameter, dim: int) -> bool:
+            return EXPERT_AXIS in self.split_axes(parameter, dim) or not parameter.is_told
+
+        assumed = evaluate(module, Assumption(counts_experts), self._shardings)
+        if any(product.after for product in assumed.products.values()):
+            self.flow = assumed
+        elif wanted == {EXPERT_AXIS}:
+            exchanged = Assumption(is_split, only_exchanged=True)
+            assumed = evaluate(module, exchanged, self._shardings)
+            if assumed.experts:
+                self.flow = assumed
+
+    def split_axes(self, parameter: Parameter, dim: int) -> tuple[str, ...]:
+        """The mesh axes over which a dim of a parameter is split."""
+        if parameter.split is None or dim >= len(parameter.split.parts):
+            return ()
+        groups = parameter.split.device_groups[dim]
+        axes = self._axes.of_groups(groups) if groups else ()
+        return () if axes == UNKNOWN_AXES else axes
+
+    def expert_axes(self, along: Mapping[tuple[str, str], tuple[str, ...]]) -> tuple[str, ...]:
+        """The mesh axes over which the experts' weights are split by experts.
+
+        Args:
+            along: {collective: its axes}, for a text that does not say how parameters are split:
+                those along which experts are gathered, or rows travel to them.
+        """
+        found: dict[str, None] = {}
+        for position, dims in self.flow.experts.items():
+            for dim in sorted(dims):
+                axes = self.split_axes(self.flow.parameters[position], dim)
+                found.update(dict.fromkeys(axes))
+        if not found:
+            for site, gathered in self.flow.gathered.items():
+                if any(dim in self.flow.experts.get(at, ()) for at, dim in gathered):
+                    found.update(dict.fromkeys(along.get(site, ())))
+        if not found:
+            for site in self._exchanges():
+                found.update(dict.fromkeys(along.get(site, ())))
+        return tuple(axis for axis in found if (axis,) != UNKNOWN_AXES)
+
+    def _exchanges(self) -> list[tuple[str, str]]:
+        """The collectives by which rows reached a product of experts."""
+        return [site for site, at in self.flow.indices.items() if self._near >> at & 1]
+
+    def is_split_over(
+        self,
+        position: int,
+        axes: Iterable[str],
+        along: Mapping[tuple[str, str], tuple[str, ...]],
+    ) -> bool:
+        """Whether any dim of a parameter is split over any of these axes.
+
+        Where the text does not say, it is if it is gathered over them, or rows travel to it.
+        """
+        parameter = self.flow.parameters[position]
+        wanted = set(axes)
+        if parameter.is_told:
+            dims = range(len(parameter.sizes))
+            return any(wanted & set(self.split_axes(parameter, dim)) for dim in dims)
+        via = 0
+        for product in self.flow.products.values():
+            if product.parameter == position:
+                via |= product.weights_via | product.rows_via
+        return any(
+            via >> at & 1 and wanted & set(along.get(site, ()))
+            for site, at in self.flow.indices.items()
+        )
+
+    def paths(self, positions: Iterable[int]) -> tuple[str, ...]:
+        """Parameters as their author wrote them, or `argument 3` where the text does not say."""
+        return tuple(
+            self.flow.parameters[position].path or f"argument {position}"
+            for position in sorted(positions)
+            if position in self.flow.parameters
+        )
+
+    def of(self, site: tuple[str, str], kind: str, sizes: Sequence[int]) -> Role:
+        """The role of a collective.
+
+        Args:
+            site: the computation and the name of the instruction.
+            kind: one of `walk.KINDS`.
+            sizes: bytes of each operand.
+        """
+        states = self.flow.sites.get(site)
+        if not states or len(states) > len(sizes):
+            return Role("unknown")
+        told = [
+            (size, self._of_operand(site, kind, state, size))
+            for state, size in zip(states, sizes, strict=False)
+        ]
+        least = _LEAST_SHARE * sum(size for size, _ in told)
+        large = [each for each in told if each[0] >= least]
+        weights = Counter[tuple[str, bool]]()
+        for size, role in large:
+            weights[role.name, role.of_experts] += size
+        first = next(
+            (each for each in _PRECEDENCE if each in weights), weights.most_common(1)[0][0]
+        )
+        same = [role for _, role in large if (role.name, role.of_experts) == first]
+        parameters = {each for role in same for each in role.parameters}
+        return replace(same[0], parameters=tuple(sorted(parameters)))
+
+    def _of_operand(self, site: tuple[str, str], kind: str, state: State, size: int) -> Role:
+        flow = self.flow
+        bit = 1 << flow.indices[site]
+        origin = state.origin
+        if origin is not None:
+            positions = _positions(origin.params & ~flow.data)
+            if positions:
+                main = [each for each in positions if each in flow.experts]
+                return Role("weight-gather", tuple(positions), bool(main))
+            if not origin.params:
+                return Role("routing")
+        told = self._updates.get(bit, ())
+        if told and not self._is_gradient(kind, state, size, told):
+            told = ()  # it only shares an output with them: a loss merged with gradients
+        experts = tuple(each for each in told if each in flow.experts)
+        if experts or (state.marks & EXPERT_GRADIENT and not told):
+            if size <= STATISTICS_BYTES:
+                return Role("statistics")
+            gathers = kind in ("all-gather", "collective-broadcast")
+            name = "update" if gathers else "gradient-reduction"
+            return Role(name, experts or tuple(flow.experts), True)
+        if state.marks & UPDATED and kind not in ("all-reduce", "reduce-scatter"):
+            return Role("update", told)
+        after = bool(state.marks & EXPERT_OUTPUT)
+        near = after or bool(self._near & bit)
+        is_mask = state.marks & (INDEX | MASK) and not state.marks & ROUTED
+        if is_mask and not (near and kind in EXCHANGES):
+            return Role("routing")
+        if kind in EXCHANGES or (kind == _PERMUTES and state.marks & ROUTED):
+            rows = near and bool(state.marks & ROUTED or flow.assumed)
+            return Role("token-exchange" if rows else "activation-exchange", (), rows, after)
+        if told and kind != "all-gather":
+            small = size <= STATISTICS_BYTES
+            return Role("statistics") if small else Role("gradient-reduction", told)
+        if size <= STATISTICS_BYTES:
+            return Role("statistics")
+        if kind == _PERMUTES:
+            return Role("activation-exchange", (), near, after)
+        gathers = kind in ("all-gather", "collective-broadcast")
+        return Role("activation-gather" if gathers else "activation-reduction", (), near, after)
+
+    def _is_gradient(self, kind: str, state: State, size: int, told: tuple[int, ...]) -> bool:
+        """Whether a value that flows into parameters' outputs is of their gradients."""
+        if state.marks & EXPERT_GRADIENT:
+            return True
+        if kind in EXCHANGES or kind == _PERMUTES:
+            return bool(state.marks & GRADIENT) and not state.marks & ROUTED
+        if state.marks & (GRADIENT | UPDATED):
+            return True
+        # Those of vectors are sums, no products; in half or twice the parameter's width, or not.
+        return any(2 * size % self.flow.parameters[each].bytes == 0 for each in told)
+
+
+def _positions(bits: int) -> list[int]:
+    return [at for at in range(bits.bit_length()) if bits >> at & 1]
+
+
+def _tell_inputs(flow: Flow) -> None:
+    """Tell tokens from weights where a product has two parameters.
+
+    What met a weight is data. Between two that are not known, it is the one that met more others: a
+    model's input meets several weights, each of which meets only it.
+    """
+    for one, others in flow.met.items():
+        for other in others:
+            is_weight = [flow.weights >> each & 1 or each in flow.experts for each in (one, other)]
+            if flow.data >> one & 1 or is_weight[0]:
+                continue
+            if flow.data >> other & 1:
+                flow.weights |= 1 << one
+                continue
+            counts = len(others), len(flow.met[other])
+            ranks = (len(flow.parameters[each].sizes) for each in (one, other))
+            if is_weight[1] or (counts[0], next(ranks)) > (counts[1], next(ranks)):
+                flow.data |= 1 << one
+                flow.weights |= 1 << other
+
+
+def _weights(flow: Flow) -> set[int]:
+    """Parameters that are weights: those that met data, and their optimizer's state beside them."""
+    shapes = {flow.parameters[at].shape.split("{")[0] for at in _positions(flow.weights)}
+    shapes |= {flow.parameters[at].shape.split("{")[0] for at in flow.experts}
+    return {
+        position
+        for position, parameter in flow.parameters.items()
+        if not flow.data >> position & 1
+        and (flow.weights >> position & 1 or parameter.shape.split("{")[0] in shapes)
+    }
+
+
+def _updated(flow: Flow, weights: set[int]) -> dict[int, tuple[int, ...]]:
+    """{bit of a collective: the parameters into whose outputs its result flows}.
+
+    Of a program's outputs, those of the shape of a weight are its gradient or its successor; equal
+    shapes go together in the order in which they stand, as the leaves of two equal trees do.
+    """
+    by_shape: dict[str, list[int]] = {}
+    for position in sorted(weights):
+        by_shape.setdefault(flow.parameters[position].shape.split("{")[0], []).append(position)
+    met: dict[str, int] = {}
+    found: dict[int, set[int]] = {}
+    for state, shape in flow.outputs:
+        key = shape.split("{")[0]
+        positions = by_shape.get(key)
+        if not positions or not is_float(shape):
+            continue
+        at = met.get(key, 0)
+        met[key] = at + 1
+        if state.origin is not None:
+            continue
+        for index in _positions(state.via):
+            found.setdefault(1 << index, set()).add(positions[at % len(positions)])
+    primary = set(_positions(flow.weights)) | set(flow.experts)
+    return {
+        bit: tuple(sorted(positions & primary or positions)) for bit, positions in found.items()
+    }
