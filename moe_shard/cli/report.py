@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from moe_shard.errors import EXIT_DONE, EXIT_FINDING, CommandParser
+from moe_shard.errors import EXIT_DONE, EXIT_FINDING, CommandParser, UserError
 from moe_shard.lowering.page import Panel, page_path, write_page
 from moe_shard.lowering.report import LoweringReport, report_from_text
 from moe_shard.lowering.sources import (
@@ -104,6 +104,22 @@ def _arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
     return arguments
 
 
-def expert_axes(text: str | None) -> list[str] | None:
-    """Read --expert-axes; None where it is not given."""
-    return None if text is None else [axis.strip() for axis in text.split(",")]
+def expert_axes(text: str | None, mesh: dict[str, int] | None = None) -> list[str] | None:
+    """Read --expert-axes; None where it is not given.
+
+    Args:
+        text: as it was typed.
+        mesh: that of --mesh, if there is one.
+
+    Raises:
+        UserError: the mesh has no such axis.
+    """
+    if text is None:
+        return None
+    axes = [axis.strip() for axis in text.split(",")]
+    unknown = [axis for axis in axes if mesh is not None and axis not in mesh]
+    if mesh is not None and unknown:
+        raise UserError(
+            f"--expert-axes: the mesh has no axis {', '.join(unknown)}; it has {', '.join(mesh)}"
+        )
+    return axes

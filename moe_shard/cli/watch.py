@@ -25,7 +25,7 @@ from rich.console import Console
 
 from moe_shard.cli.report import expert_axes
 from moe_shard.errors import EXIT_FINDING, CommandParser, UserError
-from moe_shard.lowering.sources import parse_mesh
+from moe_shard.lowering.sources import parse_mesh, parse_stages
 from moe_shard.lowering.verdict import VERDICTS
 from moe_shard.watching.child import CannotStart, Child, end_as, hold_signals, interrupted
 from moe_shard.watching.dumps import CACHE, Dumps
@@ -48,8 +48,9 @@ def main(argv: Sequence[str], prog: str = "moe-shard watch") -> int:
     """Start the command, read along, end as it ends."""
     arguments, command = _arguments(argv, prog)
     mesh = parse_mesh(arguments.mesh) if arguments.mesh else None
-    axes = expert_axes(arguments.expert_axes)
-    programs = Programs(mesh, axes, everything=arguments.all)
+    axes = expert_axes(arguments.expert_axes, mesh)
+    stages = parse_stages(arguments.stages) if arguments.stages else None
+    programs = Programs(mesh, axes, stages, everything=arguments.all)
     expectation = Expectation(arguments.expect) if arguments.expect else None
     mask = hold_signals()
     with Dumps() as dumps:
@@ -229,10 +230,19 @@ def _arguments(argv: Sequence[str], prog: str) -> tuple[argparse.Namespace, list
         action="store_true",
         help="at the end print one JSON object; what COMMAND prints goes to standard error",
     )
-    parser.add_argument("--mesh", help="axis=size,... in device order, e.g. data=1,fsdp=1,expert=8")
+    parser.add_argument(
+        "--mesh",
+        help="axis=size,... in device order, e.g. data=1,fsdp=1,expert=8, where a program does not "
+        "name it",
+    )
     parser.add_argument(
         "--expert-axes",
         help="mesh axes of the experts (default: expert, or those that split the experts' weights)",
+    )
+    parser.add_argument(
+        "--stages",
+        metavar="WORD=STAGE,...",
+        help="scopes of your own and the stages they stand for, e.g. wi_0=experts,gate=router",
     )
     parser.add_argument("--all", action="store_true", help="show every program, also small ones")
     parser.add_argument(

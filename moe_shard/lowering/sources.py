@@ -12,6 +12,7 @@ from moe_shard.errors import UserError
 from moe_shard.lowering.op_names import SCOPES
 
 HLO_SUFFIX = "after_optimizations.txt"
+BEFORE_SUFFIX = "before_optimizations.txt"
 RECORD = "lowering.json"
 STANDARD_INPUT = "-"
 
@@ -141,12 +142,25 @@ def before_optimization(path: Path | None) -> str | None:
     Args:
         path: of the optimized module; None for standard input.
     """
-    if path is None or not path.name.endswith(HLO_SUFFIX):
+    before = None if path is None else file_before(path)
+    return None if before is None else _read_if_there(before) or None
+
+
+def file_before(path: Path) -> Path | None:
+    """The file of the module before optimization that stands beside an optimized one.
+
+    Args:
+        path: of the optimized module. Its name goes on where the other's ends, as in
+            `module_0003.jit_step.cpu_after_optimizations.txt`, `...sm_9.0a_gpu_after_...` or
+            `...jit_step.cl_123.after_...`.
+    """
+    if not path.name.endswith(HLO_SUFFIX):
         return None
-    # module_0042.jit_step.cpu_after_optimizations.txt -> module_0042.jit_step.before_...; on TPU
-    # module_0042.jit_step.cl_123.after_optimizations.txt -> module_0042.jit_step.cl_123.before_...
-    stem = re.sub(r"\.[a-z_]*$", "", path.name.removesuffix(HLO_SUFFIX))
-    return _read_if_there(path.with_name(f"{stem}.before_optimizations.txt")) or None
+    name = path.name.removesuffix(HLO_SUFFIX)
+    ends = [at + 1 for at, letter in enumerate(name) if letter == "."]
+    # The longest: one process may dump programs of several backends, of like names.
+    found = (path.with_name(f"{name[:end]}{BEFORE_SUFFIX}") for end in reversed(ends))
+    return next((each for each in found if each.is_file()), None)
 
 
 def parse_stages(text: str) -> dict[str, str]:

@@ -11,13 +11,12 @@ from pathlib import Path
 from types import TracebackType
 
 from moe_shard.errors import UserError
-from moe_shard.lowering.sources import HLO_SUFFIX, read_text
+from moe_shard.lowering.sources import BEFORE_SUFFIX, HLO_SUFFIX, file_before, read_text
 from moe_shard.watching.startup import sitecustomize as startup
 
 _ENTRY = "\nENTRY "
 _END = "\n}"
 # What a report is made of; XLA writes much else beside them, which would fill a disk.
-BEFORE_SUFFIX = "before_optimizations.txt"
 _MEMORY = ("-memory-usage-report.txt", "-buffer-assignment.txt")
 _NEEDED = (HLO_SUFFIX, BEFORE_SUFFIX, *_MEMORY)
 _ALSO_WITHOUT_PYTHON = "0"
@@ -137,7 +136,7 @@ class Dumps:
         if path.parent.parent != self.folder:
             return
         memory = (path.with_name(path.stem + suffix) for suffix in _MEMORY)
-        for each in (path, *memory, before_of(path)):
+        for each in (path, *memory, file_before(path)):
             if each is not None:
                 each.unlink(missing_ok=True)
         self._done.pop(path, None)
@@ -151,22 +150,6 @@ class Dumps:
             and path.with_name(path.name.removesuffix(suffix)) in self._read
             for suffix in _MEMORY
         )
-
-
-def before_of(path: Path) -> Path | None:
-    """The program before optimization that a file was made of, where XLA has written it.
-
-    Args:
-        path: of the optimized one; its name may hold more, as in
-            `module_0003.jit_step.cpu_after_optimizations.txt`.
-    """
-    found = [
-        each
-        for each in _entries(path.parent)
-        if each.name.endswith(f".{BEFORE_SUFFIX}")
-        and path.name.startswith(each.name.removesuffix(BEFORE_SUFFIX))
-    ]
-    return max(found, key=lambda each: len(each.name), default=None)
 
 
 def _is_whole(path: Path) -> bool:

@@ -64,6 +64,7 @@ class Programs:
     Attributes:
         mesh: {axis: size} as the person gave it, or None.
         expert_axes: the mesh axes of the experts, as the person gave them, or None.
+        stages: {a word of a scope: the stage it stands for}, or None.
         everything: show all of them.
         shown: those that were shown.
         passed_over: how many were not.
@@ -73,6 +74,7 @@ class Programs:
 
     mesh: Mapping[str, int] | None = None
     expert_axes: Sequence[str] | None = None
+    stages: Mapping[str, str] | None = None
     everything: bool = False
     shown: list[Program] = field(default_factory=list)
     passed_over: int = 0
@@ -136,6 +138,7 @@ class Programs:
             mesh=self.mesh if fits else None,
             expert_axes=self.expert_axes if fits else None,
             before=before_optimization(path),
+            stages=self.stages,
             memory=memory_beside(path),
         )
         if fits:
@@ -174,7 +177,7 @@ class Expectation:
         """
         broken = next((each for each in programs if self.is_broken_by(each)), None)
         if broken is not None:
-            found = broken.report.verdict or "no verdict, for want of --mesh"
+            found = broken.report.verdict or "no verdict"
             return f"expected {self.verdict}, found {found} in {broken.name}"
         if any(each.report.verdict == self.verdict for each in programs):
             return None

@@ -162,6 +162,8 @@ def test_closed_descriptors_stay_closed(tmp_path: Path, closed: str) -> None:
         (("--expect", "fast", "--", "ls"), 2, "invalid choice: 'fast'"),
         (("--stop", "--", "ls"), 2, "--stop needs --expect"),
         (("--mesh", "a", "--", "ls"), 2, "--mesh: cannot read 'a'"),
+        (("--mesh", "ep=8", "--expert-axes", "expert", "--", "ls"), 2, "no axis expert; it has ep"),
+        (("--stages", "gate", "--", "ls"), 2, "--stages: cannot read 'gate'"),
         (("extra", "--", "ls"), 2, "unrecognized arguments: extra"),
     ],
 )

@@ -87,7 +87,7 @@ def test_what_cannot_be_read_is_kept_with_its_reason(tmp_path: Path) -> None:
         ("expert-parallel", ["forward mixed", "expert-parallel"], "mixed in p0"),
         ("expert-parallel", ["forward none"], "no-expert-parallelism in all that was shown"),
         ("expert-parallel", [], "no program over several devices was seen"),
-        ("expert-parallel", ["expert-parallel", "?"], "no verdict, for want of --mesh in p1"),
+        ("expert-parallel", ["expert-parallel", "?"], "no verdict in p1"),
         ("no-expert-parallelism", ["forward none", "none"], None),
         ("no-expert-parallelism", ["none", "expert-parallel"], "expert-parallel in p1"),
         ("weight-gathered", ["mixed"], "expected weight-gathered, found mixed in p0"),
