@@ -264,7 +264,7 @@ def _measurement(
     row_bytes = size.model_dim * jnp.dtype(size.dtype).itemsize
     least = EXCHANGES * tokens * size.k * row_bytes * (group - 1) // group
     sent = moe_wire_bytes(report.collectives, ["expert"])
-    flops = flops_by_scope(report.extraction.walk)["experts"]
+    flops = flops_by_scope(report.extraction.walk, report.extraction.roles.flow)["experts"]
     ideal = 2 * PRODUCTS * tokens * size.k * size.model_dim * size.hidden_dim
     seconds = statistics.median(mine for mine, _ in times)
     hardware = find_hardware(mesh.devices.flat[0].device_kind)

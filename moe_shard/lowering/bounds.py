@@ -10,7 +10,7 @@ beside the routed ones, and are no part of either; nor are the experts' biases.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ class MoEBounds:
             expert_axes: the mesh axes of the experts.
         """
         sent = moe_wire_bytes(extraction.collectives, expert_axes)
-        done = flops_by_scope(extraction.walk)["experts"]
+        done = flops_by_scope(extraction.walk, extraction.roles.flow)["experts"]
         moved = memory_by_scope(extraction.walk)["experts"]
         # TPU multiplies float32 as bfloat16, and then exchanges no more than that.
         narrower = "; in a narrower dtype than the model's" if sent < self.wire_bytes else ""
@@ -65,16 +65,21 @@ class MoEBounds:
             f"MoE exchange per device: {human_bytes(sent)} on the wire"
             f"{_times(sent, self.wire_bytes)} ({human_bytes(self.wire_bytes)}; "
             f"dropless {human_bytes(self.dropless_wire_bytes)}{narrower})",
-            f"MoE products per device: {human_flops(done)}{_times(done, self.flops)} "
+            f"MoE products per device: {_known(done, human_flops)}{_times(done, self.flops)} "
             f"({human_flops(self.flops)}; dropless {human_flops(self.dropless_flops)})",
-            f"MoE memory per device: {human_bytes(moved)} read and written by the experts"
+            f"MoE memory per device: {_known(moved, human_bytes)} read and written by the experts"
             f"{_times(moved, self.memory_bytes)} ({human_bytes(self.memory_bytes)}, "
             f"{human_bytes(self.weight_bytes)} of it weights and their gradients)",
         ]
 
 
+def _known(done: int, shown: Callable[[int], str]) -> str:
+    """A measure of work; 0 of it means that none could be told apart."""
+    return shown(done) if done else "unknown, the text does not tell the experts' work apart;"
+
+
 def _times(done: float, least: float) -> str:
-    return f", {done / least:.2f} x the least" if least else ""
+    return f", {done / least:.2f} x the least" if least and done else ""
 
 
 def moe_bounds(config: Config, table: RuleTable, *, slots_per_row: int) -> MoEBounds | None:

@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
+from moe_shard.lowering.flow import Flow
 from moe_shard.lowering.hlo import Computation, Instruction, Module
 from moe_shard.lowering.op_names import classify
 from moe_shard.lowering.shapes import array_dims, shape_bytes, tuple_elements
@@ -24,6 +25,11 @@ _LIBRARY_CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\[([\d",]*)\]')
 # The kernels of `moe.grouped` on GPU: each row meets the weights of one group.
 _GROUPED_KERNEL = re.compile(r"grouped_(forward|dx|dw)/pallas_call")
 _COST_ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
+_KERNEL = re.compile(
+    r'custom_call_target="(?:tpu_custom_call|__gpu\$xla\.gpu\.triton|mosaic_gpu\w*)"'
+)
+UNKNOWN = "unknown"
+"""The stage of work that has no name, nor stands beside any."""
 _PRODUCTS = frozenset({"dot", "convolution", "ragged-dot", "custom-call"})
 # These only name what is there already, or belong to somebody else's account.
 _FREE = frozenset(
@@ -32,7 +38,7 @@ _FREE = frozenset(
         "conditional",
         "partition-id",
         "replica-id",
-        "optimization-barrier",
+        "opt-barrier",
         "async-start",
         "call-start",
     }
@@ -194,21 +200,44 @@ def scope_of(walk: Executions, computation: Computation, instruction: Instructio
     if instruction.op_name:
         return classify(instruction.op_name, walk.stages)[0]
     around = (*instruction.operands, *computation.users(instruction.name))
-    names = (computation.instruction(name).op_name for name in around)
-    return classify(";".join(filter(None, names)), walk.stages)[0]
+    names = ";".join(filter(None, (computation.instruction(name).op_name for name in around)))
+    return classify(names, walk.stages)[0] if names else UNKNOWN
 
 
-def flops_by_scope(walk: Executions) -> Counter[str]:
-    """FLOPs of a step and device by stage of the model, see `op_names.SCOPES`; or "other"."""
+def flops_by_scope(walk: Executions, flow: Flow | None = None) -> Counter[str]:
+    """FLOPs of a step and device by stage of the model.
+
+    Args:
+        walk: the program.
+        flow: where its values come from; a product of experts is theirs, whatever its scope says.
+
+    Returns:
+        By `op_names.SCOPES`; "other" for names that are no stage, `UNKNOWN` for what has none.
+    """
     done = Counter[str]()
+    experts = set[tuple[str, str]]() if flow is None else flow.gradients | flow.products.keys()
     for computation in walk.order:
         times = walk.counts[computation.name]
         for name, opcode in computation.opcodes.items():
             if opcode in _PRODUCTS and times:
                 instruction = computation.instruction(name)
                 if count := product_flops(computation, instruction):
-                    done[scope_of(walk, computation, instruction)] += times * count
+                    is_experts = (computation.name, name) in experts
+                    scope = "experts" if is_experts else scope_of(walk, computation, instruction)
+                    done[scope] += times * count
     return done
+
+
+def unmeasured_kernels(walk: Executions) -> int:
+    """Count the executions of kernels that do not say how much they compute."""
+    return sum(
+        walk.counts[computation.name]
+        for computation in walk.order
+        for name, opcode in computation.opcodes.items()
+        if opcode == "custom-call"
+        and _KERNEL.search(computation.instruction(name).attribute_text)
+        and not product_flops(computation, computation.instruction(name))
+    )
 
 
 def memory_bytes(module: Module, computation: Computation, instruction: Instruction) -> int:

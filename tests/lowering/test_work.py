@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import gzip
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -16,6 +19,7 @@ from moe_shard.lowering.hlo import HloParseError
 from moe_shard.lowering.timeline import Rates, timeline
 from moe_shard.lowering.work import flops_by_scope, memory_by_scope
 
+PROGRAMS = Path(__file__).parent / "programs"
 RATES = Rates(flops=1e3, memory=1e9, link=100.0)
 
 # A product of 2 * 4 * 8 * 16 = 1,024 FLOPs runs between the start and the end of an all-gather of
@@ -129,7 +133,7 @@ ENTRY %main (a: {lhs}, b: {rhs}) -> {out} {{
   ROOT %c = {out} convolution(%a, %b), window={window}, dim_labels={labels}
 }}
 """
-    return flops(text).get("other", 0)
+    return flops(text).get("unknown", 0)
 
 
 def test_convolutions_as_tpu_writes_products() -> None:
@@ -226,3 +230,26 @@ def test_every_accelerator_has_the_rates_of_an_estimate() -> None:
         if rates is not None:
             assert rates.link < rates.memory < rates.flops
             assert rates.network is None or rates.network < rates.link
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("cpu_gshard_two_hop", 2), ("v5e_gshard_two_hop", 2), ("h100_gshard_fused", 1)],
+)
+def test_work_of_experts_is_told_without_their_names(name: str, layers: int) -> None:
+    """By hand: the expert of a device takes 16 slots of 16 sequences; M 128, H 320, three matrices,
+    each once forward and twice backward."""
+    text = gzip.decompress((PROGRAMS / f"{name}.txt.gz").read_bytes()).decode()
+    found = extract_collectives(text)
+    by_names, by_flow = flops_by_scope(found.walk), flops_by_scope(found.walk, found.roles.flow)
+    assert by_names["experts"] == 0
+    assert by_flow["experts"] == layers * 3 * 3 * 2 * (16 * 16) * 128 * 320
+    assert sum(by_names.values()) == sum(by_flow.values())
+
+
+def test_work_that_is_not_told_is_not_nothing() -> None:
+    bounds = MoEBounds(1, 1, 10**9, 10**9, 1, 1)
+    nameless = LOOP.replace("experts/", "somewhere/")
+    products = bounds.lines(extract_collectives(nameless), ["expert"])[1]
+    assert products.startswith("MoE products per device: unknown, the text does not tell")
+    assert "x the least" not in products
