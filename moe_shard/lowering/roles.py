@@ -9,7 +9,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from moe_shard.lowering.flow import (
+from moe_shard.lowering.flow.evaluation import Assumption, Flow, Parameter
+from moe_shard.lowering.flow.rules import evaluate
+from moe_shard.lowering.flow.states import (
     EXPERT_GRADIENT,
     EXPERT_OUTPUT,
     GRADIENT,
@@ -17,13 +19,9 @@ from moe_shard.lowering.flow import (
     MASK,
     ROUTED,
     UPDATED,
-    Assumption,
-    Flow,
-    Parameter,
     State,
     is_float,
 )
-from moe_shard.lowering.flow_rules import evaluate
 from moe_shard.lowering.hlo import Module
 from moe_shard.lowering.mesh_axes import UNKNOWN_AXES, MeshAxes
 from moe_shard.lowering.walk import EXCHANGES

@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from moe_shard.lowering.flow import Flow
+from moe_shard.lowering.flow.evaluation import Flow
 from moe_shard.lowering.hlo import Computation, Instruction, Module
 from moe_shard.lowering.op_names import classify
 from moe_shard.lowering.shapes import array_dims, shape_bytes, tuple_elements

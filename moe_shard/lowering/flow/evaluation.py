@@ -1,101 +1,30 @@
-"""What every value of a program derives from: the ground on which roles and verdicts stand.
-
-The program is evaluated once over abstract values, in the order of its text, through fusions,
-calls, loops, branches and asynchronous pairs. Of each value is kept (`State`): the ENTRY
-parameters that it depends on; whether it is one of them, laid out anew or converted, and nothing
-else (`Origin`); the marks below; and the collectives that it came through.
-
-Where tokens are sent to experts shows in the arithmetic alone. A router compares scores and gets
-integers (top-k, argmax, sort). Data that such integers select (gather, scatter, slices, one-hot
-products, masks) has been routed; a product of routed data with a parameter that is split, or
-batched, by experts is a product of experts. Neither the names of scopes nor those of parameters
-are asked.
-
-Loops: the marks and dependences are those of the first iteration, so that a layer does not depend
-on its own weights by way of the layer before; that a value is nothing but a parameter has to hold
-in every iteration.
-"""
+"""Evaluating a module over states, and what is taken down on the way."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from moe_shard.errors import UserError
-from moe_shard.lowering.dims import Dims, whole
+from moe_shard.lowering.dims import whole
+from moe_shard.lowering.flow.states import (
+    CONSTANT,
+    EXPERT_OUTPUT,
+    ROUTED,
+    Origin,
+    State,
+    Value,
+    after_loop,
+    carried,
+    is_float,
+    leaves,
+    shaped,
+)
 from moe_shard.lowering.hlo import Computation, Instruction, Module
 from moe_shard.lowering.shapes import array_dims, shape_bytes, tuple_elements
 from moe_shard.lowering.shardings import Split, parse_split
-
-INDEX = 1 << 0
-"""Integers that a comparison of computed numbers chose: experts, positions, counts."""
-MASK = 1 << 1
-"""Made by comparing such integers: a one-hot, also when it carries weights."""
-COMPARED = 1 << 2
-"""The outcome of comparing computed numbers."""
-ROUTED = 1 << 3
-"""Data that `INDEX` or `MASK` selected, and what experts make of it."""
-EXPERT_OUTPUT = 1 << 4
-"""Has been through a product of experts."""
-EXPERT_GRADIENT = 1 << 5
-"""The gradient of experts' weights: a product of routed data with routed data."""
-GRADIENT = 1 << 6
-"""A product of two computed values that are not routed: another weight's gradient, or scores."""
-UPDATED = 1 << 7
-"""A parameter and its gradient, put together."""
-
-FEATURE = -1
-"""In `State.feature`: a dim of the vectors that experts give."""
-
-ON_ROWS = ROUTED | EXPERT_OUTPUT
-"""What a sum with data of another origin (a residual) no longer is."""
-
-
-class Origin(NamedTuple):
-    """A value that is made of ENTRY parameters alone, without a product.
-
-    Attributes:
-        params: the parameters' positions as bits; 0 for a constant.
-        main: the position of the largest; -1 for a constant.
-        dims: the parameter's dims in each dim of the value; None where they cannot be told.
-    """
-
-    params: int
-    main: int
-    dims: Dims | None
-
-
-class State(NamedTuple):
-    """What is known of an array.
-
-    Attributes:
-        deps: ENTRY parameters that it depends on, as bits.
-        origin: where it is made of parameters alone; None for what was computed.
-        marks: the marks above.
-        via: collectives that it came through since it was a parameter or was routed, as bits.
-        feature: of outputs of experts, which dims hold the vectors that a product gave: `FEATURE`
-            in them, nothing in the others; None where that cannot be told.
-    """
-
-    deps: int
-    origin: Origin | None
-    marks: int
-    via: int
-    feature: Dims | None = None
-
-    def has_feature(self, places: Iterable[int]) -> bool:
-        """Whether any of these dims holds vectors of experts' outputs."""
-        dims = self.feature or ()
-        return any(at < len(dims) and FEATURE in dims[at] for at in places)
-
-
-Value = State | list["Value"]
-"""Of an array, or of each element of a tuple."""
-
-CONSTANT = State(0, Origin(0, -1, None), 0, 0)
 
 
 @dataclass(frozen=True)
@@ -185,7 +114,7 @@ class Flow:
         opaque: positions of those that a kernel takes whose arithmetic is not in the text.
         indices: {collective: its position in `State.via`}.
         outputs: the states of what the program returns, with their shapes.
-        assumed: experts were looked for without a router (see `flow_rules.evaluate`).
+        assumed: experts were looked for without a router (see `rules.evaluate`).
         scored: sizes of the last dims of what went through an exponential or a sigmoid.
         gathered: {an all-gather: (parameter, dim) along which it puts that together}.
     """
@@ -209,11 +138,6 @@ class Flow:
     def bit(self, site: tuple[str, str]) -> int:
         """The bit of a collective in `State.via`."""
         return 1 << self.indices.setdefault(site, len(self.indices))
-
-
-def is_float(shape: str) -> bool:
-    """Whether an array holds numbers that a model computes with."""
-    return shape.startswith(("f", "bf", "c")) or shape.startswith(("(f", "(bf"))
 
 
 def entry_parameters(
@@ -244,27 +168,6 @@ def entry_parameters(
             bool(sharding),
         )
     return found
-
-
-def join(states: Sequence[State]) -> State:
-    """Merge states of values that are put together: of parameters alone if all are."""
-    if len(states) == 1:
-        return states[0]
-    deps = marks = via = params = 0
-    origin: Origin | None = Origin(0, -1, None)
-    feature: Dims | None = None
-    for state in states:
-        deps |= state.deps
-        feature = feature or state.feature
-        marks |= state.marks
-        via |= state.via
-        if origin is None or state.origin is None:
-            origin = None
-        else:
-            params = origin.params | state.origin.params
-            chosen = origin if origin.main >= 0 else state.origin
-            origin = Origin(params, chosen.main, chosen.dims)
-    return State(deps, origin, marks, via, feature)
 
 
 def _array_shapes(shape: str) -> list[str]:
@@ -311,51 +214,6 @@ def _can_have(parameter: Parameter, expert_dims: set[int], sizes: Sequence[int])
                 if fits(left, tuple(others), True):
                     return True
     return False
-
-
-def leaves(value: Value) -> list[State]:
-    """All arrays of a value."""
-    if isinstance(value, State):
-        return [value]
-    return [leaf for element in value for leaf in leaves(element)]
-
-
-def flat(value: Value) -> State:
-    """A value as one array."""
-    found = leaves(value)
-    return join(found) if found else CONSTANT
-
-
-def shaped(state: State, shape: str) -> Value:
-    """A state for every array of a shape."""
-    if not shape.startswith("("):
-        return state
-    return [shaped(state, element) for element in tuple_elements(shape)]
-
-
-def element(value: Value, index: int) -> Value:
-    """An element of a tuple; of what is not known as a tuple all of it."""
-    if isinstance(value, list):
-        return value[index] if index < len(value) else CONSTANT
-    return value
-
-
-def carried(before: Value, after: Value) -> Value:
-    """What a loop carries into every iteration, from what it begins with and what one makes.
-
-    It is a parameter only if it stays one. Marks are those of the first iteration, unless that
-    begins with a constant.
-    """
-    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        return [carried(one, other) for one, other in zip(before, after, strict=True)]
-    one, other = flat(before), flat(after)
-    if one.origin is not None and one.origin.main < 0 and one.origin.params == 0:
-        return other
-    if one.origin is None or one.origin == other.origin:
-        return one
-    if other.origin is not None and other.origin.params | one.origin.params == one.origin.params:
-        return one._replace(via=one.via | other.via)
-    return one._replace(deps=one.deps | other.deps, origin=None)
 
 
 Rule = Callable[["Evaluation", Computation, Instruction, list[Value]], Value]
@@ -492,18 +350,4 @@ class Evaluation:
         again = carried(begin, first)
         if again == begin:
             return first
-        return _after(first, self.computation(body, [again]))
-
-
-def _after(first: Value, later: Value) -> Value:
-    """What a loop leaves: a parameter only if every iteration leaves one."""
-    if isinstance(first, list) and isinstance(later, list) and len(first) == len(later):
-        return [_after(one, other) for one, other in zip(first, later, strict=True)]
-    one, other = flat(first), flat(later)
-    return State(
-        one.deps | other.deps,
-        one.origin if one.origin == other.origin else None,
-        one.marks | other.marks,
-        one.via | other.via,
-        one.feature,
-    )
+        return after_loop(first, self.computation(body, [again]))

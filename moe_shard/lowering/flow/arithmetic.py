@@ -1,0 +1,234 @@
+"""Rules for arithmetic: where a router's comparisons become indices and masks."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from moe_shard.lowering import dims as following
+from moe_shard.lowering.flow.evaluation import Evaluation, Rule
+from moe_shard.lowering.flow.states import (
+    COMPARED,
+    EXPERT_GRADIENT,
+    EXPERT_OUTPUT,
+    GRADIENT,
+    INDEX,
+    MASK,
+    ON_ROWS,
+    ROUTED,
+    UPDATED,
+    State,
+    Value,
+    combined,
+    flat,
+    holds_data,
+    is_computed,
+    is_float,
+    join,
+    shaped,
+    with_dims,
+)
+from moe_shard.lowering.hlo import Computation, Instruction
+from moe_shard.lowering.shapes import array_dims
+
+
+def elementwise(
+    _run: Evaluation, _computation: Computation, instruction: Instruction, operands: list[Value]
+) -> Value:
+    """Put the operands together: the rule of every opcode that has none of its own."""
+    return shaped(combined(operands), instruction.shape)
+
+
+def _score(
+    run: Evaluation, _computation: Computation, instruction: Instruction, operands: list[Value]
+) -> Value:
+    """An exponential or a sigmoid: a router has one of its scores, over all experts."""
+    state = combined(operands)
+    if is_computed(state) and not state.marks & GRADIENT and instruction.shape[0] != "(":
+        run.flow.scored.update(array_dims(instruction.shape)[-1:])
+    return shaped(state, instruction.shape)
+
+
+def _add(
+    run: Evaluation, _computation: Computation, instruction: Instruction, operands: list[Value]
+) -> Value:
+    """A sum of routed data with a residual is routed no more; with a bias it still is."""
+    states = [flat(each) for each in operands]
+    merged = join(states)
+    if not is_float(instruction.shape):
+        return merged
+    size = math.prod(array_dims(instruction.shape)) if instruction.shape[0] != "(" else 0
+    computed = [state for state in states if is_computed(state) or _is_as_large(run, state, size)]
+    if len(computed) == 2 and not all(state.marks & ROUTED for state in computed):
+        # Gradients that are added up keep what they came through; a residual does not.
+        via = merged.via if merged.marks & (GRADIENT | EXPERT_GRADIENT) else 0
+        merged = merged._replace(marks=merged.marks & ~ON_ROWS, via=via)
+    elif len(computed) == 1:
+        beside = [state for state in states if state.origin is not None and state.origin.params]
+        if beside and computed[0].marks & (EXPERT_GRADIENT | GRADIENT):
+            merged = merged._replace(marks=merged.marks | UPDATED)
+        elif beside and computed[0].marks & EXPERT_OUTPUT:
+            run.found_bias(beside[0], size)
+    return merged
+
+
+def _is_as_large(run: Evaluation, state: State, size: int) -> bool:
+    """Whether a value is a parameter of as many elements, not one broadcast, as a bias is."""
+    if state.origin is None or state.origin.main < 0:
+        return False
+    parameter = run.flow.parameters[state.origin.main]
+    return math.prod(parameter.global_sizes) >= size > 1 and not (
+        run.flow.weights >> parameter.position & 1
+    )
+
+
+def _multiply(
+    _run: Evaluation, computation: Computation, instruction: Instruction, operands: list[Value]
+) -> Value:
+    """A mask times data routes the data; times a weight for each choice it is a mask still."""
+    states = [flat(each) for each in operands]
+    merged = join(states)
+    if not is_float(instruction.shape):
+        return merged
+    for mask, data, name in zip(states, states[::-1], instruction.operands, strict=False):
+        if mask.marks & MASK and not data.marks & MASK and holds_data(data):
+            marks = merged.marks | ROUTED
+            if data.marks & ROUTED or _is_spread(computation, name):
+                marks &= ~MASK
+            return merged._replace(marks=marks, via=data.via)
+    if rows := [state for state in states if state.marks & ROUTED]:
+        return merged._replace(via=join(rows).via)  # what weighs them came another way
+    return merged
+
+
+def _is_spread(computation: Computation, name: str) -> bool:
+    """Whether a value is broadcast along a dim: what it multiplies has a dim that it has not."""
+    for _ in range(4):
+        made = computation.instruction(name)
+        if made.opcode == "broadcast":
+            before = array_dims(computation.instruction(made.operand(0)).shape)
+            return math.prod(before) < math.prod(array_dims(made.shape))
+        if made.opcode not in ("convert", "bitcast", "reshape", "copy") or not made.operands:
+            return False
+        name = made.operand(0)
+    return False
+
+
+def _compare(
+    _run: Evaluation, computation: Computation, instruction: Instruction, operands: list[Value]
+) -> Value:
+    merged = combined(operands)
+    marks = merged.marks
+    if marks & (INDEX | MASK):
+        return merged._replace(marks=MASK, via=0)
+    shape = computation.instruction(instruction.operand(0)).shape
+    compared = is_float(shape) and holds_data(merged)
+    return merged._replace(marks=COMPARED if compared else marks & COMPARED)
+
+
+def _convert(
+    _run: Evaluation, computation: Computation, instruction: Instruction, operands: list[Value]
+) -> Value:
+    state = flat(operands[0])
+    before = computation.instruction(instruction.operand(0)).shape
+    if before.startswith("pred") and state.marks & COMPARED:
+        return state._replace(marks=(state.marks & ~COMPARED) | MASK)
+    if is_float(instruction.shape) and state.marks & INDEX:
+        return state._replace(marks=state.marks | MASK)
+    narrow = re.match(r"[su](2|4|8)\[", instruction.shape)  # quantized numbers, no positions
+    if is_float(before) and not is_float(instruction.shape) and is_computed(state) and not narrow:
+        return state._replace(marks=state.marks | INDEX, via=0)
+    return state
+
+
+def _reinterpreted(
+    _run: Evaluation, computation: Computation, instruction: Instruction, operands: list[Value]
+) -> Value:
+    """The bits of numbers as integers, which a compiler sorts in their place, and back."""
+    state = flat(operands[0])
+    was_float = is_float(computation.instruction(instruction.operand(0)).shape)
+    if was_float and not is_float(instruction.shape) and is_computed(state):
+        return state._replace(marks=state.marks | INDEX, via=0)
+    if is_float(instruction.shape) and not was_float:
+        return state._replace(marks=state.marks & ~INDEX)
+    return state
+
+
+def _select(
+    _run: Evaluation, _computation: Computation, instruction: Instruction, operands: list[Value]
+) -> Value:
+    chooser, *chosen = (flat(each) for each in operands)
+    merged = join([chooser, *chosen])._replace(via=join(chosen).via)
+    marks = 0
+    for state in chosen:
+        marks |= state.marks
+    if chooser.marks & MASK:
+        data = any(holds_data(state) for state in chosen)
+        if not is_float(instruction.shape):
+            marks |= INDEX
+        else:
+            marks |= ROUTED if data else MASK
+    elif chooser.marks & COMPARED and not is_float(instruction.shape):
+        marks |= COMPARED if instruction.shape.startswith("pred") else INDEX
+    return merged._replace(marks=marks)
+
+
+def _reduce(
+    _run: Evaluation, computation: Computation, instruction: Instruction, operands: list[Value]
+) -> Value:
+    """Also of pairs: an argmax reduces scores and their positions together."""
+    inputs = operands[: max(1, len(operands) // 2)]
+    shapes = [computation.instruction(name).shape for name in instruction.operands[: len(inputs)]]
+    if len(inputs) == 1:
+        state = flat(inputs[0])
+        removed = following.integers(instruction.attributes.get("dimensions", ""))
+        if state.has_feature(removed):  # norms and scores of rows are no rows
+            state = state._replace(marks=state.marks & ~ON_ROWS, via=0)
+        return shaped(
+            with_dims(state, lambda dims: following.reduced(dims, instruction)), instruction.shape
+        )
+    return _compared_together(inputs, shapes)
+
+
+def _sort(
+    _run: Evaluation, computation: Computation, instruction: Instruction, operands: list[Value]
+) -> Value:
+    shapes = [computation.instruction(name).shape for name in instruction.operands]
+    together = _compared_together(operands, shapes)
+    return together if len(operands) > 1 else flat(together)
+
+
+def _compared_together(operands: list[Value], shapes: list[str]) -> Value:
+    """Arrays put into an order by some of them: integers become positions, data is routed."""
+    states = [flat(each) for each in operands]
+    by_numbers = any(
+        is_float(shape) and holds_data(state) for shape, state in zip(shapes, states, strict=True)
+    )
+    by_index = any(state.marks & (INDEX | MASK) for state in states)
+    merged = join(states)
+    results: list[Value] = []
+    for shape, state in zip(shapes, states, strict=True):
+        marks = state.marks
+        if not is_float(shape) and (by_numbers or by_index):
+            marks |= INDEX
+        elif is_float(shape) and by_index:
+            marks |= ROUTED
+        several = len(states) > 1
+        origin = None if several and holds_data(merged) else state.origin
+        results.append(State(merged.deps, origin, marks, 0 if marks & INDEX else state.via))
+    return results
+
+
+RULES: dict[str, Rule] = {
+    "exponential": _score,
+    "logistic": _score,
+    "add": _add,
+    "subtract": _add,
+    "multiply": _multiply,
+    "compare": _compare,
+    "convert": _convert,
+    "bitcast-convert": _reinterpreted,
+    "select": _select,
+    "reduce": _reduce,
+    "sort": _sort,
+}

@@ -1,0 +1,95 @@
+"""Rules for data at places that an index tells."""
+
+from __future__ import annotations
+
+from moe_shard.lowering.flow.evaluation import Evaluation, Rule
+from moe_shard.lowering.flow.states import (
+    CONSTANT,
+    GRADIENT,
+    INDEX,
+    MASK,
+    ROUTED,
+    State,
+    Value,
+    combined,
+    flat,
+    holds_data,
+    is_computed,
+    is_float,
+    join,
+    with_dims,
+)
+from moe_shard.lowering.hlo import Computation, Instruction
+from moe_shard.lowering.shapes import tuple_elements
+
+
+def _selected(run: Evaluation, data: State, index: State, shape: str) -> State:
+    """Data at places that an index tells."""
+    state = data._replace(deps=data.deps | index.deps)
+    if index.marks & (INDEX | MASK):
+        if not is_float(shape):
+            return state._replace(origin=None, marks=data.marks | INDEX)
+        sees_itself(run, data, index)
+        return state._replace(origin=None, marks=data.marks | ROUTED)
+    if holds_data(index):
+        if data.origin is not None and data.origin.main >= 0 and is_float(shape):
+            run.flow.weights |= 1 << data.origin.main  # an embedding, looked up by tokens
+        return state._replace(origin=None)
+    return state
+
+
+def sees_itself(run: Evaluation, data: State, index: State) -> None:
+    """A parameter that decides which part of itself is taken is data: tokens before a router."""
+    if data.origin is not None and data.origin.main >= 0:
+        bit = 1 << data.origin.main
+        if index.deps & bit and data.origin.main not in run.flow.experts:
+            run.flow.data |= bit
+
+
+def _gather(
+    run: Evaluation, _computation: Computation, instruction: Instruction, operands: list[Value]
+) -> Value:
+    data, index = flat(operands[0]), flat(operands[1])
+    # Which dims are left of the data is another for every gather.
+    return with_dims(_selected(run, data, index, instruction.shape), lambda _dims: None)
+
+
+def _dynamic_slice(
+    run: Evaluation, _computation: Computation, instruction: Instruction, operands: list[Value]
+) -> Value:
+    data = flat(operands[0])
+    index = combined(operands[1:]) if len(operands) > 1 else CONSTANT
+    return _selected(run, data, index, instruction.shape)
+
+
+def _update_slice(
+    run: Evaluation, _computation: Computation, instruction: Instruction, operands: list[Value]
+) -> Value:
+    buffer, update = flat(operands[0]), flat(operands[1])
+    index = combined(operands[2:]) if len(operands) > 2 else CONSTANT
+    return _selected(run, join([update, buffer]), index, instruction.shape)
+
+
+def _scatter(
+    run: Evaluation, _computation: Computation, instruction: Instruction, operands: list[Value]
+) -> Value:
+    count = max(1, (len(operands) - 1) // 2)
+    index = flat(operands[count])
+    results: list[Value] = []
+    shapes = tuple_elements(instruction.shape)
+    for at in range(count):
+        target, update = flat(operands[at]), flat(operands[min(count + 1 + at, len(operands) - 1)])
+        both = with_dims(join([update, target]), lambda _dims: None)
+        state = _selected(run, both, index, shapes[min(at, len(shapes) - 1)])
+        if is_computed(update) and not state.marks & ROUTED:
+            state = state._replace(marks=state.marks | GRADIENT)  # of an embedding
+        results.append(state)
+    return results if instruction.shape.startswith("(") else results[0]
+
+
+RULES: dict[str, Rule] = {
+    "gather": _gather,
+    "dynamic-slice": _dynamic_slice,
+    "dynamic-update-slice": _update_slice,
+    "scatter": _scatter,
+}
