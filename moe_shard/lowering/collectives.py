@@ -348,7 +348,7 @@ def _collective(
         scope = _stage_of_exchange(site, pass_)
     along, group = _groups(module, site, axes)
     size = _output_bytes(site, len(group))
-    role = roles.of((site.computation.name, instruction.name), site.kind, _operand_bytes(site))
+    role = roles.of((site.computation.name, instruction.name), site.kind, _operand_shapes(site))
     if scope == "other":
         scope = role.stage(pass_)
     return Collective(
@@ -371,9 +371,8 @@ def _collective(
     )
 
 
-def _operand_bytes(site: _Site) -> list[int]:
-    shapes = [site.computation.instruction(name).shape for name in site.instruction.operands]
-    return [shape_bytes(shape) for shape in shapes]
+def _operand_shapes(site: _Site) -> list[str]:
+    return [site.computation.instruction(name).shape for name in site.instruction.operands]
 
 
 def _that_weigh(op_name: str, site: _Site) -> str:

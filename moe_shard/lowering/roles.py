@@ -24,6 +24,7 @@ from moe_shard.lowering.flow.states import (
 )
 from moe_shard.lowering.hlo import Module
 from moe_shard.lowering.mesh_axes import UNKNOWN_AXES, MeshAxes
+from moe_shard.lowering.shapes import array_dims, shape_bytes
 from moe_shard.lowering.walk import EXCHANGES
 
 ROLES = (
@@ -238,20 +239,20 @@ class Roles:
             if position in self.flow.parameters
         )
 
-    def of(self, site: tuple[str, str], kind: str, sizes: Sequence[int]) -> Role:
+    def of(self, site: tuple[str, str], kind: str, shapes: Sequence[str]) -> Role:
         """The role of a collective.
 
         Args:
             site: the computation and the name of the instruction.
             kind: one of `walk.KINDS`.
-            sizes: bytes of each operand.
+            shapes: of its operands.
         """
         states = self.flow.sites.get(site)
-        if not states or len(states) > len(sizes):
+        if not states or len(states) > len(shapes):
             return Role("unknown")
         told = [
-            (size, self._of_operand(site, kind, state, size))
-            for state, size in zip(states, sizes, strict=False)
+            (shape_bytes(shape), self._of_operand(site, kind, state, shape))
+            for state, shape in zip(states, shapes, strict=False)
         ]
         least = _LEAST_SHARE * sum(size for size, _ in told)
         large = [each for each in told if each[0] >= least]
@@ -265,8 +266,8 @@ class Roles:
         parameters = {each for role in same for each in role.parameters}
         return replace(same[0], parameters=tuple(sorted(parameters)))
 
-    def _of_operand(self, site: tuple[str, str], kind: str, state: State, size: int) -> Role:
-        flow = self.flow
+    def _of_operand(self, site: tuple[str, str], kind: str, state: State, shape: str) -> Role:
+        flow, size = self.flow, shape_bytes(shape)
         bit = 1 << flow.indices[site]
         origin = state.origin
         if origin is not None:
@@ -304,7 +305,9 @@ class Roles:
         if kind == _PERMUTES:
             return Role("activation-exchange", (), near, after)
         gathers = kind in ("all-gather", "collective-broadcast")
-        return Role("activation-gather" if gathers else "activation-reduction", (), near, after)
+        # A vector is no row of anything: the gradient of a norm's scale.
+        rows = near and not shape.startswith("(") and sum(n > 1 for n in array_dims(shape)) > 1
+        return Role("activation-gather" if gathers else "activation-reduction", (), rows, after)
 
     def _is_gradient(self, kind: str, state: State, size: int, told: tuple[int, ...]) -> bool:
         """Whether a value that flows into parameters' outputs is of their gradients."""

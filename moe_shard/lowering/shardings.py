@@ -270,17 +270,19 @@ def shardings_before_optimization(text: str) -> dict[int, str]:
 def unnamed_mesh(text: str, num_devices: int) -> NamedMesh:
     """Return a mesh with axes axis_0, axis_1, ... that the text's groups of devices fit.
 
-    Of the shapes in which the text counts all devices (`<=[2,4]`, `mesh['axis_0'=2,'axis_1'=4]`),
-    the finest.
+    The text counts all devices in several shapes (`<=[2,4]`, `mesh['axis_0'=2,'axis_1'=4]`); the
+    mesh is the coarsest that refines all of them.
     """
-    finest = [num_devices] if num_devices > 1 else []
     counted = {tuple(_integers(dims)) for dims in set(_COUNTED.findall(text))}
-    counted |= {
-        tuple(int(size) for _, size in _MESH_AXIS.findall(axes))
-        for axes in set(_MESH.findall(text))
-    }
+    for axes in set(_MESH.findall(text)):
+        counted.add(tuple(int(size) for _, size in _MESH_AXIS.findall(axes)))
+    strides = {1, num_devices}
     for dims in sorted(counted):
-        large = [size for size in dims if size > 1]
-        if math.prod(large) == num_devices and len(large) > len(finest):
-            finest = large
-    return NamedMesh({f"axis_{at}": size for at, size in enumerate(finest)})
+        if math.prod(dims) != num_devices:
+            continue
+        own = {math.prod(dims[at:]) for at in range(len(dims))} | strides
+        if all(high % low == 0 for low, high in itertools.pairwise(sorted(own))):
+            strides = own
+    ordered = sorted(strides, reverse=True)
+    sizes = [high // low for high, low in itertools.pairwise(ordered)]
+    return NamedMesh({f"axis_{at}": size for at, size in enumerate(sizes)})

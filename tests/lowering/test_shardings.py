@@ -98,7 +98,11 @@ def test_the_order_of_devices_is_that_of_the_mesh() -> None:
     }
 
 
-def test_an_unnamed_mesh_is_the_finest_that_is_counted() -> None:
+def test_an_unnamed_mesh_refines_all_that_is_counted() -> None:
+    assert unnamed_mesh("<=[2,4] <=[8]", 8).sizes == {"axis_0": 2, "axis_1": 4}
+    assert unnamed_mesh("<=[2,4] <=[4,2]", 8).sizes == {"axis_0": 2, "axis_1": 2, "axis_2": 2}
+    assert unnamed_mesh("<=[2,6] <=[3,4]", 12).sizes == {"axis_0": 2, "axis_1": 6}
+    assert unnamed_mesh("", 1).sizes == {}
     text = "devices=[4,1,2]<=[2,4]T(1,0) replica_groups=[4,2]<=[2,2,2]T(1,0,2) <=[8] <=[16]"
     assert unnamed_mesh(text, 8).sizes == {"axis_0": 2, "axis_1": 2, "axis_2": 2}
     assert unnamed_mesh("", 8).sizes == {"axis_0": 8}

@@ -73,13 +73,11 @@ def _add(
 
 
 def _is_as_large(run: Evaluation, state: State, size: int) -> bool:
-    """Whether a value is a parameter of as many elements, not one broadcast, as a bias is."""
+    """Whether a value is input of as many elements, and no bias, weight, or optimizer's state."""
     if state.origin is None or state.origin.main < 0:
         return False
     parameter = run.flow.parameters[state.origin.main]
-    return math.prod(parameter.global_sizes) >= size > 1 and not (
-        run.flow.weights >> parameter.position & 1
-    )
+    return math.prod(parameter.global_sizes) >= size > 1 and not run.is_like_a_weight(parameter)
 
 
 def _multiply(
@@ -96,22 +94,29 @@ def _multiply(
             if data.marks & ROUTED or _is_spread(computation, name):
                 marks &= ~MASK
             return merged._replace(marks=marks, via=data.via)
-    if rows := [state for state in states if state.marks & ROUTED]:
-        return merged._replace(via=join(rows).via)  # what weighs them came another way
-    return merged
+    # What weighs vectors, a number for each, came another way than they did.
+    sizes = [_own_size(computation, name) for name in instruction.operands]
+    vectors = [state for state, size in zip(states, sizes, strict=True) if size == max(sizes)]
+    rows = [state for state in vectors if state.marks & ROUTED] or vectors
+    return merged._replace(via=join(rows).via)
 
 
 def _is_spread(computation: Computation, name: str) -> bool:
     """Whether a value is broadcast along a dim: what it multiplies has a dim that it has not."""
+    shape = computation.instruction(name).shape
+    return _own_size(computation, name) < math.prod(array_dims(shape))
+
+
+def _own_size(computation: Computation, name: str) -> int:
+    """How many elements a value had before it was broadcast."""
     for _ in range(4):
         made = computation.instruction(name)
         if made.opcode == "broadcast":
-            before = array_dims(computation.instruction(made.operand(0)).shape)
-            return math.prod(before) < math.prod(array_dims(made.shape))
+            return math.prod(array_dims(computation.instruction(made.operand(0)).shape))
         if made.opcode not in ("convert", "bitcast", "reshape", "copy") or not made.operands:
-            return False
+            break
         name = made.operand(0)
-    return False
+    return math.prod(array_dims(made.shape))
 
 
 def _compare(

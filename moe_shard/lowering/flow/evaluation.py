@@ -294,6 +294,15 @@ class Evaluation:
         if len(large) > 1 and math.prod(parameter.sizes) < size:
             self.flow.experts.setdefault(position, set()).add(len(parameter.sizes) - 2)
 
+    def is_like_a_weight(self, parameter: Parameter) -> bool:
+        """Whether a parameter is a known weight, or has the sizes of one, as its moments have."""
+        flow = self.flow
+        return any(
+            parameter.sizes == other.sizes
+            for position, other in flow.parameters.items()
+            if flow.weights >> position & 1 or position in flow.experts
+        )
+
     def may_count_experts(self, parameter: Parameter, dims: tuple[int, ...]) -> tuple[int, ...]:
         """Of these dims of a parameter, those that can count experts."""
         if self._assumed is None:
