@@ -189,6 +189,9 @@ def _reduce(
         removed = following.integers(instruction.attributes.get("dimensions", ""))
         if state.has_feature(removed):  # norms and scores of rows are no rows
             state = state._replace(marks=state.marks & ~ON_ROWS, via=0)
+        left = [n for at, n in enumerate(array_dims(shapes[0])) if at not in removed and n > 1]
+        if state.marks & EXPERT_GRADIENT and len(left) < 2:  # a norm of gradients is no gradient
+            state = state._replace(marks=state.marks & ~(EXPERT_GRADIENT | GRADIENT), via=0)
         return shaped(
             with_dims(state, lambda dims: following.reduced(dims, instruction)), instruction.shape
         )
