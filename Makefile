@@ -9,7 +9,7 @@ TARGETS := $(VENV)/.targets
 PARITY := $(VENV)/.parity
 MAXTEXT := .venv-maxtext
 
-.PHONY: demo test test-newest test-parity record-parity test-maxtext test-wheel targets test-targets test-targets-slow goldens test-goldens browser test-browser lint format bench clean help
+.PHONY: demo test test-newest test-parity record-parity test-recorded test-maxtext test-wheel targets test-targets test-targets-slow goldens test-goldens browser test-browser lint format bench clean help
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,9 @@ $(MAXTEXT)/.installed: pyproject.toml constraints-maxtext.txt
 
 test-maxtext: $(MAXTEXT)/.installed  ## MaxText itself, watched and compared with; needs NEWEST_PYTHON (minutes)
 	$(MAXTEXT)/bin/python -m pytest -m maxtext $(or $(TESTS),tests/maxtext)
+
+test-recorded: $(READY)  ## all families against recorded numbers of transformers, without torch
+	$(RUN) -m pytest -n 2 -m recorded tests/autoep/test_recorded.py
 
 test-wheel: $(READY)  ## the commands of a wheel, in an environment without a checkout
 	$(RUN) -m pytest -m wheel tests/test_wheel.py

@@ -42,7 +42,7 @@ METRICS = {
 LOWERING = {"backend", "num_devices", "mesh", "verdict", "collectives", "totals", "memory", "moe"}
 COLLECTIVE = {
     "kind", "axes", "scope", "pass", "count", "bytes", "wire_bytes", "async", "spmd_generated",
-    "op_name", "source",
+    "op_name", "source", "role", "parameter",
 }  # fmt: skip
 WAIT_S = 120
 
