@@ -235,6 +235,8 @@ class Evaluation:
         self._rules = rules
         self._default = default
         self._assumed = assumed
+        self._known_weights = (0, 0)
+        self._weight_sizes = set[tuple[int, ...]]()
         self.flow.assumed = assumed is not None
         self.flow.data = sum(
             1 << each.position for each in self.flow.parameters.values() if each.is_data
@@ -297,11 +299,15 @@ class Evaluation:
     def is_like_a_weight(self, parameter: Parameter) -> bool:
         """Whether a parameter is a known weight, or has the sizes of one, as its moments have."""
         flow = self.flow
-        return any(
-            parameter.sizes == other.sizes
-            for position, other in flow.parameters.items()
-            if flow.weights >> position & 1 or position in flow.experts
-        )
+        known = flow.weights, len(flow.experts)
+        if known != self._known_weights:
+            self._known_weights = known
+            self._weight_sizes = {
+                other.sizes
+                for position, other in flow.parameters.items()
+                if flow.weights >> position & 1 or position in flow.experts
+            }
+        return parameter.sizes in self._weight_sizes
 
     def may_count_experts(self, parameter: Parameter, dims: tuple[int, ...]) -> tuple[int, ...]:
         """Of these dims of a parameter, those that can count experts."""
