@@ -8,26 +8,25 @@ what runs, with what it stands for.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from moe_shard.errors import UserError
-from moe_shard.lowering.hlo import Computation, HloParseError, Instruction, Module, parse_module
+from moe_shard.lowering.hlo import HloParseError, Module, parse_module
 from moe_shard.lowering.mesh_axes import UNKNOWN_AXES, MeshAxes
-from moe_shard.lowering.op_names import classify, merged_names
+from moe_shard.lowering.naming import named_instruction, stage_of_exchange, that_weigh
+from moe_shard.lowering.op_names import classify
 from moe_shard.lowering.program_mesh import ProgramMesh, program_mesh
 from moe_shard.lowering.replica_groups import parse_groups, parse_pairs
 from moe_shard.lowering.roles import EXPERT_AXIS, Roles
 from moe_shard.lowering.shape_check import sizes_fit
-from moe_shard.lowering.shapes import shape_bytes, tuple_elements
+from moe_shard.lowering.shapes import shape_bytes
 from moe_shard.lowering.shardings import shardings_before_optimization
+from moe_shard.lowering.sites import Site, find_sites, outputs
 from moe_shard.lowering.spellings import (
-    hands_on_what_it_exchanges,
     implements,
     is_unrolled,
-    keeps_one_shard,
     spelled_by_all_reduce,
 )
 from moe_shard.lowering.unlisted import unlisted
@@ -35,14 +34,10 @@ from moe_shard.lowering.walk import EXCHANGES, OPCODES, Executions
 
 # A cross-replica group without use_global_device_ids lists replicas, each with all its partitions.
 _REPLICA_GROUPED = frozenset({"all-gather", "all-reduce", "reduce-scatter", "collective-broadcast"})
-_OP_NAME_HOPS = 6
-_LAYOUT = re.compile(r"\{[^}]*\}")
 _BEFORE_OPTIMIZATION = (
     "this is the module before optimization: the partitioner has not run, so it lacks the"
     " collectives of the step; read Compiled.as_text() or *after_optimizations.txt"
 )
-_LEAST_SHARE = 0.01
-"""Of a merged collective's bytes: what has less does not say which stage it is of."""
 
 
 @dataclass(frozen=True)
@@ -148,18 +143,6 @@ class Extraction:
         return {site: each.axes for site, each in self.at.items()}
 
 
-@dataclass(frozen=True)
-class _Site:
-    """A collective instruction in its computation, and the instruction that calls that."""
-
-    instruction: Instruction
-    kind: str
-    computation: Computation
-    caller: tuple[Computation, Instruction] | None
-    count: int
-    is_async: bool
-
-
 def extract_collectives(
     text: str,
     mesh: Mapping[str, int] | None = None,
@@ -204,7 +187,7 @@ def extract_collectives(
     shardings = shardings_before_optimization(before) if before is not None else None
     walk = Executions(module, count_further_rounds, stages)
     roles = Roles(module, axes, named or (), shardings)
-    sites = _sites(walk)
+    sites = find_sites(walk)
     rings = _rings(module, sites)
     found = {
         (site.computation.name, site.instruction.name): _collective(walk, site, axes, rings, roles)
@@ -233,75 +216,7 @@ def extract_collectives(
     return Extraction(module, walk, found, tuple(warnings), known, roles, tuple(split))
 
 
-def _sites(walk: Executions) -> list[_Site]:
-    """The collectives, async copies removed, in the order of the text."""
-    found = [
-        _site(walk, computation, computation.instruction(name))
-        for computation in walk.order
-        for name, opcode in computation.opcodes.items()
-        if opcode in OPCODES and walk.counts[computation.name]
-    ]
-    kept = [site for site in found if site.computation.name not in walk.fused]
-    kept += _without_copies([site for site in found if site.computation.name in walk.fused])
-    return sorted(kept, key=lambda site: site.instruction.line_number)
-
-
-def _site(walk: Executions, computation: Computation, instruction: Instruction) -> _Site:
-    kind = OPCODES[instruction.opcode]
-    devices = "source_target_pairs" if kind == "collective-permute" else "replica_groups"
-    if devices not in instruction.attributes:  # compilers always write it, if only {}
-        raise instruction.damaged(f"without {devices}")
-    if kind == "all-reduce" and computation.name in walk.fused:
-        parts = _group_size(walk.module, instruction)
-        if parts > 1 and keeps_one_shard(walk.module, computation, instruction, parts):
-            kind = "reduce-scatter"  # how TPU spells it: a fusion of an all-reduce and a slice
-    return _Site(
-        instruction,
-        kind,
-        computation,
-        walk.callers.get(computation.name),
-        walk.counts[computation.name],
-        instruction.opcode.endswith("-start") or computation.name in walk.asynchronous,
-    )
-
-
-def _group_size(module: Module, instruction: Instruction) -> int:
-    try:
-        text = instruction.attributes.get("replica_groups", "{}")
-        return max(map(len, parse_groups(text, module.num_devices)))
-    except HloParseError as error:
-        raise HloParseError(f"HLO line {instruction.line_number}: {error}") from error
-
-
-def _without_copies(sites: list[_Site]) -> list[_Site]:
-    """One site for each run of TPU's async collective fusion.
-
-    Such a collective is started in one fusion, carried through others (also inside loops), and
-    finished in one more; each of them repeats the instruction. channel_id does not tell them apart
-    from others (shard_map gives all its collectives channel 1), the start does.
-    """
-    families: dict[tuple[str, int | None, str, str], list[_Site]] = {}
-    for site in sites:
-        instruction = site.instruction
-        channel = instruction.integer("channel_id")
-        # The copies differ in layout, which says where in a chip's memory they write.
-        shape = _LAYOUT.sub("", instruction.shape)
-        key = (site.kind, channel, instruction.op_name, shape)
-        families.setdefault(key, []).append(site)
-    kept: list[_Site] = []
-    for family in families.values():
-        parts = [(_async_part(site.computation), site) for site in family]
-        # Under one key may also stand a collective that no async fusion touches.
-        kept += [site for part, site in parts if not part]
-        copies = [site for part, site in parts if part]
-        starts = [site for part, site in parts if part == "start"]
-        if copies and not starts:
-            starts = [min(copies, key=lambda site: site.count)]
-        kept += [replace(site, is_async=True) for site in starts]
-    return kept
-
-
-def _rings(module: Module, sites: list[_Site]) -> dict[int, str]:
+def _rings(module: Module, sites: list[Site]) -> dict[int, str]:
     """{line of an unrolled permute: what it implements}."""
     rings: dict[int, str] = {}
     told: dict[tuple[str, int], str] = {}
@@ -321,31 +236,20 @@ def _rings(module: Module, sites: list[_Site]) -> dict[int, str]:
     return rings
 
 
-def _family(site: _Site) -> tuple[str, int]:
+def _family(site: Site) -> tuple[str, int]:
     """What the permutes of one unrolled product have in common."""
     return site.instruction.op_name, _output_bytes(site, 2)
 
 
-def _async_part(computation: Computation) -> str:
-    """The part a fused computation plays in an async collective: start, done, middle, or ""."""
-    for name, opcode in computation.opcodes.items():
-        if opcode == "custom-call":
-            text = computation.instruction(name).attribute_text
-            for part in ("Start", "Done"):
-                if f'custom_call_target="AsyncCollective{part}"' in text:
-                    return part.lower()
-    return "middle" if hands_on_what_it_exchanges(computation) else ""
-
-
 def _collective(
-    walk: Executions, site: _Site, axes: MeshAxes, rings: Mapping[int, str], roles: Roles
+    walk: Executions, site: Site, axes: MeshAxes, rings: Mapping[int, str], roles: Roles
 ) -> Collective:
     module = walk.module
     instruction = site.instruction
-    named = _named(site)
-    scope, pass_ = classify(_that_weigh(named.op_name, site) if named else "", walk.stages)
+    named = named_instruction(site)
+    scope, pass_ = classify(that_weigh(named.op_name, site) if named else "", walk.stages)
     if named is not site.instruction and scope == "experts" and site.kind in EXCHANGES:
-        scope = _stage_of_exchange(site, pass_)
+        scope = stage_of_exchange(site, pass_)
     along, group = _groups(module, site, axes)
     size = _output_bytes(site, len(group))
     role = roles.of((site.computation.name, instruction.name), site.kind, _operand_shapes(site))
@@ -371,31 +275,18 @@ def _collective(
     )
 
 
-def _operand_shapes(site: _Site) -> list[str]:
+def _operand_shapes(site: Site) -> list[str]:
     return [site.computation.instruction(name).shape for name in site.instruction.operands]
 
 
-def _that_weigh(op_name: str, site: _Site) -> str:
-    """Of ops that a compiler made one collective of, the names of those that send much of it.
-
-    Else the few bytes of an exchange of counts would lend their stage to an attention weight.
-    """
-    names = merged_names(op_name)
-    sizes = [shape_bytes(each) for each in tuple_elements(_outputs(site))]
-    if len(names) == 1 or len(names) != len(sizes):
-        return op_name
-    least = _LEAST_SHARE * sum(sizes)
-    return ";".join(name for name, size in zip(names, sizes, strict=True) if size >= least)
-
-
-def _spelled(module: Module, site: _Site, group_size: int) -> str:
+def _spelled(module: Module, site: Site, group_size: int) -> str:
     if site.kind != "all-reduce" or group_size < 2:
         return ""
     inner = site.computation, site.instruction
     return spelled_by_all_reduce(module, inner, site.caller, group_size)
 
 
-def _groups(module: Module, site: _Site, axes: MeshAxes) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def _groups(module: Module, site: Site, axes: MeshAxes) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """The axes, and one of the groups: of those of a permute the one that reaches farthest."""
     attributes = site.instruction.attributes
     devices = module.num_devices
@@ -419,29 +310,19 @@ def _groups(module: Module, site: _Site, axes: MeshAxes) -> tuple[tuple[str, ...
     return axes.of_groups(groups), max(map(tuple, groups), key=len)
 
 
-def _output_bytes(site: _Site, group_size: int) -> int:
+def _output_bytes(site: Site, group_size: int) -> int:
     instruction = site.instruction
     if site.kind == "reduce-scatter" and instruction.opcode == "all-reduce":
         return shape_bytes(instruction.shape) // group_size
-    return shape_bytes(_outputs(site))
+    return shape_bytes(outputs(site))
 
 
-def _outputs(site: _Site) -> str:
-    """The shape of what comes out, a tuple where it is several arrays."""
-    instruction = site.instruction
-    if instruction.opcode.endswith("-start") and site.kind != "all-reduce":
-        # The result of a start is (operands, outputs, ...); that of all-reduce-start the outputs.
-        elements = tuple_elements(instruction.shape)
-        return elements[1] if len(elements) > 1 else instruction.shape
-    return instruction.shape
-
-
-def _fits(site: _Site, group_size: int) -> bool:
+def _fits(site: Site, group_size: int) -> bool:
     kind = OPCODES[site.instruction.opcode]
-    return sizes_fit(site.computation, site.instruction, kind, _outputs(site), group_size)
+    return sizes_fit(site.computation, site.instruction, kind, outputs(site), group_size)
 
 
-def _carried_bytes(site: _Site, size: int) -> int:
+def _carried_bytes(site: Site, size: int) -> int:
     """What can be on the wire: of a ragged exchange no more than the smaller of its two buffers.
 
     All devices together send what all together receive, so on average neither side has more.
@@ -450,17 +331,6 @@ def _carried_bytes(site: _Site, size: int) -> int:
         return size
     operand = site.computation.instruction(site.instruction.operand(0))
     return min(size, shape_bytes(operand.shape))
-
-
-def _stage_of_exchange(site: _Site, pass_: str) -> str:
-    """Dispatch or combine, for an exchange without a name that stands beside the experts.
-
-    GPU's compiler drops the names of ragged exchanges. Forward, tokens go to the experts in
-    dispatch and come from them in combine; gradients take the ways in the other direction.
-    """
-    made = _nearest(site.computation, site.instruction, _producers)
-    from_experts = made is not None and classify(made.op_name)[0] == "experts"
-    return "combine" if from_experts == (pass_ != "backward") else "dispatch"
 
 
 def wire_bytes(kind: str, size: int, group_size: int) -> int:
@@ -479,50 +349,3 @@ def wire_bytes(kind: str, size: int, group_size: int) -> int:
     if kind == "all-reduce":
         return 2 * size * others // group_size
     return size * others // group_size
-
-
-def _named(site: _Site) -> Instruction | None:
-    """The instruction whose op_name tells what a collective is for.
-
-    That is itself or the one that calls it. XLA drops the op_name of collectives that it merges,
-    moves or makes up; then it is the nearest producer's, or, where that belongs to no stage of the
-    model, the nearest consumer's: a weight is gathered for the product that uses it.
-    """
-    if site.instruction.op_name:
-        return site.instruction
-    if site.caller is not None and site.caller[1].op_name:
-        return site.caller[1]
-    ends = [(site.computation, site.instruction)]
-    if site.caller is not None:
-        ends.append(site.caller)
-    made_by = next(filter(None, (_nearest(*end, _producers) for end in ends)), None)
-    if made_by is not None and classify(made_by.op_name)[0] != "other":
-        return made_by
-    used_by = next(filter(None, (_nearest(*end, _consumers) for end in reversed(ends))), None)
-    return used_by or made_by
-
-
-def _nearest(
-    computation: Computation,
-    first: Instruction,
-    around: Callable[[Computation, Instruction], list[str]],
-) -> Instruction | None:
-    """The first instruction with an op_name, some hops to one side."""
-    found = [first]
-    for _ in range(_OP_NAME_HOPS):
-        names = dict.fromkeys(name for each in found for name in around(computation, each))
-        found = [computation.instruction(name) for name in names]
-        for each in found:
-            if each.opcode != "constant" and each.op_name:
-                return each
-    return None
-
-
-def _producers(_computation: Computation, instruction: Instruction) -> list[str]:
-    if instruction.opcode.startswith("ragged-all-to-all"):
-        return instruction.operands[:1]  # the rows; the others are where they go
-    return instruction.operands
-
-
-def _consumers(computation: Computation, instruction: Instruction) -> list[str]:
-    return computation.users(instruction.name)

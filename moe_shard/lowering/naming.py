@@ -1,0 +1,85 @@
+"""The names that tell a person what a collective is for: its own, or those of its neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from moe_shard.lowering.hlo import Computation, Instruction
+from moe_shard.lowering.op_names import classify, merged_names
+from moe_shard.lowering.shapes import shape_bytes, tuple_elements
+from moe_shard.lowering.sites import Site, outputs
+
+_OP_NAME_HOPS = 6
+_LEAST_SHARE = 0.01
+"""Of a merged collective's bytes: what has less does not say which stage it is of."""
+
+
+def that_weigh(op_name: str, site: Site) -> str:
+    """Of ops that a compiler made one collective of, the names of those that send much of it.
+
+    Else the few bytes of an exchange of counts would lend their stage to an attention weight.
+    """
+    names = merged_names(op_name)
+    sizes = [shape_bytes(each) for each in tuple_elements(outputs(site))]
+    if len(names) == 1 or len(names) != len(sizes):
+        return op_name
+    least = _LEAST_SHARE * sum(sizes)
+    return ";".join(name for name, size in zip(names, sizes, strict=True) if size >= least)
+
+
+def stage_of_exchange(site: Site, pass_: str) -> str:
+    """Dispatch or combine, for an exchange without a name that stands beside the experts.
+
+    GPU's compiler drops the names of ragged exchanges. Forward, tokens go to the experts in
+    dispatch and come from them in combine; gradients take the ways in the other direction.
+    """
+    made = _nearest(site.computation, site.instruction, _producers)
+    from_experts = made is not None and classify(made.op_name)[0] == "experts"
+    return "combine" if from_experts == (pass_ != "backward") else "dispatch"
+
+
+def named_instruction(site: Site) -> Instruction | None:
+    """The instruction whose op_name tells what a collective is for.
+
+    That is itself or the one that calls it. XLA drops the op_name of collectives that it merges,
+    moves or makes up; then it is the nearest producer's, or, where that belongs to no stage of the
+    model, the nearest consumer's: a weight is gathered for the product that uses it.
+    """
+    if site.instruction.op_name:
+        return site.instruction
+    if site.caller is not None and site.caller[1].op_name:
+        return site.caller[1]
+    ends = [(site.computation, site.instruction)]
+    if site.caller is not None:
+        ends.append(site.caller)
+    made_by = next(filter(None, (_nearest(*end, _producers) for end in ends)), None)
+    if made_by is not None and classify(made_by.op_name)[0] != "other":
+        return made_by
+    used_by = next(filter(None, (_nearest(*end, _consumers) for end in reversed(ends))), None)
+    return used_by or made_by
+
+
+def _nearest(
+    computation: Computation,
+    first: Instruction,
+    around: Callable[[Computation, Instruction], list[str]],
+) -> Instruction | None:
+    """The first instruction with an op_name, some hops to one side."""
+    found = [first]
+    for _ in range(_OP_NAME_HOPS):
+        names = dict.fromkeys(name for each in found for name in around(computation, each))
+        found = [computation.instruction(name) for name in names]
+        for each in found:
+            if each.opcode != "constant" and each.op_name:
+                return each
+    return None
+
+
+def _producers(_computation: Computation, instruction: Instruction) -> list[str]:
+    if instruction.opcode.startswith("ragged-all-to-all"):
+        return instruction.operands[:1]  # the rows; the others are where they go
+    return instruction.operands
+
+
+def _consumers(computation: Computation, instruction: Instruction) -> list[str]:
+    return computation.users(instruction.name)
