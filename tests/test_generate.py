@@ -14,19 +14,19 @@ import jax
 import numpy as np
 import pytest
 
+from moe_shard.checkpoints.checkpoint import restore_params
 from moe_shard.cli.generate import main as generate
 from moe_shard.config import load_config
+from moe_shard.data.tokenizer import ByteTokenizer
 from moe_shard.errors import UserError
-from moe_shard.inference import run as inference
+from moe_shard.inference import texts as inference
 from moe_shard.inference.generator import Generator
-from moe_shard.inference.run import Text
-from moe_shard.training.checkpoint import restore_params
-from moe_shard.training.compile import lay_out
-from moe_shard.training.step import make_program
-from moe_shard.training.tokenizer import ByteTokenizer
+from moe_shard.inference.texts import Text
+from moe_shard.program.step import make_program
+from moe_shard.runtime.compile import lay_out
+from tests.data.test_tokenizer import byte_level, short
 from tests.models.build import QUICK as COMPILER
 from tests.test_train import TINY
-from tests.training.test_tokenizer import byte_level, short
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TRAINED = (*TINY, "steps=60", "run_name=tiny")

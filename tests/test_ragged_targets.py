@@ -11,10 +11,10 @@ from functools import cache
 import pytest
 
 from moe_shard.config import load_config
-from moe_shard.lowering.targets import parse_target
 from moe_shard.lowering.walk import EXCHANGES
 from moe_shard.lowering.work import flops_by_scope
-from moe_shard.training.compile_target import TargetReport, compile_for_target
+from moe_shard.runtime.compile_target import TargetReport, compile_for_target
+from moe_shard.runtime.targets.target import parse_target
 
 pytestmark = pytest.mark.targets
 

@@ -39,8 +39,8 @@ from moe_shard.errors import (
     UserError,
     run_command,
 )
+from moe_shard.files import write_text
 from moe_shard.lowering.fingerprint import Fingerprint, Golden, read_golden
-from moe_shard.training.files import write_text
 from moe_shard.units import human_bytes
 
 TARGETS = ("cpu:8", "v5e:2x4", "v5p:2x2x2", "v6e:2x4", "h100:8", "mi355x:8")

@@ -17,16 +17,16 @@ from moe_shard.autoep.attributes import Attributes
 from moe_shard.autoep.family import Family, choose_family, load_family
 from moe_shard.autoep.headers import TensorHeader, read_headers
 from moe_shard.autoep.lines import report_lines
-from moe_shard.autoep.names import Names, sort_names
 from moe_shard.autoep.pieces import Pieces
-from moe_shard.autoep.plan import Piece, Plan
 from moe_shard.autoep.quantized import CONFIG_KEY, read_scheme, with_scales
 from moe_shard.autoep.settings import model_settings, setting_rules
 from moe_shard.autoep.strict_json import read_object
+from moe_shard.autoep.tensor_names import Names, sort_names
+from moe_shard.autoep.tensor_plan import Piece, Plan
 from moe_shard.config.keys import shown
 from moe_shard.config.layers import Layer
 from moe_shard.config.load import load_settings
-from moe_shard.config.model import ModelConfig
+from moe_shard.config.model_config import ModelConfig
 from moe_shard.errors import UserError
 
 CONFIG = "config.json"

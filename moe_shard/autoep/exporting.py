@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from moe_shard.autoep.blocks import Block, Index
 from moe_shard.autoep.fitting import naming, pieces_by_param, seen
 from moe_shard.autoep.headers import DTYPE_BYTES, TensorHeader
-from moe_shard.autoep.plan import Piece, Plan
+from moe_shard.autoep.host_blocks import Block, Index
+from moe_shard.autoep.tensor_plan import Piece, Plan
 from moe_shard.autoep.tensors import copy, writable
 from moe_shard.errors import UserError
 

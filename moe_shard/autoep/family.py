@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from moe_shard.autoep.params import PARAMETERS
+from moe_shard.autoep.param_shapes import PARAMETERS
 from moe_shard.config.keys import shown
 from moe_shard.config.load import base_settings, configs_dir, find_file, list_names
 from moe_shard.config.strict_yaml import read_mapping

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from moe_shard.autoep.blocks import Index, Path
-from moe_shard.autoep.plan import Piece, Plan
+from moe_shard.autoep.host_blocks import Index, Path
+from moe_shard.autoep.tensor_plan import Piece, Plan
 from moe_shard.errors import UserError
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from moe_shard.autoep.plan import Layout
+from moe_shard.autoep.tensor_plan import Layout
 from moe_shard.config.keys import shown
 from moe_shard.errors import UserError
 

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from moe_shard.autoep.blocks import Bounds, Index, Path, bounds_of, leaves_of
 from moe_shard.autoep.dequantize import numbers
 from moe_shard.autoep.fitting import naming, pieces_by_param, same_names, seen
 from moe_shard.autoep.headers import TensorHeader
-from moe_shard.autoep.plan import Piece, Plan
+from moe_shard.autoep.host_blocks import Bounds, Index, Path, bounds_of, leaves_of
 from moe_shard.autoep.quantized import Quantized
+from moe_shard.autoep.tensor_plan import Piece, Plan
 from moe_shard.autoep.tensors import DTYPES, copy, is_exact, view
 from moe_shard.errors import UserError
 from moe_shard.models.params import Params

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from moe_shard.autoep.fused import Fused
 from moe_shard.autoep.headers import TensorHeader
-from moe_shard.autoep.names import FUSED, LISTED, Names
-from moe_shard.autoep.plan import Plan
 from moe_shard.autoep.quantized import Quantized
-from moe_shard.config.model import ModelConfig
-from moe_shard.config.moe import MoEConfig
+from moe_shard.autoep.tensor_names import FUSED, LISTED, Names
+from moe_shard.autoep.tensor_plan import Plan
+from moe_shard.config.model_config import ModelConfig
+from moe_shard.config.moe_config import MoEConfig
 
 _NUMBER = re.compile(r"\.[0-9]+\.")
 

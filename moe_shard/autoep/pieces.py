@@ -9,11 +9,11 @@ from pathlib import Path
 from moe_shard.autoep.family import Family
 from moe_shard.autoep.fused import Fused, read_fused
 from moe_shard.autoep.headers import TensorHeader
-from moe_shard.autoep.names import FUSED, LISTED, Names, Place, expected
-from moe_shard.autoep.params import Slot, layer_slots, outer_slots
-from moe_shard.autoep.plan import Layout, Piece
+from moe_shard.autoep.param_shapes import Slot, layer_slots, outer_slots
+from moe_shard.autoep.tensor_names import FUSED, LISTED, Names, Place, expected
+from moe_shard.autoep.tensor_plan import Layout, Piece
 from moe_shard.config.keys import shown
-from moe_shard.config.model import LayerKind, ModelConfig
+from moe_shard.config.model_config import LayerKind, ModelConfig
 from moe_shard.errors import UserError
 from moe_shard.models.cycles import stacks_of
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_shard.autoep.attributes import Attributes
 from moe_shard.autoep.family import Family, Rule
-from moe_shard.autoep.rope import rope_settings
+from moe_shard.autoep.rope_settings import rope_settings
 from moe_shard.config.keys import shown
 
 _SPANS = {

@@ -26,7 +26,7 @@ from moe_shard.quiet import absent_accelerators_unsaid
 from moe_shard.units import human_bytes
 
 if TYPE_CHECKING:
-    from moe_shard.bench import Measurement
+    from moe_shard.runtime.layer_bench import Measurement
 
 
 def main(argv: Sequence[str], prog: str = "moe-shard bench") -> int:
@@ -46,9 +46,9 @@ def main(argv: Sequence[str], prog: str = "moe-shard bench") -> int:
         import jax
         import jax.numpy as jnp
 
-        from moe_shard.bench import LayerSize, measure
+        from moe_shard.runtime.devices import start_devices
+        from moe_shard.runtime.layer_bench import LayerSize, measure
         from moe_shard.sharding.mesh import make_mesh
-        from moe_shard.training.devices import start_devices
 
         where = start_devices(num_simulated=8)
     console = Console(stderr=True)

@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from moe_shard.autoep.model import MODEL_HELP, load_model
+from moe_shard.autoep.resolve import MODEL_HELP, load_model
 from moe_shard.config import list_models
 from moe_shard.config.hardware import list_hardware
 from moe_shard.errors import EXIT_DONE, EXIT_FINDING, CommandParser, UserError
-from moe_shard.lowering.verdict import VERDICTS
+from moe_shard.lowering.verdicts import VERDICTS
 from moe_shard.quiet import absent_accelerators_unsaid
 
 if TYPE_CHECKING:
     from moe_shard.config import Config
-    from moe_shard.training.compile_target import TargetReport
+    from moe_shard.runtime.compile_target import TargetReport
 
 
 def main(argv: Sequence[str], prog: str = "moe-shard compile") -> int:
@@ -40,8 +40,8 @@ def main(argv: Sequence[str], prog: str = "moe-shard compile") -> int:
     # Only now: a mistyped key is answered before jax has been loaded.
     with absent_accelerators_unsaid():
         from moe_shard.lowering.page import page_path
-        from moe_shard.lowering.targets import parse_target
-        from moe_shard.training.compile_target import compile_for_target
+        from moe_shard.runtime.compile_target import compile_for_target
+        from moe_shard.runtime.targets.target import parse_target
 
     target = parse_target(arguments.target)
     page = page_path(arguments.html) if arguments.html else None
@@ -68,7 +68,7 @@ def main(argv: Sequence[str], prog: str = "moe-shard compile") -> int:
 def _write_page(path: Path, config: Config, report: TargetReport) -> None:
     """The page: flag off beside flag on; one of them is compiled already."""
     from moe_shard.lowering.page import Panel, write_page
-    from moe_shard.training.compile_target import compile_for_target
+    from moe_shard.runtime.compile_target import compile_for_target
 
     def panel(name: str, shown: TargetReport) -> Panel:
         lines = (*shown.bounds, *shown.estimate_lines) if shown.hlo else ()

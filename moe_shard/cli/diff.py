@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from moe_shard.errors import EXIT_DONE, CommandParser
-from moe_shard.lowering.diff import compare, load_pair
+from moe_shard.lowering.differences import compare, load_pair
 from moe_shard.lowering.sources import parse_mesh
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moe_shard.autoep.model import MODEL_HELP, load_model
+from moe_shard.autoep.resolve import MODEL_HELP, load_model
 from moe_shard.errors import EXIT_DONE, EXIT_FINDING, CommandParser
 from moe_shard.quiet import absent_accelerators_unsaid
 
@@ -43,8 +43,8 @@ def main(argv: Sequence[str], prog: str = "moe-shard explain") -> int:
     # be taken from whoever is using it.
     os.environ["JAX_PLATFORMS"] = "cpu"
     with absent_accelerators_unsaid():
-        from moe_shard.sharding.explain_print import print_explanation
-        from moe_shard.training.explained import explain_config, explain_table
+        from moe_shard.runtime.explained import explain_config, explain_table
+        from moe_shard.sharding.explain.printed import print_explanation
 
         if arguments.rules is None:
             explanation = explain_config(config)

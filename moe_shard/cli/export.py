@@ -29,7 +29,7 @@ def main(argv: Sequence[str], prog: str = "moe-shard export") -> int:
     arguments = parser.parse_args(argv)
     # An accelerator would only be taken from whoever is using it.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from moe_shard.training.imported import export_model
+    from moe_shard.checkpoints.imported import export_model
 
     # A pipe has no width of its own.
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)

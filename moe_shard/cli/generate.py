@@ -58,8 +58,8 @@ def main(argv: Sequence[str], prog: str = "moe-shard generate") -> int:
         raise UserError(f'no prompt\nfix: {prog} {args.model} "a text to write on after"')
 
     with absent_accelerators_unsaid():
-        from moe_shard.inference.run import generate
-        from moe_shard.inference.source import find_source, load_settings
+        from moe_shard.inference.loading import find_source, load_settings
+        from moe_shard.inference.texts import generate
 
     source = find_source(args.model)
     config = load_settings(source, overrides)

@@ -38,16 +38,16 @@ def main(argv: Sequence[str], prog: str = "moe-shard import") -> int:
             "model it is\nfix: leave --model out"
         )
     # Only now: bad usage is answered before the rest has been loaded.
-    from moe_shard.autoep.model import load_model
+    from moe_shard.autoep.resolve import load_model
 
     config = load_model(arguments.model or str(arguments.source), arguments.overrides)
     config.require_built()
     # Only now: a mistyped key is answered before jax has been loaded.
     with absent_accelerators_unsaid():
+        from moe_shard.checkpoints.imported import import_model
         from moe_shard.models.params import describe
-        from moe_shard.training.compile import lay_out
-        from moe_shard.training.devices import start_devices
-        from moe_shard.training.imported import import_model
+        from moe_shard.runtime.compile import lay_out
+        from moe_shard.runtime.devices import start_devices
 
         # A pipe has no width of its own.
         console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from moe_shard.errors import EXIT_DONE, EXIT_FINDING, CommandParser, UserError
 from moe_shard.lowering.page import Panel, page_path, write_page
-from moe_shard.lowering.report import LoweringReport, report_from_text
+from moe_shard.lowering.reports import LoweringReport, report_from_text
 from moe_shard.lowering.sources import (
     before_optimization,
     memory_beside,
@@ -27,7 +27,7 @@ from moe_shard.lowering.sources import (
     read_text,
     recorded_mesh,
 )
-from moe_shard.lowering.verdict import VERDICTS
+from moe_shard.lowering.verdicts import VERDICTS
 
 
 def main(argv: Sequence[str], prog: str = "moe-shard report") -> int:

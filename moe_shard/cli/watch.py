@@ -26,7 +26,7 @@ from rich.console import Console
 from moe_shard.cli.report import expert_axes
 from moe_shard.errors import EXIT_FINDING, CommandParser, UserError
 from moe_shard.lowering.sources import parse_mesh, parse_stages
-from moe_shard.lowering.verdict import VERDICTS
+from moe_shard.lowering.verdicts import VERDICTS
 from moe_shard.watching.child import CannotStart, Child, end_as, hold_signals, interrupted
 from moe_shard.watching.dumps import CACHE, Dumps
 from moe_shard.watching.programs import Expectation, Program, Programs

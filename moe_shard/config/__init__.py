@@ -2,9 +2,9 @@
 
 from moe_shard.config.checks import check_against_mesh, expert_axes, expert_parallelism
 from moe_shard.config.load import configs_dir, list_models, load_config
-from moe_shard.config.mesh import MESH_AXES, MeshConfig
-from moe_shard.config.model import ModelConfig
-from moe_shard.config.moe import MoEConfig
+from moe_shard.config.mesh_config import MESH_AXES, MeshConfig
+from moe_shard.config.model_config import ModelConfig
+from moe_shard.config.moe_config import MoEConfig
 from moe_shard.config.schema import Config, DataConfig, RunConfig, TrainConfig
 
 __all__ = [

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from moe_shard.config.attention import AttentionConfig
+from moe_shard.config.attention_config import AttentionConfig
 from moe_shard.config.keys import divisors
-from moe_shard.config.moe import MoEConfig
+from moe_shard.config.moe_config import MoEConfig
 from moe_shard.config.schema import Config
 from moe_shard.errors import UserError
 

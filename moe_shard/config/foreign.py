@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_shard.config.keys import shown
-from moe_shard.config.mesh import Rule
+from moe_shard.config.mesh_config import Rule
 from moe_shard.config.strict_yaml import read_mapping
 from moe_shard.config.tables import read_rows
 from moe_shard.errors import UserError

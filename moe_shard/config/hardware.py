@@ -14,7 +14,7 @@ from moe_shard.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class CompileTarget:
-    """How XLA compiles for an accelerator that is not there; see `lowering/targets.py`.
+    """How XLA compiles for an accelerator that is not there; see `runtime/targets/target.py`.
 
     Attributes:
         platform: "tpu", "cuda", "rocm" or "cpu".

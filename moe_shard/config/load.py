@@ -13,15 +13,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moe_shard.config.attention import AttentionConfig, RopeConfig
+from moe_shard.config.attention_config import AttentionConfig, RopeConfig
 from moe_shard.config.foreign_keys import sift
-from moe_shard.config.generate import GenerateConfig
+from moe_shard.config.generate_config import GenerateConfig
 from moe_shard.config.keys import leaf_keys, shown
 from moe_shard.config.layers import COMMAND_LINE, Layer, lay, parse_overrides, short_name
 from moe_shard.config.maxtext import is_maxtext, read_run, why_not_ragged
 from moe_shard.config.maxtext_keys import MaxTextKeys, read_maxtext_keys
-from moe_shard.config.model import GatingConfig, ModelConfig
-from moe_shard.config.moe import MoEConfig, RouterConfig
+from moe_shard.config.model_config import GatingConfig, ModelConfig
+from moe_shard.config.moe_config import MoEConfig, RouterConfig
 from moe_shard.config.schema import Config, DataConfig, RunConfig, TrainConfig
 from moe_shard.config.strict_yaml import read_mapping
 from moe_shard.config.tables import build_mesh, read_rules_file

@@ -18,7 +18,7 @@ from moe_shard.config.maxtext_keys import UNSAID, MaxTextKeys
 from moe_shard.config.maxtext_model import Translation, translate_model
 from moe_shard.config.maxtext_run import KEYS as RUN_KEYS
 from moe_shard.config.maxtext_run import check_data, run_values
-from moe_shard.config.mesh import MeshConfig
+from moe_shard.config.mesh_config import MeshConfig
 from moe_shard.config.strict_yaml import read_mapping
 from moe_shard.errors import UserError
 

@@ -17,7 +17,7 @@ from moe_shard.config.maxtext_blocks import (
     OTHER_BLOCKS,
     Block,
 )
-from moe_shard.config.model import GATE_ACTIVATIONS
+from moe_shard.config.model_config import GATE_ACTIVATIONS
 from moe_shard.errors import UserError
 
 

@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 
-from moe_shard.config.generate import GenerateConfig
+from moe_shard.config.generate_config import GenerateConfig
 from moe_shard.config.keys import Key, check_leaves, keyed_values, shown, to_plain
-from moe_shard.config.mesh import MeshConfig
-from moe_shard.config.model import ModelConfig
+from moe_shard.config.mesh_config import MeshConfig
+from moe_shard.config.model_config import ModelConfig
 from moe_shard.errors import UserError
 
 Optimizer = Literal["adamw", "sgd"]

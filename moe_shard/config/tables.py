@@ -10,7 +10,7 @@ from typing import Any
 from moe_shard.config.keys import shown
 from moe_shard.config.layers import COMMAND_LINE, Layer, short_name, unknown_key
 from moe_shard.config.maxtext_keys import MaxTextKeys
-from moe_shard.config.mesh import (
+from moe_shard.config.mesh_config import (
     LEVELS,
     MESH_AXES,
     MeshConfig,

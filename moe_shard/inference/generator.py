@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Int32
 
-from moe_shard.config.generate import GenerateConfig
+from moe_shard.config.generate_config import GenerateConfig
 from moe_shard.inference.prompts import TEXT_SEGMENT, Padded, pad_left
 from moe_shard.inference.sampling import next_tokens
 from moe_shard.layers.cache import EMPTY

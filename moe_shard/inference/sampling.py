@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from moe_shard.config.generate import GenerateConfig
+from moe_shard.config.generate_config import GenerateConfig
 
 
 def next_tokens(

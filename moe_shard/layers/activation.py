@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moe_shard.config.model import GatingConfig
+from moe_shard.config.model_config import GatingConfig
 
 
 def _quick_gelu(x: Float[Array, "*R F"]) -> Float[Array, "*R F"]:

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.nn.initializers import normal
 from jaxtyping import Array, Float, Int
 
-from moe_shard.config.model import ModelConfig
+from moe_shard.config.model_config import ModelConfig
 from moe_shard.sharding.annotate import Annotator
 
 TABLE = ("vocab", "embed_vocab")

@@ -12,8 +12,8 @@ from jax.nn.initializers import variance_scaling
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from moe_shard.config.attention import AttentionConfig
-from moe_shard.config.model import LayerKind
+from moe_shard.config.attention_config import AttentionConfig
+from moe_shard.config.model_config import LayerKind
 from moe_shard.layers.cache import LayerCache, Memory
 from moe_shard.layers.rope import apply_rope
 from moe_shard.layers.scores import attend, seen_tokens

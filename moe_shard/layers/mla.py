@@ -16,8 +16,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from moe_shard.config.attention import AttentionConfig
-from moe_shard.config.model import LayerKind
+from moe_shard.config.attention_config import AttentionConfig
+from moe_shard.config.model_config import LayerKind
 from moe_shard.layers.cache import LayerCache, Memory
 from moe_shard.layers.heads import Heads, make_vector, make_weight
 from moe_shard.layers.norm import RMSNorm

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from moe_shard.config.attention import RopeConfig
+from moe_shard.config.attention_config import RopeConfig
 
 
 def apply_rope(

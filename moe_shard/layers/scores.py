@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_shard.config.attention import AttentionConfig, AttentionSpan
+from moe_shard.config.attention_config import AttentionConfig, AttentionSpan
 
 
 def seen_tokens(

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_shard.errors import UserError
-from moe_shard.lowering.diff import Key, Lowering, Sums, compare, from_object
-from moe_shard.lowering.verdict import VERDICTS
+from moe_shard.lowering.differences import Key, Lowering, Sums, compare, from_object
+from moe_shard.lowering.verdicts import VERDICTS
 
 MEMORY_TOLERANCE = 0.05
 _FIELDS = ("count", "bytes", "wire_bytes")

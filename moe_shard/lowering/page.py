@@ -15,7 +15,7 @@ from pathlib import Path
 
 from moe_shard.errors import UserError
 from moe_shard.lowering.collectives import Collective
-from moe_shard.lowering.report import LoweringReport
+from moe_shard.lowering.reports import LoweringReport
 from moe_shard.lowering.walk import KINDS
 from moe_shard.units import human_bytes
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moe_shard.lowering.flow.evaluation import Assumption, Flow, Parameter
-from moe_shard.lowering.flow.rules import evaluate
+from moe_shard.lowering.flow.opcode_rules import evaluate
 from moe_shard.lowering.flow.states import (
     EXPERT_GRADIENT,
     EXPERT_OUTPUT,

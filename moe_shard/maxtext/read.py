@@ -21,13 +21,13 @@ import ml_dtypes
 import numpy as np
 import tensorstore
 
-from moe_shard.autoep.blocks import Bounds, leaves_of
+from moe_shard.autoep.host_blocks import Bounds, leaves_of
 from moe_shard.autoep.importing import Progress, shards_of, zeros_on
 from moe_shard.autoep.tensors import copy, is_exact
-from moe_shard.config.model import ModelConfig
+from moe_shard.config.model_config import ModelConfig
 from moe_shard.errors import UserError, first_line
-from moe_shard.maxtext.names import weight
-from moe_shard.maxtext.plan import Part, Plan, make_plan
+from moe_shard.maxtext.checkpoint_plan import Part, Plan, make_plan
+from moe_shard.maxtext.tensor_paths import weight
 from moe_shard.models.params import Params
 
 _LARGE = 2**28

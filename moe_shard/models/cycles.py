@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from moe_shard.config.model import LayerKind
+from moe_shard.config.model_config import LayerKind
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from moe_shard.config.model import LayerKind, ModelConfig
+from moe_shard.config.model_config import LayerKind, ModelConfig
 from moe_shard.layers.attention import make_attention
 from moe_shard.layers.cache import EMPTY, LayerCache, Memory
 from moe_shard.layers.embedding import Embedding

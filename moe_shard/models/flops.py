@@ -10,9 +10,9 @@ wasted.
 
 from __future__ import annotations
 
-from moe_shard.config.attention import AttentionConfig
-from moe_shard.config.model import ModelConfig
-from moe_shard.config.moe import MoEConfig
+from moe_shard.config.attention_config import AttentionConfig
+from moe_shard.config.model_config import ModelConfig
+from moe_shard.config.moe_config import MoEConfig
 
 _PROJECTIONS = 3
 """Of a gated MLP: gate, up, down."""

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import PRNGKeyArray
 
-from moe_shard.config.model import ModelConfig
+from moe_shard.config.model_config import ModelConfig
 from moe_shard.models.decoder import Decoder
 from moe_shard.sharding.annotate import Annotator
 

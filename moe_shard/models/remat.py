@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax import checkpoint_policies as policies
 
-from moe_shard.config.model import RematPolicy
+from moe_shard.config.model_config import RematPolicy
 from moe_shard.moe.placement import EXCHANGED
 from moe_shard.moe.router import ROUTING
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_shard.config.moe import CapacityRule, DropPolicy, MoEConfig
+from moe_shard.config.moe_config import CapacityRule, DropPolicy, MoEConfig
 from moe_shard.moe.router import ROUTING
 
 

@@ -18,7 +18,7 @@ from jax.nn.initializers import variance_scaling
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from moe_shard.config.model import GatingConfig
+from moe_shard.config.model_config import GatingConfig
 from moe_shard.layers.activation import gated
 from moe_shard.moe.placement import (
     EXPERT_BIAS_FUSED,

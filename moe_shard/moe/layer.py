@@ -16,8 +16,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from moe_shard.config.model import GatingConfig
-from moe_shard.config.moe import MoEConfig
+from moe_shard.config.model_config import GatingConfig
+from moe_shard.config.moe_config import MoEConfig
 from moe_shard.layers.mlp import MLP
 from moe_shard.moe.dispatch import make_strategy
 from moe_shard.moe.experts import Experts

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_shard.config.moe import LoadBalanceLoss
+from moe_shard.config.moe_config import LoadBalanceLoss
 
 
 def expert_counts(indices: Int[Array, "B S K"], num_experts: int) -> Int[Array, "B E"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moe_shard.config.moe import MoEConfig
+from moe_shard.config.moe_config import MoEConfig
 
 
 @dataclass(frozen=True)

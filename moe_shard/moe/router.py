@@ -14,7 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from moe_shard.config.moe import RouterConfig
+from moe_shard.config.moe_config import RouterConfig
 from moe_shard.moe.placement import ROUTER_KERNEL, ROUTER_VECTOR
 
 ROUTING = "routing"

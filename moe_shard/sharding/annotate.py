@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from moe_shard.config.mesh import EXPERT_ROWS
+from moe_shard.config.mesh_config import EXPERT_ROWS
 from moe_shard.errors import UserError
 from moe_shard.sharding.rules import LogicalAxes, Resolution, RuleTable
 

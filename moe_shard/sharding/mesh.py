@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from moe_shard.config.mesh import MeshConfig
+from moe_shard.config.mesh_config import MeshConfig
 from moe_shard.errors import UserError
 
 

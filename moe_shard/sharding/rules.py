@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from jax.sharding import PartitionSpec
 
-from moe_shard.config.mesh import expert_row
+from moe_shard.config.mesh_config import expert_row
 from moe_shard.errors import UserError
 
 LogicalAxes = Sequence[str | None]

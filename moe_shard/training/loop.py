@@ -12,18 +12,18 @@ from types import TracebackType
 import jax
 from rich.console import Console
 
+from moe_shard.checkpoints.checkpoint import Checkpointer
+from moe_shard.checkpoints.imported import find_weights, load_params
 from moe_shard.config.hardware import find_hardware
 from moe_shard.config.schema import Config
+from moe_shard.data.batches import Batches, batches
+from moe_shard.data.corpus import Say
 from moe_shard.errors import Finding
 from moe_shard.models.flops import train_flops_per_token
-from moe_shard.training.checkpoint import Checkpointer
-from moe_shard.training.corpus import Say
-from moe_shard.training.data import Batches, batches
-from moe_shard.training.imported import find_weights, load_params
+from moe_shard.program.step import Metrics, Program, TrainState
 from moe_shard.training.metrics import MetricsWriter, Record
 from moe_shard.training.profile import StepProfile
 from moe_shard.training.progress import ProgressLine
-from moe_shard.training.step import Metrics, Program, TrainState
 from moe_shard.training.stop import StopRequest
 
 

@@ -9,7 +9,7 @@ from typing import TextIO
 
 from tensorboardX import SummaryWriter
 
-from moe_shard.training.files import write_text
+from moe_shard.files import write_text
 
 Record = dict[str, float | int | None]
 

@@ -10,12 +10,14 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from moe_shard.autoep.source import keep_hf
+from moe_shard.autoep.directory import keep_hf
 from moe_shard.config import Config
 from moe_shard.config.hardware import find_hardware
-from moe_shard.lowering.report import LoweringReport
+from moe_shard.files import open_run, write_text
+from moe_shard.lowering.reports import LoweringReport
 from moe_shard.moe.record import MoERecord
-from moe_shard.training.compile import (
+from moe_shard.program.step import make_program
+from moe_shard.runtime.compile import (
     CompiledStep,
     bound_lines,
     compile_step,
@@ -28,10 +30,8 @@ from moe_shard.training.compile import (
     out_of_memory_is_a_finding,
     report_step,
 )
-from moe_shard.training.devices import start_devices
-from moe_shard.training.files import open_run, write_text
+from moe_shard.runtime.devices import start_devices
 from moe_shard.training.loop import Outcome, Trainer
-from moe_shard.training.step import make_program
 
 
 def run(config: Config) -> Outcome:

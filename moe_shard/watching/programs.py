@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_shard.errors import UserError, first_line
-from moe_shard.lowering.report import LoweringReport, report_from_text
+from moe_shard.lowering.reports import LoweringReport, report_from_text
 from moe_shard.lowering.sources import before_optimization, memory_beside, read_text
 from moe_shard.lowering.work import flops_by_scope
 

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from moe_shard.autoep.headers import TensorHeader, read_headers
-from moe_shard.autoep.plan import Layout, Piece, Plan
+from moe_shard.autoep.tensor_plan import Layout, Piece, Plan
 
 # As tests.models.build.SMALL has them, with room for bytes in the vocabulary.
 KEYS = ("vocab_size=320",)

@@ -18,13 +18,13 @@ from rich.console import Console
 from moe_shard.autoep.dequantize import numbers, read
 from moe_shard.autoep.detect import detect
 from moe_shard.autoep.headers import TensorHeader, read_headers
-from moe_shard.autoep.model import load_model
 from moe_shard.autoep.quantized import Quantized, read_scheme, with_scales
+from moe_shard.autoep.resolve import load_model
+from moe_shard.checkpoints.imported import export_model, import_model, load_params
 from moe_shard.errors import UserError
 from moe_shard.models.params import Params, describe
 from moe_shard.sharding.annotate import Annotator
 from moe_shard.sharding.mesh import make_mesh
-from moe_shard.training.imported import export_model, import_model, load_params
 from tests.autoep.checkpoints import BF16, Tensors, read_file, write_file
 from tests.autoep.directory import write_model
 from tests.autoep.published import CONFIGS, tensors

@@ -10,7 +10,7 @@ import pytest
 
 from moe_shard.autoep.attributes import Attributes
 from moe_shard.autoep.family import load_family
-from moe_shard.autoep.rope import rope_settings
+from moe_shard.autoep.rope_settings import rope_settings
 from moe_shard.errors import UserError
 
 PLAIN = {

@@ -13,11 +13,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_shard.autoep import importing
-from moe_shard.autoep.blocks import blocks_of
 from moe_shard.autoep.exporting import export_params
 from moe_shard.autoep.headers import DTYPE_BYTES
+from moe_shard.autoep.host_blocks import blocks_of
 from moe_shard.autoep.importing import import_params
-from moe_shard.autoep.plan import Layout, Piece, Plan
+from moe_shard.autoep.tensor_plan import Layout, Piece, Plan
 from moe_shard.autoep.tensors import DTYPES
 from moe_shard.errors import UserError
 from moe_shard.models.params import Params, describe

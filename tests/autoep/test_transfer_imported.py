@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from moe_shard.autoep.source import keep_hf
+from moe_shard.autoep.directory import keep_hf
+from moe_shard.checkpoints import imported
+from moe_shard.checkpoints.imported import export_model, import_model, load_params, written_aside
+from moe_shard.checkpoints.stored import stored_blocks
 from moe_shard.config import Config, load_config
 from moe_shard.errors import UserError
 from moe_shard.models.params import Params, describe
-from moe_shard.training import imported
-from moe_shard.training.imported import export_model, import_model, load_params, written_aside
-from moe_shard.training.stored import stored_blocks
 from tests.autoep.checkpoints import BF16, KEYS, KINDS, Checkpoint, detect, make_checkpoint
 from tests.autoep.test_transfer import MESHES, assert_are, specs_on
 from tests.models.build import annotator, label, small_config

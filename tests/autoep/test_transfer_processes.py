@@ -21,8 +21,8 @@ import json, sys
 from pathlib import Path
 import numpy as np
 from moe_shard.autoep.headers import read_file
-from moe_shard.autoep.plan import Layout, Piece, Plan
-from moe_shard.autoep.blocks import blocks_of
+from moe_shard.autoep.tensor_plan import Layout, Piece, Plan
+from moe_shard.autoep.host_blocks import blocks_of
 from moe_shard.autoep.exporting import export_params
 from moe_shard.autoep.importing import import_params
 file, layers, experts, *rest = sys.argv[1:]
@@ -80,7 +80,7 @@ print(json.dumps({"size": size, "imported": imported, "exported": exported}))
 """
 
 STORED = """
-from moe_shard.training.stored import stored_blocks
+from moe_shard.checkpoints.stored import stored_blocks
 # What is loaded once is not counted.
 next(stored_blocks(Path(rest[0])))
 before = Path(file).read_bytes()

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from moe_shard.checkpoints.checkpoint import restore_params
+from moe_shard.checkpoints.imported import export_model, import_model, load_params
 from moe_shard.cli import command
 from moe_shard.config import Config, load_config
 from moe_shard.errors import UserError
+from moe_shard.program.step import Program, TrainState, make_program
 from moe_shard.training import run as running
-from moe_shard.training.checkpoint import restore_params
-from moe_shard.training.imported import export_model, import_model, load_params
 from moe_shard.training.loop import Trainer
 from moe_shard.training.run import run
-from moe_shard.training.step import Program, TrainState, make_program
 from tests.autoep.checkpoints import (
     BF16,
     CARRIED,
@@ -188,7 +188,7 @@ def test_import_and_export(
         assert model == str(checkpoint.directory)
         return small_config({"expert": 8}, *KEYS, *overrides)
 
-    monkeypatch.setattr("moe_shard.autoep.model.load_model", load_model)
+    monkeypatch.setattr("moe_shard.autoep.resolve.load_model", load_model)
     model, again = tmp_path / "model", tmp_path / "again"
     assert run_here("import", checkpoint.directory, model, "weight_dtype=bfloat16") == 0
     told = capsys.readouterr().out

@@ -8,13 +8,13 @@ import pytest
 import yaml
 
 from moe_shard.config import configs_dir, list_models, load_config
-from moe_shard.config.attention import AttentionConfig, RopeConfig
-from moe_shard.config.generate import GenerateConfig
+from moe_shard.config.attention_config import AttentionConfig, RopeConfig
+from moe_shard.config.generate_config import GenerateConfig
 from moe_shard.config.keys import leaf_keys
 from moe_shard.config.load import LOADER_KEYS, maxtext_keys
-from moe_shard.config.mesh import LEVELS, MESH_AXES, MeshConfig, parallelism_key
-from moe_shard.config.model import GatingConfig, ModelConfig
-from moe_shard.config.moe import MoEConfig, RouterConfig
+from moe_shard.config.mesh_config import LEVELS, MESH_AXES, MeshConfig, parallelism_key
+from moe_shard.config.model_config import GatingConfig, ModelConfig
+from moe_shard.config.moe_config import MoEConfig, RouterConfig
 from moe_shard.config.schema import DataConfig, RunConfig, TrainConfig
 from moe_shard.errors import UserError
 from tests.config.helpers import says

@@ -24,7 +24,7 @@ from moe_shard.config.load import base_settings, maxtext_keys
 from moe_shard.config.maxtext_blocks import BLOCKS, OTHER_BLOCKS
 from moe_shard.config.maxtext_model import translate_model
 from moe_shard.config.maxtext_run import KEYS as RUN_KEYS
-from moe_shard.config.moe import MoEConfig
+from moe_shard.config.moe_config import MoEConfig
 from moe_shard.errors import UserError
 from moe_shard.layers.rope import rope_frequencies
 from tests.config.helpers import check_message, says

@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import pytest
 
+from moe_shard.checkpoints.convert import to_layout
 from moe_shard.config import Config
 from moe_shard.inference.generator import Generator
+from moe_shard.inference.loading import SETTINGS
 from moe_shard.inference.prompts import pad_left, rows_for
-from moe_shard.inference.source import SETTINGS
 from moe_shard.models.params import Params, describe
-from moe_shard.training.convert import to_layout
 from tests.models.build import (
     NO_DROPS,
     QUICK,

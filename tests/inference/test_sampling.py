@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_shard.config import load_config
-from moe_shard.config.generate import GenerateConfig
+from moe_shard.config.generate_config import GenerateConfig
 from moe_shard.inference.sampling import keep_nucleus, keep_top_k, next_tokens
 
 LOGITS = np.array([0.3, 2.0, -1.0, 1.2, 0.9, -4.0])

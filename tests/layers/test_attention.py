@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from moe_shard.layers.cache import Memory
-from moe_shard.lowering.report import report_from_text
+from moe_shard.lowering.reports import report_from_text
 from moe_shard.models.params import describe as describe_model
 from tests.layers import oracle
 from tests.layers.build import (

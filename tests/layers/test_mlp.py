@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_shard.config.model import GATE_ACTIVATIONS
+from moe_shard.config.model_config import GATE_ACTIVATIONS
 from moe_shard.layers.activation import ACTIVATIONS, gated
 from moe_shard.layers.mlp import MLP
 from tests.layers import oracle

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_shard.config.attention import RopeConfig
+from moe_shard.config.attention_config import RopeConfig
 from moe_shard.layers.rope import apply_rope, rope_frequencies, rope_magnitude
 from tests.layers import oracle
 from tests.layers.build import layer_config

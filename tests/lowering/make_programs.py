@@ -36,7 +36,10 @@ def devices(target: str) -> Any:
     """Eight devices to compile for."""
     if target == "cpu:8":
         return jax.devices("cpu")[:8]
-    from moe_shard.lowering.targets import devices_for, parse_target  # registers the compilers
+    from moe_shard.runtime.targets.target import (  # registers the compilers
+        devices_for,
+        parse_target,
+    )
 
     return devices_for(parse_target(target))
 

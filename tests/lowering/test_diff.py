@@ -18,7 +18,7 @@ from rich.console import Console
 
 from moe_shard.cli.diff import main
 from moe_shard.errors import UserError
-from moe_shard.lowering.diff import Diff, compare, from_json, load, load_pair
+from moe_shard.lowering.differences import Diff, compare, from_json, load, load_pair
 
 MESH = {"data": 1, "fsdp": 1, "expert": 8}
 MOE, GATHERED = str(FOLDER / "cpu_moe.txt"), str(FOLDER / "cpu_gathered.txt")

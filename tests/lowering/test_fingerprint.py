@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from moe_shard.config import list_models, load_config
 from moe_shard.errors import UserError
-from moe_shard.lowering.diff import Key, Sums
+from moe_shard.lowering.differences import Key, Sums
 from moe_shard.lowering.fingerprint import Fingerprint, Golden, read_golden
-from moe_shard.lowering.report import report_from_text
-from moe_shard.lowering.verdict import VERDICTS
+from moe_shard.lowering.reports import report_from_text
+from moe_shard.lowering.verdicts import VERDICTS
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDENS = ROOT / "tests" / "goldens"

@@ -8,7 +8,7 @@ import pytest
 from fixtures_hand_counted import HAND_COUNTED, read
 
 from moe_shard.lowering.collectives import extract_collectives, wire_bytes
-from moe_shard.lowering.report import report_from_text
+from moe_shard.lowering.reports import report_from_text
 
 NAMES = sorted(HAND_COUNTED)
 

@@ -20,7 +20,7 @@ from jaxlib import _hlo
 from stored_programs import program_files, program_name, program_text
 
 from moe_shard.errors import UserError
-from moe_shard.lowering.report import LoweringReport, report_from_text
+from moe_shard.lowering.reports import LoweringReport, report_from_text
 from moe_shard.lowering.timeline import Rates, timeline
 from moe_shard.lowering.work import flops_by_scope, memory_by_scope
 

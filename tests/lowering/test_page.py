@@ -13,7 +13,7 @@ from fixtures_hand_counted import FOLDER, HAND_COUNTED, read
 
 from moe_shard.errors import UserError
 from moe_shard.lowering.page import Panel, page_path, render_page, write_page
-from moe_shard.lowering.report import LoweringReport, report_from_text
+from moe_shard.lowering.reports import LoweringReport, report_from_text
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = "</style></code><script>alert(1)</script><img src=x onerror='alert(2)'>"

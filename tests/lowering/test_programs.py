@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from moe_shard.lowering.report import LoweringReport, report_from_text
+from moe_shard.lowering.reports import LoweringReport, report_from_text
 
 FOLDER = Path(__file__).parent / "programs"
 EXPECTED: dict[str, dict[str, Any]] = yaml.safe_load((FOLDER / "expected.yml").read_text())

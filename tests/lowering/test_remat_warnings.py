@@ -21,8 +21,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_shard.lowering.hlo import parse_module
 from moe_shard.lowering.remat_warnings import parse, remat_lines, summarize
+from moe_shard.runtime.compile import compile_step, report_step
 from moe_shard.sharding.annotate import Annotator
-from moe_shard.training.compile import compile_step, report_step
 
 PREFIX = "W1123 19:49:21.971898   28609 spmd_partitioner.cc:656] [SPMD] "
 MARK = "Involuntary full rematerialization."

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 
 from moe_shard.lowering.collectives import Extraction, extract_collectives
-from moe_shard.lowering.verdict import judge
+from moe_shard.lowering.verdicts import judge
 
 # One token a row goes to the expert of its largest score: `%pick` is an argmax, `%rows` are routed,
 # `%weights` meet them on a device of their own. LAST is what becomes of the gradient.

@@ -13,7 +13,7 @@ from fixtures_hand_counted import HAND_COUNTED, read
 from large_modules import repeated
 
 from moe_shard.lowering.hlo import parse_module
-from moe_shard.lowering.report import report_from_text
+from moe_shard.lowering.reports import report_from_text
 
 MEGABYTES = float(os.environ.get("MEGABYTES", "1.5"))
 SECONDS = max(2.0, 60 / 50 * MEGABYTES)

@@ -8,7 +8,7 @@ from jaxlib import _hlo
 
 from moe_shard.lowering.collectives import extract_collectives
 from moe_shard.lowering.hlo import HloParseError, parse_module
-from moe_shard.lowering.report import report_from_text
+from moe_shard.lowering.reports import report_from_text
 
 TEXT = """\
 HloModule step, is_scheduled=true, num_partitions=8

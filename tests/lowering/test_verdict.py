@@ -9,7 +9,7 @@ from moe_shard.errors import UserError
 from moe_shard.lowering.collectives import Collective, extract_collectives
 from moe_shard.lowering.expect import assert_collectives
 from moe_shard.lowering.op_names import classify, merged_names
-from moe_shard.lowering.verdict import judge, weigh
+from moe_shard.lowering.verdicts import judge, weigh
 
 BIG = 1 << 20
 WO = "params['wo']"

@@ -515,7 +515,7 @@ def test_the_list_of_rule_tables_is_whole() -> None:
 
 @pytest.mark.parametrize("table", TABLES)
 def test_a_step_is_placed_by_a_table(table: str) -> None:
-    from moe_shard.training.explained import explain_config, explain_table
+    from moe_shard.runtime.explained import explain_config, explain_table
 
     sizes = ("ici_fsdp_parallelism=8",)
     if table != "pure-fsdp":

@@ -16,15 +16,15 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
-from moe_shard.autoep.blocks import leaves_of
-from moe_shard.autoep.model import load_model
+from moe_shard.autoep.host_blocks import leaves_of
+from moe_shard.autoep.resolve import load_model
+from moe_shard.checkpoints.imported import import_model, load_params
 from moe_shard.cli import main
 from moe_shard.config import Config, load_config
-from moe_shard.config.mesh import MESH_AXES
+from moe_shard.config.mesh_config import MESH_AXES
 from moe_shard.errors import UserError
 from moe_shard.maxtext.folders import find_items
 from moe_shard.models.params import describe
-from moe_shard.training.imported import import_model, load_params
 from tests.maxtext.written import Tree, tree_of, write
 from tests.models.build import annotator
 

@@ -20,13 +20,13 @@ import numpy as np
 import pytest
 import yaml
 
-from moe_shard.autoep.blocks import leaves_of
-from moe_shard.autoep.model import load_model
+from moe_shard.autoep.host_blocks import leaves_of
+from moe_shard.autoep.resolve import load_model
+from moe_shard.checkpoints.imported import load_params
 from moe_shard.config import Config
 from moe_shard.layers.rope import rope_frequencies
 from moe_shard.models.params import AbstractModel, Params, describe
-from moe_shard.training.imported import load_params
-from moe_shard.training.step import TrainState, make_program
+from moe_shard.program.step import TrainState, make_program
 from tests.maxtext.cases import CASES, LENGTH, MAXTEXT, MOE, OURS, ROWS, UPDATES, VOCAB, Case
 from tests.maxtext.written import RECORDED
 from tests.models.build import QUICK, annotator

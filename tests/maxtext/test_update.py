@@ -19,7 +19,7 @@ from moe_shard.config.load import maxtext_keys
 from moe_shard.models.params import ParamSpec
 from moe_shard.moe.losses import expert_counts, load_balance_loss
 from moe_shard.moe.router import route
-from moe_shard.training.optimizer import make_optimizer, make_schedule
+from moe_shard.program.optimizer import make_optimizer, make_schedule
 from tests.models.build import annotator, small_config
 
 pytestmark = pytest.mark.maxtext

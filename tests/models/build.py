@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_shard.config import Config, load_config
-from moe_shard.config.mesh import MESH_AXES
+from moe_shard.config.mesh_config import MESH_AXES
 from moe_shard.models.params import Params, describe
 from moe_shard.moe.layer import MoEStats
 from moe_shard.sharding.annotate import Annotator

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_shard.config.model import LayerKind
+from moe_shard.config.model_config import LayerKind
 from moe_shard.models.cycles import cycles_of
 
 DENSE = LayerKind(moe=False, span="global", rope=True)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from moe_shard.config import load_config
-from moe_shard.lowering.report import LoweringReport, report_from_text
+from moe_shard.lowering.reports import LoweringReport, report_from_text
 from moe_shard.models.flops import matmul_params_per_token, train_flops_per_token
 from moe_shard.models.params import describe
-from moe_shard.training.step import make_program
+from moe_shard.program.step import make_program
 from tests.models.build import (
     NO_DROPS,
     QUICK,

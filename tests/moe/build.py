@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from moe_shard.config.load import load_config
-from moe_shard.config.moe import MoEConfig, RouterConfig
+from moe_shard.config.moe_config import MoEConfig, RouterConfig
 from moe_shard.moe.layer import MoELayer, MoEStats
 from moe_shard.moe.losses import load_balance_loss
 from moe_shard.sharding.annotate import Annotator

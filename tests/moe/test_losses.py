@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_shard.config.moe import LoadBalanceLoss
+from moe_shard.config.moe_config import LoadBalanceLoss
 from moe_shard.moe.losses import expert_counts, load_balance_loss, router_z_loss
 from moe_shard.moe.router import top_k_indices
 from tests.moe.oracle import load_balance_rows, top_k

@@ -19,7 +19,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from moe_shard.config.load import load_config
-from moe_shard.lowering.report import report_from_text
+from moe_shard.lowering.reports import report_from_text
 from tests.moe.build import BuiltLayer, build_layer, mesh_of
 from tests.moe.oracle import Settings
 

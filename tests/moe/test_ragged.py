@@ -14,7 +14,7 @@ import pytest
 from moe_shard.config.load import load_config
 from moe_shard.errors import UserError
 from moe_shard.lowering.expect import assert_collectives
-from moe_shard.lowering.report import report_from_text
+from moe_shard.lowering.reports import report_from_text
 from moe_shard.moe import dispatch
 from moe_shard.moe.dispatch.forced import _sum_in_order
 from moe_shard.moe.dispatch.ragged import Ragged

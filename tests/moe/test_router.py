@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_shard.config.moe import RouterConfig
+from moe_shard.config.moe_config import RouterConfig
 from moe_shard.moe.router import route, top_k_indices
 from tests.moe.build import TINY
 from tests.moe.test_capacity import LOGITS, PROBS

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from moe_shard.config.load import load_config
-from moe_shard.config.moe import RouterConfig
+from moe_shard.config.moe_config import RouterConfig
 from moe_shard.errors import UserError
 from moe_shard.moe.router import Routing, route
 from tests.moe.build import TINY

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from moe_shard.lowering.report import report_from_text
+from moe_shard.lowering.reports import report_from_text
 from tests.moe.build import FAST, build_layer, mesh_of
 from tests.moe.inputs import Inputs, random_inputs
 from tests.moe.oracle import Answer, Settings, activation, moe_layer

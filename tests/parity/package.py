@@ -10,19 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_shard.autoep.blocks import blocks_of
+from moe_shard.autoep.directory import read_source
 from moe_shard.autoep.exporting import export_params
-from moe_shard.autoep.model import load_model
-from moe_shard.autoep.source import read_source
+from moe_shard.autoep.host_blocks import blocks_of
+from moe_shard.autoep.resolve import load_model
+from moe_shard.checkpoints.imported import load_params
 from moe_shard.config import Config
 from moe_shard.inference.generator import Generator
 from moe_shard.models.params import AbstractModel, Params, describe
 from moe_shard.moe.losses import load_balance_loss
+from moe_shard.program import step
+from moe_shard.program.optimizer import make_optimizer
 from moe_shard.sharding.annotate import Annotator
 from moe_shard.sharding.mesh import make_mesh
-from moe_shard.training import step
-from moe_shard.training.imported import load_params
-from moe_shard.training.optimizer import make_optimizer
 from tests.models.build import QUICK
 from tests.parity import weights
 from tests.parity.families import LEARNING_RATE, LENGTH, NEW_TOKENS, ROWS, UPDATES, VOCAB

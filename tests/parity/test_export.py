@@ -25,7 +25,7 @@ each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.id
 def test_there_and_back(shape: Shape, reference: Callable[[Shape], Any], tmp_path: Path) -> None:
     from rich.console import Console
 
-    from moe_shard.training.imported import export_model, import_model
+    from moe_shard.checkpoints.imported import export_model, import_model
     from tests.parity.reference import forward, load
 
     known, quiet = reference(shape), Console(quiet=True)

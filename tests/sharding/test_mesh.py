@@ -13,7 +13,7 @@ import pytest
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 
-from moe_shard.config.mesh import MESH_AXES, MeshConfig
+from moe_shard.config.mesh_config import MESH_AXES, MeshConfig
 from moe_shard.errors import UserError
 from moe_shard.sharding.mesh import count_slices, make_mesh
 

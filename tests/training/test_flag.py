@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from moe_shard.config import Config, configs_dir, load_config
-from moe_shard.config.mesh import MESH_AXES
-from moe_shard.training.step import make_program
+from moe_shard.config.mesh_config import MESH_AXES
+from moe_shard.program.step import make_program
 from tests.models.build import QUICK, SMALL, annotator
 
 FLAG = "moe_dispatch_no_expert_sharding"

@@ -8,7 +8,7 @@ Dims, besides those of `moe_shard.moe`:
 
 from __future__ import annotations
 
-from moe_shard.config.moe import MoEConfig
+from moe_shard.config.moe_config import MoEConfig
 from moe_shard.moe.dispatch import einsum, gather
 from moe_shard.moe.dispatch.base import Strategy
 from moe_shard.moe.dispatch.by_capacity import ByCapacity

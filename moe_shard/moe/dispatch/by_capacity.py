@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_shard.config.moe import MoEConfig
+from moe_shard.config.moe_config import MoEConfig
 from moe_shard.moe.capacity import Slots, assign_slots, assign_slots_in_turn, row_capacity
 from moe_shard.moe.dispatch.weighing import on_input
 from moe_shard.moe.experts import Experts, batched_product, gated_mlp

@@ -23,8 +23,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_shard.config.model import GatingConfig
-from moe_shard.config.moe import MoEConfig
+from moe_shard.config.model_config import GatingConfig
+from moe_shard.config.moe_config import MoEConfig
 from moe_shard.errors import UserError
 from moe_shard.moe.capacity import Slots
 from moe_shard.moe.dispatch.forced import EqualPieces

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from moe_shard.config.moe import GroupedProductName
+from moe_shard.config.moe_config import GroupedProductName
 from moe_shard.errors import UserError
 from moe_shard.moe.grouped import ragged_dot, tokamax_
 from moe_shard.moe.grouped.blocked import Blocked

@@ -1,0 +1,127 @@
+"""A Hugging Face directory as a source of weights, and what is kept of it to write it again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_shard.autoep.headers import TensorHeader
+from moe_shard.autoep.manifest import (
+    CARRIED,
+    FAMILY,
+    MANIFEST,
+    Manifest,
+    carried_in,
+    copy_file,
+    copy_small_files,
+    save_carried,
+)
+from moe_shard.autoep.plain import is_quantized, plain_files
+from moe_shard.autoep.tensor_plan import Plan
+from moe_shard.autoep.tensors import view, write
+from moe_shard.errors import UserError
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is in a Hugging Face directory.
+
+    Attributes:
+        family: its name.
+        plan: of its tensors.
+        headers: where they are.
+        attention_scale: of the model that they are of, as the key of that name.
+    """
+
+    family: str
+    plan: Plan
+    headers: Mapping[str, TensorHeader]
+    attention_scale: float = -1
+
+
+def read_source(directory: Path, family: str = "") -> Source:
+    """Look at a Hugging Face directory; of its weights only the headers are read.
+
+    Args:
+        directory: with config.json and safetensors files.
+        family: name or file of its family; empty: as config.json says.
+
+    Raises:
+        UserError: it is of no known family, or not whole.
+    """
+    # Here, not above: what only copies files needs no family.
+    from moe_shard.autoep.detect import detect
+
+    found = detect(directory, family)
+    scale = found.settings.get("attention_scale", -1)
+    return Source(found.family, found.plan, found.headers, scale)
+
+
+def keep_hf(source: str, folder: Path, family: str = "") -> None:
+    """Make `hf/` in a folder, so that its parameters can be exported; once.
+
+    Args:
+        source: of its first parameters: a Hugging Face directory, an imported model, or a run; of
+            a run that began with none there is nothing to keep.
+        folder: an imported model or a run, held by this process.
+        family: as in `read_source`.
+
+    Raises:
+        UserError: the source cannot be read, or has a link to a file outside of it.
+    """
+    target, aside = folder / "hf", folder / ".hf.partial"
+    directory = Path(source).expanduser()
+    kept = directory / "hf"
+    if target.exists() or not (kept.is_dir() or (directory / "config.json").is_file()):
+        return
+    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+    aside.mkdir()
+    if kept.is_dir():
+        copy_small_files(kept, aside)
+        for name in (MANIFEST, CARRIED, FAMILY):
+            if (kept / name).is_file():
+                copy_file(kept / name, aside)
+    else:
+        found = read_source(directory, family)
+        copy_small_files(directory, aside)
+        save_carried(found.headers, found.plan.carried, aside)
+        if is_quantized(found.headers):
+            Manifest(found.family, plain_files(found.headers, aside)).save(aside)
+        else:
+            files = {entry.file for entry in found.headers.values()}
+            Manifest.of(found.family, files).save(aside)
+        if Path(family).suffix in {".yml", ".yaml"}:
+            shutil.copyfile(family, aside / FAMILY)
+    aside.rename(target)
+
+
+def lay_out_again(hf: Path, directory: Path) -> Source:
+    """Make a Hugging Face directory again; only the weights of its parameters are still zero.
+
+    Args:
+        hf: what `keep_hf` made.
+        directory: empty.
+
+    Returns:
+        The directory; its headers are where the weights belong.
+
+    Raises:
+        UserError: `hf` is not whole.
+    """
+    manifest = Manifest.load(hf)
+    copy_small_files(hf, directory)
+    manifest.make(directory)
+    family = str(hf / FAMILY) if (hf / FAMILY).is_file() else manifest.family
+    found = read_source(directory, family)
+    kept = carried_in(hf)
+    for name in found.plan.carried:
+        place = found.headers[name]
+        if name not in kept or (kept[name].dtype, kept[name].shape) != (place.dtype, place.shape):
+            raise UserError(
+                f"{hf / CARRIED} lacks tensor {name}, {place.dtype} of shape {list(place.shape)}\n"
+                "fix: import the Hugging Face directory again"
+            )
+        write(place, view(kept[name]))
+    return found

@@ -1,0 +1,160 @@
+"""Which parameter each tensor's name stands for, by the names and patterns of a family."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moe_shard.autoep.family import Family
+from moe_shard.autoep.param_shapes import OUTER
+from moe_shard.config.keys import shown
+from moe_shard.errors import UserError
+
+Place = tuple[int, ...]
+"""Where a tensor stands: (), (layer,) or (layer, expert)."""
+
+FUSED, LISTED = "mlp.fused.", "mlp.experts."
+"""Roles of tensors with all experts of a layer in them, and of those with one."""
+
+_DIGITS = re.compile(r"(?<![^.])[0-9]+(?![^.])")
+
+
+@dataclass
+class Names:
+    """The tensors of a checkpoint by what they are.
+
+    Attributes:
+        roles: dotted path of a parameter -> place -> tensor. A fused tensor of experts has the
+            path `mlp.fused.gate_up` or `mlp.fused.down`, one expert's fused gate and up
+            `mlp.experts.gate_up`.
+        others: those that no name or pattern of the family fits.
+    """
+
+    roles: dict[str, dict[Place, str]] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
+    _experts: dict[int, set[int]] = field(default_factory=dict)
+
+    def layers(self) -> set[int]:
+        """Numbers of the layers that tensors are of."""
+        return {place[0] for places in self.roles.values() for place in places if place}
+
+    def experts(self, layer: int) -> set[int]:
+        """Numbers of the experts in a layer that have tensors of their own."""
+        return self._experts.get(layer, set())
+
+    def add(self, role: str, place: Place, tensor: str, where: Path) -> None:
+        """Say what a tensor is.
+
+        Raises:
+            UserError: another one is that already.
+        """
+        other = self.roles.setdefault(role, {}).setdefault(place, tensor)
+        if other != tensor:
+            raise UserError(
+                f"{where}: {shown(other)} and {shown(tensor)} are one thing by the family's names\n"
+                "fix: keep one of the two, or make the patterns of hf_family narrower"
+            )
+        if len(place) == 2:
+            self._experts.setdefault(place[0], set()).add(place[1])
+
+
+def sort_names(tensors: Iterable[str], family: Family, where: Path) -> Names:
+    """Sort tensors by what they are.
+
+    Args:
+        tensors: their names.
+        family: its names and patterns.
+        where: the directory, for messages.
+
+    Raises:
+        UserError: two tensors, or two patterns, for one thing.
+    """
+    names = Names()
+    exact = dict(_exact(family))
+    patterns = [(role, re.compile(text)) for role, text in _patterns(family)]
+    known: dict[str, str] = {}
+    for tensor in tensors:
+        name = tensor.removeprefix(family.prefix)
+        # Names that differ in their numbers alone are one case: a checkpoint has tens of thousands
+        # of tensors and a few dozen cases.
+        case = _DIGITS.sub("0", name)
+        if case not in known:
+            fits = [role for role, pattern in patterns if pattern.fullmatch(case)]
+            fits += [exact[case]] if case in exact else []
+            if len(fits) > 1:
+                raise UserError(
+                    f"{where}: {shown(tensor)} is {' and '.join(sorted(fits))} by the patterns of "
+                    f"family {family.name}\nfix: narrower patterns in hf_family"
+                )
+            known[case] = fits[0] if fits else ""
+        role, place = known[case], tuple(map(_number, _DIGITS.findall(name)))
+        if role and len(place) == (0 if role in OUTER else 2 if role.startswith(LISTED) else 1):
+            names.add(role, place, tensor, where)
+        else:
+            names.others.append(tensor)
+    return names
+
+
+def expected(role: str, family: Family, place: Place) -> str:
+    """What a tensor would be called, for messages.
+
+    Args:
+        role: what it is.
+        family: its names and patterns.
+        place: where it stands.
+    """
+    if role in family.tensors:
+        below = "".join(f"{family.layers}.{layer}." for layer in place)
+        return f"{family.prefix}{below}{family.tensors[role]}"
+    text = dict(_patterns(family)).get(role)
+    return f"{family.prefix}{text}" if text else "no name or pattern in the family's file"
+
+
+def _exact(family: Family) -> Iterator[tuple[str, str]]:
+    """Names, with 0 for each number -> role."""
+    for role, name in family.tensors.items():
+        yield name if role in OUTER else f"{family.layers}.0.{name}", role
+
+
+def _patterns(family: Family) -> Iterator[tuple[str, str]]:
+    """Role -> regular expression, of the tensors of the MoE layer."""
+
+    def of(*parts: str, end: str = r"\.weight") -> str:
+        below = [family.moe_layer_pattern, *(part for part in parts if part)]
+        return r"\.".join(part if part == r"\d+" else f"(?:{part})" for part in below) + end
+
+    bias = r"\.bias"
+    yield "mlp.router.kernel", of(family.router_pattern)
+    yield "mlp.router.bias", of(family.router_pattern, end=bias)
+    if family.correction_bias_pattern:
+        yield "mlp.router.correction_bias", of(family.correction_bias_pattern, end="")
+    if family.has_shared_experts:
+        for part, name in (
+            ("gate", family.shared_expert_w1),
+            ("down", family.shared_expert_w2),
+            ("up", family.shared_expert_w3),
+        ):
+            yield f"mlp.shared.{part}", of(family.shared_experts_pattern, name)
+            yield f"mlp.shared.{part}_bias", of(family.shared_experts_pattern, name, end=bias)
+        if family.shared_experts_gate_pattern:
+            yield "mlp.shared_gate", of(family.shared_experts_gate_pattern)
+    # Where gate and up are one, w1 of all experts is what others call by a name of its own.
+    inward, fused = ("gate", family.expert_fused_w1), family.expert_fused_w2
+    if not family.expert_w3:
+        inward, fused = ("gate_up", family.expert_w1), family.expert_w2
+    listed = [(inward[0], family.expert_w1), ("down", family.expert_w2), ("up", family.expert_w3)]
+    for part, name in listed:
+        if name:
+            each = (family.expert_pattern, r"\d+", name)
+            yield f"{LISTED}{part}", of(*each)
+            yield f"{LISTED}{part}_bias", of(*each, end=bias)
+    for part, name in (("gate_up", inward[1]), ("down", fused)):
+        if name:
+            yield f"{FUSED}{part}", of(family.expert_pattern, name, end=r"(?:\.weight)?")
+            yield f"{FUSED}{part}_bias", of(family.expert_pattern, name, end=r"(?:_bias|\.bias)")
+
+
+def _number(text: str) -> int:
+    return int(text) if len(text) < 10 else 10**9

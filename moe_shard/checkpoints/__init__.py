@@ -1,0 +1,1 @@
+"""Checkpoints: saved, restored onto any mesh, converted, and models imported from elsewhere."""

@@ -1,0 +1,249 @@
+"""Checkpoints with Orbax: written aside and committed whole, restored onto any mesh."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from moe_shard.checkpoints.convert import is_fused, other_layout, to_layout
+from moe_shard.config.keys import shown
+from moe_shard.config.load import base_settings
+from moe_shard.config.schema import Config
+from moe_shard.errors import UserError, first_line
+from moe_shard.models.params import Params
+from moe_shard.program.step import TrainState
+
+# Orbax logs every phase of a save as information, and some of it as warnings.
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+_SHAPING_KEYS = (
+    "base_emb_dim",
+    "base_num_decoder_layers",
+    "base_num_query_heads",
+    "base_num_kv_heads",
+    "head_dim",
+    "base_mlp_dim",
+    "base_moe_mlp_dim",
+    "num_experts",
+    "vocab_size",
+    "logits_via_embedding",
+    "use_qk_norm",
+    "weight_dtype",
+    "optimizer",
+)
+"""Keys that decide which arrays a state holds; a checkpoint fits no other values of them."""
+
+_LATER_SHAPING_KEYS = (
+    *("attention_type", "q_lora_rank", "kv_lora_rank"),
+    *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+    *("attention_bias", "attention_out_bias", "attention_sink", "qk_norm_type"),
+    *("attention_pattern", "nope_layer_interval"),
+    *("first_num_dense_layers", "interleave_moe_layer_step", "dense_layers"),
+    *("shared_experts", "shared_expert_mlp_dim", "shared_expert_gate"),
+    *("mlp_bias", "logits_bias", "router_bias", "routed_bias", "normalization_type"),
+)
+"""The same; a checkpoint that does not name them is older than they are, and has the defaults."""
+
+
+class Checkpointer:
+    """Saves and restores the state of one run.
+
+    A checkpoint is named by the number of updates made. Nothing of the mesh is kept in it: each
+    array is whole, and is read in the shards that the restoring mesh wants. Nor does it matter
+    whether the run that saved it kept the experts' gate and up as one array.
+
+    Args:
+        folder: `checkpoints/` of the run.
+        config: how often, how many, and what shapes the state.
+    """
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        train = config.train
+        keys = (*_SHAPING_KEYS, *_LATER_SHAPING_KEYS)
+        flat, default = config.as_flat_dict(), base_settings()
+        self._shaping = {key: flat[key] for key in keys if key in flat}
+        self._before = {key: default[key] for key in _LATER_SHAPING_KEYS if key in flat}
+        self._folder = folder
+        self._manager = ocp.CheckpointManager(
+            folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=(
+                    None
+                    if train.max_num_checkpoints_to_keep == -1
+                    else train.max_num_checkpoints_to_keep
+                ),
+                enable_async_checkpointing=train.async_checkpointing,
+                create=True,
+            ),
+            # Without them what was saved cannot be asked for its structure, only be read.
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "config": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def latest(self) -> int | None:
+        """Updates made in the newest whole checkpoint, or None if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, *, updates: int) -> None:
+        """Save, in the background where the configuration says so; a second time does nothing."""
+        if updates == self.latest():
+            return
+        self._manager.save(
+            updates,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state._asdict()),
+                config=ocp.args.JsonSave(self._shaping),
+            ),
+        )
+
+    def check_fits(self, updates: int) -> None:
+        """Refuse a checkpoint that holds other arrays than this run's state.
+
+        Raises:
+            UserError: it is of another model or optimizer, or cannot be read.
+        """
+        saved = self._before | self._read(updates, config=ocp.args.JsonRestore()).config
+        keys = dict.fromkeys((*self._shaping, *saved))
+        differing = [key for key in keys if saved.get(key) != self._shaping.get(key)]
+        if differing:
+            there = ", ".join(f"{key}={shown(saved.get(key))}" for key in differing)
+            here = ", ".join(f"{key}={shown(self._shaping.get(key))}" for key in differing)
+            raise UserError(
+                f"{self._folder} holds another model: {there} (this run has {here})\n"
+                "fix: another run_name, or remove that folder to start anew"
+            )
+
+    def restore(
+        self,
+        updates: int,
+        abstract_state: TrainState,
+        *,
+        say: Callable[[str], object] = lambda _: None,
+    ) -> TrainState:
+        """Read a checkpoint, each device its own shards.
+
+        Where it keeps the experts' gate and up apart and the state wants them as one, or the other
+        way round, it is read as it is stored and converted, once.
+
+        Args:
+            updates: which one.
+            abstract_state: shapes, dtypes and shardings to restore to.
+            say: told of a conversion.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        fused = is_fused(abstract_state.params)
+        # None is a model without experts; or a structure that is missing, which reading will tell.
+        converts = (self._is_fused(updates), fused) in ((False, True), (True, False))
+        stored = other_layout(abstract_state) if converts else abstract_state
+        wanted = ocp.args.StandardRestore(stored._asdict())
+        state = TrainState(**self._read(updates, state=wanted).state)
+        if not converts:
+            return state
+        converted = to_layout(state, abstract_state)
+        how = "apart, are now one array" if fused else "as one array, are now apart"
+        say(f"the experts' gate and up, saved {how} (prefuse_moe_weights={shown(fused)})")
+        return converted
+
+    def _is_fused(self, updates: int) -> bool | None:
+        """Whether a checkpoint keeps gate and up as one; its structure is read, no array is."""
+        with reading(self._folder / str(updates)):
+            return is_fused(self._manager.metadata(updates).item_metadata.get("state"))
+
+    def _read(self, updates: int, **items: Any) -> Any:
+        with reading(self._folder / str(updates)):
+            return self._manager.restore(updates, args=ocp.args.Composite(**items))
+
+    def reached_preemption(self, updates: int) -> bool:
+        """True on every process at the same step once the scheduler has announced a preemption."""
+        return jax.process_count() > 1 and self._manager.reached_preemption(updates)
+
+    def close(self) -> None:
+        """Wait until everything is written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def restore_params(
+    folder: Path,
+    abstract_params: Params,
+    *,
+    updates: int | None = None,
+    say: Callable[[str], object] = lambda _: None,
+) -> Params:
+    """Read the parameters of a run and nothing else of its state, each device its own shards.
+
+    Args:
+        folder: `checkpoints/` of the run; nothing in it is written.
+        abstract_params: shapes, dtypes and shardings to restore to. The dtype may be another than
+            the run's, and the experts' gate and up be one array where the run kept two.
+        updates: which checkpoint; None: the newest.
+        say: told which one was read.
+
+    Raises:
+        UserError: there is none, it is another model's, or it cannot be read.
+    """
+    manager = ocp.CheckpointManager(
+        folder,
+        options=ocp.CheckpointManagerOptions(read_only=True),
+        item_handlers={"state": ocp.PyTreeCheckpointHandler()},
+    )
+    with manager:
+        updates = manager.latest_step() if updates is None else updates
+        if updates is None or updates not in manager.all_steps():
+            what = "no whole checkpoint" if updates is None else f"no checkpoint {updates}"
+            raise UserError(f"{folder} holds {what}\nfix: the folder of a run that has saved one")
+        with reading(folder / str(updates)):
+            found = manager.metadata(updates).item_metadata["state"]["params"]
+        converts = (is_fused(found), is_fused(abstract_params)) in ((False, True), (True, False))
+        wanted = {"params": other_layout(abstract_params) if converts else abstract_params}
+        _require_same_shapes(folder / str(updates), found, wanted["params"])
+        how = ocp.args.PyTreeRestore(
+            item=wanted,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=True,
+        )
+        with reading(folder / str(updates)):
+            params = manager.restore(updates, args=ocp.args.Composite(state=how)).state["params"]
+    say(f"after step {updates} of {folder.parent}")
+    return to_layout(params, abstract_params) if converts else params
+
+
+def _require_same_shapes(checkpoint: Path, found: Any, wanted: Params) -> None:
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        named = {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+        return {name: tuple(leaf.shape) for name, leaf in named.items()}
+
+    there, here = shapes(found), shapes(wanted)
+    for name in sorted({*there, *here}):
+        if there.get(name) != here.get(name):
+            raise UserError(
+                f"{checkpoint} holds another model: {name} has shape {there.get(name)} there and "
+                f"{here.get(name)} here\nfix: the config.yml of its run, without such overrides"
+            )
+
+
+@contextmanager
+def reading(checkpoint: Path) -> Iterator[None]:
+    """Errors of reading in the block, with the name of what is read.
+
+    Raises:
+        UserError: the checkpoint cannot be read.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"cannot read the checkpoint {checkpoint}: {first_line(error)}\n"
+            "fix: remove that folder to continue from the checkpoint before it, or import anew"
+        ) from error

@@ -1,0 +1,162 @@
+"""States whose experts keep gate and up apart, made into states that keep them as one, and back.
+
+A run may be continued with the other value of `prefuse_moe_weights`. Nothing but the experts' gate
+and up differs, their biases included, in the parameters and in each tree that an optimizer keeps of
+their like; so trees are searched for experts, and what kind of tree it is does not matter. A model
+that is loaded to be used is converted here too, once, and not in each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from moe_shard.autoep.host_blocks import Block
+from moe_shard.moe.weights import fuse, unfuse
+
+Tree = TypeVar("Tree")
+Abstract = jax.ShapeDtypeStruct
+Experts = dict[str, Any]
+"""`gate_up` or `gate` and `up`, and `down`, the like of their biases: arrays, or what describes
+arrays."""
+
+_EXPERTS = "experts"
+
+
+class _Pair(NamedTuple):
+    """Names of what is one array in the one layout and two in the other."""
+
+    both: str
+    gate: str
+    up: str
+
+
+_PAIRS = (_Pair("gate_up", "gate", "up"), _Pair("gate_up_bias", "gate_bias", "up_bias"))
+
+
+def is_fused(tree: Any) -> bool | None:
+    """Whether a tree keeps gate and up as one; None where it has no experts.
+
+    Args:
+        tree: parameters or what holds them, of leaves of any kind.
+    """
+    for node in jax.tree.leaves(tree, is_leaf=_has_experts):
+        if _has_experts(node):
+            return "gate_up" in node[_EXPERTS]
+    return None
+
+
+def other_layout(abstract: Tree) -> Tree:
+    """Describe the same state in the other layout, each shard of it on the same device.
+
+    Args:
+        abstract: a tree of `ShapeDtypeStruct`s, all placed by `NamedSharding`s.
+    """
+
+    def change(experts: Experts) -> Experts:
+        new = dict(experts)
+        for pair in _PAIRS:
+            if pair.both in new:
+                new[pair.gate] = new[pair.up] = _without_pair(new.pop(pair.both))
+            elif pair.gate in new:
+                new[pair.both] = _with_pair(new.pop(pair.gate))
+                del new[pair.up]
+        return new
+
+    return _map_experts(change, abstract)
+
+
+def to_layout(tree: Tree, wanted: Any) -> Tree:
+    """Bring arrays into the layout that is wanted, bit for bit; those that fit it are untouched.
+
+    The arrays that are converted are freed as soon as they have been read, so that beside the state
+    no more than one tree's gate and up is held, not a second state.
+
+    Args:
+        tree: of arrays, in either layout.
+        wanted: a tree of `ShapeDtypeStruct`s with shardings, in the layout to be had.
+    """
+
+    def change(experts: Experts, wanted: Experts) -> Experts:
+        new = dict(experts)
+        old: list[Any] = []
+        for pair in _PAIRS:
+            if pair.both in wanted and pair.gate in experts:
+                halves = new.pop(pair.gate), new.pop(pair.up)
+                place = wanted[pair.both].sharding
+                new[pair.both] = jax.jit(fuse, out_shardings=place)(*halves)
+                old += halves
+            elif pair.gate in wanted and pair.both in experts:
+                whole = new.pop(pair.both)
+                places = wanted[pair.gate].sharding, wanted[pair.up].sharding
+                new[pair.gate], new[pair.up] = jax.jit(unfuse, out_shardings=places)(whole)
+                old.append(whole)
+        assert all(array.shape == wanted[name].shape for name, array in new.items()), (new, wanted)
+        # Donated, they would be kept, with a warning: no output has their shape.
+        for array in old:
+            array.delete()
+        return new
+
+    return _map_experts(change, tree, wanted)
+
+
+def apart(block: Block) -> Iterator[Block]:
+    """A part of a parameter, as the layout that keeps gate and up apart has it.
+
+    Args:
+        block: of any parameter, in either layout.
+    """
+    *outer, name = block.param
+    pair = next((pair for pair in _PAIRS if outer[-1:] == [_EXPERTS] and name == pair.both), None)
+    if pair is None:
+        yield block
+        return
+    shape, bounds = ((*whole[:-2], whole[-1]) for whole in (block.shape, block.bounds))
+    first, _ = block.bounds[-2]
+    for half in range(block.values.shape[-2]):
+        part = (pair.gate, pair.up)[first + half]
+        yield Block((*outer, part), shape, bounds, block.values[..., half, :])
+
+
+def _map_experts(change: Callable[..., Experts], tree: Tree, *others: Any) -> Tree:
+    """A tree with all its experts changed, wherever in it they are."""
+
+    def at(node: Any, *nodes: Any) -> Any:
+        if not _has_experts(node):
+            return node
+        changed = change(node[_EXPERTS], *(other[_EXPERTS] for other in nodes))
+        return {**node, _EXPERTS: changed}
+
+    mapped: Tree = jax.tree.map(at, tree, *others, is_leaf=_has_experts)
+    return mapped
+
+
+def _has_experts(node: Any) -> bool:
+    return isinstance(node, dict) and _EXPERTS in node
+
+
+def _with_pair(part: Abstract) -> Abstract:
+    """[*E H] to [*E 2 H], the new dim whole on every device."""
+    *outer, last = _entries(part)
+    shape = (*part.shape[:-1], 2, part.shape[-1])
+    return _placed(part, shape, (*outer, None, last))
+
+
+def _without_pair(whole: Abstract) -> Abstract:
+    """[*E 2 H] to [*E H]."""
+    *outer, _, last = _entries(whole)
+    return _placed(whole, (*whole.shape[:-2], whole.shape[-1]), (*outer, last))
+
+
+def _entries(leaf: Abstract) -> list[Any]:
+    """What a leaf's spec says of each dim; a spec may leave out the last ones."""
+    spec = leaf.sharding.spec
+    return [*spec, *[None] * (len(leaf.shape) - len(spec))]
+
+
+def _placed(like: Abstract, shape: tuple[int, ...], entries: tuple[Any, ...]) -> Abstract:
+    sharding: NamedSharding = like.sharding.update(spec=PartitionSpec(*entries))
+    return jax.ShapeDtypeStruct(shape, like.dtype, sharding=sharding)

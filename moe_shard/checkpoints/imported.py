@@ -1,0 +1,266 @@
+"""Models that were trained elsewhere: their first parameters, their folders, and the way back.
+
+An imported model is a folder: `config.yml`, the parameters in `params/`, and, where they came from
+a Hugging Face directory, `hf/`, what is needed to write it again. Nothing of the mesh is in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental.multihost_utils import sync_global_devices
+from rich.console import Console
+
+from moe_shard.autoep.directory import keep_hf, lay_out_again, read_source
+from moe_shard.autoep.exporting import export_params
+from moe_shard.autoep.importing import import_params
+from moe_shard.autoep.progress import bytes_line
+from moe_shard.checkpoints.checkpoint import restore_params
+from moe_shard.checkpoints.convert import is_fused, other_layout, to_layout
+from moe_shard.checkpoints.stored import stored_blocks
+from moe_shard.config.model_config import ModelConfig
+from moe_shard.config.schema import Config
+from moe_shard.errors import UserError
+from moe_shard.files import write_text
+from moe_shard.maxtext.folders import ITEMS, find_items
+from moe_shard.maxtext.read import read_params
+from moe_shard.models.params import Params
+
+_PARAMS, _HF_CONFIG = "params", "config.json"
+_CHUNK = 2**28
+"""Bytes of an array that are written, and can later be read, by themselves."""
+
+
+def load_params(
+    path: str,
+    specs: Params,
+    *,
+    model: ModelConfig | None = None,
+    family: str = "",
+    say: Callable[[str], object] | None = None,
+    console: Console | None = None,
+) -> Params:
+    """Read a model's parameters, each device its own shards.
+
+    Args:
+        path: a Hugging Face directory, an imported model, a MaxText checkpoint, or a run here or of
+            MaxText's, of which the newest checkpoint is taken.
+        specs: what they are to be: leaves with a shape, a dtype and a sharding.
+        model: that they are of; only what is neither MaxText's nor Hugging Face's is read without.
+        family: of a Hugging Face directory, as in `read_source`.
+        say: told where they come from, and of what is converted; None: the console is.
+        console: shown how far reading has come; None: nothing is.
+
+    Raises:
+        UserError: the path is none of these, is of another model, or cannot be read.
+    """
+    console = console or Console(quiet=True)
+    say = say or _plainly(console)
+    folder = find_weights(path)
+    wanted = jax.tree.map(_abstract, specs)
+    if folder.name == "checkpoints":
+        return restore_params(folder, wanted, say=say)
+    say(f"of {path}")
+    if folder.name == _PARAMS:
+        with _fix("import the Hugging Face directory again, or change the keys back"):
+            return restore_params(folder, wanted)
+    stored = other_layout(wanted) if is_fused(wanted) else wanted
+    if folder.name == ITEMS:
+        say(f"MaxText checkpoint {folder}")
+        assert model is not None, "whoever may be given a MaxText checkpoint knows the model"
+        with bytes_line(console, "reading parameters") as line:
+            params = read_params(folder, stored, model, say=say, progress=line)
+        return to_layout(params, wanted)
+    source = read_source(folder.parent, family)
+    _check_factor(folder.parent, source.attention_scale, model)
+    with bytes_line(console, "reading parameters") as line:
+        params = import_params(source.plan, source.headers, stored, say=say, progress=line)
+    return to_layout(params, wanted)
+
+
+def _check_factor(directory: Path, there: float, model: ModelConfig | None) -> None:
+    """Refuse a model whose scores have another factor: queries would be too large or too small.
+
+    A MaxText file of some models says attention_scale=1, the factor being in the queries' weights.
+    """
+    if model is not None and model.attention.scale != there:
+        raise UserError(
+            f"{directory} is of attention_scale={there:g}, this model has "
+            f"{model.attention.scale:g}\nfix: attention_scale={there:g} (a MaxText file of it then "
+            "starts from these weights, and its queries take other steps than there)"
+        )
+
+
+def find_weights(path: str) -> Path:
+    """What says that a folder holds weights: its `checkpoints`, `params`, `items` or `config.json`.
+
+    Raises:
+        UserError: it holds none.
+    """
+    folder = Path(path).expanduser().resolve()
+    if (items := find_items(folder)) is not None:
+        return items
+    for name in ("checkpoints", _PARAMS):
+        if (folder / name).is_dir():
+            return folder / name
+    if (folder / _HF_CONFIG).is_file():
+        return folder / _HF_CONFIG
+    raise UserError(
+        f"{path} holds no parameters: no config.json, params, checkpoints or items in it\n"
+        "fix: a Hugging Face directory, an imported model, a run, or a MaxText checkpoint"
+    )
+
+
+def import_model(
+    source: Path, target: Path, config: Config, specs: Params, *, family: str = "", console: Console
+) -> None:
+    """Import a model trained elsewhere into a folder that is there whole or not at all.
+
+    Args:
+        source: a Hugging Face directory or a MaxText checkpoint.
+        target: the folder; new, or empty.
+        config: the model's, resolved.
+        specs: of its parameters on a mesh.
+        family: as in `read_source`.
+        console: told how it goes.
+
+    Raises:
+        UserError: the target is not empty or cannot be written, or the source cannot be read.
+    """
+    with written_aside(target) as folder:
+        if jax.process_index() == 0:
+            write_text(folder / "config.yml", _movable(config, source).to_yaml())
+            keep_hf(str(source), folder, family)
+        params = load_params(str(source), specs, model=config.model, family=family, console=console)
+        with console.status("writing the parameters"), _manager(folder / _PARAMS) as manager:
+            state = {"params": params}
+            limits = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), state)
+            saved = ocp.args.PyTreeSave(state, save_args=limits)
+            manager.save(0, args=ocp.args.Composite(state=saved))
+            manager.wait_until_finished()
+
+
+def _movable(config: Config, source: Path) -> Config:
+    """A configuration without its places: `load_config` sets them anew, wherever the folder is."""
+    run = dataclasses.replace(config.run, load_parameters_path="")
+    data = config.data
+    if data.tokenizer_path == str(source):
+        data = dataclasses.replace(data, tokenizer_path="")
+    return dataclasses.replace(config, run=run, data=data)
+
+
+def export_model(source: Path, target: Path, *, console: Console) -> None:
+    """Write the Hugging Face directory of an imported model, or of a run that began with one.
+
+    The parameters are read a chunk at a time, which is a shard of the run that saved them, and go
+    straight into the files; no device holds them.
+
+    Args:
+        source: the folder; of a run the newest checkpoint is taken.
+        target: the directory; new, or empty.
+        console: told how it goes.
+
+    Raises:
+        UserError: the source did not come from a Hugging Face directory or cannot be read, or the
+            target is not empty or cannot be written.
+    """
+    source = source.expanduser()
+    weights = find_weights(str(source))
+    if not (source / "hf").is_dir() or weights.name in (_HF_CONFIG, ITEMS):
+        raise UserError(
+            f"{source} has no folder hf: it did not begin with a Hugging Face model\n"
+            "fix: an imported model, or a run with load_parameters_path= one"
+        )
+    with written_aside(target) as directory:
+        layout = lay_out_again(source / "hf", directory)
+        blocks = stored_blocks(weights, say=_plainly(console))
+        with bytes_line(console, "writing tensors") as line:
+            export_params(layout.plan, layout.headers, blocks, progress=line)
+
+
+@contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """A folder to write into, renamed to its name when the block has ended; without it if not.
+
+    Args:
+        target: the name; nothing may be there but an empty folder.
+
+    Yields:
+        `<target>.partial`.
+
+    Raises:
+        UserError: something is there, or it cannot be written.
+    """
+    target = target.expanduser().absolute()
+    aside = target.with_name(f"{target.name}.partial")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target} exists and is not an empty folder\nfix: another name")
+    writer = jax.process_index() == 0
+    try:
+        if writer:
+            _make(aside)
+        _meet(f"{target} begun")
+        try:
+            yield aside
+            _meet(f"{target} written")
+            if writer:
+                aside.rename(target)
+        except BaseException:
+            if writer:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise UserError(
+            f"cannot write {target}: {error.strerror or error}; nothing of it was kept\n"
+            "fix: a place with enough room that you may write to"
+        ) from error
+
+
+def _make(folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir()
+    except FileExistsError as error:
+        raise UserError(
+            f"{folder} is there: another process writes it, or one was killed\n"
+            "fix: remove it, if no process is writing it"
+        ) from error
+
+
+def _meet(where: str) -> None:
+    """Wait for the other processes."""
+    if jax.process_count() > 1:
+        sync_global_devices(where)
+
+
+def _manager(folder: Path) -> ocp.CheckpointManager:
+    """Keeps parameters as a run keeps its state, so that they are read as a run's are."""
+    return ocp.CheckpointManager(
+        folder,
+        options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
+        item_handlers={"state": ocp.PyTreeCheckpointHandler()},
+    )
+
+
+def _abstract(spec: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=spec.sharding)
+
+
+def _plainly(console: Console) -> Callable[[str], object]:
+    return lambda line: console.print(f"parameters: {line}", markup=False)
+
+
+@contextmanager
+def _fix(what: str) -> Iterator[None]:
+    """Errors of a checkpoint, with the fix for one that is of no run."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{str(error).splitlines()[0]}\nfix: {what}") from error

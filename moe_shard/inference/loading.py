@@ -1,0 +1,141 @@
+"""What MODEL or CHECKPOINT on the command line stands for: a configuration, and its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from moe_shard.autoep.resolve import load_model
+from moe_shard.checkpoints.checkpoint import restore_params
+from moe_shard.checkpoints.imported import load_params
+from moe_shard.config import Config, list_models
+from moe_shard.errors import UserError
+from moe_shard.models.params import AbstractModel, Params
+
+SETTINGS = (
+    "moe_dispatch=ragged",
+    "capacity_factor=-1",
+    "ragged_buffer_factor=-1",
+    "num_moe_token_chunks=1",
+    "prefuse_moe_weights=true",
+    "per_device_batch_size=1",
+)
+"""What writing wants, whatever the model was trained with; the command line may want otherwise.
+
+A dropped token would make a text depend on its neighbours. Gate and up are one product, joined once
+when the parameters are loaded. The batch is that of the prompts.
+"""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to write with.
+
+    Attributes:
+        model: what `load_model` takes.
+        checkpoints: of a run; None: MODEL is no run.
+        updates: which checkpoint; None: the newest.
+    """
+
+    model: str
+    checkpoints: Path | None = None
+    updates: int | None = None
+
+
+def find_source(model: str) -> Source:
+    """Tell the folder of a run, or one of its checkpoints, from other models.
+
+    Raises:
+        UserError: a directory that holds no model.
+    """
+    path = Path(model).expanduser()
+    of_run = path.parent.name == "checkpoints" and path.name.isdecimal() and path.parent.is_dir()
+    if model in list_models() or not (of_run or path.is_dir()) or _holds_a_model(path):
+        return Source(model)
+    run = path.resolve()
+    updates = int(path.name) if of_run else None
+    if of_run:
+        run = run.parent.parent
+    elif run.name == "checkpoints":
+        run = run.parent
+    if not (run / "config.yml").is_file():
+        raise UserError(
+            f"{model} holds no model: no config.json and no config.yml in it\n"
+            "fix: a Hugging Face directory, an imported model, or the folder of a run"
+        )
+    if not (run / "checkpoints").is_dir():
+        raise UserError(
+            f"{model} is a run without checkpoints\n"
+            "fix: train with enable_checkpointing=true; its config.yml alone has random parameters"
+        )
+    return Source(str(run / "config.yml"), run / "checkpoints", updates)
+
+
+def _holds_a_model(path: Path) -> bool:
+    """Whether a directory is Hugging Face's, or an imported model."""
+    return (path / "config.json").is_file() or (path / "params").is_dir()
+
+
+def load_settings(source: Source, overrides: Sequence[str]) -> Config:
+    """The configuration to write with.
+
+    Args:
+        source: of `find_source`.
+        overrides: `key=value` arguments.
+
+    Raises:
+        UserError: as `load_model`; or experts that would drop tokens.
+    """
+    config = load_model(source.model, [*SETTINGS, *overrides])
+    config.require_built()
+    moe = config.model.moe
+    if moe is not None:
+        limits = {
+            "capacity_factor": moe.capacity_factor,
+            "ragged_buffer_factor": moe.ragged_buffer_factor,
+        }
+        for key, value in limits.items():
+            if value > 0:
+                raise UserError(
+                    f"{key}={value:g} drops tokens, and a text would depend on those beside it\n"
+                    f"fix: leave {key} out; nothing is dropped while text is written"
+                )
+    return config
+
+
+def load_parameters(
+    source: Source,
+    config: Config,
+    model: AbstractModel,
+    *,
+    say: Callable[[str], object],
+    console: Console,
+) -> Params:
+    """The parameters, placed as the model's specs say.
+
+    Args:
+        source: of `find_source`.
+        config: of `load_settings`.
+        model: described for a mesh.
+        say: told where they come from.
+        console: shown how far reading has come.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    if source.checkpoints is not None:
+        abstract = jax.tree.map(lambda spec: spec.abstract(), model.specs)
+        return restore_params(source.checkpoints, abstract, updates=source.updates, say=say)
+    run = config.run
+    if run.load_parameters_path:
+        path = run.load_parameters_path
+        specs, family = model.specs, run.hf_family
+        return load_params(path, specs, model=config.model, family=family, say=say, console=console)
+    say(f"random, drawn from seed={config.train.seed}: {run.model_name} names no checkpoint")
+    places = jax.tree.map(lambda spec: spec.sharding, model.specs)
+    params: Params = jax.jit(model.init, out_shardings=places)(jax.random.key(config.train.seed))
+    return params

@@ -1,0 +1,226 @@
+"""From a command line to texts: load, compile, write, and say how fast."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from moe_shard.config import Config
+from moe_shard.data.tokenizer import Tokenizer, find_tokenizer, require_vocabulary
+from moe_shard.errors import UserError
+from moe_shard.inference.generator import Generator
+from moe_shard.inference.loading import Source, load_parameters
+from moe_shard.inference.prompts import rows_for
+from moe_shard.models.params import describe
+from moe_shard.runtime.compile import lay_out, out_of_memory_is_a_finding
+from moe_shard.runtime.devices import start_devices
+
+_LESS_MEMORY = "fewer prompts, a smaller max_new_tokens, weight_dtype=bfloat16, or more devices"
+
+
+@dataclass
+class Text:
+    """A prompt and what has been written after it.
+
+    Attributes:
+        prompt: as given.
+        prompt_ids: its tokens.
+        ids: written after it; the last one is the end where the text has `ended`.
+        ended: the model has ended the document.
+    """
+
+    prompt: str
+    prompt_ids: list[int]
+    ids: list[int] = field(default_factory=list)
+    ended: bool = False
+
+    def add(self, token: int, ends: frozenset[int]) -> None:
+        """Take the next token, if the text has not ended."""
+        if not self.ended:
+            self.ids.append(token)
+            self.ended = token in ends
+
+    def written(self, tokenizer: Tokenizer) -> str:
+        """What follows the prompt.
+
+        It is read together with the prompt: alone, some tokenizers would leave out the space that
+        a first word begins with.
+        """
+        ids = self.ids[:-1] if self.ended else self.ids
+        before, whole = tokenizer.decode(self.prompt_ids), tokenizer.decode(self.prompt_ids + ids)
+        return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(ids)
+
+
+@dataclass(frozen=True)
+class Timings:
+    """How long it took; seconds but where the name says otherwise.
+
+    Attributes:
+        compile_s: of both programs.
+        prefill_ms: reading the prompts, to the first token.
+        decode_s: all further tokens.
+        tokens_per_s: further tokens of all prompts; None where there was none.
+    """
+
+    compile_s: float
+    prefill_ms: float
+    decode_s: float
+    tokens_per_s: float | None
+
+    def line(self, texts: int) -> str:
+        """For a person."""
+        speed = "" if self.tokens_per_s is None else f", {self.tokens_per_s:,.1f} tokens/s"
+        of = "" if texts == 1 else f" of {texts} prompts"
+        return f"compiled in {self.compile_s:.1f} s, prefill{of} {self.prefill_ms:,.1f} ms{speed}"
+
+
+def generate(
+    source: Source, config: Config, prompts: Sequence[str], *, cached: bool, as_json: bool
+) -> None:
+    """Write after prompts, to standard output; all else goes to standard error.
+
+    Args:
+        source: of `find_source`.
+        config: of `load_settings`.
+        prompts: at least one.
+        cached: see `Generator`.
+        as_json: one object instead of the texts.
+
+    Raises:
+        UserError: the configuration does not fit the devices or the tokenizer, or the parameters
+            cannot be read.
+        Finding: the model does not fit in memory.
+    """
+    notes = Console(stderr=True, soft_wrap=True, highlight=False)
+    tokenizer = find_tokenizer(config.data.tokenizer_path)
+    require_vocabulary(tokenizer, config.model.vocab_size)
+    texts = [Text(prompt, tokenizer.encode_prompt(prompt)) for prompt in prompts]
+    device_line = start_devices(config.mesh.num_simulated_devices)
+    notes.quiet = jax.process_index() > 0
+    notes.print(device_line, markup=False)
+    for line in config.warnings:
+        notes.print(f"note: {line}", markup=False, style="yellow")
+    annotate, _ = lay_out(config)
+    sizes = dict(annotate.mesh.shape)
+    _require_whole_texts(config, sizes)
+    model = describe(config.model, annotate)
+    told: list[str] = []
+
+    def say(line: str) -> None:
+        told.append(line)
+        style = "yellow" if line.startswith("random") else None
+        notes.print(f"parameters: {line}", markup=False, style=style)
+
+    with out_of_memory_is_a_finding(fix=_LESS_MEMORY):
+        params = load_parameters(source, config, model, say=say, console=notes)
+        with notes.status("compiling"):
+            generator = Generator(
+                model,
+                annotate,
+                config.generate,
+                vocab_size=tokenizer.vocab_size,
+                rows=rows_for(config, sizes, len(texts)),
+                places=max(len(text.prompt_ids) for text in texts),
+                cached=cached,
+            )
+        shown = _Shown(texts, tokenizer, live=not as_json)
+        started = time.perf_counter()
+        for tokens in generator(params, [text.prompt_ids for text in texts]):
+            for text, token in zip(texts, tokens.tolist(), strict=True):
+                text.add(token, tokenizer.ends)
+            shown.more()
+            if all(text.ended for text in texts):
+                break
+        seconds = time.perf_counter() - started
+    timings = _timings(generator, texts, seconds)
+    if jax.process_index() == 0:
+        if as_json:
+            print(json.dumps(_as_json(texts, tokenizer, told[-1], timings)))
+        else:
+            shown.rest()
+    notes.print(timings.line(len(texts)), markup=False)
+
+
+def _require_whole_texts(config: Config, sizes: dict[str, int]) -> None:
+    """Refuse a mesh that splits texts: a step has one token of each."""
+    for name in ("activation_length", "activation_length_moe"):
+        splits = [axis for axis in config.mesh.axes_of(name) if sizes[axis] > 1]
+        if splits:
+            axis = splits[0]
+            raise UserError(
+                f"the row of {name} splits texts over {axis}={sizes[axis]}, and a step has one "
+                f"token of each\nfix: ici_{axis}_parallelism=1 (ici_fsdp_parallelism=-1 takes the "
+                "devices that are left)"
+            )
+
+
+def _timings(generator: Generator, texts: Sequence[Text], seconds: float) -> Timings:
+    decode = seconds - generator.seconds_to_first
+    further = int(np.sum([len(text.ids) - 1 for text in texts]))
+    return Timings(
+        compile_s=generator.compile_seconds,
+        prefill_ms=generator.seconds_to_first * 1e3,
+        decode_s=decode,
+        tokens_per_s=further / decode if further else None,
+    )
+
+
+def _as_json(
+    texts: Sequence[Text], tokenizer: Tokenizer, parameters: str, timings: Timings
+) -> dict[str, Any]:
+    return {
+        "prompts": [text.prompt for text in texts],
+        "texts": [text.written(tokenizer) for text in texts],
+        "prompt_token_ids": [text.prompt_ids for text in texts],
+        "token_ids": [text.ids for text in texts],
+        "ended": [text.ended for text in texts],
+        "parameters": parameters,
+        "timings": vars(timings),
+    }
+
+
+class _Shown:
+    """Texts on standard output; one alone as it comes, where a person is watching."""
+
+    def __init__(self, texts: Sequence[Text], tokenizer: Tokenizer, *, live: bool) -> None:
+        self._texts, self._tokenizer = texts, tokenizer
+        self._terminal = sys.stdout.isatty()
+        self._live = live and self._terminal and len(texts) == 1 and jax.process_index() == 0
+        self._done = 0
+        if self._live:
+            self._put(texts[0].prompt)
+
+    def more(self) -> None:
+        """Show what has come, but for a character that is not yet whole."""
+        if self._live:
+            written = self._texts[0].written(self._tokenizer)
+            self._put_from(written.rstrip("\N{REPLACEMENT CHARACTER}"))
+
+    def rest(self) -> None:
+        """Show everything that has not been shown."""
+        if self._live:
+            self._put_from(self._texts[0].written(self._tokenizer))
+            self._put("\n")
+            return
+        for number, text in enumerate(self._texts):
+            self._put("\n" * (number > 0) + text.prompt + text.written(self._tokenizer) + "\n")
+
+    def _put_from(self, written: str) -> None:
+        self._put(written[self._done :])
+        self._done = max(self._done, len(written))
+
+    def _put(self, text: str) -> None:
+        # A prompt may have bytes that are no text; a model may write what commands a terminal.
+        text = text.encode("utf-8", "replace").decode()
+        if self._terminal:
+            text = "".join(c if c.isprintable() or c in "\n\t" else " " for c in text)
+        sys.stdout.write(text)
+        sys.stdout.flush()

@@ -1,0 +1,368 @@
+"""What changed between two lowerings, in words: never a difference of texts.
+
+Collectives are added up by stage, pass, kind and mesh axes. Two lowerings are the same when these
+sums (counts, bytes, bytes on the wire, how many are asynchronous), the verdict, the mesh, the
+backend and the memory are. Order, names, source lines and layouts do not count.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from moe_shard.errors import UserError
+from moe_shard.lowering.reports import report_from_text
+from moe_shard.lowering.shardings import has_names
+from moe_shard.lowering.sources import (
+    RECORD,
+    STANDARD_INPUT,
+    memory_beside,
+    module_file,
+    read_text,
+    record_of,
+    recorded_mesh,
+)
+from moe_shard.units import human_bytes
+
+Key = tuple[str, str, str, tuple[str, ...]]
+"""Scope, pass, kind, mesh axes."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """The collectives of one `Key`, per step and device.
+
+    Attributes:
+        count: executions.
+        bytes: output bytes of all executions.
+        wire_bytes: bytes that must be sent in all executions.
+        asynchronous: those of the executions that other work can hide.
+    """
+
+    count: int = 0
+    bytes: int = 0
+    wire_bytes: int = 0
+    asynchronous: int = 0
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Sums)))
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """What of a lowering is compared.
+
+    Attributes:
+        source: where it was read.
+        backend: "cpu", "tpu", "gpu" or "unknown".
+        num_devices: devices that run the program.
+        mesh: {axis: size}; empty where it is not known.
+        verdict: one of `expect.VERDICTS`; None without a mesh.
+        sums: the collectives.
+        memory: bytes per device by part, or None where it is not known.
+    """
+
+    source: str
+    backend: str
+    num_devices: int
+    mesh: dict[str, int]
+    verdict: str | None
+    sums: dict[Key, Sums]
+    memory: dict[str, int] | None
+
+    @property
+    def total(self) -> Sums:
+        """All collectives."""
+        return sum(self.sums.values(), Sums())
+
+    @property
+    def large_axes(self) -> dict[str, int]:
+        """The mesh without its axes of size 1, which change nothing."""
+        return {axis: size for axis, size in self.mesh.items() if size > 1}
+
+    def to_json(self) -> dict[str, Any]:
+        """The side of `Diff.to_json` that does not depend on the other."""
+        return {
+            "source": self.source,
+            "backend": self.backend,
+            "num_devices": self.num_devices,
+            "mesh": self.mesh,
+            "verdict": self.verdict,
+            "totals": vars(self.total),
+            "memory": self.memory,
+        }
+
+
+@dataclass(frozen=True)
+class Change:
+    """The collectives of one stage, pass, kind and axes, before and after; they differ."""
+
+    key: Key
+    a: Sums
+    b: Sums
+
+    @property
+    def weight(self) -> int:
+        """By how many bytes they differ, added or gone."""
+        return abs(self.b.bytes - self.a.bytes)
+
+    def __str__(self) -> str:
+        _, _, kind, axes = self.key
+        name = f"{kind}({', '.join(axes) or 'no axis told'})"
+        if not self.b.count:
+            return f"-{self.a.count} {name} {human_bytes(self.a.bytes)}"
+        if not self.a.count:
+            return f"+{self.b.count} {name} {human_bytes(self.b.bytes)}"
+        parts = []
+        if self.a.count != self.b.count:
+            parts.append(f"{self.a.count} -> {self.b.count}")
+        if self.a.bytes != self.b.bytes:
+            parts.append(_arrow(self.a.bytes, self.b.bytes))
+        elif self.a.wire_bytes != self.b.wire_bytes:
+            parts.append(f"on the wire {_arrow(self.a.wire_bytes, self.b.wire_bytes)}")
+        if self.a.asynchronous != self.b.asynchronous:
+            parts.append(f"asynchronous {self.a.asynchronous} -> {self.b.asynchronous}")
+        return f"{name} {', '.join(parts)}"
+
+
+@dataclass(frozen=True)
+class Diff:
+    """Two lowerings and where they differ, the most bytes first."""
+
+    a: Lowering
+    b: Lowering
+    changes: tuple[Change, ...]
+
+    @property
+    def same(self) -> bool:
+        """Whether nothing that counts differs."""
+        plain = ("backend", "num_devices", "large_axes", "verdict")
+        return (
+            not self.changes
+            and all(getattr(self.a, name) == getattr(self.b, name) for name in plain)
+            # A text knows nothing of memory; that is no difference.
+            and (self.a.memory is None or self.b.memory in (None, self.a.memory))
+        )
+
+    def lines(self) -> list[str]:
+        """The difference in words: a line a stage and pass, then what it comes to."""
+        lines = []
+        if self.a.backend != self.b.backend or self.a.num_devices != self.b.num_devices:
+            lines.append(f"devices: {_devices(self.a)} -> {_devices(self.b)}")
+        if self.a.large_axes != self.b.large_axes:
+            lines.append(f"mesh: {_mesh(self.a)} -> {_mesh(self.b)}")
+        stages: dict[tuple[str, str], list[Change]] = {}
+        for change in self.changes:
+            stages.setdefault(change.key[:2], []).append(change)
+        for (scope, pass_), changes in sorted(
+            stages.items(), key=lambda item: -sum(each.weight for each in item[1])
+        ):
+            where = scope if pass_ in ("unknown", scope) else f"{scope} {pass_}"
+            lines.append(f"{where}: {', '.join(map(str, changes))}")
+        if self.same:
+            return ["the same: collectives, verdict and memory"]
+        a, b = self.a.total, self.b.total
+        if not self.changes:
+            lines.append(f"collectives: the same {a.count}, {human_bytes(a.bytes)}")
+        else:
+            lines.append(f"in all: {a.count} -> {b.count} collectives, {_arrow(a.bytes, b.bytes)}")
+        return [*lines, f"verdict: {self._verdict()}", *self._memory()]
+
+    def _verdict(self) -> str:
+        a, b = (side.verdict or "unknown (no mesh)" for side in (self.a, self.b))
+        return f"{a}, as before" if a == b else f"{a} -> {b}"
+
+    def _memory(self) -> list[str]:
+        if self.a.memory is None or self.b.memory is None:
+            unknown = [side.source for side in (self.a, self.b) if side.memory is None]
+            return [f"memory: not recorded in {' and '.join(unknown)}"]
+        parts = [
+            f"{key.removesuffix('_bytes')} {_arrow(self.a.memory[key], self.b.memory[key])}"
+            for key in self.a.memory
+            if key in self.b.memory and self.a.memory[key] != self.b.memory[key]
+        ]
+        return [f"memory per device: {', '.join(parts) or 'as before'}"]
+
+    def render(self, console: Console) -> None:
+        """Print which is which, then the lines."""
+        console.print(f"A: {self.a.source}\nB: {self.b.source}", markup=False, soft_wrap=True)
+        for line in self.lines():
+            name, colon, rest = escape(line).partition(":")
+            console.print(f"[bold]{name}[/]{colon}{rest}", soft_wrap=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of `moe-shard diff --json`; sums are per step and device."""
+        return {
+            "same": self.same,
+            "a": self.a.to_json(),
+            "b": self.b.to_json(),
+            "changes": [
+                {
+                    **dict(zip(("scope", "pass", "kind"), each.key[:3], strict=True)),
+                    "axes": list(each.key[3]),
+                    "a": vars(each.a),
+                    "b": vars(each.b),
+                }
+                for each in self.changes
+            ],
+            "summary": self.lines(),
+        }
+
+
+def compare(a: Lowering, b: Lowering) -> Diff:
+    """Compare two lowerings."""
+    changes = [
+        Change(key, a.sums.get(key, Sums()), b.sums.get(key, Sums()))
+        for key in {**a.sums, **b.sums}
+        if a.sums.get(key, Sums()) != b.sums.get(key, Sums())
+    ]
+    return Diff(a, b, tuple(sorted(changes, key=lambda each: (-each.weight, each.key))))
+
+
+def load_pair(
+    a: str,
+    b: str,
+    mesh: Mapping[str, int] | None = None,
+    mesh_a: Mapping[str, int] | None = None,
+    mesh_b: Mapping[str, int] | None = None,
+) -> tuple[Lowering, Lowering]:
+    """Read two arguments of a command line.
+
+    Where only one tells the mesh, and both have as many devices, it counts for both.
+
+    Args:
+        a: a run folder, a dump folder, an HLO file, a `lowering.json`, or "-".
+        b: the same.
+        mesh: {axis: size} in device order, for HLO text whose mesh is not recorded.
+        mesh_a: of A alone.
+        mesh_b: of B alone.
+
+    Raises:
+        UserError: one cannot be read, both are "-", or one records another mesh than was given for
+            it alone.
+    """
+    if a == b == STANDARD_INPUT:
+        raise UserError("A and B cannot both be standard input\nfix: a file for one of them")
+    first, second = load(a, mesh_a or mesh), load(b, mesh_b or mesh)
+    for name, given, side in (("a", mesh_a, first), ("b", mesh_b, second)):
+        if given and dict(given) != side.mesh:
+            raise UserError(
+                f"--mesh-{name}: {side.source} records its mesh, {_mesh(side)}\n"
+                f"fix: leave --mesh-{name} out"
+            )
+    if (
+        not has_names(first.mesh)
+        and has_names(second.mesh)
+        and first.num_devices == second.num_devices
+    ):
+        first = load(a, second.mesh) if a != STANDARD_INPUT else first
+    elif (
+        not has_names(second.mesh)
+        and has_names(first.mesh)
+        and first.num_devices == second.num_devices
+    ):
+        second = load(b, first.mesh) if b != STANDARD_INPUT else second
+    return first, second
+
+
+def load(given: str, mesh: Mapping[str, int] | None = None) -> Lowering:
+    """Read one lowering; of a run's folder its `lowering.json`, which knows the memory too.
+
+    Args:
+        given: see `load_pair`.
+        mesh: {axis: size} for HLO text whose mesh is not recorded.
+
+    Raises:
+        UserError: it cannot be read, or is neither HLO nor a `lowering.json`.
+    """
+    folder = Path(given)
+    if given != STANDARD_INPUT and (folder / RECORD).is_file():
+        return from_json(read_text(folder / RECORD), given)
+    path = module_file(given)
+    text = read_text(path)
+    if text.lstrip()[:1] == "{":
+        return from_json(text, given)
+    memory = memory_beside(path)
+    report = report_from_text(text, mesh=recorded_mesh(path) or mesh, memory=memory)
+    lowering = from_object(report.to_json(), given)
+    record = record_of(path)
+    if record is not None and report.verdict is not None:
+        # The run knows which axes its experts are on, and the memory.
+        known = from_json(read_text(record), given)
+        lowering = replace(lowering, verdict=known.verdict, memory=known.memory)
+    return lowering
+
+
+def from_json(text: str, source: str) -> Lowering:
+    """Read a `lowering.json`, or what `moe-shard report --json` printed.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        content = json.loads(text)
+        return from_object(content, source)
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
+        raise UserError(
+            f"{source}: no lowering.json: {type(error).__name__} {str(error).splitlines()[0][:80]}"
+            "\nfix: a run's folder, HLO text, or what moe-shard report --json printed"
+        ) from error
+
+
+def from_object(content: Any, source: str) -> Lowering:
+    """The lowering of an object of `lowering.json`; KeyError and the like for anything else."""
+    sums: dict[Key, Sums] = {}
+    for each in content["collectives"]:
+        axes = tuple(str(axis) for axis in each["axes"])
+        key = (str(each["scope"]), str(each["pass"]), str(each["kind"]), axes)
+        count = int(each["count"])
+        sums[key] = sums.get(key, Sums()) + Sums(
+            count,
+            count * int(each["bytes"]),
+            count * int(each["wire_bytes"]),
+            count * bool(each["async"]),
+        )
+    verdict, memory = content["verdict"], content["memory"]
+    return Lowering(
+        source=source,
+        backend=str(content["backend"]),
+        num_devices=int(content["num_devices"]),
+        mesh={str(axis): int(size) for axis, size in content["mesh"].items()},
+        verdict=None if verdict is None else str(verdict),
+        sums=sums,
+        memory=None if memory is None else {str(k): int(v) for k, v in memory.items()},
+    )
+
+
+def _arrow(a: int, b: int) -> str:
+    before, after = human_bytes(a), human_bytes(b)
+    if before == after:
+        before, after = f"{a:,}", f"{b:,} B"
+    return f"{before} -> {after}{_percent(a, b)}"
+
+
+def _percent(a: int, b: int) -> str:
+    change = round(100 * (b - a) / a) if a else 0
+    return f" ({change:+d} %)" if change else ""
+
+
+def _devices(side: Lowering) -> str:
+    return f"{side.num_devices} ({side.backend})"
+
+
+def _mesh(side: Lowering) -> str:
+    sizes = ", ".join(f"{axis} {size}" for axis, size in side.large_axes.items())
+    return sizes or ("one device" if side.mesh else "unknown")

@@ -1,0 +1,224 @@
+"""The answer to "which collectives does my step run?", as a table and as JSON."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from moe_shard.lowering.collectives import Collective, Extraction, extract_collectives
+from moe_shard.lowering.remat_warnings import count_lines, summarize
+from moe_shard.lowering.verdicts import judge
+from moe_shard.units import human_bytes
+
+_VERDICT_STYLES = {
+    "expert-parallel": "bold green",
+    "weight-gathered": "bold red",
+    "mixed": "bold yellow",
+    "no-expert-parallelism": "bold",
+    "unknown": "bold magenta",
+}
+
+# Marks that only one backend leaves in optimized HLO.
+_TPU = re.compile(r"\d:T\(\d|\{:T\(\d")
+_GPU = re.compile(r'__gpu\$|__cublas|__cudnn|__triton|"gpu_backend_config"|"operation_queue_id"')
+_CPU = re.compile(r'__ynn|__onednn\$|"outer_dimension_partitions"|"known_init_step"|xla_cpu')
+
+
+@dataclass(frozen=True)
+class LoweringReport:
+    """What a compiled step does between devices.
+
+    Attributes:
+        backend: "cpu", "tpu", "gpu" or "unknown".
+        num_devices: devices that run the program.
+        mesh: {axis: size} in device order; axis_0, axis_1, ... where no names are known.
+        verdict: one of `verdict.VERDICTS`; None for a step that was not compiled.
+        collectives: in the order of the program text.
+        totals: {kind: {"count", "bytes"}} per step, bytes being output bytes per device.
+        memory: bytes per device as of `memory_from_compiled`, or None.
+        warnings: what could not be told, one sentence each.
+        rematerializations: how often the partitioner replicated a tensor to re-shard it.
+        extraction: what the table was read from; None for a step that was not compiled.
+        reasons: what the verdict rests on, a line each.
+    """
+
+    backend: str
+    num_devices: int
+    mesh: dict[str, int]
+    verdict: str | None
+    collectives: tuple[Collective, ...]
+    totals: dict[str, dict[str, int]]
+    memory: dict[str, int] | None
+    warnings: tuple[str, ...]
+    rematerializations: int = 0
+    extraction: Extraction | None = field(default=None, repr=False, compare=False)
+    reasons: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of `lowering.json` and `moe-shard report --json`."""
+        return {
+            "backend": self.backend,
+            "num_devices": self.num_devices,
+            "mesh": self.mesh,
+            "verdict": self.verdict,
+            "collectives": [each.to_json() for each in self.collectives],
+            "totals": self.totals,
+            "memory": self.memory,
+        }
+
+    def render_table(self, console: Console) -> None:
+        """Print the table, the verdict, the memory and the warnings."""
+        console.print(self._table())
+        if self.verdict is not None:
+            style = _VERDICT_STYLES[self.verdict]
+            console.print(f"verdict: [{style}]{self.verdict}[/] (as compiled for {self.backend})")
+            for reason in self.reasons:
+                console.print(f"  {escape(reason)}", soft_wrap=True)
+        if self.memory is not None:
+            sizes = (
+                f"{key.removesuffix('_bytes')} {human_bytes(n)}" for key, n in self.memory.items()
+            )
+            console.print(f"memory per device: {', '.join(sizes)}")
+        for warning in self.warnings:
+            console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+
+    def _table(self) -> Table:
+        mesh = ", ".join(f"{axis} {size}" for axis, size in self.mesh.items() if size > 1)
+        title = f"collectives per step, {self.num_devices} devices ({self.backend})"
+        table = Table(title=f"{title}: {escape(mesh)}" if mesh else title, box=box.SIMPLE_HEAD)
+        for name in ("collective", "axis", "stage", "pass"):
+            table.add_column(name, no_wrap=name != "axis")
+        for name in ("count", "bytes each", "bytes"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for (kind, axes, scope, pass_, size), times in _aggregate(self.collectives).items():
+            table.add_row(
+                kind,
+                escape(axes),
+                scope,
+                pass_,
+                str(times),
+                human_bytes(size),
+                human_bytes(times * size),
+            )
+        table.add_section()
+        count = sum(each["count"] for each in self.totals.values())
+        total = sum(each["bytes"] for each in self.totals.values())
+        table.add_row("total", "", "", "", str(count), "", human_bytes(total), style="bold")
+        return table
+
+
+def _aggregate(collectives: Sequence[Collective]) -> Counter[tuple[str, str, str, str, int]]:
+    rows = Counter[tuple[str, str, str, str, int]]()
+    for each in collectives:
+        axes = ", ".join(each.axes) or f"groups of {each.group_size}"
+        rows[each.label, axes, each.scope, each.pass_, each.bytes] += each.count
+    return rows
+
+
+def report_from_text(
+    text: str,
+    *,
+    mesh: Mapping[str, int] | None = None,
+    expert_axes: Sequence[str] | None = None,
+    before: str | None = None,
+    stages: Mapping[str, str] | None = None,
+    memory: dict[str, int] | None = None,
+    backend: str | None = None,
+    partitioner_log: Sequence[str] = (),
+    count_further_rounds: bool = False,
+) -> LoweringReport:
+    """Report on HLO text after optimization.
+
+    Args:
+        text: `Compiled.as_text()` or the `*after_optimizations.txt` of an XLA dump.
+        mesh: {axis: size} in the order in which the devices are laid out; without it, that which
+            the text names.
+        expert_axes: the mesh axes of the experts; without them, the axis called "expert", or, where
+            there is none, those over which the experts' weights are split.
+        before: the text of the module before optimization, which names the mesh.
+        stages: {a word of a scope: the stage it stands for}, beside those that are known.
+        memory: bytes per device, see `memory_from_compiled`.
+        backend: "cpu", "tpu" or "gpu"; guessed from the text when None.
+        partitioner_log: what `remat_lines` collected while the text was compiled.
+        count_further_rounds: see `extract_collectives`.
+
+    Raises:
+        UserError: when the text is not one whole HLO module, or the mesh is not of its size.
+    """
+    extraction = extract_collectives(
+        text,
+        mesh,
+        expert_axes=expert_axes,
+        before=before,
+        stages=stages,
+        count_further_rounds=count_further_rounds,
+    )
+    verdict = judge(extraction)
+    totals: dict[str, dict[str, int]] = {}
+    for each in extraction.collectives:
+        total = totals.setdefault(each.kind, {"count": 0, "bytes": 0})
+        total["count"] += each.count
+        total["bytes"] += each.count * each.bytes
+    return LoweringReport(
+        backend=backend or guess_backend(text),
+        num_devices=extraction.module.num_devices,
+        mesh=extraction.mesh.sizes,
+        verdict=verdict.name,
+        collectives=extraction.collectives,
+        totals=totals,
+        memory=memory,
+        warnings=(
+            *extraction.warnings,
+            *summarize(partitioner_log, extraction.module),
+            *_unnamed(extraction),
+        ),
+        rematerializations=count_lines(partitioner_log),
+        extraction=extraction,
+        reasons=verdict.reasons,
+    )
+
+
+def _unnamed(extraction: Extraction) -> list[str]:
+    """What to say of a mesh that only the devices' numbers tell."""
+    if extraction.mesh.origin != "unnamed" or not extraction.collectives:
+        return []
+    names = ",".join(f"{axis}={size}" for axis, size in extraction.mesh.sizes.items())
+    return [f"the text does not name its mesh: it is shown as {names}, --mesh gives it names"]
+
+
+def guess_backend(text: str) -> str:
+    """The backend that optimized this HLO: "tpu", "gpu", "cpu", or "unknown"."""
+    for backend, marks in (("tpu", _TPU), ("gpu", _GPU), ("cpu", _CPU)):
+        if marks.search(text):
+            return backend
+    return "unknown"
+
+
+def memory_from_compiled(compiled: Any) -> dict[str, int] | None:
+    """Bytes per device of a `jax.stages.Compiled`; None where the backend does not tell.
+
+    `total_bytes` is what the step holds at most: arguments, outputs and temporaries, less the
+    outputs that reuse a donated argument. `peak_bytes`, where the backend tells it, is what is
+    live at once, arguments included; on TPU, whose temporaries count space that is used twice, it
+    is what the compiler itself compares with the memory of the device.
+    """
+    stats = compiled.memory_analysis()
+    if stats is None:
+        return None
+    memory = {
+        f"{part}_bytes": int(getattr(stats, f"{part}_size_in_bytes"))
+        for part in ("argument", "output", "temp", "alias")
+    }
+    used = memory["argument_bytes"] + memory["output_bytes"] + memory["temp_bytes"]
+    memory["total_bytes"] = used - memory["alias_bytes"]
+    if peak := int(getattr(stats, "peak_memory_in_bytes", 0)):
+        memory["peak_bytes"] = peak
+    return memory

@@ -1,0 +1,276 @@
+"""The training step: the one function that is trained, compiled for a target, and explained.
+
+`make_program` describes everything that is needed to compile it (shapes and shardings of state and
+batch) without allocating anything, so that the same program serves hardware that is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from moe_shard.config.schema import Config
+from moe_shard.models.params import AbstractModel, Params, describe
+from moe_shard.moe.layer import MoEStats
+from moe_shard.moe.losses import load_balance_loss
+from moe_shard.program.balance import balanced
+from moe_shard.program.optimizer import make_optimizer, make_schedule
+from moe_shard.sharding.annotate import Annotator
+
+Batch = dict[str, Int[Array, "A B S"]]
+"""`inputs`, `targets`, `positions`, `segment_ids`; A microbatches of B rows."""
+
+BATCH_FIELDS = ("inputs", "targets", "positions", "segment_ids")
+
+
+class TrainState(NamedTuple):
+    """Everything a checkpoint holds.
+
+    Attributes:
+        step: updates made.
+        params: see `models.params.Params`.
+        opt_state: optax's state.
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: Any
+
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+class Losses(NamedTuple):
+    """What one microbatch's forward pass yields besides its total loss.
+
+    Means over it, but for `expert_counts`: the choices of each expert in each MoE layer.
+    """
+
+    ce_loss: Float[Array, ""]
+    aux_loss: Float[Array, ""]
+    dropped: Float[Array, ""]
+    expert_counts: Float[Array, "L E"]
+
+
+@dataclass(frozen=True)
+class Program:
+    """The training step and what surrounds it, described but not allocated.
+
+    Attributes:
+        model: the decoder.
+        abstract_state: a `TrainState` of `ShapeDtypeStruct`s with shardings.
+        abstract_batch: a `Batch` of the same.
+        init: key -> state; jitted, so that every device makes its own shards.
+        init_rest: params -> step and opt_state of parameters that are there already.
+        step: (state, batch) -> (state, metrics); jitted, its state is donated.
+    """
+
+    model: AbstractModel
+    abstract_state: TrainState
+    abstract_batch: dict[str, jax.ShapeDtypeStruct]
+    init: jax.stages.Wrapped
+    init_rest: jax.stages.Wrapped
+    step: jax.stages.Wrapped
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """How the fields of a batch are placed."""
+        return self.abstract_batch["inputs"].sharding
+
+
+def make_program(config: Config, annotate: Annotator) -> Program:
+    """Describe the training step of a configuration on a mesh.
+
+    Args:
+        config: model and training.
+        annotate: the mesh and its rules.
+
+    Raises:
+        UserError: an array has a dim that its mesh axes do not divide.
+    """
+    model = describe(config.model, annotate)
+    optimizer = make_optimizer(config.train, model.specs)
+    schedule = make_schedule(config.train)
+    grad_fn = make_grad(config, model)
+
+    def init_rest(params: Params) -> tuple[Int[Array, ""], Any]:
+        return jnp.zeros((), jnp.int32), optimizer.init(params)
+
+    def init(key: PRNGKeyArray) -> TrainState:
+        params = model.init(key)
+        step, opt_state = init_rest(params)
+        return TrainState(step, params, opt_state)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        loss, losses, grads = _accumulate(grad_fn, state.params, batch)
+        with jax.named_scope("optimizer"):
+            grad_norm = optax.tree.norm(grads)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            params = balanced(config.model, params, losses.expert_counts)
+        metrics = {
+            "loss": loss,
+            "ce_loss": losses.ce_loss,
+            "aux_loss": losses.aux_loss,
+            "grad_norm": grad_norm,
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "dropped_token_fraction": losses.dropped,
+            "expert_load_max_over_mean": _load_imbalance(losses.expert_counts),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    abstract_state = _abstract_state(init, optimizer, model, annotate)
+    abstract_batch = _abstract_batch(config, annotate)
+    state_shardings = _shardings(abstract_state)
+    replicated = NamedSharding(annotate.mesh, PartitionSpec())
+    return Program(
+        model=model,
+        abstract_state=abstract_state,
+        abstract_batch=abstract_batch,
+        init=jax.jit(init, out_shardings=state_shardings),
+        init_rest=jax.jit(
+            init_rest, out_shardings=(state_shardings.step, state_shardings.opt_state)
+        ),
+        step=jax.jit(
+            step,
+            in_shardings=(state_shardings, _shardings(abstract_batch)),
+            out_shardings=(state_shardings, replicated),
+            donate_argnums=0,
+        ),
+    )
+
+
+GradFn = Callable[[Params, dict[str, Int[Array, "B S"]]], tuple[Float[Array, ""], Losses, Params]]
+
+
+def make_grad(config: Config, model: AbstractModel) -> GradFn:
+    """Loss and gradients of a microbatch: mean cross entropy plus the weighted auxiliary losses."""
+
+    def loss_fn(
+        params: Params, batch: dict[str, Int[Array, "B S"]]
+    ) -> tuple[Float[Array, ""], Losses]:
+        logits, stats = model.apply(params)(
+            batch["inputs"], batch["positions"], batch["segment_ids"]
+        )
+        with jax.named_scope("loss"):
+            ce_loss = cross_entropy(logits, batch["targets"])
+            losses = _with_moe(config, ce_loss, stats)
+            return ce_loss + losses.aux_loss, losses
+
+    shardings = jax.tree.map(lambda spec: spec.sharding, model.specs)
+
+    def grad_fn(
+        params: Params, batch: dict[str, Int[Array, "B S"]]
+    ) -> tuple[Float[Array, ""], Losses, Params]:
+        (loss, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
+        # Placed as the parameters are: a sum over microbatches is then never held whole.
+        return loss, losses, jax.lax.with_sharding_constraint(grads, shardings)
+
+    return grad_fn
+
+
+def cross_entropy(logits: Float[Array, "B S V"], targets: Int[Array, "B S"]) -> Float[Array, ""]:
+    """Mean negative log-likelihood, in nats a token.
+
+    The target's logit is picked by a mask, not by index, which keeps a vocabulary that is sharded
+    where it is.
+    """
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    target_logit = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    return jnp.mean(log_z - target_logit)
+
+
+def _with_moe(config: Config, ce_loss: Float[Array, ""], stats: MoEStats | None) -> Losses:
+    """Reduce the layers' statistics to means over layers and rows."""
+    zero = jnp.zeros((), jnp.float32)
+    moe = config.model.moe
+    if stats is None or moe is None:
+        return Losses(ce_loss, zero, zero, jnp.ones((1, 1), jnp.float32))
+    balance = moe.load_balance_loss_weight * load_balance_loss(
+        stats.mean_probs,
+        stats.expert_counts,
+        tokens=config.train.max_target_length,
+        k=moe.num_experts_per_tok,
+        convention=moe.load_balance_loss_type,
+    )
+    z_loss = jnp.mean(stats.router_z_loss) * moe.router_z_loss_weight
+    return Losses(
+        ce_loss=ce_loss,
+        aux_loss=balance + z_loss,
+        dropped=jnp.sum(stats.dropped) / jnp.sum(stats.expert_counts),
+        expert_counts=jnp.sum(stats.expert_counts.astype(jnp.float32), axis=1),
+    )
+
+
+def _load_imbalance(expert_counts: Float[Array, "L E"]) -> Float[Array, ""]:
+    """Load of the fullest expert over the mean, in the layer where that is worst; 1 is balance."""
+    return jnp.max(jnp.max(expert_counts, axis=-1) / jnp.mean(expert_counts, axis=-1))
+
+
+def _accumulate(
+    grad_fn: GradFn, params: Params, batch: Batch
+) -> tuple[Float[Array, ""], Losses, Params]:
+    """Loss and gradients as means over the microbatches, in float32; counts are of all of them."""
+    microbatches = batch["inputs"].shape[0]
+    first = jax.tree.map(lambda x: x[0], batch)
+    if microbatches == 1:
+        return grad_fn(params, first)
+
+    def add(total: Any, microbatch: dict[str, Int[Array, "B S"]]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, grad_fn(params, microbatch)), None
+
+    # The sum starts from zeros, not from the first microbatch: one copy of the program, not two.
+    shapes = jax.eval_shape(grad_fn, params, first)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, batch)
+    loss, losses, grads = jax.tree.map(lambda x: x / microbatches, total)
+    return loss, losses._replace(expert_counts=total[1].expert_counts), grads
+
+
+def _abstract_state(
+    init: Callable[[PRNGKeyArray], TrainState],
+    optimizer: optax.GradientTransformation,
+    model: AbstractModel,
+    annotate: Annotator,
+) -> TrainState:
+    """The state's shapes; moments are placed as their parameters are, scalars are replicated."""
+    replicated = NamedSharding(annotate.mesh, PartitionSpec())
+    shapes = jax.eval_shape(init, jax.random.key(0))
+
+    def scalar(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
+
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spec.sharding),
+        shapes.opt_state,
+        model.specs,
+        transform_non_params=scalar,
+    )
+    params = jax.tree.map(lambda spec: spec.abstract(), model.specs)
+    return TrainState(scalar(shapes.step), params, opt_state)
+
+
+def _abstract_batch(config: Config, annotate: Annotator) -> dict[str, jax.ShapeDtypeStruct]:
+    shape = (
+        config.train.gradient_accumulation_steps,
+        config.train.microbatch_rows(annotate.mesh.size),
+        config.train.max_target_length,
+    )
+    logical_axes = (None, "activation_batch", "activation_length")
+    sharding = annotate.sharding("batch", logical_axes, shape, dtype=jnp.int32)
+    return {
+        field: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for field in BATCH_FIELDS
+    }
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)

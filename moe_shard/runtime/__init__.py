@@ -1,0 +1,1 @@
+"""The runtime: devices and processes, and the step compiled for devices present or absent."""

@@ -1,0 +1,202 @@
+"""Compiling the training step and reading what it lowers to, for devices present or absent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import jax
+
+from moe_shard.config import Config, check_against_mesh
+from moe_shard.config.hardware import Hardware
+from moe_shard.errors import Finding
+from moe_shard.lowering.remat_warnings import remat_lines
+from moe_shard.lowering.reports import LoweringReport, memory_from_compiled, report_from_text
+from moe_shard.lowering.timeline import Rates, Timeline, timeline
+from moe_shard.moe.capacity import slots_per_row
+from moe_shard.moe.record import MoERecord
+from moe_shard.program.step import Program
+from moe_shard.runtime.bounds import moe_bounds
+from moe_shard.sharding.annotate import Annotator
+from moe_shard.sharding.mesh import make_mesh
+
+_OVERLAP = {
+    "tpu": ("xla_tpu_enable_async_all_to_all", "xla_tpu_enable_async_ragged_all_to_all"),
+    "cuda": ("xla_gpu_enable_latency_hiding_scheduler",),
+    "rocm": ("xla_gpu_enable_latency_hiding_scheduler",),
+}
+_LESS_MEMORY = (
+    "a smaller per_device_batch_size with more gradient_accumulation_steps, or remat_policy=full"
+)
+_NO_OPTIONS: Mapping[str, bool] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """The training step, compiled.
+
+    Attributes:
+        executable: what runs.
+        hlo: its text, after optimization.
+        options: given to the compiler beside its defaults, see `compiler_options`.
+        partitioner_log: what the partitioner warned of while compiling.
+        seconds: it took, tracing included.
+    """
+
+    executable: jax.stages.Compiled
+    hlo: str
+    options: Mapping[str, bool]
+    partitioner_log: tuple[str, ...]
+    seconds: float
+
+
+def lay_out(
+    config: Config, devices: Sequence[jax.Device] | None = None
+) -> tuple[Annotator, tuple[str, ...]]:
+    """Put a configuration's mesh and rules on devices.
+
+    Args:
+        config: the run.
+        devices: present or absent; all of the default backend's by default.
+
+    Returns:
+        The mesh with its rules, and notes of one line each about settings that change nothing.
+
+    Raises:
+        UserError: the configuration does not fit the devices.
+    """
+    mesh = make_mesh(config.mesh, devices)
+    notes = (*config.warnings, *check_against_mesh(config, dict(mesh.shape)))
+    return Annotator(mesh, config.mesh.rules, config.mesh.rule_conflicts), notes
+
+
+def compiler_options(config: Config, platform: str) -> dict[str, bool]:
+    """What the compiler is told where a layer's tokens travel in parts.
+
+    Parts are for one to be on the wire while another is multiplied. By default TPU's compiler waits
+    for every all-to-all, and GPU's schedules ragged ones as if they took no time.
+
+    Args:
+        config: the run.
+        platform: of the devices, see `Annotator.platform`.
+    """
+    moe = config.model.moe
+    if moe is None or moe.num_token_chunks == 1:
+        return {}
+    return dict.fromkeys(_OVERLAP.get(platform, ()), True)
+
+
+def compile_step(program: Program, options: Mapping[str, bool] = _NO_OPTIONS) -> CompiledStep:
+    """Compile the step for the devices of the program's mesh; nothing is allocated.
+
+    The partitioner's warnings do not reach standard error: they are in the report.
+
+    Args:
+        program: of `make_program`.
+        options: of `compiler_options`.
+
+    Raises:
+        Finding: the compiler says that the step does not fit in memory.
+    """
+    started = time.perf_counter()
+    with out_of_memory_is_a_finding(), remat_lines() as log:
+        lowered = program.step.lower(program.abstract_state, program.abstract_batch)
+        executable = lowered.compile(compiler_options=dict(options))
+    hlo = executable.as_text()
+    assert hlo is not None, "every backend of jax prints its HLO"
+    return CompiledStep(executable, hlo, options, tuple(log), time.perf_counter() - started)
+
+
+def report_step(step: CompiledStep, annotate: Annotator, backend: str) -> LoweringReport:
+    """What the compiled step does between devices.
+
+    Args:
+        step: of `compile_step`.
+        annotate: the mesh and its rules, from which the expert axes follow.
+        backend: "cpu", "tpu" or "gpu".
+    """
+    return report_from_text(
+        step.hlo,
+        mesh=dict(annotate.mesh.shape),
+        expert_axes=annotate.table.expert_axes,
+        memory=memory_from_compiled(step.executable),
+        backend=backend,
+        partitioner_log=step.partitioner_log,
+    )
+
+
+def option_lines(step: CompiledStep) -> list[str]:
+    """What the compiler was told beside its defaults; a line, or none."""
+    told = ", ".join(f"{name}={str(value).lower()}" for name, value in step.options.items())
+    return [f"compiler options, for num_moe_token_chunks: {told}"] if told else []
+
+
+def bound_lines(config: Config, annotate: Annotator, report: LoweringReport) -> list[str]:
+    """The least work of the MoE layers, and what the program sends beside it; for a person.
+
+    Empty for a dense model.
+    """
+    if config.model.moe is None:
+        return []
+    slots = slots_per_row(config.model.moe, tokens=config.train.max_target_length)
+    bounds = moe_bounds(config, annotate.table, slots_per_row=slots)
+    if bounds is None:
+        return []
+    assert report.extraction is not None, "the step was compiled"
+    return bounds.lines(report.extraction, annotate.table.expert_axes)
+
+
+def moe_records(config: Config, annotate: Annotator) -> dict[str, MoERecord]:
+    """What the MoE layers decided when they were traced: {the layers: their record}."""
+    if config.model.moe is None:
+        return {}
+    layers = [layer for layer, kind in enumerate(config.model.layer_kinds) if kind.moe]
+    return {_layers_in_words(layers): annotate.decisions["moe"]}
+
+
+def _layers_in_words(layers: Sequence[int]) -> str:
+    """Such as "layer 0", "layers 1-26" or "layers 1, 3, 5-7"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    words = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(words)}"
+
+
+def estimate_step(
+    config: Config, hardware: Hardware | None, report: LoweringReport
+) -> Timeline | None:
+    """What the step cannot beat on an accelerator; None where its peaks are not known."""
+    if hardware is None or report.extraction is None:
+        return None
+    rates = Rates.of(hardware, config.model.dtype)
+    return None if rates is None else timeline(report.extraction, rates)
+
+
+def estimate_lines(config: Config, found: Timeline | None, num_devices: int) -> list[str]:
+    """The estimate for a person; a line that says so where there is none."""
+    if found is None:
+        return ["no estimate of time: the peaks of this hardware are not known"]
+    rows = config.train.global_batch_rows(num_devices)
+    return found.lines(rows * config.train.max_target_length // num_devices)
+
+
+@contextmanager
+def out_of_memory_is_a_finding(fix: str = _LESS_MEMORY) -> Iterator[None]:
+    """Within the block, a compiler or device that runs out of memory raises a `Finding`.
+
+    Args:
+        fix: what helps.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise Finding(f"out of memory: {str(error).splitlines()[0][:200]}\nfix: {fix}") from error

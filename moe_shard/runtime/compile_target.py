@@ -1,0 +1,174 @@
+"""The training step compiled for hardware that is not there, and whether it fits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from moe_shard.config import Config
+from moe_shard.errors import Finding
+from moe_shard.lowering.reports import LoweringReport
+from moe_shard.lowering.timeline import Timeline
+from moe_shard.moe.record import MoERecord
+from moe_shard.program.step import make_program
+from moe_shard.runtime.compile import (
+    bound_lines,
+    compile_step,
+    compiler_options,
+    estimate_lines,
+    estimate_step,
+    lay_out,
+    moe_records,
+    option_lines,
+    report_step,
+)
+from moe_shard.runtime.targets.target import Target, compiled_with, devices_for
+from moe_shard.sharding.annotate import Annotator
+from moe_shard.units import human_bytes
+
+# What jax takes of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+_GPU_FRACTION = 0.75
+
+
+@dataclass(frozen=True)
+class TargetReport:
+    """What the step of a configuration does on a target.
+
+    Attributes:
+        target: the hardware.
+        lowering: its collectives and memory; without either where the compiler refused.
+        compiled_with: whose compiler it was, and that nothing ran.
+        compile_time_s: seconds, tracing included.
+        num_params: parameters of the model.
+        hlo: the optimized HLO; None where the compiler refused.
+        refusal: the compiler's own out-of-memory answer, or None.
+        notes: settings that change nothing, and what a target leaves out; one line each.
+        conflicts: rule conflicts, one line each.
+        moe: what the MoE layers decided, by layers.
+        bounds: the least work of the MoE layers, one line each.
+        estimate: of the step's time; None where the peaks of the target are not known.
+        estimate_lines: the same for a person.
+    """
+
+    target: Target
+    lowering: LoweringReport
+    compiled_with: str
+    compile_time_s: float
+    num_params: int
+    hlo: str | None
+    refusal: str | None
+    notes: tuple[str, ...]
+    conflicts: tuple[str, ...]
+    moe: Mapping[str, MoERecord] = field(default_factory=dict)
+    bounds: tuple[str, ...] = ()
+    estimate: Timeline | None = None
+    estimate_lines: tuple[str, ...] = ()
+
+    @property
+    def needed_bytes(self) -> int | None:
+        """Memory that a device has to have; None where it is not known.
+
+        A GPU's temporaries are one allocation, whether all are live or not. On TPU the peak is what
+        its compiler goes by: it accepts steps whose temporaries add up to more than there is.
+        """
+        memory = self.lowering.memory
+        if memory is None:
+            return None
+        peak = memory.get("peak_bytes") if self.target.backend == "tpu" else None
+        return peak or memory["total_bytes"]
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the step fits in the memory of a device; None where neither side is known."""
+        if self.refusal is not None:
+            return False
+        needed, available = self.needed_bytes, self.target.hardware.hbm_bytes
+        return None if needed is None or available is None else needed <= available
+
+    def memory_line(self) -> str:
+        """One line: what the step holds, what a device has, and whether that fits."""
+        hardware, needed = self.target.hardware, self.needed_bytes
+        if needed is None:
+            return "memory per device: unknown"
+        used = f"memory per device: {human_bytes(needed)}"
+        if hardware.hbm_bytes is None:
+            return f"{used} ({hardware.name}: no memory of its own to fit in)"
+        line = f"{used} of {human_bytes(hardware.hbm_bytes)} ({hardware.name})"
+        if not self.fits:
+            return f"{line}: does not fit"
+        share = needed / hardware.hbm_bytes
+        if self.target.backend == "gpu" and share > _GPU_FRACTION:
+            return f"{line}: fits, with XLA_PYTHON_CLIENT_MEM_FRACTION={min(share + 0.05, 1):.2f}"
+        return f"{line}: fits"
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of `lowering.json`, and what is known of the target."""
+        return {
+            **self.lowering.to_json(),
+            "moe": {layers: record.to_json() for layers, record in self.moe.items()},
+            "target": self.target.text,
+            "hardware": self.target.hardware.name,
+            "compile_time_s": round(self.compile_time_s, 2),
+            "fits": self.fits,
+            "compiled_with": self.compiled_with,
+            "rematerializations": self.lowering.rematerializations,
+            "estimate": self.estimate.to_json() if self.estimate else None,
+        }
+
+
+def compile_for_target(config: Config, target: Target) -> TargetReport:
+    """Compile the step that `train.py` runs for a target; nothing is allocated or run.
+
+    Args:
+        config: the run.
+        target: of `parse_target`.
+
+    Raises:
+        UserError: the target's compiler is not installed, or the configuration does not fit the
+            target's devices.
+    """
+    jax.config.update("jax_enable_compilation_cache", False)  # its time would be that of a look-up
+    annotate, notes = lay_out(config, devices_for(target))
+    program = make_program(config, annotate)
+    started = time.perf_counter()
+    step = refusal = None
+    try:
+        step = compile_step(program, compiler_options(config, annotate.platform))
+    except Finding as finding:
+        refusal = str(finding)
+    spent = time.perf_counter() - started
+    lowering = report_step(step, annotate, target.backend) if step else _nothing(annotate, target)
+    found = estimate_step(config, target.hardware, lowering)
+    return TargetReport(
+        target=target,
+        lowering=lowering,
+        bounds=(*option_lines(step), *bound_lines(config, annotate, lowering)) if step else (),
+        estimate=found,
+        estimate_lines=tuple(estimate_lines(config, found, annotate.mesh.size)) if step else (),
+        compiled_with=compiled_with(target),
+        compile_time_s=spent,
+        num_params=program.model.num_params,
+        hlo=step.hlo if step else None,
+        refusal=refusal,
+        notes=(*notes, *([target.note] if target.note else [])),
+        conflicts=tuple(annotate.conflict_lines()),
+        moe=moe_records(config, annotate),
+    )
+
+
+def _nothing(annotate: Annotator, target: Target) -> LoweringReport:
+    """The report on a step that was not compiled."""
+    return LoweringReport(
+        backend=target.backend,
+        num_devices=annotate.mesh.size,
+        mesh=dict(annotate.mesh.shape),
+        verdict=None,
+        collectives=(),
+        totals={},
+        memory=None,
+        warnings=(),
+    )

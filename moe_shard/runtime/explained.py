@@ -1,0 +1,138 @@
+"""Explaining the placement of the very step that is trained, without compiling or running it.
+
+The step is traced on an abstract mesh, which needs no device, real or simulated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+
+from moe_shard.autoep.resolve import load_model
+from moe_shard.config import Config, check_against_mesh
+from moe_shard.config.foreign import ASSUMED_SIZE, read_foreign_table, take_sizes
+from moe_shard.config.load import maxtext_keys
+from moe_shard.config.tables import is_maxtext_table
+from moe_shard.program.step import Program, make_program
+from moe_shard.sharding.annotate import Annotator
+from moe_shard.sharding.explain.explanation import (
+    Explanation,
+    Recorder,
+    Rules,
+    explain,
+    usable_rules,
+)
+
+_FLAG = "moe_dispatch_no_expert_sharding"
+
+
+def explain_config(config: Config) -> Explanation:
+    """Explain a configuration on `num_simulated_devices` devices.
+
+    Raises:
+        UserError: the sizes do not multiply to the devices, or do not divide a dim.
+    """
+    # Nothing real limits the number of slices, as on simulated devices.
+    slices = math.prod(size for size in config.mesh.dcn if size != -1)
+    sizes = config.mesh.resolve(config.mesh.num_simulated_devices, slices)
+    notes = (*config.warnings, *check_against_mesh(config, sizes))
+    # Conflicts are what is asked about here, so they never end the trace.
+    annotate = Annotator(_abstract_mesh(sizes), config.mesh.rules, on_conflict="warn")
+    program = _trace(config, annotate)
+    return explain(
+        model=config.run.model_name,
+        table="logical_axis_rules",
+        rules=config.mesh.rules,
+        mesh_axes=config.mesh.axes,
+        sizes=sizes,
+        arrays=annotate.arrays.values(),
+        parameters=_parameter_names(program),
+        notes=notes,
+        state_bytes=_state_bytes(program),
+    )
+
+
+def explain_table(model: str, overrides: Sequence[str], path: Path) -> Explanation:
+    """Explain what a rule file would do to a model, on the file's own mesh.
+
+    Conflicts that only the other setting of the flag meets are told as well.
+
+    Args:
+        model: a name in `configs/models/` or the path of a YAML file.
+        overrides: `key=value`; parallelism is of the file's axes, each 2 where it is not given.
+        path: the file.
+
+    Raises:
+        UserError: the file cannot be read, or an override makes no sense.
+    """
+    table = read_foreign_table(path)
+    sizes, assumed, others = take_sizes(overrides, table.mesh_axes)
+    config = load_model(model, others)
+    notes = list(config.warnings)
+    if config.not_built:
+        notes.append(f"arrays of what is not built are missing: {', '.join(config.not_built)}")
+    if assumed:
+        notes.append(f"sizes assumed to be {ASSUMED_SIZE}: {', '.join(assumed)}")
+    if not table.names_its_axes:
+        notes.append(f"{path.name} has no mesh_axes: the mesh has the axes that its rows name")
+    asked = _explain_rules(config, path.name, table.rules, sizes, notes)
+    moe = config.model.moe
+    if moe is None:
+        return asked
+    flag = not moe.no_expert_sharding
+    other = replace(config, model=replace(config.model, moe=replace(moe, no_expert_sharding=flag)))
+    known = {(conflict.dim, conflict.row, conflict.held_by) for conflict in asked.conflicts}
+    more = [
+        replace(conflict, only_if=f"{_FLAG}={str(flag).lower()}")
+        for conflict in _explain_rules(other, path.name, table.rules, sizes, ()).conflicts
+        if (conflict.dim, conflict.row, conflict.held_by) not in known
+    ]
+    return replace(asked, conflicts=(*asked.conflicts, *more))
+
+
+def _explain_rules(
+    config: Config, name: str, rules: Rules, sizes: dict[str, int], notes: Sequence[str]
+) -> Explanation:
+    recorder = Recorder(_abstract_mesh(sizes), usable_rules(rules, tuple(sizes)))
+    program = _trace(config, recorder)
+    return explain(
+        model=config.run.model_name,
+        table=name,
+        rules=rules,
+        mesh_axes=tuple(sizes),
+        sizes=sizes,
+        arrays=recorder.arrays.values(),
+        parameters=_parameter_names(program),
+        sizes_are_assumed=True,
+        notes=notes,
+        is_maxtexts=is_maxtext_table(rules, tuple(sizes), maxtext_keys()),
+    )
+
+
+def _abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
+    return AbstractMesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
+    )
+
+
+def _trace(config: Config, annotate: Annotator) -> Program:
+    """Trace the step for the sake of what `annotate` records."""
+    program = make_program(config, annotate)
+    jax.eval_shape(program.step, program.abstract_state, program.abstract_batch)
+    return program
+
+
+def _parameter_names(program: Program) -> list[str]:
+    return [spec.name for spec in jax.tree.leaves(program.model.specs)]
+
+
+def _state_bytes(program: Program) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(program.abstract_state)
+    )

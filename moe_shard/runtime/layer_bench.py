@@ -1,0 +1,288 @@
+"""One MoE layer, measured: every dispatch strategy in one run, on two kinds of routing.
+
+Times are shown as ratios and taken in turn (A B C D, A B C D, ...), so that a machine that slows
+down slows all of them; counts, bytes and FLOPs are read from the compiled program and do not vary.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from moe_shard.config.hardware import find_hardware
+from moe_shard.config.load import load_config
+from moe_shard.config.moe_config import MoEConfig
+from moe_shard.lowering.reports import memory_from_compiled, report_from_text
+from moe_shard.lowering.work import flops_by_scope
+from moe_shard.moe.layer import MoELayer
+from moe_shard.moe.losses import load_balance_loss
+from moe_shard.moe.placement import TOKENS
+from moe_shard.runtime.bounds import EXCHANGES, PRODUCTS, moe_wire_bytes
+from moe_shard.sharding.annotate import Annotator
+
+RoutingKind = Literal["balanced", "skewed"]
+_SKEW = 0.1
+"""How much more, in standard deviations of its score, each expert is liked than the one before."""
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """The layer measured: B rows, S tokens a row, model dim M, expert dim H, E experts, top-K."""
+
+    rows: int = 8
+    tokens: int = 128
+    model_dim: int = 256
+    hidden_dim: int = 512
+    experts: int = 8
+    k: int = 2
+    capacity_factor: float = 1.0
+    dtype: DTypeLike = jnp.float32
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to compute the layer.
+
+    Attributes:
+        name: what tables call it.
+        changes: fields of `MoEConfig`.
+    """
+
+    name: str
+    changes: dict[str, Any]
+    routing: dict[str, Any] = field(default_factory=dict)
+
+
+VARIANTS = (
+    Variant("gather", {"dispatch": "gather", "no_expert_sharding": True}),
+    Variant("gather, flag off", {"dispatch": "gather", "no_expert_sharding": False}),
+    Variant("einsum", {"dispatch": "einsum", "no_expert_sharding": True}),
+    Variant("einsum, flag off", {"dispatch": "einsum", "no_expert_sharding": False}),
+    Variant("ragged", {"dispatch": "ragged"}),
+    Variant("ragged, 2 chunks", {"dispatch": "ragged", "num_token_chunks": 2}),
+    Variant("ragged, fused gate/up", {"dispatch": "ragged", "prefuse_weights": True}),
+    Variant("ragged, forced balance", {"dispatch": "ragged"}, {"force_load_balance": True}),
+)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One program on one routing: `value_and_grad` of the layer over its parameters and its input.
+
+    Attributes:
+        strategy: a `Variant`'s name.
+        routing: "balanced": a random router's; "skewed": some experts are liked much more.
+        tokens: S.
+        verdict: of the lowering.
+        collectives: how many run, further rounds of `ragged` not counted.
+        wire_bytes: sent per device along the expert axis.
+        wire_over_bound: these over the least for the tokens routed; None without an expert axis.
+        temp_bytes: scratch memory per device.
+        gflops: of the experts' products on one device, padding and all.
+        flops_over_ideal: these over those of the tokens routed.
+        dropped: share of the choices that found no slot.
+        seconds: median time of a call.
+        ratio: the median, over rounds, of its time over that of the first program of its S and
+            routing.
+        tokens_per_second: of one device.
+        fraction_of_peak: ideal FLOPs over time, over the device's peak; None where that is unknown.
+    """
+
+    strategy: str
+    routing: RoutingKind
+    tokens: int
+    verdict: str | None
+    collectives: int
+    wire_bytes: int
+    wire_over_bound: float | None
+    temp_bytes: int | None
+    gflops: float
+    flops_over_ideal: float
+    dropped: float
+    seconds: float
+    ratio: float
+    tokens_per_second: float
+    fraction_of_peak: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """As an object of `moe-shard bench --json`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    variant: Variant
+    compiled: jax.stages.Compiled
+    arguments: dict[RoutingKind, tuple[Any, ...]]
+
+    def call(self, routing: RoutingKind) -> tuple[float, Any]:
+        started = time.perf_counter()
+        result = jax.block_until_ready(self.compiled(*self.arguments[routing]))
+        return time.perf_counter() - started, result
+
+
+def measure(
+    mesh: Mesh,
+    size: LayerSize,
+    *,
+    rounds: int,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Measurement]:
+    """Compile and time all variants on both routings, for one size.
+
+    Args:
+        mesh: the devices; `expert` is the axis of interest.
+        size: the layer.
+        rounds: how often each program is timed, after one call to warm up.
+        progress: told what is being done.
+    """
+    variants = [each for each in VARIANTS if _makes_a_difference(each, mesh)]
+    candidates = []
+    for variant in variants:
+        progress(f"S {size.tokens}: compiling {variant.name}")
+        candidates.append(_prepare(mesh, size, variant))
+    found = []
+    routings: tuple[RoutingKind, ...] = ("balanced", "skewed")
+    for routing in routings:
+        dropped = [float(candidate.call(routing)[1][0][1]) for candidate in candidates]
+        times: list[list[float]] = []
+        for index in range(rounds):
+            progress(f"S {size.tokens}, {routing}: round {index + 1} of {rounds}")
+            times.append([candidate.call(routing)[0] for candidate in candidates])
+        for index, candidate in enumerate(candidates):
+            mine = [(row[index], row[0]) for row in times]
+            found.append(_measurement(mesh, size, candidate, routing, dropped[index], mine))
+    return found
+
+
+def _makes_a_difference(variant: Variant, mesh: Mesh) -> bool:
+    """Without an expert group the flag changes no program."""
+    return mesh.shape["expert"] > 1 or "flag off" not in variant.name
+
+
+def _config(size: LayerSize, variant: Variant) -> MoEConfig:
+    base = load_config("mixtral-tiny").model.moe
+    assert base is not None
+    return replace(
+        base,
+        num_experts=size.experts,
+        num_experts_per_tok=size.k,
+        mlp_dim=size.hidden_dim,
+        capacity_factor=size.capacity_factor,
+        router=replace(base.router, **variant.routing),
+        **variant.changes,
+    )
+
+
+def _prepare(mesh: Mesh, size: LayerSize, variant: Variant) -> _Candidate:
+    annotate = Annotator(mesh, load_config("mixtral-tiny").mesh.rules)
+    moe = _config(size, variant)
+
+    def build() -> MoELayer:
+        return MoELayer(
+            config=moe,
+            model_dim=size.model_dim,
+            gating=load_config("mixtral-tiny").model.gating,
+            dtype=size.dtype,
+            weight_dtype=jnp.float32,
+            annotate=annotate,
+            rngs=nnx.Rngs(0),
+        )
+
+    graph, state = nnx.split(nnx.eval_shape(build))
+    shardings = nnx.to_pure_dict(
+        nnx.map_state(
+            lambda path, param: annotate.sharding(
+                ".".join(path), param.get_metadata("logical_axes"), param.get_value().shape
+            ),
+            state,
+        )
+    )
+    shape = (size.rows, size.tokens, size.model_dim)
+    x_sharding = annotate.sharding("x", TOKENS, shape)
+
+    def init(skew: float) -> Any:
+        params = nnx.to_pure_dict(nnx.state(build()))
+        # The first element of every token is one, and its row in the kernel a bias.
+        bias = skew * jnp.arange(size.experts, dtype=jnp.float32)
+        params["router"]["kernel"] = params["router"]["kernel"].at[0].set(bias)
+        return params
+
+    def loss(params: Any, x: Float[Array, "B S M"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        y, stats = nnx.merge(graph, params)(x)
+        dropped = jnp.sum(stats.dropped) / jnp.sum(stats.expert_counts)
+        mean = jnp.mean(jnp.square(y.astype(jnp.float32)))
+        balance = load_balance_loss(
+            stats.mean_probs[None],
+            stats.expert_counts[None],
+            tokens=size.tokens,
+            k=size.k,
+            convention="maxtext",
+        )
+        return mean + 0.01 * balance, dropped
+
+    step = jax.jit(
+        jax.value_and_grad(loss, argnums=(0, 1), has_aux=True),
+        in_shardings=(shardings, x_sharding),
+        out_shardings=(None, (shardings, x_sharding)),
+    )
+    x = jax.jit(
+        lambda: jax.random.normal(jax.random.key(1), shape, size.dtype).at[..., 0].set(1),
+        out_shardings=x_sharding,
+    )()
+    make = jax.jit(init, out_shardings=shardings)
+    balanced, skewed = make(0.0), make(_SKEW * 8 / size.experts * 4)
+    compiled = step.lower(balanced, x).compile()
+    return _Candidate(variant, compiled, {"balanced": (balanced, x), "skewed": (skewed, x)})
+
+
+def _measurement(
+    mesh: Mesh,
+    size: LayerSize,
+    candidate: _Candidate,
+    routing: RoutingKind,
+    dropped: float,
+    times: Sequence[tuple[float, float]],
+) -> Measurement:
+    memory = memory_from_compiled(candidate.compiled)
+    text = candidate.compiled.as_text()
+    assert text is not None
+    report = report_from_text(text, mesh=dict(mesh.shape), memory=memory)
+    assert report.extraction is not None
+    tokens = size.rows * size.tokens // mesh.size
+    group = mesh.shape["expert"]
+    row_bytes = size.model_dim * jnp.dtype(size.dtype).itemsize
+    least = EXCHANGES * tokens * size.k * row_bytes * (group - 1) // group
+    sent = moe_wire_bytes(report.collectives, ["expert"])
+    flops = flops_by_scope(report.extraction.walk, report.extraction.roles.flow)["experts"]
+    ideal = 2 * PRODUCTS * tokens * size.k * size.model_dim * size.hidden_dim
+    seconds = statistics.median(mine for mine, _ in times)
+    hardware = find_hardware(mesh.devices.flat[0].device_kind)
+    peak = hardware.peak_flops.get(jnp.dtype(size.dtype).name) if hardware else None
+    return Measurement(
+        strategy=candidate.variant.name,
+        routing=routing,
+        tokens=size.tokens,
+        verdict=report.verdict,
+        collectives=sum(total["count"] for total in report.totals.values()),
+        wire_bytes=sent,
+        wire_over_bound=sent / least if least else None,
+        temp_bytes=memory["temp_bytes"] if memory else None,
+        gflops=flops / 1e9,
+        flops_over_ideal=flops / ideal,
+        dropped=dropped,
+        seconds=seconds,
+        ratio=statistics.median(mine / first for mine, first in times),
+        tokens_per_second=tokens / seconds,
+        fraction_of_peak=ideal / seconds / peak if peak else None,
+    )

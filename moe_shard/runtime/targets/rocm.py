@@ -1,0 +1,110 @@
+"""ROCm's XLA on a machine without ROCm.
+
+jax's ROCm plugin holds the whole compiler, but links against the ROCm runtime, which the compiler
+never calls. Where the runtime is missing, placeholder libraries stand in for it: they export the
+names that the plugin's own symbol table asks for, and every one of them fails when called.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from moe_shard.runtime.targets.elf import Function, Imports, placeholder
+
+# Loaded for the life of the process, as any library is.
+_loaded: list[ctypes.CDLL] = []
+
+
+def make_loadable(plugin: Path) -> bool:
+    """See to it that the plugin's library can be loaded into this process.
+
+    Args:
+        plugin: the shared library of jax's ROCm plugin.
+
+    Returns:
+        Whether placeholders stand in for libraries of ROCm.
+
+    Raises:
+        UserError: the plugin is no shared library for x86-64.
+    """
+    if _load(plugin) is not None:
+        return False
+    imports = Imports.read(plugin)
+    present = {name: _load(Path(name)) for name in imports.libraries}
+    missing = [name for name, library in present.items() if library is None]
+    files = placeholders(missing, imports.functions, [each for each in present.values() if each])
+    with tempfile.TemporaryDirectory(prefix="moe_shard-") as temporary:
+        folder = _cached(files) or _write(files, Path(temporary))
+        # The loader now finds each by the name that the plugin asks for.
+        _loaded.extend(ctypes.CDLL(str(folder / name)) for name in files)
+    return True
+
+
+def placeholders(
+    libraries: Iterable[str], functions: Iterable[Function], present: Iterable[ctypes.CDLL] = ()
+) -> dict[str, bytes]:
+    """Libraries that supply functions and fail when called.
+
+    Args:
+        libraries: the names to supply; not empty.
+        functions: what is wanted of them and of others. One without a version is looked for in
+            every library, so all of these go into the first.
+        present: libraries that are there; what these define is left out.
+
+    Returns:
+        Name -> content of the file.
+    """
+    exports: dict[str, list[Function]] = {name: [] for name in libraries}
+    first = next(iter(exports))
+    there = list(present)
+    for function in functions:
+        if function.version:
+            if function.library in exports:
+                exports[function.library].append(function)
+        elif not any(hasattr(library, function.name) for library in there):
+            exports[first].append(function)
+    return {name: placeholder(name, wanted) for name, wanted in exports.items()}
+
+
+def cache_folder() -> Path:
+    """Where this user's caches are: `$XDG_CACHE_HOME`, else `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_shard"
+
+
+def _load(path: Path) -> ctypes.CDLL | None:
+    """The library, or None where it or one that it needs is missing."""
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        # Only absence is made up for; a library that is there and broken should say so itself.
+        if re.search(r"cannot open shared object|No such file", str(error)):
+            return None
+        raise
+
+
+def _cached(files: dict[str, bytes]) -> Path | None:
+    """A folder of the cache that holds exactly these files; None where nothing can be written."""
+    digest = hashlib.sha256(b"".join(name.encode() + files[name] for name in sorted(files)))
+    folder = cache_folder() / f"rocm-placeholders-{digest.hexdigest()[:16]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return _write(files, folder)
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        return None
+
+
+def _write(files: dict[str, bytes], folder: Path) -> Path:
+    for name, content in files.items():
+        path = folder / name
+        if not path.is_file() or path.read_bytes() != content:
+            # Another process may be reading it, or writing the same.
+            partial = folder / f".{name}.{os.getpid()}"
+            partial.write_bytes(content)
+            partial.replace(path)
+    return folder

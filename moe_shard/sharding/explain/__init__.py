@@ -1,0 +1,1 @@
+"""Explain where a model's arrays lie on a mesh, and what is wrong with a rule table."""

@@ -1,0 +1,201 @@
+"""Dims that want one mesh axis: which of them stays unsharded, what that means, and the cure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moe_shard.sharding.explain.lint import NOTE, WARNING, Lint, brief_names
+from moe_shard.sharding.explain.placed import PlacedArray, row_json
+from moe_shard.sharding.rules import Decision, Loss, Row
+
+
+@dataclass(frozen=True)
+class Collision:
+    """A dim that wanted mesh axes another dim had, and got none; the same for several arrays.
+
+    Attributes:
+        dim: the logical axis that stays unsharded; what Flax drops without a word.
+        row: the first row that was tried for it; those below it lost as well.
+        axes: the mesh axes that were taken.
+        held_by: the logical axis that has them.
+        holder: the row by which it has them.
+        consequence: what it means.
+        cure: what to do about it.
+        arrays: the arrays it happens to.
+        bytes_per_device: of these arrays, as they are.
+        bytes_if_won: the same, had the row won.
+        only_if: the setting under which it happens, where that is not the one asked about.
+    """
+
+    dim: str
+    row: Row
+    axes: tuple[str, ...]
+    held_by: str
+    holder: Row
+    consequence: str
+    cure: str
+    arrays: tuple[str, ...]
+    bytes_per_device: int
+    bytes_if_won: int
+    only_if: str = ""
+
+    @property
+    def cause(self) -> str:
+        """Which row lost what to which."""
+        return (
+            f"{self.row} lost {', '.join(self.axes)} to '{self.held_by}', placed by {self.holder}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As an object of `moe-shard explain --json`."""
+        return {
+            "dim": self.dim,
+            "arrays": list(self.arrays),
+            "axes": list(self.axes),
+            "lost": row_json(self.row),
+            "held_by": self.held_by,
+            "won": row_json(self.holder),
+            "cause": self.cause,
+            "consequence": self.consequence,
+            "cure": self.cure,
+            "bytes_per_device": self.bytes_per_device,
+            "bytes_per_device_if_won": self.bytes_if_won,
+            "only_if": self.only_if or None,
+        }
+
+
+def find_collisions(placed: Sequence[PlacedArray], rows: Sequence[Row]) -> list[Collision]:
+    """The conflicts of all arrays; those with one cause and one consequence are one.
+
+    Args:
+        placed: the arrays.
+        rows: the table.
+    """
+    groups: dict[tuple[str, int, str, str], list[tuple[PlacedArray, Decision]]] = {}
+    for array in placed:
+        for decision in array.resolution.conflicts:
+            loss = decision.lost[0]
+            key = (decision.logical_axis or "", loss.row.number, loss.held_by)
+            is_first = decision is array.resolution.decisions[0]
+            said = array.array.consequence if is_first else ""
+            groups.setdefault((*key, said), []).append((array, decision))
+    found = []
+    for (dim, _, held_by, said), members in groups.items():
+        array, decision = members[0]
+        loss = decision.lost[0]
+        # Layers say "consequence; cure"; where they say nothing, sizes and rows speak.
+        consequence, _, cure = said.partition("; ")
+        now = sum(each.bytes_per_device for each, _ in members)
+        copies = array.parts(loss.mesh_axes)
+        holder = next(d.won for d in array.resolution.decisions if d.logical_axis == held_by)
+        assert holder is not None, "a dim that holds axes has them by a row"
+        axes = array.contested(loss)
+        found.append(
+            Collision(
+                dim=dim,
+                row=loss.row,
+                axes=axes,
+                held_by=held_by,
+                holder=holder,
+                consequence=consequence or f"every device holds {copies} times as much of it",
+                cure=cure or _cure(array, decision, axes, holder, rows),
+                arrays=tuple(each.array.name for each, _ in members),
+                bytes_per_device=now,
+                bytes_if_won=now // copies,
+            )
+        )
+    return found
+
+
+def _cure(
+    array: PlacedArray, decision: Decision, axes: Sequence[str], holder: Row, rows: Sequence[Row]
+) -> str:
+    row, last = decision.lost[0].row, decision.lost[-1].row
+    held = {axis for other in array.resolution.decisions for axis in other.mesh_axes}
+    taken = ", ".join(axes)
+    # Were the loser's row above, the holder would need a row that leaves its axes alone.
+    spare = next(
+        (
+            other
+            for other in rows
+            if other.logical_axis == holder.logical_axis
+            and not set(other.mesh_axes) & set(row.mesh_axes)
+        ),
+        None,
+    )
+    if spare is not None:
+        return (
+            f"move row {row.number} above row {holder.number}: row {spare.number} "
+            f"[{', '.join(spare.mesh_axes)}] then serves '{holder.logical_axis}'"
+        )
+    if rest := [axis for axis in decision.lost[0].mesh_axes if axis not in held]:
+        return f"add ['{row.logical_axis}', [{', '.join(rest)}]] below row {last.number}"
+    return (
+        f"leave {taken} out of row {holder.number}, or move row {row.number} above it (then "
+        f"'{holder.logical_axis}' stays unsharded)"
+    )
+
+
+def find_uneven(placed: Sequence[PlacedArray]) -> list[Lint]:
+    """Dims that the mesh does not divide; only met where sizes are assumed."""
+    arrays: dict[tuple[Row, int, tuple[str, ...], int], list[str]] = {}
+    for array in placed:
+        for decision in array.resolution.decisions:
+            parts = array.parts(decision.mesh_axes)
+            if decision.won is not None and decision.size % parts:
+                key = (decision.won, decision.size, decision.mesh_axes, parts)
+                arrays.setdefault(key, []).append(array.array.name)
+    return [
+        Lint(
+            WARNING,
+            "uneven",
+            (row.number,),
+            f"the dim '{row.logical_axis}' of size {size} ({brief_names(names)}) is not divisible "
+            f"by {' * '.join(axes)} = {parts}",
+        )
+        for (row, size, axes, parts), names in arrays.items()
+    ]
+
+
+def find_alternatives(placed: Sequence[PlacedArray]) -> list[Lint]:
+    """Pairs of dims that want one axis, where a later row of the loser helped out."""
+    pairs: dict[tuple[Row, Row, str, tuple[str, ...]], list[str]] = {}
+    for array in placed:
+        for decision in array.resolution.decisions:
+            loss = next((loss for loss in decision.lost if loss.held_by), None)
+            if decision.won is not None and loss is not None:
+                key = (loss.row, decision.won, loss.held_by, array.contested(loss))
+                pairs.setdefault(key, []).append(array.array.name)
+    return [
+        Lint(
+            NOTE,
+            "alternative",
+            (row.number, won.number),
+            f"'{row.logical_axis}' and '{held_by}' both want {', '.join(axes)} in "
+            f"{brief_names(names)}: '{held_by}' has it, row {won.number} "
+            f"[{', '.join(won.mesh_axes)}] is used instead of row {row.number}",
+        )
+        for (row, won, held_by, axes), names in pairs.items()
+    ]
+
+
+def find_passed_over(placed: Sequence[PlacedArray]) -> list[Lint]:
+    """Rows that do not divide a dim which a later row then placed."""
+    arrays: dict[tuple[Loss, Row], list[str]] = {}
+    for array in placed:
+        for decision in array.resolution.decisions:
+            for loss in decision.lost:
+                if decision.won is not None and not loss.held_by:
+                    arrays.setdefault((loss, decision.won), []).append(array.array.name)
+    return [
+        Lint(
+            NOTE,
+            "passed-over",
+            (loss.row.number, won.number),
+            f"{loss} ({brief_names(names)}): row {won.number} [{', '.join(won.mesh_axes)}] is used "
+            "instead",
+        )
+        for (loss, won), names in arrays.items()
+    ]

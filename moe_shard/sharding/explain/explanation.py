@@ -1,0 +1,219 @@
+"""Where every array of a model lies on a mesh, which row of the table said so, and what it lost.
+
+Works on what was recorded while the step was traced; nothing is compiled, no device is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from moe_shard.config.mesh_config import expert_row
+from moe_shard.sharding.annotate import AnnotatedArray, Annotator
+from moe_shard.sharding.explain.collisions import (
+    Collision,
+    find_alternatives,
+    find_collisions,
+    find_passed_over,
+    find_uneven,
+)
+from moe_shard.sharding.explain.lint import (
+    ERROR,
+    Lint,
+    lint_model,
+    lint_rows,
+    missing_rows,
+    number_rows,
+)
+from moe_shard.sharding.explain.placed import PlacedArray
+from moe_shard.sharding.rules import LogicalAxes, Row, RuleTable
+
+Rules = Sequence[tuple[str, Sequence[str]]]
+
+
+class Recorder(Annotator):
+    """Notes what a model says of its arrays and places none of them.
+
+    For tables that may not fit the model: nothing about them can stop the trace.
+
+    Args:
+        mesh: the mesh that the table is for.
+        rows: the table, of axes of that mesh only.
+    """
+
+    def __init__(self, mesh: AbstractMesh, rows: Rules) -> None:
+        super().__init__(mesh, rows)
+
+    def sharding(
+        self,
+        name: str,
+        logical_axes: LogicalAxes,
+        shape: Sequence[int],
+        *,
+        dtype: DTypeLike | None = None,
+        consequence: str = "",
+    ) -> NamedSharding:
+        """Replicated, whatever the array."""
+        self.arrays[name] = AnnotatedArray(
+            name, tuple(logical_axes), tuple(shape), dtype, consequence
+        )
+        return NamedSharding(self.mesh, PartitionSpec())
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """All there is to say.
+
+    Attributes:
+        model: its name.
+        table: where the rules are from.
+        sizes: the mesh.
+        rows: the table as written.
+        parameters: in the order of their names.
+        activations: in the order in which the step makes them.
+        conflicts: dims that stay unsharded although the table wanted them sharded.
+        lint: what is wrong with the table itself.
+        notes: what was assumed.
+        state_bytes: bytes a device of parameters, moments and step; None where not asked for.
+    """
+
+    model: str
+    table: str
+    sizes: Mapping[str, int]
+    rows: tuple[Row, ...]
+    parameters: tuple[PlacedArray, ...]
+    activations: tuple[PlacedArray, ...]
+    conflicts: tuple[Collision, ...]
+    lint: tuple[Lint, ...]
+    notes: tuple[str, ...] = ()
+    state_bytes: int | None = None
+
+    @property
+    def expert_row(self) -> str:
+        """The logical axis whose first row names the expert axes."""
+        return expert_row(row.logical_axis for row in self.rows)
+
+    @property
+    def expert_axes(self) -> tuple[str, ...]:
+        """Mesh axes larger than 1 that split the experts while they compute."""
+        row = self.expert_row
+        axes = next((each.mesh_axes for each in self.rows if each.logical_axis == row), ())
+        return tuple(axis for axis in axes if self.sizes.get(axis, 1) > 1)
+
+    @property
+    def is_strict(self) -> bool:
+        """No conflict under the settings asked about, and no error in the table."""
+        return all(c.only_if for c in self.conflicts) and all(
+            lint.level != ERROR for lint in self.lint
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of `moe-shard explain --json`."""
+        placed = (*self.parameters, *self.activations)
+        return {
+            "model": self.model,
+            "table": self.table,
+            "mesh": dict(self.sizes),
+            "num_devices": math.prod(self.sizes.values()),
+            "expert_axes": list(self.expert_axes),
+            "parameters": [array.to_json() for array in self.parameters],
+            "activations": [array.to_json() for array in self.activations],
+            "conflicts": [conflict.to_json() for conflict in self.conflicts],
+            "lint": [lint.to_json() for lint in self.lint],
+            "notes": list(self.notes),
+            "totals": {
+                "parameters": sum(math.prod(p.array.shape) for p in self.parameters),
+                "parameter_bytes": sum(p.bytes for p in self.parameters),
+                "parameter_bytes_per_device": sum(p.bytes_per_device for p in self.parameters),
+                "state_bytes_per_device": self.state_bytes,
+                "arrays": len(placed),
+            },
+        }
+
+
+def explain(
+    *,
+    model: str,
+    table: str,
+    rules: Rules,
+    mesh_axes: Sequence[str],
+    sizes: Mapping[str, int],
+    arrays: Iterable[AnnotatedArray],
+    parameters: Iterable[str],
+    sizes_are_assumed: bool = False,
+    notes: Sequence[str] = (),
+    state_bytes: int | None = None,
+    is_maxtexts: bool = False,
+) -> Explanation:
+    """Resolve every array by a table and say what is wrong with the table.
+
+    Args:
+        model: the model's name.
+        table: what to call the table.
+        rules: its rows, as they were written.
+        mesh_axes: the axes that the rows may name.
+        sizes: the size of each of them.
+        arrays: what was recorded while the step was traced.
+        parameters: names of those that are parameters.
+        sizes_are_assumed: the mesh is made up, so rows are applied as Flax does, whatever divides,
+            and a dim that the mesh does not divide is a warning.
+        notes: see `Explanation`.
+        state_bytes: see `Explanation`.
+        is_maxtexts: the table is one of MaxText's, which passes over what a mesh does not have.
+
+    Raises:
+        UserError: a dim that its mesh axes do not divide, unless the sizes are assumed.
+    """
+    rows, arrays = number_rows(rules), list(arrays)
+    usable, lint = (
+        usable_rules(rules, mesh_axes, arrays),
+        lint_rows(rows, mesh_axes, by_flax=sizes_are_assumed, is_maxtexts=is_maxtexts),
+    )
+    resolver = RuleTable(usable, sizes)
+    placed = [
+        PlacedArray(
+            array,
+            resolver.resolve(
+                array.name, array.logical_axes, array.shape, must_divide=not sizes_are_assumed
+            ),
+            sizes,
+            len(rows),
+        )
+        for array in arrays
+    ]
+    lint += lint_model(arrays, rows, is_maxtexts=is_maxtexts)
+    lint += find_uneven(placed)
+    lint += find_alternatives(placed)
+    lint += find_passed_over(placed)
+    names = set(parameters)
+    return Explanation(
+        model=model,
+        table=table,
+        sizes=dict(sizes),
+        rows=rows,
+        parameters=tuple(p for p in placed if p.array.name in names),
+        activations=tuple(p for p in placed if p.array.name not in names),
+        conflicts=tuple(find_collisions(placed, rows)),
+        lint=tuple(lint),
+        notes=tuple(notes),
+        state_bytes=state_bytes,
+    )
+
+
+def usable_rules(
+    rules: Rules, mesh_axes: Sequence[str], arrays: Iterable[AnnotatedArray] = ()
+) -> list[tuple[str, tuple[str, ...]]]:
+    """A table that can be resolved: known axes, each once, and a row for every logical axis.
+
+    The rows keep their numbers; what is missing is added behind, as what Flax makes of it.
+    """
+    kept = [
+        (name, tuple(dict.fromkeys(axis for axis in axes if axis in mesh_axes)))
+        for name, axes in rules
+    ]
+    return kept + [(axis, ()) for axis in missing_rows(arrays, number_rows(rules))]

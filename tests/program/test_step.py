@@ -1,0 +1,164 @@
+"""One step of the program that is trained: the same numbers however the experts are spread."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from moe_shard.config import Config
+from moe_shard.program.step import make_program
+from tests.models.build import (
+    QUICK,
+    annotator,
+    architecture,
+    assert_close,
+    random_batch,
+    random_params,
+    small_config,
+)
+from tests.models.oracle import dense_grads, forward
+
+# Adam hides a uniform scale error, so SGD; and at this rate the step is far larger than the
+# weights, so that the difference of weights is the gradient, not the weights' rounding.
+RATE = 1e4
+SGD = (
+    "base_num_decoder_layers=2",
+    "optimizer=sgd",
+    f"learning_rate={RATE}",
+    "warmup_steps_fraction=0",
+    "gradient_clipping_threshold=0",
+)
+METRICS = {
+    "loss",
+    "ce_loss",
+    "aux_loss",
+    "grad_norm",
+    "learning_rate",
+    "dropped_token_fraction",
+    "expert_load_max_over_mean",
+}
+
+
+def one_step(
+    config: Config, batch: Mapping[str, np.ndarray]
+) -> tuple[Any, Any, dict[str, jax.Array]]:
+    """The gradient (the step's change of the weights over the rate), new weights, metrics."""
+    program = make_program(config, annotator(config))
+    compiled = program.step.lower(program.abstract_state, program.abstract_batch).compile(QUICK)
+    params = random_params(config)
+    shapes = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), program.abstract_state)
+    places = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
+    state = jax.device_put(shapes._replace(params=params), places)
+    fields = jax.device_put(dict(batch), program.batch_sharding)
+    after, metrics = compiled(state, fields)
+    assert int(after.step) == 1
+    assert set(metrics) == METRICS
+    new = jax.device_get(after.params)
+    return jax.tree.map(lambda a, b: (a - b) / RATE, params, new), new, metrics
+
+
+@functools.cache
+def reference() -> tuple[float, Any]:
+    config = small_config({"data": 8}, *SGD)
+    batch = {name: a[0] for name, a in random_batch().items()}
+    return dense_grads(random_params(config), batch, architecture(config))
+
+
+@functools.cache
+def usual_step(
+    sizes: tuple[tuple[str, int], ...], overrides: tuple[str, ...] = ()
+) -> tuple[Any, Any, dict[str, jax.Array]]:
+    return one_step(small_config(dict(sizes), *SGD, *overrides), random_batch())
+
+
+def check(sizes: dict[str, int], *overrides: str) -> dict[str, jax.Array]:
+    config = small_config(sizes, *SGD, *overrides)
+    gradient, weights, metrics = usual_step(tuple(sizes.items()), overrides)
+    loss, grads = reference()
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+    assert_close(gradient, grads)
+    params = random_params(config)
+    assert_close(weights, jax.tree.map(lambda p, g: p - RATE * g, params, grads))
+    assert np.abs(grads["layers"]["mlp"]["router"]["kernel"]).max() > 0
+    norm = math.sqrt(sum(float(np.sum(g**2)) for g in jax.tree.leaves(grads)))
+    shards = metrics["grad_norm"].addressable_shards
+    assert len(shards) == 8
+    for shard in shards:
+        np.testing.assert_allclose(shard.data, norm, rtol=1e-5)
+    return metrics
+
+
+@pytest.mark.parametrize("experts", [1, 2, 4, 8])
+def test_gradients_and_weights_do_not_depend_on_the_expert_axis(experts: int) -> None:
+    # At size 4 the rest is data parallelism, at size 2 FSDP, at size 1 plain data parallelism.
+    rest = "fsdp" if experts == 2 else "data"
+    check({"expert": experts, rest: 8 // experts})
+
+
+@pytest.mark.parametrize(
+    ("dispatch", "flag"), [("einsum", "true"), ("gather", "false"), ("einsum", "false")]
+)
+def test_gradients_and_weights_depend_on_neither_strategy_nor_flag(
+    dispatch: str, flag: str
+) -> None:
+    check(
+        {"fsdp": 2, "expert": 4},
+        f"moe_dispatch={dispatch}",
+        f"moe_dispatch_no_expert_sharding={flag}",
+    )
+
+
+def test_accumulating_two_microbatches_is_one_batch_of_twice_the_rows() -> None:
+    # The load-balance loss is MaxText's, a mean over rows, so this is exact also with it.
+    together = random_batch(rows=16)
+    apart = {name: a.reshape(2, 8, 16) for name, a in together.items()}
+    sizes = {"data": 2, "expert": 4}
+    big, _, of_big = one_step(small_config(sizes, *SGD, "per_device_batch_size=2"), together)
+    two, _, of_two = one_step(small_config(sizes, *SGD, "gradient_accumulation_steps=2"), apart)
+    assert_close(two, big)
+    for name in METRICS:
+        np.testing.assert_allclose(of_two[name], of_big[name], rtol=1e-5, err_msg=name)
+
+
+def test_metrics_are_those_of_numpy() -> None:
+    config = small_config({"expert": 8}, *SGD)
+    _, _, metrics = usual_step((("expert", 8),))
+    batch = {name: a[0] for name, a in random_batch().items()}
+    told = architecture(config)
+    answer = forward(
+        random_params(config), batch["inputs"], batch["positions"], batch["segment_ids"], told
+    )
+    assert told.moe is not None
+    log_z = np.log(np.sum(np.exp(answer.logits), axis=-1))
+    picked = np.take_along_axis(answer.logits, batch["targets"][..., None], axis=-1)[..., 0]
+    ce_loss = np.mean(log_z - picked)
+    aux_loss = told.moe.load_balance_weight * answer.load_balance.mean()
+    aux_loss += told.moe.z_weight * answer.z_loss.mean()
+    load = answer.counts.sum(axis=1)  # layers, experts
+    layers, rows, tokens = len(load), *batch["inputs"].shape
+    expected = {
+        "ce_loss": ce_loss,
+        "aux_loss": aux_loss,
+        "loss": ce_loss + aux_loss,
+        "dropped_token_fraction": answer.dropped.sum() / (layers * rows * tokens * told.moe.k),
+        "expert_load_max_over_mean": max(counts.max() / counts.mean() for counts in load),
+        "learning_rate": RATE,
+    }
+    assert answer.dropped.sum() > 0
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=2e-6, err_msg=name)
+
+
+def test_a_dense_model_reports_no_drops_and_a_balanced_load() -> None:
+    config = small_config({"fsdp": 8}, *SGD, "num_experts=1", "num_experts_per_tok=1")
+    _, _, metrics = one_step(config, random_batch())
+    assert metrics["aux_loss"] == 0
+    assert metrics["dropped_token_fraction"] == 0
+    assert metrics["expert_load_max_over_mean"] == 1
+    assert metrics["loss"] == metrics["ce_loss"]

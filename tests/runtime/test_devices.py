@@ -1,0 +1,66 @@
+"""Environments in which a command cannot run are answered with the fix."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import AbstractContextManager
+
+import jax
+import pytest
+
+from moe_shard import quiet
+from moe_shard.errors import UserError
+from moe_shard.runtime.devices import start_devices
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        (jax.enable_x64(True), "JAX_ENABLE_X64=True"),
+        (jax.numpy_rank_promotion("raise"), "JAX_NUMPY_RANK_PROMOTION=raise"),
+        (jax.numpy_dtype_promotion("strict"), "JAX_NUMPY_DTYPE_PROMOTION=strict"),
+    ],
+)
+def test_another_numpy_is_refused(setting: AbstractContextManager[None], told: str) -> None:
+    with setting, pytest.raises(UserError) as raised:
+        start_devices(8)
+    what, fix = str(raised.value).splitlines()
+    assert what.startswith(f"{told}: ")
+    assert fix.startswith("fix: take JAX_")
+
+
+def test_a_platform_that_is_not_there() -> None:
+    code = (
+        "from moe_shard.errors import run_command\n"
+        "from moe_shard.quiet import absent_accelerators_unsaid\n"
+        "with absent_accelerators_unsaid():\n"
+        "    from moe_shard.runtime.devices import start_devices\n"
+        "run_command(lambda: print(start_devices(8)))"
+    )
+    for platform in ("cuda", "nonsense"):
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", code],
+            env={**os.environ, "JAX_PLATFORMS": platform},
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stdout) == (2, "")
+        what, fix = done.stderr.splitlines()
+        assert what.startswith("error: jax cannot start its devices: ")
+        assert platform in what
+        assert fix == "fix: JAX_PLATFORMS=cpu simulates them on the CPU"
+
+
+def test_a_flag_that_xla_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    for flags in ("--xla_cpu_multi_thread_eigen=false", ""):
+        monkeypatch.setenv("XLA_FLAGS", flags)
+        with quiet.absent_accelerators_unsaid():
+            pass
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=a --xla_nonsense=1")
+    with pytest.raises(UserError) as raised, quiet.absent_accelerators_unsaid():
+        pass
+    what, fix = str(raised.value).splitlines()
+    assert what == "XLA_FLAGS: XLA does not know --xla_nonsense=1"
+    assert fix.startswith("fix: take it out")
