@@ -119,7 +119,7 @@ def _cells(targets: Iterable[str] = TARGETS) -> list[str]:
 def flag_models() -> list[str]:
     """The models in which the flag decides."""
     layers = {name: load_config(name).model.moe for name in list_models()}
-    return [name for name, moe in layers.items() if moe and moe.dispatch != "ragged"]
+    return [name for name, moe in layers.items() if moe and moe.moe_dispatch != "ragged"]
 
 
 def _file(model: str) -> Path:

@@ -49,7 +49,7 @@ def report_lines(
     inward = _example(names, f"{FUSED}gate_up" if fused else f"{LISTED}gate", f"{LISTED}gate_up")
     return (
         f"family: {family}; layers: {layers}, with experts in {which}",
-        f"experts: {moe.num_experts} of hidden size {moe.mlp_dim}, {stored}: {inward}",
+        f"experts: {moe.num_experts} of hidden size {moe.moe_mlp_dim}, {stored}: {inward}",
         f"router: {', '.join(_router(moe))}: {_example(names, 'mlp.router.kernel')}",
         f"shared experts: {_shared(moe, names)}",
         f"biases: {', '.join(_biases(model, names)) or 'none'}",
@@ -60,37 +60,37 @@ def report_lines(
 def _router(moe: MoEConfig) -> Iterator[str]:
     router = moe.router
     groups, kept = router.groups
-    yield f"{router.score_func} scores, top {moe.num_experts_per_tok}"
+    yield f"{router.routed_score_func} scores, top {moe.num_experts_per_tok}"
     if groups > 1:
-        best = "best expert" if router.group_score == "max" else "best two experts"
+        best = "best expert" if router.routing_group_score == "max" else "best two experts"
         yield f"in {kept} of {groups} groups by their {best}"
     if router.norm_topk_prob:
         yield "weights over their sum"
-    if router.scaling_factor != 1:
-        yield f"times {router.scaling_factor:g}"
-    if router.score_on_input:
+    if router.routed_scaling_factor != 1:
+        yield f"times {router.routed_scaling_factor:g}"
+    if router.routed_score_on_input:
         yield "on what experts take in"
 
 
 def _shared(moe: MoEConfig, names: Names) -> str:
     if not moe.shared_experts:
         return "none"
-    gate = f", weighed by {_example(names, 'mlp.shared_gate')}" if moe.shared_gate else ""
+    gate = f", weighed by {_example(names, 'mlp.shared_gate')}" if moe.shared_expert_gate else ""
     where = _example(names, "mlp.shared.gate")
     return f"{moe.shared_experts} as one MLP of hidden size {moe.shared_dim}{gate}: {where}"
 
 
 def _biases(model: ModelConfig, names: Names) -> Iterator[str]:
-    if model.attention.bias:
-        yield "latents" if model.attention.type == "mla" else "queries, keys, values"
-    if model.attention.out_bias:
+    if model.attention.attention_bias:
+        yield "latents" if model.attention.attention_type == "mla" else "queries, keys, values"
+    if model.attention.attention_out_bias:
         yield "attention output"
-    if model.gating.bias:
+    if model.gating.mlp_bias:
         yield "MLPs and experts"
     assert model.moe is not None, "of `report_lines`"
-    if model.moe.router.bias:
+    if model.moe.router.router_bias:
         yield "router"
-    if model.moe.router.correction_bias:
+    if model.moe.router.routed_bias:
         yield f"choice of experts ({_example(names, 'mlp.router.correction_bias')})"
     if model.logits_bias:
         yield "logits"

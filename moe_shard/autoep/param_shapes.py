@@ -51,7 +51,9 @@ def outer_slots(model: ModelConfig) -> dict[str, Slot]:
 
 def layer_slots(model: ModelConfig, kind: LayerKind) -> dict[str, Slot]:
     """Parameters of a layer of one kind, by dotted path."""
-    attention = _latent_attention(model) if model.attention.type == "mla" else _attention(model)
+    attention = (
+        _latent_attention(model) if model.attention.attention_type == "mla" else _attention(model)
+    )
     slots = _norm("attention_norm", model) | _norm("mlp_norm", model)
     slots |= {f"attention.{name}": slot for name, slot in attention.items()}
     if not kind.moe:
@@ -59,22 +61,22 @@ def layer_slots(model: ModelConfig, kind: LayerKind) -> dict[str, Slot]:
     assert model.moe is not None, "of the kinds of layers"
     dim, experts, moe = model.emb_dim, model.moe.num_experts, model.moe
     slots["mlp.router.kernel"] = Slot((dim, experts), 1, (_E, _M))
-    if moe.router.bias:
+    if moe.router.router_bias:
         slots["mlp.router.bias"] = Slot((experts,), 0, (_E,))
-    if moe.router.correction_bias:
+    if moe.router.routed_bias:
         slots["mlp.router.correction_bias"] = Slot((experts,), 0, (_E,))
-    slots |= _mlp("mlp.experts", model, moe.mlp_dim, (_H,))
+    slots |= _mlp("mlp.experts", model, moe.moe_mlp_dim, (_H,))
     if moe.shared_experts:
         keys = ("shared_experts", "shared_expert_mlp_dim", _H)
         slots |= _mlp("mlp.shared", model, moe.shared_dim, keys)
-        if moe.shared_gate:
+        if moe.shared_expert_gate:
             slots["mlp.shared_gate"] = Slot((dim,), 0, (_M,))
     return slots
 
 
 def _norm(name: str, model: ModelConfig) -> dict[str, Slot]:
     slots = {f"{name}.scale": Slot((model.emb_dim,), 0, (_M,))}
-    if model.normalization == "layer":
+    if model.normalization_type == "layer":
         slots[f"{name}.bias"] = slots[f"{name}.scale"]
     return slots
 
@@ -83,7 +85,7 @@ def _mlp(name: str, model: ModelConfig, hidden: int, keys: tuple[str, ...]) -> d
     dim, both = model.emb_dim, (*keys, _M)
     inward, outward = Slot((dim, hidden), 1, both), Slot((hidden, dim), 1, both)
     slots = {f"{name}.gate": inward, f"{name}.up": inward, f"{name}.down": outward}
-    if model.gating.bias:
+    if model.gating.mlp_bias:
         inward = Slot((hidden,), 0, keys)
         slots |= {f"{name}.gate_bias": inward, f"{name}.up_bias": inward}
         slots[f"{name}.down_bias"] = Slot((dim,), 0, (_M,))
@@ -97,7 +99,7 @@ def _attention(model: ModelConfig) -> dict[str, Slot]:
     slots = {"query": Slot((dim, *queries), 1, (_N, _D, _M))}
     slots["key"] = slots["value"] = Slot((dim, *keys), 1, (_J, _D, _M))
     slots["out"] = Slot((*queries, dim), 2, (_N, _D, _M))
-    if config.bias:
+    if config.attention_bias:
         slots["query_bias"] = Slot(queries, 0, (_N, _D))
         slots["key_bias"] = slots["value_bias"] = Slot(keys, 0, (_J, _D))
     if config.use_qk_norm and config.qk_norm_type == "head":
@@ -124,7 +126,7 @@ def _latent_attention(model: ModelConfig) -> dict[str, Slot]:
         ),
         "out": Slot((heads, value, dim), 2, (_N, "v_head_dim", _M)),
     }
-    if config.bias:
+    if config.attention_bias:
         slots["latent_down_bias"] = Slot(down, 0, ("kv_lora_rank", "qk_rope_head_dim"))
     if query_rank == 0:
         slots["query"] = Slot((dim, heads, nope + turned), 1, (*of_key, _M))
@@ -133,16 +135,16 @@ def _latent_attention(model: ModelConfig) -> dict[str, Slot]:
     slots["query_down"] = Slot((dim, query_rank), 1, (key, _M))
     slots["query_norm.scale"] = Slot((query_rank,), 0, (key,))
     slots["query_up"] = Slot((query_rank, heads, nope + turned), 1, (*of_key, key))
-    if config.bias:
+    if config.attention_bias:
         slots["query_down_bias"] = Slot((query_rank,), 0, (key,))
     return slots | _output(config, dim)
 
 
 def _output(config: AttentionConfig, dim: int) -> dict[str, Slot]:
     slots = {}
-    if config.out_bias:
+    if config.attention_out_bias:
         slots["out_bias"] = Slot((dim,), 0, (_M,))
-    if config.sink:
+    if config.attention_sink:
         slots["sink"] = Slot((config.num_query_heads,), 0, (_N,))
     return slots
 

@@ -90,10 +90,11 @@ def _check_factor(directory: Path, there: float, model: ModelConfig | None) -> N
 
     A MaxText file of some models says attention_scale=1, the factor being in the queries' weights.
     """
-    if model is not None and model.attention.scale != there:
+    if model is not None and model.attention.attention_scale != there:
         raise UserError(
             f"{directory} is of attention_scale={there:g}, this model has "
-            f"{model.attention.scale:g}\nfix: attention_scale={there:g} (a MaxText file of it then "
+            f"{model.attention.attention_scale:g}\n"
+            f"fix: attention_scale={there:g} (a MaxText file of it then "
             "starts from these weights, and its queries take other steps than there)"
         )
 

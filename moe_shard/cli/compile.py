@@ -84,12 +84,15 @@ def _write_page(path: Path, config: Config, report: TargetReport) -> None:
         other = replace(
             config,
             model=replace(
-                config.model, moe=replace(moe, no_expert_sharding=not moe.no_expert_sharding)
+                config.model,
+                moe=replace(
+                    moe, moe_dispatch_no_expert_sharding=not moe.moe_dispatch_no_expert_sharding
+                ),
             ),
         )
         reports = {
-            moe.no_expert_sharding: report,
-            not moe.no_expert_sharding: compile_for_target(other, report.target),
+            moe.moe_dispatch_no_expert_sharding: report,
+            not moe.moe_dispatch_no_expert_sharding: compile_for_target(other, report.target),
         }
         panels = [
             panel(f"moe_dispatch_no_expert_sharding: {str(flag).lower()}", reports[flag])

@@ -52,12 +52,12 @@ def main(argv: Sequence[str], prog: str = "moe-shard import") -> int:
         # A pipe has no width of its own.
         console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
         console.print(start_devices(config.mesh.num_simulated_devices))
-    annotate, _ = lay_out(config)
+    sharding, _ = lay_out(config)
     import_model(
         arguments.source,
         arguments.target,
         config,
-        describe(config.model, annotate).specs,
+        describe(config.model, sharding).specs,
         family=config.run.hf_family,
         console=console,
     )

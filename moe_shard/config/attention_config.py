@@ -20,58 +20,62 @@ class RopeConfig:
     """Rotary positions, and how they are stretched beyond the length first trained on.
 
     Attributes:
-        type: a `RopeType`; "yarn" is arXiv 2309.00071, "longrope" arXiv 2402.13753.
-        max_timescale: theta, in positions.
-        partial_factor: the part of a head that turns, its first elements.
-        interleave: pairs are neighbours (2i, 2i + 1), not halves (i, i + D/2).
-        factor: how many times the original length is stretched.
-        original_length: positions first trained on.
-        max_length: positions that the model is made for.
+        rope_type: a `RopeType`; "yarn" is arXiv 2309.00071, "longrope" arXiv 2402.13753.
+        rope_max_timescale: theta, in positions.
+        partial_rotary_factor: the part of a head that turns, its first elements.
+        rope_interleave: pairs are neighbours (2i, 2i + 1), not halves (i, i + D/2).
+        rope_factor: how many times the original length is stretched.
+        original_max_position_embeddings: positions first trained on.
+        max_position_embeddings: positions that the model is made for.
         beta_fast: yarn: rotations over the original length above which a frequency is kept.
         beta_slow: yarn: rotations below which a frequency is divided by `factor`.
-        truncate: yarn: the bounds between the two are rounded outwards to whole pairs.
-        attention_scaling: cos and sin are multiplied by 0.1 ln(factor) + 1.
-        attention_factor: what they are multiplied by instead; -1: as `attention_scaling` says.
+        rope_truncate: yarn: the bounds between the two are rounded outwards to whole pairs.
+        rope_attention_scaling: cos and sin are multiplied by 0.1 ln(factor) + 1.
+        rope_attention_factor: what they are multiplied by instead; -1: as `attention_scaling` says.
         mscale: yarn with MLA: scores are multiplied by (0.1 mscale ln(factor) + 1) squared.
-        low_freq_factor: llama3.1: original lengths over wavelengths below which all is divided.
-        high_freq_factor: llama3.1: the same, above which nothing is.
-        short_factors: longrope: divisors of the frequencies up to the original length.
-        long_factors: longrope: the same for longer sequences.
+        rope_low_freq_factor: llama3.1: original lengths over wavelengths below which all is
+            divided.
+        rope_high_freq_factor: llama3.1: the same, above which nothing is.
+        rope_short_factors: longrope: divisors of the frequencies up to the original length.
+        rope_long_factors: longrope: the same for longer sequences.
 
     Raises:
         UserError: on a value out of range, or longrope without its divisors.
     """
 
-    type: Annotated[RopeType, Key("rope_type", choices=get_args(RopeType))]
-    max_timescale: Annotated[float, Key("rope_max_timescale", above=1)]
-    partial_factor: Annotated[float, Key("partial_rotary_factor", above=0, most=1)]
-    interleave: Annotated[bool, Key("rope_interleave")]
-    factor: Annotated[float, Key("rope_factor", least=1)]
-    original_length: Annotated[int, Key("original_max_position_embeddings", least=1)]
-    max_length: Annotated[int, Key("max_position_embeddings", least=1)]
-    beta_fast: Annotated[float, Key("beta_fast", above=0)]
-    beta_slow: Annotated[float, Key("beta_slow", above=0)]
-    truncate: Annotated[bool, Key("rope_truncate")]
-    attention_scaling: Annotated[bool, Key("rope_attention_scaling")]
-    attention_factor: Annotated[float, Key("rope_attention_factor", above=0, off=-1)]
-    mscale: Annotated[float, Key("mscale", least=0)]
-    low_freq_factor: Annotated[float, Key("rope_low_freq_factor", above=0)]
-    high_freq_factor: Annotated[float, Key("rope_high_freq_factor", above=0)]
-    short_factors: Annotated[tuple[float, ...], Key("rope_short_factors", above=0)]
-    long_factors: Annotated[tuple[float, ...], Key("rope_long_factors", above=0)]
+    rope_type: Annotated[RopeType, Key(choices=get_args(RopeType))] = "default"
+    rope_max_timescale: Annotated[float, Key(above=1)] = 10000.0
+    partial_rotary_factor: Annotated[float, Key(above=0, most=1)] = 1.0
+    rope_interleave: Annotated[bool, Key()] = False
+    rope_factor: Annotated[float, Key(least=1)] = 40.0
+    original_max_position_embeddings: Annotated[int, Key(least=1)] = 4096
+    max_position_embeddings: Annotated[int, Key(least=1)] = 163840
+    beta_fast: Annotated[float, Key(above=0)] = 32.0
+    beta_slow: Annotated[float, Key(above=0)] = 1.0
+    rope_truncate: Annotated[bool, Key()] = True
+    rope_attention_scaling: Annotated[bool, Key()] = False
+    rope_attention_factor: Annotated[float, Key(above=0, off=-1)] = -1.0
+    mscale: Annotated[float, Key(least=0)] = 1.0
+    rope_low_freq_factor: Annotated[float, Key(above=0)] = 1.0
+    rope_high_freq_factor: Annotated[float, Key(above=0)] = 4.0
+    rope_short_factors: Annotated[tuple[float, ...], Key(above=0)] = ()
+    rope_long_factors: Annotated[tuple[float, ...], Key(above=0)] = ()
 
     def __post_init__(self) -> None:
         check_leaves(self)
-        if self.type == "longrope" and not (len(self.short_factors) == len(self.long_factors) > 0):
+        if self.rope_type == "longrope" and not (
+            len(self.rope_short_factors) == len(self.rope_long_factors) > 0
+        ):
             raise UserError(
-                f"rope_type=longrope with {len(self.short_factors)} rope_short_factors and "
-                f"{len(self.long_factors)} rope_long_factors: it needs as many of both\n"
+                f"rope_type=longrope with {len(self.rope_short_factors)} rope_short_factors and "
+                f"{len(self.rope_long_factors)} rope_long_factors: it needs as many of both\n"
                 "fix: one of each for every pair of a head's elements that turns"
             )
-        if self.type == "llama3.1" and self.high_freq_factor < self.low_freq_factor:
+        if self.rope_type == "llama3.1" and self.rope_high_freq_factor < self.rope_low_freq_factor:
             raise UserError(
-                f"rope_high_freq_factor={self.high_freq_factor:g} is below "
-                f"rope_low_freq_factor={self.low_freq_factor:g}\nfix: 4 and 1, as Llama 3.1 has"
+                f"rope_high_freq_factor={self.rope_high_freq_factor:g} is below "
+                f"rope_low_freq_factor={self.rope_low_freq_factor:g}\n"
+                "fix: 4 and 1, as Llama 3.1 has"
             )
 
 
@@ -80,7 +84,7 @@ class AttentionConfig:
     """One layer's attention. Sizes count elements.
 
     Attributes:
-        type: an `AttentionType`; "mla" is multi-head latent attention (arXiv 2405.04434).
+        attention_type: an `AttentionType`; "mla" is multi-head latent attention (arXiv 2405.04434).
         num_query_heads: N, query heads.
         num_kv_heads: J, key and value heads; divides N. MLA has N of each.
         head_dim: D, even because RoPE turns pairs; of MLA see the parts below.
@@ -89,59 +93,60 @@ class AttentionConfig:
         qk_nope_head_dim: MLA: elements of a query and key that no position turns.
         qk_rope_head_dim: MLA: elements that RoPE turns, the keys' shared by all heads.
         v_head_dim: MLA: elements of a value.
-        latent_epsilon: MLA: of the latents' norms.
-        pattern: the span of each layer's attention, repeated over the layers.
+        latent_norm_epsilon: MLA: of the latents' norms.
+        attention_pattern: the span of each layer's attention, repeated over the layers.
         sliding_window_size: tokens, itself included, that a token of a "sliding" layer sees.
-        chunk_size: tokens of a chunk, beyond which a token of a "chunked" layer does not see.
+        chunk_attn_window_size: tokens of a chunk, beyond which a token of a "chunked" layer does
+            not see.
         nope_layer_interval: every so many layers one has no RoPE; -1: all have.
-        bias: of the projections to queries, keys and values; of MLA, to the latents.
-        out_bias: of the projection back to the model dim.
-        sink: a score for each head that takes its share of the softmax and gives nothing.
-        logits_soft_cap: scores s become cap * tanh(s / cap); 0: they stay.
-        scale: factor of the scores; -1: one over the root of a key's size. Where it is 1, queries
-            begin smaller by that root instead, as in T5 and MaxText.
+        attention_bias: of the projections to queries, keys and values; of MLA, to the latents.
+        attention_out_bias: of the projection back to the model dim.
+        attention_sink: a score for each head that takes its share of the softmax and gives nothing.
+        attn_logits_soft_cap: scores s become cap * tanh(s / cap); 0: they stay.
+        attention_scale: factor of the scores; -1: one over the root of a key's size. Where it is 1,
+            queries begin smaller by that root instead, as in T5 and MaxText.
         use_qk_norm: queries and keys are normalised.
         qk_norm_type: a `QKNorm`: RMSNorm of each head before RoPE; of all heads together before
             they are split; or after RoPE, without a scale, in the layers that have RoPE.
         clip_qkv: largest magnitude in queries, keys and values; -1: any.
         temperature_tuning: in layers without RoPE queries grow with the position p, times
             1 + temperature_scale * ln(1 + floor((p + 1) / temperature_floor)).
-        temperature_scale: see there.
-        temperature_floor: see there, in positions.
+        temperature_tuning_scale: see there.
+        temperature_tuning_floor: see there, in positions.
         rope: positions.
 
     Raises:
         UserError: on a value out of range or a contradiction between keys.
     """
 
-    type: Annotated[AttentionType, Key("attention_type", choices=get_args(AttentionType))]
-    num_query_heads: Annotated[int, Key("base_num_query_heads", least=1, most=MOST_HEADS)]
-    num_kv_heads: Annotated[int, Key("base_num_kv_heads", least=1)]
-    head_dim: Annotated[int, Key("head_dim", least=2)]
-    q_lora_rank: Annotated[int, Key("q_lora_rank", least=0)]
-    kv_lora_rank: Annotated[int, Key("kv_lora_rank", least=1)]
-    qk_nope_head_dim: Annotated[int, Key("qk_nope_head_dim", least=1)]
-    qk_rope_head_dim: Annotated[int, Key("qk_rope_head_dim", least=2)]
-    v_head_dim: Annotated[int, Key("v_head_dim", least=1)]
-    latent_epsilon: Annotated[float, Key("latent_norm_epsilon", above=0)]
-    pattern: Annotated[
-        tuple[AttentionSpan, ...], Key("attention_pattern", each=get_args(AttentionSpan))
-    ]
-    sliding_window_size: Annotated[int, Key("sliding_window_size", least=0)]
-    chunk_size: Annotated[int, Key("chunk_attn_window_size", least=0)]
-    nope_layer_interval: Annotated[int, Key("nope_layer_interval", least=1, off=-1)]
-    bias: Annotated[bool, Key("attention_bias")]
-    out_bias: Annotated[bool, Key("attention_out_bias")]
-    sink: Annotated[bool, Key("attention_sink")]
-    logits_soft_cap: Annotated[float, Key("attn_logits_soft_cap", least=0)]
-    scale: Annotated[float, Key("attention_scale", above=0, off=-1)]
-    use_qk_norm: Annotated[bool, Key("use_qk_norm")]
-    qk_norm_type: Annotated[QKNorm, Key("qk_norm_type", choices=get_args(QKNorm))]
-    clip_qkv: Annotated[float, Key("clip_qkv", above=0, off=-1)]
-    temperature_tuning: Annotated[bool, Key("temperature_tuning")]
-    temperature_scale: Annotated[float, Key("temperature_tuning_scale", above=0)]
-    temperature_floor: Annotated[int, Key("temperature_tuning_floor", least=1)]
-    rope: RopeConfig
+    attention_type: Annotated[AttentionType, Key(choices=get_args(AttentionType))] = "global"
+    num_query_heads: Annotated[int, Key("base_num_query_heads", least=1, most=MOST_HEADS)] = 16
+    num_kv_heads: Annotated[int, Key("base_num_kv_heads", least=1)] = 16
+    head_dim: Annotated[int, Key(least=2)] = -1
+    q_lora_rank: Annotated[int, Key(least=0)] = 0
+    kv_lora_rank: Annotated[int, Key(least=1)] = 512
+    qk_nope_head_dim: Annotated[int, Key(least=1)] = 128
+    qk_rope_head_dim: Annotated[int, Key(least=2)] = 64
+    v_head_dim: Annotated[int, Key(least=1)] = 128
+    latent_norm_epsilon: Annotated[float, Key(above=0)] = 1e-06
+    attention_pattern: Annotated[tuple[AttentionSpan, ...], Key(each=get_args(AttentionSpan))] = (
+        "global",
+    )
+    sliding_window_size: Annotated[int, Key(least=0)] = 0
+    chunk_attn_window_size: Annotated[int, Key(least=0)] = 0
+    nope_layer_interval: Annotated[int, Key(least=1, off=-1)] = -1
+    attention_bias: Annotated[bool, Key()] = False
+    attention_out_bias: Annotated[bool, Key()] = False
+    attention_sink: Annotated[bool, Key()] = False
+    attn_logits_soft_cap: Annotated[float, Key(least=0)] = 0.0
+    attention_scale: Annotated[float, Key(above=0, off=-1)] = -1.0
+    use_qk_norm: Annotated[bool, Key()] = False
+    qk_norm_type: Annotated[QKNorm, Key(choices=get_args(QKNorm))] = "head"
+    clip_qkv: Annotated[float, Key(above=0, off=-1)] = -1.0
+    temperature_tuning: Annotated[bool, Key()] = False
+    temperature_tuning_scale: Annotated[float, Key(above=0)] = 0.1
+    temperature_tuning_floor: Annotated[int, Key(least=1)] = 8192
+    rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
 
     def __post_init__(self) -> None:
         check_leaves(self)
@@ -153,19 +158,20 @@ class AttentionConfig:
             )
         self._check_latent()
         self._check_turned()
-        if not self.pattern:
+        if not self.attention_pattern:
             raise UserError("attention_pattern=[] names no span\nfix: [global], for example")
         for span, key, size in (
             ("sliding", "sliding_window_size", self.sliding_window_size),
-            ("chunked", "chunk_attn_window_size", self.chunk_size),
+            ("chunked", "chunk_attn_window_size", self.chunk_attn_window_size),
         ):
-            if span in self.pattern and size == 0:
+            if span in self.attention_pattern and size == 0:
                 raise UserError(
-                    f"attention_pattern={shown(self.pattern)} with {key}=0\nfix: {key} above 0"
+                    f"attention_pattern={shown(self.attention_pattern)} with {key}=0\n"
+                    f"fix: {key} above 0"
                 )
 
     def _check_latent(self) -> None:
-        if self.type != "mla":
+        if self.attention_type != "mla":
             return
         for key, on in (
             ("use_qk_norm", self.use_qk_norm),
@@ -180,7 +186,7 @@ class AttentionConfig:
 
     def _check_turned(self) -> None:
         name, size = "head_dim", self.head_dim
-        if self.type == "mla":
+        if self.attention_type == "mla":
             name, size = "qk_rope_head_dim", self.qk_rope_head_dim
         if size % 2:
             raise UserError(
@@ -188,11 +194,11 @@ class AttentionConfig:
             )
         if self.turned_dim < 2 or self.turned_dim % 2:
             raise UserError(
-                f"partial_rotary_factor={self.rope.partial_factor:g} of {name}={size} turns "
+                f"partial_rotary_factor={self.rope.partial_rotary_factor:g} of {name}={size} turns "
                 f"{self.turned_dim} elements, not pairs\nfix: 0.5 or 1, for example"
             )
-        factors = len(self.rope.short_factors)
-        if self.rope.type == "longrope" and factors != self.turned_dim // 2:
+        factors = len(self.rope.rope_short_factors)
+        if self.rope.rope_type == "longrope" and factors != self.turned_dim // 2:
             raise UserError(
                 f"rope_type=longrope: {factors} rope_short_factors for {self.turned_dim // 2} "
                 f"pairs ({name}={size})\nfix: one for every pair"
@@ -201,5 +207,5 @@ class AttentionConfig:
     @property
     def turned_dim(self) -> int:
         """Elements of a query or key that RoPE turns."""
-        of = self.qk_rope_head_dim if self.type == "mla" else self.head_dim
-        return int(of * self.rope.partial_factor)
+        of = self.qk_rope_head_dim if self.attention_type == "mla" else self.head_dim
+        return int(of * self.rope.partial_rotary_factor)

@@ -80,7 +80,10 @@ def _check_batch(config: Config, sizes: Mapping[str, int], row: str) -> None:
 
 def _notes(config: Config, sizes: Mapping[str, int]) -> tuple[str, ...]:
     notes = [f"{what} has no effect: {why}" for what, why in _idle_spans(config.model.attention)]
-    longest, length = config.model.attention.rope.max_length, config.train.max_target_length
+    longest, length = (
+        config.model.attention.rope.max_position_embeddings,
+        config.train.max_target_length,
+    )
     if length > longest:
         notes.append(
             f"max_target_length={length} is beyond the positions that the model is made for "
@@ -89,7 +92,7 @@ def _notes(config: Config, sizes: Mapping[str, int]) -> tuple[str, ...]:
     moe = config.model.moe
     if moe is None:
         return tuple(notes)
-    if moe.no_expert_sharding and (why := _flag_is_idle(config, moe, sizes)):
+    if moe.moe_dispatch_no_expert_sharding and (why := _flag_is_idle(config, moe, sizes)):
         notes.append(f"{_FLAG} has no effect: {why}")
     notes += [f"{what} has no effect: {why}" for what, why in _idle_keys(moe)]
     return tuple(notes)
@@ -99,9 +102,9 @@ def _idle_spans(attention: AttentionConfig) -> Iterator[tuple[str, str]]:
     """Sizes of spans that no layer has, each with the reason."""
     for span, key, size in (
         ("sliding", "sliding_window_size", attention.sliding_window_size),
-        ("chunked", "chunk_attn_window_size", attention.chunk_size),
+        ("chunked", "chunk_attn_window_size", attention.chunk_attn_window_size),
     ):
-        if size and span not in attention.pattern:
+        if size and span not in attention.attention_pattern:
             yield f"{key}={size}", f"no layer of attention_pattern is {span}"
 
 
@@ -110,7 +113,7 @@ def _flag_is_idle(config: Config, moe: MoEConfig, sizes: Mapping[str, int]) -> s
     if expert_parallelism(config, sizes) == 1:
         axes = ", ".join(expert_axes(config)) or "none"
         return f"the axes in the row of {config.mesh.expert_row} ({axes}) have size 1"
-    if moe.dispatch == "ragged":
+    if moe.moe_dispatch == "ragged":
         return "moe_dispatch=ragged moves tokens in any case"
     batch = {
         row: {axis for axis in config.mesh.axes_of(row) if sizes[axis] > 1}
@@ -123,11 +126,11 @@ def _flag_is_idle(config: Config, moe: MoEConfig, sizes: Mapping[str, int]) -> s
 
 def _idle_keys(moe: MoEConfig) -> Iterator[tuple[str, str]]:
     """Keys that are set and belong to another strategy, each with the reason."""
-    if moe.dispatch == "ragged":
+    if moe.moe_dispatch == "ragged":
         if moe.capacity_factor > 0:
             yield f"capacity_factor={moe.capacity_factor:g}", "moe_dispatch=ragged has no capacity"
         return
-    why = f"moe_dispatch is {moe.dispatch}"
+    why = f"moe_dispatch is {moe.moe_dispatch}"
     if moe.ragged_buffer_factor > 0:
         yield f"ragged_buffer_factor={moe.ragged_buffer_factor:g}", why
     if moe.ragged_transport != "auto":

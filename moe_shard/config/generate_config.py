@@ -16,12 +16,13 @@ class GenerateConfig:
     """The next token of a text.
 
     Attributes:
-        strategy: a `SamplingStrategy`. `greedy` takes the most probable token; the others draw:
-            `weighted` from all, `nucleus` from the most probable that make up `nucleus_p` (arXiv
-            1904.09751), `topk` from the `top_k` most probable, `composite` from both.
-        temperature: logits are divided by it before anything else.
-        nucleus_p: share of the probability; -1: not said.
-        top_k: tokens; 0: not said.
+        decode_sampling_strategy: a `SamplingStrategy`. `greedy` takes the most probable token; the
+            others draw: `weighted` from all, `nucleus` from the most probable that make up
+            `nucleus_p` (arXiv 1904.09751), `topk` from the `top_k` most probable, `composite` from
+            both.
+        decode_sampling_temperature: logits are divided by it before anything else.
+        decode_sampling_nucleus_p: share of the probability; -1: not said.
+        decode_sampling_top_k: tokens; 0: not said.
         max_new_tokens: after the prompt; the end of the document ends a text earlier.
         seed: of what is drawn.
 
@@ -29,24 +30,31 @@ class GenerateConfig:
         UserError: a value out of range, or a strategy whose size is not said.
     """
 
-    strategy: Annotated[
-        SamplingStrategy, Key("decode_sampling_strategy", choices=get_args(SamplingStrategy))
-    ]
-    temperature: Annotated[float, Key("decode_sampling_temperature", above=0)]
-    nucleus_p: Annotated[float, Key("decode_sampling_nucleus_p", above=0, most=1, off=-1)]
-    top_k: Annotated[int, Key("decode_sampling_top_k", least=0)]
-    max_new_tokens: Annotated[int, Key("max_new_tokens", least=1, most=2**20)]
-    seed: Annotated[int, Key("seed", least=0, below=2**32)]
+    decode_sampling_strategy: Annotated[
+        SamplingStrategy, Key(choices=get_args(SamplingStrategy))
+    ] = "greedy"
+    decode_sampling_temperature: Annotated[float, Key(above=0)] = 1.0
+    decode_sampling_nucleus_p: Annotated[float, Key(above=0, most=1, off=-1)] = -1.0
+    decode_sampling_top_k: Annotated[int, Key(least=0)] = 0
+    max_new_tokens: Annotated[int, Key(least=1, most=2**20)] = 64
+    seed: Annotated[int, Key(least=0, below=2**32)] = 0
 
     def __post_init__(self) -> None:
         check_leaves(self)
-        if self.strategy in ("nucleus", "composite") and self.nucleus_p == -1:
+        if (
+            self.decode_sampling_strategy in ("nucleus", "composite")
+            and self.decode_sampling_nucleus_p == -1
+        ):
             raise UserError(
-                f"decode_sampling_strategy={self.strategy} does not say how much of the "
-                "probability to draw from\nfix: decode_sampling_nucleus_p=0.9, for example"
+                f"decode_sampling_strategy={self.decode_sampling_strategy} does not say "
+                "how much of the probability to draw from\n"
+                "fix: decode_sampling_nucleus_p=0.9, for example"
             )
-        if self.strategy in ("topk", "composite") and self.top_k == 0:
+        if (
+            self.decode_sampling_strategy in ("topk", "composite")
+            and self.decode_sampling_top_k == 0
+        ):
             raise UserError(
-                f"decode_sampling_strategy={self.strategy} does not say how many tokens to draw "
-                "from\nfix: decode_sampling_top_k=40, for example"
+                f"decode_sampling_strategy={self.decode_sampling_strategy} does not say "
+                "how many tokens to draw from\nfix: decode_sampling_top_k=40, for example"
             )

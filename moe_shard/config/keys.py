@@ -14,7 +14,8 @@ class Key:
     """The YAML key of a leaf, for `Annotated[type, Key(...)]`.
 
     Attributes:
-        name: as written in YAML.
+        name: as written in YAML; the attribute's own name unless given. Only MaxText's `base_`
+            is left out of an attribute, as MaxText leaves it out of what its code reads.
         least: smallest value.
         above: values are larger than this.
         most: largest value.
@@ -24,7 +25,7 @@ class Key:
         each: the only items, where the leaf is a list of names.
     """
 
-    name: str
+    name: str = ""
     least: float | None = None
     above: float | None = None
     most: float | None = None
@@ -59,7 +60,7 @@ def leaf_keys(schema: type) -> dict[str, Key]:
     """Attribute name -> key, of the leaves of one dataclass."""
     hints = get_type_hints(schema, include_extras=True)
     return {
-        attribute: extra
+        attribute: dataclasses.replace(extra, name=extra.name or attribute)
         for attribute, hint in hints.items()
         for extra in getattr(hint, "__metadata__", ())
         if isinstance(extra, Key)

@@ -296,7 +296,7 @@ def why_not_ragged(mesh: MeshConfig) -> str:
     MaxText's sparse path can have the tokens whole on every device of an expert group; here a
     token is sent by the one device that has it.
     """
-    sizes = zip(mesh.axes, mesh.ici, mesh.dcn, strict=True)
+    sizes = zip(mesh.mesh_axes, mesh.ici, mesh.dcn, strict=True)
     split = {axis for axis, ici, dcn in sizes if (ici, dcn) != (1, 1)}
     experts = [axis for axis in mesh.expert_axes if axis in split]
     tokens = (*mesh.axes_of("activation_batch_moe"), *mesh.axes_of("activation_length_moe"))

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Annotated
 
+from moe_shard.config.default_rules import DEFAULT_RULES
 from moe_shard.config.keys import Key, check_leaves
 from moe_shard.errors import UserError
 
@@ -47,10 +48,11 @@ class MeshConfig:
     """Axes, sizes and rule table.
 
     Attributes:
-        axes: mesh axes in order, slowest first; always all of `MESH_AXES`.
+        mesh_axes: mesh axes in order, slowest first; always all of `MESH_AXES`.
         ici: size of each axis inside a slice, in the order of `axes`; at most one is -1 (the rest).
         dcn: size of each axis across slices, in the order of `axes`; at most one is -1.
-        rules: rows (logical axis, mesh axes); several rows of one logical axis are alternatives.
+        logical_axis_rules: rows (logical axis, mesh axes); several rows of one logical axis are
+            alternatives.
         rule_conflicts: whether two dims that want one mesh axis are a warning or an error.
         num_simulated_devices: CPU devices to simulate where there is no accelerator.
 
@@ -59,25 +61,32 @@ class MeshConfig:
             axis that does not exist or the same one twice.
     """
 
-    axes: Annotated[tuple[str, ...], Key("mesh_axes")]
-    ici: tuple[int, ...]
-    dcn: tuple[int, ...]
-    rules: Annotated[tuple[Rule, ...], Key("logical_axis_rules")]
-    rule_conflicts: Annotated[str, Key("rule_conflicts", choices=RULE_CONFLICTS)]
-    num_simulated_devices: Annotated[int, Key("num_simulated_devices", least=1, most=2**16)]
+    mesh_axes: Annotated[tuple[str, ...], Key()] = (
+        "data",
+        "fsdp",
+        "fsdp_transpose",
+        "tensor",
+        "context",
+        "expert",
+    )
+    ici: tuple[int, ...] = (1, -1, 1, 1, 1, 1)
+    dcn: tuple[int, ...] = (-1, 1, 1, 1, 1, 1)
+    logical_axis_rules: Annotated[tuple[Rule, ...], Key()] = DEFAULT_RULES
+    rule_conflicts: Annotated[str, Key(choices=RULE_CONFLICTS)] = "warn"
+    num_simulated_devices: Annotated[int, Key(least=1, most=2**16)] = 8
 
     def __post_init__(self) -> None:
         check_leaves(self)
         for level in LEVELS:
             self._check_sizes(level)
-        for name, axes in self.rules:
+        for name, axes in self.logical_axis_rules:
             row = f"[{name}, [{', '.join(axes)}]]"
             for axis in axes:
-                if axis not in self.axes:
+                if axis not in self.mesh_axes:
                     raise UserError(
                         f"logical_axis_rules row {row} names the mesh axis {axis!r}, "
                         "which does not exist\n"
-                        f"fix: one of {', '.join(self.axes)}"
+                        f"fix: one of {', '.join(self.mesh_axes)}"
                     )
             if len(set(axes)) < len(axes):
                 raise UserError(
@@ -101,7 +110,7 @@ class MeshConfig:
 
     def level_sizes(self, level: str) -> dict[str, int]:
         """Mesh axis -> size as configured (-1 included) on `ici` or `dcn`."""
-        return dict(zip(self.axes, getattr(self, level), strict=True))
+        return dict(zip(self.mesh_axes, getattr(self, level), strict=True))
 
     def flat_sizes(self) -> dict[str, int]:
         """YAML key -> size, of both levels."""
@@ -113,12 +122,12 @@ class MeshConfig:
 
     def axes_of(self, logical_axis: str) -> tuple[str, ...]:
         """Mesh axes in the first row of a logical axis; empty where it has no row."""
-        return next((axes for name, axes in self.rules if name == logical_axis), ())
+        return next((axes for name, axes in self.logical_axis_rules if name == logical_axis), ())
 
     @property
     def expert_row(self) -> str:
         """The logical axis whose first row names the expert axes; see `expert_row`."""
-        return expert_row(name for name, _ in self.rules)
+        return expert_row(name for name, _ in self.logical_axis_rules)
 
     @property
     def expert_axes(self) -> tuple[str, ...]:
@@ -139,7 +148,7 @@ class MeshConfig:
             UserError: as `resolve_levels`.
         """
         ici, dcn = self.resolve_levels(num_devices, num_slices)
-        return {axis: ici[axis] * dcn[axis] for axis in self.axes}
+        return {axis: ici[axis] * dcn[axis] for axis in self.mesh_axes}
 
     def resolve_levels(
         self, num_devices: int, num_slices: int = 1

@@ -37,32 +37,33 @@ class GatingConfig:
     """The gated MLP, dense, shared or of an expert: down(act(gate(x)) * (up(x) + offset)).
 
     Attributes:
-        activations: the gate's activation, then "linear".
-        limit: gate is clamped from above and up on both sides, before all else; -1: neither.
-        offset: added to up.
-        bias: of all three projections.
+        mlp_activations: the gate's activation, then "linear".
+        mlp_activations_limit: gate is clamped from above and up on both sides, before all else; -1:
+            neither.
+        mlp_linear_offset: added to up.
+        mlp_bias: of all three projections.
 
     Raises:
         UserError: on a value out of range.
     """
 
-    activations: Annotated[tuple[str, ...], Key("mlp_activations")]
-    limit: Annotated[float, Key("mlp_activations_limit", above=0, off=-1)]
-    offset: Annotated[float, Key("mlp_linear_offset")]
-    bias: Annotated[bool, Key("mlp_bias")]
+    mlp_activations: Annotated[tuple[str, ...], Key()] = ("silu", "linear")
+    mlp_activations_limit: Annotated[float, Key(above=0, off=-1)] = -1.0
+    mlp_linear_offset: Annotated[float, Key()] = 0.0
+    mlp_bias: Annotated[bool, Key()] = False
 
     def __post_init__(self) -> None:
         check_leaves(self)
-        if self.activations not in [(name, "linear") for name in GATE_ACTIVATIONS]:
+        if self.mlp_activations not in [(name, "linear") for name in GATE_ACTIVATIONS]:
             raise UserError(
-                f"mlp_activations={shown(self.activations)} is not a known pair\n"
+                f"mlp_activations={shown(self.mlp_activations)} is not a known pair\n"
                 f"fix: [ACTIVATION, linear] with ACTIVATION one of {', '.join(GATE_ACTIVATIONS)}"
             )
 
     @property
     def activation(self) -> str:
         """The gate's activation, a name in `GATE_ACTIVATIONS`."""
-        return self.activations[0]
+        return self.mlp_activations[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,8 +75,8 @@ class ModelConfig:
         num_decoder_layers: L.
         mlp_dim: hidden size of a dense MLP.
         vocab_size: V.
-        normalization: a `Normalization`; "layer" has a mean and a bias as well.
-        norm_epsilon: added to the mean square.
+        normalization_type: a `Normalization`; "layer" has a mean and a bias as well.
+        normalization_layer_epsilon: added to the mean square.
         logits_via_embedding: the output projection is the embedding table, transposed.
         logits_bias: of the output projection.
         embedding_multiplier: of what is looked up.
@@ -96,29 +97,27 @@ class ModelConfig:
         UserError: on a value out of range or a contradiction between keys.
     """
 
-    emb_dim: Annotated[int, Key("base_emb_dim", least=1)]
-    num_decoder_layers: Annotated[int, Key("base_num_decoder_layers", least=1)]
-    mlp_dim: Annotated[int, Key("base_mlp_dim", least=1)]
-    vocab_size: Annotated[int, Key("vocab_size", least=2)]
-    normalization: Annotated[
-        Normalization, Key("normalization_type", choices=get_args(Normalization))
-    ]
-    norm_epsilon: Annotated[float, Key("normalization_layer_epsilon", above=0)]
-    logits_via_embedding: Annotated[bool, Key("logits_via_embedding")]
-    logits_bias: Annotated[bool, Key("logits_bias")]
-    embedding_multiplier: Annotated[float, Key("embedding_multiplier", above=0)]
-    residual_multiplier: Annotated[float, Key("residual_multiplier", above=0)]
-    logits_scaling: Annotated[float, Key("logits_scaling", above=0)]
-    final_logits_soft_cap: Annotated[float, Key("final_logits_soft_cap", least=0)]
-    first_num_dense_layers: Annotated[int, Key("first_num_dense_layers", least=0)]
-    interleave_moe_layer_step: Annotated[int, Key("interleave_moe_layer_step", least=1)]
-    dense_layers: Annotated[tuple[int, ...], Key("dense_layers", least=0)]
-    dtype: Annotated[DType, Key("dtype", choices=get_args(DType))]
-    weight_dtype: Annotated[DType, Key("weight_dtype", choices=get_args(DType))]
-    remat_policy: Annotated[RematPolicy, Key("remat_policy", choices=get_args(RematPolicy))]
-    gating: GatingConfig
-    attention: AttentionConfig
-    moe: MoEConfig | None
+    emb_dim: Annotated[int, Key("base_emb_dim", least=1)] = 2048
+    num_decoder_layers: Annotated[int, Key("base_num_decoder_layers", least=1)] = 16
+    mlp_dim: Annotated[int, Key("base_mlp_dim", least=1)] = 7168
+    vocab_size: Annotated[int, Key(least=2)] = 32000
+    normalization_type: Annotated[Normalization, Key(choices=get_args(Normalization))] = "rms"
+    normalization_layer_epsilon: Annotated[float, Key(above=0)] = 1e-05
+    logits_via_embedding: Annotated[bool, Key()] = False
+    logits_bias: Annotated[bool, Key()] = False
+    embedding_multiplier: Annotated[float, Key(above=0)] = 1.0
+    residual_multiplier: Annotated[float, Key(above=0)] = 1.0
+    logits_scaling: Annotated[float, Key(above=0)] = 1.0
+    final_logits_soft_cap: Annotated[float, Key(least=0)] = 0.0
+    first_num_dense_layers: Annotated[int, Key(least=0)] = 0
+    interleave_moe_layer_step: Annotated[int, Key(least=1)] = 1
+    dense_layers: Annotated[tuple[int, ...], Key(least=0)] = ()
+    dtype: Annotated[DType, Key(choices=get_args(DType))] = "bfloat16"
+    weight_dtype: Annotated[DType, Key(choices=get_args(DType))] = "float32"
+    remat_policy: Annotated[RematPolicy, Key(choices=get_args(RematPolicy))] = "save_exchanged"
+    gating: GatingConfig = dataclasses.field(default_factory=GatingConfig)
+    attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
+    moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
         check_leaves(self)
@@ -144,7 +143,7 @@ class ModelConfig:
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """The kind of every layer, in order."""
-        pattern, interval = self.attention.pattern, self.attention.nope_layer_interval
+        pattern, interval = self.attention.attention_pattern, self.attention.nope_layer_interval
         return tuple(
             LayerKind(
                 moe=self.moe is not None

@@ -1,7 +1,7 @@
-"""What the code reads: frozen dataclasses that refuse contradictions and say how to cure them.
+"""Frozen dataclasses that the code reads: they refuse contradictions and name the fix.
 
-Every leaf names its YAML key once, in `Key`; loading, checking and writing back all go through
-that name. Defaults, units and one line on each key stand in `configs/base.yml` and nowhere else.
+An attribute has the name and the default of its key in `configs/base.yml`, which has units and a
+line on each as well; tests hold the two together. Only MaxText's `base_` is left out of attributes.
 Sizes that depend on how many devices there are live in `MeshConfig.resolve` and `checks.py`.
 """
 
@@ -45,7 +45,7 @@ class TrainConfig:
         adam_b2: decay of the second moment.
         adam_eps: added to the root of the second moment.
         adam_weight_decay: decoupled decay per unit of learning rate.
-        decay_vectors: it takes in scales of norms and biases too.
+        adam_decay_vectors: it takes in scales of norms and biases too.
         seed: of the initial parameters and of the order of the data.
         log_period: updates between two lines on the terminal.
         enable_checkpointing: save, and resume from what is there.
@@ -63,40 +63,36 @@ class TrainConfig:
         UserError: on a value out of range.
     """
 
-    per_device_batch_size: Annotated[float, Key("per_device_batch_size", above=0, most=2**20)]
-    max_target_length: Annotated[int, Key("max_target_length", least=1)]
-    steps: Annotated[int, Key("steps", least=0)]
-    gradient_accumulation_steps: Annotated[int, Key("gradient_accumulation_steps", least=1)]
-    optimizer: Annotated[Optimizer, Key("optimizer", choices=get_args(Optimizer))]
-    learning_rate: Annotated[float, Key("learning_rate", least=0)]
-    warmup_steps_fraction: Annotated[float, Key("warmup_steps_fraction", least=0, most=1)]
-    learning_rate_final_fraction: Annotated[
-        float, Key("learning_rate_final_fraction", least=0, most=1)
-    ]
-    learning_rate_rule: Annotated[
-        LearningRateRule, Key("learning_rate_rule", choices=get_args(LearningRateRule))
-    ]
-    learning_rate_schedule_steps: Annotated[
-        int, Key("learning_rate_schedule_steps", least=1, off=-1)
-    ]
-    gradient_clipping_threshold: Annotated[float, Key("gradient_clipping_threshold", least=0)]
-    adam_b1: Annotated[float, Key("adam_b1", least=0, below=1)]
-    adam_b2: Annotated[float, Key("adam_b2", least=0, below=1)]
-    adam_eps: Annotated[float, Key("adam_eps", above=0)]
-    adam_weight_decay: Annotated[float, Key("adam_weight_decay", least=0)]
-    decay_vectors: Annotated[bool, Key("adam_decay_vectors")]
-    seed: Annotated[int, Key("seed", least=0, below=2**32)]
-    log_period: Annotated[int, Key("log_period", least=1)]
-    enable_checkpointing: Annotated[bool, Key("enable_checkpointing")]
-    checkpoint_period: Annotated[int, Key("checkpoint_period", least=1)]
-    max_num_checkpoints_to_keep: Annotated[int, Key("max_num_checkpoints_to_keep", least=1, off=-1)]
-    async_checkpointing: Annotated[bool, Key("async_checkpointing")]
-    save_checkpoint_on_completion: Annotated[bool, Key("save_checkpoint_on_completion")]
-    enable_tensorboard: Annotated[bool, Key("enable_tensorboard")]
-    dump_hlo: Annotated[bool, Key("dump_hlo")]
-    profile: Annotated[bool, Key("profile")]
-    skip_first_n_steps_for_profiler: Annotated[int, Key("skip_first_n_steps_for_profiler", least=0)]
-    profiler_steps: Annotated[int, Key("profiler_steps", least=1)]
+    per_device_batch_size: Annotated[float, Key(above=0, most=2**20)] = 1.0
+    max_target_length: Annotated[int, Key(least=1)] = 2048
+    steps: Annotated[int, Key(least=0)] = 1000
+    gradient_accumulation_steps: Annotated[int, Key(least=1)] = 1
+    optimizer: Annotated[Optimizer, Key(choices=get_args(Optimizer))] = "adamw"
+    learning_rate: Annotated[float, Key(least=0)] = 3e-05
+    warmup_steps_fraction: Annotated[float, Key(least=0, most=1)] = 0.1
+    learning_rate_final_fraction: Annotated[float, Key(least=0, most=1)] = 0.1
+    learning_rate_rule: Annotated[LearningRateRule, Key(choices=get_args(LearningRateRule))] = (
+        "plain"
+    )
+    learning_rate_schedule_steps: Annotated[int, Key(least=1, off=-1)] = -1
+    gradient_clipping_threshold: Annotated[float, Key(least=0)] = 1.0
+    adam_b1: Annotated[float, Key(least=0, below=1)] = 0.9
+    adam_b2: Annotated[float, Key(least=0, below=1)] = 0.95
+    adam_eps: Annotated[float, Key(above=0)] = 1e-08
+    adam_weight_decay: Annotated[float, Key(least=0)] = 0.1
+    adam_decay_vectors: Annotated[bool, Key()] = False
+    seed: Annotated[int, Key(least=0, below=2**32)] = 0
+    log_period: Annotated[int, Key(least=1)] = 1
+    enable_checkpointing: Annotated[bool, Key()] = True
+    checkpoint_period: Annotated[int, Key(least=1)] = 1000
+    max_num_checkpoints_to_keep: Annotated[int, Key(least=1, off=-1)] = -1
+    async_checkpointing: Annotated[bool, Key()] = True
+    save_checkpoint_on_completion: Annotated[bool, Key()] = True
+    enable_tensorboard: Annotated[bool, Key()] = True
+    dump_hlo: Annotated[bool, Key()] = False
+    profile: Annotated[bool, Key()] = False
+    skip_first_n_steps_for_profiler: Annotated[int, Key(least=0)] = 1
+    profiler_steps: Annotated[int, Key(least=1)] = 5
 
     def __post_init__(self) -> None:
         check_leaves(self)
@@ -150,10 +146,10 @@ class DataConfig:
         seed: as in `TrainConfig`.
     """
 
-    dataset_type: Annotated[DatasetType, Key("dataset_type", choices=get_args(DatasetType))]
-    dataset_path: Annotated[tuple[str, ...], Key("dataset_path")]
-    tokenizer_path: Annotated[str, Key("tokenizer_path")]
-    seed: Annotated[int, Key("seed", least=0, below=2**32)]
+    dataset_type: Annotated[DatasetType, Key(choices=get_args(DatasetType))] = "text"
+    dataset_path: Annotated[tuple[str, ...], Key()] = ()
+    tokenizer_path: Annotated[str, Key()] = ""
+    seed: Annotated[int, Key(least=0, below=2**32)] = 0
 
     def __post_init__(self) -> None:
         check_leaves(self)
@@ -182,11 +178,11 @@ class RunConfig:
         UserError: `run_name` is not the name of a directory, or a path is an address.
     """
 
-    base_output_directory: Annotated[str, Key("base_output_directory")]
-    run_name: Annotated[str, Key("run_name")]
-    model_name: Annotated[str, Key("model_name")]
-    load_parameters_path: Annotated[str, Key("load_parameters_path")]
-    hf_family: Annotated[str, Key("hf_family")]
+    base_output_directory: Annotated[str, Key()] = "outputs"
+    run_name: Annotated[str, Key()]
+    model_name: Annotated[str, Key()]
+    load_parameters_path: Annotated[str, Key()] = ""
+    hf_family: Annotated[str, Key()] = ""
 
     def __post_init__(self) -> None:
         check_leaves(self)

@@ -100,10 +100,10 @@ def build_mesh(
     sizes = {level: _sizes(level, settings, said, axes, chosen_by) for level in LEVELS}
     whole = (*axes, *(axis for axis in MESH_AXES if axis not in axes))
     mesh = MeshConfig(
-        axes=whole,
+        mesh_axes=whole,
         ici=tuple(sizes["ici"][axis] for axis in whole),
         dcn=tuple(sizes["dcn"][axis] for axis in whole),
-        rules=tuple(table),
+        logical_axis_rules=tuple(table),
         rule_conflicts=settings["rule_conflicts"],
         num_simulated_devices=settings["num_simulated_devices"],
     )

@@ -19,7 +19,7 @@ from moe_shard.inference.sampling import next_tokens
 from moe_shard.layers.cache import EMPTY
 from moe_shard.models.decoder import Cache
 from moe_shard.models.params import AbstractModel, Params
-from moe_shard.sharding.annotate import Annotator
+from moe_shard.sharding.annotate import Sharding
 
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
@@ -48,7 +48,7 @@ class Generator:
 
     Args:
         model: the decoder; its parameters come with each call.
-        annotate: the mesh and its rules.
+        sharding: the mesh and its rules.
         config: how the next token is taken, and how many.
         vocab_size: of the tokenizer; what a larger model has beyond it is never written.
         rows: B.
@@ -61,7 +61,7 @@ class Generator:
     def __init__(
         self,
         model: AbstractModel,
-        annotate: Annotator,
+        sharding: Sharding,
         config: GenerateConfig,
         *,
         vocab_size: int,
@@ -76,7 +76,7 @@ class Generator:
         started = time.perf_counter()
         kind = _Cached if cached else _Anew
         self._reading: Reading = kind(
-            _Choosing(model, annotate, config, vocab_size), rows, places, dict(options)
+            _Choosing(model, sharding, config, vocab_size), rows, places, dict(options)
         )
         self.compile_seconds = time.perf_counter() - started
 
@@ -109,11 +109,11 @@ class _Choosing:
     """From logits to tokens, and what the programs of both kinds share."""
 
     def __init__(
-        self, model: AbstractModel, annotate: Annotator, config: GenerateConfig, vocab_size: int
+        self, model: AbstractModel, sharding: Sharding, config: GenerateConfig, vocab_size: int
     ) -> None:
         self.model, self.config, self.vocab_size = model, config, vocab_size
         self.params = jax.tree.map(lambda spec: spec.abstract(), model.specs)
-        self.everywhere = NamedSharding(annotate.mesh, PartitionSpec())
+        self.everywhere = NamedSharding(sharding.mesh, PartitionSpec())
 
     def token(self, logits: Float[Array, "B V"], written: Int[Array, ""]) -> Int[Array, "B"]:
         with jax.named_scope("sampling"):

@@ -22,13 +22,13 @@ def next_tokens(
         key: of this token's place.
         config: the strategy and its sizes.
     """
-    if config.strategy == "greedy":
+    if config.decode_sampling_strategy == "greedy":
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / config.temperature
-    if config.strategy in ("topk", "composite"):
-        logits = keep_top_k(logits, config.top_k)
-    if config.strategy in ("nucleus", "composite"):
-        logits = keep_nucleus(logits, config.nucleus_p)
+    logits = logits / config.decode_sampling_temperature
+    if config.decode_sampling_strategy in ("topk", "composite"):
+        logits = keep_top_k(logits, config.decode_sampling_top_k)
+    if config.decode_sampling_strategy in ("nucleus", "composite"):
+        logits = keep_nucleus(logits, config.decode_sampling_nucleus_p)
     rows = jnp.arange(logits.shape[0])
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

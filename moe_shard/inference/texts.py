@@ -108,10 +108,10 @@ def generate(
     notes.print(device_line, markup=False)
     for line in config.warnings:
         notes.print(f"note: {line}", markup=False, style="yellow")
-    annotate, _ = lay_out(config)
-    sizes = dict(annotate.mesh.shape)
+    sharding, _ = lay_out(config)
+    sizes = dict(sharding.mesh.shape)
     _require_whole_texts(config, sizes)
-    model = describe(config.model, annotate)
+    model = describe(config.model, sharding)
     told: list[str] = []
 
     def say(line: str) -> None:
@@ -124,7 +124,7 @@ def generate(
         with notes.status("compiling"):
             generator = Generator(
                 model,
-                annotate,
+                sharding,
                 config.generate,
                 vocab_size=tokenizer.vocab_size,
                 rows=rows_for(config, sizes, len(texts)),

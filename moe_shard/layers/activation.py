@@ -36,9 +36,9 @@ def gated(
         up: output of the other inward projection, likewise.
         gating: activation, limit, offset.
     """
-    if gating.limit != -1:
-        gate = jnp.minimum(gate, gating.limit)
-        up = jnp.clip(up, -gating.limit, gating.limit)
-    if gating.offset != 0:
-        up = up + gating.offset
+    if gating.mlp_activations_limit != -1:
+        gate = jnp.minimum(gate, gating.mlp_activations_limit)
+        up = jnp.clip(up, -gating.mlp_activations_limit, gating.mlp_activations_limit)
+    if gating.mlp_linear_offset != 0:
+        up = up + gating.mlp_linear_offset
     return ACTIVATIONS[gating.activation](gate) * up

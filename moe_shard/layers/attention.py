@@ -16,7 +16,7 @@ from moe_shard.layers.cache import LayerCache, Memory
 from moe_shard.layers.heads import Heads, make_vector, make_weight
 from moe_shard.layers.mla import LatentAttention
 from moe_shard.layers.norm import RMSNorm, normalise
-from moe_shard.sharding.annotate import Annotator
+from moe_shard.sharding.annotate import Sharding
 
 
 class Projected(NamedTuple):
@@ -37,7 +37,7 @@ class Attention(Heads):
         norm_epsilon: of the norms of queries and keys.
         dtype: of the products.
         weight_dtype: of the parameters.
-        annotate: the mesh and its rules.
+        sharding: the mesh and its rules.
         rngs: source of the initial weights.
     """
 
@@ -50,10 +50,10 @@ class Attention(Heads):
         norm_epsilon: float,
         dtype: DTypeLike,
         weight_dtype: DTypeLike,
-        annotate: Annotator,
+        sharding: Sharding,
         rngs: nnx.Rngs,
     ) -> None:
-        super().__init__(config=config, kind=kind, dtype=dtype, annotate=annotate)
+        super().__init__(config=config, kind=kind, dtype=dtype, sharding=sharding)
         self.norm_epsilon = norm_epsilon
         dim = config.head_dim
 
@@ -67,7 +67,7 @@ class Attention(Heads):
             )
 
         def bias(heads: int, axis: str) -> nnx.Param[Array] | None:
-            if not config.bias:
+            if not config.attention_bias:
                 return None
             return make_vector((heads, dim), (axis, None), dtype=weight_dtype)
 
@@ -84,7 +84,7 @@ class Attention(Heads):
 
         queries, keys = (config.num_query_heads, "heads"), (config.num_kv_heads, "kv_heads")
         # Scores that nothing scales are kept small by queries that begin small.
-        variance = 1 / dim if config.scale == 1 and not config.use_qk_norm else 1.0
+        variance = 1 / dim if config.attention_scale == 1 and not config.use_qk_norm else 1.0
         self.query = project(*queries, variance)
         self.key, self.value = project(*keys), project(*keys)
         self.query_bias, self.key_bias, self.value_bias = bias(*queries), bias(*keys), bias(*keys)
@@ -103,7 +103,7 @@ class Attention(Heads):
         if memory is not None:
             cache = self._remember(memory, {"key": key, "value": value})
             key, value = cache["key"], cache["value"]
-        scale = self.config.scale
+        scale = self.config.attention_scale
         scale = 1 / math.sqrt(self.config.head_dim) if scale == -1 else scale
         return self._attend(query, key, value, positions, segment_ids, memory, scale), cache
 
@@ -165,8 +165,8 @@ def _tempered(
     query: Float[Array, "B S N D"], positions: Int[Array, "B S"], config: AttentionConfig
 ) -> Float[Array, "B S N D"]:
     """Queries that grow with the logarithm of the position (arXiv 2501.19399, as in Llama 4)."""
-    steps = ((positions + 1) // config.temperature_floor).astype(jnp.float32)
-    growth = 1 + config.temperature_scale * jnp.log1p(steps)
+    steps = ((positions + 1) // config.temperature_tuning_floor).astype(jnp.float32)
+    growth = 1 + config.temperature_tuning_scale * jnp.log1p(steps)
     return (query * growth[..., None, None]).astype(query.dtype)
 
 
@@ -178,18 +178,18 @@ def make_attention(
     norm_epsilon: float,
     dtype: DTypeLike,
     weight_dtype: DTypeLike,
-    annotate: Annotator,
+    sharding: Sharding,
     rngs: nnx.Rngs,
 ) -> Attention | LatentAttention:
     """The attention that `attention_type` names; see the classes for the arguments."""
-    if config.type == "mla":
+    if config.attention_type == "mla":
         return LatentAttention(
             config=config,
             kind=kind,
             model_dim=model_dim,
             dtype=dtype,
             weight_dtype=weight_dtype,
-            annotate=annotate,
+            sharding=sharding,
             rngs=rngs,
         )
     return Attention(
@@ -199,6 +199,6 @@ def make_attention(
         norm_epsilon=norm_epsilon,
         dtype=dtype,
         weight_dtype=weight_dtype,
-        annotate=annotate,
+        sharding=sharding,
         rngs=rngs,
     )

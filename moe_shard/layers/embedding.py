@@ -9,7 +9,7 @@ from jax.nn.initializers import normal
 from jaxtyping import Array, Float, Int
 
 from moe_shard.config.model_config import ModelConfig
-from moe_shard.sharding.annotate import Annotator
+from moe_shard.sharding.annotate import Sharding
 
 TABLE = ("vocab", "embed_vocab")
 KERNEL = ("embed_vocab", "vocab")
@@ -20,11 +20,11 @@ class Embedding(nnx.Module):
 
     Args:
         config: the model; logits are float32 whatever its dtype.
-        annotate: the mesh and its rules.
+        sharding: the mesh and its rules.
         rngs: source of the initial weights.
     """
 
-    def __init__(self, config: ModelConfig, annotate: Annotator, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, sharding: Sharding, *, rngs: nnx.Rngs) -> None:
         vocab_size, model_dim = config.vocab_size, config.emb_dim
         tied, weight_dtype = config.logits_via_embedding, config.weight_dtype
         # A tied table gives the logits too, which must not start far from 0.
@@ -50,7 +50,7 @@ class Embedding(nnx.Module):
         self.multiplier = config.embedding_multiplier
         self.scaling, self.soft_cap = config.logits_scaling, config.final_logits_soft_cap
         self.dtype = config.dtype
-        self.annotate = annotate
+        self.sharding = sharding
 
     def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S M"]:
         """Look tokens up."""
@@ -58,12 +58,12 @@ class Embedding(nnx.Module):
             # Whole vectors before the lookup, and in its gradient before they are scattered to
             # where the table is stored; left to itself the partitioner looks up slices, and on
             # some meshes replicates all tokens to join them.
-            table = self.annotate(
+            table = self.sharding(
                 self.table[...].astype(self.dtype), *TABLE, name="embedding table as stored"
             )
-            table = self.annotate(table, "vocab", None, name="embedding table in use")
+            table = self.sharding(table, "vocab", None, name="embedding table in use")
             x = jnp.take(table, tokens, axis=0)
-            x = self.annotate(
+            x = self.sharding(
                 x, "activation_batch", "activation_length", "activation_embed", name="embedded"
             )
             return x if self.multiplier == 1 else x * self.multiplier
@@ -72,15 +72,15 @@ class Embedding(nnx.Module):
         """Scores of every token of the vocabulary, in float32."""
         with jax.named_scope("logits"):
             weight = self.table[...].T if self.kernel is None else self.kernel[...]
-            kernel = self.annotate.use_weight(
+            kernel = self.sharding.use_weight(
                 weight.astype(self.dtype), KERNEL, (None, "activation_vocab"), name="logits kernel"
             )
             logits = jnp.einsum("bsm,mv->bsv", x, kernel, preferred_element_type=jnp.float32)
-            logits = self.annotate(
+            logits = self.sharding(
                 logits, "activation_batch", "activation_length", "activation_vocab", name="logits"
             )
             if self.bias is not None:
-                logits = logits + self.annotate.use_weight(
+                logits = logits + self.sharding.use_weight(
                     self.bias[...].astype(jnp.float32),
                     ("vocab",),
                     ("activation_vocab",),

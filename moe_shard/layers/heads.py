@@ -17,7 +17,7 @@ from moe_shard.config.model_config import LayerKind
 from moe_shard.layers.cache import LayerCache, Memory
 from moe_shard.layers.rope import apply_rope
 from moe_shard.layers.scores import attend, seen_tokens
-from moe_shard.sharding.annotate import Annotator
+from moe_shard.sharding.annotate import Sharding
 
 OUT = ("heads", "head_dim", "embed")
 
@@ -72,7 +72,7 @@ class Heads(nnx.Module):
         config: heads, norms, positions.
         kind: the layer's span, and whether it has RoPE.
         dtype: of the products.
-        annotate: the mesh and its rules.
+        sharding: the mesh and its rules.
     """
 
     out: nnx.Param[Array]
@@ -80,11 +80,11 @@ class Heads(nnx.Module):
     sink: nnx.Param[Array] | None
 
     def __init__(
-        self, *, config: AttentionConfig, kind: LayerKind, dtype: DTypeLike, annotate: Annotator
+        self, *, config: AttentionConfig, kind: LayerKind, dtype: DTypeLike, sharding: Sharding
     ) -> None:
         self.config, self.kind = config, kind
         self.dtype = dtype
-        self.annotate = annotate
+        self.sharding = sharding
 
     def __call__(
         self,
@@ -128,9 +128,13 @@ class Heads(nnx.Module):
             (heads, value_dim, model_dim), OUT, contracted=2, dtype=dtype, rngs=rngs
         )
         self.out_bias = (
-            make_vector((model_dim,), ("norm",), dtype=dtype) if self.config.out_bias else None
+            make_vector((model_dim,), ("norm",), dtype=dtype)
+            if self.config.attention_out_bias
+            else None
         )
-        self.sink = make_vector((heads,), ("heads",), dtype=dtype) if self.config.sink else None
+        self.sink = (
+            make_vector((heads,), ("heads",), dtype=dtype) if self.config.attention_sink else None
+        )
 
     def _in_use(
         self, param: nnx.Param[Array], used: tuple[str | None, ...], name: str
@@ -138,7 +142,7 @@ class Heads(nnx.Module):
         """A parameter in the dtype of the products, where they need it."""
         axes = param.get_metadata("logical_axes")
         stored = axes[-len(used) :]  # a stack's parameters bear `layers` first
-        return self.annotate.use_weight(
+        return self.sharding.use_weight(
             param[...].astype(self.dtype), stored, used, name=f"attention {name}"
         )
 
@@ -149,7 +153,7 @@ class Heads(nnx.Module):
         name: str,
         length: str = "activation_length",
     ) -> Float[Array, "B S N D"]:
-        return self.annotate(
+        return self.sharding(
             x,
             "activation_batch",
             length,
@@ -192,7 +196,7 @@ class Heads(nnx.Module):
     def _place_cache(self, name: str, array: Array) -> Array:
         by_head = ("activation_kv_heads", "activation_head_dim")
         dims = by_head if array.ndim == 4 else (None,)
-        return self.annotate(
+        return self.sharding(
             array, "activation_batch", "activation_kv_length", *dims, name=f"cached {name}"
         )
 
@@ -215,7 +219,7 @@ class Heads(nnx.Module):
         """
         plain = (
             self.sink is None
-            and self.config.logits_soft_cap == 0
+            and self.config.attn_logits_soft_cap == 0
             and key.shape[-1] == value.shape[-1]
         )
         if plain and memory is None and self.kind.span == "global":
@@ -233,7 +237,7 @@ class Heads(nnx.Module):
             value,
             seen,
             scale=scale,
-            soft_cap=self.config.logits_soft_cap,
+            soft_cap=self.config.attn_logits_soft_cap,
             sink=self._sink_in_use(),
         )
 
@@ -249,7 +253,7 @@ class Heads(nnx.Module):
     def _output(self, attended: Float[Array, "B S N Dv"]) -> Float[Array, "B S M"]:
         attended = self._by_head(attended, "heads", "attended")
         out = self._in_use(self.out, ("activation_heads", "activation_head_dim", None), "out")
-        y = self.annotate(
+        y = self.sharding(
             jnp.einsum("bsnd,ndm->bsm", attended, out),
             "activation_batch",
             "activation_length",

@@ -22,7 +22,7 @@ from moe_shard.layers.cache import LayerCache, Memory
 from moe_shard.layers.heads import Heads, make_vector, make_weight
 from moe_shard.layers.norm import RMSNorm
 from moe_shard.layers.scores import attention_weights
-from moe_shard.sharding.annotate import Annotator
+from moe_shard.sharding.annotate import Sharding
 
 
 class LatentAttention(Heads):
@@ -34,7 +34,7 @@ class LatentAttention(Heads):
         model_dim: M.
         dtype: of the products.
         weight_dtype: of the parameters.
-        annotate: the mesh and its rules.
+        sharding: the mesh and its rules.
         rngs: source of the initial weights.
     """
 
@@ -46,10 +46,10 @@ class LatentAttention(Heads):
         model_dim: int,
         dtype: DTypeLike,
         weight_dtype: DTypeLike,
-        annotate: Annotator,
+        sharding: Sharding,
         rngs: nnx.Rngs,
     ) -> None:
-        super().__init__(config=config, kind=kind, dtype=dtype, annotate=annotate)
+        super().__init__(config=config, kind=kind, dtype=dtype, sharding=sharding)
         heads, rank = config.num_query_heads, config.kv_lora_rank
         nope, turned = config.qk_nope_head_dim, config.qk_rope_head_dim
 
@@ -63,10 +63,14 @@ class LatentAttention(Heads):
             return make_weight((model_dim, size), axes, dtype=weight_dtype, rngs=rngs)
 
         def bias(size: int) -> nnx.Param[Array] | None:
-            return make_vector((size,), ("norm",), dtype=weight_dtype) if config.bias else None
+            return (
+                make_vector((size,), ("norm",), dtype=weight_dtype)
+                if config.attention_bias
+                else None
+            )
 
         def norm(size: int) -> RMSNorm:
-            return RMSNorm(dim=size, epsilon=config.latent_epsilon, weight_dtype=weight_dtype)
+            return RMSNorm(dim=size, epsilon=config.latent_norm_epsilon, weight_dtype=weight_dtype)
 
         if config.q_lora_rank == 0:
             self.query = up((model_dim, heads, nope + turned), "embed")
@@ -136,7 +140,7 @@ class LatentAttention(Heads):
         name: str,
     ) -> Float[Array, "B S R"]:
         kernel = self._in_use(weight, (None, None), name)
-        y = self.annotate(
+        y = self.sharding(
             jnp.einsum("bsm,mr->bsr", x, kernel),
             "activation_batch",
             "activation_length",
@@ -167,7 +171,7 @@ class LatentAttention(Heads):
         """Keys and values for each head, for which scores cost least where all tokens are new."""
         # Gathered here: a context axis would otherwise gather the keys and values of all heads.
         latent, key = (
-            self.annotate(x, "activation_batch", "activation_kv_length", None, name=name)
+            self.sharding(x, "activation_batch", "activation_kv_length", None, name=name)
             for x, name in ((latent, "latents attended to"), (key, "shared keys attended to"))
         )
         by_head = self._expand(latent, self.latent_up, "latent up", "activation_kv_length")
@@ -209,7 +213,7 @@ class LatentAttention(Heads):
         weights = attention_weights(
             scores,
             self._seen(positions, segment_ids, memory),
-            soft_cap=self.config.logits_soft_cap,
+            soft_cap=self.config.attn_logits_soft_cap,
             sink=self._sink_in_use(),
         )
         mixed = jnp.einsum("bnst,btr->bsnr", weights.astype(self.dtype), cache["latent"])
@@ -219,9 +223,9 @@ class LatentAttention(Heads):
     def _scale(self) -> float:
         """Factor of the scores: of a key's size and, under YaRN, of the stretch (DeepSeek-V2)."""
         config, rope = self.config, self.config.rope
-        scale = config.scale
+        scale = config.attention_scale
         if scale == -1:
             scale = 1 / math.sqrt(config.qk_nope_head_dim + config.qk_rope_head_dim)
-        if rope.type == "yarn":
-            scale *= (0.1 * rope.mscale * math.log(rope.factor) + 1) ** 2
+        if rope.rope_type == "yarn":
+            scale *= (0.1 * rope.mscale * math.log(rope.rope_factor) + 1) ** 2
         return scale

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from moe_shard.config.model_config import GatingConfig
 from moe_shard.layers.activation import gated
-from moe_shard.sharding.annotate import Annotator
+from moe_shard.sharding.annotate import Sharding
 
 WEIGHT_IN, WEIGHT_OUT = ("embed", "mlp"), ("mlp", "embed")
 
@@ -25,7 +25,7 @@ class MLP(nnx.Module):
         gating: activation, clamps, offset, biases.
         dtype: of the products.
         weight_dtype: of the parameters.
-        annotate: the mesh and its rules.
+        sharding: the mesh and its rules.
         rngs: source of the initial weights.
     """
 
@@ -37,7 +37,7 @@ class MLP(nnx.Module):
         gating: GatingConfig,
         dtype: DTypeLike,
         weight_dtype: DTypeLike,
-        annotate: Annotator,
+        sharding: Sharding,
         rngs: nnx.Rngs,
     ) -> None:
         init = variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -47,7 +47,7 @@ class MLP(nnx.Module):
         self.down = nnx.Param(init(rngs.params(), shape_out, weight_dtype), logical_axes=WEIGHT_OUT)
 
         def bias(size: int, axis: str) -> nnx.Param[Array] | None:
-            if not gating.bias:
+            if not gating.mlp_bias:
                 return None
             return nnx.Param(jnp.zeros((size,), weight_dtype), logical_axes=(axis,))
 
@@ -55,21 +55,21 @@ class MLP(nnx.Module):
         self.down_bias = bias(model_dim, "norm")
         self.gating = gating
         self.dtype = dtype
-        self.annotate = annotate
+        self.sharding = sharding
 
     def __call__(self, x: Float[Array, "B S M"]) -> Float[Array, "B S M"]:
         """Apply the MLP."""
         with jax.named_scope("mlp"):
             gate = self._project(x, self.gate, self.gate_bias, "mlp gate")
             up = self._project(x, self.up, self.up_bias, "mlp up")
-            down = self.annotate.use_weight(
+            down = self.sharding.use_weight(
                 self.down[...].astype(self.dtype),
                 WEIGHT_OUT,
                 ("activation_mlp", None),
                 name="mlp down",
             )
             y = jnp.einsum("bsf,fm->bsm", gated(gate, up, self.gating), down)
-            y = self.annotate(
+            y = self.sharding(
                 y, "activation_batch", "activation_length", "activation_embed", name="mlp output"
             )
             return self._add(y, self.down_bias, ("norm",), ("activation_embed",), "mlp down bias")
@@ -81,10 +81,10 @@ class MLP(nnx.Module):
         bias: nnx.Param[Array] | None,
         name: str,
     ) -> Float[Array, "B S F"]:
-        kernel_in_use = self.annotate.use_weight(
+        kernel_in_use = self.sharding.use_weight(
             kernel[...].astype(self.dtype), WEIGHT_IN, (None, "activation_mlp"), name=name
         )
-        y = self.annotate(
+        y = self.sharding(
             jnp.einsum("bsm,mf->bsf", x, kernel_in_use),
             "activation_batch",
             "activation_length",
@@ -103,4 +103,4 @@ class MLP(nnx.Module):
     ) -> Float[Array, "B S F"]:
         if bias is None:
             return y
-        return y + self.annotate.use_weight(bias[...].astype(self.dtype), stored, used, name=name)
+        return y + self.sharding.use_weight(bias[...].astype(self.dtype), stored, used, name=name)

@@ -42,12 +42,12 @@ def apply_rope(
     if magnitude != 1:
         sin, cos = sin * magnitude, cos * magnitude
     turned, rest = x[..., :turned_dim].astype(jnp.float32), x[..., turned_dim:]
-    if rope.interleave:
+    if rope.rope_interleave:
         first, second = turned[..., 0::2], turned[..., 1::2]
     else:
         first, second = jnp.split(turned, 2, axis=-1)
     pair = first * cos - second * sin, second * cos + first * sin
-    if rope.interleave:
+    if rope.rope_interleave:
         rotated = jnp.stack(pair, axis=-1).reshape(turned.shape)
     else:
         rotated = jnp.concatenate(pair, axis=-1)
@@ -57,9 +57,9 @@ def apply_rope(
 
 def rope_magnitude(rope: RopeConfig) -> float:
     """What cosines and sines are multiplied by; YaRN's temperature of the softmax."""
-    if rope.attention_factor != -1:
-        return rope.attention_factor
-    return 0.1 * math.log(rope.factor) + 1 if rope.attention_scaling else 1.0
+    if rope.rope_attention_factor != -1:
+        return rope.rope_attention_factor
+    return 0.1 * math.log(rope.rope_factor) + 1 if rope.rope_attention_scaling else 1.0
 
 
 def rope_frequencies(rope: RopeConfig, *, turned_dim: int, length: int) -> np.ndarray:
@@ -72,24 +72,28 @@ def rope_frequencies(rope: RopeConfig, *, turned_dim: int, length: int) -> np.nd
             ones by it. A row that grows in a cache is as long as its places from the start, so
             that keys turned before need not be turned again.
     """
-    kept = rope.max_timescale ** (-np.arange(0, turned_dim, 2) / turned_dim)
-    if rope.type == "llama3.1":
+    kept = rope.rope_max_timescale ** (-np.arange(0, turned_dim, 2) / turned_dim)
+    if rope.rope_type == "llama3.1":
         return _by_wavelength(kept, rope)
-    if rope.type == "yarn":
+    if rope.rope_type == "yarn":
         return _by_rotations(kept, rope)
-    if rope.type == "longrope":
-        factors = rope.long_factors if length > rope.original_length else rope.short_factors
+    if rope.rope_type == "longrope":
+        factors = (
+            rope.rope_long_factors
+            if length > rope.original_max_position_embeddings
+            else rope.rope_short_factors
+        )
         return kept / np.asarray(factors)
     return kept
 
 
 def _by_wavelength(kept: np.ndarray, rope: RopeConfig) -> np.ndarray:
     """Llama 3.1: waves longer than the original length are stretched, short ones are not."""
-    waves = rope.original_length * kept / (2 * np.pi)  # in the original length
-    low, high = rope.low_freq_factor, rope.high_freq_factor
+    waves = rope.original_max_position_embeddings * kept / (2 * np.pi)  # in the original length
+    low, high = rope.rope_low_freq_factor, rope.rope_high_freq_factor
     # A ramp of no width is a step: Llama 4 has it.
     share = (waves - low) / (high - low) if high != low else waves >= low
-    return _blend(kept, kept / rope.factor, np.clip(share, 0, 1))
+    return _blend(kept, kept / rope.rope_factor, np.clip(share, 0, 1))
 
 
 def _by_rotations(kept: np.ndarray, rope: RopeConfig) -> np.ndarray:
@@ -97,17 +101,17 @@ def _by_rotations(kept: np.ndarray, rope: RopeConfig) -> np.ndarray:
     dim = 2 * len(kept)
 
     def pair_that_rotates(times: float) -> float:
-        waves = rope.original_length / (2 * math.pi * times)
-        return dim * math.log(waves) / (2 * math.log(rope.max_timescale))
+        waves = rope.original_max_position_embeddings / (2 * math.pi * times)
+        return dim * math.log(waves) / (2 * math.log(rope.rope_max_timescale))
 
     low, high = pair_that_rotates(rope.beta_fast), pair_that_rotates(rope.beta_slow)
-    if rope.truncate:
+    if rope.rope_truncate:
         low, high = math.floor(low), math.ceil(high)
     # The upper bound is in elements and not in pairs, as in every released implementation.
     low, high = max(low, 0), min(high, dim - 1)
     # A ramp of no width is a step.
     ramp = (np.arange(len(kept)) - low) / (high - low if high != low else 0.001)
-    return _blend(kept, kept / rope.factor, 1 - np.clip(ramp, 0, 1))
+    return _blend(kept, kept / rope.rope_factor, 1 - np.clip(ramp, 0, 1))
 
 
 def _blend(kept: np.ndarray, divided: np.ndarray, share: np.ndarray) -> np.ndarray:

@@ -36,7 +36,7 @@ def seen_tokens(
     if span == "sliding":
         seen &= at - of < config.sliding_window_size
     elif span == "chunked":
-        seen &= at // config.chunk_size == of // config.chunk_size
+        seen &= at // config.chunk_attn_window_size == of // config.chunk_attn_window_size
     return seen
 
 

@@ -270,8 +270,12 @@ class _Planner:
         """
         attention = self.model.attention
         usual = 1 / math.sqrt(attention.head_dim)
-        here = usual if attention.scale == -1 else attention.scale
-        if attention.type == "mla" or attention.use_qk_norm or not self._factor_in_query():
+        here = usual if attention.attention_scale == -1 else attention.attention_scale
+        if (
+            attention.attention_type == "mla"
+            or attention.use_qk_norm
+            or not self._factor_in_query()
+        ):
             return {}, []
         if here == 1:
             return {}, []

@@ -134,7 +134,7 @@ def places(role: str, shape: tuple[int, ...], model: ModelConfig) -> Iterator[Pl
     if role not in INNER:
         return
     before, name = INNER[role]
-    if role == "attention.query_norm.scale" and model.attention.type == "mla":
+    if role == "attention.query_norm.scale" and model.attention.attention_type == "mla":
         name = _LATENT_QUERY_NORM
     for start in before:
         yield Place(start + name, shape)

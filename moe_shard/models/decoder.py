@@ -18,7 +18,7 @@ from moe_shard.layers.norm import LayerNorm, RMSNorm
 from moe_shard.models.cycles import Cycle, cycles_of
 from moe_shard.models.remat import remat
 from moe_shard.moe.layer import MoELayer, MoEStats
-from moe_shard.sharding.annotate import Annotator
+from moe_shard.sharding.annotate import Sharding
 
 
 class Cache(NamedTuple):
@@ -41,7 +41,7 @@ class DecoderLayer(nnx.Module):
     """Attention, then MoE or MLP; each normalised before and added to the residual stream."""
 
     def __init__(
-        self, config: ModelConfig, kind: LayerKind, annotate: Annotator, *, rngs: nnx.Rngs
+        self, config: ModelConfig, kind: LayerKind, sharding: Sharding, *, rngs: nnx.Rngs
     ) -> None:
         dtypes = {"dtype": config.dtype, "weight_dtype": config.weight_dtype}
         self.residual_multiplier = config.residual_multiplier
@@ -50,8 +50,8 @@ class DecoderLayer(nnx.Module):
             config=config.attention,
             kind=kind,
             model_dim=config.emb_dim,
-            norm_epsilon=config.norm_epsilon,
-            annotate=annotate,
+            norm_epsilon=config.normalization_layer_epsilon,
+            sharding=sharding,
             rngs=rngs,
             **dtypes,
         )
@@ -63,7 +63,7 @@ class DecoderLayer(nnx.Module):
                 config=config.moe,
                 model_dim=config.emb_dim,
                 gating=config.gating,
-                annotate=annotate,
+                sharding=sharding,
                 rngs=rngs,
                 **dtypes,
             )
@@ -72,7 +72,7 @@ class DecoderLayer(nnx.Module):
                 model_dim=config.emb_dim,
                 hidden_dim=config.mlp_dim,
                 gating=config.gating,
-                annotate=annotate,
+                sharding=sharding,
                 rngs=rngs,
                 **dtypes,
             )
@@ -107,16 +107,16 @@ class Decoder(nnx.Module):
 
     Args:
         config: the model.
-        annotate: the mesh and its rules.
+        sharding: the mesh and its rules.
         rngs: source of the initial weights.
     """
 
-    def __init__(self, config: ModelConfig, annotate: Annotator, *, rngs: nnx.Rngs) -> None:
-        self.embedding = Embedding(config, annotate, rngs=rngs)
+    def __init__(self, config: ModelConfig, sharding: Sharding, *, rngs: nnx.Rngs) -> None:
+        self.embedding = Embedding(config, sharding, rngs=rngs)
         self.cycles = cycles_of(config.layer_kinds)
         for cycle in self.cycles:
             for name, kind in zip(cycle.names, cycle.kinds, strict=True):
-                setattr(self, name, _stack(config, kind, cycle.turns, annotate, rngs))
+                setattr(self, name, _stack(config, kind, cycle.turns, sharding, rngs))
         self.final_norm = make_norm(config)
         self.remat_policy = config.remat_policy
 
@@ -247,19 +247,23 @@ class Decoder(nnx.Module):
 
 def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
     """A normalisation of the residual stream."""
-    kind = RMSNorm if config.normalization == "rms" else LayerNorm
-    return kind(dim=config.emb_dim, epsilon=config.norm_epsilon, weight_dtype=config.weight_dtype)
+    kind = RMSNorm if config.normalization_type == "rms" else LayerNorm
+    return kind(
+        dim=config.emb_dim,
+        epsilon=config.normalization_layer_epsilon,
+        weight_dtype=config.weight_dtype,
+    )
 
 
 def _stack(
-    config: ModelConfig, kind: LayerKind, layers: int, annotate: Annotator, rngs: nnx.Rngs
+    config: ModelConfig, kind: LayerKind, layers: int, sharding: Sharding, rngs: nnx.Rngs
 ) -> DecoderLayer:
     """Layers of one kind, their parameters stacked."""
 
     @nnx.split_rngs(splits=layers)
     @nnx.vmap
     def make(rngs: nnx.Rngs) -> DecoderLayer:
-        return DecoderLayer(config, kind, annotate, rngs=rngs)
+        return DecoderLayer(config, kind, sharding, rngs=rngs)
 
     stack: DecoderLayer = make(rngs)
     for _, param in nnx.iter_graph(stack):

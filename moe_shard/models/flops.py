@@ -46,7 +46,7 @@ def _attention_params(config: AttentionConfig, emb_dim: int) -> int:
     heads = config.num_query_heads
     of_key, of_value = _head_dims(config)
     out = heads * of_value * emb_dim
-    if config.type == "mla":
+    if config.attention_type == "mla":
         inner = config.q_lora_rank or emb_dim
         queries = emb_dim * config.q_lora_rank + inner * heads * of_key
         latent = emb_dim * (config.kv_lora_rank + config.qk_rope_head_dim)
@@ -57,12 +57,12 @@ def _attention_params(config: AttentionConfig, emb_dim: int) -> int:
 
 def _head_dims(config: AttentionConfig) -> tuple[int, int]:
     """Elements of a key and of a value."""
-    if config.type == "mla":
+    if config.attention_type == "mla":
         return config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
     return config.head_dim, config.head_dim
 
 
 def _moe_params(config: MoEConfig, emb_dim: int) -> int:
-    hidden = config.num_experts_per_tok * config.mlp_dim + config.shared_dim
-    router = emb_dim * (config.num_experts + config.shared_gate)
+    hidden = config.num_experts_per_tok * config.moe_mlp_dim + config.shared_dim
+    router = emb_dim * (config.num_experts + config.shared_expert_gate)
     return router + _PROJECTIONS * emb_dim * hidden

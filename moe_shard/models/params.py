@@ -19,7 +19,7 @@ from jaxtyping import PRNGKeyArray
 
 from moe_shard.config.model_config import ModelConfig
 from moe_shard.models.decoder import Decoder
-from moe_shard.sharding.annotate import Annotator
+from moe_shard.sharding.annotate import Sharding
 
 Params = dict[str, Any]
 """Parameters as nested dicts of arrays (or of what describes an array), by module attribute."""
@@ -64,25 +64,25 @@ class AbstractModel:
         return nnx.merge(self.graph, params)
 
 
-def describe(config: ModelConfig, annotate: Annotator) -> AbstractModel:
+def describe(config: ModelConfig, sharding: Sharding) -> AbstractModel:
     """Describe a decoder and place its parameters.
 
     Args:
         config: the model.
-        annotate: the mesh and its rules.
+        sharding: the mesh and its rules.
 
     Raises:
         UserError: a parameter has a dim that its mesh axes do not divide, or that has no row.
     """
 
     def build(key: PRNGKeyArray) -> Decoder:
-        return Decoder(config, annotate, rngs=nnx.Rngs(params=key))
+        return Decoder(config, sharding, rngs=nnx.Rngs(params=key))
 
     def spec(path: tuple[str, ...], param: nnx.Param[Any]) -> ParamSpec:
         name, shape, dtype = ".".join(path), param.get_value().shape, param.get_value().dtype
         logical_axes = param.get_metadata("logical_axes")
-        sharding = annotate.sharding(name, logical_axes, shape, dtype=dtype)
-        return ParamSpec(name, shape, dtype, logical_axes, sharding)
+        placed = sharding.named_sharding(name, logical_axes, shape, dtype=dtype)
+        return ParamSpec(name, shape, dtype, logical_axes, placed)
 
     graph, params = nnx.split(nnx.eval_shape(build, jax.random.key(0)))
     specs = nnx.to_pure_dict(nnx.map_state(spec, params))

@@ -65,7 +65,7 @@ def row_capacity(config: MoEConfig, *, tokens: int) -> int:
 
 def slots_per_row(config: MoEConfig, *, tokens: int) -> int:
     """What is carried to the experts for one batch row: its slots, or its choices."""
-    if config.dispatch == "ragged":
+    if config.moe_dispatch == "ragged":
         return tokens * config.num_experts_per_tok
     return config.num_experts * row_capacity(config, tokens=tokens)
 

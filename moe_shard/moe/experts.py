@@ -122,7 +122,7 @@ class Experts(nnx.Module):
         self.down = nnx.Param(
             init(rngs.params(), shape_out, weight_dtype), logical_axes=EXPERT_WEIGHT_OUT
         )
-        if gating.bias:
+        if gating.mlp_bias:
             self._make_biases(num_experts, hidden_dim, model_dim, fused, weight_dtype)
         self.fused, self.gating = fused, gating
         self.dtype = dtype
@@ -138,7 +138,7 @@ class Experts(nnx.Module):
 
         inward = cast(self.gate_up) if self.fused else cast(self.gate, self.up)
         (down,) = cast(self.down)
-        if not self.gating.bias:
+        if not self.gating.mlp_bias:
             return ExpertWeights(inward, down)
         biases = cast(self.gate_up_bias) if self.fused else cast(self.gate_bias, self.up_bias)
         return ExpertWeights(inward, down, biases, *cast(self.down_bias))

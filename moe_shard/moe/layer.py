@@ -24,7 +24,7 @@ from moe_shard.moe.experts import Experts
 from moe_shard.moe.losses import expert_counts, router_z_loss
 from moe_shard.moe.placement import Placement
 from moe_shard.moe.router import Router, Routing
-from moe_shard.sharding.annotate import Annotator
+from moe_shard.sharding.annotate import Sharding
 
 
 class MoEStats(NamedTuple):
@@ -52,7 +52,7 @@ class MoELayer(nnx.Module):
         gating: the experts' activation, clamps, offset, biases.
         dtype: of the experts' products and the layer's output.
         weight_dtype: of the experts' parameters; the router is always float32.
-        annotate: the mesh and its rules.
+        sharding: the mesh and its rules.
         rngs: source of the initial weights.
     """
 
@@ -64,11 +64,13 @@ class MoELayer(nnx.Module):
         gating: GatingConfig,
         dtype: DTypeLike,
         weight_dtype: DTypeLike,
-        annotate: Annotator,
+        sharding: Sharding,
         rngs: nnx.Rngs,
     ) -> None:
         self.config = config
-        self.placement = Placement(annotate, no_expert_sharding=config.no_expert_sharding)
+        self.placement = Placement(
+            sharding, no_expert_sharding=config.moe_dispatch_no_expert_sharding
+        )
         self.router = Router(
             model_dim=model_dim,
             num_experts=config.num_experts,
@@ -79,9 +81,9 @@ class MoELayer(nnx.Module):
         self.experts = Experts(
             num_experts=config.num_experts,
             model_dim=model_dim,
-            hidden_dim=config.mlp_dim,
+            hidden_dim=config.moe_mlp_dim,
             gating=gating,
-            fused=config.prefuse_weights,
+            fused=config.prefuse_moe_weights,
             dtype=dtype,
             weight_dtype=weight_dtype,
             rngs=rngs,
@@ -93,14 +95,14 @@ class MoELayer(nnx.Module):
                 gating=gating,
                 dtype=dtype,
                 weight_dtype=weight_dtype,
-                annotate=annotate,
+                sharding=sharding,
                 rngs=rngs,
             )
             if config.shared_dim
             else None
         )
         self.shared_gate = (
-            _shared_gate(model_dim, weight_dtype, rngs) if config.shared_gate else None
+            _shared_gate(model_dim, weight_dtype, rngs) if config.shared_expert_gate else None
         )
         self.strategy = make_strategy(config, self.placement)
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from moe_shard.moe.record import MoERecord
 from moe_shard.moe.shards import Shards, WeightSpecs
 from moe_shard.moe.weights import ExpertWeights
-from moe_shard.sharding.annotate import Annotator
+from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.rules import LogicalAxes
 
 EXCHANGED = "exchanged"
@@ -42,18 +42,18 @@ class Placement:
     """Pins the arrays of one MoE layer.
 
     Args:
-        annotate: the mesh and its rules.
+        sharding: the mesh and its rules.
         no_expert_sharding: the flag `moe_dispatch_no_expert_sharding`.
     """
 
-    def __init__(self, annotate: Annotator, *, no_expert_sharding: bool) -> None:
-        self.annotate = annotate
-        self.expert_axes = annotate.table.expert_axes
+    def __init__(self, sharding: Sharding, *, no_expert_sharding: bool) -> None:
+        self.sharding = sharding
+        self.expert_axes = sharding.table.expert_axes
         # Read here and nowhere else.
         self.batch = "activation_batch_no_exp" if no_expert_sharding else "activation_batch_moe"
         # Weights are used where the activations' experts are, so what FSDP adds to the experts dim
         # is gathered; where that dim stays whole in the activations, once, not twice.
-        taken = set(annotate.table.sharding_axes(self.batch))
+        taken = set(sharding.table.sharding_axes(self.batch))
         self.moves_tokens = bool(self.expert_axes) and taken.isdisjoint(self.expert_axes)
         self._exp_in_use = "activation_exp" if taken.isdisjoint(self.expert_axes) else None
         self._consequence = (
@@ -65,22 +65,22 @@ class Placement:
     @property
     def why_travel(self) -> str:
         """Why tokens have to leave their devices; empty where every device has all experts."""
-        sizes = self.annotate.table.axis_sizes
+        sizes = self.sharding.table.axis_sizes
         return " x ".join(f"{axis} axis of {sizes[axis]}" for axis in self.expert_axes)
 
     @property
     def why_stay(self) -> str:
         """Why no token leaves its device; no axis for experts is not the same as one of size 1."""
-        named = self.annotate.table.named_expert_axes
+        named = self.sharding.table.named_expert_axes
         return f"the {', '.join(named)} axis has size 1" if named else "no axis is for experts"
 
     def record(self, record: MoERecord) -> None:
         """Keep what the layer decided, for the report."""
-        self.annotate.decisions["moe"] = record
+        self.sharding.decisions["moe"] = record
 
     def tokens(self, x: Float[Array, "B S M"]) -> Float[Array, "B S M"]:
         """The layer's input and output."""
-        return self.annotate(x, *TOKENS, name="moe tokens")
+        return self.sharding(x, *TOKENS, name="moe tokens")
 
     def to_experts(self, x: Float[Array, "E B C M"]) -> Float[Array, "E B C M"]:
         """By row to by expert: the exchange after dispatch."""
@@ -92,7 +92,7 @@ class Placement:
 
     def hidden(self, h: Float[Array, "E B C H"]) -> Float[Array, "E B C H"]:
         """Activations between an expert's two products."""
-        return self.annotate(
+        return self.sharding(
             h,
             "activation_exp",
             self.batch,
@@ -104,7 +104,7 @@ class Placement:
 
     def weights_in_use(self, weights: ExpertWeights) -> ExpertWeights:
         """From where they are stored to where slots meet them."""
-        use = self.annotate.use_weight
+        use = self.sharding.use_weight
         exp, hidden = self._exp_in_use, "activation_mlp_moe"
         stored: LogicalAxes = EXPERT_WEIGHT_IN
         used: LogicalAxes = (exp, None, hidden)
@@ -133,14 +133,14 @@ class Placement:
         """
 
         def spec(name: str, axes: LogicalAxes, of: Array) -> PartitionSpec:
-            return self.annotate.sharding(name, axes, of.shape, dtype=of.dtype).spec
+            return self.sharding.named_sharding(name, axes, of.shape, dtype=of.dtype).spec
 
         fused = weights.fused
         axes: LogicalAxes = EXPERT_WEIGHT_FUSED if fused else EXPERT_WEIGHT_IN
         of_bias: LogicalAxes = EXPERT_BIAS_FUSED if fused else EXPERT_BIAS_IN
         bias = weights.down_bias
         return Shards(
-            self.annotate.mesh,
+            self.sharding.mesh,
             tokens=spec("moe tokens", TOKENS, x),
             weights=WeightSpecs(
                 tuple(spec("moe gate, up as stored", axes, w) for w in weights.inward),
@@ -152,12 +152,12 @@ class Placement:
         )
 
     def _by_row(self, x: Float[Array, "E B C M"]) -> Float[Array, "E B C M"]:
-        return self.annotate(
+        return self.sharding(
             x, None, "activation_batch_moe", None, "activation_embed_moe", name="moe slots by row"
         )
 
     def _by_expert(self, x: Float[Array, "E B C M"], name: str) -> Float[Array, "E B C M"]:
-        return self.annotate(
+        return self.sharding(
             x,
             "activation_exp",
             self.batch,

@@ -53,17 +53,17 @@ class MoERecord:
             singleton: why nothing stays on its device; empty where everything does.
             equal_pieces: why not every peer gets as much; empty where it does.
         """
-        chunks = config.num_token_chunks
+        chunks = config.num_moe_token_chunks
         forced = config.router.force_load_balance
         why_not = {
             "singleton": singleton,
             "forced-balance": "" if forced else "force_load_balance=false",
             "equal-pieces": equal_pieces,
-            "fused-gate-up": "" if config.prefuse_weights else "prefuse_moe_weights=false",
+            "fused-gate-up": "" if config.prefuse_moe_weights else "prefuse_moe_weights=false",
             "token-chunks": "" if chunks > 1 else "num_moe_token_chunks=1",
         }
         return cls(
-            strategy=config.dispatch,
+            strategy=config.moe_dispatch,
             transport=transport[0],
             grouped_product=grouped_product[0],
             fast_paths=tuple(path for path, why in why_not.items() if not why),
@@ -97,12 +97,12 @@ class MoERecord:
 def _router_in_words(config: MoEConfig) -> str:
     router = config.router
     groups, kept = router.groups
-    words = [router.score_func, f"top {config.num_experts_per_tok}"]
+    words = [router.routed_score_func, f"top {config.num_experts_per_tok}"]
     if kept < groups:
         words[-1] += f" in {kept} of {groups} groups"
-    if router.correction_bias:
+    if router.routed_bias:
         words.append("correction bias")
-    if router.score_on_input:
+    if router.routed_score_on_input:
         words.append("weights on the input")
     if config.shared_experts:
         plural = "s" if config.shared_experts > 1 else ""

@@ -102,7 +102,7 @@ def in_kept_groups(scores: Float[Array, "B S E"], config: RouterConfig) -> Float
     batch, tokens, num_experts = scores.shape
     by_group = scores.reshape(batch, tokens, groups, num_experts // groups)
     of_group = jnp.max(by_group, axis=-1)
-    if config.group_score == "top2_sum":
+    if config.routing_group_score == "top2_sum":
         best = jnp.argmax(by_group, axis=-1)
         of_group = of_group + jnp.max(_without(by_group, best), axis=-1)
     chosen = top_k_indices(of_group, kept)
@@ -117,7 +117,7 @@ def _choose(
     if config.force_load_balance:
         row = round_robin(tokens=tokens, k=k, num_experts=num_experts)
         return jnp.broadcast_to(row, (batch, *row.shape))
-    if config.random:
+    if config.use_random_routing:
         return top_k_indices(shuffled(logits), k)
     return top_k_indices(in_kept_groups(scores, config), k)
 
@@ -129,7 +129,7 @@ def _balance_probs(
     config: RouterConfig,
 ) -> Float[Array, "B S E"]:
     """What the load-balance loss takes for probabilities."""
-    match config.balance_probs:
+    match config.load_balance_probs:
         case "softmax":
             return jax.nn.softmax(scores, axis=-1)
         case "ranked":
@@ -139,7 +139,7 @@ def _balance_probs(
             return jax.nn.softmax(logits, axis=-1)
         case "scores":
             # A softmax sums to 1 as it is.
-            return _shares(scores) if config.score_func == "sigmoid" else scores
+            return _shares(scores) if config.routed_score_func == "sigmoid" else scores
 
 
 def _sparsemixer_weights(
@@ -178,7 +178,7 @@ def route(
         correction: added to the scores where experts are chosen, and only there.
     """
     logits = logits.astype(jnp.float32)
-    if config.score_func == "sigmoid":
+    if config.routed_score_func == "sigmoid":
         scores = jax.nn.sigmoid(logits)
     else:
         scores = jax.nn.softmax(logits, axis=-1)
@@ -187,14 +187,14 @@ def route(
     ranked = jax.lax.stop_gradient(scores if correction is None else scores + correction)
     chosen = _choose(ranked, jax.lax.stop_gradient(logits), k, config)
     indices = checkpoint_name(chosen, ROUTING)
-    if config.score_func == "sparsemixer":
+    if config.routed_score_func == "sparsemixer":
         weights = _sparsemixer_weights(logits, indices, jitter=config.sparsemixer_jitter)
     else:
         weights = jnp.stack([_at(scores, indices[..., slot]) for slot in range(k)], axis=-1)
     if config.norm_topk_prob:
         weights = _shares(weights)
-    if config.scaling_factor != 1:
-        weights = weights * config.scaling_factor
+    if config.routed_scaling_factor != 1:
+        weights = weights * config.routed_scaling_factor
     return Routing(logits, probs, indices, weights)
 
 
@@ -221,9 +221,9 @@ class Router(nnx.Module):
         def vector() -> nnx.Param[Array]:
             return nnx.Param(jnp.zeros((num_experts,), jnp.float32), logical_axes=ROUTER_VECTOR)
 
-        self.bias = vector() if config.bias else None
+        self.bias = vector() if config.router_bias else None
         # No gradient reaches it, so no optimizer moves it; `training.balance` may.
-        self.correction_bias = vector() if config.correction_bias else None
+        self.correction_bias = vector() if config.routed_bias else None
         self.k = k
         self.config = config
 

@@ -22,9 +22,9 @@ def balanced(config: ModelConfig, params: Params, counts: Float[Array, "L E"]) -
         counts: choices of each expert in each MoE layer, of all rows of that update; whole numbers.
     """
     moe = config.moe
-    if moe is None or moe.router.correction_bias_update_rate == 0:
+    if moe is None or moe.router.routed_bias_update_rate == 0:
         return params
-    change = moe.router.correction_bias_update_rate * _direction(counts.astype(jnp.int32))
+    change = moe.router.routed_bias_update_rate * _direction(counts.astype(jnp.int32))
     kinds = config.layer_kinds
     row = {layer: i for i, layer in enumerate(n for n, kind in enumerate(kinds) if kind.moe)}
     moved = dict(params)

@@ -67,7 +67,7 @@ def make_optimizer(config: TrainConfig, specs: Params) -> optax.GradientTransfor
     """
     schedule = make_schedule(config)
     if config.optimizer == "adamw":
-        decayed = jax.tree.map(lambda spec: _is_decayed(spec, config.decay_vectors), specs)
+        decayed = jax.tree.map(lambda spec: _is_decayed(spec, config.adam_decay_vectors), specs)
         update = optax.adamw(
             schedule,
             b1=config.adam_b1,

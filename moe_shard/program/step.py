@@ -22,7 +22,7 @@ from moe_shard.moe.layer import MoEStats
 from moe_shard.moe.losses import load_balance_loss
 from moe_shard.program.balance import balanced
 from moe_shard.program.optimizer import make_optimizer, make_schedule
-from moe_shard.sharding.annotate import Annotator
+from moe_shard.sharding.annotate import Sharding
 
 Batch = dict[str, Int[Array, "A B S"]]
 """`inputs`, `targets`, `positions`, `segment_ids`; A microbatches of B rows."""
@@ -85,17 +85,17 @@ class Program:
         return self.abstract_batch["inputs"].sharding
 
 
-def make_program(config: Config, annotate: Annotator) -> Program:
+def make_program(config: Config, sharding: Sharding) -> Program:
     """Describe the training step of a configuration on a mesh.
 
     Args:
         config: model and training.
-        annotate: the mesh and its rules.
+        sharding: the mesh and its rules.
 
     Raises:
         UserError: an array has a dim that its mesh axes do not divide.
     """
-    model = describe(config.model, annotate)
+    model = describe(config.model, sharding)
     optimizer = make_optimizer(config.train, model.specs)
     schedule = make_schedule(config.train)
     grad_fn = make_grad(config, model)
@@ -126,10 +126,10 @@ def make_program(config: Config, annotate: Annotator) -> Program:
         }
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    abstract_state = _abstract_state(init, optimizer, model, annotate)
-    abstract_batch = _abstract_batch(config, annotate)
+    abstract_state = _abstract_state(init, optimizer, model, sharding)
+    abstract_batch = _abstract_batch(config, sharding)
     state_shardings = _shardings(abstract_state)
-    replicated = NamedSharding(annotate.mesh, PartitionSpec())
+    replicated = NamedSharding(sharding.mesh, PartitionSpec())
     return Program(
         model=model,
         abstract_state=abstract_state,
@@ -239,10 +239,10 @@ def _abstract_state(
     init: Callable[[PRNGKeyArray], TrainState],
     optimizer: optax.GradientTransformation,
     model: AbstractModel,
-    annotate: Annotator,
+    sharding: Sharding,
 ) -> TrainState:
     """The state's shapes; moments are placed as their parameters are, scalars are replicated."""
-    replicated = NamedSharding(annotate.mesh, PartitionSpec())
+    replicated = NamedSharding(sharding.mesh, PartitionSpec())
     shapes = jax.eval_shape(init, jax.random.key(0))
 
     def scalar(leaf: Any) -> Any:
@@ -259,16 +259,16 @@ def _abstract_state(
     return TrainState(scalar(shapes.step), params, opt_state)
 
 
-def _abstract_batch(config: Config, annotate: Annotator) -> dict[str, jax.ShapeDtypeStruct]:
+def _abstract_batch(config: Config, sharding: Sharding) -> dict[str, jax.ShapeDtypeStruct]:
     shape = (
         config.train.gradient_accumulation_steps,
-        config.train.microbatch_rows(annotate.mesh.size),
+        config.train.microbatch_rows(sharding.mesh.size),
         config.train.max_target_length,
     )
     logical_axes = (None, "activation_batch", "activation_length")
-    sharding = annotate.sharding("batch", logical_axes, shape, dtype=jnp.int32)
+    placed = sharding.named_sharding("batch", logical_axes, shape, dtype=jnp.int32)
     return {
-        field: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for field in BATCH_FIELDS
+        field: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placed) for field in BATCH_FIELDS
     }
 
 

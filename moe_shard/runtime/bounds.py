@@ -108,13 +108,15 @@ def moe_bounds(config: Config, table: RuleTable, *, slots_per_row: int) -> MoEBo
     slots = layers_of_rows * slots_per_row
     choices = layers_of_rows * config.train.max_target_length * moe.num_experts_per_tok
     sent = EXCHANGES * token_bytes / shards("activation_embed_moe") * (experts - 1) / experts
-    multiplied = 2 * PRODUCTS * config.model.emb_dim * moe.mlp_dim / shards("activation_mlp_moe")
-    weights = 3 * moe.num_experts * config.model.emb_dim * moe.mlp_dim / experts
+    multiplied = (
+        2 * PRODUCTS * config.model.emb_dim * moe.moe_mlp_dim / shards("activation_mlp_moe")
+    )
+    weights = 3 * moe.num_experts * config.model.emb_dim * moe.moe_mlp_dim / experts
     weights *= layers / shards("activation_mlp_moe")
     itemsize = jnp.dtype(config.model.dtype).itemsize
     weight_bytes = weights * config.train.gradient_accumulation_steps * 3 * itemsize
     ends = config.model.emb_dim / shards("activation_embed_moe")
-    hidden = moe.mlp_dim / shards("activation_mlp_moe")
+    hidden = moe.moe_mlp_dim / shards("activation_mlp_moe")
     return MoEBounds(
         wire_bytes=round(slots * sent),
         dropless_wire_bytes=round(choices * sent),

@@ -20,7 +20,7 @@ from moe_shard.moe.capacity import slots_per_row
 from moe_shard.moe.record import MoERecord
 from moe_shard.program.step import Program
 from moe_shard.runtime.bounds import moe_bounds
-from moe_shard.sharding.annotate import Annotator
+from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.mesh import make_mesh
 
 _OVERLAP = {
@@ -55,7 +55,7 @@ class CompiledStep:
 
 def lay_out(
     config: Config, devices: Sequence[jax.Device] | None = None
-) -> tuple[Annotator, tuple[str, ...]]:
+) -> tuple[Sharding, tuple[str, ...]]:
     """Put a configuration's mesh and rules on devices.
 
     Args:
@@ -70,7 +70,7 @@ def lay_out(
     """
     mesh = make_mesh(config.mesh, devices)
     notes = (*config.warnings, *check_against_mesh(config, dict(mesh.shape)))
-    return Annotator(mesh, config.mesh.rules, config.mesh.rule_conflicts), notes
+    return Sharding(mesh, config.mesh.logical_axis_rules, config.mesh.rule_conflicts), notes
 
 
 def compiler_options(config: Config, platform: str) -> dict[str, bool]:
@@ -81,10 +81,10 @@ def compiler_options(config: Config, platform: str) -> dict[str, bool]:
 
     Args:
         config: the run.
-        platform: of the devices, see `Annotator.platform`.
+        platform: of the devices, see `Sharding.platform`.
     """
     moe = config.model.moe
-    if moe is None or moe.num_token_chunks == 1:
+    if moe is None or moe.num_moe_token_chunks == 1:
         return {}
     return dict.fromkeys(_OVERLAP.get(platform, ()), True)
 
@@ -110,18 +110,18 @@ def compile_step(program: Program, options: Mapping[str, bool] = _NO_OPTIONS) ->
     return CompiledStep(executable, hlo, options, tuple(log), time.perf_counter() - started)
 
 
-def report_step(step: CompiledStep, annotate: Annotator, backend: str) -> LoweringReport:
+def report_step(step: CompiledStep, sharding: Sharding, backend: str) -> LoweringReport:
     """What the compiled step does between devices.
 
     Args:
         step: of `compile_step`.
-        annotate: the mesh and its rules, from which the expert axes follow.
+        sharding: the mesh and its rules, from which the expert axes follow.
         backend: "cpu", "tpu" or "gpu".
     """
     return report_from_text(
         step.hlo,
-        mesh=dict(annotate.mesh.shape),
-        expert_axes=annotate.table.expert_axes,
+        mesh=dict(sharding.mesh.shape),
+        expert_axes=sharding.table.expert_axes,
         memory=memory_from_compiled(step.executable),
         backend=backend,
         partitioner_log=step.partitioner_log,
@@ -134,7 +134,7 @@ def option_lines(step: CompiledStep) -> list[str]:
     return [f"compiler options, for num_moe_token_chunks: {told}"] if told else []
 
 
-def bound_lines(config: Config, annotate: Annotator, report: LoweringReport) -> list[str]:
+def bound_lines(config: Config, sharding: Sharding, report: LoweringReport) -> list[str]:
     """The least work of the MoE layers, and what the program sends beside it; for a person.
 
     Empty for a dense model.
@@ -142,19 +142,19 @@ def bound_lines(config: Config, annotate: Annotator, report: LoweringReport) -> 
     if config.model.moe is None:
         return []
     slots = slots_per_row(config.model.moe, tokens=config.train.max_target_length)
-    bounds = moe_bounds(config, annotate.table, slots_per_row=slots)
+    bounds = moe_bounds(config, sharding.table, slots_per_row=slots)
     if bounds is None:
         return []
     assert report.extraction is not None, "the step was compiled"
-    return bounds.lines(report.extraction, annotate.table.expert_axes)
+    return bounds.lines(report.extraction, sharding.table.expert_axes)
 
 
-def moe_records(config: Config, annotate: Annotator) -> dict[str, MoERecord]:
+def moe_records(config: Config, sharding: Sharding) -> dict[str, MoERecord]:
     """What the MoE layers decided when they were traced: {the layers: their record}."""
     if config.model.moe is None:
         return {}
     layers = [layer for layer, kind in enumerate(config.model.layer_kinds) if kind.moe]
-    return {_layers_in_words(layers): annotate.decisions["moe"]}
+    return {_layers_in_words(layers): sharding.decisions["moe"]}
 
 
 def _layers_in_words(layers: Sequence[int]) -> str:

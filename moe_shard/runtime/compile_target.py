@@ -27,7 +27,7 @@ from moe_shard.runtime.compile import (
     report_step,
 )
 from moe_shard.runtime.targets.target import Target, compiled_with, devices_for
-from moe_shard.sharding.annotate import Annotator
+from moe_shard.sharding.annotate import Sharding
 from moe_shard.units import human_bytes
 
 # What jax takes of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
@@ -132,40 +132,40 @@ def compile_for_target(config: Config, target: Target) -> TargetReport:
             target's devices.
     """
     jax.config.update("jax_enable_compilation_cache", False)  # its time would be that of a look-up
-    annotate, notes = lay_out(config, devices_for(target))
-    program = make_program(config, annotate)
+    sharding, notes = lay_out(config, devices_for(target))
+    program = make_program(config, sharding)
     started = time.perf_counter()
     step = refusal = None
     try:
-        step = compile_step(program, compiler_options(config, annotate.platform))
+        step = compile_step(program, compiler_options(config, sharding.platform))
     except Finding as finding:
         refusal = str(finding)
     spent = time.perf_counter() - started
-    lowering = report_step(step, annotate, target.backend) if step else _nothing(annotate, target)
+    lowering = report_step(step, sharding, target.backend) if step else _nothing(sharding, target)
     found = estimate_step(config, target.hardware, lowering)
     return TargetReport(
         target=target,
         lowering=lowering,
-        bounds=(*option_lines(step), *bound_lines(config, annotate, lowering)) if step else (),
+        bounds=(*option_lines(step), *bound_lines(config, sharding, lowering)) if step else (),
         estimate=found,
-        estimate_lines=tuple(estimate_lines(config, found, annotate.mesh.size)) if step else (),
+        estimate_lines=tuple(estimate_lines(config, found, sharding.mesh.size)) if step else (),
         compiled_with=compiled_with(target),
         compile_time_s=spent,
         num_params=program.model.num_params,
         hlo=step.hlo if step else None,
         refusal=refusal,
         notes=(*notes, *([target.note] if target.note else [])),
-        conflicts=tuple(annotate.conflict_lines()),
-        moe=moe_records(config, annotate),
+        conflicts=tuple(sharding.conflict_lines()),
+        moe=moe_records(config, sharding),
     )
 
 
-def _nothing(annotate: Annotator, target: Target) -> LoweringReport:
+def _nothing(sharding: Sharding, target: Target) -> LoweringReport:
     """The report on a step that was not compiled."""
     return LoweringReport(
         backend=target.backend,
-        num_devices=annotate.mesh.size,
-        mesh=dict(annotate.mesh.shape),
+        num_devices=sharding.mesh.size,
+        mesh=dict(sharding.mesh.shape),
         verdict=None,
         collectives=(),
         totals={},

@@ -19,7 +19,7 @@ from moe_shard.config.foreign import ASSUMED_SIZE, read_foreign_table, take_size
 from moe_shard.config.load import maxtext_keys
 from moe_shard.config.tables import is_maxtext_table
 from moe_shard.program.step import Program, make_program
-from moe_shard.sharding.annotate import Annotator
+from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.explain.explanation import (
     Explanation,
     Recorder,
@@ -42,15 +42,15 @@ def explain_config(config: Config) -> Explanation:
     sizes = config.mesh.resolve(config.mesh.num_simulated_devices, slices)
     notes = (*config.warnings, *check_against_mesh(config, sizes))
     # Conflicts are what is asked about here, so they never end the trace.
-    annotate = Annotator(_abstract_mesh(sizes), config.mesh.rules, on_conflict="warn")
-    program = _trace(config, annotate)
+    sharding = Sharding(_abstract_mesh(sizes), config.mesh.logical_axis_rules, on_conflict="warn")
+    program = _trace(config, sharding)
     return explain(
         model=config.run.model_name,
         table="logical_axis_rules",
-        rules=config.mesh.rules,
-        mesh_axes=config.mesh.axes,
+        rules=config.mesh.logical_axis_rules,
+        mesh_axes=config.mesh.mesh_axes,
         sizes=sizes,
-        arrays=annotate.arrays.values(),
+        arrays=sharding.arrays.values(),
         parameters=_parameter_names(program),
         notes=notes,
         state_bytes=_state_bytes(program),
@@ -84,8 +84,10 @@ def explain_table(model: str, overrides: Sequence[str], path: Path) -> Explanati
     moe = config.model.moe
     if moe is None:
         return asked
-    flag = not moe.no_expert_sharding
-    other = replace(config, model=replace(config.model, moe=replace(moe, no_expert_sharding=flag)))
+    flag = not moe.moe_dispatch_no_expert_sharding
+    other = replace(
+        config, model=replace(config.model, moe=replace(moe, moe_dispatch_no_expert_sharding=flag))
+    )
     known = {(conflict.dim, conflict.row, conflict.held_by) for conflict in asked.conflicts}
     more = [
         replace(conflict, only_if=f"{_FLAG}={str(flag).lower()}")
@@ -120,9 +122,9 @@ def _abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
     )
 
 
-def _trace(config: Config, annotate: Annotator) -> Program:
-    """Trace the step for the sake of what `annotate` records."""
-    program = make_program(config, annotate)
+def _trace(config: Config, sharding: Sharding) -> Program:
+    """Trace the step for the sake of what `sharding` records."""
+    program = make_program(config, sharding)
     jax.eval_shape(program.step, program.abstract_state, program.abstract_batch)
     return program
 

@@ -28,7 +28,7 @@ from moe_shard.moe.layer import MoELayer
 from moe_shard.moe.losses import load_balance_loss
 from moe_shard.moe.placement import TOKENS
 from moe_shard.runtime.bounds import EXCHANGES, PRODUCTS, moe_wire_bytes
-from moe_shard.sharding.annotate import Annotator
+from moe_shard.sharding.annotate import Sharding
 
 RoutingKind = Literal["balanced", "skewed"]
 _SKEW = 0.1
@@ -64,14 +64,18 @@ class Variant:
 
 
 VARIANTS = (
-    Variant("gather", {"dispatch": "gather", "no_expert_sharding": True}),
-    Variant("gather, flag off", {"dispatch": "gather", "no_expert_sharding": False}),
-    Variant("einsum", {"dispatch": "einsum", "no_expert_sharding": True}),
-    Variant("einsum, flag off", {"dispatch": "einsum", "no_expert_sharding": False}),
-    Variant("ragged", {"dispatch": "ragged"}),
-    Variant("ragged, 2 chunks", {"dispatch": "ragged", "num_token_chunks": 2}),
-    Variant("ragged, fused gate/up", {"dispatch": "ragged", "prefuse_weights": True}),
-    Variant("ragged, forced balance", {"dispatch": "ragged"}, {"force_load_balance": True}),
+    Variant("gather", {"moe_dispatch": "gather", "moe_dispatch_no_expert_sharding": True}),
+    Variant(
+        "gather, flag off", {"moe_dispatch": "gather", "moe_dispatch_no_expert_sharding": False}
+    ),
+    Variant("einsum", {"moe_dispatch": "einsum", "moe_dispatch_no_expert_sharding": True}),
+    Variant(
+        "einsum, flag off", {"moe_dispatch": "einsum", "moe_dispatch_no_expert_sharding": False}
+    ),
+    Variant("ragged", {"moe_dispatch": "ragged"}),
+    Variant("ragged, 2 chunks", {"moe_dispatch": "ragged", "num_moe_token_chunks": 2}),
+    Variant("ragged, fused gate/up", {"moe_dispatch": "ragged", "prefuse_moe_weights": True}),
+    Variant("ragged, forced balance", {"moe_dispatch": "ragged"}, {"force_load_balance": True}),
 )
 
 
@@ -177,7 +181,7 @@ def _config(size: LayerSize, variant: Variant) -> MoEConfig:
         base,
         num_experts=size.experts,
         num_experts_per_tok=size.k,
-        mlp_dim=size.hidden_dim,
+        moe_mlp_dim=size.hidden_dim,
         capacity_factor=size.capacity_factor,
         router=replace(base.router, **variant.routing),
         **variant.changes,
@@ -185,7 +189,7 @@ def _config(size: LayerSize, variant: Variant) -> MoEConfig:
 
 
 def _prepare(mesh: Mesh, size: LayerSize, variant: Variant) -> _Candidate:
-    annotate = Annotator(mesh, load_config("mixtral-tiny").mesh.rules)
+    sharding = Sharding(mesh, load_config("mixtral-tiny").mesh.logical_axis_rules)
     moe = _config(size, variant)
 
     def build() -> MoELayer:
@@ -195,21 +199,21 @@ def _prepare(mesh: Mesh, size: LayerSize, variant: Variant) -> _Candidate:
             gating=load_config("mixtral-tiny").model.gating,
             dtype=size.dtype,
             weight_dtype=jnp.float32,
-            annotate=annotate,
+            sharding=sharding,
             rngs=nnx.Rngs(0),
         )
 
     graph, state = nnx.split(nnx.eval_shape(build))
     shardings = nnx.to_pure_dict(
         nnx.map_state(
-            lambda path, param: annotate.sharding(
+            lambda path, param: sharding.named_sharding(
                 ".".join(path), param.get_metadata("logical_axes"), param.get_value().shape
             ),
             state,
         )
     )
     shape = (size.rows, size.tokens, size.model_dim)
-    x_sharding = annotate.sharding("x", TOKENS, shape)
+    x_sharding = sharding.named_sharding("x", TOKENS, shape)
 
     def init(skew: float) -> Any:
         params = nnx.to_pure_dict(nnx.state(build()))

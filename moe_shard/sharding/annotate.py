@@ -74,7 +74,7 @@ class AnnotatedArray:
         logical_axes: a name per dim, or None for a dim that is never sharded.
         shape: the dims' sizes on all devices together.
         dtype: None where it was not said.
-        consequence: see `Annotator.__call__`.
+        consequence: see `Sharding.__call__`.
     """
 
     name: str
@@ -105,7 +105,7 @@ class Conflict:
         return f"{text}; {self.consequence}" if self.consequence else text
 
 
-class Annotator:
+class Sharding:
     """Constrains arrays by logical axis names and records every decision.
 
     Args:
@@ -156,7 +156,7 @@ class Annotator:
         Raises:
             UserError: see `RuleTable.resolve`; or a conflict where `on_conflict` is "error".
         """
-        sharding = self.sharding(
+        sharding = self.named_sharding(
             name, logical_axes, x.shape, dtype=x.dtype, consequence=consequence
         )
         return jax.lax.with_sharding_constraint(x, sharding)
@@ -182,8 +182,8 @@ class Annotator:
         Raises:
             UserError: see `RuleTable.resolve`.
         """
-        where = self.sharding(f"{name} as stored", stored, w.shape, dtype=w.dtype)
-        use = self.sharding(f"{name} in use", used, w.shape, dtype=w.dtype)
+        where = self.named_sharding(f"{name} as stored", stored, w.shape, dtype=w.dtype)
+        use = self.named_sharding(f"{name} in use", used, w.shape, dtype=w.dtype)
         # Experts stored over (expert, fsdp) and used over expert: straight from partial sums, the
         # partitioner would gather all experts' gradients over expert, and with a data axis leave
         # half of the sum out (openxla/xla#40034). From where they are used it has but to slice.
@@ -193,7 +193,7 @@ class Annotator:
         )
         return _gather(w, where, use, extended)
 
-    def sharding(
+    def named_sharding(
         self,
         name: str,
         logical_axes: LogicalAxes,

@@ -39,8 +39,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         # Simulated devices have no network, so they can stand for any number of slices.
         slices = math.prod(size for size in config.dcn if size != -1)
     ici, dcn = config.resolve_levels(len(devices), slices)
-    ici_shape = tuple(ici[axis] for axis in config.axes)
-    dcn_shape = tuple(dcn[axis] for axis in config.axes)
+    ici_shape = tuple(ici[axis] for axis in config.mesh_axes)
+    dcn_shape = tuple(dcn[axis] for axis in config.mesh_axes)
     if simulated:
         array = _interleave(np.asarray(devices), ici_shape, dcn_shape)
     else:
@@ -52,7 +52,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
                 f"{len(devices)} x {devices[0].device_kind}\n{str(error).splitlines()[0][:160]}\n"
                 "choose ici_*_parallelism as products of the slice's own dims"
             ) from error
-    return Mesh(array, config.axes, axis_types=(AxisType.Auto,) * len(config.axes))
+    return Mesh(array, config.mesh_axes, axis_types=(AxisType.Auto,) * len(config.mesh_axes))
 
 
 def _lay_out(

@@ -49,10 +49,10 @@ def run(config: Config) -> Outcome:
     console.print(device_line)
     for line in config.detected:
         console.print(line, markup=False, soft_wrap=True)
-    annotate, changes_nothing = lay_out(config)
+    sharding, changes_nothing = lay_out(config)
     for line in changes_nothing:
         notes.print(f"note: {line}", markup=False)
-    program = make_program(config, annotate)
+    program = make_program(config, sharding)
     writer = jax.process_index() == 0
     with (
         out_of_memory_is_a_finding(),
@@ -64,18 +64,18 @@ def run(config: Config) -> Outcome:
             if config.run.load_parameters_path:
                 keep_hf(config.run.load_parameters_path, folder, config.run.hf_family)
         with console.status("compiling the training step"):
-            step = compile_step(program, compiler_options(config, annotate.platform))
+            step = compile_step(program, compiler_options(config, sharding.platform))
         console.print(f"compiled in {step.seconds:.1f} s")
-        report = report_step(step, annotate, jax.default_backend())
-        for line in annotate.conflict_lines():
+        report = report_step(step, sharding, jax.default_backend())
+        for line in sharding.conflict_lines():
             notes.print(f"rule conflict: {line}", markup=False)
         report.render_table(console)
-        records = moe_records(config, annotate)
+        records = moe_records(config, sharding)
         hardware = find_hardware(jax.devices()[0].device_kind)
         lines = [line for layers, record in records.items() for line in record.lines(layers)]
-        lines += option_lines(step) + bound_lines(config, annotate, report)
+        lines += option_lines(step) + bound_lines(config, sharding, report)
         if found := estimate_step(config, hardware, report):
-            lines += estimate_lines(config, found, annotate.mesh.size)
+            lines += estimate_lines(config, found, sharding.mesh.size)
         for line in lines:
             console.print(line, markup=False)
         console.print(f"parameters: {program.model.num_params:,}")
@@ -117,7 +117,7 @@ def _conclude(
         console.print(f"already at step {outcome.updates}: a larger steps= trains on")
     console.print(f"files: {shown}", markup=False)
     moe = config.model.moe
-    flag = moe is not None and moe.no_expert_sharding and moe.dispatch != "ragged"
+    flag = moe is not None and moe.moe_dispatch_no_expert_sharding and moe.moe_dispatch != "ragged"
     if report.verdict == "expert-parallel" and flag:
         python, name = _as_typed(Path(sys.executable)), f"{config.run.run_name}-flag-off"
         console.print(

@@ -13,7 +13,7 @@ import pytest
 from moe_shard.autoep.detect import Detected, detect
 from moe_shard.autoep.resolve import load_model
 from moe_shard.models.params import describe
-from moe_shard.sharding.annotate import Annotator
+from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.mesh import make_mesh
 from tests.autoep import oracle
 from tests.autoep.directory import small_models, write_model
@@ -91,7 +91,7 @@ def test_the_parameters_are_those_of_the_decoder(name: str, tmp_path: Path) -> N
         layers = shapes.get(path, [0])[0]
         shapes[path] = (max(layers, index + 1), *array.shape) if stack else array.shape
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    specs = describe(config.model, Annotator(mesh, config.mesh.rules)).specs
+    specs = describe(config.model, Sharding(mesh, config.mesh.logical_axis_rules)).specs
     leaves = jax.tree.leaves(specs)
     assert shapes == {spec.name: spec.shape for spec in leaves}
     assert {str(np.dtype(spec.dtype)) for spec in leaves} <= {"bfloat16", "float32"}

@@ -34,7 +34,7 @@ def test_a_directory(mixtral: Path) -> None:
     model, moe = config.model, config.model.moe
     assert moe is not None
     assert (model.emb_dim, model.num_decoder_layers, model.dtype) == (24, 2, "bfloat16")
-    assert (moe.num_experts, moe.dispatch, moe.capacity_factor) == (4, "ragged", -1.0)
+    assert (moe.num_experts, moe.moe_dispatch, moe.capacity_factor) == (4, "ragged", -1.0)
     assert (moe.load_balance_loss_type, moe.load_balance_loss_weight) == ("huggingface", 0.001)
     assert config.detected == detect(mixtral).lines
     assert config.detected[0] == "family: mixtral; layers: 2, with experts in all"
@@ -48,7 +48,7 @@ def test_arguments_are_stronger(mixtral: Path) -> None:
     )
     assert config.model.moe is not None
     assert config.model.weight_dtype == "float32"
-    assert config.model.moe.dispatch == "gather"
+    assert config.model.moe.moe_dispatch == "gather"
     assert config.run.load_parameters_path == ""
     with pytest.raises(UserError, match=r"unknown key .*\nfix: did you mean weight_dtype"):
         load_model(str(mixtral), ["weight_dtyp=float32"])

@@ -31,17 +31,23 @@ SAME = {
 """Models that configs/models/ has too, written down by another hand."""
 
 TRAINING = {
-    *("weight_dtype", "remat_policy", "dispatch", "capacity_factor", "no_expert_sharding"),
+    *(
+        "weight_dtype",
+        "remat_policy",
+        "moe_dispatch",
+        "capacity_factor",
+        "moe_dispatch_no_expert_sharding",
+    ),
     *("load_balance_loss_weight", "load_balance_loss_type", "router_z_loss_weight"),
-    *("correction_bias_update_rate", "prefuse_weights", "max_length"),
+    *("routed_bias_update_rate", "prefuse_moe_weights", "max_position_embeddings"),
 }
 """What a model file chooses for training, and a checkpoint says nothing about."""
 
 UNREAD = {
     "latent": {"head_dim"},
     "heads": {"mscale"},
-    "plain positions": {"factor", "original_length", "truncate"},
-    "one group": {"group_score"},
+    "plain positions": {"rope_factor", "original_max_position_embeddings", "rope_truncate"},
+    "one group": {"routing_group_score"},
 }
 """Keys that other kinds of attention and positions read."""
 
@@ -110,18 +116,18 @@ def test_the_same_model_as_the_one_in_configs(name: str, published: Any) -> None
 
     found = flat(asdict(load_model(str(published(name))).model))
     known = flat(asdict(load_config(SAME[name]).model))
-    if known["attention_scaling"]:
+    if known["rope_attention_scaling"]:
         # Said as a number by what is detected.
-        known |= {"attention_factor": 0.1 * math.log(known["factor"]) + 1}
-        known["attention_scaling"] = False
-    elif known["attention_factor"] == -1 and found["attention_factor"] == 1:
-        known["attention_factor"] = 1.0
-    if found["num_groups"] == found["kept_groups"] == 1:
-        found |= {"num_groups": -1, "kept_groups": -1}
+        known |= {"rope_attention_factor": 0.1 * math.log(known["rope_factor"]) + 1}
+        known["rope_attention_scaling"] = False
+    elif known["rope_attention_factor"] == -1 and found["rope_attention_factor"] == 1:
+        known["rope_attention_factor"] = 1.0
+    if found["n_routing_groups"] == found["topk_routing_group"] == 1:
+        found |= {"n_routing_groups": -1, "topk_routing_group": -1}
     of_others = UNREAD["latent" if "deepseek" in SAME[name] else "heads"]
-    if known["type"] == "default":
+    if known["rope_type"] == "default":
         of_others = of_others | UNREAD["plain positions"]
-    if known["num_groups"] == -1:
+    if known["n_routing_groups"] == -1:
         of_others = of_others | UNREAD["one group"]
     different = {
         key: (found[key], known[key])

@@ -23,7 +23,7 @@ from moe_shard.autoep.resolve import load_model
 from moe_shard.checkpoints.imported import export_model, import_model, load_params
 from moe_shard.errors import UserError
 from moe_shard.models.params import Params, describe
-from moe_shard.sharding.annotate import Annotator
+from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.mesh import make_mesh
 from tests.autoep.checkpoints import BF16, Tensors, read_file, write_file
 from tests.autoep.directory import write_model
@@ -99,8 +99,8 @@ def test_the_exponent_that_stands_for_no_number(tmp_path: Path) -> None:
 
 def specs_of(directory: Path, *overrides: str) -> tuple[Any, Params]:
     config = load_model(str(directory), ["num_simulated_devices=8", *overrides])
-    annotate = Annotator(make_mesh(config.mesh), config.mesh.rules)
-    return config, describe(config.model, annotate).specs
+    sharding = Sharding(make_mesh(config.mesh), config.mesh.logical_axis_rules)
+    return config, describe(config.model, sharding).specs
 
 
 @pytest.fixture(scope="module", params=MODELS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -10,7 +11,7 @@ import yaml
 from moe_shard.config import configs_dir, list_models, load_config
 from moe_shard.config.attention_config import AttentionConfig, RopeConfig
 from moe_shard.config.generate_config import GenerateConfig
-from moe_shard.config.keys import leaf_keys
+from moe_shard.config.keys import leaf_keys, to_plain
 from moe_shard.config.load import LOADER_KEYS, maxtext_keys
 from moe_shard.config.mesh_config import LEVELS, MESH_AXES, MeshConfig, parallelism_key
 from moe_shard.config.model_config import GatingConfig, ModelConfig
@@ -40,6 +41,29 @@ def test_every_leaf_is_a_key_of_base_and_every_key_is_read() -> None:
     leaves = {key.name for schema in SCHEMAS for key in leaf_keys(schema).values()}
     sizes = {parallelism_key(level, axis) for level in LEVELS for axis in MESH_AXES}
     assert leaves | sizes | set(LOADER_KEYS) == set(BASE)
+
+
+NAMED_BY_THE_RUN = {"run_name", "model_name"}
+
+
+def test_defaults_of_the_dataclasses_are_those_of_base() -> None:
+    checked = set()
+    for schema in SCHEMAS:
+        fields = {field.name: field for field in dataclasses.fields(schema)}
+        for attribute, key in leaf_keys(schema).items():
+            assert key.name in (attribute, f"base_{attribute}")
+            if key.name in NAMED_BY_THE_RUN:
+                continue
+            default = fields[attribute].default
+            assert to_plain(default) == BASE[key.name], key.name
+            assert type(to_plain(default)) is type(BASE[key.name]), key.name
+            checked.add(key.name)
+    mesh = MeshConfig()
+    for level in LEVELS:
+        for axis, size in mesh.level_sizes(level).items():
+            assert size == BASE[parallelism_key(level, axis)]
+            checked.add(parallelism_key(level, axis))
+    assert checked | NAMED_BY_THE_RUN | set(LOADER_KEYS) == set(BASE)
 
 
 @pytest.mark.parametrize("key", BASE)
@@ -79,7 +103,7 @@ def test_models_of_this_project(model: str) -> None:
     assert config.not_built == ()
     config.require_built()
     assert config.model.moe is not None
-    assert config.model.moe.no_expert_sharding
+    assert config.model.moe.moe_dispatch_no_expert_sharding
     assert config.run.run_name == model
     opening = (configs_dir() / "models" / f"{model}.yml").read_text(encoding="utf-8")
     assert opening.startswith("# Run:")

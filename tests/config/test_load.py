@@ -41,7 +41,7 @@ def test_values_as_people_write_them(tmp_path: Path) -> None:
     assert config.model.gating.activation == "gelu"
     assert config.train.dump_hlo
     assert config.train.per_device_batch_size == 2.0
-    assert config.model.attention.rope.max_timescale == 1e6
+    assert config.model.attention.rope.rope_max_timescale == 1e6
     assert config.train.max_num_checkpoints_to_keep == -1
     assert load(tmp_path, "dataset_path=").data.dataset_path == ()
     assert load(tmp_path, "dataset_path=[a, b]").data.dataset_path == ("a", "b")
@@ -51,7 +51,7 @@ def test_derived_values(tmp_path: Path) -> None:
     config = load(tmp_path)
     assert config.model.attention.head_dim == 16
     assert config.model.moe is not None
-    assert config.model.moe.mlp_dim == config.model.mlp_dim == 128
+    assert config.model.moe.moe_mlp_dim == config.model.mlp_dim == 128
     assert (config.run.model_name, config.run.run_name) == ("small", "small")
     assert config.train.schedule_steps == config.train.steps
     assert load(tmp_path, "gradient_accumulation_steps=3").train.global_batch_rows(8) == 24
@@ -61,7 +61,7 @@ def test_derived_values(tmp_path: Path) -> None:
 def test_default_minus_one_takes_what_is_left(tmp_path: Path) -> None:
     mesh = load(tmp_path, "ici_expert_parallelism=4").mesh
     assert mesh.resolve(8)["fsdp"] == 2
-    assert list(mesh.resolve(8)) == list(mesh.axes)
+    assert list(mesh.resolve(8)) == list(mesh.mesh_axes)
     ici, dcn = mesh.resolve_levels(16, num_slices=2)
     assert (ici["fsdp"], ici["expert"], dcn["data"]) == (2, 4, 2)
     assert mesh.resolve(16, num_slices=2)["data"] == 2
@@ -85,19 +85,23 @@ def test_own_minus_one_on_the_default_axis_stays(tmp_path: Path) -> None:
 
 
 def test_rows_replace_those_of_their_logical_axis(tmp_path: Path) -> None:
-    default = load(tmp_path).mesh.rules
+    default = load(tmp_path).mesh.logical_axis_rules
     mesh = load(tmp_path, extra="logical_axis_rules: [[embed, fsdp], [extra, null]]\n").mesh
-    assert [row for row in mesh.rules if row[0] == "embed"] == [("embed", ("fsdp",))]
-    assert mesh.rules[-2:] == (("embed", ("fsdp",)), ("extra", ()))
-    assert len(mesh.rules) == len(default)  # two rows of embed gave way to one, and one is new
+    assert [row for row in mesh.logical_axis_rules if row[0] == "embed"] == [("embed", ("fsdp",))]
+    assert mesh.logical_axis_rules[-2:] == (("embed", ("fsdp",)), ("extra", ()))
+    assert len(mesh.logical_axis_rules) == len(
+        default
+    )  # two rows of embed gave way to one, and one is new
     assert mesh.axes_of("activation_exp") == ("expert",)
     assert mesh.axes_of("nobody") == ()
 
 
 def test_rows_can_be_the_whole_table(tmp_path: Path) -> None:
     extra = "logical_axis_rules: [[exp, [expert]]]\noverride_logical_axis_rules: true\n"
-    assert load(tmp_path, extra=extra).mesh.rules == (("exp", ("expert",)),)
-    more = load(tmp_path, "logical_axis_rules=[[embed,[fsdp]]]", extra=extra).mesh.rules
+    assert load(tmp_path, extra=extra).mesh.logical_axis_rules == (("exp", ("expert",)),)
+    more = load(
+        tmp_path, "logical_axis_rules=[[embed,[fsdp]]]", extra=extra
+    ).mesh.logical_axis_rules
     assert more == (("exp", ("expert",)), ("embed", ("fsdp",)))
 
 
@@ -114,7 +118,7 @@ def test_custom_table_by_name_and_by_path(tmp_path: Path) -> None:
     table = tmp_path / "table.yml"
     table.write_text("mesh_axes: [expert]\nlogical_axis_rules: [[exp, expert]]\n")
     config = load(tmp_path, f"custom_mesh_and_rule={table}", "ici_expert_parallelism=-1")
-    assert config.mesh.rules == (("exp", ("expert",)),)
+    assert config.mesh.logical_axis_rules == (("exp", ("expert",)),)
     assert config.mesh.resolve(4)["expert"] == 4
 
 
@@ -152,9 +156,9 @@ def test_deepseek_of_maxtext() -> None:
     model = config.model
     assert model.moe is not None
     attention = model.attention
-    assert attention.type == "mla"
+    assert attention.attention_type == "mla"
     assert (attention.kv_lora_rank, attention.q_lora_rank, attention.turned_dim) == (512, 0, 64)
-    assert (attention.rope.type, attention.rope.mscale, attention.rope.interleave) == (
+    assert (attention.rope.rope_type, attention.rope.mscale, attention.rope.rope_interleave) == (
         "yarn",
         0.707,
         True,
@@ -170,12 +174,17 @@ def test_gpt_oss_of_maxtext() -> None:
     assert model.moe is not None
     assert [kind.span for kind in model.layer_kinds[:3]] == ["sliding", "global", "sliding"]
     attention = model.attention
-    assert attention.bias
-    assert attention.out_bias
-    assert attention.sink
-    assert (model.moe.router.bias, model.moe.router.correction_bias) == (True, False)
+    assert attention.attention_bias
+    assert attention.attention_out_bias
+    assert attention.attention_sink
+    assert (model.moe.router.router_bias, model.moe.router.routed_bias) == (True, False)
     gating = model.gating
-    assert (gating.activation, gating.limit, gating.offset, gating.bias) == (
+    assert (
+        gating.activation,
+        gating.mlp_activations_limit,
+        gating.mlp_linear_offset,
+        gating.mlp_bias,
+    ) == (
         "quick_gelu",
         7.0,
         1.0,

@@ -157,9 +157,9 @@ def test_what_is_called_translated_is_read_by_the_translation() -> None:
 def test_a_file_of_maxtexts_has_maxtexts_defaults(tmp_path: Path) -> None:
     config = load(tmp_path, "decoder_block: mixtral")
     moe, train = moe_of(config), config.train
-    assert (moe.dispatch, moe.capacity_factor) == ("ragged", -1)
+    assert (moe.moe_dispatch, moe.capacity_factor) == ("ragged", -1)
     assert (moe.load_balance_loss_weight, moe.load_balance_loss_type) == (0, "sequence")
-    assert (train.decay_vectors, train.learning_rate_rule) == (True, "maxtext")
+    assert (train.adam_decay_vectors, train.learning_rate_rule) == (True, "maxtext")
     assert (train.steps, train.per_device_batch_size) == (150_001, 12)
     assert (train.checkpoint_period, train.log_period) == (10_000, 1)
     assert config.data.dataset_type == "synthetic"
@@ -177,7 +177,7 @@ def test_a_file_of_maxtexts_has_maxtexts_defaults(tmp_path: Path) -> None:
 
 def test_a_file_of_ours_keeps_our_defaults(tmp_path: Path) -> None:
     config = load(tmp_path, "steps: 3")
-    assert (moe_of(config).dispatch, config.data.dataset_type) == ("gather", "text")
+    assert (moe_of(config).moe_dispatch, config.data.dataset_type) == ("gather", "text")
     assert config.warnings == ()
 
 
@@ -208,16 +208,16 @@ def test_a_configuration_that_a_run_has_written_is_ours(tmp_path: Path) -> None:
 )
 def test_what_chooses_the_dispatch(tmp_path: Path, text: str, dispatch: str, factor: float) -> None:
     config = load(tmp_path, f"decoder_block: mixtral\n{text}")
-    assert (moe_of(config).dispatch, moe_of(config).capacity_factor) == (dispatch, factor)
+    assert (moe_of(config).moe_dispatch, moe_of(config).capacity_factor) == (dispatch, factor)
     ours = load(tmp_path, f"decoder_block: mixtral\n{text}", "moe_dispatch=einsum")
-    assert moe_of(ours).dispatch == "einsum"
+    assert moe_of(ours).moe_dispatch == "einsum"
     if "1.5" in text:
         says("\n".join(config.warnings), "decoder_block=mixtral does not read", "capacity_factor")
 
 
 def test_scores_are_scaled_where_the_block_scales_them(tmp_path: Path) -> None:
     scales = {
-        block: load(tmp_path, f"decoder_block: {block}").model.attention.scale
+        block: load(tmp_path, f"decoder_block: {block}").model.attention.attention_scale
         for block in ("llama2", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
     }
     assert {block for block, scale in scales.items() if scale == 1} == {
@@ -266,25 +266,34 @@ def test_deepseek(tmp_path: Path) -> None:
     config = load(tmp_path, DEEPSEEK, name="deepseek3-small")
     moe, attention = moe_of(config), config.model.attention
     router = moe.router
-    assert (router.score_func, router.norm_topk_prob, router.scaling_factor) == (
+    assert (router.routed_score_func, router.norm_topk_prob, router.routed_scaling_factor) == (
         *("sigmoid", True, 2.5),
     )
-    assert (router.correction_bias, router.bias) == (True, False)
-    assert (router.balance_probs, router.groups) == ("softmax", (1, 1))
+    assert (router.routed_bias, router.router_bias) == (True, False)
+    assert (router.load_balance_probs, router.groups) == ("softmax", (1, 1))
     dense = load(tmp_path, DEEPSEEK + "sparse_matmul: false", name="deepseek3-small")
-    assert moe_of(dense).router.balance_probs == "ranked"
-    assert (moe.mlp_dim, moe.shared_dim) == (32, 64)
+    assert moe_of(dense).router.load_balance_probs == "ranked"
+    assert (moe.moe_mlp_dim, moe.shared_dim) == (32, 64)
     assert [kind.moe for kind in config.model.layer_kinds] == [False, True, True, True]
-    assert (attention.type, attention.latent_epsilon, attention.scale) == ("mla", 1e-6, -1)
+    assert (attention.attention_type, attention.latent_norm_epsilon, attention.attention_scale) == (
+        "mla",
+        1e-6,
+        -1,
+    )
     rope = attention.rope
-    assert (rope.type, rope.interleave, rope.mscale, rope.factor) == ("yarn", True, 1, 40)
+    assert (rope.rope_type, rope.rope_interleave, rope.mscale, rope.rope_factor) == (
+        "yarn",
+        True,
+        1,
+        40,
+    )
 
     grouped = DEEPSEEK + "n_routing_groups: 4\ntopk_routing_group: 2"
     router = moe_of(load(tmp_path, grouped, name="deepseek3-small")).router
-    assert (router.groups, router.group_score) == ((4, 2), "top2_sum")
+    assert (router.groups, router.routing_group_score) == ((4, 2), "top2_sum")
     softmax = DEEPSEEK.replace("sigmoid", "softmax").replace("routed_bias: true", "")
     router = moe_of(load(tmp_path, softmax + "norm_topk_prob: true")).router
-    assert (router.norm_topk_prob, router.correction_bias) == (False, False)
+    assert (router.norm_topk_prob, router.routed_bias) == (False, False)
 
 
 def test_deepseeks_routing_goes_by_the_models_name(tmp_path: Path) -> None:
@@ -300,7 +309,7 @@ def test_deepseeks_routing_goes_by_the_models_name(tmp_path: Path) -> None:
 def test_what_a_latents_scores_are_multiplied_by(tmp_path: Path) -> None:
     def scale(extra: str) -> tuple[float, float]:
         attention = load(tmp_path, DEEPSEEK + extra).model.attention
-        return attention.scale, attention.rope.mscale
+        return attention.attention_scale, attention.rope.mscale
 
     assert scale("mscale: 0.7") == (-1, 0.7)
     assert scale("max_position_embeddings: 4096") == (-1, 0)
@@ -334,14 +343,14 @@ def test_llama4(tmp_path: Path) -> None:
         *[("chunked", True)] * 3, ("global", False), *[("chunked", True)] * 3, ("global", False)
     ]  # fmt: skip
     assert all(kind.moe for kind in kinds)
-    assert (router.score_func, router.norm_topk_prob, router.score_on_input) == (
+    assert (router.routed_score_func, router.norm_topk_prob, router.routed_score_on_input) == (
         *("sigmoid", False, True),
     )
-    assert router.balance_probs == "logits"
+    assert router.load_balance_probs == "logits"
     assert (attention.use_qk_norm, attention.qk_norm_type) == (True, "l2")
-    assert (attention.temperature_tuning, attention.temperature_floor) == (True, 8192)
-    assert attention.chunk_size == 8192
-    assert attention.rope.interleave
+    assert (attention.temperature_tuning, attention.temperature_tuning_floor) == (True, 8192)
+    assert attention.chunk_attn_window_size == 8192
+    assert attention.rope.rope_interleave
     found = rope_frequencies(attention.rope, turned_dim=128, length=100)
     np.testing.assert_allclose(found, llama_frequencies(128, 500_000), rtol=1e-12)
 
@@ -349,7 +358,7 @@ def test_llama4(tmp_path: Path) -> None:
     config = load(tmp_path, every_other, "use_qk_norm=false")
     assert [kind.moe for kind in config.model.layer_kinds] == [False, True] * 2
     rope = config.model.attention.rope
-    assert (rope.type, rope.interleave) == ("default", True)
+    assert (rope.rope_type, rope.rope_interleave) == ("default", True)
     assert not config.model.attention.use_qk_norm
 
 
@@ -357,24 +366,31 @@ def test_gpt_oss(tmp_path: Path) -> None:
     config = load(tmp_path, GPT_OSS)
     attention, gating = config.model.attention, config.model.gating
     assert [kind.span for kind in config.model.layer_kinds] == ["sliding", "global"] * 2
-    assert (attention.bias, attention.out_bias, attention.sink) == (True, True, True)
-    assert (gating.activation, gating.limit, gating.offset, gating.bias) == (
-        *("quick_gelu", 7.0, 1.0, True),
+    assert (attention.attention_bias, attention.attention_out_bias, attention.attention_sink) == (
+        True,
+        True,
+        True,
     )
+    assert (
+        gating.activation,
+        gating.mlp_activations_limit,
+        gating.mlp_linear_offset,
+        gating.mlp_bias,
+    ) == (*("quick_gelu", 7.0, 1.0, True),)
     router = moe_of(config).router
-    assert (router.bias, router.correction_bias, router.norm_topk_prob) == (True, False, True)
+    assert (router.router_bias, router.routed_bias, router.norm_topk_prob) == (True, False, True)
     # Its experts have the size of a dense MLP, whatever the other key says.
-    assert moe_of(load(tmp_path, GPT_OSS + "base_moe_mlp_dim: 32")).mlp_dim == 96
+    assert moe_of(load(tmp_path, GPT_OSS + "base_moe_mlp_dim: 32")).moe_mlp_dim == 96
     says(error(tmp_path, GPT_OSS + "mlp_activations_limit: -1"), "another gate of gpt_oss")
 
 
 def test_positions_of_the_other_blocks_are_halves_of_a_head(tmp_path: Path) -> None:
     for text in ("", "rope_interleave: true"):
         rope = load(tmp_path, f"decoder_block: mixtral\n{text}").model.attention.rope
-        assert (rope.type, rope.interleave) == ("default", False)
+        assert (rope.rope_type, rope.rope_interleave) == ("default", False)
     yarn = "decoder_block: qwen3_moe\nrope_type: yarn\nrope_interleave: false\nrope_factor: 8"
     rope = load(tmp_path, yarn).model.attention.rope
-    assert (rope.type, rope.interleave, rope.factor) == ("yarn", False, 8)
+    assert (rope.rope_type, rope.rope_interleave, rope.rope_factor) == ("yarn", False, 8)
 
 
 @pytest.mark.parametrize(
@@ -565,7 +581,7 @@ def test_data(tmp_path: Path) -> None:
 
 def test_our_keys_in_a_file_of_theirs(tmp_path: Path) -> None:
     config = load(tmp_path, MIXTRAL + "\nmoe_dispatch: einsum", "num_simulated_devices=3")
-    assert (moe_of(config).dispatch, config.mesh.num_simulated_devices) == ("einsum", 3)
+    assert (moe_of(config).moe_dispatch, config.mesh.num_simulated_devices) == ("einsum", 3)
 
 
 def test_their_keys_beside_a_model_of_ours() -> None:
@@ -575,7 +591,7 @@ def test_their_keys_beside_a_model_of_ours() -> None:
            "capacity_factor=-1", "scan_layers=true", "profiler=xplane"]],
     )  # fmt: skip
     assert (config.train.optimizer, config.train.seed, config.train.profile) == ("sgd", 4, True)
-    assert moe_of(config).dispatch == "ragged"
+    assert moe_of(config).moe_dispatch == "ragged"
     says(config.warnings[0], "hardware (devices, compilers and layouts of MaxText's own)")
     for override in ("decoder_block=gemma", "rope_use_scale=false", "mu_dtype=bfloat16"):
         with pytest.raises(UserError) as caught:
@@ -620,8 +636,8 @@ def test_base_yml_and_a_models_name(folder: Path) -> None:
     moe = moe_of(config)
     assert (config.run.model_name, config.run.run_name) == ("mixtral-small", "mixtral-small")
     assert (moe.num_experts, config.model.emb_dim, config.model.vocab_size) == (8, 64, 99)
-    assert (config.model.norm_epsilon, config.train.steps) == (1e-6, 5)
-    assert config.model.attention.scale == 1
+    assert (config.model.normalization_layer_epsilon, config.train.steps) == (1e-6, 5)
+    assert config.model.attention.attention_scale == 1
     notes = "\n".join(config.warnings)
     says(notes, "over what models/mixtral-small.yml says", "override_model_config=true", "vocab")
     command[1].append("override_model_config=true")
@@ -631,7 +647,7 @@ def test_base_yml_and_a_models_name(folder: Path) -> None:
     assert config.mesh.axes_of("activation_exp") == ("expert",)
     assert config.mesh.axes_of("mlp") == config.mesh.axes_of("layers") == ()
     assert config.mesh.axes_of("activation_batch_no_exp") == ("data", "fsdp")
-    names = [name for name, _ in config.mesh.rules]
+    names = [name for name, _ in config.mesh.logical_axis_rules]
     assert names.index("activation_batch_no_exp") == names.index("activation_batch_moe") + 1
     says(notes, "no row, so not sharded, as in MaxText", "stage")
 
@@ -693,7 +709,7 @@ def test_a_rule_table_of_theirs(folder: Path) -> None:
     # The same for a model of ours, by path.
     table = str(folder / "custom_mesh_and_rule" / "pure-fsdp.yml")
     ours = load_config("mixtral-tiny", [f"custom_mesh_and_rule={table}"])
-    assert ours.mesh.rules == config.mesh.rules
+    assert ours.mesh.logical_axis_rules == config.mesh.logical_axis_rules
     check_against_mesh(ours, ours.mesh.resolve(8))
 
 
@@ -705,10 +721,10 @@ def test_a_table_that_ragged_cannot_serve(folder: Path) -> None:
     split = [*command, "ici_expert_parallelism=2"]
     base = str(folder / "base.yml")
     config = load_config(base, split)
-    assert (moe_of(config).dispatch, moe_of(config).capacity_factor) == ("gather", -1)
+    assert (moe_of(config).moe_dispatch, moe_of(config).capacity_factor) == ("gather", -1)
     says(config.warnings[-1], "moe_dispatch=gather instead", "no token is on one device of expert")
-    assert moe_of(load_config(base, command)).dispatch == "ragged"
-    assert moe_of(load_config(base, [*split, "moe_dispatch=ragged"])).dispatch == "ragged"
+    assert moe_of(load_config(base, command)).moe_dispatch == "ragged"
+    assert moe_of(load_config(base, [*split, "moe_dispatch=ragged"])).moe_dispatch == "ragged"
     rules.write_text(rules.read_text(encoding="utf-8").replace("[exp, expert]", "[exp, fsdp]"))
     says(load_config(base, split).warnings[-1], "moe_dispatch=gather instead")
 

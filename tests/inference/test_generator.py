@@ -55,19 +55,19 @@ def write(
     cached: bool = True,
     vocab_size: int = 64,
 ) -> list[list[int]]:
-    annotate = annotator(config)
-    model = describe(config.model, annotate)
+    sharding = annotator(config)
+    model = describe(config.model, sharding)
     wanted = jax.tree.map(lambda spec: spec.abstract(), model.specs)
     stored = describe(
-        small_config(dict(annotate.mesh.shape), NO_DROPS, *KEYS).model, annotate
+        small_config(dict(sharding.mesh.shape), NO_DROPS, *KEYS).model, sharding
     ).specs
     params = jax.device_put(parameters(), jax.tree.map(lambda spec: spec.sharding, stored))
     generator = Generator(
         model,
-        annotate,
+        sharding,
         config.generate,
         vocab_size=vocab_size,
-        rows=rows_for(config, dict(annotate.mesh.shape), len(prompts)),
+        rows=rows_for(config, dict(sharding.mesh.shape), len(prompts)),
         places=max(map(len, prompts)),
         cached=cached,
         options=QUICK,
@@ -144,13 +144,13 @@ def test_several_kinds_of_layers_and_mla_keep_what_they_need() -> None:
 
 
 def _random(config: Config, prompts: list[list[int]], *, cached: bool) -> list[list[int]]:
-    annotate = annotator(config)
-    model = describe(config.model, annotate)
+    sharding = annotator(config)
+    model = describe(config.model, sharding)
     places = jax.tree.map(lambda spec: spec.sharding, model.specs)
     params = jax.device_put(random_params(config), places)
     generator = Generator(
         model,
-        annotate,
+        sharding,
         config.generate,
         vocab_size=64,
         rows=8,

@@ -13,7 +13,7 @@ from flax import nnx
 
 from moe_shard.config import Config
 from moe_shard.layers.attention import make_attention
-from moe_shard.sharding.annotate import Annotator
+from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.mesh import make_mesh
 from tests.models.build import QUICK, small_config
 
@@ -43,10 +43,10 @@ def layer_config(sizes: Sizes, *overrides: str) -> Config:
     return small_config(sizes, *SMALL, *overrides)
 
 
-def layer_annotator(config: Config, sizes: Sizes) -> Annotator:
+def layer_annotator(config: Config, sizes: Sizes) -> Sharding:
     """A mesh of as many devices as the sizes multiply to."""
     devices = jax.devices()[: math.prod(sizes.values())]
-    return Annotator(make_mesh(config.mesh, devices), config.mesh.rules)
+    return Sharding(make_mesh(config.mesh, devices), config.mesh.logical_axis_rules)
 
 
 class Layer(NamedTuple):
@@ -57,19 +57,19 @@ class Layer(NamedTuple):
     places: Params
 
 
-def describe(make: Callable[[nnx.Rngs], nnx.Module], annotate: Annotator) -> Layer:
+def describe(make: Callable[[nnx.Rngs], nnx.Module], sharding: Sharding) -> Layer:
     """A module's graph, its parameters' shapes and where they are stored."""
     graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(params=0))))
 
     def place(path: tuple[Any, ...], param: Any) -> Any:
         name, axes = ".".join(map(str, path)), param.get_metadata("logical_axes")
-        return annotate.sharding(name, axes, param.get_value().shape)
+        return sharding.named_sharding(name, axes, param.get_value().shape)
 
     shapes = nnx.to_pure_dict(nnx.map_state(lambda _, param: param.get_value(), state))
     return Layer(graph, shapes, nnx.to_pure_dict(nnx.map_state(place, state)))
 
 
-def attention_layer(config: Config, annotate: Annotator, number: int = 0) -> Layer:
+def attention_layer(config: Config, sharding: Sharding, number: int = 0) -> Layer:
     """The attention of one of the model's layers."""
     model = config.model
 
@@ -78,14 +78,14 @@ def attention_layer(config: Config, annotate: Annotator, number: int = 0) -> Lay
             config=model.attention,
             kind=model.layer_kinds[number],
             model_dim=model.emb_dim,
-            norm_epsilon=model.norm_epsilon,
+            norm_epsilon=model.normalization_layer_epsilon,
             dtype=model.dtype,
             weight_dtype=model.weight_dtype,
-            annotate=annotate,
+            sharding=sharding,
             rngs=rngs,
         )
 
-    return describe(make, annotate)
+    return describe(make, sharding)
 
 
 def random_like(shapes: Params, seed: int = 0) -> Params:

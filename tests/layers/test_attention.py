@@ -94,12 +94,12 @@ ON_MESHES = (
 
 def check(sizes: Sizes, overrides: tuple[str, ...], rows: int) -> None:
     config = layer_config(sizes, *overrides)
-    annotate = layer_annotator(config, sizes)
-    layer = attention_layer(config, annotate)
+    sharding = layer_annotator(config, sizes)
+    layer = attention_layer(config, sharding)
     keys, kind = config.as_flat_dict(), config.model.layer_kinds[0]
     text, params = packed(rows), random_like(layer.shapes)
     probe = np.random.default_rng(3).standard_normal(text.x.shape).astype(np.float32)
-    place = annotate.sharding(
+    place = sharding.named_sharding(
         "x", ("activation_batch", "activation_length", "activation_embed"), text.x.shape
     )
     y, grads = value_and_grads(
@@ -178,8 +178,8 @@ def test_queries_begin_small_where_nothing_scales_the_scores() -> None:
         ),  # a norm undoes what a weight is scaled by
     ):
         config = layer_config({}, *overrides, "head_dim=64", "base_num_kv_heads=4")
-        annotate = layer_annotator(config, {})
-        made = describe_model(config.model, annotate).init(jax.random.key(0))["layers"]["attention"]
+        sharding = layer_annotator(config, {})
+        made = describe_model(config.model, sharding).init(jax.random.key(0))["layers"]["attention"]
         ratio = np.std(made["query"]) / np.std(made["key"])
         np.testing.assert_allclose(ratio, expected, rtol=0.05)
 
@@ -194,10 +194,10 @@ def test_text_shows_what_spans_and_documents_hide() -> None:
 def test_a_context_axis_gathers_the_latents_of_mla_and_not_keys_and_values() -> None:
     sizes = {"context": 2, "fsdp": 4}
     config = layer_config(sizes, *MLA)
-    annotate = layer_annotator(config, sizes)
-    layer = attention_layer(config, annotate)
+    sharding = layer_annotator(config, sizes)
+    layer = attention_layer(config, sharding)
     rows, tokens = 8, 12
-    place = annotate.sharding("x", ("activation_batch", "activation_length"), (rows, tokens))
+    place = sharding.named_sharding("x", ("activation_batch", "activation_length"), (rows, tokens))
     at = jax.ShapeDtypeStruct((rows, tokens), np.int32)
     text = (
         jax.jit(
@@ -208,7 +208,7 @@ def test_a_context_axis_gathers_the_latents_of_mla_and_not_keys_and_values() -> 
         .compile(QUICK)
         .as_text()
     )
-    found = report_from_text(text, mesh=dict(annotate.mesh.shape), backend="cpu").collectives
+    found = report_from_text(text, mesh=dict(sharding.mesh.shape), backend="cpu").collectives
     over = [(each.kind, each.bytes) for each in found if each.axes == ("context",)]
     # Latents of 8 and keys of 4 elements, and the tokens' place and document (one array here), for
     # 12 tokens of 2 rows a device, in 4 bytes; keys and values would be 22 elements for each head.

@@ -53,8 +53,8 @@ class Read(NamedTuple):
 
 def read(sizes: Sizes, overrides: tuple[str, ...], pieces: Sequence[int], rows: int) -> Read:
     config = layer_config(sizes, *overrides)
-    annotate = layer_annotator(config, sizes)
-    layer = attention_layer(config, annotate)
+    sharding = layer_annotator(config, sizes)
+    layer = attention_layer(config, sharding)
     keys, kind = config.as_flat_dict(), config.model.layer_kinds[0]
     text, wide = packed(rows), random_like(layer.shapes)
     params = jax.device_put(jax.tree.map(np.float32, wide), layer.places)

@@ -36,14 +36,14 @@ MESHES: list[Sizes] = [{}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
 def check(sizes: Sizes, overrides: tuple[str, ...], rows: int) -> None:
     config = layer_config(sizes, *overrides)
-    annotate = layer_annotator(config, sizes)
-    layer = describe(lambda rngs: Embedding(config.model, annotate, rngs=rngs), annotate)
+    sharding = layer_annotator(config, sizes)
+    layer = describe(lambda rngs: Embedding(config.model, sharding, rngs=rngs), sharding)
     keys, x, params = config.as_flat_dict(), packed(rows).x, random_like(layer.shapes)
     vocab = config.model.vocab_size
     rng = np.random.default_rng(3)
     tokens = rng.integers(0, vocab, x.shape[:2])
     probe = rng.standard_normal((*x.shape[:2], vocab)).astype(np.float32)
-    place = annotate.sharding(
+    place = sharding.named_sharding(
         "x", ("activation_batch", "activation_length", "activation_embed"), x.shape
     )
 
@@ -73,8 +73,8 @@ def test_together_on_meshes(sizes: Sizes) -> None:
 
 def test_what_is_off_leaves_no_trace_in_the_program() -> None:
     config = layer_config({})
-    annotate = layer_annotator(config, {})
-    layer: Layer = describe(lambda rngs: Embedding(config.model, annotate, rngs=rngs), annotate)
+    sharding = layer_annotator(config, {})
+    layer: Layer = describe(lambda rngs: Embedding(config.model, sharding, rngs=rngs), sharding)
     program = jax.make_jaxpr(lambda p, x: nnx.merge(layer.graph, p).logits(x))(
         layer.shapes, packed(1).x
     )

@@ -40,7 +40,7 @@ MESHES: list[Sizes] = [
 
 def check(sizes: Sizes, overrides: tuple[str, ...], rows: int) -> None:
     config = layer_config(sizes, *overrides)
-    annotate = layer_annotator(config, sizes)
+    sharding = layer_annotator(config, sizes)
     model = config.model
     layer = describe(
         lambda rngs: MLP(
@@ -49,14 +49,14 @@ def check(sizes: Sizes, overrides: tuple[str, ...], rows: int) -> None:
             gating=model.gating,
             dtype=model.dtype,
             weight_dtype=model.weight_dtype,
-            annotate=annotate,
+            sharding=sharding,
             rngs=rngs,
         ),
-        annotate,
+        sharding,
     )
     keys, x, params = config.as_flat_dict(), packed(rows).x, random_like(layer.shapes)
     probe = np.random.default_rng(3).standard_normal(x.shape).astype(np.float32)
-    place = annotate.sharding(
+    place = sharding.named_sharding(
         "x", ("activation_batch", "activation_length", "activation_embed"), x.shape
     )
     y, grads = value_and_grads(lambda module, x: module(x), layer, params, x, probe, place)

@@ -183,7 +183,7 @@ def test_a_damaged_line_is_one_error(was: str, is_: str, tmp_path: Path) -> None
 MODELS = [
     name
     for name in list_models()
-    if (moe := load_config(name).model.moe) is not None and moe.dispatch != "ragged"
+    if (moe := load_config(name).model.moe) is not None and moe.moe_dispatch != "ragged"
 ]
 
 

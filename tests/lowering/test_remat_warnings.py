@@ -22,7 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from moe_shard.lowering.hlo import parse_module
 from moe_shard.lowering.remat_warnings import parse, remat_lines, summarize
 from moe_shard.runtime.compile import compile_step, report_step
-from moe_shard.sharding.annotate import Annotator
+from moe_shard.sharding.annotate import Sharding
 
 PREFIX = "W1123 19:49:21.971898   28609 spmd_partitioner.cc:656] [SPMD] "
 MARK = "Involuntary full rematerialization."
@@ -254,7 +254,7 @@ def test_the_report_of_a_step_says_it_in_one_line(capfd: pytest.CaptureFixture[s
     step = jax.jit(conflicting_step(mesh))
     program: Any = SimpleNamespace(step=step, abstract_state=x, abstract_batch=x)
     compiled = compile_step(program)
-    report = report_step(compiled, Annotator(mesh, [("exp", ("expert",))]), "cpu")
+    report = report_step(compiled, Sharding(mesh, [("exp", ("expert",))]), "cpu")
     (line,) = (line for line in report.warnings if "rematerialization" in line)
     assert line.startswith(
         "involuntary full rematerialization: 1 in embedding (f32[8,16,4], 2.0 kB) at "

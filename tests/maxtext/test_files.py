@@ -316,30 +316,34 @@ def test_a_model_comes_to_what_it_is_in_maxtext(name: str) -> None:
     assert moe is not None
     assert config.run.model_name == name
     assert (
-        *(found.emb_dim, found.num_decoder_layers, found.mlp_dim, moe.mlp_dim, moe.shared_dim),
+        *(found.emb_dim, found.num_decoder_layers, found.mlp_dim, moe.moe_mlp_dim, moe.shared_dim),
         found.vocab_size,
     ) == model.dims
     assert (moe.num_experts, moe.num_experts_per_tok) == model.experts
     router = moe.router
     assert (
-        *(router.score_func, router.norm_topk_prob, router.scaling_factor),
-        router.score_on_input,
+        *(router.routed_score_func, router.norm_topk_prob, router.routed_scaling_factor),
+        router.routed_score_on_input,
     ) == model.score
-    assert (router.bias, router.correction_bias) == model.biases
+    assert (router.router_bias, router.routed_bias) == model.biases
     assert router.groups == model.groups
-    assert router.group_score == "top2_sum"
+    assert router.routing_group_score == "top2_sum"
     kinds, layers = found.layer_kinds, range(model.dims[1])
     assert [kind.span for kind in kinds] == [model.spans[i % len(model.spans)] for i in layers]
     assert [kind.rope for kind in kinds] == [model.rope[i % len(model.rope)] for i in layers]
     assert [kind.moe for kind in kinds] == [model.moe[i % len(model.moe)] for i in layers]
-    assert found.norm_epsilon == model.epsilon
-    assert (found.normalization, found.logits_via_embedding) == ("rms", False)
+    assert found.normalization_layer_epsilon == model.epsilon
+    assert (found.normalization_type, found.logits_via_embedding) == ("rms", False)
     assert (found.logits_scaling, found.final_logits_soft_cap) == (1, 0)
     assert (found.embedding_multiplier, found.residual_multiplier) == (1, 1)
-    assert (moe.dispatch, moe.capacity_factor) == ("ragged", -1)
+    assert (moe.moe_dispatch, moe.capacity_factor) == ("ragged", -1)
     assert moe.load_balance_loss_weight == (0.001 if name == "qwen3-235b-a22b" else 0)
     assert moe.load_balance_loss_type == "sequence"
-    assert (moe.no_expert_sharding, moe.prefuse_weights, moe.shared_gate) == (False,) * 3
+    assert (
+        moe.moe_dispatch_no_expert_sharding,
+        moe.prefuse_moe_weights,
+        moe.shared_expert_gate,
+    ) == (False,) * 3
     _check_attention(config, model)
     flat = config.as_flat_dict()
     defaults = {
@@ -358,7 +362,7 @@ def test_a_model_comes_to_what_it_is_in_maxtext(name: str) -> None:
 def _check_attention(config: Config, model: Model) -> None:
     attention, heads = config.model.attention, model.heads
     latent = len(heads) > 3
-    assert attention.type == ("mla" if latent else "global")
+    assert attention.attention_type == ("mla" if latent else "global")
     assert attention.num_query_heads == heads[0]
     if latent:
         assert (attention.q_lora_rank, attention.kv_lora_rank) == heads[1:3]
@@ -371,12 +375,14 @@ def _check_attention(config: Config, model: Model) -> None:
     assert attention.turned_dim == turned
     assert (attention.use_qk_norm and attention.qk_norm_type) == (model.norm or False)
     key_size = heads[3] + heads[4] if latent else heads[2]
-    scale = attention.scale if attention.scale != -1 else 1 / math.sqrt(key_size)
-    if latent and attention.rope.type == "yarn":
-        scale *= (0.1 * attention.rope.mscale * math.log(attention.rope.factor) + 1) ** 2
+    scale = (
+        attention.attention_scale if attention.attention_scale != -1 else 1 / math.sqrt(key_size)
+    )
+    if latent and attention.rope.rope_type == "yarn":
+        scale *= (0.1 * attention.rope.mscale * math.log(attention.rope.rope_factor) + 1) ** 2
     assert scale == pytest.approx(model.scale or 1 / math.sqrt(key_size))
     rope = attention.rope
-    assert rope.interleave == model.neighbours
+    assert rope.rope_interleave == model.neighbours
     found = rope_frequencies(rope, turned_dim=turned, length=4096)
     np.testing.assert_allclose(found, frequencies(model, turned), rtol=1e-12)
     scaling = dict(model.extra).get("rope_attention_scaling")
@@ -531,8 +537,12 @@ def test_a_step_is_placed_by_a_table(table: str) -> None:
     for name, row in content["logical_axis_rules"]:
         if name in {"embed", "exp", "activation_exp", "activation_batch_moe"}:
             axes = [row] if isinstance(row, str) else row
-            expected = tuple(axis for axis in axes if axis in config.mesh.axes and axis != "stage")
-            assert expected in [axes for known, axes in config.mesh.rules if known == name]
+            expected = tuple(
+                axis for axis in axes if axis in config.mesh.mesh_axes and axis != "stage"
+            )
+            assert expected in [
+                axes for known, axes in config.mesh.logical_axis_rules if known == name
+            ]
     # Judged by itself: warned of are axes that its mesh does not have, in ep-as-dp and one more.
     judged = explain_table("mixtral-tiny", ["per_device_batch_size=8"], path).lint
     warned = {lint.kind for lint in judged if lint.level in {"warning", "error"}} - {"uneven"}

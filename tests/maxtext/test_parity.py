@@ -223,5 +223,7 @@ def test_llama4_turns_by_maxtexts_frequencies(maxtext: dict[str, Answers], name:
     for timescale in found:
         # MaxText has the two elements of a pair beside each other.
         np.testing.assert_allclose(np.repeat(ours, 2), 1 / timescale, rtol=1e-6)
-    stretched = config.rope.max_timescale ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+    stretched = config.rope.rope_max_timescale ** (
+        -np.arange(0, config.head_dim, 2) / config.head_dim
+    )
     assert np.allclose(ours, stretched) == (name == "llama4-128e")

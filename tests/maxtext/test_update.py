@@ -71,12 +71,12 @@ def test_the_learning_rate_is_maxtexts_at_every_step(tmp_path: Path, said: dict[
 def test_five_updates_are_maxtexts(tmp_path: Path) -> None:
     said = {"learning_rate": 0.1, "adam_weight_decay": 0.3, "warmup_steps_fraction": 0.1}
     config = load(tmp_path, decoder_block="mixtral", **said)
-    annotate = annotator(small_config({"data": 8}))
+    sharding = annotator(small_config({"data": 8}))
     axes = {"kernel": ("embed", "mlp"), "scale": ("norm",), "bias": ("norm",)}
     shapes = {"kernel": (4, 6), "scale": (4,), "bias": (8,)}
     specs = {
         name: ParamSpec(
-            name, shapes[name], jnp.float32, of, annotate.sharding(name, of, shapes[name])
+            name, shapes[name], jnp.float32, of, sharding.named_sharding(name, of, shapes[name])
         )
         for name, of in axes.items()
     }

@@ -13,7 +13,7 @@ from moe_shard.config import Config, load_config
 from moe_shard.config.mesh_config import MESH_AXES
 from moe_shard.models.params import Params, describe
 from moe_shard.moe.layer import MoEStats
-from moe_shard.sharding.annotate import Annotator
+from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.mesh import make_mesh
 from tests.models.oracle import Architecture
 from tests.moe.oracle import Settings
@@ -53,9 +53,9 @@ def small_config(sizes: Mapping[str, int], *overrides: str) -> Config:
     return load_config("mixtral-tiny", [*mesh, *SMALL, *overrides])
 
 
-def annotator(config: Config) -> Annotator:
+def annotator(config: Config) -> Sharding:
     """The mesh that the configuration asks for, with its rules."""
-    return Annotator(make_mesh(config.mesh), config.mesh.rules)
+    return Sharding(make_mesh(config.mesh), config.mesh.logical_axis_rules)
 
 
 def architecture(config: Config) -> Architecture:
@@ -74,8 +74,8 @@ def architecture(config: Config) -> Architecture:
         z_weight=moe.router_z_loss_weight,
     )
     return Architecture(
-        theta=model.attention.rope.max_timescale,
-        epsilon=model.norm_epsilon,
+        theta=model.attention.rope.rope_max_timescale,
+        epsilon=model.normalization_layer_epsilon,
         activation=model.gating.activation,
         moe=settings,
     )
@@ -133,8 +133,8 @@ def evaluate(config: Config, params: Params, batch: Mapping[str, np.ndarray]) ->
 
     The loss is written out here, so that it judges the package's own.
     """
-    annotate = annotator(config)
-    model = describe(config.model, annotate)
+    sharding = annotator(config)
+    model = describe(config.model, sharding)
     moe = config.model.moe
 
     def loss_fn(params: Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
@@ -153,7 +153,7 @@ def evaluate(config: Config, params: Params, batch: Mapping[str, np.ndarray]) ->
 
     places = jax.tree.map(lambda spec: spec.sharding, model.specs)
     fields = {name: a[0] for name, a in batch.items()}
-    rows = annotate.sharding(
+    rows = sharding.named_sharding(
         "batch", ("activation_batch", "activation_length"), fields["inputs"].shape
     )
     traced = jax.jit(

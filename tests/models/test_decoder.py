@@ -140,8 +140,8 @@ def test_a_token_is_blind_to_later_tokens_and_to_other_documents() -> None:
     half = batch["inputs"].shape[-1] // 2
     batch["positions"][:] = np.arange(2 * half) % half
     batch["segment_ids"][:] = np.arange(2 * half) // half
-    annotate = annotator(config)
-    model = describe(config.model, annotate)
+    sharding = annotator(config)
+    model = describe(config.model, sharding)
     places = jax.tree.map(lambda spec: spec.sharding, model.specs)
     params = jax.device_put(random_params(config), places)
     apply = jax.jit(lambda *args: model.apply(params)(*args)[0], compiler_options=QUICK)

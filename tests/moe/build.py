@@ -17,13 +17,13 @@ from moe_shard.config.load import load_config
 from moe_shard.config.moe_config import MoEConfig, RouterConfig
 from moe_shard.moe.layer import MoELayer, MoEStats
 from moe_shard.moe.losses import load_balance_loss
-from moe_shard.sharding.annotate import Annotator
+from moe_shard.sharding.annotate import Sharding
 from tests.moe.inputs import Inputs
 from tests.moe.oracle import Settings
 
 AXES = ("data", "fsdp", "fsdp_transpose", "tensor", "context", "expert")
 TINY = load_config("mixtral-tiny")
-RULES = TINY.mesh.rules  # the default table, of `configs/base.yml`
+RULES = TINY.mesh.logical_axis_rules  # the default table, of `configs/base.yml`
 TOKENS = ("activation_batch_moe", "activation_length_moe", "activation_embed_moe")
 PATHS = {
     "kernel": ("router", "kernel"),
@@ -70,25 +70,25 @@ def moe_config(
         base,
         num_experts=experts,
         num_experts_per_tok=settings.k,
-        mlp_dim=hidden,
+        moe_mlp_dim=hidden,
         capacity_factor=float(settings.capacity_factor),
         capacity_rule=settings.capacity_rule,
         min_capacity=settings.min_capacity,
         drop_policy=settings.drop_policy,
-        dispatch=dispatch,
-        no_expert_sharding=flag,
+        moe_dispatch=dispatch,
+        moe_dispatch_no_expert_sharding=flag,
         load_balance_loss_weight=float(settings.load_balance_weight),
         load_balance_loss_type=settings.load_balance,
         router_z_loss_weight=float(settings.z_weight),
         router=dataclasses.replace(
             base.router,
             norm_topk_prob=settings.renormalise,
-            score_func=settings.score,
-            scaling_factor=settings.scaling,
-            num_groups=settings.groups,
-            kept_groups=settings.kept_groups,
-            group_score=settings.group_score,
-            score_on_input=settings.on_input,
+            routed_score_func=settings.score,
+            routed_scaling_factor=settings.scaling,
+            n_routing_groups=settings.groups,
+            topk_routing_group=settings.kept_groups,
+            routing_group_score=settings.group_score,
+            routed_score_on_input=settings.on_input,
             **of_router,
         ),
         **route,
@@ -113,7 +113,7 @@ class BuiltLayer:
     shapes: dict[str, jax.ShapeDtypeStruct]
     tokens: jax.ShapeDtypeStruct
     settings: Settings
-    annotate: Annotator
+    sharding: Sharding
     fused: bool
 
     def apply(self, params: dict[str, jax.Array], x: jax.Array) -> tuple[jax.Array, MoEStats]:
@@ -186,7 +186,7 @@ class BuiltLayer:
         arguments = jax.device_put(
             (inputs.params, inputs.x, inputs.cotangent), (params, tokens, tokens)
         )
-        return jax.device_get(_compiled(self.lower(), self.annotate.mesh)(*arguments))
+        return jax.device_get(_compiled(self.lower(), self.sharding.mesh)(*arguments))
 
 
 # Half of the time to compile is LLVM's; the partitioner, which is on trial, is the same.
@@ -229,7 +229,7 @@ def build_layer(
     Args:
         biases: of the experts.
     """
-    annotate = Annotator(mesh, rules)
+    sharding = Sharding(mesh, rules)
     config = moe_config(
         settings, experts=experts, hidden=hidden, dispatch=dispatch, flag=flag, **route
     )
@@ -239,19 +239,19 @@ def build_layer(
             model_dim=model,
             gating=dataclasses.replace(
                 TINY.model.gating,
-                activations=(settings.activation, "linear"),
-                limit=-1 if math.isinf(settings.limit) else settings.limit,
-                offset=settings.offset,
-                bias=biases,
+                mlp_activations=(settings.activation, "linear"),
+                mlp_activations_limit=-1 if math.isinf(settings.limit) else settings.limit,
+                mlp_linear_offset=settings.offset,
+                mlp_bias=biases,
             ),
             dtype=dtype,
             weight_dtype=jnp.float32,
-            annotate=annotate,
+            sharding=sharding,
             rngs=nnx.Rngs(0),
         )
     )
     graphdef, state = nnx.split(layer)
-    fused = config.prefuse_weights
+    fused = config.prefuse_moe_weights
     if fused:
         for end, axes in ("", ("exp", "embed_moe", "mlp_moe")), ("_bias", ("exp", "mlp_moe")):
             if f"gate_up{end}" in state["experts"]:
@@ -264,17 +264,17 @@ def build_layer(
     for path, variable in nnx.to_flat_state(state):
         name = named[path]
         shape = variable.get_raw_value()
-        sharding = annotate.sharding(name, variable.get_metadata()["logical_axes"], shape.shape)
-        shapes[name] = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+        placed = sharding.named_sharding(name, variable.get_metadata()["logical_axes"], shape.shape)
+        shapes[name] = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=placed)
     token_shape = (rows, tokens, model)
     assert math.prod(mesh.shape.values()) == len(jax.devices())
     return BuiltLayer(
         graphdef=graphdef,
         shapes=shapes,
         tokens=jax.ShapeDtypeStruct(
-            token_shape, dtype, sharding=annotate.sharding("x", TOKENS, token_shape)
+            token_shape, dtype, sharding=sharding.named_sharding("x", TOKENS, token_shape)
         ),
         settings=settings,
-        annotate=annotate,
+        sharding=sharding,
         fused=fused,
     )

@@ -18,7 +18,7 @@ import pytest
 from moe_shard.errors import UserError
 from moe_shard.moe import dispatch
 from moe_shard.moe.dispatch.ragged import Ragged
-from moe_shard.sharding.annotate import Annotator
+from moe_shard.sharding.annotate import Sharding
 from tests.moe import emulation
 from tests.moe.build import Outputs, build_layer, mesh_of
 from tests.moe.inputs import Inputs, random_inputs
@@ -41,7 +41,7 @@ every_mesh = pytest.mark.parametrize("sizes", MESHES, ids=label)
 @pytest.fixture
 def ragged_all_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """The transport of TPU and GPU, emulated."""
-    monkeypatch.setattr(Annotator, "platform", "tpu")
+    monkeypatch.setattr(Sharding, "platform", "tpu")
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulation.ragged_all_to_all)
 
 
@@ -56,7 +56,7 @@ def route(variant: str, request: pytest.FixtureRequest) -> dict[str, Any]:
         patch = request.getfixturevalue("monkeypatch")
         patch.setattr(dispatch, "Ragged", partial(Ragged, check_vma=False))
     elif variant == "ragged in chunks":
-        settings["num_token_chunks"] = 2
+        settings["num_moe_token_chunks"] = 2
     return settings
 
 
@@ -74,8 +74,8 @@ def check(sizes: dict[str, int], settings: Settings, inputs: Inputs, **route: An
         "rows": rows, "tokens": tokens, "model": model, "hidden": hidden, "experts": experts
     }  # fmt: skip
     route |= {
-        "bias": "router_bias" in inputs.params,
-        "correction_bias": "correction" in inputs.params,
+        "router_bias": "router_bias" in inputs.params,
+        "routed_bias": "correction" in inputs.params,
         "biases": "down_bias" in inputs.params,
     }
     found, expected = run(sizes, settings, inputs, dims, **route)
@@ -196,7 +196,7 @@ def test_what_published_models_have(
 
 @pytest.mark.parametrize("variant", [each for each in VARIANTS if each != "einsum"])
 @pytest.mark.parametrize("sizes", [SINGLETONS[1], MESHES[1]], ids=label)
-@pytest.mark.parametrize("fast", ["force_load_balance", "prefuse_weights"])
+@pytest.mark.parametrize("fast", ["force_load_balance", "prefuse_moe_weights"])
 def test_fast_paths_have_biases_and_weights_on_the_input(
     sizes: dict[str, int], route: dict[str, Any], fast: str
 ) -> None:
@@ -209,7 +209,7 @@ def test_fast_paths_have_biases_and_weights_on_the_input(
 def test_chunks_have_biases_and_weights_on_the_input() -> None:
     settings = dataclasses.replace(WHOLE, on_input=True)
     inputs = random_inputs(**DIMS, biases=("gate_bias", "up_bias", "down_bias"))
-    check(MESHES[1], settings, inputs, dispatch="ragged", num_token_chunks=2)
+    check(MESHES[1], settings, inputs, dispatch="ragged", num_moe_token_chunks=2)
 
 
 def test_a_skewed_router_with_biases_makes_further_rounds() -> None:
@@ -224,7 +224,7 @@ def test_a_skewed_router_with_biases_makes_further_rounds() -> None:
 @every_variant
 @every_mesh
 def test_fused_gate_and_up(sizes: dict[str, int], route: dict[str, Any]) -> None:
-    check(sizes, WHOLE, random_inputs(**DIMS), prefuse_weights=True, **route)
+    check(sizes, WHOLE, random_inputs(**DIMS), prefuse_moe_weights=True, **route)
 
 
 @pytest.mark.parametrize("product", ["blocked", "ragged_dot", "pallas"])
@@ -240,4 +240,6 @@ def test_every_grouped_product(sizes: dict[str, int], product: str) -> None:
 
 def test_chunks_that_do_not_come_out_even_are_refused() -> None:
     with pytest.raises(UserError, match="num_moe_token_chunks=3 does not divide the 16 tokens"):
-        check({"expert": 8}, WHOLE, random_inputs(**DIMS), dispatch="ragged", num_token_chunks=3)
+        check(
+            {"expert": 8}, WHOLE, random_inputs(**DIMS), dispatch="ragged", num_moe_token_chunks=3
+        )

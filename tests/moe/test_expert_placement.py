@@ -106,7 +106,7 @@ def test_where_experts_are_stored(experts: int, sizes: Sizes, stored: list[str])
 def test_other_tables(
     rules: str, experts: int, sizes: Sizes, stored: list[str], at_work: tuple[str, ...]
 ) -> None:
-    rows = load_config("mixtral-tiny", overrides_of(rules)).mesh.rules
+    rows = load_config("mixtral-tiny", overrides_of(rules)).mesh.logical_axis_rules
     found = resolve(rows, sizes, EXPERT_WEIGHT_IN, experts)
     assert placed(found) == stored
     assert not found.conflicts
@@ -190,7 +190,7 @@ def test_gradients_in_every_order_of_the_stored_axes(stored: tuple[str, ...], fl
 
 
 def test_upstream_is_still_wrong_about_a_batched_products_sums() -> None:
-    """A reminder: when this fails, `Annotator.use_weight` may let gradients go straight home."""
+    """A reminder: when this fails, `Sharding.use_weight` may let gradients go straight home."""
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), tuple(EVERY_AXIS), (AxisType.Auto,) * 3)
     rows, home = (NamedSharding(mesh, P("expert", ("data", "fsdp"))), P(("expert", "fsdp")))
 

@@ -96,7 +96,7 @@ def widths(name: str) -> dict[str, Any]:
     assert config.moe is not None
     return {
         "model": config.emb_dim,
-        "hidden": config.moe.mlp_dim,
+        "hidden": config.moe.moe_mlp_dim,
         "experts": config.moe.num_experts,
         "dtype": jnp.dtype(config.dtype),
     }

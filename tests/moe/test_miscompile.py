@@ -4,7 +4,7 @@ The partitioner forgets part of a sum when partial sums go straight to a layout 
 and replicated axes (https://github.com/openxla/xla/issues/40034, open; found here independently, on
 CPU, with every spec right and half of the rows wrong). The first test shows it in plain JAX, in the
 two shapes an MoE layer has; the others show that the layer's numbers are the oracle's wherever it
-could strike. Placement alone decides it: see `moe/placement.py` and `Annotator.use_weight`.
+could strike. Placement alone decides it: see `moe/placement.py` and `Sharding.use_weight`.
 """
 
 from __future__ import annotations

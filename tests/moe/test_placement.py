@@ -25,7 +25,7 @@ def traced(sizes: dict[str, int], flag: bool) -> BuiltLayer:
 
 
 def test_flag_off_is_told_with_its_consequence_and_cure() -> None:
-    conflicts = traced({"fsdp": 2, "expert": 4}, flag=False).annotate.conflicts.values()
+    conflicts = traced({"fsdp": 2, "expert": 4}, flag=False).sharding.conflicts.values()
     assert conflicts
     for conflict in conflicts:
         assert conflict.dim == "activation_exp"
@@ -37,4 +37,4 @@ def test_flag_off_is_told_with_its_consequence_and_cure() -> None:
     ("sizes", "flag"), [({"fsdp": 2, "expert": 4}, True), ({"fsdp": 8}, False), ({"fsdp": 8}, True)]
 )
 def test_no_conflict_is_told_where_there_is_none(sizes: dict[str, int], flag: bool) -> None:
-    assert not traced(sizes, flag).annotate.conflicts
+    assert not traced(sizes, flag).sharding.conflicts

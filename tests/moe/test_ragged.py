@@ -81,7 +81,7 @@ def test_recomputation_repeats_no_exchange_that_was_saved(names: tuple[str, ...]
 
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_chunks_share_one_exchange_of_counts(chunks: int) -> None:
-    layer = build(EXPERT_8, tokens=64, num_token_chunks=chunks)
+    layer = build(EXPERT_8, tokens=64, num_moe_token_chunks=chunks)
     found = in_every_step(forward(layer).as_text())
     assert kinds(found) == {"all-to-all": 2 * chunks, "all-gather": 1}
 
@@ -231,7 +231,7 @@ def test_what_should_be_equal_on_all_devices_is(
 def record_of(sizes: dict[str, int], dispatch: str = "ragged", **route: Any) -> MoERecord:
     layer = build(sizes, dispatch, **route)
     layer.lower()
-    record = layer.annotate.decisions["moe"]
+    record = layer.sharding.decisions["moe"]
     assert isinstance(record, MoERecord)
     return record
 
@@ -309,7 +309,11 @@ def test_the_record_names_the_router(model: str, router: str) -> None:
         (
             {"data": 2, "expert": 4},
             "ragged",
-            {"prefuse_weights": True, "num_token_chunks": 2, "grouped_product": "ragged_dot"},
+            {
+                "prefuse_moe_weights": True,
+                "num_moe_token_chunks": 2,
+                "grouped_product": "ragged_dot",
+            },
             "padded all-to-all",
             "ragged_dot",
             {"fused-gate-up", "token-chunks"},
@@ -345,7 +349,7 @@ def test_an_axis_of_size_1_is_not_the_same_as_no_axis() -> None:
         mesh_of({"data": 8}), WHOLE, dispatch="ragged", flag=True, rules=rules, **DIMS
     )
     layer.lower()
-    assert layer.annotate.decisions["moe"].reasons["transport none"] == "no axis is for experts"
+    assert layer.sharding.decisions["moe"].reasons["transport none"] == "no axis is for experts"
 
 
 def test_a_named_transport_that_cannot_run_is_an_error() -> None:

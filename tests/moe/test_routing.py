@@ -24,8 +24,12 @@ from tests.moe.test_capacity import LOGITS
 assert TINY.model.moe is not None
 PLAIN = TINY.model.moe.router
 SCORES = ("softmax", "sigmoid", "sparsemixer")
-TWO_GROUPS = {"num_groups": 4, "kept_groups": 2}
-GROUPED = [{}, TWO_GROUPS | {"group_score": "max"}, TWO_GROUPS | {"group_score": "top2_sum"}]
+TWO_GROUPS = {"n_routing_groups": 4, "topk_routing_group": 2}
+GROUPED = [
+    {},
+    TWO_GROUPS | {"routing_group_score": "max"},
+    TWO_GROUPS | {"routing_group_score": "top2_sum"},
+]
 every_score = pytest.mark.parametrize("score", SCORES)
 
 
@@ -46,7 +50,7 @@ def softmax(u: np.ndarray) -> np.ndarray:
 
 
 def scores_of(logits: np.ndarray, config: RouterConfig) -> np.ndarray:
-    return 1 / (1 + np.exp(-logits)) if config.score_func == "sigmoid" else softmax(logits)
+    return 1 / (1 + np.exp(-logits)) if config.routed_score_func == "sigmoid" else softmax(logits)
 
 
 def chosen(ranked: np.ndarray, k: int, config: RouterConfig) -> list[int]:
@@ -56,7 +60,7 @@ def chosen(ranked: np.ndarray, k: int, config: RouterConfig) -> list[int]:
     allowed = range(len(ranked))
     if kept < groups:
         best = [np.sort(ranked[g * size : (g + 1) * size])[::-1] for g in range(groups)]
-        value = [b[0] if config.group_score == "max" else b[0] + b[1] for b in best]
+        value = [b[0] if config.routing_group_score == "max" else b[0] + b[1] for b in best]
         inside = sorted(range(groups), key=lambda g: -value[g])[:kept]
         allowed = [e for e in range(len(ranked)) if e // size in inside]
     return sorted(allowed, key=lambda e: -ranked[e])[:k]
@@ -75,13 +79,13 @@ def sparse_weights(logits: np.ndarray, experts: list[int], jitter: float) -> np.
 
 
 def weights_of(logits: np.ndarray, experts: list[int], config: RouterConfig) -> np.ndarray:
-    if config.score_func == "sparsemixer":
+    if config.routed_score_func == "sparsemixer":
         weights = sparse_weights(logits, experts, config.sparsemixer_jitter)
     else:
         weights = scores_of(logits, config)[experts]
     if config.norm_topk_prob:
         weights = weights / weights.sum()
-    return weights * config.scaling_factor
+    return weights * config.routed_scaling_factor
 
 
 def tokens(count: int = 64, experts: int = 8, seed: int = 0) -> np.ndarray:
@@ -97,7 +101,7 @@ def test_choice_and_weights_are_the_oracles(
 ) -> None:
     # So wide a jitter that about half of the experts share a softmax.
     fields = {
-        "score_func": score, "norm_topk_prob": normed, "scaling_factor": 2.5,
+        "routed_score_func": score, "norm_topk_prob": normed, "routed_scaling_factor": 2.5,
         "sparsemixer_jitter": 0.4, **groups,
     }  # fmt: skip
     logits, config = tokens(), replace(PLAIN, **fields)
@@ -117,7 +121,7 @@ def test_choice_and_weights_are_the_oracles(
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("balance", ["softmax", "ranked", "logits"])
 def test_the_balance_loss_may_take_a_softmax_for_probabilities(score: str, balance: str) -> None:
-    fields = {"score_func": score, "balance_probs": balance}
+    fields = {"routed_score_func": score, "load_balance_probs": balance}
     logits, config = tokens(), replace(PLAIN, **fields)
     correction = np.float32([0.3, -0.2, 0.1, 0, -0.3, 0.2, 0, -0.1])
     found = routed(logits, 2, correction, **fields)
@@ -125,14 +129,14 @@ def test_the_balance_loss_may_take_a_softmax_for_probabilities(score: str, balan
         of = {"softmax": scores_of(u, config), "logits": u}.get(balance)
         of = scores_of(u, config) + correction if of is None else of
         np.testing.assert_allclose(found.probs[token], softmax(of), rtol=1e-5)
-    plain = routed(logits, 2, correction, score_func=score)
+    plain = routed(logits, 2, correction, routed_score_func=score)
     np.testing.assert_array_equal(found.weights, plain.weights)
 
 
 @every_score
 @pytest.mark.parametrize("normed", [True, False])
 def test_gradients_of_the_weights_are_those_of_finite_differences(score: str, normed: bool) -> None:
-    fields = {"score_func": score, "norm_topk_prob": normed, "sparsemixer_jitter": 0.4}
+    fields = {"routed_score_func": score, "norm_topk_prob": normed, "sparsemixer_jitter": 0.4}
     logits, config = tokens(6, 8, seed=3), replace(PLAIN, **fields)
     cotangent = np.random.default_rng(1).standard_normal((6, 2))
 
@@ -157,8 +161,8 @@ def test_gradients_of_the_weights_are_those_of_finite_differences(score: str, no
 
 @every_score
 def test_a_scaling_factor_scales_the_weights_and_nothing_else(score: str) -> None:
-    plain = routed(tokens(), 2, score_func=score)
-    scaled = routed(tokens(), 2, score_func=score, scaling_factor=2.5)
+    plain = routed(tokens(), 2, routed_score_func=score)
+    scaled = routed(tokens(), 2, routed_score_func=score, routed_scaling_factor=2.5)
     np.testing.assert_array_equal(scaled.indices, plain.indices)
     np.testing.assert_array_equal(scaled.probs, plain.probs)
     np.testing.assert_allclose(scaled.weights, 2.5 * plain.weights, rtol=1e-7)
@@ -166,7 +170,7 @@ def test_a_scaling_factor_scales_the_weights_and_nothing_else(score: str) -> Non
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_a_correction_bias_chooses_and_never_weighs(score: str) -> None:
-    fields: dict[str, Any] = {"score_func": score, "norm_topk_prob": False}
+    fields: dict[str, Any] = {"routed_score_func": score, "norm_topk_prob": False}
     plain = routed(LOGITS, 2, **fields)
     corrected = routed(LOGITS, 2, np.array([9.0, 0, 0, 0]), **fields)
     assert (corrected.indices[:, 0] == 0).all()
@@ -189,9 +193,13 @@ def test_no_gradient_reaches_the_correction_bias() -> None:
 def test_groups_are_ranked_by_their_best_or_by_their_best_two() -> None:
     # Group 0 has the best expert and else nothing; of two groups, one can be kept.
     logits = np.array([[3.0, -9, -9, 2, 2, -9]])
-    one_of_two: dict[str, Any] = {"num_groups": 2, "kept_groups": 1, "score_func": "sigmoid"}
-    by_best = routed(logits, 2, **one_of_two, group_score="max")
-    by_two = routed(logits, 2, **one_of_two, group_score="top2_sum")
+    one_of_two: dict[str, Any] = {
+        "n_routing_groups": 2,
+        "topk_routing_group": 1,
+        "routed_score_func": "sigmoid",
+    }
+    by_best = routed(logits, 2, **one_of_two, routing_group_score="max")
+    by_two = routed(logits, 2, **one_of_two, routing_group_score="top2_sum")
     assert by_best.indices.tolist() == [[0, 1]]  # of equals the first
     assert by_two.indices.tolist() == [[3, 4]]
 
@@ -200,7 +208,7 @@ def test_at_most_the_kept_groups_are_chosen_from_even_with_scores_below_zero() -
     # A correction that makes every score negative: what is outside must not look better than that.
     logits = tokens(256)
     for score in ("softmax", "sigmoid"):
-        found = routed(logits, 4, np.full(8, -5.0), score_func=score, **TWO_GROUPS)
+        found = routed(logits, 4, np.full(8, -5.0), routed_score_func=score, **TWO_GROUPS)
         groups = [set(row) for row in (found.indices // 2).tolist()]
         assert all(len(each) == 2 for each in groups)
         assert len(set.union(*groups)) == 4
@@ -215,10 +223,10 @@ def test_one_expert_a_group_has_no_best_two() -> None:
 @pytest.mark.parametrize("normed", [True, False])
 def test_sigmoids_that_are_all_zero_are_no_reason_for_nan(normed: bool) -> None:
     logits = np.full((1, 4), -200.0)
-    found = routed(logits, 2, score_func="sigmoid", norm_topk_prob=normed)
+    found = routed(logits, 2, routed_score_func="sigmoid", norm_topk_prob=normed)
     assert not found.weights.any()
     assert not found.probs.any()
-    config = replace(PLAIN, score_func="sigmoid", norm_topk_prob=normed)
+    config = replace(PLAIN, routed_score_func="sigmoid", norm_topk_prob=normed)
 
     def loss(logits: jax.Array) -> jax.Array:
         found = route(logits, 2, config=config)
@@ -239,7 +247,7 @@ def test_sigmoids_that_are_all_zero_are_no_reason_for_nan(normed: bool) -> None:
 )
 def test_sparsemixer_by_hand(logits: list[float], weights: list[float]) -> None:
     found = routed(
-        np.array([logits]), 2, score_func="sparsemixer", norm_topk_prob=False,
+        np.array([logits]), 2, routed_score_func="sparsemixer", norm_topk_prob=False,
         sparsemixer_jitter=0.01,
     )  # fmt: skip
     np.testing.assert_allclose(found.weights[0], weights, rtol=1e-5)

@@ -88,7 +88,7 @@ def test_outputs_and_gradients(
     inputs = inputs_of(biases=biases, score=score)
     layer = build_layer(
         mesh_of(sizes), settings, dispatch=dispatch, flag=True, biases=biases, **DIMS,
-        shared_experts=2, shared_mlp_dim=SHARED_DIM, shared_gate=score,
+        shared_experts=2, shared_expert_mlp_dim=SHARED_DIM, shared_expert_gate=score,
     )  # fmt: skip
     routed = moe_layer(inputs.x, inputs.params, inputs.cotangent, settings)
     expected = with_shared(routed, inputs, settings)
@@ -108,7 +108,7 @@ def test_their_gathered_weights_are_no_experts_weights_to_the_verdict(dispatch: 
     sizes = {"expert": 8}
     layer = build_layer(
         mesh_of(sizes), PLAIN, dispatch=dispatch, flag=True, **DIMS,
-        shared_experts=1, shared_gate=True,
+        shared_experts=1, shared_expert_gate=True,
     )  # fmt: skip
     report = report_from_text(layer.lower().compile(FAST).as_text(), mesh=sizes)
     assert report.verdict == "expert-parallel"

@@ -19,7 +19,9 @@ from tests.moe.test_contract import (  # noqa: F401  (pytest finds fixtures by t
 )
 from tests.moe.test_factorisations import assert_equal_to_oracle, label
 
-RULES = load_config("mixtral-tiny", ["custom_mesh_and_rule=context-as-expert"]).mesh.rules
+RULES = load_config(
+    "mixtral-tiny", ["custom_mesh_and_rule=context-as-expert"]
+).mesh.logical_axis_rules
 MESHES = [
     {"context": 2, "expert": 4},
     {"context": 8},
@@ -38,7 +40,7 @@ def test_outputs_and_gradients_are_the_oracles(
     inputs = random_inputs(**DIMS)
     layer = build_layer(mesh_of(sizes), WHOLE, flag=True, rules=RULES, **DIMS, **route)
     expert_axes = [axis for axis in ("expert", "context") if sizes.get(axis, 1) > 1]
-    assert layer.annotate.table.expert_axes == tuple(expert_axes)
+    assert layer.sharding.table.expert_axes == tuple(expert_axes)
     found = layer.run(inputs)
     expected = moe_layer(inputs.x, inputs.params, inputs.cotangent, WHOLE)
     assert_equal_to_oracle(found, expected)

@@ -21,7 +21,7 @@ from moe_shard.models.params import AbstractModel, Params, describe
 from moe_shard.moe.losses import load_balance_loss
 from moe_shard.program import step
 from moe_shard.program.optimizer import make_optimizer
-from moe_shard.sharding.annotate import Annotator
+from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.mesh import make_mesh
 from tests.models.build import QUICK
 from tests.parity import weights
@@ -47,7 +47,7 @@ class Opened(NamedTuple):
     """A model on a mesh."""
 
     config: Config
-    annotate: Annotator
+    sharding: Sharding
     model: AbstractModel
     params: Params
 
@@ -71,9 +71,9 @@ def open_model(directory: Path, experts: int, *overrides: str) -> Opened:
     """
     mesh = f"ici_expert_parallelism={experts}"
     config = load_model(str(directory), [*OVERRIDES, mesh, *overrides])
-    annotate = Annotator(make_mesh(config.mesh), config.mesh.rules)
-    model = describe(config.model, annotate)
-    return Opened(config, annotate, model, load_params(str(directory), model.specs))
+    sharding = Sharding(make_mesh(config.mesh), config.mesh.logical_axis_rules)
+    model = describe(config.model, sharding)
+    return Opened(config, sharding, model, load_params(str(directory), model.specs))
 
 
 def batch_of(opened: Opened, inputs: np.ndarray, targets: np.ndarray) -> dict[str, jax.Array]:
@@ -84,7 +84,7 @@ def batch_of(opened: Opened, inputs: np.ndarray, targets: np.ndarray) -> dict[st
         "positions": np.broadcast_to(np.arange(inputs.shape[1]), inputs.shape),
         "segment_ids": np.ones_like(inputs),
     }
-    rows = opened.annotate.sharding(
+    rows = opened.sharding.named_sharding(
         "batch", ("activation_batch", "activation_length"), inputs.shape
     )
     return {name: jax.device_put(a.astype(np.int32), rows) for name, a in fields.items()}
@@ -146,7 +146,7 @@ def overwrite(directory: Path, params: Params) -> None:
 
 def train(opened: Opened, inputs: np.ndarray, targets: np.ndarray) -> list[float]:
     """Losses of updates by the training step, all on one batch; uses the parameters up."""
-    program = step.make_program(opened.config, opened.annotate)
+    program = step.make_program(opened.config, opened.sharding)
     batch = {name: each[None] for name, each in batch_of(opened, inputs, targets).items()}
     batch = jax.device_put(batch, program.batch_sharding)
     optimizer = make_optimizer(opened.config.train, opened.model.specs)
@@ -164,7 +164,7 @@ def greedy(opened: Opened, prompts: np.ndarray, *, cached: bool) -> np.ndarray:
     """The likeliest tokens after prompts of one length."""
     generator = Generator(
         opened.model,
-        opened.annotate,
+        opened.sharding,
         opened.config.generate,
         vocab_size=VOCAB,
         rows=ROWS,

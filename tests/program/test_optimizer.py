@@ -31,10 +31,10 @@ def train_config(*overrides: str) -> TrainConfig:
 
 
 def specs() -> dict[str, ParamSpec]:
-    annotate = annotator(small_config({"data": 8}))
+    sharding = annotator(small_config({"data": 8}))
     return {
         name: ParamSpec(
-            name, SHAPES[name], np.float32, axes, annotate.sharding(name, axes, SHAPES[name])
+            name, SHAPES[name], np.float32, axes, sharding.named_sharding(name, axes, SHAPES[name])
         )
         for name, axes in AXES.items()
     }
@@ -180,11 +180,11 @@ def test_the_clipping_norm_is_global_on_every_device_at_every_ep_size(parallelis
         "optimizer=sgd", "learning_rate=1.0", "warmup_steps_fraction=0",
         "gradient_clipping_threshold=1.0",
     )  # fmt: skip
-    annotate = annotator(config)
+    sharding = annotator(config)
     gradient = np.zeros((8, 4, 2), np.float32)
     gradient[:, 0, 0] = [math.sqrt(square / 2) for square in (4, 4, 16, 16, 36, 36, 64, 64)]
     axes = ("exp", "embed_moe", "mlp_moe")
-    place = annotate.sharding("gradient", axes, gradient.shape)
+    place = sharding.named_sharding("gradient", axes, gradient.shape)
     spec = {"w": ParamSpec("w", gradient.shape, np.float32, axes, place)}
     optimizer = make_optimizer(config.train, spec)
     weights = jax.device_put({"w": jnp.zeros_like(gradient)}, place)

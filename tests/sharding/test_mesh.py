@@ -27,10 +27,10 @@ EVERY_FACTORISATION = [
 
 def config(ici: dict[str, int], dcn: dict[str, int] | None = None) -> MeshConfig:
     return MeshConfig(
-        axes=MESH_AXES,
+        mesh_axes=MESH_AXES,
         ici=tuple({**ONES, **ici}.values()),
         dcn=tuple({**ONES, **(dcn or {})}.values()),
-        rules=(),
+        logical_axis_rules=(),
         rule_conflicts="warn",
         num_simulated_devices=8,
     )

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from moe_shard.errors import UserError
 from moe_shard.lowering.collectives import extract_collectives
-from moe_shard.sharding.annotate import Annotator
+from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.rules import RuleTable
 
 LOGICAL = ("batch", "exp", "embed", "mlp", "length")
@@ -253,46 +253,46 @@ def mesh() -> Mesh:
     return Mesh(devices, tuple(SIZES), axis_types=(AxisType.Auto,) * 3)
 
 
-def annotate_slots(annotate: Annotator, batch: str) -> jax.Array:
+def annotate_slots(sharding: Sharding, batch: str) -> jax.Array:
     cure = "weights will be gathered; flag=true moves tokens instead"
-    return jax.jit(lambda x: annotate(x, "exp", batch, None, name="slots", consequence=cure))(
+    return jax.jit(lambda x: sharding(x, "exp", batch, None, name="slots", consequence=cure))(
         jnp.zeros((8, 8, 3))
     )
 
 
 def test_a_conflict_is_told_with_its_consequence_in_one_line() -> None:
-    annotate = Annotator(mesh(), MOE)
-    placed = annotate_slots(annotate, "batch")
+    sharding = Sharding(mesh(), MOE)
+    placed = annotate_slots(sharding, "batch")
     assert placed.sharding.spec == PartitionSpec(None, ("data", "expert"))
-    ((key, conflict),) = annotate.conflicts.items()
+    ((key, conflict),) = sharding.conflicts.items()
     assert key == (conflict.array, conflict.dim) == ("slots", "exp")
-    assert annotate.conflict_lines() == [str(conflict)]
+    assert sharding.conflict_lines() == [str(conflict)]
     assert str(conflict) == (
         "slots: dim 'exp' stays unsharded: row 3 ['exp', [expert]] lost expert to 'batch'; "
         "weights will be gathered; flag=true moves tokens instead"
     )
-    assert set(annotate.resolutions) == {"slots"}
+    assert set(sharding.resolutions) == {"slots"}
 
 
 def test_without_a_conflict_nothing_is_told() -> None:
-    annotate = Annotator(mesh(), MOE, on_conflict="error")
-    placed = annotate_slots(annotate, "batch_no_exp")
+    sharding = Sharding(mesh(), MOE, on_conflict="error")
+    placed = annotate_slots(sharding, "batch_no_exp")
     assert placed.sharding.spec == PartitionSpec("expert", "data")
-    assert not annotate.conflicts
+    assert not sharding.conflicts
 
 
 def test_a_conflict_can_be_made_an_error() -> None:
     with pytest.raises(UserError, match="rule_conflicts=error: slots: dim 'exp'") as raised:
-        annotate_slots(Annotator(mesh(), MOE, on_conflict="error"), "batch")
+        annotate_slots(Sharding(mesh(), MOE, on_conflict="error"), "batch")
     assert "flag=true" in str(raised.value)
     assert len(str(raised.value).splitlines()) <= 3
 
 
 def test_the_source_of_a_constraint_is_where_the_tensor_was_annotated() -> None:
-    annotate = Annotator(mesh(), MOE)
+    sharding = Sharding(mesh(), MOE)
 
     def gathered(x: jax.Array) -> jax.Array:
-        return annotate(annotate(x, "exp", None, None, name="a") * 2, None, None, None, name="b")
+        return sharding(sharding(x, "exp", None, None, name="a") * 2, None, None, None, name="b")
 
     text = jax.jit(gathered).lower(jnp.zeros((8, 8, 3))).compile().as_text()
     sources = [each.source for each in extract_collectives(text).collectives]

@@ -23,7 +23,7 @@ def make_strategy(config: MoEConfig, placement: Placement) -> Strategy:
         config: of the layer.
         placement: of its arrays.
     """
-    match config.dispatch:
+    match config.moe_dispatch:
         case "einsum":
             return ByCapacity(einsum, config, placement)
         case "gather":

@@ -61,7 +61,7 @@ class ByCapacity:
             dropped = jnp.sum(~slots.kept(), axis=(1, 2), dtype=jnp.int32)
         with jax.named_scope("dispatch"):
             sent, seats, shares = x, slots, routing.weights
-            if self.config.router.score_on_input:
+            if self.config.router.routed_score_on_input:
                 sent, seats, shares = on_input(x, slots, routing.weights)
             by_row = self.carrier.dispatch(sent, seats, self.config.num_experts)
         with jax.named_scope("experts"):
@@ -116,7 +116,7 @@ class ByCapacity:
 
         Slots are divided, not tokens: what is dropped does not depend on the number of chunks.
         """
-        chunks, capacity = self.config.num_token_chunks, slots.shape[2]
+        chunks, capacity = self.config.num_moe_token_chunks, slots.shape[2]
         if chunks == 1:
             return [slots]
         ends = [capacity * (chunk + 1) // chunks for chunk in range(chunks)]

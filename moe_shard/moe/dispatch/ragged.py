@@ -121,7 +121,7 @@ class Ragged:
         self.config = config
         self.placement = placement
         self.check_vma = check_vma
-        if config.ragged_transport == "ragged" and placement.annotate.platform == "cpu":
+        if config.ragged_transport == "ragged" and placement.sharding.platform == "cpu":
             raise UserError(
                 "ragged_transport=ragged: XLA has no ragged-all-to-all on CPU\n"
                 "fix: ragged_transport=auto, which sends padded pieces there"
@@ -157,10 +157,10 @@ class Ragged:
         )
 
     def _on_device(self, shape: tuple[int, ...], shards: Shards, experts: Experts) -> _OnDevice:
-        config, platform = self.config, self.placement.annotate.platform
+        config, platform = self.config, self.placement.sharding.platform
         rows, length = shape[0] // shards.size(shards.batch_axes), shape[1]
         parts = shards.size(shards.length_axes)
-        chunks, k = config.num_token_chunks, config.num_experts_per_tok
+        chunks, k = config.num_moe_token_chunks, config.num_experts_per_tok
         tokens = rows * length // parts
         if tokens % chunks:
             raise UserError(
@@ -220,7 +220,7 @@ class _OnDevice:
         with jax.named_scope("experts"):
             in_use = self.shards.weights_in_use(stored)
         tokens, chosen, shares = (
-            tuple(jnp.split(each.reshape(-1, each.shape[-1]), self.config.num_token_chunks))
+            tuple(jnp.split(each.reshape(-1, each.shape[-1]), self.config.num_moe_token_chunks))
             for each in (x, indices, weights)
         )
         lost: Bool[Array, "T*C K"] | None = None
@@ -255,7 +255,7 @@ class _OnDevice:
             self.load.devices,
             self.load.experts,
             partial(self._experts, batched_product),
-            self.config.router.score_on_input,
+            self.config.router.routed_score_on_input,
         )
         each = zip(tokens, shares, strict=True)
         return [route.apply(chunk, share, weights) for chunk, share in each]
@@ -314,7 +314,7 @@ class _OnDevice:
         self, tokens: Float[Array, "T m"], slots: Slots, shares: Float[Array, "T K"]
     ) -> tuple[Float[Array, "N m"], Slots, Float[Array, "T K"]]:
         """The rows that travel, their slots, and the weights that are left for the sum."""
-        if not self.config.router.score_on_input:
+        if not self.config.router.routed_score_on_input:
             return tokens, slots, shares
         tokens, shares = vary_alike(tokens, shares)
         sent, seats, left = on_input(tokens[None], slots, shares[None])

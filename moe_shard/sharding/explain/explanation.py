@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from moe_shard.config.mesh_config import expert_row
-from moe_shard.sharding.annotate import AnnotatedArray, Annotator
+from moe_shard.sharding.annotate import AnnotatedArray, Sharding
 from moe_shard.sharding.explain.collisions import (
     Collision,
     find_alternatives,
@@ -36,7 +36,7 @@ from moe_shard.sharding.rules import LogicalAxes, Row, RuleTable
 Rules = Sequence[tuple[str, Sequence[str]]]
 
 
-class Recorder(Annotator):
+class Recorder(Sharding):
     """Notes what a model says of its arrays and places none of them.
 
     For tables that may not fit the model: nothing about them can stop the trace.
