@@ -1,7 +1,8 @@
 """The package as it is installed: a wheel in an environment without a checkout.
 
-`make test-wheel`. The libraries are those of the interpreter that runs the tests, by a path file;
-the package itself is the wheel's, which is checked first.
+`make test-wheel`. The wheel is built from the source distribution, so both are whole. The libraries
+are those of the interpreter that runs the tests, by a path file; the package itself is the wheel's,
+which is checked first.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -24,7 +26,19 @@ from tests.test_train import TINY
 
 pytestmark = pytest.mark.wheel
 ROOT = Path(__file__).resolve().parents[1]
-BUILT_OF = ("moe_shard", "configs", "pyproject.toml", "README.md", "LICENSE")
+BUILT_OF = (
+    "moe_shard",
+    "configs",
+    "tests",
+    "tools",
+    "docs",
+    "pyproject.toml",
+    "setup.py",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+)
+BUILD_SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
 
 
 def run(command: list[str] | str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
@@ -45,15 +59,24 @@ REMOVED = {"PYTHONPATH", "XLA_FLAGS", "VIRTUAL_ENV"}
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
     source = folder / "source"
+    source.mkdir()
     for name in BUILT_OF:  # a copy: building writes beside what it builds
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        source.mkdir(exist_ok=True)
         copy(ROOT / name, source / name)
+    done = run([sys.executable, "-c", BUILD_SDIST, str(folder)], source)
+    assert done.returncode == 0, done.stderr
+    (built,) = folder.glob("*.tar.gz")
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder)]
-    done = run([*command, str(source)], folder)
+    done = run([*command, str(sdist)], folder)
     assert done.returncode == 0, done.stderr
     (built,) = folder.glob("*.whl")
     return built
@@ -76,13 +99,31 @@ def commands(wheel: Path) -> Path:
     return python.parent
 
 
-def test_it_holds_every_configuration(wheel: Path) -> None:
-    names = zipfile.ZipFile(wheel).namelist()
-    files = [path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*") if path.is_file()]
-    assert len(files) > 30
-    for file in files:
-        assert any(name.endswith(f"/share/moe_shard/{file}") for name in names), file
-    assert not [name for name in names if name.startswith(("tests/", "tools/"))]
+def test_it_holds_every_module_and_configuration_and_nothing_else(wheel: Path) -> None:
+    installed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    configs = [path for path in (ROOT / "configs").rglob("*") if path.is_file()]
+    assert len(configs) > 30
+    modules = [
+        path for path in (ROOT / "moe_shard").rglob("*") if path.is_file() and path.suffix != ".pyc"
+    ]
+    wanted = {f"moe_shard/{path.relative_to(ROOT)}" for path in configs}
+    wanted |= {str(path.relative_to(ROOT)) for path in modules}
+    assert installed == wanted
+    assert "moe_shard/py.typed" in installed
+
+
+def test_the_source_distribution_holds_no_tests(sdist: Path) -> None:
+    with tarfile.open(sdist) as packed:
+        names = [name.partition("/")[2] for name in packed.getnames()]
+    assert "configs/base.yml" in names
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
+
+
+def test_configurations_are_found_inside_the_package(commands: Path, tmp_path: Path) -> None:
+    code = "import moe_shard, moe_shard.config as c; print(moe_shard.__path__[0], c.configs_dir())"
+    done = run([str(commands / "python"), "-c", code], tmp_path)
+    package, configs = done.stdout.split()
+    assert Path(configs) == Path(package) / "configs", done.stderr
 
 
 @pytest.mark.parametrize("name", COMMANDS)

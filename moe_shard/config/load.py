@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,18 +34,15 @@ LOADER_KEYS = ("custom_mesh_and_rule", "override_logical_axis_rules")
 
 @functools.cache
 def configs_dir() -> Path:
-    """The directory with `base.yml`: beside the package in a clone, under `share/` in a wheel.
+    """Return the directory with `base.yml`.
+
+    It is `configs/` inside an installed package, and beside the package in a checkout.
 
     Raises:
         UserError: it is in neither place.
     """
-    beside = Path(__file__).resolve().parents[2]
-    places = (
-        beside / "configs",
-        Path(sysconfig.get_path("data")) / "share" / "moe_shard" / "configs",
-        beside / "share" / "moe_shard" / "configs",  # pip install --target
-    )
-    for place in places:
+    package = Path(__file__).resolve().parents[1]
+    for place in (package / "configs", package.parent / "configs"):
         if (place / "base.yml").is_file() and (place / "rules").is_dir():
             return place
     raise UserError(
