@@ -1,64 +1,78 @@
-"""A run's folder: files that are never half-written, and one process at a time."""
+"""Write files and folders that a reader sees whole or not at all.
+
+What is written gets its name only when it is complete, by a rename within its folder, which the
+file system does in one step. A crash of the machine itself may still lose it: nothing here waits
+for the disk, and what a run cannot lose, its checkpoints, Orbax writes.
+"""
 
 from __future__ import annotations
 
-import fcntl
-import os
+import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moe_shard.config.schema import RunConfig
 from moe_shard.errors import UserError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file aside, then rename it into place, so that a reader sees all of it or none."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    """Write a text file, as UTF-8, so that a reader sees all of it or what was there before.
+
+    Raises:
+        OSError: it cannot be written; nothing is left beside it.
+    """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees all of it or what was there before.
+
+    Raises:
+        OSError: it cannot be written; nothing is left beside it.
+    """
+    aside = _aside(path)
+    try:
+        aside.write_bytes(content)
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
-def open_run(config: RunConfig, *, writer: bool = True) -> Iterator[Path]:
-    """Create the run's folder and hold it while the block runs.
+def new_folder(path: Path, aside: Path | None = None) -> Iterator[Path]:
+    """Create a folder that has its name once the block has ended, and is removed if it raises.
 
     Args:
-        config: names and places.
-        writer: this process writes the run's files, as one of each run does, and holds the folder
-            against other runs.
+        path: the name; nothing may be there but an empty folder.
+        aside: where the block writes, in the folder that `path` is in; None: a name of this
+            block's own, so that several processes may write the same folder at once.
 
     Yields:
-        `<base_output_directory>/<run_name>`, absolute.
+        The folder to write into.
 
     Raises:
-        UserError: the run's name is no folder name, the folder cannot be written, or another
-            process is writing to it.
+        UserError: `aside` is there already.
+        OSError: the folder cannot be made or renamed.
     """
-    if config.run_name in {".", ".."} or "/" in config.run_name or "\0" in config.run_name:
-        raise UserError(
-            f"run_name={config.run_name!r} is not the name of a folder\n"
-            "fix: a name without '/'; base_output_directory says where it is made"
-        )
-    folder = Path(config.base_output_directory).expanduser().resolve() / config.run_name
+    aside = aside or _aside(path)
+    aside.parent.mkdir(parents=True, exist_ok=True)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w") if writer else None
-    except OSError as error:
+        aside.mkdir()
+    except FileExistsError as error:
         raise UserError(
-            f"cannot write to {folder}: {error.strerror}\n"
-            "fix: base_output_directory=FOLDER that you may write to"
+            f"{aside} is there: another process writes it, or one was killed\n"
+            "fix: remove it, if no process is writing it"
         ) from error
-    if lock is None:
-        yield folder
-        return
-    with lock:
-        try:
-            # Released by the system when the process ends, however it ends.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"another process is training into {folder}\n"
-                "fix: wait for it, or choose another run_name"
-            ) from error
-        yield folder
+    try:
+        yield aside
+        aside.rename(path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _aside(path: Path) -> Path:
+    """A name in the same folder that no other process has, on this machine or on another."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")

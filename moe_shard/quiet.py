@@ -1,9 +1,10 @@
-"""Keeps what the compilers of absent accelerators say at start from a person's terminal.
+"""Hide what the compilers of absent accelerators write at start from a person's terminal.
 
 With `.[targets]` installed on a machine without accelerators, jax and its plugins write a page of
 warnings and two tracebacks to standard error, most of it from C++ static initializers that no
-setting reaches. All of it says that there is no accelerator. Whatever else is written is passed on.
-What XLA says before it ends the process would not be: flags that it does not know are found before.
+setting reaches. All of it reports that there is no accelerator. Everything else is printed when the
+block ends. XLA ends the process at once when XLA_FLAGS has a flag that it does not know, and the
+reason would be lost; such flags are therefore found first.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from moe_shard.errors import UserError
+from moe_shard.stderr import drop_lines
 
 _NOISE = re.compile(
     r"^WARNING: All log messages before absl::InitializeLog"
@@ -28,7 +29,7 @@ _NOISE = re.compile(
     r"|^Failed to find host bounds for accelerator type: WARNING: could not determine"
     r"|INVALID_ARGUMENT: Error: unexpected worker hostname 'WARNING: could not determine"
     r"|^=== Source Location Trace"
-    # Said of every sort, and of what the report's line on memory says better.
+    # Written for every sort, and for what the report's line on memory tells more clearly.
     r"|^W\d{4} .*\b(sort_rewriter|hlo_rematerialization)\.cc"
     r"|^To avoid this, compile with a GPU present, or add the deviceless CUB"
     r"|^learning/\S+libtpu_init_utils\.cc:\d+\s*$"
@@ -41,8 +42,8 @@ _DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
 
 
 @contextmanager
-def absent_accelerators_unsaid() -> Iterator[None]:
-    """Within the block, standard error is held back, also that of C++; then the rest is printed.
+def hide_accelerator_warnings() -> Iterator[None]:
+    """Hold back standard error while the block runs, also that of C++; then print the rest.
 
     Raises:
         UserError: XLA_FLAGS holds a flag that XLA does not know.
@@ -52,30 +53,18 @@ def absent_accelerators_unsaid() -> Iterator[None]:
         yield
         return
     logger = logging.getLogger("jax._src.xla_bridge")
-    sys.stderr.flush()
-    saved = os.dup(2)
-    news = _News()  # one of its own: a block within this one removes only its
+    news = _News()  # a new one each time: a block within this one removes only its own
     logger.addFilter(news)
     try:
-        with tempfile.TemporaryFile() as held:
-            os.dup2(held.fileno(), 2)
-            try:
-                yield
-            finally:
-                sys.stderr.flush()
-                os.dup2(saved, 2)
-                held.seek(0)
-                for line in held.read().decode(errors="replace").splitlines():
-                    if not _NOISE.search(line):
-                        print(line, file=sys.stderr)
+        with drop_lines(_NOISE):
+            yield
     finally:
         logger.removeFilter(news)
-        os.close(saved)
 
 
 @functools.cache
 def _check_flags(flags: str) -> None:
-    """Ask XLA for what it does not know, in a process that it may end."""
+    """Ask XLA which flags it does not know, in a process of its own, which XLA may end."""
     if all(flag.startswith(_KNOWN_FLAGS) for flag in flags.split()):
         return
     asking = [sys.executable, "-c", "from jaxlib import xla_client; xla_client.CompileOptions()"]
@@ -88,8 +77,8 @@ def _check_flags(flags: str) -> None:
 
 
 class _News(logging.Filter):
-    """Lets through what is not about the absence of an accelerator."""
+    """Drop log records about the absence of an accelerator."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record is passed on."""
+        """Return whether the record is passed on."""
         return not _NO_PLUGIN.match(record.getMessage())

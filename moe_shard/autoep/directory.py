@@ -22,6 +22,7 @@ from moe_shard.autoep.plain import is_quantized, plain_files
 from moe_shard.autoep.tensor_plan import Plan
 from moe_shard.autoep.tensors import view, write
 from moe_shard.errors import UserError
+from moe_shard.files import new_folder
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,13 @@ def keep_hf(source: str, folder: Path, family: str = "") -> None:
     if target.exists() or not (kept.is_dir() or (directory / "config.json").is_file()):
         return
     shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
-    aside.mkdir()
-    if kept.is_dir():
-        copy_small_files(kept, aside)
-        for name in (MANIFEST, CARRIED, FAMILY):
-            if (kept / name).is_file():
-                copy_file(kept / name, aside)
-    else:
+    with new_folder(target, aside):
+        if kept.is_dir():
+            copy_small_files(kept, aside)
+            for name in (MANIFEST, CARRIED, FAMILY):
+                if (kept / name).is_file():
+                    copy_file(kept / name, aside)
+            return
         found = read_source(directory, family)
         copy_small_files(directory, aside)
         save_carried(found.headers, found.plan.carried, aside)
@@ -94,7 +95,6 @@ def keep_hf(source: str, folder: Path, family: str = "") -> None:
             Manifest.of(found.family, files).save(aside)
         if Path(family).suffix in {".yml", ".yaml"}:
             shutil.copyfile(family, aside / FAMILY)
-    aside.rename(target)
 
 
 def lay_out_again(hf: Path, directory: Path) -> Source:

@@ -13,7 +13,6 @@ import orbax.checkpoint as ocp
 
 from moe_shard.checkpoints.convert import is_fused, other_layout, to_layout
 from moe_shard.config.keys import shown
-from moe_shard.config.load import base_settings
 from moe_shard.config.schema import Config
 from moe_shard.errors import UserError, first_line
 from moe_shard.models.params import Params
@@ -36,10 +35,6 @@ _SHAPING_KEYS = (
     "use_qk_norm",
     "weight_dtype",
     "optimizer",
-)
-"""Keys that decide which arrays a state holds; a checkpoint fits no other values of them."""
-
-_LATER_SHAPING_KEYS = (
     *("attention_type", "q_lora_rank", "kv_lora_rank"),
     *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
     *("attention_bias", "attention_out_bias", "attention_sink", "qk_norm_type"),
@@ -48,7 +43,7 @@ _LATER_SHAPING_KEYS = (
     *("shared_experts", "shared_expert_mlp_dim", "shared_expert_gate"),
     *("mlp_bias", "logits_bias", "router_bias", "routed_bias", "normalization_type"),
 )
-"""The same; a checkpoint that does not name them is older than they are, and has the defaults."""
+"""Keys that decide which arrays a state holds; a checkpoint fits no other values of them."""
 
 
 class Checkpointer:
@@ -65,10 +60,8 @@ class Checkpointer:
 
     def __init__(self, folder: Path, config: Config) -> None:
         train = config.train
-        keys = (*_SHAPING_KEYS, *_LATER_SHAPING_KEYS)
-        flat, default = config.as_flat_dict(), base_settings()
-        self._shaping = {key: flat[key] for key in keys if key in flat}
-        self._before = {key: default[key] for key in _LATER_SHAPING_KEYS if key in flat}
+        flat = config.as_flat_dict()
+        self._shaping = {key: flat[key] for key in _SHAPING_KEYS if key in flat}
         self._folder = folder
         self._manager = ocp.CheckpointManager(
             folder,
@@ -110,7 +103,7 @@ class Checkpointer:
         Raises:
             UserError: it is of another model or optimizer, or cannot be read.
         """
-        saved = self._before | self._read(updates, config=ocp.args.JsonRestore()).config
+        saved = self._read(updates, config=ocp.args.JsonRestore()).config
         keys = dict.fromkeys((*self._shaping, *saved))
         differing = [key for key in keys if saved.get(key) != self._shaping.get(key)]
         if differing:

@@ -7,9 +7,8 @@ a Hugging Face directory, `hf/`, what is needed to write it again. Nothing of th
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from moe_shard.checkpoints.stored import stored_blocks
 from moe_shard.config.model_config import ModelConfig
 from moe_shard.config.schema import Config
 from moe_shard.errors import UserError
-from moe_shard.files import write_text
+from moe_shard.files import new_folder, write_text
 from moe_shard.maxtext.folders import ITEMS, find_items
 from moe_shard.maxtext.read import read_params
 from moe_shard.models.params import Params
@@ -205,33 +204,14 @@ def written_aside(target: Path) -> Iterator[Path]:
         raise UserError(f"{target} exists and is not an empty folder\nfix: another name")
     writer = jax.process_index() == 0
     try:
-        if writer:
-            _make(aside)
-        _meet(f"{target} begun")
-        try:
+        with new_folder(target, aside) if writer else nullcontext():
+            _meet(f"{target} begun")
             yield aside
             _meet(f"{target} written")
-            if writer:
-                aside.rename(target)
-        except BaseException:
-            if writer:
-                shutil.rmtree(aside, ignore_errors=True)
-            raise
     except OSError as error:
         raise UserError(
             f"cannot write {target}: {error.strerror or error}; nothing of it was kept\n"
             "fix: a place with enough room that you may write to"
-        ) from error
-
-
-def _make(folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        folder.mkdir()
-    except FileExistsError as error:
-        raise UserError(
-            f"{folder} is there: another process writes it, or one was killed\n"
-            "fix: remove it, if no process is writing it"
         ) from error
 
 

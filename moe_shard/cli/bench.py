@@ -22,7 +22,7 @@ from rich.table import Table
 
 from moe_shard.config import load_config
 from moe_shard.errors import EXIT_DONE, CommandParser
-from moe_shard.quiet import absent_accelerators_unsaid
+from moe_shard.quiet import hide_accelerator_warnings
 from moe_shard.units import human_bytes
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str], prog: str = "moe-shard bench") -> int:
     if args.rounds < 1 or min(args.tokens) < 1:
         parser.error("--rounds and --tokens take numbers from 1")
     # Only now: bad usage and --help are answered before jax has been loaded.
-    with absent_accelerators_unsaid():
+    with hide_accelerator_warnings():
         import jax
         import jax.numpy as jnp
 

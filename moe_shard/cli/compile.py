@@ -24,8 +24,9 @@ from moe_shard.autoep.resolve import MODEL_HELP, load_model
 from moe_shard.config import list_models
 from moe_shard.config.hardware import list_hardware
 from moe_shard.errors import EXIT_DONE, EXIT_FINDING, CommandParser, UserError
+from moe_shard.files import write_text
 from moe_shard.lowering.verdicts import VERDICTS
-from moe_shard.quiet import absent_accelerators_unsaid
+from moe_shard.quiet import hide_accelerator_warnings
 
 if TYPE_CHECKING:
     from moe_shard.config import Config
@@ -38,20 +39,20 @@ def main(argv: Sequence[str], prog: str = "moe-shard compile") -> int:
     config = load_model(arguments.model, arguments.overrides)
     config.require_built()
     # Only now: a mistyped key is answered before jax has been loaded.
-    with absent_accelerators_unsaid():
-        from moe_shard.lowering.page import page_path
+    with hide_accelerator_warnings():
+        from moe_shard.cli.page_file import page_path
         from moe_shard.runtime.compile_target import compile_for_target
         from moe_shard.runtime.targets.target import parse_target
 
     target = parse_target(arguments.target)
     page = page_path(arguments.html) if arguments.html else None
     folder = _dump_folder(arguments.dump)
-    with absent_accelerators_unsaid():
+    with hide_accelerator_warnings():
         report = compile_for_target(config, target)
     if folder is not None:
         _dump(report, folder)
     if page is not None:
-        with absent_accelerators_unsaid():
+        with hide_accelerator_warnings():
             _write_page(page, config, report)
     notes = Console(stderr=True, soft_wrap=True, highlight=False, style="yellow")
     for line in report.notes:
@@ -67,7 +68,8 @@ def main(argv: Sequence[str], prog: str = "moe-shard compile") -> int:
 
 def _write_page(path: Path, config: Config, report: TargetReport) -> None:
     """The page: flag off beside flag on; one of them is compiled already."""
-    from moe_shard.lowering.page import Panel, write_page
+    from moe_shard.cli.page_file import write_page
+    from moe_shard.lowering.page import Panel
     from moe_shard.runtime.compile_target import compile_for_target
 
     def panel(name: str, shown: TargetReport) -> Panel:
@@ -159,9 +161,9 @@ def _dump_folder(path: str | None) -> Path | None:
 
 def _dump(report: TargetReport, folder: Path) -> None:
     """Write what `moe-shard report` and `moe-shard diff` read."""
-    (folder / "lowering.json").write_text(json.dumps(report.to_json(), indent=1) + "\n")
+    write_text(folder / "lowering.json", json.dumps(report.to_json(), indent=1) + "\n")
     if report.hlo is not None:
-        (folder / "train_step.after_optimizations.txt").write_text(report.hlo)
+        write_text(folder / "train_step.after_optimizations.txt", report.hlo)
 
 
 def _arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from moe_shard.autoep.resolve import MODEL_HELP, load_model
 from moe_shard.errors import EXIT_DONE, EXIT_FINDING, CommandParser
-from moe_shard.quiet import absent_accelerators_unsaid
+from moe_shard.quiet import hide_accelerator_warnings
 
 
 def main(argv: Sequence[str], prog: str = "moe-shard explain") -> int:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str], prog: str = "moe-shard explain") -> int:
     # Only now: a mistyped key is answered before jax has been loaded. An accelerator would only
     # be taken from whoever is using it.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    with absent_accelerators_unsaid():
+    with hide_accelerator_warnings():
         from moe_shard.runtime.explained import explain_config, explain_table
         from moe_shard.sharding.explain.printed import print_explanation
 

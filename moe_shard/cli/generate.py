@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from moe_shard.config import list_models
 from moe_shard.errors import CommandParser, UserError
-from moe_shard.quiet import absent_accelerators_unsaid
+from moe_shard.quiet import hide_accelerator_warnings
 
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*=")
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str], prog: str = "moe-shard generate") -> int:
     if not prompts:
         raise UserError(f'no prompt\nfix: {prog} {args.model} "a text to write on after"')
 
-    with absent_accelerators_unsaid():
+    with hide_accelerator_warnings():
         from moe_shard.inference.loading import find_source, load_settings
         from moe_shard.inference.texts import generate
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 from moe_shard.errors import EXIT_DONE, CommandParser, UserError
-from moe_shard.quiet import absent_accelerators_unsaid
+from moe_shard.quiet import hide_accelerator_warnings
 
 
 def main(argv: Sequence[str], prog: str = "moe-shard import") -> int:
@@ -43,7 +43,7 @@ def main(argv: Sequence[str], prog: str = "moe-shard import") -> int:
     config = load_model(arguments.model or str(arguments.source), arguments.overrides)
     config.require_built()
     # Only now: a mistyped key is answered before jax has been loaded.
-    with absent_accelerators_unsaid():
+    with hide_accelerator_warnings():
         from moe_shard.checkpoints.imported import import_model
         from moe_shard.models.params import describe
         from moe_shard.runtime.compile import lay_out

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from moe_shard.cli.page_file import page_path, write_page
 from moe_shard.errors import EXIT_DONE, EXIT_FINDING, CommandParser, UserError
-from moe_shard.lowering.page import Panel, page_path, write_page
+from moe_shard.lowering.page import Panel
 from moe_shard.lowering.reports import LoweringReport, report_from_text
 from moe_shard.lowering.sources import (
     before_optimization,

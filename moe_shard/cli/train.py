@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from moe_shard.autoep.resolve import MODEL_HELP, load_model
 from moe_shard.config import list_models
 from moe_shard.errors import CommandParser, UserError
-from moe_shard.quiet import absent_accelerators_unsaid
+from moe_shard.quiet import hide_accelerator_warnings
 
 
 def main(argv: Sequence[str], prog: str = "moe-shard train") -> int:
@@ -47,7 +47,7 @@ def main(argv: Sequence[str], prog: str = "moe-shard train") -> int:
     config.require_built()
 
     # Only now: a mistyped key is answered before jax and the rest have been loaded.
-    with absent_accelerators_unsaid():
+    with hide_accelerator_warnings():
         from moe_shard.training.run import run
 
     run(config)

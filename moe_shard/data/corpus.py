@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from jaxtyping import Int32, Int64
 from moe_shard.data.documents import unreadable
 from moe_shard.data.tokenizer import Tokenizer
 from moe_shard.errors import UserError
+from moe_shard.files import new_folder
 
 PIECE_BYTES = 4 * 2**20
 """A longer document is tokenized in pieces of about this size that end with a line."""
@@ -157,10 +157,7 @@ def _tokenize(documents: Sequence[Path], tokenizer: Tokenizer, folder: Path, say
     lengths = np.zeros(len(documents), np.int64)
     num_bytes = 0
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as parent:
-            aside = Path(parent, "whole")
-            aside.mkdir()
+        with new_folder(folder) as aside:
             with open(aside / "tokens", "wb") as file:
                 for batch in _batches(documents):
                     all_tokens = tokenizer.encode_texts([text for _, text in batch])
@@ -169,10 +166,10 @@ def _tokenize(documents: Sequence[Path], tokenizer: Tokenizer, folder: Path, say
                         lengths[document] += len(tokens)
                         num_bytes += len(text)
             np.save(aside / "lengths.npy", lengths)
-            if _lengths(folder) is None:  # another process may have been faster
+            if _lengths(folder) is None:  # there is none, or a damaged one
                 shutil.rmtree(folder, ignore_errors=True)
-                aside.rename(folder)
     except OSError as error:
+        # Where another process was faster, its folder refuses the rename and serves as well.
         if _lengths(folder) is None:
             raise UserError(
                 f"cannot keep tokens in {folder.parent}: {error.strerror}\n"

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import html
 import importlib.resources
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from moe_shard.errors import UserError
 from moe_shard.lowering.collectives import Collective
 from moe_shard.lowering.reports import LoweringReport
 from moe_shard.lowering.walk import KINDS
@@ -40,35 +37,6 @@ class Panel:
     lines: Sequence[str] = ()
     hbm_bytes: int | None = None
     refusal: str | None = None
-
-
-def page_path(given: str) -> Path:
-    """The file of `--html FILE`, looked at before minutes of compiling.
-
-    Raises:
-        UserError: there is no such folder, or the file is one.
-    """
-    path = Path(given)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(f"--html {path} cannot be written\nfix: a file in a folder that is there")
-    return path
-
-
-def write_page(path: Path, title: str, panels: Sequence[Panel]) -> None:
-    """Write the page, whole or not at all.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(render_page(title, panels), encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise UserError(
-            f"--html {path}: {error.strerror}\nfix: a file in a folder that is there"
-        ) from error
 
 
 def render_page(title: str, panels: Sequence[Panel]) -> str:

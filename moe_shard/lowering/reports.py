@@ -147,7 +147,7 @@ def report_from_text(
         stages: {a word of a scope: the stage it stands for}, beside those that are known.
         memory: bytes per device, see `memory_from_compiled`.
         backend: "cpu", "tpu" or "gpu"; guessed from the text when None.
-        partitioner_log: what `remat_lines` collected while the text was compiled.
+        partitioner_log: lines with `remat_warnings.MARK` that the compiler wrote meanwhile.
         count_further_rounds: see `extract_collectives`.
 
     Raises:

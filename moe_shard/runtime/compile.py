@@ -13,7 +13,7 @@ import jax
 from moe_shard.config import Config, check_against_mesh
 from moe_shard.config.hardware import Hardware
 from moe_shard.errors import Finding
-from moe_shard.lowering.remat_warnings import remat_lines
+from moe_shard.lowering.remat_warnings import MARK
 from moe_shard.lowering.reports import LoweringReport, memory_from_compiled, report_from_text
 from moe_shard.lowering.timeline import Rates, Timeline, timeline
 from moe_shard.moe.capacity import slots_per_row
@@ -22,6 +22,7 @@ from moe_shard.program.step import Program
 from moe_shard.runtime.bounds import moe_bounds
 from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.mesh import make_mesh
+from moe_shard.stderr import collect_lines
 
 _OVERLAP = {
     "tpu": ("xla_tpu_enable_async_all_to_all", "xla_tpu_enable_async_ragged_all_to_all"),
@@ -102,7 +103,7 @@ def compile_step(program: Program, options: Mapping[str, bool] = _NO_OPTIONS) ->
         Finding: the compiler says that the step does not fit in memory.
     """
     started = time.perf_counter()
-    with out_of_memory_is_a_finding(), remat_lines() as log:
+    with out_of_memory_is_a_finding(), collect_lines(MARK) as log:
         lowered = program.step.lower(program.abstract_state, program.abstract_batch)
         executable = lowered.compile(compiler_options=dict(options))
     hlo = executable.as_text()

@@ -7,7 +7,7 @@ import os
 import jax
 
 from moe_shard.errors import UserError, first_line
-from moe_shard.quiet import absent_accelerators_unsaid
+from moe_shard.quiet import hide_accelerator_warnings
 
 _NUMPY: dict[str, tuple[object, ...]] = {
     "jax_enable_x64": (False,),
@@ -41,7 +41,7 @@ def start_devices(num_simulated: int) -> str:
     if _COUNT_FLAG not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", max(num_simulated // sharing, 1))
     try:
-        with absent_accelerators_unsaid():
+        with hide_accelerator_warnings():
             devices = jax.devices()
     # An assertion of jax's own: a platform is asked for by name, and nothing of it is there.
     except (RuntimeError, AssertionError) as error:

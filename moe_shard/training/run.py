@@ -13,7 +13,7 @@ from rich.console import Console
 from moe_shard.autoep.directory import keep_hf
 from moe_shard.config import Config
 from moe_shard.config.hardware import find_hardware
-from moe_shard.files import open_run, write_text
+from moe_shard.files import write_text
 from moe_shard.lowering.reports import LoweringReport
 from moe_shard.moe.record import MoERecord
 from moe_shard.program.step import make_program
@@ -32,6 +32,7 @@ from moe_shard.runtime.compile import (
 )
 from moe_shard.runtime.devices import start_devices
 from moe_shard.training.loop import Outcome, Trainer
+from moe_shard.training.run_folder import open_run
 
 
 def run(config: Config) -> Outcome:

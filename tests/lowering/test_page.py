@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from fixtures_hand_counted import FOLDER, HAND_COUNTED, read
 
+from moe_shard.cli.page_file import page_path, write_page
 from moe_shard.errors import UserError
-from moe_shard.lowering.page import Panel, page_path, render_page, write_page
+from moe_shard.lowering.page import Panel, render_page
 from moe_shard.lowering.reports import LoweringReport, report_from_text
 
 ROOT = Path(__file__).resolve().parents[2]

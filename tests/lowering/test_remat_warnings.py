@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +15,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_shard.lowering.hlo import parse_module
-from moe_shard.lowering.remat_warnings import parse, remat_lines, summarize
+from moe_shard.lowering.remat_warnings import parse, summarize
 from moe_shard.runtime.compile import compile_step, report_step
 from moe_shard.sharding.annotate import Sharding
 
@@ -132,104 +127,6 @@ def test_one_sentence_for_each_scope_the_costliest_first() -> None:
     ]
     (unread,) = summarize([f"{PREFIX}{MARK} In other words."])
     assert "1 that the compiler words in a way" in unread
-
-
-def test_what_is_not_the_partitioners_passes_in_order(capfd: pytest.CaptureFixture[str]) -> None:
-    with remat_lines() as lines:
-        os.write(2, b"first\n" + NAMED.encode() + b"\nsecond\r\n")
-        os.write(2, b"third\n" + NAMELESS.encode() + b"\nunfinished")
-    assert lines == [NAMED, NAMELESS]
-    os.write(2, b" after\n" + NAMED.encode())
-    assert capfd.readouterr().err == f"first\nsecond\r\nthird\nunfinished after\n{NAMED}"
-
-
-def test_more_than_a_pipe_holds(capfd: pytest.CaptureFixture[str]) -> None:
-    text = b"".join(b"line %d\n" % number for number in range(50_000))
-    with remat_lines() as lines:
-        os.write(2, text[:300_000])
-        os.write(2, text[300_000:])
-    assert lines == []
-    assert capfd.readouterr().err.encode() == text
-
-
-def test_when_the_block_raises_nothing_is_lost(capfd: pytest.CaptureFixture[str]) -> None:
-    def fail() -> None:
-        os.write(2, b"before\n" + NAMED.encode() + b"\nlast words")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt), remat_lines():
-        fail()
-    assert capfd.readouterr().err == f"before\nlast words{NAMED}\n"
-
-
-@contextmanager
-def closed_stderr() -> Iterator[None]:
-    kept = os.dup(2)
-    os.close(2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-def test_a_closed_descriptor_stays_closed() -> None:
-    with closed_stderr():
-        with remat_lines() as lines, pytest.raises(OSError, match="Bad file descriptor"):
-            os.write(2, NAMED.encode())
-        with pytest.raises(OSError, match="Bad file descriptor"):
-            os.fstat(2)
-    assert lines == []
-
-
-def test_a_reader_that_has_gone_ends_nothing() -> None:
-    readable, writable = os.pipe()
-    with closed_stderr():
-        os.dup2(writable, 2)
-        os.close(writable)
-        os.close(readable)
-        with remat_lines() as lines:
-            os.write(2, b"to nobody\n" + NAMED.encode() + b"\n")
-    assert lines == [NAMED]
-
-
-def test_a_block_inside_another_leaves_the_lines_to_it(capfd: pytest.CaptureFixture[str]) -> None:
-    def inner() -> None:
-        with remat_lines() as lines:
-            os.write(2, NAMED.encode() + b"\n")
-        found.append(lines)
-
-    found: list[list[str]] = []
-    with remat_lines() as outer:
-        inner()
-        thread = threading.Thread(target=inner)
-        thread.start()
-        thread.join()
-    assert found == [[], []]
-    assert outer == [NAMED, NAMED]
-    assert capfd.readouterr().err == ""
-
-
-def test_a_child_that_lives_on_holds_nothing_up(capfd: pytest.CaptureFixture[str]) -> None:
-    with remat_lines():
-        child = subprocess.Popen(["sh", "-c", "read wait; echo late >&2"], stdin=subprocess.PIPE)
-    os.write(2, b"early\n")
-    child.communicate(b"\n")
-    for thread in threading.enumerate():
-        if thread.name == "remat-lines":
-            thread.join(10)
-    assert capfd.readouterr().err == "early\nlate\n"
-
-
-def test_the_descriptors_are_given_back() -> None:
-    before = set(os.listdir("/dev/fd"))
-    for _ in range(3):
-        with remat_lines():
-            os.write(2, b"")
-    for thread in threading.enumerate():
-        if thread.name == "remat-lines":
-            thread.join(10)
-    assert set(os.listdir("/dev/fd")) == before
 
 
 def conflicting_step(mesh: Mesh) -> Any:

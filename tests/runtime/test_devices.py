@@ -34,8 +34,8 @@ def test_another_numpy_is_refused(setting: AbstractContextManager[None], told: s
 def test_a_platform_that_is_not_there() -> None:
     code = (
         "from moe_shard.errors import run_command\n"
-        "from moe_shard.quiet import absent_accelerators_unsaid\n"
-        "with absent_accelerators_unsaid():\n"
+        "from moe_shard.quiet import hide_accelerator_warnings\n"
+        "with hide_accelerator_warnings():\n"
         "    from moe_shard.runtime.devices import start_devices\n"
         "run_command(lambda: print(start_devices(8)))"
     )
@@ -56,10 +56,10 @@ def test_a_platform_that_is_not_there() -> None:
 def test_a_flag_that_xla_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
     for flags in ("--xla_cpu_multi_thread_eigen=false", ""):
         monkeypatch.setenv("XLA_FLAGS", flags)
-        with quiet.absent_accelerators_unsaid():
+        with quiet.hide_accelerator_warnings():
             pass
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=a --xla_nonsense=1")
-    with pytest.raises(UserError) as raised, quiet.absent_accelerators_unsaid():
+    with pytest.raises(UserError) as raised, quiet.hide_accelerator_warnings():
         pass
     what, fix = str(raised.value).splitlines()
     assert what == "XLA_FLAGS: XLA does not know --xla_nonsense=1"

@@ -179,8 +179,8 @@ def test_known_noise_is_held_back_and_nothing_else(
 ) -> None:
     monkeypatch.setattr(quiet, "_DRIVERS", ())
     logger = logging.getLogger("jax._src.xla_bridge")
-    with quiet.absent_accelerators_unsaid():
-        with quiet.absent_accelerators_unsaid():
+    with quiet.hide_accelerator_warnings():
+        with quiet.hide_accelerator_warnings():
             os.write(2, b"I0000 00:00:1.1 1 cudart_stub.cc:31] Could not find cuda drivers\n")
         os.write(2, b"F0000 00:00:1.1 1 something.cc:1] Check failed\n")
         logger.warning("Jax plugin configuration error: Exception when calling ...")
@@ -191,7 +191,7 @@ def test_where_there_is_an_accelerator_all_is_said(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(quiet, "_DRIVERS", (os.devnull,))
-    with quiet.absent_accelerators_unsaid():
+    with quiet.hide_accelerator_warnings():
         os.write(2, b"cudart_stub.cc\n")
     assert capfd.readouterr().err == "cudart_stub.cc\n"
 

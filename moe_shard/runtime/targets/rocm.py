@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from moe_shard.files import write_bytes
 from moe_shard.runtime.targets.elf import Function, Imports, placeholder
 
 # Loaded for the life of the process, as any library is.
@@ -104,7 +105,5 @@ def _write(files: dict[str, bytes], folder: Path) -> Path:
         path = folder / name
         if not path.is_file() or path.read_bytes() != content:
             # Another process may be reading it, or writing the same.
-            partial = folder / f".{name}.{os.getpid()}"
-            partial.write_bytes(content)
-            partial.replace(path)
+            write_bytes(path, content)
     return folder

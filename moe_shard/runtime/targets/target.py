@@ -22,7 +22,7 @@ from jax.experimental import topologies
 
 from moe_shard.config.hardware import Hardware, list_hardware, load_hardware
 from moe_shard.errors import UserError
-from moe_shard.quiet import absent_accelerators_unsaid
+from moe_shard.quiet import hide_accelerator_warnings
 from moe_shard.runtime.targets import rocm
 
 GPUS_PER_HOST = 8
@@ -124,7 +124,7 @@ def devices_for(target: Target) -> Sequence[jax.Device]:
     jax.config.update("jax_platforms", "cpu")
     if target.platform == "cpu":
         return _simulated(target.shape[0])
-    with absent_accelerators_unsaid():
+    with hide_accelerator_warnings():
         try:
             if target.platform == "tpu":
                 return _tpu_devices(target)

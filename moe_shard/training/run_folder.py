@@ -1,0 +1,56 @@
+"""Hold a run's folder: one process writes to it at a time."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moe_shard.config.schema import RunConfig
+from moe_shard.errors import UserError
+
+
+@contextmanager
+def open_run(config: RunConfig, *, writer: bool = True) -> Iterator[Path]:
+    """Create the run's folder and hold it while the block runs.
+
+    Args:
+        config: names and places.
+        writer: this process writes the run's files, as one of each run does, and holds the folder
+            against other runs.
+
+    Yields:
+        `<base_output_directory>/<run_name>`, absolute.
+
+    Raises:
+        UserError: the run's name is no folder name, the folder cannot be written, or another
+            process is writing to it.
+    """
+    if config.run_name in {".", ".."} or "/" in config.run_name or "\0" in config.run_name:
+        raise UserError(
+            f"run_name={config.run_name!r} is not the name of a folder\n"
+            "fix: a name without '/'; base_output_directory says where it is made"
+        )
+    folder = Path(config.base_output_directory).expanduser().resolve() / config.run_name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w") if writer else None
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror}\n"
+            "fix: base_output_directory=FOLDER that you may write to"
+        ) from error
+    if lock is None:
+        yield folder
+        return
+    with lock:
+        try:
+            # Released by the system when the process ends, however it ends.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"another process is training into {folder}\n"
+                "fix: wait for it, or choose another run_name"
+            ) from error
+        yield folder
