@@ -12,22 +12,16 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 
 from moe_shard.cli.page_file import page_path, write_page
 from moe_shard.errors import EXIT_DONE, EXIT_FINDING, CommandParser, UserError
+from moe_shard.lowering.api import report as report_program
 from moe_shard.lowering.page import Panel
-from moe_shard.lowering.reports import LoweringReport, report_from_text
-from moe_shard.lowering.sources import (
-    before_optimization,
-    memory_beside,
-    module_file,
-    parse_mesh,
-    parse_stages,
-    read_text,
-    recorded_mesh,
-)
+from moe_shard.lowering.reports import LoweringReport
+from moe_shard.lowering.sources import parse_mesh, parse_stages
 from moe_shard.lowering.verdicts import VERDICTS
 
 
@@ -57,14 +51,11 @@ def main(argv: Sequence[str], prog: str = "moe-shard report") -> int:
 
 def _read(given: str, arguments: argparse.Namespace) -> LoweringReport:
     """The report of a program; its mesh is the given one, a run's, or that of the text."""
-    path = module_file(given)
-    return report_from_text(
-        read_text(path),
-        mesh=parse_mesh(arguments.mesh) if arguments.mesh else recorded_mesh(path),
+    return report_program(
+        Path(given),
+        mesh=parse_mesh(arguments.mesh) if arguments.mesh else None,
         expert_axes=expert_axes(arguments.expert_axes),
-        before=before_optimization(path),
         stages=parse_stages(arguments.stages) if arguments.stages else None,
-        memory=memory_beside(path),
         count_further_rounds=arguments.further_rounds,
     )
 

@@ -182,7 +182,7 @@ def extract_collectives(
     elif strangers := [axis for axis in named if axis not in known.sizes]:
         raise UserError(
             f"the mesh has no axis {', '.join(strangers)} for the experts\n"
-            f"fix: --expert-axes with one of {', '.join(known.sizes)}"
+            f"fix: name the axes of the experts among {', '.join(known.sizes)}"
         )
     shardings = shardings_before_optimization(before) if before is not None else None
     walk = Executions(module, count_further_rounds, stages)

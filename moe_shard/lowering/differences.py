@@ -8,8 +8,9 @@ backend and the memory are. Order, names, source lines and layouts do not count.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +190,12 @@ class Diff:
         ]
         return [f"memory per device: {', '.join(parts) or 'as before'}"]
 
+    def __str__(self) -> str:
+        """Return which is which, then the lines."""
+        return "\n".join([f"A: {self.a.source}", f"B: {self.b.source}", *self.lines()])
+
     def render(self, console: Console) -> None:
-        """Print which is which, then the lines."""
+        """Print which is which, then the lines, in color where the console has it."""
         console.print(f"A: {self.a.source}\nB: {self.b.source}", markup=False, soft_wrap=True)
         for line in self.lines():
             name, colon, rest = escape(line).partition(":")
@@ -249,25 +254,42 @@ def load_pair(
     """
     if a == b == STANDARD_INPUT:
         raise UserError("A and B cannot both be standard input\nfix: a file for one of them")
-    first, second = load(a, mesh_a or mesh), load(b, mesh_b or mesh)
+    first, second = with_shared_mesh(_reader(a, mesh_a or mesh), _reader(b, mesh_b or mesh))
     for name, given, side in (("a", mesh_a, first), ("b", mesh_b, second)):
         if given and dict(given) != side.mesh:
             raise UserError(
                 f"--mesh-{name}: {side.source} records its mesh, {_mesh(side)}\n"
                 f"fix: leave --mesh-{name} out"
             )
-    if (
-        not has_names(first.mesh)
-        and has_names(second.mesh)
-        and first.num_devices == second.num_devices
-    ):
-        first = load(a, second.mesh) if a != STANDARD_INPUT else first
-    elif (
-        not has_names(second.mesh)
-        and has_names(first.mesh)
-        and first.num_devices == second.num_devices
-    ):
-        second = load(b, first.mesh) if b != STANDARD_INPUT else second
+    return first, second
+
+
+def _reader(
+    given: str, mesh: Mapping[str, int] | None
+) -> Callable[[Mapping[str, int] | None], Lowering]:
+    first = cache(lambda: load(given, mesh))
+    # Standard input cannot be read a second time.
+    return lambda shared: (
+        first() if shared is None or given == STANDARD_INPUT else load(given, shared)
+    )
+
+
+def with_shared_mesh(
+    read_a: Callable[[Mapping[str, int] | None], Lowering],
+    read_b: Callable[[Mapping[str, int] | None], Lowering],
+) -> tuple[Lowering, Lowering]:
+    """Read two lowerings; a mesh that only one of them names is used for both.
+
+    Args:
+        read_a: reads the first with the mesh it is given, or, given None, with what it knows.
+        read_b: the same for the second.
+    """
+    first, second = read_a(None), read_b(None)
+    if first.num_devices == second.num_devices:
+        if has_names(second.mesh) and not has_names(first.mesh):
+            first = read_a(second.mesh)
+        elif has_names(first.mesh) and not has_names(second.mesh):
+            second = read_b(first.mesh)
     return first, second
 
 

@@ -6,12 +6,14 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from io import StringIO
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from moe_shard.lowering.collectives import Collective, Extraction, extract_collectives
 from moe_shard.lowering.remat_warnings import count_lines, summarize
@@ -25,6 +27,8 @@ _VERDICT_STYLES = {
     "no-expert-parallelism": "bold",
     "unknown": "bold magenta",
 }
+
+_TEXT_WIDTH = 120
 
 # Marks that only one backend leaves in optimized HLO.
 _TPU = re.compile(r"\d:T\(\d|\{:T\(\d")
@@ -74,21 +78,36 @@ class LoweringReport:
             "memory": self.memory,
         }
 
+    def __str__(self) -> str:
+        """Return the table, the verdict, the memory and the warnings as plain text."""
+        page = StringIO()
+        self.render_table(Console(file=page, width=_TEXT_WIDTH, color_system=None))
+        return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
+
+    def __rich__(self) -> Group:
+        """Return what `rich.print` and notebooks show."""
+        return Group(self._table(), *self._lines())
+
     def render_table(self, console: Console) -> None:
         """Print the table, the verdict, the memory and the warnings."""
         console.print(self._table())
+        for line in self._lines():  # a terminal wraps them; a pipe gets each whole
+            console.print(line, soft_wrap=True)
+
+    def _lines(self) -> list[Text]:
+        """List what stands under the table, with rich's markup rendered."""
+        lines = []
         if self.verdict is not None:
             style = _VERDICT_STYLES[self.verdict]
-            console.print(f"verdict: [{style}]{self.verdict}[/] (as compiled for {self.backend})")
-            for reason in self.reasons:
-                console.print(f"  {escape(reason)}", soft_wrap=True)
+            lines.append(f"verdict: [{style}]{self.verdict}[/] (as compiled for {self.backend})")
+            lines += [f"  {escape(reason)}" for reason in self.reasons]
         if self.memory is not None:
             sizes = (
                 f"{key.removesuffix('_bytes')} {human_bytes(n)}" for key, n in self.memory.items()
             )
-            console.print(f"memory per device: {', '.join(sizes)}")
-        for warning in self.warnings:
-            console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+            lines.append(f"memory per device: {', '.join(sizes)}")
+        lines += [f"[yellow]warning:[/] {escape(warning)}" for warning in self.warnings]
+        return [Text.from_markup(line) for line in lines]
 
     def _table(self) -> Table:
         mesh = ", ".join(f"{axis} {size}" for axis, size in self.mesh.items() if size > 1)
@@ -200,25 +219,3 @@ def guess_backend(text: str) -> str:
         if marks.search(text):
             return backend
     return "unknown"
-
-
-def memory_from_compiled(compiled: Any) -> dict[str, int] | None:
-    """Bytes per device of a `jax.stages.Compiled`; None where the backend does not tell.
-
-    `total_bytes` is what the step holds at most: arguments, outputs and temporaries, less the
-    outputs that reuse a donated argument. `peak_bytes`, where the backend tells it, is what is
-    live at once, arguments included; on TPU, whose temporaries count space that is used twice, it
-    is what the compiler itself compares with the memory of the device.
-    """
-    stats = compiled.memory_analysis()
-    if stats is None:
-        return None
-    memory = {
-        f"{part}_bytes": int(getattr(stats, f"{part}_size_in_bytes"))
-        for part in ("argument", "output", "temp", "alias")
-    }
-    used = memory["argument_bytes"] + memory["output_bytes"] + memory["temp_bytes"]
-    memory["total_bytes"] = used - memory["alias_bytes"]
-    if peak := int(getattr(stats, "peak_memory_in_bytes", 0)):
-        memory["peak_bytes"] = peak
-    return memory

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moe_shard.config.hardware import Hardware
 from moe_shard.lowering.collectives import Collective, Extraction
 from moe_shard.lowering.hlo import Computation, Instruction, Module
 from moe_shard.lowering.op_names import classify
@@ -54,21 +53,6 @@ class Rates:
     link: float
     network: float | None = None
     host: int = 8
-
-    @classmethod
-    def of(cls, hardware: Hardware, dtype: str) -> Rates | None:
-        """Those of an accelerator; None where they are not known.
-
-        Args:
-            hardware: one device.
-            dtype: of the products; bfloat16's peak stands in for one that is not listed.
-        """
-        peak = hardware.peak_flops.get(dtype) or hardware.peak_flops.get("bfloat16")
-        if peak is None or hardware.hbm_bandwidth is None or hardware.link_bandwidth is None:
-            return None
-        return cls(
-            peak, hardware.hbm_bandwidth, hardware.link_bandwidth, hardware.network_bandwidth
-        )
 
     def exchange(self, collective: Collective) -> float:
         """Seconds one execution of a collective is on the wire."""

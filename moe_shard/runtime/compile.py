@@ -13,8 +13,9 @@ import jax
 from moe_shard.config import Config, check_against_mesh
 from moe_shard.config.hardware import Hardware
 from moe_shard.errors import Finding
+from moe_shard.lowering.memory import memory_from_compiled
 from moe_shard.lowering.remat_warnings import MARK
-from moe_shard.lowering.reports import LoweringReport, memory_from_compiled, report_from_text
+from moe_shard.lowering.reports import LoweringReport, report_from_text
 from moe_shard.lowering.timeline import Rates, Timeline, timeline
 from moe_shard.moe.capacity import slots_per_row
 from moe_shard.moe.record import MoERecord
@@ -176,8 +177,21 @@ def estimate_step(
     """What the step cannot beat on an accelerator; None where its peaks are not known."""
     if hardware is None or report.extraction is None:
         return None
-    rates = Rates.of(hardware, config.model.dtype)
+    rates = rates_of(hardware, config.model.dtype)
     return None if rates is None else timeline(report.extraction, rates)
+
+
+def rates_of(hardware: Hardware, dtype: str) -> Rates | None:
+    """Return what an accelerator can do at most, per second; None where its peaks are not known.
+
+    Args:
+        hardware: one device.
+        dtype: of the products; bfloat16's peak stands in for one that is not listed.
+    """
+    peak = hardware.peak_flops.get(dtype) or hardware.peak_flops.get("bfloat16")
+    if peak is None or hardware.hbm_bandwidth is None or hardware.link_bandwidth is None:
+        return None
+    return Rates(peak, hardware.hbm_bandwidth, hardware.link_bandwidth, hardware.network_bandwidth)
 
 
 def estimate_lines(config: Config, found: Timeline | None, num_devices: int) -> list[str]:

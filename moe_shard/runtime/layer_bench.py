@@ -22,7 +22,8 @@ from jaxtyping import Array, Float
 from moe_shard.config.hardware import find_hardware
 from moe_shard.config.load import load_config
 from moe_shard.config.moe_config import MoEConfig
-from moe_shard.lowering.reports import memory_from_compiled, report_from_text
+from moe_shard.lowering.memory import memory_from_compiled
+from moe_shard.lowering.reports import report_from_text
 from moe_shard.lowering.work import flops_by_scope
 from moe_shard.moe.layer import MoELayer
 from moe_shard.moe.losses import load_balance_loss

@@ -13,7 +13,7 @@ from fixtures_hand_counted import FOLDER
 
 from moe_shard.cli.report import main
 from moe_shard.lowering.differences import compare, load
-from moe_shard.lowering.reports import memory_from_compiled
+from moe_shard.lowering.memory import memory_from_compiled
 from moe_shard.lowering.sources import memory_beside
 
 # As XLA writes them for a TPU: color 1 is on the chip, color 2 holds semaphores.

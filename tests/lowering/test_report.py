@@ -18,7 +18,8 @@ from rich.console import Console
 
 from moe_shard.cli.report import main
 from moe_shard.errors import UserError
-from moe_shard.lowering.reports import memory_from_compiled, report_from_text
+from moe_shard.lowering.memory import memory_from_compiled
+from moe_shard.lowering.reports import report_from_text
 from moe_shard.scopes import FURTHER_ROUNDS
 
 ROOT = Path(__file__).parents[2]

@@ -198,7 +198,7 @@ def test_assert_collectives_says_what_it_found() -> None:
 
 
 def test_assert_collectives_needs_a_mesh_for_an_axis() -> None:
-    with pytest.raises(ValueError, match="needs mesh"):
+    with pytest.raises(UserError, match=r"does not name its mesh.*\nfix: pass mesh="):
         assert_collectives(MOE, axis="expert", all_to_all=4)
     with pytest.raises(UserError):
         assert_collectives("not HLO", all_to_all=0)

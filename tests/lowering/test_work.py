@@ -15,9 +15,10 @@ from fixtures_hand_counted import read
 from moe_shard.config.hardware import list_hardware, load_hardware
 from moe_shard.lowering.collectives import Collective, extract_collectives
 from moe_shard.lowering.hlo import HloParseError
-from moe_shard.lowering.timeline import Rates, timeline
+from moe_shard.lowering.timeline import timeline
 from moe_shard.lowering.work import flops_by_scope, memory_by_scope
 from moe_shard.runtime.bounds import MoEBounds
+from moe_shard.runtime.compile import rates_of
 
 PROGRAMS = Path(__file__).parent / "programs"
 RATES = Rates(flops=1e3, memory=1e9, link=100.0)
@@ -187,7 +188,7 @@ def test_a_ring_multiplies_every_shard_once() -> None:
 
 
 def test_the_ring_hides_beside_its_own_product() -> None:
-    rates = Rates.of(load_hardware("v5e"), "bfloat16")
+    rates = rates_of(load_hardware("v5e"), "bfloat16")
     assert rates is not None
     found = timeline(extract_collectives(read("tpu_ring")), rates)
     # 550 GFLOP at 197 TFLOP/s; nine permutes of 16.8 MB each way at 200 GB/s.
@@ -225,7 +226,7 @@ def test_the_bounds_stand_beside_what_the_program_does() -> None:
 
 def test_every_accelerator_has_the_rates_of_an_estimate() -> None:
     for name in list_hardware():
-        rates = Rates.of(load_hardware(name), "bfloat16")
+        rates = rates_of(load_hardware(name), "bfloat16")
         assert (rates is None) == (name == "cpu")
         if rates is not None:
             assert rates.link < rates.memory < rates.flops
