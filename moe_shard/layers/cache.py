@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Int, Shaped
 
-LayerCache = dict[str, Shaped[Array, "B T *D"]]
-"""What one layer keeps, by name."""
+LayerCache = dict[str, Shaped[Array, "B T ..."]]
+"""One layer's cached arrays by name; their last dims are each kind of attention's own."""
 
 EMPTY = -1
 """Segment of a place without a token."""

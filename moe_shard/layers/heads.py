@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import variance_scaling
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from moe_shard.config.attention_config import AttentionConfig
 from moe_shard.config.model_config import LayerKind
@@ -175,10 +175,10 @@ class Heads(nnx.Module):
             length=length,
         )
 
-    def _remember(self, memory: Memory, new: LayerCache) -> LayerCache:
-        """The memory's cache with this call's tokens written to their places."""
+    def _remember(self, memory: Memory, new: dict[str, Shaped[Array, "B S ..."]]) -> LayerCache:
+        """Write this call's tokens to their places in the memory's cache."""
 
-        def write(name: str, array: Array) -> Array:
+        def write(name: str, array: Shaped[Array, "B S ..."]) -> Shaped[Array, "B T ..."]:
             kept = memory.layer[name]
             kept = jax.lax.dynamic_update_slice_in_dim(kept, array, memory.slot, axis=1)
             return self._place_cache(name, kept)
@@ -193,7 +193,7 @@ class Heads(nnx.Module):
             for name, each in dims.items()
         }
 
-    def _place_cache(self, name: str, array: Array) -> Array:
+    def _place_cache(self, name: str, array: Shaped[Array, "B T ..."]) -> Shaped[Array, "B T ..."]:
         by_head = ("activation_kv_heads", "activation_head_dim")
         dims = by_head if array.ndim == 4 else (None,)
         return self.sharding(
@@ -243,8 +243,8 @@ class Heads(nnx.Module):
 
     def _seen(
         self, positions: Int[Array, "B S"], segment_ids: Int[Array, "B S"], memory: Memory | None
-    ) -> Array:
-        """See `seen_tokens`."""
+    ) -> Bool[Array, "B 1 S T"]:
+        """Compute the mask of `seen_tokens`, over the memory's places where there is one."""
         keys = (positions, segment_ids)
         if memory is not None:
             keys = (memory.positions, memory.segment_ids)

@@ -79,7 +79,7 @@ class Slots(NamedTuple):
     """
 
     slot_of_choice: Int[Array, "B S K"]
-    choice_of_slot: Int[Array, "B E*C"]
+    choice_of_slot: Int[Array, "B EC"]
 
     def kept(self) -> Bool[Array, "B S K"]:
         """True for the choices that were not dropped."""

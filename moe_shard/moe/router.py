@@ -53,7 +53,7 @@ def top_k_indices(scores: Float[Array, "B S E"], k: int) -> Int[Array, "B S K"]:
     return jnp.stack(chosen, axis=-1)
 
 
-def _without(scores: Float[Array, "B S E"], index: Int[Array, "B S"]) -> Float[Array, "B S E"]:
+def _without(scores: Float[Array, "*B E"], index: Int[Array, "*B"]) -> Float[Array, "*B E"]:
     return jnp.where(jax.nn.one_hot(index, scores.shape[-1], dtype=jnp.bool_), -jnp.inf, scores)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from tests.models.build import QUICK, small_config
 
 Sizes = Mapping[str, int]
 Params = dict[str, Any]
+Module = TypeVar("Module", bound=nnx.Module)
 
 MODEL_DIM, TOKENS = 16, 12
 SMALL = (
@@ -126,7 +127,7 @@ def packed(rows: int, tokens: int = TOKENS, *, begin: float = 0.15, seed: int = 
 
 
 def value_and_grads(
-    function: Callable[[nnx.Module, jax.Array], jax.Array],
+    function: Callable[[Module, jax.Array], jax.Array],
     layer: Layer,
     params: Params,
     x: np.ndarray,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -48,9 +51,9 @@ def check(sizes: Sizes, overrides: tuple[str, ...], rows: int) -> None:
     )
 
     def function(module: Embedding, x: jax.Array) -> jax.Array:
-        return module.logits(x + module.embed(tokens))
+        return module.logits(x + module.embed(jnp.asarray(tokens)))
 
-    def forward(at: tuple) -> np.ndarray:
+    def forward(at: tuple[Any, np.ndarray]) -> np.ndarray:
         looked_up = at[0]["table"][tokens] * keys["embedding_multiplier"]
         return oracle.logits(at[1] + looked_up, at[0], keys)
 

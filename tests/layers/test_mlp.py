@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -87,11 +88,11 @@ def test_every_activation_and_its_derivative(name: str) -> None:
         return oracle.ACTIVATIONS[name](gate) * 1.5
 
     def found(gate: jax.Array) -> jax.Array:
-        return gated(gate, up.astype(np.float32), gating)
+        return gated(gate, jnp.asarray(up, jnp.float32), gating)
 
-    narrow = gate.astype(np.float32)
+    narrow = jnp.asarray(gate, jnp.float32)
     assert_close(found(narrow), expected(gate), 1e-6)
-    slope = jax.vmap(jax.grad(lambda g: gated(g, np.float32(1.5), gating)))(narrow)
+    slope = jax.grad(lambda gate: jnp.sum(found(gate)))(narrow)
     assert_close(slope, (expected(gate + 1e-6) - expected(gate - 1e-6)) / 2e-6, 1e-5)
 
 
@@ -107,6 +108,6 @@ def test_gate_is_clamped_from_above_and_up_on_both_sides_before_the_offset() -> 
         "mlp_activations_limit=7",
         "mlp_linear_offset=1",
     ).model.gating
-    gate = np.array([9.0, 9.0, 3.0, -9.0], np.float32)
-    up = np.array([9.0, -9.0, 2.0, 9.0], np.float32)
+    gate = jnp.asarray([9.0, 9.0, 3.0, -9.0], jnp.float32)
+    up = jnp.asarray([9.0, -9.0, 2.0, 9.0], jnp.float32)
     np.testing.assert_array_equal(gated(gate, up, gating), [7 * 8, 7 * -6, 3 * 3, 0])

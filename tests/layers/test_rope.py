@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -155,7 +156,11 @@ def test_turning_is_a_product_of_complex_numbers(
     positions = rng.integers(0, 200, (2, tokens)).astype(np.int32)
     found = jax.jit(
         lambda x: apply_rope(
-            x, positions, rope=attention.rope, turned_dim=attention.turned_dim, length=tokens
+            x,
+            jnp.asarray(positions),
+            rope=attention.rope,
+            turned_dim=attention.turned_dim,
+            length=tokens,
         )
     )(x)
     expected = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from tests.moe.oracle import Settings
 
 # LLVM's optimization is most of the time a CPU compile takes, and has no part in what is tested:
 # the partitioner and everything else of XLA run as always.
-QUICK = {"xla_backend_optimization_level": 0}
+QUICK: Final[dict[str, Any]] = {"xla_backend_optimization_level": 0}
 
 # Every dim divides by every axis of the meshes used; tokens drop at capacity factor 1. The losses'
 # weights are large enough that a wrong one shows in the gradients.

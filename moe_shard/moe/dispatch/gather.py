@@ -37,19 +37,19 @@ def _take(x: Float[Array, "B N M"], index: Int[Array, "B P"]) -> Float[Array, "B
 
 
 @jax.custom_vjp
-def tokens_to_slots(x: Float[Array, "B S M"], slots: Slots) -> Float[Array, "B E*C M"]:
+def tokens_to_slots(x: Float[Array, "B S M"], slots: Slots) -> Float[Array, "B EC M"]:
     """Each token's row in the slots of its choices; empty slots are zero."""
     return _take(x, slots.choice_of_slot // slots.slot_of_choice.shape[-1])
 
 
 def _tokens_to_slots_fwd(
     x: Float[Array, "B S M"], slots: Slots
-) -> tuple[Float[Array, "B E*C M"], Slots]:
+) -> tuple[Float[Array, "B EC M"], Slots]:
     return tokens_to_slots(x, slots), slots
 
 
 def _tokens_to_slots_bwd(
-    slots: Slots, dy: Float[Array, "B E*C M"]
+    slots: Slots, dy: Float[Array, "B EC M"]
 ) -> tuple[Float[Array, "B S M"], None]:
     ones = jnp.ones(slots.slot_of_choice.shape, jnp.float32)
     return _weighted_sum(dy, ones, slots), None
@@ -59,7 +59,7 @@ tokens_to_slots.defvjp(_tokens_to_slots_fwd, _tokens_to_slots_bwd)
 
 
 def _weighted_sum(
-    y: Float[Array, "B E*C M"], weights: Float[Array, "B S K"], slots: Slots
+    y: Float[Array, "B EC M"], weights: Float[Array, "B S K"], slots: Slots
 ) -> Float[Array, "B S M"]:
     total = jnp.zeros((), jnp.float32)
     for k in range(weights.shape[-1]):  # unrolled, so that the order of the sum is fixed
@@ -70,22 +70,22 @@ def _weighted_sum(
 
 @jax.custom_vjp
 def slots_to_tokens(
-    y: Float[Array, "B E*C M"], weights: Float[Array, "B S K"], slots: Slots
+    y: Float[Array, "B EC M"], weights: Float[Array, "B S K"], slots: Slots
 ) -> Float[Array, "B S M"]:
     """The weighted sum of each token's slots, over k in order; a dropped choice adds nothing."""
     return _weighted_sum(y, weights, slots)
 
 
 def _slots_to_tokens_fwd(
-    y: Float[Array, "B E*C M"], weights: Float[Array, "B S K"], slots: Slots
-) -> tuple[Float[Array, "B S M"], tuple[Float[Array, "B E*C M"], Float[Array, "B S K"], Slots]]:
+    y: Float[Array, "B EC M"], weights: Float[Array, "B S K"], slots: Slots
+) -> tuple[Float[Array, "B S M"], tuple[Float[Array, "B EC M"], Float[Array, "B S K"], Slots]]:
     return _weighted_sum(y, weights, slots), (y, weights, slots)
 
 
 def _slots_to_tokens_bwd(
-    residuals: tuple[Float[Array, "B E*C M"], Float[Array, "B S K"], Slots],
+    residuals: tuple[Float[Array, "B EC M"], Float[Array, "B S K"], Slots],
     dout: Float[Array, "B S M"],
-) -> tuple[Float[Array, "B E*C M"], Float[Array, "B S K"], None]:
+) -> tuple[Float[Array, "B EC M"], Float[Array, "B S K"], None]:
     y, weights, slots = residuals
     batch, tokens, k = weights.shape
     weight_of_slot = _take(weights.reshape(batch, tokens * k, 1), slots.choice_of_slot)

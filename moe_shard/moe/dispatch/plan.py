@@ -9,7 +9,7 @@ Dims, besides those of `moe_shard.moe`:
     D  devices of the expert group, as senders or as receivers
     L  experts that live on one device, E / D
     Q  segments: runs of rows that stay together
-    R  rows of a buffer
+    R  rows of a buffer; DP: of D padded pieces
 
 Rows of a sender are sorted by expert, and experts stand in the order of the devices that own them,
 so what goes to one expert of one device is one segment. A receiver wants its rows by expert, and

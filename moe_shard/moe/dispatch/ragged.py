@@ -30,7 +30,7 @@ from moe_shard.moe.capacity import Slots
 from moe_shard.moe.dispatch.forced import EqualPieces
 from moe_shard.moe.dispatch.gather import tokens_to_slots
 from moe_shard.moe.dispatch.plan import Bound, Counts, aligned_rows, kept
-from moe_shard.moe.dispatch.rounds import Chunks, Rounds, Routes, combined
+from moe_shard.moe.dispatch.rounds import ChunkChoices, Chunks, Rounds, Routes, combined
 from moe_shard.moe.dispatch.seating import Seating, at_aligned_groups, seat, seat_known
 from moe_shard.moe.dispatch.transport import PaddedTransport, RaggedTransport, Transport
 from moe_shard.moe.dispatch.weighing import on_input
@@ -223,7 +223,7 @@ class _OnDevice:
             tuple(jnp.split(each.reshape(-1, each.shape[-1]), self.config.num_moe_token_chunks))
             for each in (x, indices, weights)
         )
-        lost: Bool[Array, "T*C K"] | None = None
+        lost: Bool[Array, "N K"] | None = None
         if self.equal_pieces:
             y = self._in_equal_pieces(tokens, shares, in_use)
         elif self.load.devices == 1:
@@ -261,7 +261,7 @@ class _OnDevice:
         return [route.apply(chunk, share, weights) for chunk, share in each]
 
     def _in_place(
-        self, tokens: Chunks, chosen: Chunks, shares: Chunks, weights: ExpertWeights
+        self, tokens: Chunks, chosen: ChunkChoices, shares: Chunks, weights: ExpertWeights
     ) -> list[Float[Array, "T m"]]:
         """Without an expert group: every expert is here."""
         alignment = self.product.alignment
@@ -283,8 +283,8 @@ class _OnDevice:
         return y
 
     def _in_rounds(
-        self, tokens: Chunks, chosen: Chunks, shares: Chunks, weights: ExpertWeights
-    ) -> tuple[list[Float[Array, "T m"]], Bool[Array, "T*C K"] | None]:
+        self, tokens: Chunks, chosen: ChunkChoices, shares: Chunks, weights: ExpertWeights
+    ) -> tuple[list[Float[Array, "T m"]], Bool[Array, "N K"] | None]:
         """With an expert group: rows to their experts' devices and back."""
         with jax.named_scope("dispatch"):
             seats = [self._seat(i, each) for i, each in enumerate(chosen)]

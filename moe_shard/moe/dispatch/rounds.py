@@ -51,6 +51,8 @@ def nothing(routes: Routes) -> Counts:
 
 Chunks = tuple[Float[Array, "..."], ...]
 """An array for each chunk of tokens: [T M] before, [N M] after the experts."""
+ChunkChoices = tuple[Int[Array, "T K"], ...]
+"""Each chunk's tokens' experts."""
 ChunkRoutes = tuple[Routes, ...]
 
 

@@ -143,13 +143,13 @@ class PaddedTransport:
         pieces = self._exchange(pad(rows, _received(plan.put_at, me), plan.size[:, me], self.piece))
         return compact(pieces, _sent(plan.sent_from, me), plan.size[me], self.piece, into)
 
-    def _exchange(self, pieces: Float[Array, "D*P M"]) -> Float[Array, "D*P M"]:
+    def _exchange(self, pieces: Float[Array, "DP M"]) -> Float[Array, "DP M"]:
         return jax.lax.all_to_all(pieces, self.axes, split_axis=0, concat_axis=0, tiled=True)
 
 
 def pad(
     rows: Float[Array, "N M"], start: Int[Array, "Q"], size: Int[Array, "D L"], piece: int
-) -> Float[Array, "D*P M"]:
+) -> Float[Array, "DP M"]:
     """Segments, the L of a piece one behind another, each piece padded with zeros.
 
     Args:
@@ -169,7 +169,7 @@ def pad(
 
 
 def compact(
-    pieces: Float[Array, "D*P M"],
+    pieces: Float[Array, "DP M"],
     start: Int[Array, "Q"],
     size: Int[Array, "D L"],
     piece: int,

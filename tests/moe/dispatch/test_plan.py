@@ -28,8 +28,9 @@ def expert_major(counts: list[int], alignment: int = 1) -> tuple[list[int], list
     """Rows in the order in which a device with 2 experts gets them from 2 senders, and groups.
 
     The counts are r0e0, r0e1, r1e0, r1e1; rows are numbered as they arrive, sender by sender.
+    The senders send as many to the other device, which changes nothing on the first.
     """
-    table = jnp.array(counts).reshape(2, 1, 2)
+    table = jnp.stack([jnp.array(counts).reshape(2, 2)] * 2, axis=1)
     plan = plan_round(table, table, 0, alignment=alignment)
     sizes = plan.size[:, 0]
     arrived = before(sizes.reshape(-1)).reshape(sizes.shape)
