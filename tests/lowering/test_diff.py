@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fixtures_hand_counted import FOLDER
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -19,6 +18,7 @@ from rich.console import Console
 from moe_shard.cli.diff import main
 from moe_shard.errors import UserError
 from moe_shard.lowering.differences import Diff, compare, from_json, load, load_pair
+from tests.lowering.fixtures_hand_counted import FOLDER
 
 MESH = {"data": 1, "fsdp": 1, "expert": 8}
 MOE, GATHERED = str(FOLDER / "cpu_moe.txt"), str(FOLDER / "cpu_gathered.txt")

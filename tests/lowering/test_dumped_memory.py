@@ -9,12 +9,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from fixtures_hand_counted import FOLDER
 
 from moe_shard.cli.report import main
 from moe_shard.lowering.differences import compare, load
 from moe_shard.lowering.memory import memory_from_compiled
 from moe_shard.lowering.sources import memory_beside
+from tests.lowering.fixtures_hand_counted import FOLDER
 
 # As XLA writes them for a TPU: color 1 is on the chip, color 2 holds semaphores.
 USAGE = """\

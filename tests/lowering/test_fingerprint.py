@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fixtures_hand_counted import HAND_COUNTED, read
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +20,7 @@ from moe_shard.lowering.differences import Key, Sums
 from moe_shard.lowering.fingerprint import Fingerprint, Golden, read_golden
 from moe_shard.lowering.reports import report_from_text
 from moe_shard.lowering.verdicts import VERDICTS
+from tests.lowering.fixtures_hand_counted import HAND_COUNTED, read
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDENS = ROOT / "tests" / "goldens"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from fixtures_hand_counted import HAND_COUNTED, read
 
 from moe_shard.lowering.collectives import extract_collectives, wire_bytes
 from moe_shard.lowering.reports import report_from_text
+from tests.lowering.fixtures_hand_counted import HAND_COUNTED, read
 
 NAMES = sorted(HAND_COUNTED)
 

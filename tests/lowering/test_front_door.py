@@ -11,12 +11,12 @@ from typing import Any
 
 import jax
 import pytest
-from fixtures_hand_counted import HAND_COUNTED, read
 from rich.console import Console
 
 import moe_shard.lowering
 from moe_shard.errors import UserError
 from moe_shard.lowering import LoweringReport, assert_collectives, diff, report, verdict
+from tests.lowering.fixtures_hand_counted import HAND_COUNTED, read
 
 MESH = {"data": 2, "expert": 4}
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE

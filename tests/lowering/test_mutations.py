@@ -15,14 +15,14 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from fixtures_hand_counted import HAND_COUNTED
 from jaxlib import _hlo
-from stored_programs import program_files, program_name, program_text
 
 from moe_shard.errors import UserError
 from moe_shard.lowering.reports import LoweringReport, report_from_text
 from moe_shard.lowering.timeline import Rates, timeline
 from moe_shard.lowering.work import flops_by_scope, memory_by_scope
+from tests.lowering.fixtures_hand_counted import HAND_COUNTED
+from tests.lowering.stored_programs import program_files, program_name, program_text
 
 MUTATIONS = int(os.environ.get("MUTATIONS", "400"))
 BATCHES = 8

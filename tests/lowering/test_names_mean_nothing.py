@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
-from fixtures_hand_counted import HAND_COUNTED, read
-from stored_programs import compiled_files, program_name, program_text
 
 from moe_shard.lowering.collectives import extract_collectives
 from moe_shard.lowering.hlo import parse_module
+from tests.lowering.fixtures_hand_counted import HAND_COUNTED, read
+from tests.lowering.stored_programs import compiled_files, program_name, program_text
 
 NAME_OR_STRING = re.compile(r'"(?:[^"\\]|\\.)*"|%[\w.\-]+')
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from jaxlib import _hlo
-from stored_programs import program_files, program_name, program_text
 
 from moe_shard.lowering.hlo import Computation, parse_module
 from moe_shard.lowering.opcodes import KNOWN_OPCODES
+from tests.lowering.stored_programs import program_files, program_name, program_text
 
 # How XLA's enumeration shortens the opcodes that it prints.
 _SHORTENED = {

@@ -9,12 +9,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from fixtures_hand_counted import FOLDER, HAND_COUNTED, read
 
 from moe_shard.cli.page_file import page_path, write_page
 from moe_shard.errors import UserError
 from moe_shard.lowering.page import Panel, render_page
 from moe_shard.lowering.reports import LoweringReport, report_from_text
+from tests.lowering.fixtures_hand_counted import FOLDER, HAND_COUNTED, read
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = "</style></code><script>alert(1)</script><img src=x onerror='alert(2)'>"

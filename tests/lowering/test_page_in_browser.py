@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fixtures_hand_counted import FOLDER, HAND_COUNTED
+
+from tests.lowering.fixtures_hand_counted import FOLDER, HAND_COUNTED
 
 ROOT = Path(__file__).resolve().parents[2]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome-headless-shell")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from fixtures_hand_counted import HAND_COUNTED, read
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +12,7 @@ from moe_shard.lowering.expect import assert_collectives
 from moe_shard.lowering.hlo import HloParseError
 from moe_shard.lowering.shapes import shape_bytes, tuple_elements
 from moe_shard.scopes import FURTHER_ROUNDS
+from tests.lowering.fixtures_hand_counted import HAND_COUNTED, read
 
 HEADER = "HloModule jit_f, is_scheduled=true, num_partitions=8\n\n"
 SUM = """%sum (a: f32[], b: f32[]) -> f32[] {

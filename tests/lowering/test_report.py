@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fixtures_hand_counted import FOLDER, read
 from rich.console import Console
 
 from moe_shard.cli.report import main
@@ -21,6 +20,7 @@ from moe_shard.errors import UserError
 from moe_shard.lowering.memory import memory_from_compiled
 from moe_shard.lowering.reports import report_from_text
 from moe_shard.scopes import FURTHER_ROUNDS
+from tests.lowering.fixtures_hand_counted import FOLDER, read
 
 ROOT = Path(__file__).parents[2]
 MESH = {"data": 1, "fsdp": 1, "expert": 8}

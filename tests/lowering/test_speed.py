@@ -9,11 +9,10 @@ import os
 import resource
 import time
 
-from fixtures_hand_counted import HAND_COUNTED, read
-from large_modules import repeated
-
 from moe_shard.lowering.hlo import parse_module
 from moe_shard.lowering.reports import report_from_text
+from tests.lowering.fixtures_hand_counted import HAND_COUNTED, read
+from tests.lowering.large_modules import repeated
 
 MEGABYTES = float(os.environ.get("MEGABYTES", "1.5"))
 SECONDS = max(2.0, 60 / 50 * MEGABYTES)

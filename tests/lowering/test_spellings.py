@@ -5,9 +5,9 @@
 from __future__ import annotations
 
 import pytest
-from fixtures_hand_counted import read
 
 from moe_shard.lowering.collectives import extract_collectives
+from tests.lowering.fixtures_hand_counted import read
 
 TEXT = """\
 HloModule step, is_scheduled=true, num_partitions=8

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from fixtures_hand_counted import read
 from jaxlib import _hlo
 
 from moe_shard.lowering.collectives import extract_collectives
 from moe_shard.lowering.hlo import HloParseError, parse_module
 from moe_shard.lowering.reports import report_from_text
+from tests.lowering.fixtures_hand_counted import read
 
 TEXT = """\
 HloModule step, is_scheduled=true, num_partitions=8

@@ -8,11 +8,11 @@ from math import isclose
 from pathlib import Path
 
 import pytest
-from fixtures_hand_counted import read
-from stored_programs import compiled_files, program_name, program_text
 
 from moe_shard.lowering.collectives import extract_collectives
 from moe_shard.lowering.timeline import Rates, Timeline, timeline
+from tests.lowering.fixtures_hand_counted import read
+from tests.lowering.stored_programs import compiled_files, program_name, program_text
 
 NAME = re.compile(r"%([\w.\-]+)")
 STRING = re.compile(r'"(?:[^"\\]|\\.)*"')

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from fixtures_hand_counted import HAND_COUNTED, read
 
 from moe_shard.errors import UserError
 from moe_shard.lowering.collectives import Collective, extract_collectives
 from moe_shard.lowering.expect import assert_collectives
 from moe_shard.lowering.op_names import classify, merged_names
 from moe_shard.lowering.verdicts import judge, weigh
+from tests.lowering.fixtures_hand_counted import HAND_COUNTED, read
 
 BIG = 1 << 20
 WO = "params['wo']"

@@ -10,15 +10,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from fixtures_hand_counted import read
 
 from moe_shard.config.hardware import list_hardware, load_hardware
 from moe_shard.lowering.collectives import Collective, extract_collectives
 from moe_shard.lowering.hlo import HloParseError
-from moe_shard.lowering.timeline import timeline
+from moe_shard.lowering.timeline import Rates, timeline
 from moe_shard.lowering.work import flops_by_scope, memory_by_scope
 from moe_shard.runtime.bounds import MoEBounds
 from moe_shard.runtime.compile import rates_of
+from tests.lowering.fixtures_hand_counted import read
 
 PROGRAMS = Path(__file__).parent / "programs"
 RATES = Rates(flops=1e3, memory=1e9, link=100.0)
