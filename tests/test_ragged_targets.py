@@ -11,7 +11,7 @@ from functools import cache
 import pytest
 
 from moe_shard.config import load_config
-from moe_shard.lowering.walk import EXCHANGES
+from moe_shard.lowering.walk import EXCHANGE_KINDS
 from moe_shard.lowering.work import flops_by_scope
 from moe_shard.runtime.compile_target import TargetReport, compile_for_target
 from moe_shard.runtime.targets.target import parse_target
@@ -48,7 +48,7 @@ def payloads(report: TargetReport) -> dict[tuple[str, str, str], int]:
     return {
         (each.kind, each.scope, each.pass_): each.count
         for each in report.lowering.collectives
-        if each.scope in ("dispatch", "combine") and each.kind in EXCHANGES
+        if each.scope in ("dispatch", "combine") and each.kind in EXCHANGE_KINDS
     }
 
 
@@ -56,7 +56,7 @@ def moe_wire_bytes(report: TargetReport) -> int:
     return sum(
         each.count * each.wire_bytes
         for each in report.lowering.collectives
-        if each.scope in ("dispatch", "combine") and each.kind in EXCHANGES
+        if each.scope in ("dispatch", "combine") and each.kind in EXCHANGE_KINDS
     )
 
 
@@ -86,7 +86,7 @@ def test_rows_travel_by_ragged_all_to_all_and_no_more_than_were_routed(target: s
     others = [
         each
         for each in report.lowering.collectives
-        if each.scope in ("dispatch", "combine") and each.kind not in EXCHANGES
+        if each.scope in ("dispatch", "combine") and each.kind not in EXCHANGE_KINDS
     ]
     assert [each.count for each in others] in ([], [LAYERS])
     # Two choices a token, four exchanges, bf16 rows; 7 of 8 leave the device.

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from moe_shard.autoep.resolve import MODEL_HELP, load_model
+from moe_shard.checkpoints.resolve import MODEL_HELP, load_model
 from moe_shard.config import list_models
 from moe_shard.config.hardware import list_hardware
 from moe_shard.errors import EXIT_DONE, EXIT_FINDING, CommandParser, UserError

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moe_shard.autoep.resolve import MODEL_HELP, load_model
+from moe_shard.checkpoints.resolve import MODEL_HELP, load_model
 from moe_shard.errors import EXIT_DONE, EXIT_FINDING, CommandParser
 from moe_shard.quiet import hide_accelerator_warnings
 

@@ -58,10 +58,10 @@ def main(argv: Sequence[str], prog: str = "moe-shard generate") -> int:
         raise UserError(f'no prompt\nfix: {prog} {args.model} "a text to write on after"')
 
     with hide_accelerator_warnings():
-        from moe_shard.inference.loading import find_source, load_settings
+        from moe_shard.inference.loading import find_source, load_generation_config
         from moe_shard.inference.texts import generate
 
     source = find_source(args.model)
-    config = load_settings(source, overrides)
+    config = load_generation_config(source, overrides)
     generate(source, config, prompts, cached=not args.no_cache, as_json=args.json)
     return 0

@@ -38,7 +38,7 @@ def main(argv: Sequence[str], prog: str = "moe-shard import") -> int:
             "model it is\nfix: leave --model out"
         )
     # Only now: bad usage is answered before the rest has been loaded.
-    from moe_shard.autoep.resolve import load_model
+    from moe_shard.checkpoints.resolve import load_model
 
     config = load_model(arguments.model or str(arguments.source), arguments.overrides)
     config.require_built()

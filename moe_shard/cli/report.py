@@ -17,11 +17,11 @@ from pathlib import Path
 from rich.console import Console
 
 from moe_shard.cli.page_file import page_path, write_page
-from moe_shard.errors import EXIT_DONE, EXIT_FINDING, CommandParser, UserError
+from moe_shard.errors import EXIT_DONE, EXIT_FINDING, CommandParser
 from moe_shard.lowering.api import report as report_program
 from moe_shard.lowering.page import Panel
 from moe_shard.lowering.reports import LoweringReport
-from moe_shard.lowering.sources import parse_mesh, parse_stages
+from moe_shard.lowering.sources import parse_expert_axes, parse_mesh, parse_stages
 from moe_shard.lowering.verdicts import VERDICTS
 
 
@@ -54,7 +54,7 @@ def _read(given: str, arguments: argparse.Namespace) -> LoweringReport:
     return report_program(
         Path(given),
         mesh=parse_mesh(arguments.mesh) if arguments.mesh else None,
-        expert_axes=expert_axes(arguments.expert_axes),
+        expert_axes=parse_expert_axes(arguments.expert_axes),
         stages=parse_stages(arguments.stages) if arguments.stages else None,
         count_further_rounds=arguments.further_rounds,
     )
@@ -94,24 +94,3 @@ def _arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
     if arguments.beside and not arguments.html:
         parser.error("--beside shows a second program on the page of --html FILE")
     return arguments
-
-
-def expert_axes(text: str | None, mesh: dict[str, int] | None = None) -> list[str] | None:
-    """Read --expert-axes; None where it is not given.
-
-    Args:
-        text: as it was typed.
-        mesh: that of --mesh, if there is one.
-
-    Raises:
-        UserError: the mesh has no such axis.
-    """
-    if text is None:
-        return None
-    axes = [axis.strip() for axis in text.split(",")]
-    unknown = [axis for axis in axes if mesh is not None and axis not in mesh]
-    if mesh is not None and unknown:
-        raise UserError(
-            f"--expert-axes: the mesh has no axis {', '.join(unknown)}; it has {', '.join(mesh)}"
-        )
-    return axes

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moe_shard.autoep.resolve import MODEL_HELP, load_model
+from moe_shard.checkpoints.resolve import MODEL_HELP, load_model
 from moe_shard.config import list_models
 from moe_shard.errors import CommandParser, UserError
 from moe_shard.quiet import hide_accelerator_warnings

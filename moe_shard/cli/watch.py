@@ -23,13 +23,12 @@ from typing import Any
 
 from rich.console import Console
 
-from moe_shard.cli.report import expert_axes
 from moe_shard.errors import EXIT_FINDING, CommandParser, UserError
-from moe_shard.lowering.sources import parse_mesh, parse_stages
+from moe_shard.lowering.sources import parse_expert_axes, parse_mesh, parse_stages
 from moe_shard.lowering.verdicts import VERDICTS
 from moe_shard.watching.child import CannotStart, Child, end_as, hold_signals, interrupted
 from moe_shard.watching.dumps import CACHE, Dumps
-from moe_shard.watching.programs import Expectation, Program, Programs
+from moe_shard.watching.programs import Expectation, Programs, WatchedProgram
 
 _EVERY_S = 0.05
 _GRACE_S = 10.0
@@ -48,7 +47,7 @@ def main(argv: Sequence[str], prog: str = "moe-shard watch") -> int:
     """Start the command, read along, end as it ends."""
     arguments, command = _arguments(argv, prog)
     mesh = parse_mesh(arguments.mesh) if arguments.mesh else None
-    axes = expert_axes(arguments.expert_axes, mesh)
+    axes = parse_expert_axes(arguments.expert_axes, mesh)
     stages = parse_stages(arguments.stages) if arguments.stages else None
     programs = Programs(mesh, axes, stages, everything=arguments.all)
     expectation = Expectation(arguments.expect) if arguments.expect else None
@@ -142,7 +141,7 @@ class _Reader:
             self._programs.unread[str(error.filename)] = str(error.strerror)
         return count
 
-    def _show(self, program: Program) -> None:
+    def _show(self, program: WatchedProgram) -> None:
         _say(_shown(program, time.monotonic() - self._since))
         if self._expectation and self._expectation.is_broken_by(program):
             self._stop()
@@ -158,7 +157,7 @@ class _Reader:
         killer.start()
 
 
-def _shown(program: Program, seconds: float) -> str:
+def _shown(program: WatchedProgram, seconds: float) -> str:
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
     page = StringIO()
     # A pipe has no width: 80 columns would fold the table.

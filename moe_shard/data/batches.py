@@ -36,7 +36,7 @@ from moe_shard.errors import UserError
 READ_AHEAD_STEPS = 4
 READ_THREADS = 4
 
-Row = dict[str, Int32[np.ndarray, "S"]]
+PackedSequence = dict[str, Int32[np.ndarray, "S"]]
 
 
 class PackedText:
@@ -107,7 +107,7 @@ class PackedText:
     def __len__(self) -> int:
         return (int(self.starts[-1]) - 1) // self.seq_len
 
-    def __getitem__(self, row: int) -> Row:
+    def __getitem__(self, row: int) -> PackedSequence:
         """One row.
 
         Returns:

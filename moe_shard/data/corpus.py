@@ -85,7 +85,7 @@ class TokenCorpus:
     def __init__(
         self, documents: Sequence[Path], tokenizer: Tokenizer, *, say: Say = lambda _: None
     ) -> None:
-        folder = cache_folder() / _key(documents, tokenizer)
+        folder = corpus_cache() / _key(documents, tokenizer)
         self._file = os.fspath(folder / "tokens")
         found = _lengths(folder)
         if found is None:
@@ -113,7 +113,7 @@ class TokenCorpus:
         return np.frombuffer(tokens, _TOKEN).astype(np.int32)
 
 
-def cache_folder() -> Path:
+def corpus_cache() -> Path:
     """Where tokens are kept: `$XDG_CACHE_HOME/moe_shard/tokens`, by default below `~/.cache`."""
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(root).expanduser() / "moe_shard" / "tokens"

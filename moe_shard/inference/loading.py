@@ -9,9 +9,9 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from moe_shard.autoep.resolve import load_model
 from moe_shard.checkpoints.checkpoint import restore_params
 from moe_shard.checkpoints.imported import load_params
+from moe_shard.checkpoints.resolve import load_model
 from moe_shard.config import Config, list_models
 from moe_shard.errors import UserError
 from moe_shard.models.params import AbstractModel, Params
@@ -32,7 +32,7 @@ when the parameters are loaded. The batch is that of the prompts.
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """A model to write with.
 
     Attributes:
@@ -46,7 +46,7 @@ class Source:
     updates: int | None = None
 
 
-def find_source(model: str) -> Source:
+def find_source(model: str) -> ModelSource:
     """Tell the folder of a run, or one of its checkpoints, from other models.
 
     Raises:
@@ -55,7 +55,7 @@ def find_source(model: str) -> Source:
     path = Path(model).expanduser()
     of_run = path.parent.name == "checkpoints" and path.name.isdecimal() and path.parent.is_dir()
     if model in list_models() or not (of_run or path.is_dir()) or _holds_a_model(path):
-        return Source(model)
+        return ModelSource(model)
     run = path.resolve()
     updates = int(path.name) if of_run else None
     if of_run:
@@ -72,7 +72,7 @@ def find_source(model: str) -> Source:
             f"{model} is a run without checkpoints\n"
             "fix: train with enable_checkpointing=true; its config.yml alone has random parameters"
         )
-    return Source(str(run / "config.yml"), run / "checkpoints", updates)
+    return ModelSource(str(run / "config.yml"), run / "checkpoints", updates)
 
 
 def _holds_a_model(path: Path) -> bool:
@@ -80,7 +80,7 @@ def _holds_a_model(path: Path) -> bool:
     return (path / "config.json").is_file() or (path / "params").is_dir()
 
 
-def load_settings(source: Source, overrides: Sequence[str]) -> Config:
+def load_generation_config(source: ModelSource, overrides: Sequence[str]) -> Config:
     """The configuration to write with.
 
     Args:
@@ -108,7 +108,7 @@ def load_settings(source: Source, overrides: Sequence[str]) -> Config:
 
 
 def load_parameters(
-    source: Source,
+    source: ModelSource,
     config: Config,
     model: AbstractModel,
     *,
@@ -119,7 +119,7 @@ def load_parameters(
 
     Args:
         source: of `find_source`.
-        config: of `load_settings`.
+        config: of `load_generation_config`.
         model: described for a mesh.
         say: told where they come from.
         console: shown how far reading has come.

@@ -17,7 +17,7 @@ from moe_shard.config import Config
 from moe_shard.data.tokenizer import Tokenizer, find_tokenizer, require_vocabulary
 from moe_shard.errors import UserError
 from moe_shard.inference.generator import Generator
-from moe_shard.inference.loading import Source, load_parameters
+from moe_shard.inference.loading import ModelSource, load_parameters
 from moe_shard.inference.prompts import rows_for
 from moe_shard.models.params import describe
 from moe_shard.runtime.compile import lay_out, out_of_memory_is_a_finding
@@ -83,13 +83,13 @@ class Timings:
 
 
 def generate(
-    source: Source, config: Config, prompts: Sequence[str], *, cached: bool, as_json: bool
+    source: ModelSource, config: Config, prompts: Sequence[str], *, cached: bool, as_json: bool
 ) -> None:
     """Write after prompts, to standard output; all else goes to standard error.
 
     Args:
         source: of `find_source`.
-        config: of `load_settings`.
+        config: of `load_generation_config`.
         prompts: at least one.
         cached: see `Generator`.
         as_json: one object instead of the texts.

@@ -15,7 +15,7 @@ from typing import Any
 from moe_shard.errors import UserError
 from moe_shard.lowering.hlo import HloParseError, Module, parse_module
 from moe_shard.lowering.mesh_axes import UNKNOWN_AXES, MeshAxes
-from moe_shard.lowering.naming import named_instruction, stage_of_exchange, that_weigh
+from moe_shard.lowering.naming import dominant_op_names, named_instruction, stage_of_exchange
 from moe_shard.lowering.op_names import classify
 from moe_shard.lowering.program_mesh import ProgramMesh, program_mesh
 from moe_shard.lowering.replica_groups import parse_groups, parse_pairs
@@ -30,7 +30,7 @@ from moe_shard.lowering.spellings import (
     spelled_by_all_reduce,
 )
 from moe_shard.lowering.unlisted import unlisted
-from moe_shard.lowering.walk import EXCHANGES, OPCODES, Executions
+from moe_shard.lowering.walk import EXCHANGE_KINDS, OPCODES, Executions
 
 # A cross-replica group without use_global_device_ids lists replicas, each with all its partitions.
 _REPLICA_GROUPED = frozenset({"all-gather", "all-reduce", "reduce-scatter", "collective-broadcast"})
@@ -247,8 +247,8 @@ def _collective(
     module = walk.module
     instruction = site.instruction
     named = named_instruction(site)
-    scope, pass_ = classify(that_weigh(named.op_name, site) if named else "", walk.stages)
-    if named is not site.instruction and scope == "experts" and site.kind in EXCHANGES:
+    scope, pass_ = classify(dominant_op_names(named.op_name, site) if named else "", walk.stages)
+    if named is not site.instruction and scope == "experts" and site.kind in EXCHANGE_KINDS:
         scope = stage_of_exchange(site, pass_)
     along, group = _groups(module, site, axes)
     size = _output_bytes(site, len(group))

@@ -31,13 +31,13 @@ from moe_shard.lowering.sources import (
 )
 from moe_shard.units import human_bytes
 
-Key = tuple[str, str, str, tuple[str, ...]]
+SumKey = tuple[str, str, str, tuple[str, ...]]
 """Scope, pass, kind, mesh axes."""
 
 
 @dataclass(frozen=True)
-class Sums:
-    """The collectives of one `Key`, per step and device.
+class CollectiveSums:
+    """The collectives of one `SumKey`, per step and device.
 
     Attributes:
         count: executions.
@@ -51,8 +51,10 @@ class Sums:
     wire_bytes: int = 0
     asynchronous: int = 0
 
-    def __add__(self, other: Sums) -> Sums:
-        return Sums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Sums)))
+    def __add__(self, other: CollectiveSums) -> CollectiveSums:
+        return CollectiveSums(
+            *(getattr(self, f.name) + getattr(other, f.name) for f in fields(CollectiveSums))
+        )
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,13 @@ class Lowering:
     num_devices: int
     mesh: dict[str, int]
     verdict: str | None
-    sums: dict[Key, Sums]
+    sums: dict[SumKey, CollectiveSums]
     memory: dict[str, int] | None
 
     @property
-    def total(self) -> Sums:
+    def total(self) -> CollectiveSums:
         """All collectives."""
-        return sum(self.sums.values(), Sums())
+        return sum(self.sums.values(), CollectiveSums())
 
     @property
     def large_axes(self) -> dict[str, int]:
@@ -104,9 +106,9 @@ class Lowering:
 class Change:
     """The collectives of one stage, pass, kind and axes, before and after; they differ."""
 
-    key: Key
-    a: Sums
-    b: Sums
+    key: SumKey
+    a: CollectiveSums
+    b: CollectiveSums
 
     @property
     def weight(self) -> int:
@@ -223,9 +225,9 @@ class Diff:
 def compare(a: Lowering, b: Lowering) -> Diff:
     """Compare two lowerings."""
     changes = [
-        Change(key, a.sums.get(key, Sums()), b.sums.get(key, Sums()))
+        Change(key, a.sums.get(key, CollectiveSums()), b.sums.get(key, CollectiveSums()))
         for key in {**a.sums, **b.sums}
-        if a.sums.get(key, Sums()) != b.sums.get(key, Sums())
+        if a.sums.get(key, CollectiveSums()) != b.sums.get(key, CollectiveSums())
     ]
     return Diff(a, b, tuple(sorted(changes, key=lambda each: (-each.weight, each.key))))
 
@@ -346,12 +348,12 @@ def from_json(text: str, source: str) -> Lowering:
 
 def from_object(content: Any, source: str) -> Lowering:
     """The lowering of an object of `lowering.json`; KeyError and the like for anything else."""
-    sums: dict[Key, Sums] = {}
+    sums: dict[SumKey, CollectiveSums] = {}
     for each in content["collectives"]:
         axes = tuple(str(axis) for axis in each["axes"])
         key = (str(each["scope"]), str(each["pass"]), str(each["kind"]), axes)
         count = int(each["count"])
-        sums[key] = sums.get(key, Sums()) + Sums(
+        sums[key] = sums.get(key, CollectiveSums()) + CollectiveSums(
             count,
             count * int(each["bytes"]),
             count * int(each["wire_bytes"]),

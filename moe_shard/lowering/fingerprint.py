@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_shard.errors import UserError
-from moe_shard.lowering.differences import Key, Lowering, Sums, compare, from_object
+from moe_shard.lowering.differences import CollectiveSums, Lowering, SumKey, compare, from_object
 from moe_shard.lowering.verdicts import VERDICTS
 
 MEMORY_TOLERANCE = 0.05
@@ -36,7 +36,7 @@ class Fingerprint:
 
     verdict: str | None
     mesh: dict[str, int]
-    sums: dict[Key, Sums]
+    sums: dict[SumKey, CollectiveSums]
     memory_bytes: int
 
     @classmethod
@@ -73,13 +73,13 @@ class Fingerprint:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Fingerprint:
         """Read what `to_json` wrote; KeyError, ValueError and the like for anything else."""
-        sums: dict[Key, Sums] = {}
+        sums: dict[SumKey, CollectiveSums] = {}
         for line in content["collectives"]:
             scope, pass_, kind, axes, *numbers = line.split(" ")
             key = (scope, pass_, kind, () if axes == "-" else tuple(axes.split(",")))
             if key in sums:  # as a merge by hand leaves it
                 raise ValueError(f"two lines for {scope} {pass_} {kind} {axes}")
-            sums[key] = Sums(**dict(zip(_FIELDS, map(int, numbers), strict=True)))
+            sums[key] = CollectiveSums(**dict(zip(_FIELDS, map(int, numbers), strict=True)))
         verdict = content["verdict"]
         if verdict not in (None, *VERDICTS):
             raise ValueError(f"no verdict: {verdict!r}")
@@ -87,9 +87,9 @@ class Fingerprint:
         return cls(verdict, mesh, sums, int(content["memory_bytes"]))
 
     @property
-    def total(self) -> Sums:
+    def total(self) -> CollectiveSums:
         """All collectives."""
-        return sum(self.sums.values(), Sums())
+        return sum(self.sums.values(), CollectiveSums())
 
     @property
     def exchanges(self) -> int:

@@ -31,8 +31,8 @@ class Carry:
     offset: int = 0
 
 
-Value = int | Carry | None
-Path = tuple[int, ...]
+Known = int | Carry | None
+TuplePath = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Frame:
     """A computation with the meaning of its parameters: `bind(number, tuple path)`."""
 
     computation: Computation
-    bind: Callable[[int, Path], Value]
+    bind: Callable[[int, TuplePath], Known]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class TripCounts:
         return max(trips, followed or 0)
 
     def _loop(self, outer: Computation, loop: Instruction) -> _Loop:
-        def bind(_number: int, path: Path) -> Value:
+        def bind(_number: int, path: TuplePath) -> Known:
             return Carry(path[0]) if len(path) == 1 else None
 
         condition = self._module.called_by(loop, "condition")
@@ -109,7 +109,7 @@ class TripCounts:
             return None
         return _count(first + left.offset, after.offset, right, direction)
 
-    def _next(self, loop: _Loop, index: int) -> Value:
+    def _next(self, loop: _Loop, index: int) -> Known:
         return self._value(loop.body, loop.body.computation.root, (index,), 0)
 
     def _initial(self, loop: _Loop, index: int, depth: int = 0) -> int | None:
@@ -117,17 +117,19 @@ class TripCounts:
         value = self._value(frame, loop.instruction.operand(0), (index,), depth)
         return value if isinstance(value, int) else None
 
-    def _settled(self, value: Value, loop: _Loop, depth: int = 0) -> Value:
+    def _settled(self, value: Known, loop: _Loop, depth: int = 0) -> Known:
         """The number a carry element holds when the loop only passes it on; else `value`."""
         if not isinstance(value, Carry) or self._next(loop, value.index) != Carry(value.index):
             return value
         first = self._initial(loop, value.index, depth)
         return None if first is None else first + value.offset
 
-    def _outer_bind(self, computation: Computation, depth: int) -> Callable[[int, Path], Value]:
+    def _outer_bind(
+        self, computation: Computation, depth: int
+    ) -> Callable[[int, TuplePath], Known]:
         """What the parameters of `computation` hold, where it has one caller that tells."""
 
-        def bind(number: int, path: Path) -> Value:
+        def bind(number: int, path: TuplePath) -> Known:
             callers = self._callers.get(computation.name, [])
             if len(callers) != 1 or depth >= _MAX_DEPTH:
                 return None
@@ -144,7 +146,7 @@ class TripCounts:
 
         return bind
 
-    def _comparison(self, frame: Frame, name: str, depth: int) -> tuple[Value, Value, str] | None:
+    def _comparison(self, frame: Frame, name: str, depth: int) -> tuple[Known, Known, str] | None:
         instruction = frame.computation.instruction(name)
         if depth >= _MAX_DEPTH:
             return None
@@ -164,12 +166,12 @@ class TripCounts:
         return None
 
     def _inner(self, frame: Frame, call: Instruction, depth: int) -> Frame:
-        def bind(number: int, path: Path) -> Value:
+        def bind(number: int, path: TuplePath) -> Known:
             return self._value(frame, call.operand(number), path, depth + 1)
 
         return Frame(self._module.called_by(call, "calls", "to_apply"), bind)
 
-    def _value(self, frame: Frame, name: str, path: Path, depth: int) -> Value:
+    def _value(self, frame: Frame, name: str, path: TuplePath, depth: int) -> Known:
         """The value of an instruction, or of its element at `path` when it is a tuple."""
         if depth >= _MAX_DEPTH:
             return None
@@ -202,7 +204,7 @@ class TripCounts:
         return None
 
 
-def _add(left: Value, right: Value) -> Value:
+def _add(left: Known, right: Known) -> Known:
     if isinstance(left, int):
         left, right = right, left
     if not isinstance(right, int) or left is None:
@@ -210,7 +212,7 @@ def _add(left: Value, right: Value) -> Value:
     return left + right if isinstance(left, int) else Carry(left.index, left.offset + right)
 
 
-def _subtract(left: Value, right: Value) -> Value:
+def _subtract(left: Known, right: Known) -> Known:
     return _add(left, -right) if isinstance(right, int) else None
 
 

@@ -14,7 +14,7 @@ _LEAST_SHARE = 0.01
 """Of a merged collective's bytes: what has less does not say which stage it is of."""
 
 
-def that_weigh(op_name: str, site: Site) -> str:
+def dominant_op_names(op_name: str, site: Site) -> str:
     """Of ops that a compiler made one collective of, the names of those that send much of it.
 
     Else the few bytes of an exchange of counts would lend their stage to an attention weight.

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from moe_shard.lowering.hlo import HloParseError
 
-Groups = list[list[int]]
+DeviceGroups = list[list[int]]
 
 _LISTED = re.compile(r"\{(?:\{[\d, ]*\}(?:, ?\{[\d, ]*\})*)?\}")
 _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
@@ -24,8 +24,8 @@ _AXIS_REF = re.compile(r"['\"]([^'\"]+)['\"](?::\((\d+)\)(\d+))?")
 _DEVICES = re.compile(r"\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?")
 
 
-def parse_groups(text: str, num_devices: int) -> Groups:
-    """Groups of device ids, in the order in which they are written.
+def parse_groups(text: str, num_devices: int) -> DeviceGroups:
+    """DeviceGroups of device ids, in the order in which they are written.
 
     Args:
         text: the value of `replica_groups`.
@@ -64,7 +64,7 @@ def _integers(text: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", text)]
 
 
-def _parse(text: str, num_devices: int) -> Groups:
+def _parse(text: str, num_devices: int) -> DeviceGroups:
     if _LISTED.fullmatch(text):
         listed = [_integers(group) for group in re.findall(r"\{([\d, ]+)\}", text)]
         return listed or [list(range(num_devices))]
@@ -93,7 +93,7 @@ def iota_ids(dims: Sequence[int], permutation: Sequence[int] = ()) -> list[int]:
     return ids
 
 
-def _mesh_groups(axes_text: str, devices_text: str | None, refs_text: str) -> Groups:
+def _mesh_groups(axes_text: str, devices_text: str | None, refs_text: str) -> DeviceGroups:
     sizes = {name: int(size) for name, size in _MESH_AXIS.findall(axes_text)}
     total = math.prod(sizes.values())
     devices = _mesh_devices(devices_text, total)

@@ -15,7 +15,7 @@ from moe_shard.lowering.flow.states import (
     EXPERT_GRADIENT,
     EXPERT_OUTPUT,
     GRADIENT,
-    INDEX,
+    INDICES,
     MASK,
     ROUTED,
     UPDATED,
@@ -25,7 +25,7 @@ from moe_shard.lowering.flow.states import (
 from moe_shard.lowering.hlo import Module
 from moe_shard.lowering.mesh_axes import UNKNOWN_AXES, MeshAxes
 from moe_shard.lowering.shapes import array_dims, shape_bytes
-from moe_shard.lowering.walk import EXCHANGES
+from moe_shard.lowering.walk import EXCHANGE_KINDS
 
 ROLES = (
     "weight-gather",
@@ -291,10 +291,10 @@ class Roles:
             return Role("update", told)
         after = bool(state.marks & EXPERT_OUTPUT)
         near = after or bool(self._near & bit)
-        is_mask = state.marks & (INDEX | MASK) and not state.marks & ROUTED
-        if is_mask and not (near and kind in EXCHANGES):
+        is_mask = state.marks & (INDICES | MASK) and not state.marks & ROUTED
+        if is_mask and not (near and kind in EXCHANGE_KINDS):
             return Role("routing")
-        if kind in EXCHANGES or (kind == _PERMUTES and state.marks & ROUTED):
+        if kind in EXCHANGE_KINDS or (kind == _PERMUTES and state.marks & ROUTED):
             rows = near and bool(state.marks & ROUTED or flow.assumed)
             return Role("token-exchange" if rows else "activation-exchange", (), rows, after)
         if told and kind != "all-gather":
@@ -313,7 +313,7 @@ class Roles:
         """Whether a value that flows into parameters' outputs is of their gradients."""
         if state.marks & EXPERT_GRADIENT:
             return True
-        if kind in EXCHANGES or kind == _PERMUTES:
+        if kind in EXCHANGE_KINDS or kind == _PERMUTES:
             return bool(state.marks & GRADIENT) and not state.marks & ROUTED
         if state.marks & (GRADIENT | UPDATED):
             return True

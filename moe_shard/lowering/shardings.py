@@ -39,7 +39,7 @@ _ENTRY_PARAMETER = re.compile(r"parameter\((\d+)\), sharding=(\{(?:[^{}]|\{[^{}]
 _HEADER_MESHES = re.compile(r"xla\.sdy\.meshes=\{(.*)")
 _LISTED = re.compile(r"\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?")
 
-Groups = tuple[tuple[int, ...], ...]
+PartGroups = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Split:
     """
 
     parts: tuple[int, ...]
-    device_groups: tuple[Groups, ...]
+    device_groups: tuple[PartGroups, ...]
 
 
 def parse_split(sharding: str, rank: int) -> Split | None:
@@ -107,7 +107,7 @@ def _ordered(dims: str, permutation: str | None) -> list[int]:
 
 def _split(tiles: Sequence[int], devices: Sequence[int], rank: int) -> Split:
     """Group the devices of a row-major grid along each of its first `rank` dims."""
-    groups: list[Groups] = []
+    groups: list[PartGroups] = []
     for dim in range(rank):
         if tiles[dim] == 1:
             groups.append(())

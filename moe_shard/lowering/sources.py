@@ -199,3 +199,24 @@ def parse_mesh(text: str, option: str = "--mesh") -> dict[str, int]:
             raise UserError(f"{option}: cannot read {item!r}; write it as data=1,fsdp=1,expert=8")
         mesh[axis] = int(size)
     return mesh
+
+
+def parse_expert_axes(text: str | None, mesh: dict[str, int] | None = None) -> list[str] | None:
+    """Read --expert-axes; None where it is not given.
+
+    Args:
+        text: as it was typed.
+        mesh: that of --mesh, if there is one.
+
+    Raises:
+        UserError: the mesh has no such axis.
+    """
+    if text is None:
+        return None
+    axes = [axis.strip() for axis in text.split(",")]
+    unknown = [axis for axis in axes if mesh is not None and axis not in mesh]
+    if mesh is not None and unknown:
+        raise UserError(
+            f"--expert-axes: the mesh has no axis {', '.join(unknown)}; it has {', '.join(mesh)}"
+        )
+    return axes

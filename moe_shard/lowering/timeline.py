@@ -19,7 +19,7 @@ from moe_shard.lowering.collectives import Collective, Extraction
 from moe_shard.lowering.hlo import Computation, Instruction, Module
 from moe_shard.lowering.op_names import classify
 from moe_shard.lowering.walk import ASYNC_CALLS
-from moe_shard.lowering.wire import Flight, Key, Sums, Wire
+from moe_shard.lowering.wire import Flight, TimeSums, Wire, WireKey
 from moe_shard.lowering.work import flops, memory_bytes
 from moe_shard.units import human_seconds
 
@@ -211,9 +211,9 @@ class _Run:
         self._extraction = extraction
         self._module: Module = extraction.module
         self._rates = rates
-        self._alone: dict[str, Sums] = {}
+        self._alone: dict[str, TimeSums] = {}
 
-    def alone(self, computation: Computation) -> Sums:
+    def alone(self, computation: Computation) -> TimeSums:
         """One execution that begins with an idle wire."""
         if computation.name not in self._alone:
             wire = Wire()
@@ -279,7 +279,7 @@ class _Run:
             wire.sums.cycles += cycles
         wire.work({classify(instruction.op_name)[0]: spent})
 
-    def _starts(self, computation: Computation, instruction: Instruction) -> Key | None:
+    def _starts(self, computation: Computation, instruction: Instruction) -> WireKey | None:
         """The collective that an instruction is, or starts in what it calls."""
         found = self._extraction.at
         if (computation.name, instruction.name) in found:

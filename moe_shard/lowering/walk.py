@@ -18,7 +18,7 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
-EXCHANGES = ("all-to-all", "ragged-all-to-all")
+EXCHANGE_KINDS = ("all-to-all", "ragged-all-to-all")
 """Of these, what moves tokens to their experts."""
 
 OPCODES = {kind + suffix: kind for kind in KINDS for suffix in ("", "-start")}

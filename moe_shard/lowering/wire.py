@@ -11,12 +11,12 @@ from collections import defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-Key = tuple[str, str]
+WireKey = tuple[str, str]
 """A computation and an instruction in it."""
 
 
 @dataclass
-class Sums:
+class TimeSums:
     """What one execution of a computation comes to, in seconds, all that it calls included.
 
     Attributes:
@@ -30,9 +30,9 @@ class Sums:
 
     seconds: float = 0.0
     work: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    on_wire: dict[Key, float] = field(default_factory=lambda: defaultdict(float))
-    waited: dict[Key, float] = field(default_factory=lambda: defaultdict(float))
-    beside: dict[Key, dict[str, float]] = field(
+    on_wire: dict[WireKey, float] = field(default_factory=lambda: defaultdict(float))
+    waited: dict[WireKey, float] = field(default_factory=lambda: defaultdict(float))
+    beside: dict[WireKey, dict[str, float]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(float))
     )
     cycles: int = 0
@@ -47,7 +47,7 @@ class Sums:
         """Whether anything is on the wire."""
         return bool(self.on_wire)
 
-    def add(self, other: Sums, times: int) -> None:
+    def add(self, other: TimeSums, times: int) -> None:
         """Add so many executions of another computation; `seconds` stays."""
         self.cycles += times * other.cycles
         for scope, seconds in other.work.items():
@@ -65,7 +65,7 @@ class Sums:
 class Flight:
     """A collective on its way: on the wire from `begins` to `lands`, `left` of it still to come."""
 
-    key: Key
+    key: WireKey
     begins: float
     lands: float
     left: float
@@ -81,7 +81,7 @@ class Wire:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.sums = Sums()
+        self.sums = TimeSums()
         self._flights: deque[Flight] = deque()  # one after the other; none that has landed
 
     @property
@@ -89,7 +89,7 @@ class Wire:
         """Whether something is on its way."""
         return bool(self._flights)
 
-    def send(self, key: Key, seconds: float) -> Flight:
+    def send(self, key: WireKey, seconds: float) -> Flight:
         """Put a collective on the wire, behind what is on its way already."""
         begins = self._flights[-1].lands if self._flights else self.now
         flight = Flight(key, begins, begins + seconds, seconds)
@@ -113,7 +113,7 @@ class Wire:
             for scope, part in scopes.items():
                 self.sums.beside[each.key][scope] += seconds * part / total
 
-    def repeat(self, once: Sums, times: int) -> None:
+    def repeat(self, once: TimeSums, times: int) -> None:
         """Execute a computation so many times of which it is known what one comes to.
 
         The wire must be idle, unless nothing is exchanged.

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from moe_shard.autoep.resolve import load_model
+from moe_shard.checkpoints.resolve import load_model
 from moe_shard.config import Config, check_against_mesh
 from moe_shard.config.foreign import ASSUMED_SIZE, read_foreign_table, take_sizes
 from moe_shard.config.load import maxtext_keys

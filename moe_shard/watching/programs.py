@@ -28,7 +28,7 @@ _KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|mosaic|__gpu\$xla\
 
 
 @dataclass(frozen=True)
-class Program:
+class WatchedProgram:
     """A compiled program, and what is known of it.
 
     Attributes:
@@ -76,14 +76,14 @@ class Programs:
     expert_axes: Sequence[str] | None = None
     stages: Mapping[str, str] | None = None
     everything: bool = False
-    shown: list[Program] = field(default_factory=list)
+    shown: list[WatchedProgram] = field(default_factory=list)
     passed_over: int = 0
     repeated: int = 0
     unread: dict[str, str] = field(default_factory=dict)
     _largest: int = 0
     _texts: set[bytes] = field(default_factory=set)
 
-    def add(self, path: Path) -> Program | None:
+    def add(self, path: Path) -> WatchedProgram | None:
         """Read a program.
 
         Args:
@@ -100,7 +100,7 @@ class Programs:
             self.unread[path.name] = f"{type(error).__name__}: {first_line(error, 300)}"
         return None
 
-    def _add(self, path: Path, text: str) -> Program | None:
+    def _add(self, path: Path, text: str) -> WatchedProgram | None:
         digest = hashlib.sha256(text.encode()).digest()
         if digest in self._texts:
             self.repeated += 1
@@ -120,7 +120,7 @@ class Programs:
             self.passed_over += 1
             return None
         name = _NAME.match(header)
-        program = Program(
+        program = WatchedProgram(
             name=name[1] if name else path.name,
             file=path.name,
             report=report,
@@ -158,7 +158,7 @@ class Expectation:
 
     verdict: str
 
-    def is_broken_by(self, program: Program) -> bool:
+    def is_broken_by(self, program: WatchedProgram) -> bool:
         """Whether one program is enough to say that the expectation does not hold.
 
         A program where no experts take part says nothing unless it trains: a command also compiles
@@ -169,7 +169,7 @@ class Expectation:
             return False
         return found != self.verdict
 
-    def failure(self, programs: Sequence[Program]) -> str | None:
+    def failure(self, programs: Sequence[WatchedProgram]) -> str | None:
         """Say why the expectation does not hold; None if it does.
 
         Args:

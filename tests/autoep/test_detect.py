@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moe_shard.autoep.detect import Detected, detect
-from moe_shard.autoep.resolve import load_model
+from moe_shard.checkpoints.resolve import load_model
 from moe_shard.models.params import describe
 from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.mesh import make_mesh

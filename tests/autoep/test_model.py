@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moe_shard.autoep.detect import detect
-from moe_shard.autoep.resolve import directory_settings, load_model
+from moe_shard.checkpoints.resolve import directory_settings, load_model
 from moe_shard.cli.train import main as train
 from moe_shard.config import load_config
 from moe_shard.errors import Finding, UserError

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from moe_shard.autoep.detect import detect
-from moe_shard.autoep.resolve import load_model
+from moe_shard.checkpoints.resolve import load_model
 from moe_shard.config import load_config
 from tests.autoep.directory import write_model
 from tests.autoep.published import CONFIGS, tensors
@@ -139,7 +139,8 @@ def test_the_same_model_as_the_one_in_configs(name: str, published: Any) -> None
 
 def test_neither_jax_nor_torch_is_imported(published: Any) -> None:
     script = (
-        "import sys; from pathlib import Path; from moe_shard.autoep.resolve import load_model;"
+        "import sys; from pathlib import Path;"
+        "from moe_shard.checkpoints.resolve import load_model;"
         f"config = load_model({str(published('Mixtral-8x7B-v0.1'))!r});"
         "assert config.detected;"
         "print([m for m in ('jax', 'torch', 'flax', 'transformers') if m in sys.modules])"

@@ -19,8 +19,8 @@ from moe_shard.autoep.dequantize import numbers, read
 from moe_shard.autoep.detect import detect
 from moe_shard.autoep.headers import TensorHeader, read_headers
 from moe_shard.autoep.quantized import Quantized, read_scheme, with_scales
-from moe_shard.autoep.resolve import load_model
 from moe_shard.checkpoints.imported import export_model, import_model, load_params
+from moe_shard.checkpoints.resolve import load_model
 from moe_shard.errors import UserError
 from moe_shard.models.params import Params, describe
 from moe_shard.sharding.annotate import Sharding

@@ -188,7 +188,7 @@ def test_import_and_export(
         assert model == str(checkpoint.directory)
         return small_config({"expert": 8}, *KEYS, *overrides)
 
-    monkeypatch.setattr("moe_shard.autoep.resolve.load_model", load_model)
+    monkeypatch.setattr("moe_shard.checkpoints.resolve.load_model", load_model)
     model, again = tmp_path / "model", tmp_path / "again"
     assert run_here("import", checkpoint.directory, model, "weight_dtype=bfloat16") == 0
     told = capsys.readouterr().out

@@ -24,7 +24,7 @@ from moe_shard.config import load_config
 from moe_shard.config.schema import DataConfig
 from moe_shard.data import corpus as corpora
 from moe_shard.data.batches import PackedText, batches
-from moe_shard.data.corpus import TokenCorpus, cache_folder
+from moe_shard.data.corpus import TokenCorpus, corpus_cache
 from moe_shard.data.documents import find_documents
 from moe_shard.data.tokenizer import (
     DOCUMENT,
@@ -228,11 +228,11 @@ def test_what_changes_is_tokenized_again(tmp_path: Path) -> None:
     words(tmp_path / "model", bos=True)
     assert lengths() == [2, 3]
     assert len(said) == 3
-    for tokens in cache_folder().glob("*/tokens"):
+    for tokens in corpus_cache().glob("*/tokens"):
         tokens.write_bytes(b"cut")
     assert lengths() == [2, 3]
     assert len(said) == 4
-    assert not list(cache_folder().glob(".making-*"))
+    assert not list(corpus_cache().glob(".making-*"))
 
 
 def test_a_cache_that_cannot_be_kept_or_goes_away_is_a_short_error(
@@ -241,7 +241,7 @@ def test_a_cache_that_cannot_be_kept_or_goes_away_is_a_short_error(
     documents = text_of(tmp_path / "text", ["a b", "c d e"])
     tokenizer = FileTokenizer(words(tmp_path / "model"))
     text = PackedText(documents, seq_len=2, seed=0, tokenizer=tokenizer)
-    [tokens] = cache_folder().glob("*/tokens")
+    [tokens] = corpus_cache().glob("*/tokens")
     tokens.write_bytes(b"")
     with pytest.raises(UserError) as caught:
         text[0]

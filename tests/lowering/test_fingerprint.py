@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from moe_shard.config import list_models, load_config
 from moe_shard.errors import UserError
-from moe_shard.lowering.differences import Key, Sums
+from moe_shard.lowering.differences import CollectiveSums, SumKey
 from moe_shard.lowering.fingerprint import Fingerprint, Golden, read_golden
 from moe_shard.lowering.reports import report_from_text
 from moe_shard.lowering.verdicts import VERDICTS
@@ -104,20 +104,26 @@ def test_memory_may_move_a_little() -> None:
 WORDS = st.sampled_from(["dispatch", "experts", "all-gather", "all-to-all", "forward"])
 SUMS = st.dictionaries(
     st.tuples(WORDS, WORDS, WORDS, st.lists(WORDS, max_size=2, unique=True).map(tuple)),
-    st.builds(Sums, *[st.integers(0, 10**15)] * 3),
+    st.builds(CollectiveSums, *[st.integers(0, 10**15)] * 3),
     max_size=6,
 )
 
 
 @given(SUMS, SUMS, st.sampled_from(VERDICTS), st.none() | st.sampled_from(VERDICTS))
 def test_only_the_same_is_the_same(
-    first: dict[Key, Sums], second: dict[Key, Sums], verdict: str, other: str | None
+    first: dict[SumKey, CollectiveSums],
+    second: dict[SumKey, CollectiveSums],
+    verdict: str,
+    other: str | None,
 ) -> None:
     a, b = (Fingerprint(v, {"expert": 8}, s, 1) for v, s in ((verdict, first), (other, second)))
     assert Fingerprint.from_json(json.loads(json.dumps(a.to_json()))) == a
     assert a.differences(a) == []
     # A row for every sum that is not the same, whichever way they are compared; none is lost.
-    moved = sum(first.get(k, Sums()) != second.get(k, Sums()) for k in {**first, **second})
+    moved = sum(
+        first.get(k, CollectiveSums()) != second.get(k, CollectiveSums())
+        for k in {**first, **second}
+    )
     assert len(a.differences(b)) == len(b.differences(a)) == moved + (verdict != other)
 
 

@@ -17,8 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 from moe_shard.autoep.host_blocks import leaves_of
-from moe_shard.autoep.resolve import load_model
 from moe_shard.checkpoints.imported import import_model, load_params
+from moe_shard.checkpoints.resolve import load_model
 from moe_shard.cli import main
 from moe_shard.config import Config, load_config
 from moe_shard.config.mesh_config import MESH_AXES

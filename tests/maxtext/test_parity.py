@@ -21,8 +21,8 @@ import pytest
 import yaml
 
 from moe_shard.autoep.host_blocks import leaves_of
-from moe_shard.autoep.resolve import load_model
 from moe_shard.checkpoints.imported import load_params
+from moe_shard.checkpoints.resolve import load_model
 from moe_shard.config import Config
 from moe_shard.layers.rope import rope_frequencies
 from moe_shard.models.params import AbstractModel, Params, describe

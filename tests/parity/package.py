@@ -13,8 +13,8 @@ import pytest
 from moe_shard.autoep.directory import read_source
 from moe_shard.autoep.exporting import export_params
 from moe_shard.autoep.host_blocks import blocks_of
-from moe_shard.autoep.resolve import load_model
 from moe_shard.checkpoints.imported import load_params
+from moe_shard.checkpoints.resolve import load_model
 from moe_shard.config import Config
 from moe_shard.inference.generator import Generator
 from moe_shard.models.params import AbstractModel, Params, describe

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_shard.watching.programs import Expectation, Program, Programs
+from moe_shard.watching.programs import Expectation, Programs, WatchedProgram
 
 FIXTURES = Path(__file__).parents[1] / "lowering" / "fixtures"
 MESH = {"data": 1, "fsdp": 1, "expert": 8}
@@ -26,7 +26,7 @@ KERNEL = SMALL.replace(
 )
 
 
-def add(programs: Programs, folder: Path, text: str) -> Program | None:
+def add(programs: Programs, folder: Path, text: str) -> WatchedProgram | None:
     path = folder / f"module_{len(list(folder.iterdir()))}.after_optimizations.txt"
     path.write_text(text)
     return programs.add(path)

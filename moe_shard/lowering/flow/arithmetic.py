@@ -6,25 +6,25 @@ import math
 import re
 
 from moe_shard.lowering import dims as following
-from moe_shard.lowering.flow.evaluation import Evaluation, Rule
+from moe_shard.lowering.flow.evaluation import Evaluation, OpcodeRule
 from moe_shard.lowering.flow.states import (
     COMPARED,
     EXPERT_GRADIENT,
     EXPERT_OUTPUT,
     GRADIENT,
-    INDEX,
+    INDICES,
     MASK,
     ON_ROWS,
     ROUTED,
     UPDATED,
     State,
     Value,
-    combined,
     flat,
     holds_data,
     is_computed,
     is_float,
     join,
+    join_operands,
     shaped,
     with_dims,
 )
@@ -36,14 +36,14 @@ def elementwise(
     _run: Evaluation, _computation: Computation, instruction: Instruction, operands: list[Value]
 ) -> Value:
     """Put the operands together: the rule of every opcode that has none of its own."""
-    return shaped(combined(operands), instruction.shape)
+    return shaped(join_operands(operands), instruction.shape)
 
 
 def _score(
     run: Evaluation, _computation: Computation, instruction: Instruction, operands: list[Value]
 ) -> Value:
     """An exponential or a sigmoid: a router has one of its scores, over all experts."""
-    state = combined(operands)
+    state = join_operands(operands)
     if is_computed(state) and not state.marks & GRADIENT and instruction.shape[0] != "(":
         run.flow.scored.update(array_dims(instruction.shape)[-1:])
     return shaped(state, instruction.shape)
@@ -122,9 +122,9 @@ def _own_size(computation: Computation, name: str) -> int:
 def _compare(
     _run: Evaluation, computation: Computation, instruction: Instruction, operands: list[Value]
 ) -> Value:
-    merged = combined(operands)
+    merged = join_operands(operands)
     marks = merged.marks
-    if marks & (INDEX | MASK):
+    if marks & (INDICES | MASK):
         return merged._replace(marks=MASK, via=0)
     shape = computation.instruction(instruction.operand(0)).shape
     compared = is_float(shape) and holds_data(merged)
@@ -138,11 +138,11 @@ def _convert(
     before = computation.instruction(instruction.operand(0)).shape
     if before.startswith("pred") and state.marks & COMPARED:
         return state._replace(marks=(state.marks & ~COMPARED) | MASK)
-    if is_float(instruction.shape) and state.marks & INDEX:
+    if is_float(instruction.shape) and state.marks & INDICES:
         return state._replace(marks=state.marks | MASK)
     narrow = re.match(r"[su](2|4|8)\[", instruction.shape)  # quantized numbers, no positions
     if is_float(before) and not is_float(instruction.shape) and is_computed(state) and not narrow:
-        return state._replace(marks=state.marks | INDEX, via=0)
+        return state._replace(marks=state.marks | INDICES, via=0)
     return state
 
 
@@ -153,9 +153,9 @@ def _reinterpreted(
     state = flat(operands[0])
     was_float = is_float(computation.instruction(instruction.operand(0)).shape)
     if was_float and not is_float(instruction.shape) and is_computed(state):
-        return state._replace(marks=state.marks | INDEX, via=0)
+        return state._replace(marks=state.marks | INDICES, via=0)
     if is_float(instruction.shape) and not was_float:
-        return state._replace(marks=state.marks & ~INDEX)
+        return state._replace(marks=state.marks & ~INDICES)
     return state
 
 
@@ -170,11 +170,11 @@ def _select(
     if chooser.marks & MASK:
         data = any(holds_data(state) for state in chosen)
         if not is_float(instruction.shape):
-            marks |= INDEX
+            marks |= INDICES
         else:
             marks |= ROUTED if data else MASK
     elif chooser.marks & COMPARED and not is_float(instruction.shape):
-        marks |= COMPARED if instruction.shape.startswith("pred") else INDEX
+        marks |= COMPARED if instruction.shape.startswith("pred") else INDICES
     return merged._replace(marks=marks)
 
 
@@ -212,22 +212,22 @@ def _compared_together(operands: list[Value], shapes: list[str]) -> Value:
     by_numbers = any(
         is_float(shape) and holds_data(state) for shape, state in zip(shapes, states, strict=True)
     )
-    by_index = any(state.marks & (INDEX | MASK) for state in states)
+    by_index = any(state.marks & (INDICES | MASK) for state in states)
     merged = join(states)
     results: list[Value] = []
     for shape, state in zip(shapes, states, strict=True):
         marks = state.marks
         if not is_float(shape) and (by_numbers or by_index):
-            marks |= INDEX
+            marks |= INDICES
         elif is_float(shape) and by_index:
             marks |= ROUTED
         several = len(states) > 1
         origin = None if several and holds_data(merged) else state.origin
-        results.append(State(merged.deps, origin, marks, 0 if marks & INDEX else state.via))
+        results.append(State(merged.deps, origin, marks, 0 if marks & INDICES else state.via))
     return results
 
 
-RULES: dict[str, Rule] = {
+ARITHMETIC_RULES: dict[str, OpcodeRule] = {
     "exponential": _score,
     "logistic": _score,
     "add": _add,

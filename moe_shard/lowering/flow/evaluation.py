@@ -216,7 +216,7 @@ def _can_have(parameter: Parameter, expert_dims: set[int], sizes: Sequence[int])
     return False
 
 
-Rule = Callable[["Evaluation", Computation, Instruction, list[Value]], Value]
+OpcodeRule = Callable[["Evaluation", Computation, Instruction, list[Value]], Value]
 
 
 class Evaluation:
@@ -225,8 +225,8 @@ class Evaluation:
     def __init__(
         self,
         module: Module,
-        rules: dict[str, Rule],
-        default: Rule,
+        rules: dict[str, OpcodeRule],
+        default: OpcodeRule,
         assumed: Assumption | None = None,
         shardings: Mapping[int, str] | None = None,
     ) -> None:

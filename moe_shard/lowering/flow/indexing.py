@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from moe_shard.lowering.flow.evaluation import Evaluation, Rule
+from moe_shard.lowering.flow.evaluation import Evaluation, OpcodeRule
 from moe_shard.lowering.flow.states import (
     CONSTANT,
     GRADIENT,
-    INDEX,
+    INDICES,
     MASK,
     ROUTED,
     State,
     Value,
-    combined,
     flat,
     holds_data,
     is_computed,
     is_float,
     join,
+    join_operands,
     with_dims,
 )
 from moe_shard.lowering.hlo import Computation, Instruction
@@ -26,9 +26,9 @@ from moe_shard.lowering.shapes import tuple_elements
 def _selected(run: Evaluation, data: State, index: State, shape: str) -> State:
     """Data at places that an index tells."""
     state = data._replace(deps=data.deps | index.deps)
-    if index.marks & (INDEX | MASK):
+    if index.marks & (INDICES | MASK):
         if not is_float(shape):
-            return state._replace(origin=None, marks=data.marks | INDEX)
+            return state._replace(origin=None, marks=data.marks | INDICES)
         sees_itself(run, data, index)
         return state._replace(origin=None, marks=data.marks | ROUTED)
     if holds_data(index):
@@ -58,7 +58,7 @@ def _dynamic_slice(
     run: Evaluation, _computation: Computation, instruction: Instruction, operands: list[Value]
 ) -> Value:
     data = flat(operands[0])
-    index = combined(operands[1:]) if len(operands) > 1 else CONSTANT
+    index = join_operands(operands[1:]) if len(operands) > 1 else CONSTANT
     return _selected(run, data, index, instruction.shape)
 
 
@@ -66,7 +66,7 @@ def _update_slice(
     run: Evaluation, _computation: Computation, instruction: Instruction, operands: list[Value]
 ) -> Value:
     buffer, update = flat(operands[0]), flat(operands[1])
-    index = combined(operands[2:]) if len(operands) > 2 else CONSTANT
+    index = join_operands(operands[2:]) if len(operands) > 2 else CONSTANT
     return _selected(run, join([update, buffer]), index, instruction.shape)
 
 
@@ -87,7 +87,7 @@ def _scatter(
     return results if instruction.shape.startswith("(") else results[0]
 
 
-RULES: dict[str, Rule] = {
+INDEXING_RULES: dict[str, OpcodeRule] = {
     "gather": _gather,
     "dynamic-slice": _dynamic_slice,
     "dynamic-update-slice": _update_slice,

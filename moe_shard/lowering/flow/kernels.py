@@ -5,21 +5,21 @@ from __future__ import annotations
 import re
 
 from moe_shard.lowering.dims import LIBRARY_PRODUCT
-from moe_shard.lowering.flow.evaluation import Evaluation, Rule
-from moe_shard.lowering.flow.products import mapped, product, takes_rows
+from moe_shard.lowering.flow.evaluation import Evaluation, OpcodeRule
+from moe_shard.lowering.flow.products import dense_product, mapped, takes_rows
 from moe_shard.lowering.flow.states import (
     CONSTANT,
     EXPERT_GRADIENT,
     EXPERT_OUTPUT,
     FEATURE,
-    INDEX,
+    INDICES,
     ROUTED,
     State,
     Value,
-    combined,
     flat,
     is_float,
     join,
+    join_operands,
     shaped,
 )
 from moe_shard.lowering.hlo import Computation, Instruction
@@ -44,12 +44,12 @@ def _custom_call(
     if _SAME_TARGETS.search(text):
         if len(operands) == 1:
             return operands[0]
-        return shaped(combined(operands), instruction.shape)
+        return shaped(join_operands(operands), instruction.shape)
     if LIBRARY_PRODUCT.search(text):
-        return product(run, computation, instruction, operands)
+        return dense_product(run, computation, instruction, operands)
     if _TOP_K.search(text):
         state = flat(operands[0])
-        return [state, state._replace(origin=None, marks=state.marks | INDEX)]
+        return [state, state._replace(origin=None, marks=state.marks | INDICES)]
     return shaped(_kernel(run, computation, instruction, operands), instruction.shape)
 
 
@@ -71,7 +71,7 @@ def _kernel(
         if is_float(shape) and not shape.startswith("(")
     ]
     rows = [state for state, _ in numbers if state.origin is None and run.are_rows(state)]
-    groups = any(state.marks & INDEX for state in states)
+    groups = any(state.marks & INDICES for state in states)
     for state, shape in numbers:
         if not rows or not takes_rows(run, state, rows[0]):
             continue
@@ -96,4 +96,4 @@ def _kernel(
     return State(merged.deps, origin, merged.marks, merged.via)
 
 
-RULES: dict[str, Rule] = {"custom-call": _custom_call}
+KERNEL_RULES: dict[str, OpcodeRule] = {"custom-call": _custom_call}

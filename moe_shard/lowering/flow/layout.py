@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 from moe_shard.lowering import dims as following
 from moe_shard.lowering.dims import Dims
-from moe_shard.lowering.flow.evaluation import Evaluation, Rule
+from moe_shard.lowering.flow.evaluation import Evaluation, OpcodeRule
 from moe_shard.lowering.flow.states import (
     COMPARED,
     CONSTANT,
-    INDEX,
+    INDICES,
     MASK,
     State,
     Value,
@@ -27,7 +27,7 @@ from moe_shard.lowering.shapes import array_dims
 from moe_shard.lowering.walk import ASYNC_CALLS
 
 
-def _relaid(follow: Callable[[Dims, Computation, Instruction], Dims | None]) -> Rule:
+def _relaid(follow: Callable[[Dims, Computation, Instruction], Dims | None]) -> OpcodeRule:
     def rule(
         _run: Evaluation, computation: Computation, instruction: Instruction, operands: list[Value]
     ) -> Value:
@@ -50,7 +50,7 @@ def _broadcast(
     before = array_dims(computation.instruction(instruction.operand(0)).shape)
     if math.prod(before) == 1 and is_computed(state):
         # A number for all, such as a norm: what is multiplied by it is still its own.
-        return State(state.deps, None, state.marks & (COMPARED | INDEX | MASK), 0)
+        return State(state.deps, None, state.marks & (COMPARED | INDICES | MASK), 0)
     return with_dims(state, lambda dims: following.broadcast(dims, instruction))
 
 
@@ -154,7 +154,7 @@ _DONE = (
 )
 
 
-RULES: dict[str, Rule] = {
+LAYOUT_RULES: dict[str, OpcodeRule] = {
     **dict.fromkeys(_SAME, _first),
     **dict.fromkeys(_CONSTANTS, _constant),
     "bitcast": _relaid(_reshaped),

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from moe_shard.lowering import dims as following
 from moe_shard.lowering.flow import arithmetic, indexing, kernels, layout, products
 from moe_shard.lowering.flow.arithmetic import elementwise
-from moe_shard.lowering.flow.evaluation import Assumption, Evaluation, Flow, Rule
+from moe_shard.lowering.flow.evaluation import Assumption, Evaluation, Flow, OpcodeRule
 from moe_shard.lowering.flow.products import mapped
 from moe_shard.lowering.flow.states import CONSTANT, ROUTED, State, Value, flat, join
 from moe_shard.lowering.hlo import Computation, Instruction, Module
 from moe_shard.lowering.shapes import tuple_elements
-from moe_shard.lowering.walk import EXCHANGES, OPCODES
+from moe_shard.lowering.walk import EXCHANGE_KINDS, OPCODES
 
 
 def evaluate(
@@ -43,7 +43,7 @@ def _collective(
         states = states[:1]  # the others are its buffer, and where the rows go
     run.flow.sites[site] = states
     bit = run.flow.bit(site)
-    if kind in EXCHANGES:
+    if kind in EXCHANGE_KINDS:
         run.flow.exchanges |= bit
     results: list[State] = []
     for state in states if kind != "all-to-all" else [join(states)] * len(states):
@@ -74,11 +74,11 @@ def _note_gather(
         run.flow.gathered[site] = {(state.origin.main, dim) for dim in mapped(state, tuple(places))}
 
 
-_RULES: dict[str, Rule] = {
-    **layout.RULES,
-    **arithmetic.RULES,
-    **indexing.RULES,
-    **products.RULES,
-    **kernels.RULES,
+_RULES: dict[str, OpcodeRule] = {
+    **layout.LAYOUT_RULES,
+    **arithmetic.ARITHMETIC_RULES,
+    **indexing.INDEXING_RULES,
+    **products.PRODUCT_RULES,
+    **kernels.KERNEL_RULES,
     **dict.fromkeys(OPCODES, _collective),
 }

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from moe_shard.lowering import dims as following
 from moe_shard.lowering.dims import product_dims
-from moe_shard.lowering.flow.evaluation import Evaluation, Parameter, Rule
+from moe_shard.lowering.flow.evaluation import Evaluation, OpcodeRule, Parameter
 from moe_shard.lowering.flow.indexing import sees_itself
 from moe_shard.lowering.flow.states import (
     EXPERT_GRADIENT,
@@ -25,7 +25,7 @@ from moe_shard.lowering.hlo import Computation, Instruction
 from moe_shard.lowering.shapes import array_dims
 
 
-def product(
+def dense_product(
     run: Evaluation, computation: Computation, instruction: Instruction, operands: list[Value]
 ) -> Value:
     """A dot, a convolution, or a library's product of operands 0 and 1."""
@@ -210,8 +210,8 @@ def _candidates(
     return merged[0][:1] if merged else ()
 
 
-RULES: dict[str, Rule] = {
-    "dot": product,
-    "convolution": product,
+PRODUCT_RULES: dict[str, OpcodeRule] = {
+    "dot": dense_product,
+    "convolution": dense_product,
     "ragged-dot": _ragged_dot,
 }

@@ -8,14 +8,14 @@ from typing import NamedTuple
 from moe_shard.lowering.dims import Dims
 from moe_shard.lowering.shapes import tuple_elements
 
-INDEX = 1 << 0
+INDICES = 1 << 0
 """Integers that a comparison of computed numbers chose: experts, positions, counts."""
 MASK = 1 << 1
 """Made by comparing such integers: a one-hot, also when it carries weights."""
 COMPARED = 1 << 2
 """The outcome of comparing computed numbers."""
 ROUTED = 1 << 3
-"""Data that `INDEX` or `MASK` selected, and what experts make of it."""
+"""Data that `INDICES` or `MASK` selected, and what experts make of it."""
 EXPERT_OUTPUT = 1 << 4
 """Has been through a product of experts."""
 EXPERT_GRADIENT = 1 << 5
@@ -161,7 +161,7 @@ def after_loop(first: Value, later: Value) -> Value:
     )
 
 
-def combined(operands: list[Value]) -> State:
+def join_operands(operands: list[Value]) -> State:
     """Put the operands of an instruction together."""
     states = [flat(each) for each in operands]
     return join(states) if states else CONSTANT
