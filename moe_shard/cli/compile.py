@@ -25,7 +25,7 @@ from moe_shard.config import list_models
 from moe_shard.config.hardware import list_hardware
 from moe_shard.errors import EXIT_DONE, EXIT_FINDING, CommandParser, UserError
 from moe_shard.files import write_text
-from moe_shard.lowering.verdicts import VERDICTS
+from moe_shard.lowering.verdict_names import VERDICTS
 from moe_shard.quiet import hide_accelerator_warnings
 
 if TYPE_CHECKING:

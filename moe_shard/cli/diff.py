@@ -13,10 +13,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from moe_shard.errors import EXIT_DONE, CommandParser
-from moe_shard.lowering.differences import compare, load_pair
 from moe_shard.lowering.sources import parse_mesh
 
 
@@ -40,6 +37,11 @@ def main(argv: Sequence[str], prog: str = "moe-shard diff") -> int:
             (arguments.mesh_b, "--mesh-b"),
         )
     )
+    # Only now: --help and bad usage are answered before the reader is loaded.
+    from rich.console import Console
+
+    from moe_shard.lowering.differences import compare, load_pair
+
     diff = compare(*load_pair(arguments.a, arguments.b, *meshes))
     if arguments.json:
         print(json.dumps(diff.to_json(), indent=2))

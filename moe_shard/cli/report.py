@@ -13,21 +13,25 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-
-from moe_shard.cli.page_file import page_path, write_page
 from moe_shard.errors import EXIT_DONE, EXIT_FINDING, CommandParser
-from moe_shard.lowering.api import report as report_program
-from moe_shard.lowering.page import Panel
-from moe_shard.lowering.reports import LoweringReport
 from moe_shard.lowering.sources import parse_expert_axes, parse_mesh, parse_stages
-from moe_shard.lowering.verdicts import VERDICTS
+from moe_shard.lowering.verdict_names import VERDICTS
+
+if TYPE_CHECKING:
+    from moe_shard.lowering.reports import LoweringReport
 
 
 def main(argv: Sequence[str], prog: str = "moe-shard report") -> int:
     """Read the module, print the report, compare the verdict."""
     arguments = _arguments(argv, prog)
+    # Only now: --help and bad usage are answered before the reader is loaded.
+    from rich.console import Console
+
+    from moe_shard.cli.page_file import page_path, write_page
+    from moe_shard.lowering.page import Panel
+
     report = _read(arguments.path, arguments)
     if arguments.html:
         panels = [Panel(arguments.path, report)]
@@ -50,8 +54,10 @@ def main(argv: Sequence[str], prog: str = "moe-shard report") -> int:
 
 
 def _read(given: str, arguments: argparse.Namespace) -> LoweringReport:
-    """The report of a program; its mesh is the given one, a run's, or that of the text."""
-    return report_program(
+    """Report on a program; its mesh is the given one, a run's, or that of the text."""
+    from moe_shard.lowering.api import report
+
+    return report(
         Path(given),
         mesh=parse_mesh(arguments.mesh) if arguments.mesh else None,
         expert_axes=parse_expert_axes(arguments.expert_axes),

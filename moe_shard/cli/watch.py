@@ -19,16 +19,16 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from io import StringIO
-from typing import Any
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Any
 
 from moe_shard.errors import EXIT_FINDING, CommandParser, UserError
 from moe_shard.lowering.sources import parse_expert_axes, parse_mesh, parse_stages
-from moe_shard.lowering.verdicts import VERDICTS
+from moe_shard.lowering.verdict_names import VERDICTS
 from moe_shard.watching.child import CannotStart, Child, end_as, hold_signals, interrupted
 from moe_shard.watching.dumps import CACHE, Dumps
-from moe_shard.watching.programs import Expectation, Programs, WatchedProgram
+
+if TYPE_CHECKING:
+    from moe_shard.watching.programs import Expectation, Programs, WatchedProgram
 
 _EVERY_S = 0.05
 _GRACE_S = 10.0
@@ -49,6 +49,9 @@ def main(argv: Sequence[str], prog: str = "moe-shard watch") -> int:
     mesh = parse_mesh(arguments.mesh) if arguments.mesh else None
     axes = parse_expert_axes(arguments.expert_axes, mesh)
     stages = parse_stages(arguments.stages) if arguments.stages else None
+    # Only now: --help and bad usage are answered before the reader is loaded.
+    from moe_shard.watching.programs import Expectation, Programs
+
     programs = Programs(mesh, axes, stages, everything=arguments.all)
     expectation = Expectation(arguments.expect) if arguments.expect else None
     mask = hold_signals()
@@ -158,6 +161,8 @@ class _Reader:
 
 
 def _shown(program: WatchedProgram, seconds: float) -> str:
+    from rich.console import Console
+
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
     page = StringIO()
     # A pipe has no width: 80 columns would fold the table.

@@ -96,7 +96,7 @@ def verdict(
         before: see `report`.
 
     Returns:
-        One of `verdicts.VERDICTS`: "expert-parallel" (tokens move by AllToAll over the expert
+        One of `verdict_names.VERDICTS`: "expert-parallel" (tokens move by AllToAll over the expert
         axis), "weight-gathered" (expert weights are gathered over it), "mixed",
         "no-expert-parallelism", or "unknown".
 

@@ -66,7 +66,7 @@ class Lowering:
         backend: "cpu", "tpu", "gpu" or "unknown".
         num_devices: devices that run the program.
         mesh: {axis: size}; empty where it is not known.
-        verdict: one of `expect.VERDICTS`; None without a mesh.
+        verdict: one of `verdict_names.VERDICTS`; None without a mesh.
         sums: the collectives.
         memory: bytes per device by part, or None where it is not known.
     """

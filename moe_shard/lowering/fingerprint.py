@@ -17,7 +17,7 @@ from typing import Any
 
 from moe_shard.errors import UserError
 from moe_shard.lowering.differences import CollectiveSums, Lowering, SumKey, compare, from_object
-from moe_shard.lowering.verdicts import VERDICTS
+from moe_shard.lowering.verdict_names import VERDICTS
 
 MEMORY_TOLERANCE = 0.05
 _FIELDS = ("count", "bytes", "wire_bytes")
@@ -28,7 +28,7 @@ class Fingerprint:
     """One cell of the matrix.
 
     Attributes:
-        verdict: one of `expect.VERDICTS`; None where the compiler refused.
+        verdict: one of `verdict_names.VERDICTS`; None where the compiler refused.
         mesh: {axis: size}, axes of size 1 left out.
         sums: the collectives; never marked asynchronous.
         memory_bytes: what a device has to hold; 0 where that is not known.

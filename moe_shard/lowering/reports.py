@@ -44,7 +44,7 @@ class LoweringReport:
         backend: "cpu", "tpu", "gpu" or "unknown".
         num_devices: devices that run the program.
         mesh: {axis: size} in device order; axis_0, axis_1, ... where no names are known.
-        verdict: one of `verdict.VERDICTS`; None for a step that was not compiled.
+        verdict: one of `verdict_names.VERDICTS`; None for a step that was not compiled.
         collectives: in the order of the program text.
         totals: {kind: {"count", "bytes"}} per step, bytes being output bytes per device.
         memory: bytes per device as of `memory_from_compiled`, or None.

@@ -10,14 +10,6 @@ from moe_shard.lowering.mesh_axes import UNKNOWN_AXES
 from moe_shard.lowering.roles import STATISTICS_BYTES
 from moe_shard.units import human_bytes
 
-VERDICTS = (
-    "expert-parallel",
-    "weight-gathered",
-    "mixed",
-    "no-expert-parallelism",
-    "unknown",
-)
-
 _MOVES_WEIGHTS = frozenset({"weight-gather", "gradient-reduction"})
 _MOVES_ROWS = frozenset({"activation-gather", "activation-reduction"})
 # Indices and scores travel beside the tokens.
@@ -30,7 +22,7 @@ class Verdict:
     """The verdict on a program.
 
     Attributes:
-        name: one of `VERDICTS`.
+        name: one of `verdict_names.VERDICTS`.
         axes: the mesh axes of the experts.
         reasons: what it rests on, a line each.
     """

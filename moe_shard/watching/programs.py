@@ -153,7 +153,7 @@ class Expectation:
     """A verdict that every program of weight should have.
 
     Attributes:
-        verdict: one of `verdict.VERDICTS`.
+        verdict: one of `verdict_names.VERDICTS`.
     """
 
     verdict: str

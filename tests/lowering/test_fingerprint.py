@@ -19,7 +19,7 @@ from moe_shard.errors import UserError
 from moe_shard.lowering.differences import CollectiveSums, SumKey
 from moe_shard.lowering.fingerprint import Fingerprint, Golden, read_golden
 from moe_shard.lowering.reports import report_from_text
-from moe_shard.lowering.verdicts import VERDICTS
+from moe_shard.lowering.verdict_names import VERDICTS
 from tests.lowering.fixtures_hand_counted import HAND_COUNTED, read
 
 ROOT = Path(__file__).resolve().parents[2]

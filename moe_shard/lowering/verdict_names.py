@@ -1,0 +1,12 @@
+"""Name the verdicts; command lines list them without loading what judges."""
+
+from __future__ import annotations
+
+VERDICTS = (
+    "expert-parallel",
+    "weight-gathered",
+    "mixed",
+    "no-expert-parallelism",
+    "unknown",
+)
+"""What `verdicts.judge` says of a program's experts."""
