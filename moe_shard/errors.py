@@ -1,4 +1,4 @@
-"""The one exception that reaches a person, and how every command line reports it.
+"""Define the exceptions that are shown to a person, and how every command reports them.
 
 A command answers bad input with one to three lines on standard error (what, where, the fix) and
 exit code 2. Anything else that escapes is a bug and keeps its traceback.
@@ -19,21 +19,21 @@ EXIT_INTERRUPTED = 130
 
 
 class Finding(Exception):
-    """What was asked for was looked at and does not hold; the message has at most three lines."""
+    """Report that what was asked for was checked and does not hold, in at most three lines."""
 
 
 class UserError(ValueError):
-    """Bad input: the message says what is wrong, where, and the fix, in at most three lines."""
+    """Report bad input: what is wrong, where, and the fix, in at most three lines."""
 
 
 def first_line(error: BaseException, limit: int = 160) -> str:
-    """What an exception says on its first line, cut to `limit` characters; its type if nothing."""
+    """Return the first line of an exception, cut to `limit` characters; else its type."""
     lines = str(error).splitlines()
     return (lines[0] if lines else type(error).__name__)[:limit]
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Answers bad usage with one line instead of the whole usage text."""
+    """Answer bad usage with one line instead of the whole usage text."""
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing.
@@ -45,7 +45,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def run_command(main: Callable[[], int]) -> None:
-    """Run a command line's `main` and leave the process with its exit code.
+    """Run a command's `main` and end the process with its exit code.
 
     Args:
         main: returns the exit code. Raises `UserError` for bad input (exit code 2) and may raise

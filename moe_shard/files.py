@@ -74,5 +74,5 @@ def new_folder(path: Path, aside: Path | None = None) -> Iterator[Path]:
 
 
 def _aside(path: Path) -> Path:
-    """A name in the same folder that no other process has, on this machine or on another."""
+    """Return a name in the same folder that no other process has, on this machine or another."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")

@@ -1,4 +1,4 @@
-"""The names by which a program tells what its parts are for: `jax.named_scope`s, found by reports.
+"""Name the stages of a model: the `jax.named_scope`s that reports look for.
 
 Scopes label; they decide nothing about roles and verdicts. The one exception is private.
 """

@@ -78,7 +78,7 @@ def drop_lines(unwanted: Pattern[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _redirected(descriptor: int, original: int) -> Iterator[None]:
-    """Make descriptor 2 another one while the block runs; it is `original` again afterwards."""
+    """Redirect descriptor 2 while the block runs; it is `original` again afterwards."""
     _flush_stderr()
     os.dup2(descriptor, 2)
     try:
@@ -89,7 +89,7 @@ def _redirected(descriptor: int, original: int) -> Iterator[None]:
 
 
 class _Tap:
-    """Descriptor 2 replaced by a pipe, and the thread that reads the pipe."""
+    """Replace descriptor 2 by a pipe, which a thread reads."""
 
     def __init__(self, original: int, mark: bytes, lines: list[str]) -> None:
         self._original = original
@@ -153,7 +153,7 @@ def _flush_stderr() -> None:
 
 
 def _write(descriptor: int, text: bytes) -> None:
-    """Write all of it; a reader that has gone is no reason to end a compilation."""
+    """Write all of it; a reader that has gone must not end a compilation."""
     while text:
         try:
             text = text[os.write(descriptor, text) :]

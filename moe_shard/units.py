@@ -1,10 +1,10 @@
-"""Sizes, work and times as people read them."""
+"""Format sizes, work and times for people."""
 
 from __future__ import annotations
 
 
 def human_bytes(size: float) -> str:
-    """A number of bytes in powers of 1000, such as "44 B", "4.1 kB", "262 kB"."""
+    """Format a number of bytes in powers of 1000, such as "44 B", "4.1 kB", "262 kB"."""
     if abs(size) < 1000:
         return f"{size:.0f} B"
     units = ["TB", "GB", "MB", "kB"]
@@ -15,7 +15,7 @@ def human_bytes(size: float) -> str:
 
 
 def human_flops(count: float) -> str:
-    """A number of operations such as "4.4 PFLOP", "550 GFLOP"."""
+    """Format a number of operations, such as "4.4 PFLOP", "550 GFLOP"."""
     for factor, unit in ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")):
         if abs(count) >= factor:
             return f"{count / factor:.3g} {unit}"
@@ -23,7 +23,7 @@ def human_flops(count: float) -> str:
 
 
 def human_seconds(seconds: float) -> str:
-    """A time such as "2.35 s", "48.1 ms", "310 us"."""
+    """Format a time, such as "2.35 s", "48.1 ms", "310 us"."""
     for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")):
         if abs(seconds) * factor >= 1 or unit == "us":
             return f"{seconds * factor:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""Tell where every array lies on the mesh, as `moe-shard explain` does."""
+"""Explain where every array is on the mesh, as `moe-shard explain` does."""
 
 import sys
 

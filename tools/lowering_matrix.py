@@ -1,4 +1,4 @@
-"""The flag on every kind of hardware, on and off: what models lower to, against the goldens.
+"""Compile every model for every kind of hardware, flag on and off, and compare with the goldens.
 
     python tools/lowering_matrix.py                       compile all cells, show what has changed
     python tools/lowering_matrix.py --refresh             and keep it (make goldens)
@@ -59,7 +59,7 @@ Row = tuple[str, str, str, str]
 
 
 def main() -> int:
-    """Compile, compare or keep, print."""
+    """Compile, then compare with the goldens or replace them, and print."""
     arguments = _arguments()
     models, targets = arguments.model, arguments.target
     if arguments.markdown:
@@ -88,7 +88,7 @@ def main() -> int:
 
 
 def _refresh(models: Sequence[str], targets: Sequence[str]) -> int:
-    """Write the golden files; the cells of targets that were not asked for stay."""
+    """Write the golden files; the cells of targets that were not asked for are kept."""
     kept = {}
     if set(targets) != set(TARGETS):
         kept = {model: read_golden(_file(model)) for model in models if _file(model).exists()}
@@ -117,7 +117,7 @@ def _cells(targets: Iterable[str] = TARGETS) -> list[str]:
 
 
 def flag_models() -> list[str]:
-    """The models in which the flag decides."""
+    """Return the models in which the flag changes the program."""
     layers = {name: load_config(name).model.moe for name in list_models()}
     return [name for name, moe in layers.items() if moe and moe.moe_dispatch != "ragged"]
 
@@ -127,7 +127,7 @@ def _file(model: str) -> Path:
 
 
 def _command(model: str, cell: str) -> list[str]:
-    """What a person types in the repository to see the whole report of a cell."""
+    """Return the command that shows the whole report of a cell."""
     target, flag = cell.split(" ")
     return ["python", "tools/compile_for.py", model, target, *KEYS, f"{FLAG}={FLAGS[flag]}"]
 
@@ -149,7 +149,7 @@ def _versions() -> dict[str, str]:
 
 
 def _other_versions(goldens: Iterable[Golden]) -> dict[str, tuple[str, str]]:
-    """{package: (of the goldens, now)} where they are not the same."""
+    """Return {package: (of the goldens, now)} where they differ."""
     return {
         name: (golden.made_with.get(name, "unknown"), now)
         for golden in goldens
@@ -161,7 +161,7 @@ def _other_versions(goldens: Iterable[Golden]) -> dict[str, tuple[str, str]]:
 def _compile_all(
     models: Sequence[str], targets: Sequence[str]
 ) -> dict[str, dict[str, Fingerprint]]:
-    """Every cell in a process of its own, two at a time, with the time left."""
+    """Compile every cell in a process of its own, two at a time, and print the time left."""
     todo = [(model, cell) for model in models for cell in _cells(targets)]
     found: dict[str, dict[str, Fingerprint]] = {model: {} for model in models}
     started = time.monotonic()
@@ -182,7 +182,7 @@ def _compile_all(
 
 
 def _compile(model: str, cell: str) -> Fingerprint:
-    """One cell.
+    """Compile one cell and return its fingerprint.
 
     Raises:
         UserError: as the command answers bad input, a compiler that is missing for one.
@@ -243,7 +243,7 @@ def _print(rows: list[Row], cells: int) -> None:
 
 
 def markdown(goldens: dict[str, Golden], targets: Sequence[str] = TARGETS) -> str:
-    """The matrix as the README shows it: a row a model and flag, sent bytes by target.
+    """Format the matrix for the docs: one line per model and flag, sent bytes by target.
 
     A cell that deviates from the verdict or the number of exchanges of its row says so itself.
 

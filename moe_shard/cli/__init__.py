@@ -1,4 +1,4 @@
-"""The commands that are installed with the package: one file a command, found by its name.
+"""List the commands that are installed with the package: one file a command, found by its name.
 
     moe-shard COMMAND ...        python -m moe_shard COMMAND ...
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str], prog: str = "moe-shard bench") -> int:
-    """Measure and print."""
+    """Time the layer and print a table or one JSON object."""
     parser = CommandParser(
         prog=prog, description="Time one MoE layer: every dispatch strategy, flag on and off."
     )

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str], prog: str = "moe-shard compile") -> int:
-    """Compile, print the report, judge it."""
+    """Compile the step, print the report, and judge it."""
     arguments = _arguments(argv, prog)
     config = load_model(arguments.model, arguments.overrides)
     config.require_built()
@@ -67,7 +67,7 @@ def main(argv: Sequence[str], prog: str = "moe-shard compile") -> int:
 
 
 def _write_page(path: Path, config: Config, report: TargetReport) -> None:
-    """The page: flag off beside flag on; one of them is compiled already."""
+    """Write the page, flag off beside flag on; one of them is compiled already."""
     from moe_shard.cli.page_file import write_page
     from moe_shard.lowering.page import Panel
     from moe_shard.runtime.compile_target import compile_for_target
@@ -149,7 +149,7 @@ def _judge(report: TargetReport, expected: str | None, most: int | None) -> int:
 
 
 def _dump_folder(path: str | None) -> Path | None:
-    """The folder, made before minutes of compiling."""
+    """Create the folder, before minutes of compiling."""
     if path is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Tell what changed between two lowerings, by stage, mesh axis and kind of collective.
+"""Report what changed between two lowerings, by stage, mesh axis and kind of collective.
 
     moe-shard diff outputs/mixtral-tiny-flag-off outputs/mixtral-tiny
 
@@ -18,7 +18,7 @@ from moe_shard.lowering.sources import parse_mesh
 
 
 def main(argv: Sequence[str], prog: str = "moe-shard diff") -> int:
-    """Read both, print the difference."""
+    """Read both and print the difference."""
     parser = CommandParser(prog=prog, description="What changed between two lowerings.")
     parser.add_argument("a", metavar="A", help="HLO text, dump or run folder, lowering.json, or -")
     parser.add_argument("b", metavar="B", help="the same")

@@ -1,4 +1,4 @@
-"""Tell where every array of a model lies on the mesh, which row of the rule table said so, and why.
+"""Explain where every array of a model is on the mesh, and which rule of the table put it there.
 
     moe-shard explain mixtral-8x7b num_simulated_devices=64
     moe-shard explain mixtral-8x7b --rules maxtext/rules.yml ici_expert_parallelism=8
@@ -25,7 +25,7 @@ from moe_shard.quiet import hide_accelerator_warnings
 
 
 def main(argv: Sequence[str], prog: str = "moe-shard explain") -> int:
-    """Trace, resolve, print."""
+    """Trace the model, resolve its rules, and print where every array is."""
     parser = CommandParser(prog=prog, description="Where every array lies, and which row said so.")
     # Optional to argparse only: it would say that key=value is missing as well.
     parser.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)

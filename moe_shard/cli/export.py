@@ -22,7 +22,7 @@ from moe_shard.errors import EXIT_DONE, CommandParser
 
 
 def main(argv: Sequence[str], prog: str = "moe-shard export") -> int:
-    """Lay out the files, fill them."""
+    """Plan the files and write them."""
     parser = CommandParser(prog=prog, description="Write a Hugging Face directory.")
     parser.add_argument("source", metavar="SRC", type=Path, help="imported model or run")
     parser.add_argument("target", metavar="DST", type=Path, help="new directory")

@@ -1,4 +1,4 @@
-"""Write on after prompts with a model.
+"""Continue prompts with a model.
 
     moe-shard generate MODEL|CHECKPOINT "prompt" ["prompt" ...] [key=value ...] [--json]
 

@@ -23,7 +23,7 @@ from moe_shard.quiet import hide_accelerator_warnings
 
 
 def main(argv: Sequence[str], prog: str = "moe-shard import") -> int:
-    """Detect, read, write."""
+    """Detect the model, read its tensors, and write the directory."""
     parser = CommandParser(prog=prog, description="Import a model trained elsewhere.")
     parser.add_argument(
         "source", metavar="SRC", type=Path, help="directory with config.json, or with items"

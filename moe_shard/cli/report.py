@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str], prog: str = "moe-shard report") -> int:
-    """Read the module, print the report, compare the verdict."""
+    """Read the module, print the report, and compare the verdict."""
     arguments = _arguments(argv, prog)
     # Only now: --help and bad usage are answered before the reader is loaded.
     from rich.console import Console

@@ -44,7 +44,7 @@ persistent compilation cache have no text before optimization, so that it is off
 
 
 def main(argv: Sequence[str], prog: str = "moe-shard watch") -> int:
-    """Start the command, read along, end as it ends."""
+    """Start the command, read what it compiles, and end as it ends."""
     arguments, command = _arguments(argv, prog)
     mesh = parse_mesh(arguments.mesh) if arguments.mesh else None
     axes = parse_expert_axes(arguments.expert_axes, mesh)
@@ -75,7 +75,7 @@ def main(argv: Sequence[str], prog: str = "moe-shard watch") -> int:
 
 
 class _Reader:
-    """Reads programs as they are written, beside the command.
+    """Read programs as they are written, while the command runs.
 
     Args:
         dumps: where they are.
@@ -103,7 +103,7 @@ class _Reader:
         self._thread.start()
 
     def _run(self) -> None:
-        """Read until the command has ended, then what is left."""
+        """Read until the command has ended, then read what is left."""
         pause = _EVERY_S
         while not self._ended.wait(pause):
             began = time.thread_time()
@@ -113,7 +113,7 @@ class _Reader:
         self._read(final=True)
 
     def finish(self, patience: float | None) -> bool:
-        """Read what is left, unless a signal says that nobody wants to wait for it.
+        """Read what is left, unless a signal asks to stop waiting.
 
         Args:
             patience: seconds after which nobody waits in any case.
@@ -130,7 +130,7 @@ class _Reader:
         return False
 
     def _read(self, *, final: bool) -> int:
-        """Read what is new, and say how many programs that were."""
+        """Read what is new, and return how many programs that were."""
         count = 0
         try:
             for path in self._dumps.whole(final=final):
@@ -208,7 +208,7 @@ def _as_json(
 
 
 def _say(text: str) -> None:
-    """Write to standard error in one piece; a reader that has left is no reason to end."""
+    """Write to standard error at once; ignore that nobody reads any more."""
     if sys.stderr is not None:  # which is None where the caller has closed it
         with suppress(OSError, ValueError):
             sys.stderr.write(text)

@@ -1,4 +1,4 @@
-"""The collectives of a compiled program, each counted once per execution of the step.
+"""Extract the collectives of a compiled program, each counted once per execution of the step.
 
 What is counted: instructions that the entry computation reaches, times the trips of the loops
 around them. What is not counted twice: the two halves of an async pair, and the copies that TPU's
@@ -42,7 +42,7 @@ _BEFORE_OPTIMIZATION = (
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective of the step.
+    """Describe one collective of the step.
 
     Attributes:
         kind: one of `walk.KINDS`.
@@ -83,16 +83,16 @@ class Collective:
 
     @property
     def group_size(self) -> int:
-        """Devices that take part in one exchange."""
+        """Return the number of devices that take part in one exchange."""
         return len(self.group)
 
     @property
     def label(self) -> str:
-        """The kind for a person, with what it implements."""
+        """Return the kind for a person, with what it implements."""
         return f"{self.kind} ({self.implements})" if self.implements else self.kind
 
     def to_json(self) -> dict[str, Any]:
-        """The keys and values of the JSON contract."""
+        """Return the keys and values of the JSON contract."""
         return {
             "kind": self.kind,
             "axes": list(self.axes),
@@ -112,7 +112,7 @@ class Collective:
 
 @dataclass(frozen=True)
 class Extraction:
-    """The collectives of a module and what could not be told about them.
+    """Hold the collectives of a module, and warnings about what could not be read.
 
     Attributes:
         module: the program.
@@ -134,12 +134,12 @@ class Extraction:
 
     @property
     def collectives(self) -> tuple[Collective, ...]:
-        """In the order of the text."""
+        """Return the collectives in the order of the text."""
         return tuple(self.at.values())
 
     @property
     def along(self) -> dict[tuple[str, str], tuple[str, ...]]:
-        """{collective: the mesh axes that it runs along}."""
+        """Return {collective: the mesh axes that it runs along}."""
         return {site: each.axes for site, each in self.at.items()}
 
 
@@ -217,7 +217,7 @@ def extract_collectives(
 
 
 def _rings(module: Module, sites: list[Site]) -> dict[int, str]:
-    """{line of an unrolled permute: what it implements}."""
+    """Return {line of an unrolled permute: what it implements}."""
     rings: dict[int, str] = {}
     told: dict[tuple[str, int], str] = {}
     unrolled = [
@@ -237,7 +237,7 @@ def _rings(module: Module, sites: list[Site]) -> dict[int, str]:
 
 
 def _family(site: Site) -> tuple[str, int]:
-    """What the permutes of one unrolled product have in common."""
+    """Return what the permutes of one unrolled product have in common."""
     return site.instruction.op_name, _output_bytes(site, 2)
 
 
@@ -287,7 +287,7 @@ def _spelled(module: Module, site: Site, group_size: int) -> str:
 
 
 def _groups(module: Module, site: Site, axes: MeshAxes) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """The axes, and one of the groups: of those of a permute the one that reaches farthest."""
+    """Return the axes and one group; for a permute, the pair that is farthest apart."""
     attributes = site.instruction.attributes
     devices = module.num_devices
     try:
@@ -323,7 +323,7 @@ def _fits(site: Site, group_size: int) -> bool:
 
 
 def _carried_bytes(site: Site, size: int) -> int:
-    """What can be on the wire: of a ragged exchange no more than the smaller of its two buffers.
+    """Return what can be on the wire: at most the smaller buffer of a ragged exchange.
 
     All devices together send what all together receive, so on average neither side has more.
     """
@@ -334,7 +334,7 @@ def _carried_bytes(site: Site, size: int) -> int:
 
 
 def wire_bytes(kind: str, size: int, group_size: int) -> int:
-    """Bytes one device must send for one execution, however the exchange is done.
+    """Return the bytes one device must send for one execution, whatever the algorithm.
 
     Args:
         kind: one of `walk.KINDS`.

@@ -1,4 +1,4 @@
-"""What changed between two lowerings, in words: never a difference of texts.
+"""Compare two lowerings and report in words what changed, never as a difference of texts.
 
 Collectives are added up by stage, pass, kind and mesh axes. Two lowerings are the same when these
 sums (counts, bytes, bytes on the wire, how many are asynchronous), the verdict, the mesh, the
@@ -37,7 +37,7 @@ SumKey = tuple[str, str, str, tuple[str, ...]]
 
 @dataclass(frozen=True)
 class CollectiveSums:
-    """The collectives of one `SumKey`, per step and device.
+    """Add up the collectives of one `SumKey`, per step and device.
 
     Attributes:
         count: executions.
@@ -59,7 +59,7 @@ class CollectiveSums:
 
 @dataclass(frozen=True)
 class Lowering:
-    """What of a lowering is compared.
+    """Hold what is compared of a lowering.
 
     Attributes:
         source: where it was read.
@@ -81,16 +81,16 @@ class Lowering:
 
     @property
     def total(self) -> CollectiveSums:
-        """All collectives."""
+        """Return the sums over all collectives."""
         return sum(self.sums.values(), CollectiveSums())
 
     @property
     def large_axes(self) -> dict[str, int]:
-        """The mesh without its axes of size 1, which change nothing."""
+        """Return the mesh without its axes of size 1, which change nothing."""
         return {axis: size for axis, size in self.mesh.items() if size > 1}
 
     def to_json(self) -> dict[str, Any]:
-        """The side of `Diff.to_json` that does not depend on the other."""
+        """Return this side of `Diff.to_json`."""
         return {
             "source": self.source,
             "backend": self.backend,
@@ -104,7 +104,7 @@ class Lowering:
 
 @dataclass(frozen=True)
 class Change:
-    """The collectives of one stage, pass, kind and axes, before and after; they differ."""
+    """Pair the different sums of one stage, pass, kind and axes, before and after."""
 
     key: SumKey
     a: CollectiveSums
@@ -112,7 +112,7 @@ class Change:
 
     @property
     def weight(self) -> int:
-        """By how many bytes they differ, added or gone."""
+        """Return by how many bytes they differ, added or gone."""
         return abs(self.b.bytes - self.a.bytes)
 
     def __str__(self) -> str:
@@ -136,7 +136,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Diff:
-    """Two lowerings and where they differ, the most bytes first."""
+    """Hold two lowerings and where they differ, the most bytes first."""
 
     a: Lowering
     b: Lowering
@@ -144,7 +144,7 @@ class Diff:
 
     @property
     def same(self) -> bool:
-        """Whether nothing that counts differs."""
+        """Return whether nothing that counts differs."""
         plain = ("backend", "num_devices", "large_axes", "verdict")
         return (
             not self.changes
@@ -154,7 +154,7 @@ class Diff:
         )
 
     def lines(self) -> list[str]:
-        """The difference in words: a line a stage and pass, then what it comes to."""
+        """Report the difference in words: one line per stage and pass, then the totals."""
         lines = []
         if self.a.backend != self.b.backend or self.a.num_devices != self.b.num_devices:
             lines.append(f"devices: {_devices(self.a)} -> {_devices(self.b)}")
@@ -193,18 +193,18 @@ class Diff:
         return [f"memory per device: {', '.join(parts) or 'as before'}"]
 
     def __str__(self) -> str:
-        """Return which is which, then the lines."""
+        """Return the sources of A and B, then the lines."""
         return "\n".join([f"A: {self.a.source}", f"B: {self.b.source}", *self.lines()])
 
     def render(self, console: Console) -> None:
-        """Print which is which, then the lines, in color where the console has it."""
+        """Print the sources of A and B, then the lines, in color where the console has it."""
         console.print(f"A: {self.a.source}\nB: {self.b.source}", markup=False, soft_wrap=True)
         for line in self.lines():
             name, colon, rest = escape(line).partition(":")
             console.print(f"[bold]{name}[/]{colon}{rest}", soft_wrap=True)
 
     def to_json(self) -> dict[str, Any]:
-        """The object of `moe-shard diff --json`; sums are per step and device."""
+        """Return the object of `moe-shard diff --json`; sums are per step and device."""
         return {
             "same": self.same,
             "a": self.a.to_json(),
@@ -296,7 +296,7 @@ def with_shared_mesh(
 
 
 def load(given: str, mesh: Mapping[str, int] | None = None) -> Lowering:
-    """Read one lowering; of a run's folder its `lowering.json`, which knows the memory too.
+    """Read one lowering; a run's folder is read by its `lowering.json`, which includes the memory.
 
     Args:
         given: see `load_pair`.
@@ -347,7 +347,7 @@ def from_json(text: str, source: str) -> Lowering:
 
 
 def from_object(content: Any, source: str) -> Lowering:
-    """The lowering of an object of `lowering.json`; KeyError and the like for anything else."""
+    """Build a lowering from an object of `lowering.json`; raise KeyError or the like otherwise."""
     sums: dict[SumKey, CollectiveSums] = {}
     for each in content["collectives"]:
         axes = tuple(str(axis) for axis in each["axes"])

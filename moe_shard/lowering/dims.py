@@ -1,4 +1,4 @@
-"""Following the dims of an array through what only lays it out anew, and those of products.
+"""Follow the dims of an array through changes of layout, and find the dims of products.
 
 The dims of a value are a tuple with, for each dim, the dims of an ENTRY parameter that it holds:
 `((1,), (), (2, 3))` for a value whose first dim is the parameter's dim 1, whose second is new, and
@@ -23,17 +23,17 @@ LIBRARY_PRODUCT = re.compile(r'custom_call_target="__(?:cublas|cudnn|onednn)[^"]
 
 
 def whole(rank: int) -> Dims:
-    """The dims of an ENTRY parameter itself."""
+    """Return the dims of an ENTRY parameter itself."""
     return tuple((dim,) for dim in range(rank))
 
 
 def integers(text: str) -> list[int]:
-    """The numbers in a text."""
+    """Return the numbers in a text."""
     return [int(number) for number in re.findall(r"\d+", text)]
 
 
 def minor_to_major(shape: str) -> list[int]:
-    """The layout of an array: its dims, the one that is next in memory first."""
+    """Return the layout of an array: its dims, the one that is contiguous in memory first."""
     found = _LAYOUT.search(shape)
     rank = len(array_dims(shape))
     order = integers(found[1]) if found else []
@@ -41,7 +41,7 @@ def minor_to_major(shape: str) -> list[int]:
 
 
 def transposed(dims: Dims, instruction: Instruction) -> Dims | None:
-    """Dims after a `transpose`."""
+    """Return the dims after a `transpose`."""
     order = integers(instruction.attributes.get("dimensions", ""))
     if sorted(order) != list(range(len(dims))):
         return None
@@ -49,7 +49,7 @@ def transposed(dims: Dims, instruction: Instruction) -> Dims | None:
 
 
 def broadcast(dims: Dims, instruction: Instruction) -> Dims | None:
-    """Dims after a `broadcast`."""
+    """Return the dims after a `broadcast`."""
     kept = integers(instruction.attributes.get("dimensions", ""))
     rank = len(array_dims(instruction.shape))
     if len(kept) != len(dims) or any(dim >= rank for dim in kept):
@@ -61,13 +61,13 @@ def broadcast(dims: Dims, instruction: Instruction) -> Dims | None:
 
 
 def reduced(dims: Dims, instruction: Instruction) -> Dims:
-    """Dims after a `reduce`."""
+    """Return the dims after a `reduce`."""
     gone = set(integers(instruction.attributes.get("dimensions", "")))
     return tuple(dim for at, dim in enumerate(dims) if at not in gone)
 
 
 def reshaped(dims: Dims, before: str, after: str, *, in_memory: bool) -> Dims | None:
-    """Dims after a `reshape`, or, in the order of memory, after a `bitcast`.
+    """Return the dims after a `reshape`, or, in the order of memory, after a `bitcast`.
 
     Args:
         dims: of the operand.
@@ -119,7 +119,7 @@ def reshaped(dims: Dims, before: str, after: str, *, in_memory: bool) -> Dims | 
 
 @dataclass(frozen=True)
 class ProductDims:
-    """Which dims of one operand of a product are batch dims, and which are contracted."""
+    """List which dims of one operand of a product are batch dims, and which are contracted."""
 
     batch: tuple[int, ...]
     contracted: tuple[int, ...]
@@ -202,10 +202,10 @@ def given_by(computation: Computation, instruction: Instruction, side: int) -> D
 
 
 def elements(shape: str) -> int:
-    """How many elements an array has."""
+    """Return how many elements an array has."""
     return math.prod(array_dims(shape))
 
 
 def same_sizes(one: Sequence[int], other: Sequence[int]) -> bool:
-    """Whether two arrays have the same dims in any order, those of one element aside."""
+    """Return whether two arrays have the same dims in any order, ignoring dims of size 1."""
     return sorted(size for size in one if size != 1) == sorted(size for size in other if size != 1)

@@ -1,4 +1,4 @@
-"""What a compiled step does between devices, short enough to keep under version control.
+"""Summarize what a compiled step does between devices, short enough for version control.
 
 A fingerprint holds the verdict, the mesh and the collectives added up by stage, pass, kind and mesh
 axes: what a person would call the same program. Names, order, source lines and schedules are left
@@ -25,7 +25,7 @@ _FIELDS = ("count", "bytes", "wire_bytes")
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """One cell of the matrix.
+    """Describe one cell of the matrix of models and targets.
 
     Attributes:
         verdict: one of `verdict_names.VERDICTS`; None where the compiler refused.
@@ -41,7 +41,7 @@ class Fingerprint:
 
     @classmethod
     def of(cls, report: Mapping[str, Any]) -> Fingerprint:
-        """That of an object of `lowering.json`."""
+        """Make the fingerprint of an object of `lowering.json`."""
         lowering = from_object(report, "the report")
         sums = {key: replace(each, asynchronous=0) for key, each in lowering.sums.items()}
         held = "peak_bytes" if lowering.backend == "tpu" else "total_bytes"
@@ -53,7 +53,7 @@ class Fingerprint:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """For a golden file."""
+        """Return the object that a golden file holds."""
         return {
             "verdict": self.verdict,
             "mesh": self.mesh,
@@ -72,7 +72,7 @@ class Fingerprint:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Fingerprint:
-        """Read what `to_json` wrote; KeyError, ValueError and the like for anything else."""
+        """Read what `to_json` wrote; raise KeyError, ValueError or the like otherwise."""
         sums: dict[SumKey, CollectiveSums] = {}
         for line in content["collectives"]:
             scope, pass_, kind, axes, *numbers = line.split(" ")
@@ -88,16 +88,16 @@ class Fingerprint:
 
     @property
     def total(self) -> CollectiveSums:
-        """All collectives."""
+        """Return the sums over all collectives."""
         return sum(self.sums.values(), CollectiveSums())
 
     @property
     def exchanges(self) -> int:
-        """All-to-alls a step, ragged ones too."""
+        """Return the number of all-to-alls per step, ragged ones included."""
         return sum(each.count for key, each in self.sums.items() if "all-to-all" in key[2])
 
     def differences(self, other: Fingerprint) -> list[tuple[str, str]]:
-        """What changed from this one to another: (where, what), the most bytes first."""
+        """List what changed from this one to another: (where, what), most bytes first."""
         found = []
         if self.verdict != other.verdict:
             verdicts = (each.verdict or "refused by the compiler" for each in (self, other))
@@ -121,7 +121,7 @@ def _sizes(mesh: dict[str, int]) -> str:
 
 @dataclass(frozen=True)
 class Golden:
-    """The cells of one model, as they were when somebody last looked.
+    """Hold the cells of one model as they were when the goldens were last refreshed.
 
     Attributes:
         made_with: {package: version}.
@@ -134,7 +134,7 @@ class Golden:
     cells: dict[str, Fingerprint]
 
     def to_text(self) -> str:
-        """The file."""
+        """Return the text of the file."""
         content = {
             "made_with": self.made_with,
             "cells": {

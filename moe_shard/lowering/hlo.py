@@ -1,4 +1,4 @@
-"""HLO text to computations and instructions. The text format is known here and nowhere else.
+"""Parse HLO text into computations; the text format is known here and in `instructions` only.
 
 One pass finds the name and the opcode of every instruction and checks that the text is whole:
 every `%name` that is used is defined, every computation is closed and has one root, the tables at
@@ -47,7 +47,7 @@ _COMPILERS_OWN = ("fusion", "all-", "reduce-scatter", "collective-", "ragged-all
 
 @dataclass
 class Module:
-    """A whole program.
+    """Hold a whole program.
 
     `replica_count * num_partitions` is the number of devices that run it.
     """
@@ -63,12 +63,12 @@ class Module:
 
     @property
     def num_devices(self) -> int:
-        """How many devices run this program."""
+        """Return how many devices run this program."""
         return self.num_partitions * self.replica_count
 
     @property
     def is_before_optimization(self) -> bool:
-        """Whether no compiler has worked on it yet, so that its collectives are still to come.
+        """Return whether no compiler has optimized it yet, so that its collectives are missing.
 
         Compilers leave a schedule. Where there is none, what is meant for the partitioner tells,
         or that nothing has been fused and nothing is exchanged.
@@ -86,7 +86,7 @@ class Module:
         return not worked_on
 
     def called_by(self, instruction: Instruction, *roles: str) -> Computation:
-        """The computation that an instruction calls in the first of these roles that it has.
+        """Return the computation that an instruction calls in the first of these roles that it has.
 
         Raises:
             HloParseError: when it has none of them, or the computation is not in the text.
@@ -98,7 +98,7 @@ class Module:
         raise instruction.damaged(f"no computation as {' or '.join(roles)}")
 
     def source(self, instruction: Instruction) -> str | None:
-        """`file:line` that the instruction was traced from, where known.
+        """Return the `file:line` that the instruction was traced from, where known.
 
         Of a sharding constraint it is the line that asks for it, see `stack_frames`.
 
@@ -129,7 +129,7 @@ def parse_module(text: str) -> Module:
 
 @dataclass
 class _Unfinished:
-    """What stands on the lines read last and may go on.
+    """Hold the lines of an instruction that may continue on the next line.
 
     Attributes:
         number: of the first line.
@@ -144,19 +144,19 @@ class _Unfinished:
     open: int | None = None
 
     def goes_on(self) -> bool:
-        """Whether a bracket is open, as where a kernel's metadata is printed over lines."""
+        """Return whether a bracket is open, as where a kernel's metadata spans several lines."""
         if self.open is None:
             self.open = open_brackets(self.lines[0])
         return self.open > 0
 
     def take(self, line: str) -> None:
-        """Add a line to one that goes on."""
+        """Add a line to an instruction that continues."""
         self.lines.append(line)
         self.open = (self.open or 0) + open_brackets(line)
 
 
 class _Reader:
-    """The state of the one pass over the lines."""
+    """Hold the state of the one pass over the lines."""
 
     def __init__(self) -> None:
         self.header = ""

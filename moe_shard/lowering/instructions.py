@@ -1,4 +1,4 @@
-"""The instructions and computations of HLO text, each line parsed when somebody asks for it."""
+"""Represent the instructions and computations of HLO text, each line parsed on first use."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _OPEN, _SHUT = frozenset("([{"), frozenset(")]}")
 
 
 class HloParseError(UserError):
-    """Text that is no HLO, is damaged, or is spelled in a way this reader does not know."""
+    """Report text that is not HLO, is damaged, or is written in a way that is not known here."""
 
 
 def _shorten(text: str) -> str:
@@ -43,12 +43,12 @@ def _shorten(text: str) -> str:
 
 
 def bad_line(number: int, line: str, problem: str) -> HloParseError:
-    """The error that says what is wrong with a line of the text."""
+    """Return the error that reports what is wrong with a line of the text."""
     return HloParseError(f"HLO line {number}: {problem}: {_shorten(line)}")
 
 
 def open_brackets(text: str) -> int:
-    """How many brackets are opened and not closed, those in strings and comments aside."""
+    """Count the brackets that are opened and not closed, ignoring strings and comments."""
     if '"' in text or "/" in text:
         text = _OPAQUE.sub("", text)
     return sum(map(text.count, _OPEN)) - sum(map(text.count, _SHUT))
@@ -56,7 +56,7 @@ def open_brackets(text: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One instruction: `name = shape opcode(operand_text), attribute_text`."""
+    """Hold one instruction: `name = shape opcode(operand_text), attribute_text`."""
 
     name: str
     shape: str
@@ -67,12 +67,12 @@ class Instruction:
 
     @property
     def operands(self) -> list[str]:
-        """Names of the operands, in order."""
+        """Return the names of the operands, in order."""
         return _NAME.findall(self.operand_text)
 
     @property
     def attributes(self) -> dict[str, str]:
-        """The attributes as text, e.g. `{"channel_id": "1", "metadata": '{op_name="f"}'}`."""
+        """Return the attributes as text, such as `{"channel_id": "1", "index": "0"}`."""
         found: dict[str, str] = {}
         last = ""
         for piece in _split(self.attribute_text):
@@ -86,21 +86,21 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """The path of the traced program that this came from; "" when there is none."""
+        """Return the path in the traced program that this came from; "" when there is none."""
         match = re.search(r'\bop_name="((?:[^"\\]|\\.)*)"', self.attribute_text)
         return re.sub(r"\\(.)", r"\1", match[1]) if match else ""
 
     def integer(self, key: str) -> int | None:
-        """The integer attribute `key`, or None."""
+        """Return the integer attribute `key`, or None."""
         return integer_of(self.attribute_text, key)
 
     def damaged(self, problem: str) -> HloParseError:
-        """The error that says what is wrong with this instruction."""
+        """Return the error that reports what is wrong with this instruction."""
         text = f"{self.name} = {self.shape} {self.opcode}({self.operand_text})"
         return bad_line(self.line_number, text, problem)
 
     def operand(self, position: int) -> str:
-        """Name of one operand.
+        """Return the name of one operand.
 
         Raises:
             HloParseError: when there are fewer.
@@ -112,7 +112,7 @@ class Instruction:
 
     @property
     def parameter_number(self) -> int:
-        """Which parameter of its computation a `parameter` instruction is.
+        """Return which parameter of its computation a `parameter` instruction is.
 
         Raises:
             HloParseError: when it does not say.
@@ -122,16 +122,16 @@ class Instruction:
         return int(self.operand_text)
 
     def called(self) -> dict[str, str]:
-        """The computations it calls, by role, e.g. `{"body": "region_0.1"}`."""
+        """Return the computations it calls, by role, such as `{"body": "region_0.1"}`."""
         return dict(_called(self.attribute_text))
 
     def branches(self) -> list[str]:
-        """The computations of a conditional, each of which takes the operand at its place."""
+        """Return the branches of a conditional; each takes the operand at its position."""
         return [name for _, name in _called(self.attribute_text)]
 
 
 def integer_of(text: str, key: str) -> int | None:
-    """The number in `key=number`, strings aside; None where there is none."""
+    """Return the number in `key=number`, ignoring strings; None where there is none."""
     pattern = rf"\b{key}=(\d+)"
     match = re.search(pattern, text)
     if match and '"' in text[: match.start()]:
@@ -149,7 +149,7 @@ def _called(text: str) -> Iterator[tuple[str, str]]:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """An instruction that runs another computation."""
+    """Describe an instruction that calls another computation."""
 
     instruction: str
     opcode: str
@@ -174,7 +174,7 @@ def _split(text: str) -> Iterator[str]:
 
 @dataclass
 class Computation:
-    """A named list of instructions, each parsed when it is first asked for."""
+    """Hold a named list of instructions, each parsed when it is first used."""
 
     name: str
     is_entry: bool
@@ -189,7 +189,7 @@ class Computation:
     _not_yet: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def add(self, number: int, line: str, start: re.Match[str]) -> None:
-        """Take the text of one instruction.
+        """Add the text of one instruction.
 
         Args:
             number: of its first line.
@@ -221,7 +221,7 @@ class Computation:
             self._numbers.append(line[start.end() :].partition(")")[0])
 
     def close(self, number: int, line: str) -> None:
-        """Check what only the whole can tell.
+        """Check what only the whole computation can show.
 
         Args:
             number: of the line that closes it.
@@ -237,11 +237,11 @@ class Computation:
 
     @property
     def arity(self) -> int:
-        """How many parameters it has."""
+        """Return how many parameters it has."""
         return len(self._numbers)
 
     def _take_element(self, number: int, user: str, element: str) -> None:
-        """Put in the `get-tuple-element` that `%tuple#1` stands for, before its first user."""
+        """Insert the `get-tuple-element` that `%tuple#1` stands for, before its first user."""
         if element in self.opcodes:
             return
         of, _, index = element.rpartition("#")
@@ -258,7 +258,7 @@ class Computation:
         self._lines[element] = (number, line)
 
     def instruction(self, name: str) -> Instruction:
-        """The instruction called `name`.
+        """Return the instruction called `name`.
 
         Raises:
             HloParseError: when its brackets do not match, or there is no such instruction.
@@ -270,17 +270,17 @@ class Computation:
         return self._parsed[name]
 
     def lines(self) -> Iterator[str]:
-        """The text of every instruction, in order."""
+        """Yield the text of every instruction, in order."""
         return (line for _, line in self._lines.values())
 
     def parameters(self) -> Iterator[Instruction]:
-        """The instructions that stand for what is passed in."""
+        """Return the `parameter` instructions."""
         for name, opcode in self.opcodes.items():
             if opcode == "parameter":
                 yield self.instruction(name)
 
     def users(self, name: str) -> list[str]:
-        """Names of the instructions that have `name` as an operand, in order."""
+        """Return the names of the instructions that have `name` as an operand, in order."""
         if not self._users:
             for user in self.opcodes:
                 for operand in self.instruction(user).operands:
@@ -288,7 +288,7 @@ class Computation:
         return self._users.get(name, [])
 
     def calls(self) -> Iterator[Call]:
-        """Every call out of this computation, found without parsing the instructions."""
+        """Yield every call out of this computation, found without parsing the instructions."""
         if self._calls is None:
             self._calls = [
                 Call(name, opcode, role, called)
@@ -299,7 +299,7 @@ class Computation:
         return iter(self._calls)
 
     def between_devices(self, known: Collection[str]) -> Iterator[tuple[int, str, str]]:
-        """Number, line and opcode of what names devices or a channel, its opcode not `known`."""
+        """Yield number, line and opcode of what names devices or a channel and is not `known`."""
         for name, (number, line) in self._lines.items():
             if self.opcodes[name] in known or not any(key in line for key in _BETWEEN_DEVICES):
                 continue
@@ -308,7 +308,7 @@ class Computation:
                 yield number, line, self.opcodes[name]
 
     def mentions(self, computations: Sequence[str]) -> Iterator[tuple[str, int]]:
-        """Which of these computations an instruction names, and on what line."""
+        """Yield which of these computations an instruction names, and on what line."""
         wanted = set(computations)
         for number, line in self._lines.values():
             for name in _NAME.findall(_OPAQUE.sub("", line)):
@@ -316,7 +316,7 @@ class Computation:
                     yield name, number
 
     def undefined(self, known: set[str]) -> tuple[int, str, str] | None:
-        """The first use of a name that is not `known` and that no line before it defines.
+        """Return the first use of a name that is not `known` and not defined on a line before.
 
         XLA prints what is used before what uses it, so that nothing can depend on itself.
         """

@@ -1,4 +1,4 @@
-"""How many times the body of a `while` runs.
+"""Find out how many times the body of a `while` runs.
 
 CPU and GPU write `known_trip_count`. TPU does not: there the condition compares an element of the
 carry with a bound, and the body adds a step to that element. Both are followed through the small
@@ -25,7 +25,7 @@ _MAX_DEPTH = 200
 
 @dataclass(frozen=True, slots=True)
 class Carry:
-    """Element `index` of the loop's carry at the start of an iteration, plus `offset`."""
+    """Stand for element `index` of the loop's carry at the start of an iteration, plus `offset`."""
 
     index: int
     offset: int = 0
@@ -37,7 +37,7 @@ TuplePath = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Frame:
-    """A computation with the meaning of its parameters: `bind(number, tuple path)`."""
+    """Bind the parameters of a computation: `bind(number, tuple path)` returns what one holds."""
 
     computation: Computation
     bind: Callable[[int, TuplePath], Known]
@@ -45,7 +45,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class _Loop:
-    """One `while` and the computation it stands in."""
+    """Hold one `while` and the computation it is in."""
 
     instruction: Instruction
     outer: Computation
@@ -54,14 +54,14 @@ class _Loop:
 
 
 class TripCounts:
-    """Trip counts of the loops of one module.
+    """Count the trips of the loops of one module.
 
     Attributes:
         contradictions: loops of which two things are told, one sentence each.
     """
 
     def __init__(self, module: Module) -> None:
-        """Note who calls what; counts are found when asked for."""
+        """Record who calls what; trips are counted on demand."""
         self.contradictions: list[str] = []
         self._module = module
         self._callers: dict[str, list[tuple[Computation, Call]]] = {}
@@ -70,7 +70,7 @@ class TripCounts:
                 self._callers.setdefault(call.called, []).append((computation, call))
 
     def of(self, outer: Computation, loop: Instruction) -> int | None:
-        """Trips of the `while` instruction `loop` in `outer`; None when they cannot be told."""
+        """Return the trips of the `while` instruction `loop` in `outer`; None where unknown."""
         stated = _KNOWN.search(loop.attribute_text)
         if stated is None:
             return self._trips(self._loop(outer, loop))
@@ -118,7 +118,7 @@ class TripCounts:
         return value if isinstance(value, int) else None
 
     def _settled(self, value: Known, loop: _Loop, depth: int = 0) -> Known:
-        """The number a carry element holds when the loop only passes it on; else `value`."""
+        """Return the number of a carry element that the loop only passes on; else `value`."""
         if not isinstance(value, Carry) or self._next(loop, value.index) != Carry(value.index):
             return value
         first = self._initial(loop, value.index, depth)
@@ -127,7 +127,7 @@ class TripCounts:
     def _outer_bind(
         self, computation: Computation, depth: int
     ) -> Callable[[int, TuplePath], Known]:
-        """What the parameters of `computation` hold, where it has one caller that tells."""
+        """Bind the parameters of `computation`, where it has exactly one caller."""
 
         def bind(number: int, path: TuplePath) -> Known:
             callers = self._callers.get(computation.name, [])
@@ -172,7 +172,7 @@ class TripCounts:
         return Frame(self._module.called_by(call, "calls", "to_apply"), bind)
 
     def _value(self, frame: Frame, name: str, path: TuplePath, depth: int) -> Known:
-        """The value of an instruction, or of its element at `path` when it is a tuple."""
+        """Evaluate an instruction, or its element at `path` when it is a tuple."""
         if depth >= _MAX_DEPTH:
             return None
         instruction = frame.computation.instruction(name)
@@ -217,7 +217,7 @@ def _subtract(left: Known, right: Known) -> Known:
 
 
 def _count(value: int, step: int, bound: int, direction: str) -> int | None:
-    """Iterations until `value + n * step` no longer compares true with `bound`."""
+    """Count the iterations until `value + n * step` no longer compares true with `bound`."""
     if direction in ("GT", "GE"):
         value, step, bound = -value, -step, -bound
     if direction in ("LE", "GE"):

@@ -1,4 +1,4 @@
-"""Groups of device numbers back to the axes of the user's mesh."""
+"""Translate groups of device numbers back to the axes of the user's mesh."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ UNKNOWN_AXES = ("?",)
 
 
 class MeshAxes:
-    """Finds the mesh axes that a set of groups runs along.
+    """Find the mesh axes that a set of groups runs along.
 
     Device `device_ids[i]` stands at position i of the mesh, in row-major order of its axes.
     """
@@ -41,14 +41,14 @@ class MeshAxes:
         self._found: dict[frozenset[frozenset[int]], tuple[str, ...]] = {}
 
     def of_groups(self, groups: Iterable[Iterable[int]]) -> tuple[str, ...]:
-        """The axes whose groups are exactly `groups`; `("?",)` when there are none."""
+        """Return the axes whose groups are exactly `groups`; `("?",)` where there are none."""
         wanted = frozenset(frozenset(group) for group in groups)
         if wanted not in self._found:
             self._found[wanted] = self._search(wanted)
         return self._found[wanted]
 
     def of_pairs(self, pairs: Iterable[tuple[int, int]]) -> tuple[str, ...]:
-        """The axes along which any source and target of a permute differ."""
+        """Return the axes along which any source and target of a permute differ."""
         moved: set[int] = set()
         for source, target in pairs:
             if source not in self._coordinates or target not in self._coordinates:

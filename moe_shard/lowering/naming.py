@@ -1,4 +1,4 @@
-"""The names that tell a person what a collective is for: its own, or those of its neighbours."""
+"""Find the op_name that shows what a collective is for: its own, or that of a neighbour."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LEAST_SHARE = 0.01
 
 
 def dominant_op_names(op_name: str, site: Site) -> str:
-    """Of ops that a compiler made one collective of, the names of those that send much of it.
+    """Return the op_names of merged operands that carry at least 1 % of the bytes.
 
     Else the few bytes of an exchange of counts would lend their stage to an attention weight.
     """
@@ -28,7 +28,7 @@ def dominant_op_names(op_name: str, site: Site) -> str:
 
 
 def stage_of_exchange(site: Site, pass_: str) -> str:
-    """Dispatch or combine, for an exchange without a name that stands beside the experts.
+    """Return dispatch or combine for an unnamed exchange next to the experts.
 
     GPU's compiler drops the names of ragged exchanges. Forward, tokens go to the experts in
     dispatch and come from them in combine; gradients take the ways in the other direction.
@@ -39,7 +39,7 @@ def stage_of_exchange(site: Site, pass_: str) -> str:
 
 
 def named_instruction(site: Site) -> Instruction | None:
-    """The instruction whose op_name tells what a collective is for.
+    """Return the instruction whose op_name shows what a collective is for.
 
     That is itself or the one that calls it. XLA drops the op_name of collectives that it merges,
     moves or makes up; then it is the nearest producer's, or, where that belongs to no stage of the
@@ -64,7 +64,7 @@ def _nearest(
     first: Instruction,
     around: Callable[[Computation, Instruction], list[str]],
 ) -> Instruction | None:
-    """The first instruction with an op_name, some hops to one side."""
+    """Return the nearest instruction with an op_name, a few hops to one side."""
     found = [first]
     for _ in range(_OP_NAME_HOPS):
         names = dict.fromkeys(name for each in found for name in around(computation, each))

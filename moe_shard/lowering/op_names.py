@@ -1,4 +1,4 @@
-"""What an `op_name` says: the stage of the model (scope) and the pass of the step.
+"""Read the stage of the model (scope) and the pass of the step from an `op_name`.
 
 An op_name is the path of `jax.named_scope`s and transforms, such as
 `jit(step)/transpose(jvp(decoder))/while/body/moe/dispatch/sharding_constraint`. XLA joins the names
@@ -40,7 +40,7 @@ _PRECEDENCE = ("experts", "dispatch", "combine")
 
 
 def classify(op_name: str, stages: Mapping[str, str] | None = None) -> tuple[str, str]:
-    """Scope and pass of an op_name.
+    """Return the scope and the pass of an op_name.
 
     Args:
         op_name: the path.
@@ -79,7 +79,7 @@ def _pass(scope: str, part: str) -> str:
 
 
 def merged_names(op_name: str) -> list[str]:
-    """The op_names of the ops that were merged into one; a plain name is the only one."""
+    """Split the op_name of merged ops into its parts; a plain name is the only part."""
     return [name for part in op_name.split(";") if part for name in _expand(part)]
 
 
@@ -95,7 +95,7 @@ def _expand(part: str) -> Iterator[str]:
 
 
 def _alternatives(part: str, start: int) -> tuple[list[str], int]:
-    """The pieces between the colons of the bracket that opens at `start`, and where it ends."""
+    """Return the pieces between the colons of the bracket that opens at `start`, and its end."""
     depth, pieces, begin = 0, [], start + 1
     for position in range(start, len(part)):
         character = part[position]

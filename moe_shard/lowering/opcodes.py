@@ -1,4 +1,4 @@
-"""The opcodes of HLO, so that a damaged one is told from one that is only not followed."""
+"""List the opcodes of HLO, to distinguish a damaged opcode from one that is not followed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KNOWN_OPCODES = frozenset({
 
 
 def is_known_opcode(opcode: str) -> bool:
-    """Whether HLO has an operation of that name; halves of asynchronous ones count."""
+    """Return whether HLO has an operation of that name; halves of asynchronous ones count."""
     for suffix in ("-start", "-update", "-done"):
         opcode = opcode.removesuffix(suffix)
     return opcode in KNOWN_OPCODES

@@ -1,4 +1,4 @@
-"""The lowering report as one HTML page: what moves, beside what would move otherwise.
+"""Render the lowering report as one HTML page, two programs side by side.
 
 The page needs no network and runs no script; its policy forbids both. Whatever comes from a
 program's text is escaped: HLO from elsewhere may hold anything.
@@ -22,7 +22,7 @@ _MEMORY = {"argument": "parameters and optimizer", "temp": "temporaries", "outpu
 
 @dataclass(frozen=True)
 class Panel:
-    """One program on the page.
+    """Describe one program on the page.
 
     Attributes:
         title: what it is, such as "flag on".
@@ -40,7 +40,7 @@ class Panel:
 
 
 def render_page(title: str, panels: Sequence[Panel]) -> str:
-    """The page's text; bars of all panels have one scale."""
+    """Return the text of the page; the bars of all panels have one scale."""
     style = importlib.resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8")
     widest = max(
         (sum(sizes.values()) for each in panels for sizes in _stages(each).values()), default=0
@@ -72,7 +72,7 @@ one scale. Read from the compiled program.</p>
 
 
 def _stages(panel: Panel) -> dict[tuple[str, str], dict[str, int]]:
-    """{(stage, mesh axes): {kind: bytes of a step}}, the most bytes first."""
+    """Return {(stage, mesh axes): {kind: bytes per step}}, the most bytes first."""
     stages: dict[tuple[str, str], dict[str, int]] = {}
     for each in panel.report.collectives:
         sizes = stages.setdefault((each.scope, _axes(each)), {})
@@ -153,7 +153,7 @@ def _held(panel: Panel) -> int:
 
 
 def _parts(memory: dict[str, int]) -> dict[str, int]:
-    """What a device holds: outputs that take the place of arguments are not counted again."""
+    """Return what a device holds; outputs that reuse a donated argument are not counted again."""
     if not memory:
         return {}
     new = max(0, memory["output_bytes"] - memory["alias_bytes"])
@@ -201,7 +201,7 @@ def _table(report: LoweringReport) -> str:
 
 
 def _source(each: Collective) -> str:
-    """File and line, with the folder left to the tooltip."""
+    """Show file and line, with the full path in the tooltip."""
     if each.source is None:
         return '<span class="soft">not known</span>'
     short = "/".join(each.source.split("/")[-2:])

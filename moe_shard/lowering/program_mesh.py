@@ -1,4 +1,4 @@
-"""The mesh that a program was compiled for: given, named in its text, or counted from it."""
+"""Find the mesh that a program was compiled for: given, named in its text, or inferred from it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moe_shard.lowering.shardings import (
 
 @dataclass(frozen=True)
 class ProgramMesh:
-    """A mesh, and where it is known from.
+    """Hold a mesh and where it is known from.
 
     Attributes:
         sizes: {axis: size} in the order in which the devices are laid out.

@@ -1,4 +1,4 @@
-"""The partitioner's "involuntary full rematerialization" warnings, as data.
+"""Parse the partitioner's "involuntary full rematerialization" warnings.
 
 When the SPMD partitioner finds no direct way from one layout of a tensor to another it replicates
 the tensor on every device and cuts it again. It writes that to the process's standard error in C++,
@@ -36,7 +36,7 @@ _LAYOUT = re.compile(r"\{[\d,]*(?::[^}]*)?\}$")
 
 @dataclass(frozen=True)
 class RematWarning:
-    """A tensor that the partitioner replicates in order to re-shard it.
+    """Describe a tensor that the partitioner replicates in order to re-shard it.
 
     Attributes:
         from_sharding: the layout it has, as XLA spells it.
@@ -99,7 +99,7 @@ def parse(line: str, module: Module | None = None) -> RematWarning | None:
 
 
 def _parts(sharding: str, shape: str) -> int:
-    """Into how many different parts a sharding cuts a tensor; 1 where it cannot be told."""
+    """Count the different parts into which a sharding cuts a tensor; 1 where unknown."""
     tiles = _TILES.search(sharding)
     if tiles is None:
         return 1
@@ -122,12 +122,12 @@ def _source(line: str, module: Module | None) -> str | None:
 
 
 def count_lines(lines: Sequence[str]) -> int:
-    """How many of the lines are such warnings, known wording or not."""
+    """Count the lines that are such warnings, whether or not their wording is known."""
     return sum(MARK in line for line in lines)
 
 
 def summarize(lines: Sequence[str], module: Module | None = None) -> list[str]:
-    """One readable line for each stage of the model, the costliest first.
+    """Write one readable line for each stage of the model, the most expensive first.
 
     Args:
         lines: of standard error while the program compiled; those without the mark are ignored.

@@ -1,4 +1,4 @@
-"""The three spellings of replica groups, and the source-target pairs of a permute.
+"""Parse the three notations of replica groups, and the source-target pairs of a permute.
 
 {{0,1},{2,3}}                                   listed; {} means all devices in one group
 [4,2]<=[2,4]T(1,0)                              iota: 0..7 as [2,4], transposed, cut into rows
@@ -25,7 +25,7 @@ _DEVICES = re.compile(r"\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?")
 
 
 def parse_groups(text: str, num_devices: int) -> DeviceGroups:
-    """DeviceGroups of device ids, in the order in which they are written.
+    """Parse groups of device ids, in the order in which they are written.
 
     Args:
         text: the value of `replica_groups`.
@@ -47,7 +47,7 @@ def parse_groups(text: str, num_devices: int) -> DeviceGroups:
 
 
 def parse_pairs(text: str) -> list[tuple[int, int]]:
-    """The source-target pairs of a collective-permute, `{{0,1},{1,0}}`.
+    """Parse the source-target pairs of a collective-permute, `{{0,1},{1,0}}`.
 
     Raises:
         HloParseError: when the text is no list of pairs.
@@ -81,7 +81,7 @@ def _parse(text: str, num_devices: int) -> DeviceGroups:
 
 
 def iota_ids(dims: Sequence[int], permutation: Sequence[int] = ()) -> list[int]:
-    """0, 1, 2, ... shaped as `dims`, its dims permuted, read in row-major order."""
+    """Return 0, 1, 2, ... shaped as `dims`, its dims permuted, read in row-major order."""
     if not permutation:
         return list(range(math.prod(dims)))
     if sorted(permutation) != list(range(len(dims))):

@@ -1,4 +1,4 @@
-"""The answer to "which collectives does my step run?", as a table and as JSON."""
+"""Report which collectives a step runs, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _CPU = re.compile(r'__ynn|__onednn\$|"outer_dimension_partitions"|"known_init_st
 
 @dataclass(frozen=True)
 class LoweringReport:
-    """What a compiled step does between devices.
+    """Describe what a compiled step does between devices.
 
     Attributes:
         backend: "cpu", "tpu", "gpu" or "unknown".
@@ -67,7 +67,7 @@ class LoweringReport:
     reasons: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The object of `lowering.json` and `moe-shard report --json`."""
+        """Return the object of `lowering.json` and `moe-shard report --json`."""
         return {
             "backend": self.backend,
             "num_devices": self.num_devices,
@@ -95,7 +95,7 @@ class LoweringReport:
             console.print(line, soft_wrap=True)
 
     def _lines(self) -> list[Text]:
-        """List what stands under the table, with rich's markup rendered."""
+        """List what is printed under the table, with rich's markup rendered."""
         lines = []
         if self.verdict is not None:
             style = _VERDICT_STYLES[self.verdict]
@@ -206,7 +206,7 @@ def report_from_text(
 
 
 def _unnamed(extraction: Extraction) -> list[str]:
-    """What to say of a mesh that only the devices' numbers tell."""
+    """Warn about a mesh whose axes have no names."""
     if extraction.mesh.origin != "unnamed" or not extraction.collectives:
         return []
     names = ",".join(f"{axis}={size}" for axis, size in extraction.mesh.sizes.items())
@@ -214,7 +214,7 @@ def _unnamed(extraction: Extraction) -> list[str]:
 
 
 def guess_backend(text: str) -> str:
-    """The backend that optimized this HLO: "tpu", "gpu", "cpu", or "unknown"."""
+    """Return the backend that optimized this HLO: "tpu", "gpu", "cpu", or "unknown"."""
     for backend, marks in (("tpu", _TPU), ("gpu", _GPU), ("cpu", _CPU)):
         if marks.search(text):
             return backend

@@ -1,4 +1,4 @@
-"""What each collective is for, told by the dataflow of the program (see `flow`).
+"""Determine from the program's dataflow what each collective is for (see `flow`).
 
 Roles do not depend on the names of scopes or parameters, and so hold for anyone's program.
 """
@@ -62,7 +62,7 @@ _PERMUTES = "collective-permute"
 
 @dataclass(frozen=True)
 class Role:
-    """What a collective is for.
+    """Describe what a collective is for.
 
     Attributes:
         name: one of `ROLES`.
@@ -77,7 +77,7 @@ class Role:
     after_experts: bool = False
 
     def stage(self, pass_: str) -> str:
-        """The stage of the MoE layer that a collective without a known scope belongs to.
+        """Return the MoE stage of a collective that has no known scope.
 
         Forward, tokens go to the experts in dispatch and come from them in combine; gradients take
         the ways in the other direction.
@@ -104,7 +104,7 @@ _PRECEDENCE = (
 
 
 class Roles:
-    """Tells the roles of a module's collectives."""
+    """Determine the roles of a module's collectives."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class Roles:
         self._updates = _updated(flow, self._weights)
 
     def _assume(self, module: Module, expert_axes: Sequence[str]) -> None:
-        """Look for experts in a program whose router compares nothing: soft gates, fixed places.
+        """Look for experts in a program whose router compares nothing: soft gates, fixed slots.
 
         A dim of weights counts them that is a batch dim of products, is split over the experts'
         axis (over any, where that has no name), and is as large as a vector of scores: an
@@ -175,7 +175,7 @@ class Roles:
                 self.flow = assumed
 
     def split_axes(self, parameter: Parameter, dim: int) -> tuple[str, ...]:
-        """The mesh axes over which a dim of a parameter is split."""
+        """Return the mesh axes over which a dim of a parameter is split."""
         if parameter.split is None or dim >= len(parameter.split.parts):
             return ()
         groups = parameter.split.device_groups[dim]
@@ -183,7 +183,7 @@ class Roles:
         return () if axes == UNKNOWN_AXES else axes
 
     def expert_axes(self, along: Mapping[tuple[str, str], tuple[str, ...]]) -> tuple[str, ...]:
-        """The mesh axes over which the experts' weights are split by experts.
+        """Return the mesh axes over which the expert dims of the experts' weights are split.
 
         Args:
             along: {collective: its axes}, for a text that does not say how parameters are split:
@@ -204,7 +204,7 @@ class Roles:
         return tuple(axis for axis in found if (axis,) != UNKNOWN_AXES)
 
     def _exchanges(self) -> list[tuple[str, str]]:
-        """The collectives by which rows reached a product of experts."""
+        """Return the collectives by which tokens reached a product of experts."""
         return [site for site, at in self.flow.indices.items() if self._near >> at & 1]
 
     def is_split_over(
@@ -213,7 +213,7 @@ class Roles:
         axes: Iterable[str],
         along: Mapping[tuple[str, str], tuple[str, ...]],
     ) -> bool:
-        """Whether any dim of a parameter is split over any of these axes.
+        """Return whether any dim of a parameter is split over any of these axes.
 
         Where the text does not say, it is if it is gathered over them, or rows travel to it.
         """
@@ -232,7 +232,7 @@ class Roles:
         )
 
     def paths(self, positions: Iterable[int]) -> tuple[str, ...]:
-        """Parameters as their author wrote them, or `argument 3` where the text does not say."""
+        """Return the parameters' paths in the source, or `argument 3` where the text has none."""
         return tuple(
             self.flow.parameters[position].path or f"argument {position}"
             for position in sorted(positions)
@@ -240,7 +240,7 @@ class Roles:
         )
 
     def of(self, site: tuple[str, str], kind: str, shapes: Sequence[str]) -> Role:
-        """The role of a collective.
+        """Return the role of a collective.
 
         Args:
             site: the computation and the name of the instruction.
@@ -310,7 +310,7 @@ class Roles:
         return Role("activation-gather" if gathers else "activation-reduction", (), rows, after)
 
     def _is_gradient(self, kind: str, state: State, size: int, told: tuple[int, ...]) -> bool:
-        """Whether a value that flows into parameters' outputs is of their gradients."""
+        """Return whether a value that flows into parameters' outputs is part of their gradients."""
         if state.marks & EXPERT_GRADIENT:
             return True
         if kind in EXCHANGE_KINDS or kind == _PERMUTES:
@@ -326,7 +326,7 @@ def _positions(bits: int) -> list[int]:
 
 
 def _tell_inputs(flow: Flow) -> None:
-    """Tell tokens from weights where a product has two parameters.
+    """Distinguish inputs from weights where a product has two parameters.
 
     What met a weight is data. Between two that are not known, it is the one that met more others: a
     model's input meets several weights, each of which meets only it.
@@ -347,7 +347,7 @@ def _tell_inputs(flow: Flow) -> None:
 
 
 def _weights(flow: Flow) -> set[int]:
-    """Parameters that are weights: those that met data, and their optimizer's state beside them."""
+    """Return the parameters that are weights: those multiplied with data, and optimizer state."""
     shapes = {flow.parameters[at].shape.split("{")[0] for at in _positions(flow.weights)}
     shapes |= {flow.parameters[at].shape.split("{")[0] for at in flow.experts}
     return {
@@ -359,7 +359,7 @@ def _weights(flow: Flow) -> set[int]:
 
 
 def _updated(flow: Flow, weights: set[int]) -> dict[int, tuple[int, ...]]:
-    """{bit of a collective: the parameters into whose outputs its result flows}.
+    """Return {bit of a collective: the parameters into whose outputs its result flows}.
 
     Of a program's outputs, those of the shape of a weight are its gradient or its successor; equal
     shapes go together in the order in which they stand, as the leaves of two equal trees do.

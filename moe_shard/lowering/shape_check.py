@@ -1,4 +1,4 @@
-"""Whether what a collective gives fits what it takes: a damaged size is said to be one."""
+"""Check that the output sizes of a collective match its inputs; damaged sizes are reported."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def sizes_fit(
 
 
 def _elements(shape: str) -> list[int]:
-    """The number of elements of each array of a shape."""
+    """Return the number of elements of each array of a shape."""
     if shape.startswith("("):
         return [number for each in tuple_elements(shape) for number in _elements(each)]
     return [math.prod(array_dims(shape))]

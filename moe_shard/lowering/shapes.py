@@ -1,4 +1,4 @@
-"""Sizes of HLO shapes such as `bf16[8,128]{1,0:T(8,128)(2,1)}` and `(f32[], s32[2]{0})`."""
+"""Parse HLO shapes such as `bf16[8,128]{1,0:T(8,128)(2,1)}` and `(f32[], s32[2]{0})`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _bits(dtype: str) -> int:
 
 
 def shape_bytes(shape: str) -> int:
-    """Bytes of an array, or of all the arrays of a tuple.
+    """Return the bytes of an array, or of all the arrays of a tuple.
 
     A dim with a dynamic size (`<=8`) counts with its bound; padding by tiling is not counted.
 
@@ -52,7 +52,7 @@ def shape_bytes(shape: str) -> int:
 
 
 def array_dims(shape: str) -> list[int]:
-    """Sizes of the dims of an array; of a tuple those of its first array.
+    """Return the sizes of the dims of an array; for a tuple, those of its first array.
 
     Raises:
         UserError: for a shape without an array.
@@ -64,7 +64,7 @@ def array_dims(shape: str) -> list[int]:
 
 
 def tuple_elements(shape: str) -> list[str]:
-    """The elements of a tuple shape, one level deep; an array is its own only element."""
+    """Return the elements of a tuple shape, one level deep; an array is its own only element."""
     if not shape.startswith("("):
         return [shape]
     elements, depth, start = [], 0, 1

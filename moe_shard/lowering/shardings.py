@@ -1,4 +1,4 @@
-"""How ENTRY parameters are split over devices, and the mesh that a text names.
+"""Parse how ENTRY parameters are split over devices, and the mesh that a text names.
 
 Four spellings of one thing:
 
@@ -44,7 +44,7 @@ PartGroups = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class NamedMesh:
-    """A mesh as a text names it.
+    """Hold a mesh as a text names it.
 
     Attributes:
         sizes: {axis: size} in the order in which the devices are laid out.
@@ -56,13 +56,13 @@ class NamedMesh:
 
     @property
     def size(self) -> int:
-        """How many devices it has."""
+        """Return how many devices it has."""
         return math.prod(self.sizes.values())
 
 
 @dataclass(frozen=True)
 class Split:
-    """Into how many parts each dim of an array is split, and over which devices.
+    """Describe into how many parts each dim of an array is split, and over which devices.
 
     Attributes:
         parts: of each dim.
@@ -213,7 +213,7 @@ def mesh_of_shardings(shardings: Iterable[str], num_devices: int) -> NamedMesh |
 
 
 def mesh_of_groups(text: str, num_devices: int) -> NamedMesh | None:
-    """Return the mesh by whose names the groups of collectives are told (jax 0.12), if they are.
+    """Return the mesh that the groups of collectives name (jax 0.12), if they do.
 
     Other collectives of the same text count the partitioner's own axis_0, axis_1, ...
     """
@@ -228,7 +228,7 @@ def mesh_of_groups(text: str, num_devices: int) -> NamedMesh | None:
 
 
 def has_names(axes: Iterable[str]) -> bool:
-    """Whether a mesh's axes have names of the user's: the partitioner's are axis_0, axis_1, ..."""
+    """Return whether the axes have the user's names, not the partitioner's axis_0, axis_1, ..."""
     names = list(axes)
     return bool(names) and not any(re.fullmatch(r"axis_\d+", name) for name in names)
 

@@ -1,4 +1,4 @@
-"""HLO text without percent signs, as `Lowered.as_text("hlo")` prints it, made into the usual form.
+"""Convert HLO text without percent signs, as `Lowered.as_text("hlo")` prints it, to the usual form.
 
 XLA prints names as `%name` or, in its short form, as `name`. In the short form a name is told by
 where it stands: after `ENTRY` or at the start of a line, before the `=` of an instruction, as the
@@ -25,7 +25,7 @@ _LITERALS = frozenset({"constant", "parameter", "iota"})
 
 
 def with_percent_signs(text: str) -> str:
-    """The text with `%` before every name; the same object where it has them already."""
+    """Return the text with `%` before every name; the same object where it has them already."""
     if not text.startswith("HloModule") or _HAS_PERCENT.search(text):
         return text
     return "\n".join(_line(line.rstrip()) for line in text.split("\n"))

@@ -1,4 +1,4 @@
-"""The instructions that are collectives, each once: copies of asynchronous ones removed."""
+"""Find the instructions that are collectives, each once: copies of asynchronous ones removed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LAYOUT = re.compile(r"\{[^}]*\}")
 
 @dataclass(frozen=True)
 class Site:
-    """A collective instruction in its computation, and the instruction that calls that."""
+    """Locate a collective instruction in its computation, and the instruction that calls that."""
 
     instruction: Instruction
     kind: str
@@ -27,7 +27,7 @@ class Site:
 
 
 def find_sites(walk: Executions) -> list[Site]:
-    """The collectives, async copies removed, in the order of the text."""
+    """Find the collectives in the order of the text, copies of asynchronous ones removed."""
     found = [
         _site(walk, computation, computation.instruction(name))
         for computation in walk.order
@@ -67,7 +67,7 @@ def _group_size(module: Module, instruction: Instruction) -> int:
 
 
 def _without_copies(sites: list[Site]) -> list[Site]:
-    """One site for each run of TPU's async collective fusion.
+    """Keep one site for each run of TPU's async collective fusion.
 
     Such a collective is started in one fusion, carried through others (also inside loops), and
     finished in one more; each of them repeats the instruction. channel_id does not tell them apart
@@ -95,7 +95,7 @@ def _without_copies(sites: list[Site]) -> list[Site]:
 
 
 def _async_part(computation: Computation) -> str:
-    """The part a fused computation plays in an async collective: start, done, middle, or ""."""
+    """Return what a fused computation is of an async collective: start, done, middle, or ""."""
     for name, opcode in computation.opcodes.items():
         if opcode == "custom-call":
             text = computation.instruction(name).attribute_text
@@ -106,7 +106,7 @@ def _async_part(computation: Computation) -> str:
 
 
 def outputs(site: Site) -> str:
-    """The shape of what comes out, a tuple where it is several arrays."""
+    """Return the shape of the output, a tuple where it is several arrays."""
     instruction = site.instruction
     if instruction.opcode.endswith("-start") and site.kind != "all-reduce":
         # The result of a start is (operands, outputs, ...); that of all-reduce-start the outputs.

@@ -1,4 +1,4 @@
-"""Finding and reading a lowering: HLO text, a folder of dumps, a run's folder, standard input."""
+"""Find and read a lowering: HLO text, a dump folder, a run's folder, or standard input."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ALLOCATION = re.compile(r"^allocation \d+: size (\d+), (.*):$", re.M)
 
 
 def module_file(given: str) -> Path | None:
-    """The file that an argument stands for; of a folder the largest module, which is the step.
+    """Find the file that an argument names; in a folder the largest module, which is the step.
 
     Says on standard error which of a folder's modules it is.
 
@@ -53,7 +53,7 @@ def module_file(given: str) -> Path | None:
 
 
 def read_text(path: Path | None) -> str:
-    """The text of a file, or of standard input for None.
+    """Read the text of a file, or of standard input for None.
 
     Raises:
         UserError: it cannot be read, or is not UTF-8.
@@ -69,7 +69,7 @@ def read_text(path: Path | None) -> str:
 
 
 def memory_beside(path: Path | None) -> dict[str, int] | None:
-    """Bytes per device of a dumped module, from what XLA wrote beside it.
+    """Read the bytes per device of a dumped module from the files that XLA wrote beside it.
 
     The memory usage report tells the total, constants included; the buffer assignment, where it is
     there too, what of that is arguments, outputs and temporaries.
@@ -98,7 +98,7 @@ def _read_if_there(path: Path) -> str:
 
 
 def _parts(assignment: str) -> dict[str, int]:
-    """What the allocations of a device's main memory are for."""
+    """Add up the allocations of a device's main memory by purpose."""
     memory = dict.fromkeys(("argument_bytes", "output_bytes", "temp_bytes", "alias_bytes"), 0)
     found = [(int(each[1]), each[2]) for each in _ALLOCATION.finditer(assignment)]
     for size, purpose in found:
@@ -113,7 +113,7 @@ def _parts(assignment: str) -> dict[str, int]:
 
 
 def record_of(path: Path | None) -> Path | None:
-    """The `lowering.json` of the run that wrote a module, where there is one."""
+    """Return the `lowering.json` of the run that wrote a module, where there is one."""
     if path is None:
         return None
     folders = [path.parent, *([path.parent.parent] if path.parent.name == "hlo" else [])]
@@ -121,7 +121,7 @@ def record_of(path: Path | None) -> Path | None:
 
 
 def recorded_mesh(path: Path | None) -> dict[str, int] | None:
-    """The mesh of the run that wrote a module; None where it is not recorded.
+    """Return the mesh of the run that wrote a module; None where it is not recorded.
 
     Raises:
         UserError: there is a record, and it holds no mesh.
@@ -137,7 +137,7 @@ def recorded_mesh(path: Path | None) -> dict[str, int] | None:
 
 
 def before_optimization(path: Path | None) -> str | None:
-    """The text of the module before optimization that XLA dumped beside an optimized one.
+    """Read the text before optimization that XLA dumped beside an optimized module.
 
     Args:
         path: of the optimized module; None for standard input.
@@ -147,7 +147,7 @@ def before_optimization(path: Path | None) -> str | None:
 
 
 def file_before(path: Path) -> Path | None:
-    """The file of the module before optimization that stands beside an optimized one.
+    """Return the file of the module before optimization that is beside an optimized one.
 
     Args:
         path: of the optimized module. Its name goes on where the other's ends, as in
@@ -164,7 +164,7 @@ def file_before(path: Path) -> Path | None:
 
 
 def parse_stages(text: str) -> dict[str, str]:
-    """Scopes as a person types them: `wi_0=experts,gate=router`.
+    """Parse `--stages` as a person types it: `wi_0=experts,gate=router`.
 
     Raises:
         UserError: written in another way, or no stage is called so.
@@ -183,7 +183,7 @@ def parse_stages(text: str) -> dict[str, str]:
 
 
 def parse_mesh(text: str, option: str = "--mesh") -> dict[str, int]:
-    """A mesh as a person types it: `data=1,fsdp=1,expert=8`.
+    """Parse a mesh as a person types it: `data=1,fsdp=1,expert=8`.
 
     Args:
         text: what was typed.
@@ -202,7 +202,7 @@ def parse_mesh(text: str, option: str = "--mesh") -> dict[str, int]:
 
 
 def parse_expert_axes(text: str | None, mesh: dict[str, int] | None = None) -> list[str] | None:
-    """Read --expert-axes; None where it is not given.
+    """Parse --expert-axes; return None where it is not given.
 
     Args:
         text: as it was typed.

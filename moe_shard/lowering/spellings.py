@@ -1,4 +1,4 @@
-"""Collectives that a compiler spells as others: what they stand for.
+"""Recognize collectives that a compiler implements with other ones.
 
 TPU's partitioner turns a product with a gathered operand into a loop ("windowed einsum"): each
 round multiplies the shard that is there while the next one travels the ring, so an all-gather is
@@ -30,12 +30,12 @@ _OUT = "returned"
 
 
 def is_unrolled(permute: Instruction) -> bool:
-    """Whether a permute belongs to a product that was unrolled around a ring."""
+    """Return whether a permute belongs to a product that was unrolled around a ring."""
     return any(name.rpartition("/")[2] in _PRODUCTS for name in merged_names(permute.op_name))
 
 
 def implements(module: Module, computation: Computation, permute: Instruction) -> str:
-    """What an unrolled permute is a step of, by what happens to the shard that arrives.
+    """Return what an unrolled permute is a step of, by what happens to the shard that arrives.
 
     Returns:
         "all-gather" when it is multiplied, "reduce-scatter" when it is only added to; "" when it
@@ -46,7 +46,7 @@ def implements(module: Module, computation: Computation, permute: Instruction) -
 
 
 def _fates(module: Module, computation: Computation, name: str, hops: int) -> set[str]:
-    """What becomes of a value; `_OUT` when it is what the computation returns."""
+    """Return what becomes of a value; `_OUT` when the computation returns it."""
     fates = {_OUT} if name == computation.root else set[str]()
     for user in map(computation.instruction, computation.users(name) if hops else ()):
         goes_on = user.opcode in _PASSED_ON
@@ -73,7 +73,7 @@ def spelled_by_all_reduce(
     caller: tuple[Computation, Instruction] | None,
     parts: int,
 ) -> str:
-    """What an all-reduce is, by what it is made of and what is kept of it.
+    """Return what an all-reduce implements, judged by its inputs and the use of its output.
 
     Args:
         module: the program.
@@ -98,13 +98,13 @@ def spelled_by_all_reduce(
 def keeps_one_shard(
     module: Module, computation: Computation, reduced: Instruction, parts: int
 ) -> bool:
-    """Whether every use of a sum keeps one shard of it only, of so many parts."""
+    """Return whether every use of a sum keeps only one shard of it, of so many parts."""
     cut = _cuts(module, computation, reduced, parts, _HOPS)
     return bool(cut) and all(cut)
 
 
 def hands_on_what_it_exchanges(computation: Computation) -> bool:
-    """Whether a fused computation is the middle of a TPU's async collective.
+    """Return whether a fused computation is the middle of a TPU's async collective.
 
     Such a collective is started in one fusion and finished in another. Those in between repeat it
     beside their own work, and hand on both its result and what it is of, for the next to go on.
@@ -136,7 +136,7 @@ def _is_shard_in_zeros(
 def _cuts(
     module: Module, computation: Computation, value: Instruction, parts: int, hops: int
 ) -> list[bool]:
-    """Of every use of a value, whether it keeps one shard of it only."""
+    """Return for every use of a value whether it keeps only one shard of it."""
     found: list[bool] = []
     for user in map(computation.instruction, computation.users(value.name) if hops else ()):
         if user.opcode == "dynamic-slice":

@@ -1,4 +1,4 @@
-"""Where in somebody's files an instruction was traced from, by the tables at the top of a module.
+"""Find the source line an instruction was traced from, by the tables at the top of a module.
 
 A sharding constraint is mostly asked for through functions that do nothing else (Flax's
 `with_logical_constraint`, a project's own), and their line is the same for every array of a
@@ -22,7 +22,7 @@ _OLDER = re.compile(r'\bsource_file="([^"]*)"(?:.*?\bsource_line=(\d+))?')
 
 
 class StackFrames:
-    """The frames of one module.
+    """Read the frames of one module.
 
     Args:
         tables: {name of a table: its rows}.
@@ -35,7 +35,7 @@ class StackFrames:
         self._busy: set[tuple[int, int]] | None = None
 
     def source(self, instruction: Instruction) -> str | None:
-        """`file:line` that an instruction was traced from, where known.
+        """Return the `file:line` that an instruction was traced from, where known.
 
         Raises:
             HloParseError: when its frame is not in the tables.
@@ -54,7 +54,7 @@ class StackFrames:
             ) from error
 
     def _asked_for(self, frame: int, op_name: str) -> int:
-        """The frame itself, or of a constraint the innermost one whose function does more."""
+        """Return the frame; for a constraint, the innermost whose function does more."""
         if not op_name.endswith(_CONSTRAINT):
             return frame
         if self._busy is None:
@@ -69,7 +69,7 @@ class StackFrames:
         return next((each for each in self._chain(frame) if self._function(each) in busy), frame)
 
     def _chain(self, frame: int) -> Iterable[int]:
-        """A frame and those that called it, innermost first."""
+        """Yield a frame and its callers, innermost first."""
         for _ in self._tables["StackFrames"]:
             yield frame
             # A parent's number is written one too high, so that the outermost has 1 for none.
@@ -79,7 +79,7 @@ class StackFrames:
         raise LookupError(f"row {frame} of StackFrames, which is within itself")
 
     def _function(self, frame: int) -> tuple[int, int]:
-        """File and name of a frame's function, by number."""
+        """Return the numbers of the file and the name of a frame's function."""
         location = self._location(frame)
         return _field(location, "file_name_id"), _field(location, "function_name_id")
 

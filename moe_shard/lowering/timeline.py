@@ -1,4 +1,4 @@
-"""An estimate of a step's time, from the compiler's schedule and the peaks of the hardware.
+"""Estimate a step's time from the compiler's schedule and the peaks of the hardware.
 
 The instructions run in the order of the schedule. Each takes as long as its FLOPs at peak, or as
 its bytes at the full bandwidth of the memory, whichever is longer. Collectives run one after the
@@ -38,7 +38,7 @@ _TOLD = 0.005
 
 @dataclass(frozen=True)
 class Rates:
-    """What one device can do at most, per second.
+    """Hold what one device can do at most, per second.
 
     Attributes:
         flops: operations.
@@ -55,7 +55,7 @@ class Rates:
     host: int = 8
 
     def exchange(self, collective: Collective) -> float:
-        """Seconds one execution of a collective is on the wire."""
+        """Return the seconds that one execution of a collective is on the wire."""
         sent, group = collective.wire_bytes, collective.group
         on_links = sent / self.link
         if self.network is None or len(group) < 2:
@@ -70,7 +70,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Exchange:
-    """The executions of one collective of the text in a step.
+    """Sum up the executions of one collective of the text in a step.
 
     Attributes:
         collective: which.
@@ -88,7 +88,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Timeline:
-    """One step of one device.
+    """Describe one step of one device in time.
 
     Attributes:
         seconds: of the step; what is computed and what is waited for.
@@ -104,16 +104,16 @@ class Timeline:
 
     @property
     def on_wire(self) -> float:
-        """Seconds of all collectives."""
+        """Return the seconds of all collectives."""
         return sum(each.seconds for each in self.exchanges)
 
     @property
     def waited(self) -> float:
-        """Seconds of them that nothing hides."""
+        """Return the seconds of collectives that nothing overlaps."""
         return sum(each.waited for each in self.exchanges)
 
     def lines(self, tokens: int) -> list[str]:
-        """The estimate for a person.
+        """Write the estimate for a person.
 
         Args:
             tokens: of one device and step.
@@ -166,7 +166,7 @@ class Timeline:
         return sorted(rows, key=lambda row: -row[1])
 
     def to_json(self) -> dict[str, Any]:
-        """The estimate for machines; times in seconds of one step."""
+        """Return the estimate for machines; times in seconds of one step."""
         return {
             "assumptions": ASSUMPTIONS,
             "step_s": self.seconds,
@@ -182,7 +182,7 @@ class Timeline:
 
 
 def _hidden(waited: float, seconds: float) -> float:
-    """The part of a time that was not waited for, rounding in long sums aside."""
+    """Return the fraction of a time that was overlapped; rounding in long sums is clipped."""
     return max(0.0, 1 - waited / seconds)
 
 
@@ -205,7 +205,7 @@ def timeline(extraction: Extraction, rates: Rates) -> Timeline:
 
 
 class _Run:
-    """Goes through the schedule, at given rates."""
+    """Go through the schedule at given rates."""
 
     def __init__(self, extraction: Extraction, rates: Rates) -> None:
         self._extraction = extraction
@@ -214,7 +214,7 @@ class _Run:
         self._alone: dict[str, TimeSums] = {}
 
     def alone(self, computation: Computation) -> TimeSums:
-        """One execution that begins with an idle wire."""
+        """Time one execution that begins with an idle wire."""
         if computation.name not in self._alone:
             wire = Wire()
             self._run(computation, wire)
@@ -223,7 +223,7 @@ class _Run:
         return self._alone[computation.name]
 
     def _run(self, computation: Computation, wire: Wire) -> None:
-        """Execute once, beside what is on the wire."""
+        """Execute once, overlapped with what is on the wire."""
         flights: dict[str, Flight] = {}
         for name in computation.opcodes:
             instruction = computation.instruction(name)
@@ -246,7 +246,7 @@ class _Run:
             wire.wait_for(flight)
 
     def _spend(self, computation: Computation, instruction: Instruction, wire: Wire) -> None:
-        """Pass the time of an instruction's own work, that of what it calls included."""
+        """Pass the time of an instruction's own work, including the computations it calls."""
         opcode = instruction.opcode
         if opcode == "while":
             times = self._extraction.walk.times(computation, instruction.name)
@@ -260,7 +260,7 @@ class _Run:
             self._work(computation, instruction, wire)
 
     def _repeat(self, computation: Computation, times: int, wire: Wire) -> None:
-        """Execute so many times; all alike, but for the first beside what is on the wire."""
+        """Execute so many times, each alike but the first, which overlaps what is on the wire."""
         if not times:
             return
         once = self.alone(computation)
@@ -280,7 +280,7 @@ class _Run:
         wire.work({classify(instruction.op_name)[0]: spent})
 
     def _starts(self, computation: Computation, instruction: Instruction) -> WireKey | None:
-        """The collective that an instruction is, or starts in what it calls."""
+        """Return the collective that an instruction is, or that starts in what it calls."""
         found = self._extraction.at
         if (computation.name, instruction.name) in found:
             return computation.name, instruction.name
@@ -294,7 +294,7 @@ class _Run:
     def _lands(
         self, computation: Computation, instruction: Instruction, flights: dict[str, Flight]
     ) -> str | None:
-        """The start whose end an instruction is."""
+        """Return the name of the start that an instruction completes."""
         if instruction.opcode.endswith("-done"):
             first = instruction.operand(0)
             while first not in flights and computation.opcodes.get(first) == "async-update":

@@ -1,4 +1,4 @@
-"""What passes between devices and is no row of the table: said in a sentence, never left out."""
+"""Warn about traffic between devices that the table does not list, so that none is omitted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from moe_shard.lowering.walk import OPCODES, Executions
 
 
 def unlisted(walk: Executions) -> list[str]:
-    """One sentence for each kind of exchange that is not listed among the collectives."""
+    """Write one sentence for each kind of exchange that is not listed among the collectives."""
     found = Counter[str]()
     for computation in walk.order:
         for name, opcode in computation.opcodes.items():

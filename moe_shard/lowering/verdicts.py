@@ -1,4 +1,4 @@
-"""Whether experts are expert-parallel, told by what the program's collectives are for."""
+"""Judge by the roles of the collectives whether experts are expert-parallel."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHOWN = 4
 
 @dataclass(frozen=True)
 class Verdict:
-    """The verdict on a program.
+    """Hold the verdict on a program.
 
     Attributes:
         name: one of `verdict_names.VERDICTS`.
@@ -33,7 +33,7 @@ class Verdict:
 
 
 def judge(extraction: Extraction) -> Verdict:
-    """Say whether the experts are expert-parallel or silently FSDP.
+    """Judge whether the experts are expert-parallel or silently FSDP.
 
     expert-parallel: tokens move by all-to-all over the experts' axis, and neither weights of
     experts nor the rows that experts work on are gathered or reduced over it. weight-gathered:
@@ -60,7 +60,7 @@ def judge(extraction: Extraction) -> Verdict:
 
 
 def weigh(collectives: Iterable[Collective], axes: tuple[str, ...], split: set[str]) -> Verdict:
-    """Say what the collectives of a program with experts come to.
+    """Judge the collectives of a program that has experts.
 
     Args:
         collectives: those of the whole step.
@@ -108,7 +108,7 @@ def weigh(collectives: Iterable[Collective], axes: tuple[str, ...], split: set[s
 
 
 def _without_experts(extraction: Extraction) -> Verdict:
-    """The verdict where no product of experts was found."""
+    """Judge a program in which no product of experts was found."""
     axes, flow = extraction.expert_axes, extraction.roles.flow
     if not axes:
         return Verdict("no-expert-parallelism", (), ("no MoE layer was found",))
@@ -136,7 +136,7 @@ def _without_experts(extraction: Extraction) -> Verdict:
 
 
 def _lines(collectives: Iterable[Collective], axes: tuple[str, ...]) -> list[str]:
-    """What moves, a line a parameter and kind, the most bytes first."""
+    """List what moves, one line per parameter and kind, the most bytes first."""
     sums: dict[tuple[str, str, str], tuple[int, int, str]] = {}
     for each in collectives:
         what = ", ".join((each.parameter or ("rows of experts",))[:_SHOWN])

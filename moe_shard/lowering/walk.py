@@ -1,4 +1,4 @@
-"""How often a step executes each computation of a module."""
+"""Count how often a step executes each computation of a module."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ASYNC_CALLS = ("async-start", "call-start")
 
 
 class Executions:
-    """Visits what the entry reaches, callers before the called, adding up executions.
+    """Visit what the entry reaches, callers before callees, adding up executions.
 
     Attributes:
         module: what is visited.
@@ -100,7 +100,7 @@ class Executions:
         self.warnings += self._trips.contradictions
 
     def trips(self, computation: Computation, name: str) -> int | None:
-        """Trips of the `while` instruction `name`; None when they cannot be told."""
+        """Return the trips of the `while` instruction `name`; None where unknown."""
         key = computation.name, name
         if key not in self._known_trips:
             loop = computation.instruction(name)
@@ -108,7 +108,7 @@ class Executions:
         return self._known_trips[key]
 
     def _callers_first(self) -> Iterator[Computation]:
-        """The reached computations, each after all that call it (a depth-first post-order)."""
+        """Return the reached computations, each after all its callers (reverse post-order)."""
         done: dict[str, Computation] = {}
         on_path = {self.module.entry.name}
         stack = [(self.module.entry, self.module.entry.calls())]
@@ -128,13 +128,13 @@ class Executions:
         return reversed(done.values())
 
     def _check_opcodes(self) -> None:
-        """Refuse an opcode that names devices or a channel and is not known here."""
+        """Refuse an unknown opcode that names devices or a channel."""
         for computation in self.module.computations.values():
             for number, line, opcode in computation.between_devices(_WITH_CHANNEL):
                 raise bad_line(number, line, f"unknown opcode {opcode!r} that names devices")
 
     def _check_arity(self) -> None:
-        """Refuse a call that passes more or less than is taken."""
+        """Refuse a call that passes a different number of operands than the callee has."""
         for computation in self.order:
             for call in computation.calls():
                 if call.role in ("calls", "to_apply", "body", "condition"):
@@ -145,7 +145,7 @@ class Executions:
                         raise instruction.damaged(problem)
 
     def _check_reached(self) -> None:
-        """Refuse a spelling of a call that is not known here: it would hide collectives."""
+        """Refuse an unknown notation of a call: it would hide collectives."""
         reached = {computation.name for computation in self.order}
         hidden = [
             name
@@ -192,7 +192,7 @@ class Executions:
                 self.callers[name] = (computation, computation.instruction(call.instruction))
 
     def times(self, computation: Computation, name: str) -> int:
-        """How often one execution of the `while` instruction `name` is taken to run its body."""
+        """Return how often the `while` instruction `name` is assumed to run its body."""
         trips = self.trips(computation, name)
         if trips is not None:
             return trips

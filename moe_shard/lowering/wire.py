@@ -1,4 +1,4 @@
-"""The wire of an estimate: one collective at a time, beside the work of the device.
+"""Model the wire of an estimate: one collective at a time, overlapped with the device's work.
 
 Every second of a collective is on the account of one thing: of the work that the device does
 meanwhile, or of waiting, when it does none. What waits for a collective that stands behind another
@@ -17,7 +17,7 @@ WireKey = tuple[str, str]
 
 @dataclass
 class TimeSums:
-    """What one execution of a computation comes to, in seconds, all that it calls included.
+    """Add up one execution of a computation, in seconds, including what it calls.
 
     Attributes:
         seconds: from its beginning to its end.
@@ -39,16 +39,16 @@ class TimeSums:
 
     @property
     def computing(self) -> float:
-        """Seconds of the device's own work."""
+        """Return the seconds of the device's own work."""
         return sum(self.work.values())
 
     @property
     def exchanges(self) -> bool:
-        """Whether anything is on the wire."""
+        """Return whether anything is on the wire."""
         return bool(self.on_wire)
 
     def add(self, other: TimeSums, times: int) -> None:
-        """Add so many executions of another computation; `seconds` stays."""
+        """Add so many executions of another computation; `seconds` is unchanged."""
         self.cycles += times * other.cycles
         for scope, seconds in other.work.items():
             self.work[scope] += times * seconds
@@ -63,7 +63,7 @@ class TimeSums:
 
 @dataclass
 class Flight:
-    """A collective on its way: on the wire from `begins` to `lands`, `left` of it still to come."""
+    """Describe a collective on the wire from `begins` to `lands`, `left` of it still to come."""
 
     key: WireKey
     begins: float
@@ -72,7 +72,7 @@ class Flight:
 
 
 class Wire:
-    """A clock, what is sent, and the sums of what has happened so far.
+    """Keep a clock, the collectives in flight, and the sums so far.
 
     Attributes:
         now: seconds since the beginning.
@@ -86,11 +86,11 @@ class Wire:
 
     @property
     def is_busy(self) -> bool:
-        """Whether something is on its way."""
+        """Return whether a collective is in flight."""
         return bool(self._flights)
 
     def send(self, key: WireKey, seconds: float) -> Flight:
-        """Put a collective on the wire, behind what is on its way already."""
+        """Put a collective on the wire, behind those in flight."""
         begins = self._flights[-1].lands if self._flights else self.now
         flight = Flight(key, begins, begins + seconds, seconds)
         self.sums.on_wire[key] += seconds
@@ -98,12 +98,12 @@ class Wire:
         return flight
 
     def wait_for(self, flight: Flight) -> None:
-        """Do nothing until a collective is there."""
+        """Wait until a collective has landed."""
         for each, seconds in self._pass(flight.lands):
             self.sums.waited[each.key] += seconds
 
     def work(self, scopes: Mapping[str, float]) -> None:
-        """Work for some seconds, {stage: its part}, in no order."""
+        """Work for some seconds, given as {stage: seconds}, in no order."""
         total = sum(scopes.values())
         if not total:
             return
@@ -114,7 +114,7 @@ class Wire:
                 self.sums.beside[each.key][scope] += seconds * part / total
 
     def repeat(self, once: TimeSums, times: int) -> None:
-        """Execute a computation so many times of which it is known what one comes to.
+        """Execute a computation `times` times, given the sums of one execution.
 
         The wire must be idle, unless nothing is exchanged.
         """
@@ -126,7 +126,7 @@ class Wire:
         self.now += times * once.seconds
 
     def _pass(self, until: float) -> list[tuple[Flight, float]]:
-        """Let the time pass; what was on the wire meanwhile, and how long."""
+        """Advance the clock; return what was on the wire meanwhile, and for how long."""
         passed = []
         while self._flights and self._flights[0].begins < until:
             flight = self._flights[0]

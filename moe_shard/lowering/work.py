@@ -1,4 +1,4 @@
-"""The arithmetic and the memory traffic of HLO instructions.
+"""Count the arithmetic and the memory traffic of HLO instructions.
 
 FLOPs are those of products (dot, convolution, ragged dot, the libraries' own, grouped kernels),
 which is where a transformer spends them: 2 for each multiply-add. Any other Pallas kernel counts as
@@ -51,7 +51,7 @@ _SAME = frozenset({"bitcast", "reshape"})
 
 
 def product_flops(computation: Computation, instruction: Instruction) -> int:
-    """FLOPs of one product; 0 of any other instruction.
+    """Return the FLOPs of one product; 0 for any other instruction.
 
     Raises:
         HloParseError: the instruction is damaged.
@@ -70,7 +70,7 @@ def product_flops(computation: Computation, instruction: Instruction) -> int:
 
 
 def _kernel_flops(computation: Computation, instruction: Instruction) -> int:
-    """FLOPs of a kernel: those that it states itself (TPU), or of a kernel known by its name.
+    """Return the FLOPs of a kernel: stated by the kernel (TPU), or known by its name.
 
     Rows of a buffer that no group covers are counted, though a kernel may skip them.
     """
@@ -102,7 +102,7 @@ def _contracted(instruction: Instruction, rank: int) -> list[int]:
 
 @dataclass(frozen=True)
 class _Window:
-    """One spatial dim of a convolution."""
+    """Describe one spatial dim of a convolution."""
 
     size: int
     stride: int = 1
@@ -111,7 +111,7 @@ class _Window:
     rhs_dilate: int = 1
 
     def pairs(self, inputs: int, outputs: int) -> int:
-        """How many (output, window position) pairs meet an input that is there."""
+        """Count the (output, window position) pairs that meet an existing input."""
         met = 0
         for position in range(self.size):
             offset = position * self.rhs_dilate - self.before
@@ -127,7 +127,7 @@ class _Window:
 
 
 def _convolution_flops(computation: Computation, instruction: Instruction) -> int:
-    """As XLA's own cost analysis: TPU writes every product of more than two dims so."""
+    """Count as XLA's own cost analysis; TPU writes every product of more than two dims so."""
     labels = re.fullmatch(
         r"(\w+)_(\w+)->(\w+)", instruction.attributes.get("dim_labels", "").replace("?", "")
     )
@@ -178,7 +178,7 @@ def _windows(instruction: Instruction, rank: int) -> list[_Window]:
 
 
 def flops(module: Module, computation: Computation, instruction: Instruction) -> int:
-    """FLOPs of one execution of an instruction, those inside a fusion included."""
+    """Return the FLOPs of one execution of an instruction, including those inside a fusion."""
     if instruction.opcode == "fusion":
         fused = module.called_by(instruction, "calls")
         return sum(flops(module, fused, each) for each in _with_products(fused))
@@ -191,7 +191,7 @@ def _with_products(fused: Computation) -> list[Instruction]:
 
 
 def scope_of(walk: Executions, computation: Computation, instruction: Instruction) -> str:
-    """The stage of the model an instruction belongs to; that of its neighbours if it has no name.
+    """Return the stage of the model of an instruction; that of its neighbours if it has no name.
 
     CPU's compiler drops the names of the products that it hands to its library.
     """
@@ -205,7 +205,7 @@ def scope_of(walk: Executions, computation: Computation, instruction: Instructio
 
 
 def flops_by_scope(walk: Executions, flow: Flow | None = None) -> Counter[str]:
-    """FLOPs of a step and device by stage of the model.
+    """Return the FLOPs per step and device by stage of the model.
 
     Args:
         walk: the program.
@@ -229,7 +229,7 @@ def flops_by_scope(walk: Executions, flow: Flow | None = None) -> Counter[str]:
 
 
 def unmeasured_kernels(walk: Executions) -> int:
-    """Count the executions of kernels that do not say how much they compute."""
+    """Count the executions of kernels that do not state how much they compute."""
     return sum(
         walk.counts[computation.name]
         for computation in walk.order
@@ -241,7 +241,7 @@ def unmeasured_kernels(walk: Executions) -> int:
 
 
 def memory_bytes(module: Module, computation: Computation, instruction: Instruction) -> int:
-    """Bytes that one execution of an instruction reads and writes."""
+    """Return the bytes that one execution of an instruction reads and writes."""
     opcode = instruction.opcode
     if opcode in OPCODES or opcode.endswith("-done"):
         return 0  # on the wire
@@ -265,7 +265,7 @@ def memory_bytes(module: Module, computation: Computation, instruction: Instruct
 
 
 def memory_by_scope(walk: Executions) -> Counter[str]:
-    """Bytes a step and device reads and writes, by stage of the model."""
+    """Return the bytes a step reads and writes per device, by stage of the model."""
     moved = Counter[str]()
     for computation in walk.order:
         times = walk.counts[computation.name]
@@ -278,7 +278,7 @@ def memory_by_scope(walk: Executions) -> Counter[str]:
 
 
 def _read_of(fused: Computation, value: Instruction) -> int:
-    """Bytes a fusion reads of one of its parameters."""
+    """Return the bytes that a fusion reads of one of its parameters."""
     read = 0
     for user in map(fused.instruction, fused.users(value.name)):
         if user.opcode in _SLICES and user.operand(0) == value.name:
@@ -291,7 +291,7 @@ def _read_of(fused: Computation, value: Instruction) -> int:
 
 
 def _written(fused: Computation, name: str) -> int:
-    """Bytes a fusion writes: of a buffer that it updates in place the update."""
+    """Return the bytes a fusion writes; of a buffer updated in place, only the update."""
     result = fused.instruction(name)
     if result.opcode == "tuple":
         return sum(_written(fused, each) for each in result.operands)

@@ -1,4 +1,4 @@
-"""A program that runs in the place of this process: its input, output, signals and end."""
+"""Run a program in place of this process: its input, output, signals and exit code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NOT_INHERITED = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
 class CannotStart(Exception):
-    """The program could not be started; `code` is what a shell would exit with."""
+    """Report that the program could not be started; `code` is a shell's exit code for that."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -48,7 +48,7 @@ def hold_signals() -> set[int]:
 
 
 class Child:
-    """A program with this process's standard input and output, in its process group.
+    """Run a program with this process's standard input and output, in its process group.
 
     Args:
         command: the program and its arguments.
@@ -91,7 +91,7 @@ class Child:
         self._status: int | None = None
 
     def wait(self) -> int:
-        """Wait for the end of the program, and pass signals on until then.
+        """Wait until the program ends, and pass signals on until then.
 
         One that the terminal sends (Ctrl-C) has reached the program already.
 
@@ -119,7 +119,7 @@ class Child:
 
 
 def interrupted(seconds: float) -> bool:
-    """Wait for one of `PASSED_ON`, of which none must have been let through, for a while."""
+    """Wait up to `seconds` for one of `PASSED_ON`; all of them must be blocked."""
     if not hasattr(signal, "sigtimedwait"):
         threading.Event().wait(seconds)
         return bool(signal.sigpending() & PASSED_ON)
@@ -127,7 +127,7 @@ def interrupted(seconds: float) -> bool:
 
 
 def _next_signal() -> tuple[int, bool]:
-    """The next signal that was held back, and whether the terminal sent it to the whole group."""
+    """Return the next blocked signal, and whether the terminal sent it to the whole group."""
     watched = PASSED_ON | {signal.SIGCHLD}
     if hasattr(signal, "sigwaitinfo"):
         found = signal.sigwaitinfo(watched)

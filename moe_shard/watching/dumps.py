@@ -1,4 +1,4 @@
-"""The folder that XLA writes its programs to, and picking them up when they are whole."""
+"""Make XLA write its programs to a folder, and collect them when they are complete."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CACHE = "JAX_ENABLE_COMPILATION_CACHE"
 
 
 class Dumps:
-    """A folder of the watch's own, which is gone when the block ends; and those of the program.
+    """Provide a temporary folder for dumps, and find the folders of the program's own.
 
     A program that has `--xla_dump_to` in its own flags is read there, and nothing is removed.
     """
@@ -57,7 +57,7 @@ class Dumps:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def environment(self, given: Mapping[str, str], *, keep_cache: bool) -> dict[str, str]:
-        """The environment in which a program dumps what it compiles.
+        """Return the environment in which a program dumps what it compiles.
 
         Args:
             given: the one that it would have.
@@ -87,7 +87,7 @@ class Dumps:
         return made
 
     def whole(self, *, final: bool = False) -> Iterator[Path]:
-        """The optimized programs that are new and completely written, in the order of writing.
+        """Yield the optimized programs that are new and completely written, oldest first.
 
         XLA writes a file where it belongs, not aside: one that changes, or whose end is not the
         end of a program, is left for a later call.
@@ -132,7 +132,7 @@ class Dumps:
                     yield path
 
     def _discard(self, path: Path) -> None:
-        """Remove what belongs to a program that has been read, if the folder is the watch's own."""
+        """Remove the files of a program that has been read, if the folder is the watch's own."""
         if path.parent.parent != self.folder:
             return
         memory = (path.with_name(path.stem + suffix) for suffix in _MEMORY)
@@ -144,7 +144,7 @@ class Dumps:
         self._read.add(path.with_name(path.stem))
 
     def _is_late(self, path: Path) -> bool:
-        """Whether the program whose memory a file tells has been read and removed."""
+        """Return whether a memory file belongs to a program that was read and removed."""
         return any(
             path.name.endswith(suffix)
             and path.with_name(path.name.removesuffix(suffix)) in self._read
@@ -153,7 +153,7 @@ class Dumps:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a text begins and ends as a program does; the entry is the last of its parts."""
+    """Return whether a text begins and ends as a program does; the entry comes last."""
     try:
         text = read_text(path)
     except UserError:

@@ -1,4 +1,4 @@
-"""Which of the programs that a command compiles are shown, and whether an expectation holds."""
+"""Choose which of a command's programs are shown, and check an expectation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|mosaic|__gpu\$xla\
 
 @dataclass(frozen=True)
 class WatchedProgram:
-    """A compiled program, and what is known of it.
+    """Describe a compiled program.
 
     Attributes:
         name: of the module, such as "jit_train_step".
@@ -46,7 +46,7 @@ class WatchedProgram:
     trains: bool
 
     def to_json(self) -> dict[str, Any]:
-        """As an object of `moe-shard watch --json`."""
+        """Return the program's object in `moe-shard watch --json`."""
         return {
             "program": self.name,
             "file": self.file,
@@ -59,7 +59,7 @@ class WatchedProgram:
 
 @dataclass
 class Programs:
-    """The programs of one command, as they come.
+    """Collect the programs of one command as they are compiled.
 
     Attributes:
         mesh: {axis: size} as the person gave it, or None.
@@ -84,7 +84,7 @@ class Programs:
     _texts: set[bytes] = field(default_factory=set)
 
     def add(self, path: Path) -> WatchedProgram | None:
-        """Read a program.
+        """Read a program, and return it if it is to be shown.
 
         Args:
             path: a file of optimized HLO.
@@ -150,7 +150,7 @@ class Programs:
 
 @dataclass(frozen=True)
 class Expectation:
-    """A verdict that every program of weight should have.
+    """Expect a verdict of every program that is large enough to be shown.
 
     Attributes:
         verdict: one of `verdict_names.VERDICTS`.
@@ -159,7 +159,7 @@ class Expectation:
     verdict: str
 
     def is_broken_by(self, program: WatchedProgram) -> bool:
-        """Whether one program is enough to say that the expectation does not hold.
+        """Return whether this one program shows that the expectation does not hold.
 
         A program where no experts take part says nothing unless it trains: a command also compiles
         what initializes and what evaluates.
@@ -170,7 +170,7 @@ class Expectation:
         return found != self.verdict
 
     def failure(self, programs: Sequence[WatchedProgram]) -> str | None:
-        """Say why the expectation does not hold; None if it does.
+        """Return why the expectation does not hold; None if it does.
 
         Args:
             programs: all that were shown.

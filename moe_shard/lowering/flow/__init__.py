@@ -1,4 +1,4 @@
-"""What every value of a program derives from: the ground on which roles and verdicts stand.
+"""Determine what every value of a program derives from, the basis of roles and verdicts.
 
 The program is evaluated once over abstract values, in the order of its text, through fusions,
 calls, loops, branches and asynchronous pairs. Of each value is kept (`State`): the ENTRY

@@ -1,4 +1,4 @@
-"""Rules for arithmetic: where a router's comparisons become indices and masks."""
+"""Evaluate arithmetic: where a router's comparisons become indices and masks."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from moe_shard.lowering.shapes import array_dims
 def elementwise(
     _run: Evaluation, _computation: Computation, instruction: Instruction, operands: list[Value]
 ) -> Value:
-    """Put the operands together: the rule of every opcode that has none of its own."""
+    """Join the operands: the rule of every opcode that has none of its own."""
     return shaped(join_operands(operands), instruction.shape)
 
 
 def _score(
     run: Evaluation, _computation: Computation, instruction: Instruction, operands: list[Value]
 ) -> Value:
-    """An exponential or a sigmoid: a router has one of its scores, over all experts."""
+    """Record the size of an exponential or a sigmoid: a router has one score per expert."""
     state = join_operands(operands)
     if is_computed(state) and not state.marks & GRADIENT and instruction.shape[0] != "(":
         run.flow.scored.update(array_dims(instruction.shape)[-1:])
@@ -52,7 +52,7 @@ def _score(
 def _add(
     run: Evaluation, _computation: Computation, instruction: Instruction, operands: list[Value]
 ) -> Value:
-    """A sum of routed data with a residual is routed no more; with a bias it still is."""
+    """Add: routed data plus a residual is no longer routed, plus a bias it still is."""
     states = [flat(each) for each in operands]
     merged = join(states)
     if not is_float(instruction.shape):
@@ -73,7 +73,7 @@ def _add(
 
 
 def _is_as_large(run: Evaluation, state: State, size: int) -> bool:
-    """Whether a value is input of as many elements, and no bias, weight, or optimizer's state."""
+    """Return whether a value is an input of as many elements, and no weight or bias."""
     if state.origin is None or state.origin.main < 0:
         return False
     parameter = run.flow.parameters[state.origin.main]
@@ -83,7 +83,7 @@ def _is_as_large(run: Evaluation, state: State, size: int) -> bool:
 def _multiply(
     _run: Evaluation, computation: Computation, instruction: Instruction, operands: list[Value]
 ) -> Value:
-    """A mask times data routes the data; times a weight for each choice it is a mask still."""
+    """Multiply: a mask times data routes the data; a mask times combine weights is still a mask."""
     states = [flat(each) for each in operands]
     merged = join(states)
     if not is_float(instruction.shape):
@@ -102,13 +102,13 @@ def _multiply(
 
 
 def _is_spread(computation: Computation, name: str) -> bool:
-    """Whether a value is broadcast along a dim: what it multiplies has a dim that it has not."""
+    """Return whether a value is broadcast along a dim of what it multiplies."""
     shape = computation.instruction(name).shape
     return _own_size(computation, name) < math.prod(array_dims(shape))
 
 
 def _own_size(computation: Computation, name: str) -> int:
-    """How many elements a value had before it was broadcast."""
+    """Return how many elements a value had before it was broadcast."""
     for _ in range(4):
         made = computation.instruction(name)
         if made.opcode == "broadcast":
@@ -149,7 +149,7 @@ def _convert(
 def _reinterpreted(
     _run: Evaluation, computation: Computation, instruction: Instruction, operands: list[Value]
 ) -> Value:
-    """The bits of numbers as integers, which a compiler sorts in their place, and back."""
+    """Follow the bits of floats as integers, which a compiler sorts in their place, and back."""
     state = flat(operands[0])
     was_float = is_float(computation.instruction(instruction.operand(0)).shape)
     if was_float and not is_float(instruction.shape) and is_computed(state):
@@ -181,7 +181,7 @@ def _select(
 def _reduce(
     _run: Evaluation, computation: Computation, instruction: Instruction, operands: list[Value]
 ) -> Value:
-    """Also of pairs: an argmax reduces scores and their positions together."""
+    """Reduce, also pairs: an argmax reduces scores and their positions together."""
     inputs = operands[: max(1, len(operands) // 2)]
     shapes = [computation.instruction(name).shape for name in instruction.operands[: len(inputs)]]
     if len(inputs) == 1:
@@ -207,7 +207,7 @@ def _sort(
 
 
 def _compared_together(operands: list[Value], shapes: list[str]) -> Value:
-    """Arrays put into an order by some of them: integers become positions, data is routed."""
+    """Order arrays by some of them: integers become positions, data is routed."""
     states = [flat(each) for each in operands]
     by_numbers = any(
         is_float(shape) and holds_data(state) for shape, state in zip(shapes, states, strict=True)

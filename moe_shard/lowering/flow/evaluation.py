@@ -1,4 +1,4 @@
-"""Evaluating a module over states, and what is taken down on the way."""
+"""Evaluate a module over abstract states, and record what is found on the way."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from moe_shard.lowering.shardings import Split, parse_split
 
 @dataclass(frozen=True)
 class Parameter:
-    """An ENTRY parameter.
+    """Describe an ENTRY parameter.
 
     Attributes:
         position: among the arguments.
@@ -53,7 +53,7 @@ class Parameter:
 
     @property
     def global_sizes(self) -> tuple[int, ...]:
-        """Its dims over all devices."""
+        """Return its dims over all devices."""
         if self.split is None:
             return self.sizes
         return tuple(a * b for a, b in zip(self.sizes, self.split.parts, strict=True))
@@ -61,7 +61,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class ExpertProduct:
-    """A product of routed data with experts' weights.
+    """Describe a product of routed data with experts' weights.
 
     Attributes:
         computation: where it stands.
@@ -84,7 +84,7 @@ class ExpertProduct:
 
 @dataclass(frozen=True)
 class Assumption:
-    """What counts experts in a program that has no router.
+    """Define which dims count experts in a program that has no router.
 
     Attributes:
         counts_experts: whether a dim of a parameter can, where it is a batch dim of a product, or
@@ -98,7 +98,7 @@ class Assumption:
 
 @dataclass
 class Flow:
-    """The outcome of the evaluation.
+    """Hold the outcome of the evaluation.
 
     Attributes:
         parameters: of the ENTRY computation, by position.
@@ -136,7 +136,7 @@ class Flow:
     gathered: dict[tuple[str, str], set[tuple[int, int]]] = field(default_factory=dict)
 
     def bit(self, site: tuple[str, str]) -> int:
-        """The bit of a collective in `State.via`."""
+        """Return the bit of a collective in `State.via`."""
         return 1 << self.indices.setdefault(site, len(self.indices))
 
 
@@ -177,7 +177,7 @@ def _array_shapes(shape: str) -> list[str]:
 
 
 def _can_have(parameter: Parameter, expert_dims: set[int], sizes: Sequence[int]) -> bool:
-    """Whether an array of these sizes can be a parameter of experts, or a slice of it.
+    """Return whether an array of these sizes can be an expert parameter, or a slice of one.
 
     The two dims of its matrices have to be there, whole or split; those of experts and of layers
     may be missing.
@@ -220,7 +220,7 @@ OpcodeRule = Callable[["Evaluation", Computation, Instruction, list[Value]], Val
 
 
 class Evaluation:
-    """Evaluates a module; `rules` says what an opcode makes of its operands."""
+    """Evaluate a module; `rules` holds one function per opcode."""
 
     def __init__(
         self,
@@ -261,7 +261,7 @@ class Evaluation:
         return self.flow
 
     def are_rows(self, state: State) -> bool:
-        """Whether data can be what experts work on: routed, or, without a router, computed."""
+        """Return whether data can be experts' input: routed, or, without a router, computed."""
         if self._assumed is None:
             return bool(state.marks & ROUTED)
         if self._assumed.only_exchanged:
@@ -271,7 +271,7 @@ class Evaluation:
     def found_experts(
         self, site: tuple[str, str], weights: State, dims: tuple[int, ...], rows: State
     ) -> None:
-        """Take down a product of data with experts' weights, or with several put together."""
+        """Record a product of data with experts' weights, or with several of them joined."""
         assert weights.origin is not None
         main = self.flow.parameters[weights.origin.main]
         if rows.origin is not None:
@@ -286,7 +286,7 @@ class Evaluation:
         )
 
     def found_bias(self, bias: State, size: int) -> None:
-        """Take down what is added to the outputs of experts: it has a vector for each expert."""
+        """Record a bias that is added to expert outputs: it has a vector per expert."""
         assert bias.origin is not None
         position = bias.origin.main
         parameter = self.flow.parameters.get(position)
@@ -297,7 +297,7 @@ class Evaluation:
             self.flow.experts.setdefault(position, set()).add(len(parameter.sizes) - 2)
 
     def is_like_a_weight(self, parameter: Parameter) -> bool:
-        """Whether a parameter is a known weight, or has the sizes of one, as its moments have."""
+        """Return whether a parameter is a weight, or has the sizes of one, as moments have."""
         flow = self.flow
         known = flow.weights, len(flow.experts)
         if known != self._known_weights:
@@ -310,13 +310,13 @@ class Evaluation:
         return parameter.sizes in self._weight_sizes
 
     def may_count_experts(self, parameter: Parameter, dims: tuple[int, ...]) -> tuple[int, ...]:
-        """Of these dims of a parameter, those that can count experts."""
+        """Return those of these dims of a parameter that can count experts."""
         if self._assumed is None:
             return dims
         return tuple(dim for dim in dims if self._assumed.counts_experts(parameter, dim))
 
     def is_expert_gradient(self, first: State, second: State, shape: str) -> bool:
-        """Whether a product of two computed values is the gradient of experts' weights."""
+        """Return whether a product of two computed values is the gradient of experts' weights."""
         rows = first.marks & ROUTED, second.marks & ROUTED
         if not (all(rows) if self._assumed is None else any(rows)):
             return False
@@ -334,7 +334,7 @@ class Evaluation:
         return State(1 << number, origin, 0, 0)
 
     def computation(self, computation: Computation, arguments: list[Value]) -> Value:
-        """Evaluate a computation; what its root is."""
+        """Evaluate a computation and return the value of its root."""
         values: dict[str, Value] = {}
         for name, opcode in computation.opcodes.items():
             instruction = computation.instruction(name)
@@ -355,11 +355,11 @@ class Evaluation:
         return values[computation.root]
 
     def called(self, instruction: Instruction, arguments: list[Value], *roles: str) -> Value:
-        """Evaluate what an instruction calls."""
+        """Evaluate the computation that an instruction calls."""
         return self.computation(self.module.called_by(instruction, *roles), arguments)
 
     def loop(self, instruction: Instruction, begin: Value) -> Value:
-        """Evaluate a `while`: its body once with what it begins with, then with what it carries."""
+        """Evaluate a `while`: its body once on the initial value, then on what it carries."""
         body = self.module.called_by(instruction, "body")
         first = self.computation(body, [begin])
         again = carried(begin, first)

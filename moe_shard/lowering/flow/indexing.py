@@ -1,4 +1,4 @@
-"""Rules for data at places that an index tells."""
+"""Evaluate opcodes that read or write at the positions of an index."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from moe_shard.lowering.shapes import tuple_elements
 
 
 def _selected(run: Evaluation, data: State, index: State, shape: str) -> State:
-    """Data at places that an index tells."""
+    """Return the state of data at the positions of an index."""
     state = data._replace(deps=data.deps | index.deps)
     if index.marks & (INDICES | MASK):
         if not is_float(shape):
@@ -39,7 +39,7 @@ def _selected(run: Evaluation, data: State, index: State, shape: str) -> State:
 
 
 def sees_itself(run: Evaluation, data: State, index: State) -> None:
-    """A parameter that decides which part of itself is taken is data: tokens before a router."""
+    """Record a parameter that decides which part of itself is selected as data."""
     if data.origin is not None and data.origin.main >= 0:
         bit = 1 << data.origin.main
         if index.deps & bit and data.origin.main not in run.flow.experts:

@@ -1,4 +1,4 @@
-"""Rules for custom calls: libraries' products, kernels, and what only marks a value."""
+"""Evaluate custom calls: library products, kernels, and annotations."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _custom_call(
 def _kernel(
     run: Evaluation, computation: Computation, instruction: Instruction, operands: list[Value]
 ) -> State:
-    """A kernel whose arithmetic is not in the text: a grouped product, or anything else.
+    """Evaluate a kernel whose arithmetic is not in the text: a grouped product, or anything else.
 
     One that takes routed data and a parameter with a dim of experts before a matrix is a product of
     experts; one that takes routed data twice and integers that tell its groups, and makes a stack

@@ -1,4 +1,4 @@
-"""Rules for what only lays a value out anew, hands it on, or calls a computation."""
+"""Evaluate opcodes that change the layout, pass a value on, or call a computation."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _started_copy(
 def _done(
     _run: Evaluation, _computation: Computation, instruction: Instruction, operands: list[Value]
 ) -> Value:
-    """The second half of an asynchronous pair: its start holds (operands, result, ...)."""
+    """Return the result of an asynchronous pair; its start holds (operands, result, ...)."""
     if instruction.opcode == "copy-done":
         return element(operands[0], 0)
     if instruction.opcode in ("all-reduce-done", "async-update", "call-done"):
@@ -128,7 +128,7 @@ def _conditional(
 
 
 def _merged(results: list[Value]) -> Value:
-    """What one of several branches gives."""
+    """Merge the results of several branches."""
     first = results[0]
     if isinstance(first, list) and all(
         isinstance(each, list) and len(each) == len(first) for each in results

@@ -1,4 +1,4 @@
-"""All rules together, those of collectives, and `evaluate`."""
+"""Gather all rules by opcode, with the rule of collectives, and evaluate a module with them."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _collective(
 def _note_gather(
     run: Evaluation, site: tuple[str, str], kind: str, instruction: Instruction, state: State
 ) -> None:
-    """Take down along which of a parameter's dims it is gathered: there it is split."""
+    """Record along which dim of a parameter it is gathered: there it is split."""
     if kind == "all-gather" and state.origin is not None and state.origin.dims is not None:
         places = following.integers(instruction.attributes.get("dimensions", ""))
         run.flow.gathered[site] = {(state.origin.main, dim) for dim in mapped(state, tuple(places))}

@@ -1,4 +1,4 @@
-"""Rules for products: where weights of experts are told, and their gradients."""
+"""Evaluate products: here experts' weights and their gradients are recognized."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from moe_shard.lowering.shapes import array_dims
 def dense_product(
     run: Evaluation, computation: Computation, instruction: Instruction, operands: list[Value]
 ) -> Value:
-    """A dot, a convolution, or a library's product of operands 0 and 1."""
+    """Evaluate a dot, a convolution, or a library's product of operands 0 and 1."""
     sides = flat(operands[0]), flat(operands[1])
 
     def experts(side: int) -> tuple[int, ...]:
@@ -56,7 +56,7 @@ def _multiplied(
     sides: tuple[State, State],
     experts: Callable[[int], tuple[int, ...]],
 ) -> State:
-    """The state of a product.
+    """Return the state of a product.
 
     Args:
         run: the evaluation.
@@ -110,7 +110,7 @@ def _multiplied(
 def _gives_scores(
     computation: Computation, instruction: Instruction, sides: tuple[State, State]
 ) -> bool:
-    """Whether a product sums over the vectors of experts' outputs: it gives scores, and no rows."""
+    """Return whether a product sums over the feature dim of expert outputs: it returns scores."""
     if instruction.opcode == "ragged-dot":
         return False
     return any(
@@ -120,7 +120,7 @@ def _gives_scores(
 
 
 def takes_rows(run: Evaluation, weights: State, rows: State) -> bool:
-    """Whether a product's operands can be a parameter and the data that experts work on.
+    """Return whether a product's operands can be a parameter and experts' input.
 
     The data must not depend on the parameter (unless that is known to be experts'): tokens do
     depend on themselves where a router's mask selects them, weights do not where they are first
@@ -150,7 +150,7 @@ def _of_parameters(run: Evaluation, deps: int, first: State, second: State) -> S
 
 
 def mapped(state: State, places: tuple[int, ...]) -> tuple[int, ...]:
-    """The parameter's dims at these places of a value."""
+    """Return the parameter's dims at these positions of a value."""
     if state.origin is None or state.origin.dims is None:
         return places
     dims = state.origin.dims
@@ -160,7 +160,7 @@ def mapped(state: State, places: tuple[int, ...]) -> tuple[int, ...]:
 def _expert_dims(
     run: Evaluation, computation: Computation, instruction: Instruction, state: State, side: int
 ) -> tuple[int, ...]:
-    """The dims of a parameter that count experts in a product with routed data; () for none.
+    """Return the dims of a parameter that count experts in a product with routed data.
 
     Those are its batch dims; a dim that is split over devices and of which one element takes part
     (a device with one expert, or a loop over experts); and the first of several contracted dims,

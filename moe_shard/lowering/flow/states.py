@@ -1,4 +1,4 @@
-"""What is known of a value (see the package), and how it is put together from others'."""
+"""Define what is known of a value (see the package), and how states are joined."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ON_ROWS = ROUTED | EXPERT_OUTPUT
 
 
 class Origin(NamedTuple):
-    """A value that is made of ENTRY parameters alone, without a product.
+    """Describe a value that is made of ENTRY parameters alone, without a product.
 
     Attributes:
         params: the parameters' positions as bits; 0 for a constant.
@@ -47,7 +47,7 @@ class Origin(NamedTuple):
 
 
 class State(NamedTuple):
-    """What is known of an array.
+    """Hold what is known of an array.
 
     Attributes:
         deps: ENTRY parameters that it depends on, as bits.
@@ -65,7 +65,7 @@ class State(NamedTuple):
     feature: Dims | None = None
 
     def has_feature(self, places: Iterable[int]) -> bool:
-        """Whether any of these dims holds vectors of experts' outputs."""
+        """Return whether any of these dims is a feature dim of expert outputs."""
         dims = self.feature or ()
         return any(at < len(dims) and FEATURE in dims[at] for at in places)
 
@@ -77,12 +77,12 @@ CONSTANT = State(0, Origin(0, -1, None), 0, 0)
 
 
 def is_float(shape: str) -> bool:
-    """Whether an array holds numbers that a model computes with."""
+    """Return whether an array holds floating point or complex numbers."""
     return shape.startswith(("f", "bf", "c")) or shape.startswith(("(f", "(bf"))
 
 
 def join(states: Sequence[State]) -> State:
-    """Merge states of values that are put together: of parameters alone if all are."""
+    """Join the states of values that are put together: of parameters alone if all are."""
     if len(states) == 1:
         return states[0]
     deps = marks = via = params = 0
@@ -103,34 +103,34 @@ def join(states: Sequence[State]) -> State:
 
 
 def leaves(value: Value) -> list[State]:
-    """All arrays of a value."""
+    """Return all arrays of a value."""
     if isinstance(value, State):
         return [value]
     return [leaf for element in value for leaf in leaves(element)]
 
 
 def flat(value: Value) -> State:
-    """A value as one array."""
+    """Return a value as the state of one array."""
     found = leaves(value)
     return join(found) if found else CONSTANT
 
 
 def shaped(state: State, shape: str) -> Value:
-    """A state for every array of a shape."""
+    """Repeat a state for every array of a shape."""
     if not shape.startswith("("):
         return state
     return [shaped(state, element) for element in tuple_elements(shape)]
 
 
 def element(value: Value, index: int) -> Value:
-    """An element of a tuple; of what is not known as a tuple all of it."""
+    """Return an element of a tuple; of what is not known as a tuple, all of it."""
     if isinstance(value, list):
         return value[index] if index < len(value) else CONSTANT
     return value
 
 
 def carried(before: Value, after: Value) -> Value:
-    """What a loop carries into every iteration, from what it begins with and what one makes.
+    """Return what a loop carries into every iteration, given its start and one iteration.
 
     It is a parameter only if it stays one. Marks are those of the first iteration, unless that
     begins with a constant.
@@ -148,7 +148,7 @@ def carried(before: Value, after: Value) -> Value:
 
 
 def after_loop(first: Value, later: Value) -> Value:
-    """What a loop leaves: a parameter only if every iteration leaves one."""
+    """Return the result of a loop: a parameter only if every iteration returns one."""
     if isinstance(first, list) and isinstance(later, list) and len(first) == len(later):
         return [after_loop(one, other) for one, other in zip(first, later, strict=True)]
     one, other = flat(first), flat(later)
@@ -162,23 +162,23 @@ def after_loop(first: Value, later: Value) -> Value:
 
 
 def join_operands(operands: list[Value]) -> State:
-    """Put the operands of an instruction together."""
+    """Join the operands of an instruction."""
     states = [flat(each) for each in operands]
     return join(states) if states else CONSTANT
 
 
 def is_computed(state: State) -> bool:
-    """Whether a value is more than parameters laid out anew."""
+    """Return whether a value is more than parameters in another layout."""
     return state.origin is None
 
 
 def holds_data(state: State) -> bool:
-    """Whether a value is no constant."""
+    """Return whether a value is not a constant."""
     return state.origin is None or state.origin.params != 0
 
 
 def with_dims(state: State, follow: Callable[[Dims], Dims | None]) -> State:
-    """Follow the dims of a value through what lays it out anew."""
+    """Follow the dims of a value through a change of layout."""
     origin, feature = state.origin, state.feature
     if origin is not None and origin.dims is not None:
         state = state._replace(origin=origin._replace(dims=follow(origin.dims)))

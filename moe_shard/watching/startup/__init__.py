@@ -1,1 +1,1 @@
-"""A folder for PYTHONPATH: Python runs `sitecustomize.py` when it starts."""
+"""Hold the folder that is put on PYTHONPATH: Python runs its `sitecustomize.py` at start."""

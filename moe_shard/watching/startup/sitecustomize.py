@@ -32,7 +32,7 @@ _OWN_DUMP = re.compile(r"--xla_dump_to[= ]\s*[\"']?([^\s\"']+)")
 
 
 def added_flags(folder: str, pid: object) -> str:
-    """Say what XLA needs to be told so that a process dumps its programs as text."""
+    """Return the flags with which a process dumps its programs as text."""
     return f"--xla_dump_to={os.path.join(folder, str(pid))} {_AS_TEXT}"
 
 
@@ -68,7 +68,7 @@ def with_added(flags: str, folder: str, pid: object) -> str:
 
 
 def _keep(folder: str) -> None:
-    """Wrap how `os.environ` writes to the environment of C."""
+    """Wrap how `os.environ` writes to the C environment."""
     put, unset = os.putenv, os.unsetenv
 
     def is_flags(key: _Text) -> bool:
@@ -103,7 +103,7 @@ def _keep(folder: str) -> None:
 
 
 def _give_way() -> None:
-    """Run the sitecustomize that this one stands before, if there is one."""
+    """Run the sitecustomize that this one hides, if there is one."""
     from importlib.machinery import PathFinder
     from importlib.util import module_from_spec
 
