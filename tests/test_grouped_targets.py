@@ -15,9 +15,10 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moe_shard.config.moe_config import GroupedProductName
 from moe_shard.lowering.collectives import extract_collectives
 from moe_shard.lowering.work import product_flops
-from moe_shard.moe.grouped import GroupedProductName, choose, grouped_product
+from moe_shard.moe.grouped import choose, grouped_product
 from moe_shard.runtime.targets.target import devices_for, parse_target
 
 pytestmark = pytest.mark.targets

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -23,12 +22,12 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The tool on goldens of its own, which say what it would compile to here."""
     spec = importlib.util.spec_from_file_location("matrix", ROOT / "tools" / "lowering_matrix.py")
     assert spec
     assert spec.loader
-    tool = importlib.util.module_from_spec(spec)
+    tool: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     shutil.copytree(tool.GOLDENS, tmp_path / "goldens")
     monkeypatch.setattr(tool, "GOLDENS", tmp_path / "goldens")
@@ -43,24 +42,23 @@ def matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture
-def run(
-    matrix: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Run:
+def run(matrix: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["lowering_matrix.py", *arguments])
         with pytest.raises(SystemExit) as ended:
             run_command(matrix.main)
         out, err = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
         return ended.value.code, out, err
 
     return run
 
 
-def change(tool: ModuleType, cell: str, **changes: Any) -> None:
+def change(tool: Any, cell: str, **changes: Any) -> None:
     tool.now["mixtral-tiny"][cell] = replace(tool.now["mixtral-tiny"][cell], **changes)
 
 
-def rewrite(tool: ModuleType, **changes: Any) -> None:
+def rewrite(tool: Any, **changes: Any) -> None:
     path = tool._file("mixtral-tiny")
     path.write_text(replace(read_golden(path), **changes).to_text())
 
@@ -75,7 +73,7 @@ def test_nothing_has_changed(run: Run) -> None:
     assert (code, json.loads(out)) == (0, {"differences": [], "other_versions": {}})
 
 
-def test_a_change_is_a_row_and_exit_code_1(run: Run, matrix: ModuleType) -> None:
+def test_a_change_is_a_row_and_exit_code_1(run: Run, matrix: Any) -> None:
     change(matrix, "h100:8 on", verdict="mixed", memory_bytes=10**9)
     change(matrix, "cpu:8 off", verdict=None, sums={})
     code, out, _ = run("--model", "mixtral-tiny")
@@ -96,7 +94,7 @@ def test_a_change_is_a_row_and_exit_code_1(run: Run, matrix: ModuleType) -> None
     }
 
 
-def test_a_refresh_keeps_what_is_found_and_nothing_else(run: Run, matrix: ModuleType) -> None:
+def test_a_refresh_keeps_what_is_found_and_nothing_else(run: Run, matrix: Any) -> None:
     before = {path.name: path.read_text() for path in matrix.GOLDENS.iterdir()}
     assert run("--refresh")[0] == 0
     assert {path.name: path.read_text() for path in matrix.GOLDENS.iterdir()} == before
@@ -116,9 +114,7 @@ def test_a_refresh_keeps_what_is_found_and_nothing_else(run: Run, matrix: Module
     assert run()[0] == 0
 
 
-def test_other_compilers_are_said_and_the_differences_still_shown(
-    run: Run, matrix: ModuleType
-) -> None:
+def test_other_compilers_are_said_and_the_differences_still_shown(run: Run, matrix: Any) -> None:
     rewrite(matrix, made_with={**matrix._versions(), "libtpu": "0.0.1"})
     code, out, err = run("--json")
     assert code == 0
@@ -133,7 +129,7 @@ def test_other_compilers_are_said_and_the_differences_still_shown(
     assert (code, len(err.splitlines())) == (2, 2)
 
 
-def test_goldens_of_other_keys_are_not_compared(run: Run, matrix: ModuleType) -> None:
+def test_goldens_of_other_keys_are_not_compared(run: Run, matrix: Any) -> None:
     golden = read_golden(matrix._file("mixtral-tiny"))
     rewrite(matrix, commands={**golden.commands, "h100:8 on": "another"})
     assert run()[0] == 2
@@ -141,7 +137,7 @@ def test_goldens_of_other_keys_are_not_compared(run: Run, matrix: ModuleType) ->
     assert err == ("error: mixtral-tiny.json, h100:8 on: of another command\nfix: make goldens\n")
 
 
-def test_what_is_missing_is_said(run: Run, matrix: ModuleType) -> None:
+def test_what_is_missing_is_said(run: Run, matrix: Any) -> None:
     golden = read_golden(matrix._file("mixtral-tiny"))
     cells = {name: each for name, each in golden.cells.items() if name != "v6e:2x4 on"}
     rewrite(matrix, cells=cells)
@@ -172,7 +168,7 @@ def test_bad_usage_is_one_line(arguments: tuple[str, ...], run: Run) -> None:
     assert (code, out, len(err.splitlines())) == (2, "", 1)
 
 
-def test_a_cell_that_deviates_says_so_in_the_matrix(run: Run, matrix: ModuleType) -> None:
+def test_a_cell_that_deviates_says_so_in_the_matrix(run: Run, matrix: Any) -> None:
     golden = read_golden(matrix._file("mixtral-tiny"))
     cells = dict(golden.cells)
     cells["v5p:2x2x2 on"] = replace(cells["v5p:2x2x2 on"], verdict="mixed", sums={})
@@ -199,14 +195,19 @@ def test_a_compilation_that_fails(
     said: str,
     times: int,
     run: Run,
-    matrix: ModuleType,
+    matrix: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     done = subprocess.CompletedProcess([], code, "", err)
     calls: list[list[str]] = []
     monkeypatch.setattr(matrix, "_cells", lambda *_: ["h100:8 on"])
     monkeypatch.setattr(matrix, "_compile", matrix.compile_in_earnest)
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: calls.append(command) or done)
+
+    def ran(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        calls.append(command)
+        return done
+
+    monkeypatch.setattr(subprocess, "run", ran)
     before = matrix._file("mixtral-tiny").read_text()
     found, _, told = run("--refresh", "--model", "mixtral-tiny")
     assert found == exit_code
@@ -217,7 +218,7 @@ def test_a_compilation_that_fails(
 
 
 def test_what_does_not_fit_is_compared_too(
-    run: Run, matrix: ModuleType, monkeypatch: pytest.MonkeyPatch
+    run: Run, matrix: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused = {
         "backend": "tpu",

@@ -181,7 +181,8 @@ def params_of(tensors: Tensors, experts: dict[str, np.ndarray]) -> dict[str, Any
 
 def one_by_one(random: Any) -> tuple[Tensors, list[Piece], dict[str, np.ndarray]]:
     """Experts as a list of modules, as Mixtral's files have them."""
-    tensors, pieces = {}, []
+    tensors: Tensors = {}
+    pieces: list[Piece] = []
     experts = {"gate": ("w1", M, H), "up": ("w3", M, H), "down": ("w2", H, M)}
     found = {
         ours: np.empty((LAYERS, E, a, b), random(1).dtype) for ours, (_, a, b) in experts.items()
@@ -199,7 +200,8 @@ def one_by_one(random: Any) -> tuple[Tensors, list[Piece], dict[str, np.ndarray]
 
 def fused(random: Any) -> tuple[Tensors, list[Piece], dict[str, np.ndarray]]:
     """Experts as 3-D tensors, gate above up."""
-    tensors, pieces = {}, []
+    tensors: Tensors = {}
+    pieces: list[Piece] = []
     found = {name: np.empty((LAYERS, E, M, H), random(1).dtype) for name in ("gate", "up")}
     found["down"] = np.empty((LAYERS, E, H, M), random(1).dtype)
     everything = slice(None)
@@ -223,7 +225,8 @@ def fused(random: Any) -> tuple[Tensors, list[Piece], dict[str, np.ndarray]]:
 
 def interleaved(random: Any) -> tuple[Tensors, list[Piece], dict[str, np.ndarray]]:
     """Experts as 3-D tensors, gate and up in turn along the last dim, nothing transposed."""
-    tensors, pieces = {}, []
+    tensors: Tensors = {}
+    pieces: list[Piece] = []
     found = {name: np.empty((LAYERS, E, M, H), random(1).dtype) for name in ("gate", "up")}
     found["down"] = np.empty((LAYERS, E, H, M), random(1).dtype)
     everything = slice(None)

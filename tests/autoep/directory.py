@@ -46,7 +46,8 @@ def write_model(
     if files == 1:
         write_file(directory / "model.safetensors", tensors)
         return directory
-    names, places = list(tensors), {}
+    names = list(tensors)
+    places: dict[str, str] = {}
     each = -(-len(names) // files)
     for number in range(files):
         file = f"model-{number + 1:05d}-of-{files:05d}.safetensors"

@@ -172,7 +172,7 @@ def test_the_report_says_how_weights_are_stored(tmp_path: Path) -> None:
 def published(name: str) -> tuple[dict[str, Any], dict[str, list[int]], dict[str, str]]:
     """A published model as its authors have it: config.json, shapes and dtypes."""
     shapes: dict[str, list[int]] = {}
-    dtypes = {}
+    dtypes: dict[str, str] = {}
     mxfp4 = name == "gpt-oss-20b"
     for tensor, shape in tensors(name).items():
         if mxfp4 and tensor.endswith("_proj") and ".experts." in tensor:

@@ -47,7 +47,8 @@ def test_partial() -> None:
 @pytest.mark.parametrize("key", ["type", "rope_type"])
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
 def test_yarn_of_old_and_of_today(name: str, key: str) -> None:
-    found = settings(**{name: {key: "yarn", **YARN}}, max_position_embeddings=32768)
+    written: dict[str, Any] = {name: {key: "yarn", **YARN}}
+    found = settings(**written, max_position_embeddings=32768)
     assert found == PLAIN | {
         "rope_type": "yarn",
         "rope_factor": 4.0,
@@ -145,7 +146,8 @@ def test_the_original_length() -> None:
     assert settings(rope_scaling=written, max_position_embeddings=99)[key] == 99
     assert settings(rope_scaling={**written, key: 55}, max_position_embeddings=99)[key] == 55
     # As transformers has it: what stands beside the dictionary comes first.
-    assert settings(rope_scaling={**written, key: 55}, **{key: 33})[key] == 33
+    both: dict[str, Any] = {"rope_scaling": {**written, key: 55}, key: 33}
+    assert settings(**both)[key] == 33
 
 
 def test_one_dictionary_for_each_type_of_layer() -> None:

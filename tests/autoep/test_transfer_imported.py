@@ -212,10 +212,16 @@ def test_nothing_is_left_of_what_was_cut_off(
 
     if way == "import":
         monkeypatch.setattr(imported, "load_params", fail)
-        start = lambda: import_into(tmp_path / "out", checkpoint.directory)  # noqa: E731
+
+        def start() -> None:
+            import_into(tmp_path / "out", checkpoint.directory)
+
     else:
         monkeypatch.setattr(imported, "export_params", fail)
-        start = lambda: export_model(model, tmp_path / "out", console=console())  # noqa: E731
+
+        def start() -> None:
+            export_model(model, tmp_path / "out", console=console())
+
     expected = UserError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(expected) as caught:
         start()

@@ -67,7 +67,8 @@ def restore(folder: Path, config: Config, program: Program) -> TrainState:
 
 
 def assert_bitwise(one: TrainState, other: TrainState) -> None:
-    assert jax.tree.structure(one) == jax.tree.structure(other)
+    structures: list[Any] = [jax.tree.structure(each) for each in (one, other)]
+    assert structures[0] == structures[1]
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(one), jax.device_get(other))
 
 

@@ -141,7 +141,8 @@ def assert_bitwise(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]
 
 
 def assert_placed(state: TrainState, program: Program) -> None:
-    assert jax.tree.structure(state) == jax.tree.structure(program.abstract_state)
+    found: Any = jax.tree.structure(state)
+    assert found == jax.tree.structure(program.abstract_state)
     places = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
     assert jax.tree.map(lambda array: array.sharding, state) == places
 
@@ -251,10 +252,11 @@ def test_the_loop_says_that_it_converted(tmp_path: Path) -> None:
     trainer = object.__new__(Trainer)
     trainer.first, trainer.program = 2, fused.program
     trainer.checkpointer = Checkpointer(tmp_path, fused.config)
-    console = Console(width=100, file=io.StringIO())
+    out = io.StringIO()
+    console = Console(width=100, file=out)
     assert is_fused(trainer._first_state(console))
     trainer.checkpointer.close()
-    assert console.file.getvalue().splitlines() == [
+    assert out.getvalue().splitlines() == [
         "continuing from the checkpoint after step 2",
         "the experts' gate and up, saved apart, are now one array (prefuse_moe_weights=true)",
     ]

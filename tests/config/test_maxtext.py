@@ -136,10 +136,14 @@ class Recorded(Mapping[str, Any]):
 
 
 def test_what_is_called_translated_is_read_by_the_translation() -> None:
-    keys, read = maxtext_keys(), set()
+    keys, read = maxtext_keys(), set[str]()
     for block in [*BLOCKS, *OTHER_BLOCKS]:
         for tied in (True, False):
-            more = {"num_experts": 4, "logits_via_embedding": tied, "norm_topk_prob": False}
+            more: dict[str, object] = {
+                "num_experts": 4,
+                "logits_via_embedding": tied,
+                "norm_topk_prob": False,
+            }
             more |= {"rope_type": "yarn" if tied else "llama3.1", "decoder_block": block}
             more |= {"scan_layers": False, "dropout_rate": 0.5}
             recorded = Recorded({**keys.defaults, **more})
@@ -741,7 +745,7 @@ def test_our_base_yml_and_a_models_name(tmp_path: Path) -> None:
     says(check_message(caught.value), "model_name mixtral-tin", "mixtral-tiny")
 
 
-VALUES = st.one_of(
+VALUES: st.SearchStrategy[object] = st.one_of(
     st.sampled_from([None, True, -1, 0, 3, 1.5, "None", "", [], {}, [[1]], "x", [None], 10**30]),
     st.text(max_size=4),
     st.lists(st.sampled_from(["silu", "linear", "fsdp", 1]), max_size=3),

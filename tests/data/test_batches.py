@@ -16,6 +16,7 @@ import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -34,6 +35,7 @@ from moe_shard.errors import UserError
 FIELDS = ["inputs", "targets", "positions", "segment_ids"]
 VOCAB_SIZE = 257  # the 256 bytes and DOCUMENT
 WAIT_S = 60
+Spec = tuple[str | tuple[str, str] | None, ...]
 
 
 def write(root: Path, files: dict[str, bytes]) -> Path:
@@ -64,12 +66,12 @@ def config(*paths: Path | str, seed: int = 0) -> DataConfig:
     )
 
 
-def placed(sizes: tuple[int, ...] = (8,), spec: tuple = (None, "0", None)) -> NamedSharding:
+def placed(sizes: tuple[int, ...] = (8,), spec: Spec = (None, "0", None)) -> NamedSharding:
     devices = np.array(jax.devices()[: int(np.prod(sizes))]).reshape(sizes)
     return NamedSharding(Mesh(devices, tuple(map(str, range(len(sizes))))), PartitionSpec(*spec))
 
 
-def take(source: DataConfig, steps: int, **changes) -> list[dict[str, np.ndarray]]:
+def take(source: DataConfig, steps: int, **changes: Any) -> list[dict[str, np.ndarray]]:
     """The first batches, fetched to the host."""
     sizes = {"vocab_size": VOCAB_SIZE, "seq_len": 16, "rows": 8, "microbatches": 1}
     made = batches(source, **{**sizes, "sharding": placed(), **changes})
@@ -104,7 +106,7 @@ TREE = {
 }
 
 
-def test_folders_and_globs_are_sorted_and_pass_over_what_is_no_text(tmp_path):
+def test_folders_and_globs_are_sorted_and_pass_over_what_is_no_text(tmp_path: Path) -> None:
     write(tmp_path, TREE)
     everything = ["b.txt", "odd[1].txt", "a/z.txt", "a/deep/er/c.md"]
     assert names(find_documents([str(tmp_path)]), tmp_path) == everything
@@ -123,14 +125,16 @@ def test_folders_and_globs_are_sorted_and_pass_over_what_is_no_text(tmp_path):
     assert sorted(names(find_documents([f"{tmp_path}/**"]), tmp_path)) == sorted(everything)
 
 
-def test_the_order_is_that_of_the_paths_and_a_file_named_twice_counts_once(tmp_path):
+def test_the_order_is_that_of_the_paths_and_a_file_named_twice_counts_once(tmp_path: Path) -> None:
     write(tmp_path, TREE)
     paths = [f"{tmp_path}/{name}" for name in ("b.txt", "a", "*.txt", ".")]
     expected = ["b.txt", "a/z.txt", "a/deep/er/c.md", "odd[1].txt"]
     assert names(find_documents(paths), tmp_path) == expected
 
 
-def test_paths_may_be_relative_or_below_home(tmp_path, monkeypatch):
+def test_paths_may_be_relative_or_below_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path, TREE)
     monkeypatch.chdir(tmp_path / "a")
     assert find_documents(["z.txt"]) == (Path("z.txt"),)
@@ -139,7 +143,7 @@ def test_paths_may_be_relative_or_below_home(tmp_path, monkeypatch):
     assert find_documents(["~/b.txt"]) == (tmp_path / "b.txt",)
 
 
-def test_links_are_followed_and_cycles_end(tmp_path):
+def test_links_are_followed_and_cycles_end(tmp_path: Path) -> None:
     write(tmp_path / "elsewhere", {"far.txt": b"far", "more/m.txt": b"m"})
     root = write(tmp_path / "root", {"near.txt": b"near", "sub/s.txt": b"s"})
     (root / "far.txt").symlink_to(tmp_path / "elsewhere/far.txt")
@@ -154,7 +158,7 @@ def test_links_are_followed_and_cycles_end(tmp_path):
         assert found == {"near.txt", "far.txt", "m.txt", "s.txt"}, pattern
 
 
-def test_the_default_is_the_standard_library_and_starts_at_once():
+def test_the_default_is_the_standard_library_and_starts_at_once() -> None:
     started = time.perf_counter()
     text = PackedText(find_documents(()), seq_len=2048, seed=0)
     row = text[0]
@@ -195,7 +199,7 @@ def assert_short(error: UserError, *words: str) -> None:
         assert word in str(error)
 
 
-def test_a_path_that_is_no_text_is_a_short_error(tmp_path):
+def test_a_path_that_is_no_text_is_a_short_error(tmp_path: Path) -> None:
     for case, (path, words) in bad_paths(tmp_path).items():
         with pytest.raises(UserError) as raised:
             find_documents([f"{tmp_path}/b.txt", f"{tmp_path}/{path}"])
@@ -203,17 +207,21 @@ def test_a_path_that_is_no_text_is_a_short_error(tmp_path):
         assert path.split("/")[-1] in str(raised.value) or "\0" in path, case
 
 
-def test_an_empty_name_does_not_mean_the_current_folder(tmp_path, monkeypatch):
+def test_an_empty_name_does_not_mean_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path, TREE)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="matches nothing in"):
         find_documents([""])
 
 
-def test_what_cannot_be_read_is_an_error_and_not_passed_over(tmp_path, monkeypatch):
+def test_what_cannot_be_read_is_an_error_and_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path, TREE)
 
-    def deny(path, *_args, **_options):
+    def deny(path: object, *_args: Any, **_options: Any) -> NoReturn:
         raise PermissionError(13, "Permission denied", str(path))
 
     with monkeypatch.context() as patch:  # permissions do not bind root, so deny by hand
@@ -262,7 +270,9 @@ def plain_rows(documents: list[bytes], seq_len: int) -> list[dict[str, list[int]
     seq_len=st.integers(1, 12),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_rows_equal_a_plain_loop_and_every_token_is_a_target_once(documents, seq_len, seed):
+def test_rows_equal_a_plain_loop_and_every_token_is_a_target_once(
+    documents: list[bytes], seq_len: int, seed: int
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, f"{n}.txt") for n in range(len(documents))]
         for path, document in zip(paths, documents, strict=True):
@@ -287,14 +297,14 @@ def test_rows_equal_a_plain_loop_and_every_token_is_a_target_once(documents, seq
     assert len(stream) - 1 - len(targets) < seq_len
 
 
-def test_the_seed_decides_the_order_of_the_documents(tmp_path):
+def test_the_seed_decides_the_order_of_the_documents(tmp_path: Path) -> None:
     documents = find_documents([str(corpus(tmp_path))])
     orders = [PackedText(documents, seq_len=16, seed=seed).paths for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
     assert orders[0] != tuple(map(str, documents))
 
 
-def test_a_corpus_larger_than_memory_costs_no_memory(tmp_path):
+def test_a_corpus_larger_than_memory_costs_no_memory(tmp_path: Path) -> None:
     size = 1 << 38  # 256 GiB, a hole on disk
     path = tmp_path / "huge.txt"
     path.write_bytes(b"text" * 1024)
@@ -314,7 +324,7 @@ def test_a_corpus_larger_than_memory_costs_no_memory(tmp_path):
     assert bytes(row["targets"][-4:].astype(np.uint8)) == b"last"
 
 
-def test_more_rows_than_can_be_shuffled_is_an_error(tmp_path):
+def test_more_rows_than_can_be_shuffled_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "huge.txt"
     path.write_bytes(b"text" * 1024)
     os.truncate(path, 1 << 38)
@@ -323,7 +333,7 @@ def test_more_rows_than_can_be_shuffled_is_an_error(tmp_path):
     assert_short(raised.value, "max_target_length=32", "max_target_length=128 or more")
 
 
-def test_a_source_can_be_pickled_and_read_by_many_threads(tmp_path):
+def test_a_source_can_be_pickled_and_read_by_many_threads(tmp_path: Path) -> None:
     text = PackedText(find_documents([str(corpus(tmp_path))]), seq_len=16, seed=3)
     again = pickle.loads(pickle.dumps(text))
     with ThreadPoolExecutor(8) as threads:
@@ -331,7 +341,7 @@ def test_a_source_can_be_pickled_and_read_by_many_threads(tmp_path):
     assert_same(rows, [text[i] for i in range(len(text))] * 20)
 
 
-def test_a_file_that_changes_under_the_run_is_an_error(tmp_path):
+def test_a_file_that_changes_under_the_run_is_an_error(tmp_path: Path) -> None:
     root = write(tmp_path, {"a.txt": b"text" * 100})
     text = PackedText(find_documents([str(root)]), seq_len=16, seed=0)
     made = batches(
@@ -356,7 +366,7 @@ def test_a_file_that_changes_under_the_run_is_an_error(tmp_path):
 # What a step gets.
 
 
-def test_every_epoch_has_every_row_once_in_another_order(tmp_path):
+def test_every_epoch_has_every_row_once_in_another_order(tmp_path: Path) -> None:
     source = config(corpus(tmp_path), seed=5)
     text = PackedText(find_documents(source.dataset_path), seq_len=8, seed=5)
     epoch = len(text)
@@ -370,7 +380,7 @@ def test_every_epoch_has_every_row_once_in_another_order(tmp_path):
     assert take(config(tmp_path, seed=6), 1)[0]["inputs"].tolist() != read[:8].tolist()
 
 
-def test_a_run_resumed_at_a_step_goes_on_as_if_it_had_not_stopped(tmp_path):
+def test_a_run_resumed_at_a_step_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     source = config(corpus(tmp_path))
     whole = take(source, 12, microbatches=2)
     for step in (1, 7, 11):
@@ -379,7 +389,7 @@ def test_a_run_resumed_at_a_step_goes_on_as_if_it_had_not_stopped(tmp_path):
     assert_same(far, take(source, 1, first_step=10**12))
 
 
-def test_the_mesh_does_not_change_the_batch(tmp_path):
+def test_the_mesh_does_not_change_the_batch(tmp_path: Path) -> None:
     source = config(corpus(tmp_path))
     expected = take(source, 3, rows=8, microbatches=2)
     one_device = placed((1,), (None, None, None))
@@ -401,7 +411,7 @@ def test_the_mesh_does_not_change_the_batch(tmp_path):
     assert_same(take(config(moved), 3, rows=8, microbatches=2), expected)
 
 
-def test_arrays_are_placed_as_asked(tmp_path):
+def test_arrays_are_placed_as_asked(tmp_path: Path) -> None:
     sharding = placed((4, 2), (None, "0", "1"))
     made = batches(
         config(corpus(tmp_path)),
@@ -422,12 +432,12 @@ def test_arrays_are_placed_as_asked(tmp_path):
         assert {shard.data.shape for shard in array.addressable_shards} == {(3, 2, 8)}
 
 
-def test_reading_runs_ahead_of_the_loop(tmp_path, monkeypatch):
+def test_reading_runs_ahead_of_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = config(corpus(tmp_path))
     read, enough = [], threading.Event()
     original = PackedText.__getitem__
 
-    def count(self, row):
+    def count(self: PackedText, row: Any) -> Any:
         read.append(row)
         if len(read) == 8 * data.READ_AHEAD_STEPS:
             enough.set()
@@ -441,7 +451,7 @@ def test_reading_runs_ahead_of_the_loop(tmp_path, monkeypatch):
         made.close()
 
 
-def test_a_batch_that_cannot_be_made_is_a_short_error(tmp_path):
+def test_a_batch_that_cannot_be_made_is_a_short_error(tmp_path: Path) -> None:
     source = config(corpus(tmp_path))
     cases = [
         ({"vocab_size": 256}, ("vocab_size=256", "257")),
@@ -528,7 +538,7 @@ def saved(folder: Path) -> list[dict[str, np.ndarray]]:
     return [{name: rows(step, name) for name in FIELDS} for step in range(3)]
 
 
-def test_other_processes_make_the_same_batches_and_read_only_their_rows(tmp_path):
+def test_other_processes_make_the_same_batches_and_read_only_their_rows(tmp_path: Path) -> None:
     # Large enough that no row comes twice in all the steps that are read ahead.
     root = corpus(tmp_path / "text", documents=40)
     outs = [tmp_path / "alone", tmp_path / "together"]
@@ -577,8 +587,8 @@ def test_synthetic_batches_are_one_batch_wherever_a_run_begins_and_whatever_the_
     np.testing.assert_array_equal(first["inputs"][..., 1:], first["targets"][..., :-1])
     assert (first["positions"] == np.arange(16)).all()
     assert (first["segment_ids"] == 1).all()
-    rows = {row.tobytes() for row in first["inputs"].reshape(-1, 16)}
-    assert len(rows) == 16
+    different = {row.tobytes() for row in first["inputs"].reshape(-1, 16)}
+    assert len(different) == 16
 
 
 def test_synthetic_tokens_are_all_of_the_vocabulary_and_of_the_seed() -> None:

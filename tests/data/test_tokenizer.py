@@ -274,7 +274,7 @@ def test_a_long_document_is_read_in_pieces_that_are_whole_lines_or_characters(
 
 def test_bytes() -> None:
     found = find_tokenizer("")
-    assert (found.vocab_size, found.ends) == (257, {256})
+    assert (found.vocab_size, found.ends) == (257, frozenset({256}))
     assert found.encode_prompt("hü") == [DOCUMENT, 104, 195, 188]
     assert found.encode_prompt("") == [DOCUMENT]
     assert found.encode_prompt(os.fsdecode(b"\xff")) == [DOCUMENT, 255]
@@ -304,7 +304,7 @@ def byte_level(folder: Path) -> Path:
 
 def test_a_tokenizer_of_bytes_gives_every_text_back_whole(tmp_path: Path) -> None:
     found = FileTokenizer(byte_level(tmp_path / "model"))
-    assert (found.before, found.after, found.ends) == ((0,), (), {0})
+    assert (found.before, found.after, found.ends) == ((0,), (), frozenset({0}))
     text = "the cat sat on the mät 𝄞 <|end|> and the rat"
     [tokens] = found.encode_texts([text.encode()])
     assert 0 not in tokens  # written in a text, the mark is none
@@ -334,7 +334,7 @@ def test_the_end_is_found_in_the_first_file_that_says_it(tmp_path: Path) -> None
     assert FileTokenizer(model).before == (5,)
     (model / "generation_config.json").write_text('{"eos_token_id": [4, 6]}')
     found = FileTokenizer(model)
-    assert (found.before, found.ends) == ((4,), {4, 6})
+    assert (found.before, found.ends) == ((4,), frozenset({4, 6}))
 
 
 def test_bits_per_byte_count_the_bytes_of_the_text(tmp_path: Path) -> None:

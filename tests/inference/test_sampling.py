@@ -13,7 +13,7 @@ from moe_shard.inference.sampling import keep_nucleus, keep_top_k, next_tokens
 
 LOGITS = np.array([0.3, 2.0, -1.0, 1.2, 0.9, -4.0])
 DRAWS = 20_000
-STRATEGIES = {
+STRATEGIES: dict[str, dict[str, float]] = {
     "weighted": {},
     "topk": {"top_k": 3},
     "nucleus": {"nucleus_p": 0.75},
@@ -31,7 +31,7 @@ def config(strategy: str, temperature: float = 1.0, **sizes: float) -> GenerateC
     return load_config("mixtral-tiny", overrides).generate
 
 
-def kept_top_k(logits: np.ndarray, k: int) -> list[int]:
+def kept_top_k(logits: np.ndarray, k: float) -> list[int]:
     """Token by token: one stays unless k tokens are more probable."""
     return [t for t in range(len(logits)) if sum(logits > logits[t]) < k]
 

@@ -27,13 +27,15 @@ def repeated(text: str, size: int) -> str:
     for copy in range(count):
         pieces.append(_renamed(before, copy))
         for line in lines:
-            numbered = _PARAMETER.sub(
-                lambda found, copy=copy: f"{found[1]}{int(found[2]) + copy * parameters})", line
-            )
-            body.append(_renamed(numbered.replace("  ROOT %", "  %"), copy))
+            numbered = _renumbered(line.replace("  ROOT %", "  %"), copy * parameters)
+            body.append(_renamed(numbered, copy))
     roots = ", ".join(f"%{root[1]}.of{copy}" for copy in range(count))
     body.append(f"  ROOT %all = () tuple({roots})")
     return "\n".join([*pieces, "ENTRY %everything () -> () {", *body, "}", ""])
+
+
+def _renumbered(line: str, first: int) -> str:
+    return _PARAMETER.sub(lambda found: f"{found[1]}{int(found[2]) + first})", line)
 
 
 def _renamed(text: str, copy: int) -> str:

@@ -62,10 +62,10 @@ def compile_entry(entry: dict[str, Any]) -> tuple[str, str]:
     step, arguments, layouts = PROGRAMS[entry["program"]](place, **options)
     lowered = jax.jit(step, out_shardings=layouts).lower(*arguments)
     if not entry.get("before"):
-        return readable(lowered.compile().as_text()), ""
+        return readable(lowered.compile().as_text() or ""), ""
     with tempfile.TemporaryDirectory() as folder:
-        flags = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        after = lowered.compile(compiler_options=flags).as_text()
+        flags: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        after = lowered.compile(compiler_options=flags).as_text() or ""
         (before,) = Path(folder).glob("*before_optimizations.txt")
         return readable(after), readable(before.read_text())
 

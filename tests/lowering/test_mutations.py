@@ -15,7 +15,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from jaxlib import _hlo
 
 from moe_shard.errors import UserError
 from moe_shard.lowering.reports import LoweringReport, report_from_text
@@ -23,6 +22,7 @@ from moe_shard.lowering.timeline import Rates, timeline
 from moe_shard.lowering.work import flops_by_scope, memory_by_scope
 from tests.lowering.fixtures_hand_counted import HAND_COUNTED
 from tests.lowering.stored_programs import program_files, program_name, program_text
+from tests.xla_parser import hlo
 
 MUTATIONS = int(os.environ.get("MUTATIONS", "400"))
 BATCHES = 8
@@ -151,6 +151,6 @@ def is_another_program(text: str, changed: str) -> bool:
 def exchanges(text: str) -> Counter[str]:
     """The opcodes of what goes between devices, as XLA reads them."""
     found = Counter[str]()
-    for computation in _hlo.hlo_module_from_text(text).computations():
+    for computation in hlo.hlo_module_from_text(text).computations():
         found.update(str(each.opcode) for each in computation.instructions())
     return Counter({name: n for name, n in found.items() if re.search("All|Collective", name)})

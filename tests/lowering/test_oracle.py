@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-from jaxlib import _hlo
 
 from moe_shard.lowering.hlo import Computation, parse_module
 from moe_shard.lowering.opcodes import KNOWN_OPCODES
 from tests.lowering.stored_programs import program_files, program_name, program_text
+from tests.xla_parser import hlo
 
 # How XLA's enumeration shortens the opcodes that it prints.
 _SHORTENED = {
@@ -90,7 +90,7 @@ def by_xla(text: str) -> dict[str, dict[str, Row]]:
     wrapped = set()
     literal = {line.split(" = ")[0] + " = " for line in text.split("\n") if " async-" in line}
     literal = {line.removeprefix("  ").removeprefix("ROOT ") for line in literal}
-    for computation in _hlo.hlo_module_from_text(text).computations():
+    for computation in hlo.hlo_module_from_text(text).computations():
         rows = found[computation.name] = {}
         for each in computation.instructions():
             opcode = str(each.opcode).removeprefix("HloOpcode.k")
@@ -143,9 +143,7 @@ def test_every_instruction_is_read_as_xla_reads_it(path: Path) -> None:
 
 
 def test_the_opcodes_are_those_of_xla() -> None:
-    theirs = {
-        name.removeprefix("k").lower() for name in dir(_hlo.HloOpcode) if name.startswith("k")
-    }
+    theirs = {name.removeprefix("k").lower() for name in dir(hlo.HloOpcode) if name.startswith("k")}
     ours = {plain(opcode) for opcode in KNOWN_OPCODES}
     for opcode in theirs:
         halves = re.sub("(start|update|done)$", "", opcode)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from jaxlib import _hlo
 
 from moe_shard.lowering.collectives import extract_collectives
 from moe_shard.lowering.hlo import HloParseError, parse_module
 from moe_shard.lowering.reports import report_from_text
 from tests.lowering.fixtures_hand_counted import read
+from tests.xla_parser import hlo
 
 TEXT = """\
 HloModule step, is_scheduled=true, num_partitions=8
@@ -80,7 +80,7 @@ def test_a_number_in_a_string_is_no_attribute() -> None:
 
 
 SHORT = read("before_optimization")
-LONG = _hlo.hlo_module_from_text(SHORT).to_string()
+LONG = hlo.hlo_module_from_text(SHORT).to_string()
 
 
 def test_names_without_percent_signs_are_read_too() -> None:

@@ -32,6 +32,8 @@ from maxtext.utils import (
     train_utils,
 )
 
+State = nnx.State[Any, Any]
+
 FIELDS = {
     "inputs": "inputs",
     "targets": "targets",
@@ -70,7 +72,7 @@ def run_case(case: dict[str, Any], batch: dict[str, np.ndarray], out: Path) -> N
             answers["logits"] = np.asarray(logits(graph, state, data))
         if case["updates"] > 0:
             answers |= updates(config, graph, state, shardings, mesh, data, case["updates"])
-    np.savez(out / "answers.npz", **answers)
+    np.savez(out / "answers.npz", allow_pickle=False, **answers)
 
 
 def shapes(tree: Any) -> dict[str, list[int]]:
@@ -87,7 +89,7 @@ def base_file() -> str:
     return os.path.join(os.path.dirname(pyconfig.__file__), "base.yml")
 
 
-def unsettled(state: nnx.State) -> nnx.State:
+def unsettled(state: State) -> State:
     """The state with what begins as a constant (norms, biases, sinks) moved off it.
 
     Two norms that are all ones could be exchanged, and a bias of zeros be forgotten, unseen.
@@ -105,12 +107,12 @@ def unsettled(state: nnx.State) -> nnx.State:
         return variable
 
     model = jax.tree.map(moved, state.model, is_leaf=lambda node: isinstance(node, nnx.Variable))
-    state.model = model
+    state["model"] = model
     return state
 
 
 def save(
-    layouts: list[str], config: Any, manager: Any, graph: Any, state: nnx.State, out: Path
+    layouts: list[str], config: Any, manager: Any, graph: Any, state: State, out: Path
 ) -> None:
     """Write the checkpoints: of the whole state, of the parameters by either of MaxText's ways."""
     if "state" in layouts:
@@ -121,15 +123,15 @@ def save(
         decode = checkpointing.create_orbax_checkpoint_manager(str(out / "decode"), True, False, 1)
         generate_param_only_checkpoint._save_decode_checkpoint_nnx(config, state, decode)
     if "params" in layouts:
-        _, params, _ = nnx.split(nnx.merge(graph, state).model, nnx.Param, ...)
+        _, params, *_ = nnx.split(nnx.merge(graph, state).model, nnx.Param, ...)
         checkpointing.save_params_to_path(str(out / "params"), {"params": params.to_pure_dict()})
 
 
-def logits(graph: Any, state: nnx.State, data: dict[str, jax.Array]) -> jax.Array:
+def logits(graph: Any, state: State, data: dict[str, jax.Array]) -> jax.Array:
     """What the model says of a batch, called as MaxText's `loss_fn` calls it."""
 
     @jax.jit
-    def forward(state: nnx.State, data: dict[str, jax.Array]) -> jax.Array:
+    def forward(state: State, data: dict[str, jax.Array]) -> jax.Array:
         return nnx.merge(graph, state).model(
             decoder_input_tokens=data["inputs"],
             decoder_positions=data["inputs_position"],
@@ -143,7 +145,7 @@ def logits(graph: Any, state: nnx.State, data: dict[str, jax.Array]) -> jax.Arra
 
 
 def updates(
-    config: Any, graph: Any, state: nnx.State, shardings: Any, mesh: Any, data: Any, count: int
+    config: Any, graph: Any, state: State, shardings: Any, mesh: Any, data: Any, count: int
 ) -> dict[str, np.ndarray]:
     """Losses of updates, all on one batch."""
     params_shardings, shardings = sharding.maybe_update_params_sharding_with_opt(config, shardings)

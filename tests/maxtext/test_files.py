@@ -446,8 +446,8 @@ def maxtexts_frequencies(name: str) -> np.ndarray:
         "mesh": jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",)),
     }
     if said["rope_type"] == "yarn":
-        keys = ("max_position_embeddings", "original_max_position_embeddings")
-        keys += ("beta_fast", "beta_slow", "rope_factor")
+        keys = ["max_position_embeddings", "original_max_position_embeddings"]
+        keys += ["beta_fast", "beta_slow", "rope_factor"]
         yarn = embeddings.YarnRotaryEmbedding(
             **shared,
             **{key: said[key] for key in keys} | {"max_position_embeddings": 2},
@@ -523,9 +523,9 @@ def test_the_list_of_rule_tables_is_whole() -> None:
 def test_a_step_is_placed_by_a_table(table: str) -> None:
     from moe_shard.runtime.explained import explain_config, explain_table
 
-    sizes = ("ici_fsdp_parallelism=8",)
+    sizes = ["ici_fsdp_parallelism=8"]
     if table != "pure-fsdp":
-        sizes = ("ici_fsdp_parallelism=4", "ici_expert_parallelism=2")
+        sizes = ["ici_fsdp_parallelism=4", "ici_expert_parallelism=2"]
     config = load_config(
         str(CONFIGS / "base.yml"),
         ["model_name=mixtral-8x7b", *SMALL, *sizes, f"custom_mesh_and_rule={table}"],

@@ -64,7 +64,7 @@ def maxtext(
     tmp_path_factory: pytest.TempPathFactory, batch: dict[str, np.ndarray]
 ) -> dict[str, Answers]:
     folder = tmp_path_factory.mktemp("maxtext")
-    np.savez(folder / "batch.npz", **batch)
+    np.savez(folder / "batch.npz", allow_pickle=False, **batch)
     cases = {
         name: {
             "keys": [
@@ -118,7 +118,7 @@ def read(
 
 def logits(config: Config, model: AbstractModel, params: Params, batch: Any) -> np.ndarray:
     axes = ("activation_batch", "activation_length")
-    place = annotator(config).sharding("batch", axes, (ROWS, LENGTH))
+    place = annotator(config).named_sharding("batch", axes, (ROWS, LENGTH))
     fields = {name: jax.device_put(array, place) for name, array in batch.items()}
 
     def forward(params: Params, batch: Any) -> Any:

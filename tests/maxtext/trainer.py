@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 LAYERS = 2
 
@@ -82,18 +82,20 @@ _ALL_WEIGHTS = {"wi_0": 2, "wi_1": 2, "wo": 2}
 # To the experts and back; then both again, and the gradients of both.
 _EXCHANGES = (2, 4)
 
+_GATHERED: dict[str, Any] = {"verdict": "weight-gathered", "gathered": _ALL_WEIGHTS}
+_SENT: dict[str, Any] = {"verdict": "expert-parallel", "exchanges": _EXCHANGES}
 CASES = {
     f"{where}-dense-{flag}-{mesh}": Case(
-        where, mesh, [*DENSE, *([FLAG] if flag == "on" else [])], *known
+        where, mesh, [*DENSE, *([FLAG] if flag == "on" else [])], **known
     )
     for where in ("cpu", "v5e")
     for flag, mesh, known in [
-        ("off", "expert8", ("weight-gathered", (0, 0), "all-to-all", _ALL_WEIGHTS)),
-        ("off", "fsdp2-expert4", ("weight-gathered", (0, 0), "all-to-all", _ALL_WEIGHTS)),
-        ("on", "expert8", ("expert-parallel", _EXCHANGES)),
+        ("off", "expert8", _GATHERED),
+        ("off", "fsdp2-expert4", _GATHERED),
+        ("on", "expert8", _SENT),
         # MaxText lays the down projection's result out by batch rows with `expert` still among
         # them, so that what its experts hold goes back to the rows, and `wo` goes there whole.
-        ("on", "fsdp2-expert4", ("mixed", _EXCHANGES, "all-to-all", {"wo": 2})),
+        ("on", "fsdp2-expert4", _SENT | {"verdict": "mixed", "gathered": {"wo": 2}}),
     ]
 }
 CASES["cpu-dense-on-fsdp2-expert4-unscanned"] = CASES["cpu-dense-on-fsdp2-expert4"]._replace(

@@ -61,17 +61,21 @@ def annotator(config: Config) -> Sharding:
 def architecture(config: Config) -> Architecture:
     """The configuration as the oracle is told it."""
     model, moe = config.model, config.model.moe
-    settings = moe and Settings(
-        k=moe.num_experts_per_tok,
-        capacity_factor=moe.capacity_factor,
-        capacity_rule=moe.capacity_rule,
-        min_capacity=moe.min_capacity,
-        drop_policy=moe.drop_policy,
-        renormalise=moe.router.norm_topk_prob,
-        activation=model.gating.activation,
-        load_balance=moe.load_balance_loss_type,
-        load_balance_weight=moe.load_balance_loss_weight,
-        z_weight=moe.router_z_loss_weight,
+    settings = (
+        None
+        if moe is None
+        else Settings(
+            k=moe.num_experts_per_tok,
+            capacity_factor=moe.capacity_factor,
+            capacity_rule=moe.capacity_rule,
+            min_capacity=moe.min_capacity,
+            drop_policy=moe.drop_policy,
+            renormalise=moe.router.norm_topk_prob,
+            activation=model.gating.activation,
+            load_balance=moe.load_balance_loss_type,
+            load_balance_weight=moe.load_balance_loss_weight,
+            z_weight=moe.router_z_loss_weight,
+        )
     )
     return Architecture(
         theta=model.attention.rope.rope_max_timescale,

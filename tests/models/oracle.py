@@ -100,7 +100,9 @@ def forward(
         p = jax.tree.map(lambda a, i=index: a[i], params["layers"])
         normalised = _rms_norm(x, p["attention_norm"]["scale"], epsilon)
         rows = zip(normalised, positions, segments, strict=True)
-        x = x + np.stack([_attention(row, p["attention"], *at, architecture) for row, *at in rows])
+        x = x + np.stack(
+            [_attention(row, p["attention"], at, of, architecture) for row, at, of in rows]
+        )
         normalised = _rms_norm(x, p["mlp_norm"]["scale"], epsilon)
         if settings is None:
             gated, _ = activation(architecture.activation, normalised @ p["mlp"]["gate"])
@@ -111,13 +113,17 @@ def forward(
         x = x + answers[-1].y
     x = _rms_norm(x, params["final_norm"]["scale"], epsilon)
     embedding = params["embedding"]
+
+    def of_layers(name: str) -> np.ndarray:
+        return np.stack([getattr(a, name) for a in answers]) if answers else np.zeros(0)
+
     return Answer(
-        x @ (embedding["kernel"] if "kernel" in embedding else embedding["table"].T),
-        *(
-            np.stack([getattr(a, name) for a in answers]) if answers else np.zeros(0)
-            for name in ("load_balance", "z_loss", "counts", "dropped")
-        ),
-        min((a.margin for a in answers), default=math.inf),
+        logits=x @ (embedding["kernel"] if "kernel" in embedding else embedding["table"].T),
+        load_balance=of_layers("load_balance"),
+        z_loss=of_layers("z_loss"),
+        counts=of_layers("counts"),
+        dropped=of_layers("dropped"),
+        margin=min((a.margin for a in answers), default=math.inf),
     )
 
 

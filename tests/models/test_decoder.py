@@ -13,7 +13,7 @@ import pytest
 from moe_shard.config import load_config
 from moe_shard.lowering.reports import LoweringReport, report_from_text
 from moe_shard.models.flops import matmul_params_per_token, train_flops_per_token
-from moe_shard.models.params import describe
+from moe_shard.models.params import Params, describe
 from moe_shard.program.step import make_program
 from tests.models.build import (
     NO_DROPS,
@@ -56,7 +56,7 @@ FEATURES = {
 
 
 @functools.cache
-def expected(overrides: tuple[str, ...]) -> tuple[Answer, float, dict]:
+def expected(overrides: tuple[str, ...]) -> tuple[Answer, float, Params]:
     """The oracles' answers; they know no mesh."""
     config = small_config({"data": 8}, *overrides)
     params, told = random_params(config), architecture(config)
@@ -109,6 +109,8 @@ def test_remat_changes_neither_loss_nor_gradients_nor_routing(policy: str) -> No
     other = found(tuple(EXPERT8.items()), (f"remat_policy={policy}",))
     np.testing.assert_allclose(other.loss, kept.loss, rtol=1e-7)
     assert_close(other.grads, kept.grads, 2e-6)
+    assert other.stats is not None
+    assert kept.stats is not None
     np.testing.assert_array_equal(other.stats.expert_counts, kept.stats.expert_counts)
     # The choice is made once: the backward pass holds no second argmax and no second sort, so a
     # near tie cannot go one way forward and the other way back.
@@ -166,9 +168,8 @@ def step_hlo(*overrides: str) -> str:
     """The optimized HLO of the training step on expert=8."""
     config = small_config(EXPERT8, *overrides)
     program = make_program(config, annotator(config))
-    return (
-        program.step.lower(program.abstract_state, program.abstract_batch).compile(QUICK).as_text()
-    )
+    compiled = program.step.lower(program.abstract_state, program.abstract_batch).compile(QUICK)
+    return compiled.as_text() or ""
 
 
 def report(*overrides: str) -> LoweringReport:
@@ -208,7 +209,7 @@ def test_the_program_does_not_grow_with_depth() -> None:
 
 
 @functools.cache
-def initial(mesh: tuple[tuple[str, int], ...]) -> dict:
+def initial(mesh: tuple[tuple[str, int], ...]) -> Params:
     config = small_config(dict(mesh), "base_num_decoder_layers=2")
     program = make_program(config, annotator(config))
     key = jax.random.key(config.train.seed)

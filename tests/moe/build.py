@@ -56,7 +56,7 @@ def mesh_of(sizes: Mapping[str, int], order: Sequence[int] | None = None) -> Mes
 
 
 def moe_config(
-    settings: Settings, *, experts: int, hidden: int, dispatch: str, flag: bool, **route: Any
+    settings: Settings, *, experts: int, hidden: int, dispatch: Any, flag: bool, **route: Any
 ) -> MoEConfig:
     """The package's configuration of what the oracle is asked for.
 
@@ -113,6 +113,7 @@ class BuiltLayer:
     shapes: dict[str, jax.ShapeDtypeStruct]
     tokens: jax.ShapeDtypeStruct
     settings: Settings
+    mesh: Mesh
     sharding: Sharding
     fused: bool
 
@@ -161,7 +162,8 @@ class BuiltLayer:
         (loss, aux), (by_params, by_x) = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(
             params, x
         )
-        return Outputs(loss, *aux, {"x": by_x, **by_params})
+        balance, y, stats = aux
+        return Outputs(loss, balance, y, stats, {"x": by_x, **by_params})
 
     def shardings(self) -> tuple[dict[str, NamedSharding], NamedSharding]:
         """Of the parameters and of the tokens."""
@@ -170,10 +172,11 @@ class BuiltLayer:
     def jitted(self, **options: Any) -> Any:
         """`step` compiled for the mesh, gradients sharded as what they are gradients of."""
         params, tokens = self.shardings()
+        places: tuple[Any, ...] = (None, None, tokens, None, {"x": tokens, **params})
         return jax.jit(
             lambda p, x, cotangent: self.step(p, x, cotangent, **options),
             in_shardings=(params, tokens, tokens),
-            out_shardings=Outputs(None, None, tokens, None, {"x": tokens, **params}),
+            out_shardings=Outputs(*places),
         )
 
     def lower(self, **options: Any) -> Any:
@@ -186,7 +189,8 @@ class BuiltLayer:
         arguments = jax.device_put(
             (inputs.params, inputs.x, inputs.cotangent), (params, tokens, tokens)
         )
-        return jax.device_get(_compiled(self.lower(), self.sharding.mesh)(*arguments))
+        outputs: Outputs = jax.device_get(_compiled(self.lower(), self.mesh)(*arguments))
+        return outputs
 
 
 # Half of the time to compile is LLVM's; the partitioner, which is on trial, is the same.
@@ -262,7 +266,7 @@ def build_layer(
     shapes = {}
     named = {path: name for name, path in PATHS.items()}
     for path, variable in nnx.to_flat_state(state):
-        name = named[path]
+        name = named[tuple(map(str, path))]
         shape = variable.get_raw_value()
         placed = sharding.named_sharding(name, variable.get_metadata()["logical_axes"], shape.shape)
         shapes[name] = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=placed)
@@ -275,6 +279,7 @@ def build_layer(
             token_shape, dtype, sharding=sharding.named_sharding("x", TOKENS, token_shape)
         ),
         settings=settings,
+        mesh=mesh,
         sharding=sharding,
         fused=fused,
     )

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+Dims = dict[str, Any]
+"""Sizes, as `random_inputs` and `build_layer` take them: rows, tokens, model, hidden, experts."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Literal
 
 import numpy as np
 
@@ -26,20 +27,20 @@ class Settings:
 
     k: int = 2
     capacity_factor: float = 1.0
-    capacity_rule: str = "maxtext"
+    capacity_rule: Literal["maxtext", "gshard"] = "maxtext"
     min_capacity: int = 0
-    drop_policy: str = "position"
+    drop_policy: Literal["position", "probability"] = "position"
     renormalise: bool = True
     activation: str = "silu"
     round_robin: bool = False
-    load_balance: str = "maxtext"
+    load_balance: Literal["maxtext", "sequence", "gshard", "huggingface"] = "maxtext"
     load_balance_weight: float = 0.0
     z_weight: float = 0.0
-    score: str = "softmax"
+    score: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
     scaling: float = 1.0
     groups: int = 1
     kept_groups: int = 1
-    group_score: str = "max"
+    group_score: Literal["max", "top2_sum"] = "max"
     on_input: bool = False
     limit: float = math.inf
     offset: float = 0.0

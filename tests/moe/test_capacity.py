@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_shard.config.moe_config import CapacityRule, DropPolicy
 from moe_shard.moe.capacity import Slots, assign_slots, expert_capacity
 from tests.moe.oracle import Settings, layer_capacity, seat, top_k
 
@@ -28,13 +29,13 @@ KEPT = {
 
 def seated(slots: Slots, indices: np.ndarray, capacity: int) -> list[set[tuple[int, int, int]]]:
     """Per row, the (token, expert, slot) of each kept choice, by the choices' pointers."""
-    rows = []
+    rows: list[set[tuple[int, int, int]]] = []
     for row, kept in zip(np.asarray(slots.slot_of_choice), np.asarray(slots.kept()), strict=True):
         rows.append(set())
-        for token, i in np.argwhere(kept):
+        for token, i in np.argwhere(kept).tolist():
             expert, slot = divmod(int(row[token, i]), capacity)
             assert expert == indices[len(rows) - 1, token, i]
-            rows[-1].add((int(token), expert, slot))
+            rows[-1].add((token, expert, slot))
     return rows
 
 
@@ -75,7 +76,7 @@ def test_maxtext_capacity(tokens: int, experts: int, k: int, factor: float, slot
     st.integers(0, 9),
 )
 def test_capacity_is_the_oracles(
-    tokens: int, experts: int, k: int, factor: float, rule: str, minimum: int
+    tokens: int, experts: int, k: int, factor: float, rule: CapacityRule, minimum: int
 ) -> None:
     expected = layer_capacity(
         tokens,
@@ -90,14 +91,14 @@ def test_capacity_is_the_oracles(
 
 
 @pytest.mark.parametrize("drop", ["position", "probability"])
-def test_the_published_example_is_seated_as_published(drop: str) -> None:
+def test_the_published_example_is_seated_as_published(drop: DropPolicy) -> None:
     indices = np.array([[top_k(p, 2) for p in PROBS]])
     slots = assign_slots(jnp.array(indices), jnp.array(PROBS[None]), capacity=2, drop=drop)
     assert seated(slots, indices, 2) == [KEPT[drop]]
 
 
 @st.composite
-def routings(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int, str]:
+def routings(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int, DropPolicy]:
     # Few shapes, so that few programs are compiled; few values, so that there are ties.
     rows, tokens, experts, k, capacity = draw(
         st.sampled_from([(2, 6, 3, 2, 1), (2, 6, 3, 2, 3), (1, 9, 4, 1, 2), (2, 5, 4, 4, 5)])
@@ -108,13 +109,14 @@ def routings(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int, str]:
     )
     probs = np.array(flat, np.float32).reshape(rows, tokens, experts)
     indices = np.array([[top_k(p, k) for p in row] for row in probs])
-    return probs, indices, capacity, draw(st.sampled_from(["position", "probability"]))
+    drop: DropPolicy = draw(st.sampled_from(["position", "probability"]))
+    return probs, indices, capacity, drop
 
 
 @settings(max_examples=150, deadline=None)
 @given(routings())
 def test_seating_is_that_of_a_plain_loop_and_its_pointers_are_inverse(
-    routing: tuple[np.ndarray, np.ndarray, int, str],
+    routing: tuple[np.ndarray, np.ndarray, int, DropPolicy],
 ) -> None:
     probs, indices, capacity, drop = routing
     rows, _, k = indices.shape

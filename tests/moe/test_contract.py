@@ -21,11 +21,11 @@ from moe_shard.moe.dispatch.ragged import Ragged
 from moe_shard.sharding.annotate import Sharding
 from tests.moe import emulation
 from tests.moe.build import Outputs, build_layer, mesh_of
-from tests.moe.inputs import Inputs, random_inputs
+from tests.moe.inputs import Dims, Inputs, random_inputs
 from tests.moe.oracle import Answer, Settings, moe_layer
 from tests.moe.test_factorisations import assert_equal_to_oracle, label
 
-DIMS = {"rows": 8, "tokens": 16, "model": 16, "hidden": 32, "experts": 8}
+DIMS: Dims = {"rows": 8, "tokens": 16, "model": 16, "hidden": 32, "experts": 8}
 WHOLE = Settings(capacity_factor=-1.0, load_balance_weight=3.0, z_weight=0.5)
 MESHES = [{"expert": 8}, {"fsdp": 2, "tensor": 2, "expert": 2}]
 MORE_MESHES = [*MESHES, {"data": 2, "expert": 4}]
@@ -61,7 +61,7 @@ def route(variant: str, request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 def run(
-    sizes: dict[str, int], settings: Settings, inputs: Inputs, dims: dict[str, int], **route: Any
+    sizes: dict[str, int], settings: Settings, inputs: Inputs, dims: Dims, **route: Any
 ) -> tuple[Outputs, Answer]:
     layer = build_layer(mesh_of(sizes), settings, flag=True, **dims, **route)
     return layer.run(inputs), moe_layer(inputs.x, inputs.params, inputs.cotangent, settings)
@@ -70,7 +70,7 @@ def run(
 def check(sizes: dict[str, int], settings: Settings, inputs: Inputs, **route: Any) -> Answer:
     rows, tokens, model = inputs.x.shape
     experts, _, hidden = inputs.params["gate"].shape
-    dims = {
+    dims: Dims = {
         "rows": rows, "tokens": tokens, "model": model, "hidden": hidden, "experts": experts
     }  # fmt: skip
     route |= {
@@ -89,7 +89,7 @@ def towards(bias: list[float], **dims: Any) -> Inputs:
     inputs = random_inputs(**(DIMS | dims))
     x, params = inputs.x.copy(), {name: value.copy() for name, value in inputs.params.items()}
     x[..., 0] = 3.0
-    params["kernel"][0] += np.float32(bias)
+    params["kernel"][0] += np.array(bias, np.float32)
     return dataclasses.replace(inputs, x=x, params=params)
 
 
@@ -216,7 +216,7 @@ def test_a_skewed_router_with_biases_makes_further_rounds() -> None:
     inputs = random_inputs(
         **(DIMS | {"tokens": 64}), biases=("router_bias", "down_bias", "gate_bias", "up_bias")
     )
-    inputs.params["router_bias"] += np.float32([3, 0, 0, 0, 0, 0, 0, 0])
+    inputs.params["router_bias"] += np.array([3, 0, 0, 0, 0, 0, 0, 0], np.float32)
     expected = check({"expert": 8}, dataclasses.replace(WHOLE, k=1), inputs, dispatch="ragged")
     assert expected.counts.sum(axis=0)[0] > 0.8 * 8 * 64
 

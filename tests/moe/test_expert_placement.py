@@ -23,6 +23,7 @@ from moe_shard.lowering.reports import report_from_text
 from moe_shard.moe.placement import EXPERT_WEIGHT_IN, EXPERT_WEIGHT_OUT
 from moe_shard.sharding.rules import Resolution, RuleTable
 from tests.moe.build import AXES, RULES, BuiltLayer, build_layer, mesh_of
+from tests.moe.inputs import Dims
 from tests.moe.oracle import moe_layer
 from tests.moe.test_factorisations import DEFAULT, DIMS, INPUTS, assert_equal_to_oracle
 
@@ -120,7 +121,7 @@ def overrides_of(rules: str) -> list[str]:
 
 
 def built(sizes: Sizes, experts: int) -> BuiltLayer:
-    dims = {"rows": 8, "tokens": 16, "model": M, "hidden": H, "experts": experts}
+    dims: Dims = {"rows": 8, "tokens": 16, "model": M, "hidden": H, "experts": experts}
     return build_layer(mesh_of(sizes), DEFAULT, dispatch="gather", flag=True, **dims)
 
 

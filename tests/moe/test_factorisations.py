@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
 
+from moe_shard.config.moe_config import DropPolicy
 from tests.moe.build import Outputs, build_layer, mesh_of
-from tests.moe.inputs import Inputs, random_inputs
+from tests.moe.inputs import Dims, Inputs, random_inputs
 from tests.moe.oracle import Answer, Settings, moe_layer
 
-DIMS = {"rows": 8, "tokens": 16, "model": 16, "hidden": 32, "experts": 8}
+DIMS: Dims = {"rows": 8, "tokens": 16, "model": 16, "hidden": 32, "experts": 8}
 INPUTS = random_inputs(**DIMS)
 # Weights of the losses large enough that a wrong one shows in the gradients.
 DEFAULT = Settings(load_balance_weight=3.0, z_weight=0.5)
@@ -158,7 +160,7 @@ def test_meshes_with_fsdp_transpose_and_context_ragged(sizes: dict[str, int]) ->
         pytest.param({"renormalise": False, "activation": "gelu"}, id="raw-weights-gelu"),
     ],
 )
-def test_every_setting(sizes: dict[str, int], dispatch: str, changes: dict[str, object]) -> None:
+def test_every_setting(sizes: dict[str, int], dispatch: str, changes: dict[str, Any]) -> None:
     settings = dataclasses.replace(DEFAULT, **changes)
     expected = check(sizes, dispatch, True, settings)
     if settings.capacity_factor < 0 or settings.k == 8:  # k = E: every expert takes every token
@@ -176,7 +178,9 @@ def test_a_permuted_device_order(dispatch: str, flag: bool) -> None:
 @either_strategy
 @some_meshes
 @pytest.mark.parametrize("drop_policy", ["position", "probability"])
-def test_ties_go_to_the_first(sizes: dict[str, int], dispatch: str, drop_policy: str) -> None:
+def test_ties_go_to_the_first(
+    sizes: dict[str, int], dispatch: str, drop_policy: DropPolicy
+) -> None:
     # Tokens repeat, so equal choices compete for one expert's slots; router columns repeat, so
     # every token has experts of equal probability. The values are small multiples of 1/8, exact
     # in float32 in any order of summation, so that ties are ties on every mesh.

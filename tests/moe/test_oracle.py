@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from moe_shard.config.moe_config import LoadBalanceLoss
 from tests.moe.inputs import Inputs, random_inputs
 from tests.moe.oracle import FURTHER, Answer, Settings, moe_layer
 
@@ -15,7 +16,7 @@ from tests.moe.oracle import FURTHER, Answer, Settings, moe_layer
 @pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
 @pytest.mark.parametrize(("k", "renormalise"), [(1, False), (2, True), (2, False), (4, True)])
 def test_gradients_are_those_of_finite_differences(
-    load_balance: str, activation: str, k: int, renormalise: bool
+    load_balance: LoadBalanceLoss, activation: str, k: int, renormalise: bool
 ) -> None:
     inputs = random_inputs(rows=2, tokens=6, model=5, hidden=7, experts=4)
     settings = Settings(
@@ -34,7 +35,7 @@ def assert_gradients(inputs: Inputs, settings: Settings) -> Answer:
     # float64 copies: the differences below are far under float32's resolution.
     arrays = {name: a.astype(np.float64) for name, a in {"x": inputs.x, **inputs.params}.items()}
 
-    def answer():
+    def answer() -> Answer:
         params = {name: a for name, a in arrays.items() if name != "x"}
         return moe_layer(arrays["x"], params, inputs.cotangent, settings)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from moe_shard.config.load import load_config
+from moe_shard.config.moe_config import LoadBalanceLoss
 from moe_shard.errors import UserError
 from moe_shard.lowering.expect import assert_collectives
 from moe_shard.lowering.reports import report_from_text
@@ -121,7 +122,8 @@ def test_forced_balance_sorts_nothing_and_counts_nothing(dispatch: str, tokens: 
 
 @pytest.mark.parametrize("chosen", ["force_load_balance", "random"])
 def test_the_weights_of_forced_routing_are_the_routers(chosen: str) -> None:
-    layer, inputs = build(EXPERT_8, **{chosen: True}), random_inputs(**DIMS)
+    forced: dict[str, Any] = {chosen: True}
+    layer, inputs = build(EXPERT_8, **forced), random_inputs(**DIMS)
     counts = layer.run(inputs).stats.expert_counts
     assert (counts.sum(axis=1) == 32).all()
     assert ((counts == 4).all()) == (chosen == "force_load_balance")
@@ -197,7 +199,7 @@ def test_what_is_dropped_is_counted_on_every_mesh(sizes: dict[str, int]) -> None
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("convention", ["maxtext", "gshard"])
 def test_what_should_be_equal_on_all_devices_is(
-    convention: str, check_vma: bool, monkeypatch: pytest.MonkeyPatch
+    convention: LoadBalanceLoss, check_vma: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "Ragged", partial(Ragged, check_vma=check_vma))
     settings = dataclasses.replace(WHOLE, load_balance=convention)

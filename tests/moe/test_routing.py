@@ -33,7 +33,9 @@ GROUPED = [
 every_score = pytest.mark.parametrize("score", SCORES)
 
 
-def routed(logits: np.ndarray, k: int, correction: np.ndarray | None = None, **router: Any):
+def routed(
+    logits: np.ndarray, k: int, correction: np.ndarray | None = None, **router: Any
+) -> Routing:
     """Of tokens [T E], as of one batch row, on the host."""
     found = route(
         jnp.array(logits[None], jnp.float32),
@@ -57,7 +59,7 @@ def chosen(ranked: np.ndarray, k: int, config: RouterConfig) -> list[int]:
     """One token's experts, best first, within its groups."""
     groups, kept = config.groups
     size = len(ranked) // groups
-    allowed = range(len(ranked))
+    allowed = list(range(len(ranked)))
     if kept < groups:
         best = [np.sort(ranked[g * size : (g + 1) * size])[::-1] for g in range(groups)]
         value = [b[0] if config.routing_group_score == "max" else b[0] + b[1] for b in best]
@@ -100,12 +102,12 @@ def test_choice_and_weights_are_the_oracles(
     score: str, groups: dict[str, Any], normed: bool, k: int
 ) -> None:
     # So wide a jitter that about half of the experts share a softmax.
-    fields = {
+    fields: dict[str, Any] = {
         "routed_score_func": score, "norm_topk_prob": normed, "routed_scaling_factor": 2.5,
         "sparsemixer_jitter": 0.4, **groups,
     }  # fmt: skip
     logits, config = tokens(), replace(PLAIN, **fields)
-    correction = np.float32([0.3, -0.2, 0.1, 0, -0.3, 0.2, 0, -0.1])
+    correction = np.array([0.3, -0.2, 0.1, 0, -0.3, 0.2, 0, -0.1], np.float32)
     found = routed(logits, k, correction, **fields)
     for token, u in enumerate(logits.astype(np.float64)):
         experts = chosen(scores_of(u, config) + correction, k, config)
@@ -121,9 +123,9 @@ def test_choice_and_weights_are_the_oracles(
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("balance", ["softmax", "ranked", "logits"])
 def test_the_balance_loss_may_take_a_softmax_for_probabilities(score: str, balance: str) -> None:
-    fields = {"routed_score_func": score, "load_balance_probs": balance}
+    fields: dict[str, Any] = {"routed_score_func": score, "load_balance_probs": balance}
     logits, config = tokens(), replace(PLAIN, **fields)
-    correction = np.float32([0.3, -0.2, 0.1, 0, -0.3, 0.2, 0, -0.1])
+    correction = np.array([0.3, -0.2, 0.1, 0, -0.3, 0.2, 0, -0.1], np.float32)
     found = routed(logits, 2, correction, **fields)
     for token, u in enumerate(logits.astype(np.float64)):
         of = {"softmax": scores_of(u, config), "logits": u}.get(balance)
@@ -136,7 +138,11 @@ def test_the_balance_loss_may_take_a_softmax_for_probabilities(score: str, balan
 @every_score
 @pytest.mark.parametrize("normed", [True, False])
 def test_gradients_of_the_weights_are_those_of_finite_differences(score: str, normed: bool) -> None:
-    fields = {"routed_score_func": score, "norm_topk_prob": normed, "sparsemixer_jitter": 0.4}
+    fields: dict[str, Any] = {
+        "routed_score_func": score,
+        "norm_topk_prob": normed,
+        "sparsemixer_jitter": 0.4,
+    }
     logits, config = tokens(6, 8, seed=3), replace(PLAIN, **fields)
     cotangent = np.random.default_rng(1).standard_normal((6, 2))
 
@@ -177,7 +183,7 @@ def test_a_correction_bias_chooses_and_never_weighs(score: str) -> None:
     assert (plain.indices[:, 0] != 0).all()
     config = replace(PLAIN, **fields)
     for token, experts in enumerate(corrected.indices):
-        expected = scores_of(np.float64(LOGITS[token]), config)[experts]
+        expected = scores_of(LOGITS[token].astype(np.float64), config)[experts]
         np.testing.assert_allclose(corrected.weights[token], expected, rtol=1e-6)
     np.testing.assert_array_equal(corrected.probs, plain.probs)
 

@@ -9,11 +9,11 @@ import pytest
 
 from moe_shard.lowering.reports import report_from_text
 from tests.moe.build import FAST, build_layer, mesh_of
-from tests.moe.inputs import Inputs, random_inputs
+from tests.moe.inputs import Dims, Inputs, random_inputs
 from tests.moe.oracle import Answer, Settings, activation, moe_layer
 from tests.moe.test_factorisations import assert_equal_to_oracle, label
 
-DIMS = {"rows": 8, "tokens": 16, "model": 16, "hidden": 32, "experts": 8}
+DIMS: Dims = {"rows": 8, "tokens": 16, "model": 16, "hidden": 32, "experts": 8}
 SHARED_DIM = 24
 PLAIN = Settings(capacity_factor=-1.0, load_balance_weight=3.0, z_weight=0.5)
 CLAMPED = dataclasses.replace(PLAIN, limit=0.7, offset=1.0)
@@ -24,7 +24,11 @@ MESHES = [{"expert": 8}, {"fsdp": 2, "tensor": 2, "expert": 2}, {"context": 2, "
 def inputs_of(*, biases: bool, score: bool) -> Inputs:
     inputs = random_inputs(**DIMS, biases=BIASES if biases else ())
     rng = np.random.default_rng(7)
-    shapes = {"gate": (16, SHARED_DIM), "up": (16, SHARED_DIM), "down": (SHARED_DIM, 16)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "gate": (16, SHARED_DIM),
+        "up": (16, SHARED_DIM),
+        "down": (SHARED_DIM, 16),
+    }
     if biases:
         shapes |= {"gate_bias": (SHARED_DIM,), "up_bias": (SHARED_DIM,), "down_bias": (16,)}
     if score:

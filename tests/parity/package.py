@@ -99,6 +99,7 @@ def evaluate(opened: Opened, inputs: np.ndarray, targets: np.ndarray) -> Answer:
         logits, stats = opened.model.apply(params)(
             batch["inputs"], batch["positions"], batch["segment_ids"]
         )
+        assert stats is not None
         balance = load_balance_loss(
             stats.mean_probs,
             stats.expert_counts,

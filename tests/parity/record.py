@@ -48,7 +48,7 @@ def record(shape: Shape, reference: Reference) -> bytes:
     with zipfile.ZipFile(out, "w") as archive:
         for name, values in arrays.items():
             content = io.BytesIO()
-            np.save(content, values, allow_pickle=False)
+            np.save(content, np.asarray(values), allow_pickle=False)
             entry = zipfile.ZipInfo(f"{name}.npy", LONG_AGO)
             archive.writestr(entry, content.getvalue(), zipfile.ZIP_DEFLATED, 9)
     return out.getvalue()

@@ -158,7 +158,7 @@ def forward(shape: Shape, model: Any, inputs: np.ndarray, targets: np.ndarray) -
     )
     for hook in hooks:
         hook.remove()
-    aux = answer.aux_loss if balanced else None
+    aux: Any = answer.aux_loss if balanced else None
     weight = model.config.router_aux_loss_coef if balanced else 0.0
     ce_loss = answer.loss - weight * aux if balanced else answer.loss
     if balanced and _correction_biases(model):
@@ -220,7 +220,8 @@ def margin(shape: Shape, model: Any, router_logits: np.ndarray) -> float:
             soft = shape.family.startswith("ernie")
             scores = exp / exp.sum(-1, keepdims=True) if soft else exp / (1 + exp)
             scores = scores + biases[layer].numpy()
-        groups, kept = (getattr(config, key, None) for key in ("n_group", "topk_group"))
+        groups: Any = getattr(config, "n_group", None)
+        kept: Any = getattr(config, "topk_group", None)
         if groups and kept < groups and getattr(config, "topk_method", "") != "greedy":
             split = np.sort(scores.reshape(*scores.shape[:-1], groups, -1), axis=-1)
             best = split[..., -2:].sum(-1) if biases else split[..., -1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,10 @@ def test_logits(name: str, tmp_path: Path) -> None:
 
 def logits(directory: Path, inputs: np.ndarray) -> np.ndarray:
     """By transformers, in float32."""
+    import torch
     from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
-    from tests.parity.reference import torch
+    importlib.import_module("tests.parity.reference")  # one thread, no progress bars
 
     kind: Any = Mxfp4Config if "gpt_oss" in (directory / "config.json").read_text() else None
     model, report = AutoModelForCausalLM.from_pretrained(

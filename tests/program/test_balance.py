@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -92,7 +92,7 @@ def start(config: Config) -> Any:
     return params
 
 
-def steps(config: Config, batches: list[Mapping[str, np.ndarray]]) -> TrainState:
+def steps(config: Config, batches: Sequence[Mapping[str, np.ndarray]]) -> TrainState:
     """The state after an update on each batch, on the host."""
     program = make_program(config, annotator(config))
     compiled = program.step.lower(program.abstract_state, program.abstract_batch).compile(QUICK)

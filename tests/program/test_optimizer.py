@@ -61,7 +61,7 @@ def run(config: TrainConfig, start: Any, gradients: list[Any]) -> Any:
 def clipped(gradient: dict[str, np.ndarray], threshold: float) -> dict[str, np.ndarray]:
     norm = math.sqrt(sum(float(np.sum(np.float64(g) ** 2)) for g in gradient.values()))
     factor = threshold / norm if threshold and norm > threshold else 1.0
-    return {name: np.float64(g) * factor for name, g in gradient.items()}
+    return {name: g.astype(np.float64) * factor for name, g in gradient.items()}
 
 
 def rate_by_hand(step: int, *, peak: float, steps: int, warmup: int, final: float) -> float:
@@ -80,7 +80,7 @@ def test_adamw_is_numpy_adamw_and_norm_scales_do_not_decay(threshold: float) -> 
     )  # fmt: skip
     start, *gradients = random_trees(6)
     found = run(config, start, gradients)
-    params = {name: np.float64(a) for name, a in start.items()}
+    params = {name: a.astype(np.float64) for name, a in start.items()}
     first = {name: np.zeros_like(a) for name, a in params.items()}
     second = {name: np.zeros_like(a) for name, a in params.items()}
     for step, gradient in enumerate(gradients):
@@ -117,7 +117,7 @@ def test_sgd_is_the_plain_step() -> None:
     start, *gradients = random_trees(4)
     found = run(config, start, gradients)
     for name in SHAPES:
-        expected = np.float64(start[name])
+        expected = start[name].astype(np.float64)
         for step, gradient in enumerate(gradients):
             rate = rate_by_hand(step, peak=0.5, steps=10, warmup=1, final=0.1)
             expected = expected - rate * gradient[name]

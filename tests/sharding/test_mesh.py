@@ -97,11 +97,11 @@ class SlicedDevice:
 def test_simulated_slices_are_laid_out_as_jax_lays_out_real_ones(
     ici: dict[str, int], dcn: dict[str, int]
 ) -> None:
-    shapes = [tuple({**ONES, **sizes}.values()) for sizes in (ici, dcn)]
-    per_slice = math.prod(shapes[0])
+    within, across = (tuple({**ONES, **sizes}.values()) for sizes in (ici, dcn))
+    per_slice = math.prod(within)
     devices = [SlicedDevice(i, i // per_slice) for i in range(8)]
     assert count_slices(devices) == 8 // per_slice
-    expected = mesh_utils.create_hybrid_device_mesh(*shapes, devices)
+    expected = mesh_utils.create_hybrid_device_mesh(within, across, devices)
     mesh = make_mesh(config(ici, dcn))
     assert mesh.devices.shape == expected.shape
     assert ids(mesh.devices) == ids(expected)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxlib import _hlo
+
+from tests.xla_parser import hlo
 
 KINDS = {
     "all-gather",
@@ -56,7 +57,7 @@ class Program:
     """A text, and the ways through it."""
 
     def __init__(self, text: str) -> None:
-        module = _hlo.hlo_module_from_text(text)
+        module = hlo.hlo_module_from_text(text)
         self.by_name: dict[str, Any] = {}
         self.computation: dict[str, str] = {}
         self.text: dict[str, str] = {}

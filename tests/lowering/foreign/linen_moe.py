@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen import spmd
 
 from tests.lowering.foreign.setup import Place, Tree, cross_entropy, finish
 
@@ -25,11 +26,11 @@ class SparseMlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         place, E = self.place, self.experts
-        spread = partial(nn.with_logical_constraint, mesh=place.mesh)
+        spread = partial(spmd.with_logical_constraint, mesh=place.mesh)
         S, M = x.shape[1:]
         C = S * self.top_k // E
 
-        def weight(name: str, shape: tuple[int, ...], names: tuple[str | None, ...]) -> jax.Array:
+        def weight(name: str, shape: tuple[int, ...], names: tuple[str | None, ...]) -> Any:
             start = nn.with_logical_partitioning(nn.initializers.lecun_normal(), names)
             return self.param(name, start, shape, self.dtype)
 
@@ -116,7 +117,7 @@ class Block(nn.Module):
         if self.experts:
             sizes |= {"experts": self.experts, "top_k": self.top_k, "exchange": self.exchange}
         mlp = (SparseMlp if self.experts else DenseMlp)(place=self.place, **sizes, name="moe")
-        x = nn.with_logical_constraint(x + mlp(x), ("batch", None, None), mesh=self.place.mesh)
+        x = spmd.with_logical_constraint(x + mlp(x), ("batch", None, None), mesh=self.place.mesh)
         return x, None
 
 
@@ -131,14 +132,14 @@ class Model(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        table = self.param(
+        table: Any = self.param(
             "embedding",
             nn.with_logical_partitioning(nn.initializers.normal(), ("vocab", "embed_all")),
             (self.vocab, self.width),
             self.block["dtype"],
         )
         mesh = self.block["place"].mesh
-        x = nn.with_logical_constraint(table[tokens], ("batch", None, None), mesh=mesh)
+        x = spmd.with_logical_constraint(table[tokens], ("batch", None, None), mesh=mesh)
         if self.scan:
             stack = nn.scan(
                 nn.remat(Block, prevent_cse=False),
@@ -194,13 +195,14 @@ def program(
 
     def apply(params: Tree, tokens: jax.Array) -> jax.Array:
         with nn.logical_axis_rules(rules):
-            return model.apply({"params": params}, tokens)
+            logits: Any = model.apply({"params": params}, tokens)
+            return logits
 
     with nn.logical_axis_rules(rules):
         boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((B, S), jnp.int32)))[
             "params"
         ]
-        layouts = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), place.mesh, rules)
+        layouts = spmd.logical_to_mesh_sharding(nn.get_partition_spec(boxed), place.mesh, rules)
     params = jax.tree.map(
         lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
         nn.unbox(boxed),

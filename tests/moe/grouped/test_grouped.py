@@ -15,12 +15,12 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from moe_shard.config.moe_config import GroupedProductName
 from moe_shard.errors import UserError
 from moe_shard.lowering.collectives import extract_collectives
 from moe_shard.lowering.work import flops_by_scope
 from moe_shard.moe.grouped import (
     GroupedProduct,
-    GroupedProductName,
     choose,
     grouped_product,
     tpu_kernel,
@@ -83,8 +83,12 @@ def case(
         x[end - min(size, fillers) : end] = 0
     x[ends[-1] :] = 1e3
     w = random.normal(size=(len(sizes), *dims))
-    x, w, dy = (jnp.asarray(each, dtype) for each in (x, w, dy))
-    return Case(x, w, jnp.asarray(sizes, jnp.int32), dy)
+    return Case(
+        jnp.asarray(x, dtype),
+        jnp.asarray(w, dtype),
+        jnp.asarray(sizes, jnp.int32),
+        jnp.asarray(dy, dtype),
+    )
 
 
 def multiply(x: jax.Array, w: jax.Array, sizes: jax.Array, using: GroupedProduct) -> jax.Array:
