@@ -28,8 +28,9 @@ ENTRIES = {"__init__", "__main__", "train", "generate"}
 ONLY = {"lowering": {"errors", "units", "scopes"}}
 """Rooms that read the world of others, and so may import only this of the package."""
 
-WITHOUT_JAX = ("errors", "units", "scopes", "files", "stderr", "quiet", "config", "lowering")
-WITHOUT_JAX += ("watching",)
+WITHOUT_JAX = {
+    *("errors", "units", "scopes", "files", "stderr", "quiet", "config", "lowering", "watching"),
+}
 """Rooms whose files do not import jax, numpy or flax when they are loaded."""
 
 
