@@ -120,7 +120,7 @@ def test_forced_balance_sorts_nothing_and_counts_nothing(dispatch: str, tokens: 
         assert " gather(" not in text
 
 
-@pytest.mark.parametrize("chosen", ["force_load_balance", "random"])
+@pytest.mark.parametrize("chosen", ["force_load_balance", "use_random_routing"])
 def test_the_weights_of_forced_routing_are_the_routers(chosen: str) -> None:
     forced: dict[str, Any] = {chosen: True}
     layer, inputs = build(EXPERT_8, **forced), random_inputs(**DIMS)

@@ -49,7 +49,7 @@ class Recorder(Sharding):
     def __init__(self, mesh: AbstractMesh, rows: Rules) -> None:
         super().__init__(mesh, rows)
 
-    def sharding(
+    def named_sharding(
         self,
         name: str,
         logical_axes: LogicalAxes,
