@@ -25,7 +25,7 @@ demo: $(READY)  ## train mixtral-tiny for 60 steps, its expert parallelism shown
 	@$(RUN) -m moe_shard.train mixtral-tiny run_name=demo dump_hlo=true
 
 test: $(READY)  ## the whole suite
-	$(RUN) -m pytest -n 2 $(TESTS)
+	$(RUN) -m pytest -n 2 --dist worksteal $(TESTS)
 
 test-newest:  ## the whole suite on the newest jax, which needs NEWEST_PYTHON (TESTS="..." for some)
 	@$(MAKE) test PYTHON=$(NEWEST_PYTHON) VENV=.venv-newest PINS=

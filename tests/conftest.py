@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 
+from tests.quick import FLAGS
+
 # Both are read once, when jax starts its backend, so they are set before anything imports jax.
 DEVICES = 8
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={DEVICES}"]
+    [f"--xla_force_host_platform_device_count={DEVICES}", FLAGS, os.environ.get("XLA_FLAGS", "")]
 ).strip()
 
 import gc  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -27,13 +30,18 @@ def _eight_cpu_devices() -> None:
     assert {device.platform for device in devices} == {"cpu"}, devices
 
 
+# A program holds some of its process's memory maps, of which Linux allows 65,530: a worker that
+# keeps the programs of all modules dies of a segmentation fault in LLVM. No module needs as many
+# as the rest of them.
+MAPS_KEPT = 15_000
+MAPS = Path("/proc/self/maps")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _programs_are_freed() -> Iterator[None]:
-    """Every program holds some of the memory maps of its process, of which Linux allows 65,530.
-
-    A worker that keeps the programs of all modules dies of a segmentation fault in LLVM.
-    """
+    """Let go of all programs once they are many; to compile anew in every module costs a minute."""
     yield
-    forget_programs()
-    jax.clear_caches()
-    gc.collect()
+    if not MAPS.exists() or MAPS.read_bytes().count(b"\n") > MAPS_KEPT:
+        forget_programs()
+        jax.clear_caches()
+        gc.collect()

@@ -25,7 +25,8 @@ from moe_shard.inference.texts import Text
 from moe_shard.program.step import make_program
 from moe_shard.runtime.compile import lay_out
 from tests.data.test_tokenizer import byte_level, short
-from tests.models.build import QUICK as COMPILER
+from tests.quick import FLAGS
+from tests.quick import QUICK as COMPILER
 from tests.test_train import TINY
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -36,14 +37,13 @@ REPEATED = "abcdefghijklm. "  # a token tells the next, which a few steps teach
 
 
 def command(module: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    unoptimized = {f"--{name}={value}" for name, value in COMPILER.items()}
     return subprocess.run(
         [sys.executable, "-W", "error", "-m", f"moe_shard.{module}", *arguments],
         cwd=folder,
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": " ".join(unoptimized),
+            "XLA_FLAGS": FLAGS,
             "PYTHONPATH": str(REPOSITORY),
         },
         capture_output=True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,7 @@ from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.mesh import make_mesh
 from tests.models.oracle import Architecture
 from tests.moe.oracle import Settings
-
-# LLVM's optimization is most of the time a CPU compile takes, and has no part in what is tested:
-# the partitioner and everything else of XLA run as always.
-QUICK: Final[dict[str, Any]] = {"xla_backend_optimization_level": 0}
+from tests.quick import QUICK as QUICK
 
 # Every dim divides by every axis of the meshes used; tokens drop at capacity factor 1. The losses'
 # weights are large enough that a wrong one shows in the gradients.

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.moe.oracle import Settings, activation, layer_capacity, moe_layer
+from tests.quick import QUICK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +224,7 @@ def dense_grads(
         fields = {name: jnp.asarray(a) for name, a in batch.items()}
         grad_fn = jax.jit(
             jax.value_and_grad(lambda p: dense_loss(p, fields, architecture)[0]),
-            compiler_options={"xla_backend_optimization_level": 0},
+            compiler_options=QUICK,
         )
         loss, grads = grad_fn(wide)
         return float(loss), jax.tree.map(np.asarray, grads)

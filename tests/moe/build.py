@@ -193,8 +193,6 @@ class BuiltLayer:
         return outputs
 
 
-# Half of the time to compile is LLVM's; the partitioner, which is on trial, is the same.
-FAST = {"xla_backend_optimization_level": 0}
 _programs: dict[str, Any] = {}
 
 
@@ -203,7 +201,7 @@ def _compiled(lowered: Any, mesh: Mesh) -> Any:
     # The text names the mesh's axes and sizes, not the order of its devices.
     key = f"{[device.id for device in mesh.devices.flat]}\n{lowered.as_text()}"
     if key not in _programs:
-        _programs[key] = lowered.compile(compiler_options=FAST)
+        _programs[key] = lowered.compile()
     return _programs[key]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_shard.lowering.reports import report_from_text
-from tests.moe.build import FAST, build_layer, mesh_of
+from tests.moe.build import build_layer, mesh_of
 from tests.moe.inputs import Dims, Inputs, random_inputs
 from tests.moe.oracle import Answer, Settings, activation, moe_layer
 from tests.moe.test_factorisations import assert_equal_to_oracle, label
@@ -114,7 +114,7 @@ def test_their_gathered_weights_are_no_experts_weights_to_the_verdict(dispatch: 
         mesh_of(sizes), PLAIN, dispatch=dispatch, flag=True, **DIMS,
         shared_experts=1, shared_expert_gate=True,
     )  # fmt: skip
-    report = report_from_text(layer.lower().compile(FAST).as_text(), mesh=sizes)
+    report = report_from_text(layer.lower().compile().as_text(), mesh=sizes)
     assert report.verdict == "expert-parallel"
     gathered = [each.scope for each in report.collectives if each.kind == "all-gather"]
     assert gathered.count("mlp") >= 3  # gate, up, down, which FSDP stores over all axes

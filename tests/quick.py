@@ -1,0 +1,21 @@
+"""How the tests let XLA:CPU compile: quickly, where no test is about the machine code.
+
+The partitioner, on trial in most tests, runs before either option and is the same: a program's
+collectives, their order and their bytes are those of XLA's defaults. LLVM's optimisation is a third
+of the time to compile. The fusion emitters, which take each fusion through MLIR, are half of the
+rest; without them XLA forms other fusions, so a test that reads those from the compiled text asks
+for the default. What a person runs, with XLA's defaults, is what `tests/test_train.py` runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+QUICK: Final[dict[str, Any]] = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}
+"""Compiler options for one program."""
+
+FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items())
+"""The same as XLA_FLAGS, for all programs of a process."""
