@@ -1,6 +1,7 @@
 """What a Hugging Face model directory holds, from `config.json` and the tensors' headers alone.
 
-No weight is read, and neither torch nor jax is imported: the largest models take a second.
+No weight is read, no device is started and torch is not imported: the largest models take a second
+or two.
 """
 
 from __future__ import annotations

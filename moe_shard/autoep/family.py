@@ -14,7 +14,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from moe_shard.autoep.param_shapes import PARAMETERS
 from moe_shard.config.keys import shown
 from moe_shard.config.load import base_settings, configs_dir, find_file, list_names
 from moe_shard.config.strict_yaml import read_mapping
@@ -282,10 +281,18 @@ def _read(path: Path, key: str, value: Any) -> Any:
         return {name: read_rule(path, name, each) for name, each in value.items()}
     if key == "tensors":
         for name in value:
-            _check_known(path, f"{key}.", name, PARAMETERS)
+            _check_known(path, f"{key}.", name, _default_tensors())
     if key in ("tensors", "aliases") and not all(isinstance(v, str) for v in value.values()):
         raise wrong("a mapping to names")
     return value
+
+
+@functools.cache
+def _default_tensors() -> dict[str, str]:
+    """The parameters whose tensors a family may name one by one: all that `defaults.yml` names."""
+    content = read_mapping(configs_dir() / "families" / f"{DEFAULTS}.yml")
+    tensors: dict[str, str] = content["tensors"]
+    return tensors
 
 
 def read_rule(path: Path, key: str, value: Any) -> Rule:

@@ -9,11 +9,11 @@ from pathlib import Path
 from moe_shard.autoep.family import Family
 from moe_shard.autoep.fused import Fused, read_fused
 from moe_shard.autoep.headers import TensorHeader
-from moe_shard.autoep.param_shapes import Slot, layer_slots, outer_slots
+from moe_shard.autoep.param_shapes import Slot, slots_of
 from moe_shard.autoep.tensor_names import FUSED, LISTED, Names, Place, expected
 from moe_shard.autoep.tensor_plan import Layout, Piece
 from moe_shard.config.keys import shown
-from moe_shard.config.model_config import LayerKind, ModelConfig
+from moe_shard.config.model_config import ModelConfig
 from moe_shard.errors import UserError
 from moe_shard.models.cycles import stacks_of
 
@@ -56,14 +56,16 @@ class Pieces:
         Raises:
             UserError: a tensor is missing, or its shape or the number of experts is another.
         """
-        for role, slot in outer_slots(self.model).items():
+        slots = slots_of(self.model)
+        for role, slot in slots.outer.items():
             yield self._piece(role, (), slot, tuple(role.split(".")), ())
-        for stack, kind, numbers in stacks_of(self.model.layer_kinds):
+        for stack, _, numbers in stacks_of(self.model.layer_kinds):
             for index, layer in enumerate(numbers):
-                yield from self._layer(layer, kind, stack, index)
+                yield from self._layer(layer, slots.layers[stack], stack, index)
 
-    def _layer(self, layer: int, kind: LayerKind, stack: str, index: int) -> Iterator[Piece]:
-        slots = layer_slots(self.model, kind)
+    def _layer(
+        self, layer: int, slots: Mapping[str, Slot], stack: str, index: int
+    ) -> Iterator[Piece]:
         experts = {role: slot for role, slot in slots.items() if role.startswith(LISTED)}
         for role, slot in slots.items():
             if role not in experts:

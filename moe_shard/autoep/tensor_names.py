@@ -8,15 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moe_shard.autoep.family import Family
-from moe_shard.autoep.param_shapes import OUTER
+from moe_shard.autoep.param_shapes import EXPERTS
 from moe_shard.config.keys import shown
 from moe_shard.errors import UserError
 
 Place = tuple[int, ...]
 """Where a tensor stands: (), (layer,) or (layer, expert)."""
 
-FUSED, LISTED = "mlp.fused.", "mlp.experts."
+FUSED, LISTED = "mlp.fused.", EXPERTS
 """Roles of tensors with all experts of a layer in them, and of those with one."""
+
+_OUTSIDE = ("embedding.", "final_norm.")
+"""What the paths of parameters outside the layers begin with."""
 
 _DIGITS = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 
@@ -90,7 +93,8 @@ def sort_names(tensors: Iterable[str], family: Family, where: Path) -> Names:
                 )
             known[case] = fits[0] if fits else ""
         role, place = known[case], tuple(map(_number, _DIGITS.findall(name)))
-        if role and len(place) == (0 if role in OUTER else 2 if role.startswith(LISTED) else 1):
+        depth = 0 if role.startswith(_OUTSIDE) else 2 if role.startswith(LISTED) else 1
+        if role and len(place) == depth:
             names.add(role, place, tensor, where)
         else:
             names.others.append(tensor)
@@ -115,7 +119,7 @@ def expected(role: str, family: Family, place: Place) -> str:
 def _exact(family: Family) -> Iterator[tuple[str, str]]:
     """Names, with 0 for each number -> role."""
     for role, name in family.tensors.items():
-        yield name if role in OUTER else f"{family.layers}.0.{name}", role
+        yield name if role.startswith(_OUTSIDE) else f"{family.layers}.0.{name}", role
 
 
 def _patterns(family: Family) -> Iterator[tuple[str, str]]:

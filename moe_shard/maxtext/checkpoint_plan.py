@@ -12,12 +12,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from moe_shard.autoep.param_shapes import Slot, layer_slots, outer_slots
+from moe_shard.autoep.param_shapes import EXPERTS, Slot, slots_of
 from moe_shard.config.keys import shown
 from moe_shard.config.model_config import ModelConfig
 from moe_shard.errors import UserError
 from moe_shard.maxtext.tensor_paths import (
-    EXPERTS,
     OUTER,
     STACKS,
     Place,
@@ -119,13 +118,13 @@ class _Planner:
 
     def plan(self) -> Plan:
         layers = self._by_layer()
+        slots = slots_of(self.model)
         found = {
-            tuple(role.split(".")): [self._outer(role, slot)]
-            for role, slot in outer_slots(self.model).items()
+            tuple(role.split(".")): [self._outer(role, slot)] for role, slot in slots.outer.items()
         }
         outer = frozenset(found)
-        for stack, kind, numbers in stacks_of(self.model.layer_kinds):
-            for role, slot in layer_slots(self.model, kind).items():
+        for stack, _, numbers in stacks_of(self.model.layer_kinds):
+            for role, slot in slots.layers[stack].items():
                 path = (stack, *role.split("."))
                 found[path] = [self._inner(role, slot, n, layers[n]) for n in numbers]
         self._refuse_the_rest()

@@ -10,13 +10,11 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from moe_shard.autoep.param_shapes import EXPERTS
 from moe_shard.config.model_config import ModelConfig
 
 Take = tuple[slice | int, ...]
 """A part of a tensor: a slice or an index for each of its dims."""
-
-EXPERTS = "mlp.experts."
-"""Roles whose parameters have a dim of experts."""
 
 OUTER = {
     "embedding.table": "token_embedder/embedding",

@@ -84,6 +84,7 @@ def describe(config: ModelConfig, sharding: Sharding) -> AbstractModel:
         placed = sharding.named_sharding(name, logical_axes, shape, dtype=dtype)
         return ParamSpec(name, shape, dtype, logical_axes, placed)
 
-    graph, params = nnx.split(nnx.eval_shape(build, jax.random.key(0)))
+    # The key is made within, so that describing a model starts no device.
+    graph, params = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))))
     specs = nnx.to_pure_dict(nnx.map_state(spec, params))
     return AbstractModel(graph, specs, lambda key: nnx.to_pure_dict(nnx.state(build(key))))

@@ -357,7 +357,7 @@ def broken(tree: Tree) -> Iterator[tuple[Tree, str, str]]:
         ("both "),
         "model/decoder",
     )
-    yield {"params/params/other": np.ones(3, np.float32)}, "no tensor for embedding.table", ""
+    yield {"params/params/other": np.ones(3, np.float32)}, "no tensor for embedding.kernel", ""
 
 
 def test_what_does_not_fit_is_refused_by_name(tmp_path: Path, mixtral: tuple[Path, Tree]) -> None:
@@ -376,8 +376,8 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path, mixtral: tuple[Pat
         ("num_experts=4", "num_experts"),
         ("use_qk_norm=true", "query_norm"),
         ("logits_via_embedding=true", "logits_dense"),
-        ("first_num_dense_layers=1", "no tensor for mlp.gate of layer 0"),
-        ("shared_experts=1", "no tensor for mlp.shared.gate"),
+        ("first_num_dense_layers=1", "no tensor for mlp.down of layer 0"),
+        ("shared_experts=1", "no tensor for mlp.shared.down"),
     ],
 )
 def test_another_model_is_refused(mixtral: tuple[Path, Tree], override: str, part: str) -> None:
