@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe_shard.config import Config
-from moe_shard.program.step import make_program
+from moe_shard.program.step import Losses, _accumulate, make_program
 from tests.models.build import (
     QUICK,
     annotator,
@@ -124,6 +125,21 @@ def test_accumulating_two_microbatches_is_one_batch_of_twice_the_rows() -> None:
     assert_close(two, big)
     for name in METRICS:
         np.testing.assert_allclose(of_two[name], of_big[name], rtol=1e-5, err_msg=name)
+
+
+def test_microbatches_have_means_of_losses_and_sums_of_counts() -> None:
+    def grads(params: Any, batch: Any) -> Any:
+        rows = batch["inputs"]
+        # float32 as the step's: the mean of 3 and 4 would be a half, and half a choice no count.
+        counts = jnp.bincount(rows.ravel(), length=4).astype(jnp.float32)[None]
+        loss = rows.mean(dtype=jnp.float32)
+        return loss, Losses(loss, 2 * loss, 3 * loss, counts), {"w": params["w"] * loss}
+
+    batch = {"inputs": jnp.array([[[0, 0, 0, 2, 2, 3]], [[0, 1, 1, 1, 1, 3]]])}
+    loss, losses, found = _accumulate(grads, {"w": jnp.ones(2)}, batch)
+    np.testing.assert_array_equal(losses.expert_counts, [[4, 4, 2, 2]])
+    means = [loss, losses.ce_loss, losses.aux_loss, losses.dropped, *found["w"]]
+    np.testing.assert_allclose(means, np.array([1, 1, 2, 3, 1, 1]) * (7 + 7) / 12, rtol=1e-6)
 
 
 def test_metrics_are_those_of_numpy() -> None:
