@@ -7,6 +7,7 @@ for the disk, and what a run cannot lose, its checkpoints, Orbax writes.
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -71,6 +72,15 @@ def new_folder(path: Path, aside: Path | None = None) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def cache_folder() -> Path:
+    """Return where this user's caches are: `moe_shard` in `$XDG_CACHE_HOME`, else in `~/.cache`.
+
+    Raises:
+        RuntimeError: there is neither that variable nor a home.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moe_shard"
 
 
 def _aside(path: Path) -> Path:

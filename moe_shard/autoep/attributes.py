@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_shard.autoep.family import Family, Rule
+from moe_shard.autoep.family import Family, SettingRule
 from moe_shard.config.keys import shown
 from moe_shard.config.load import base_settings
 from moe_shard.errors import UserError
@@ -100,13 +100,13 @@ class Attributes:
             raise self.error(f"{self.said(name)} is not a list of numbers", "as the model has it")
         return value
 
-    def source(self, rule: Rule) -> str:
+    def source(self, rule: SettingRule) -> str:
         """The attribute that a rule's value comes from; "" where none counts."""
         if any(self.get(name) != value for name, value in rule.when):
             return ""
         return next((name for name in rule.sources if self.get(name) is not None), "")
 
-    def value(self, key: str, rule: Rule) -> Any:
+    def value(self, key: str, rule: SettingRule) -> Any:
         """A setting's value.
 
         Args:

@@ -10,9 +10,8 @@ import numpy as np
 
 from moe_shard.autoep.headers import TensorHeader
 from moe_shard.autoep.quantized import Quantized
+from moe_shard.autoep.tensor_plan import Take
 from moe_shard.autoep.tensors import DTYPES, copy, view
-
-Take = tuple[slice, ...]
 
 _BYTES = np.arange(256, dtype=np.uint8)
 _E4M3 = _BYTES.view(ml_dtypes.float8_e4m3fn).astype(np.float32)

@@ -23,7 +23,7 @@ from moe_shard.autoep.quantized import CONFIG_KEY, read_scheme, with_scales
 from moe_shard.autoep.settings import model_settings, setting_rules
 from moe_shard.autoep.strict_json import read_object
 from moe_shard.autoep.tensor_names import Names, sort_names
-from moe_shard.autoep.tensor_plan import Piece, Plan
+from moe_shard.autoep.tensor_plan import Piece, TensorPlan
 from moe_shard.config.keys import shown
 from moe_shard.config.layers import Layer
 from moe_shard.config.load import load_settings
@@ -54,7 +54,7 @@ class Detected:
 
     family: str
     settings: dict[str, Any]
-    plan: Plan
+    plan: TensorPlan
     headers: dict[str, TensorHeader]
     lines: tuple[str, ...]
 
@@ -211,7 +211,7 @@ def _plan(
     model: ModelConfig,
     beyond: set[str],
     where: Path,
-) -> Plan:
+) -> TensorPlan:
     """The plan, once every tensor has its place."""
     used = {piece.tensor for piece in pieces}
     carried = set(beyond)
@@ -234,10 +234,10 @@ def _plan(
             f"{where}: {shown(name)} {what}\n"
             "fix: the config.json of these tensors, or hf_family with a pattern under carried"
         )
-    return Plan(pieces, tuple(name for name in headers if name in carried))
+    return TensorPlan(pieces, tuple(name for name in headers if name in carried))
 
 
-def _dtype(plan: Plan, headers: Mapping[str, TensorHeader], where: Path) -> str:
+def _dtype(plan: TensorPlan, headers: Mapping[str, TensorHeader], where: Path) -> str:
     """The narrowest dtype that holds all weights; a router's are float32 in any case."""
     found = set()
     for piece in plan.pieces:

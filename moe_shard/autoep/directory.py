@@ -19,14 +19,14 @@ from moe_shard.autoep.manifest import (
     save_carried,
 )
 from moe_shard.autoep.plain import is_quantized, plain_files
-from moe_shard.autoep.tensor_plan import Plan
+from moe_shard.autoep.tensor_plan import TensorPlan
 from moe_shard.autoep.tensors import view, write
 from moe_shard.errors import UserError
 from moe_shard.files import new_folder
 
 
 @dataclass(frozen=True)
-class Source:
+class HfSource:
     """What is in a Hugging Face directory.
 
     Attributes:
@@ -37,12 +37,12 @@ class Source:
     """
 
     family: str
-    plan: Plan
+    plan: TensorPlan
     headers: Mapping[str, TensorHeader]
     attention_scale: float = -1
 
 
-def read_source(directory: Path, family: str = "") -> Source:
+def read_hf_source(directory: Path, family: str = "") -> HfSource:
     """Look at a Hugging Face directory; of its weights only the headers are read.
 
     Args:
@@ -57,7 +57,7 @@ def read_source(directory: Path, family: str = "") -> Source:
 
     found = detect(directory, family)
     scale = found.settings.get("attention_scale", -1)
-    return Source(found.family, found.plan, found.headers, scale)
+    return HfSource(found.family, found.plan, found.headers, scale)
 
 
 def keep_hf(source: str, folder: Path, family: str = "") -> None:
@@ -67,7 +67,7 @@ def keep_hf(source: str, folder: Path, family: str = "") -> None:
         source: of its first parameters: a Hugging Face directory, an imported model, or a run; of
             a run that began with none there is nothing to keep.
         folder: an imported model or a run, held by this process.
-        family: as in `read_source`.
+        family: as in `read_hf_source`.
 
     Raises:
         UserError: the source cannot be read, or has a link to a file outside of it.
@@ -85,7 +85,7 @@ def keep_hf(source: str, folder: Path, family: str = "") -> None:
                 if (kept / name).is_file():
                     copy_file(kept / name, aside)
             return
-        found = read_source(directory, family)
+        found = read_hf_source(directory, family)
         copy_small_files(directory, aside)
         save_carried(found.headers, found.plan.carried, aside)
         if is_quantized(found.headers):
@@ -97,7 +97,7 @@ def keep_hf(source: str, folder: Path, family: str = "") -> None:
             shutil.copyfile(family, aside / FAMILY)
 
 
-def lay_out_again(hf: Path, directory: Path) -> Source:
+def lay_out_again(hf: Path, directory: Path) -> HfSource:
     """Make a Hugging Face directory again; only the weights of its parameters are still zero.
 
     Args:
@@ -114,7 +114,7 @@ def lay_out_again(hf: Path, directory: Path) -> Source:
     copy_small_files(hf, directory)
     manifest.make(directory)
     family = str(hf / FAMILY) if (hf / FAMILY).is_file() else manifest.family
-    found = read_source(directory, family)
+    found = read_hf_source(directory, family)
     kept = carried_in(hf)
     for name in found.plan.carried:
         place = found.headers[name]

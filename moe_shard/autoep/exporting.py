@@ -17,16 +17,16 @@ import numpy as np
 
 from moe_shard.autoep.fitting import naming, pieces_by_param, seen
 from moe_shard.autoep.headers import DTYPE_BYTES, TensorHeader
-from moe_shard.autoep.host_blocks import Block, Index
-from moe_shard.autoep.tensor_plan import Piece, Plan
+from moe_shard.autoep.host_blocks import HostBlock, Index
+from moe_shard.autoep.tensor_plan import Piece, TensorPlan
 from moe_shard.autoep.tensors import copy, writable
 from moe_shard.errors import UserError
 
 
 def export_params(
-    plan: Plan,
+    plan: TensorPlan,
     headers: Mapping[str, TensorHeader],
-    blocks: Iterable[Block],
+    blocks: Iterable[HostBlock],
     *,
     progress: Callable[[int, int], object] = lambda _done, _all: None,
 ) -> None:
@@ -80,7 +80,7 @@ def export_params(
             )
 
 
-def _piece(of_param: Mapping[Index, Piece], index: Index, block: Block) -> Piece:
+def _piece(of_param: Mapping[Index, Piece], index: Index, block: HostBlock) -> Piece:
     if index not in of_param:
         raise UserError(
             f"{'.'.join(block.param)}, of shape {block.shape}: no tensor has part {list(index)}\n"
@@ -89,7 +89,7 @@ def _piece(of_param: Mapping[Index, Piece], index: Index, block: Block) -> Piece
     return of_param[index]
 
 
-def _write(piece: Piece, entry: TensorHeader, block: Block, at: Index) -> int:
+def _write(piece: Piece, entry: TensorHeader, block: HostBlock, at: Index) -> int:
     """Put a part of a block where it belongs in its tensor; how many elements it has."""
     here: Any = (*at, ...)
     part = block.values[here]

@@ -24,7 +24,7 @@ _MOST_BASES = 8
 
 
 @dataclass(frozen=True)
-class Rule:
+class SettingRule:
     """Where a setting's value comes from.
 
     Attributes:
@@ -112,23 +112,23 @@ class Family:
     shared_expert_w2: str
     shared_expert_w3: str
     shared_experts_gate_pattern: str
-    num_experts_attr: Rule
-    top_k_attr: Rule
+    num_experts_attr: SettingRule
+    top_k_attr: SettingRule
     score_func: str
     score_apply: str
-    route_norm: Rule
-    route_scale: Rule
-    num_expert_groups: Rule
-    num_limited_groups: Rule
+    route_norm: SettingRule
+    route_scale: SettingRule
+    num_expert_groups: SettingRule
+    num_limited_groups: SettingRule
     moe_layers: LayersWithExperts
     spans: Spans
     attributes: Mapping[str, Any]
     aliases: Mapping[str, str]
     require: Mapping[str, Any]
-    settings: Mapping[str, Rule]
+    settings: Mapping[str, SettingRule]
     tensors: Mapping[str, str]
     carried: tuple[str, ...]
-    carried_layers: Rule
+    carried_layers: SettingRule
     name: str = ""
 
 
@@ -215,7 +215,7 @@ def _merged(path: Path) -> dict[str, Any]:
 
 def _is_open(key: str) -> bool:
     """Whether a key's mapping is added to, not replaced."""
-    return _KINDS[key] is not Rule
+    return _KINDS[key] is not SettingRule
 
 
 def _checked(path: Path) -> dict[str, Any]:
@@ -247,7 +247,7 @@ def _read(path: Path, key: str, value: Any) -> Any:
         if not isinstance(value, bool):
             raise wrong("true or false")
         return value
-    if kind is Rule:
+    if kind is SettingRule:
         # Null: none of it, as AutoEP has it.
         return read_rule(path, key, -1 if value is None else value)
     if kind is str:
@@ -295,7 +295,7 @@ def _default_tensors() -> dict[str, str]:
     return tensors
 
 
-def read_rule(path: Path, key: str, value: Any) -> Rule:
+def read_rule(path: Path, key: str, value: Any) -> SettingRule:
     """A rule as YAML has it.
 
     Args:
@@ -307,13 +307,13 @@ def read_rule(path: Path, key: str, value: Any) -> Rule:
         UserError: a mapping of another form.
     """
     if isinstance(value, str):
-        return Rule(sources=(value,), required=True)
+        return SettingRule(sources=(value,), required=True)
     if not isinstance(value, dict):
-        return Rule(default=value)
+        return SettingRule(default=value)
     for name in value:
         _check_known(path, f"{key}.", name, ("from", "else", "map", "when", "value"))
     if set(value) == {"value"}:
-        return Rule(default=value["value"])
+        return SettingRule(default=value["value"])
     sources, mapping, when = value.get("from"), value.get("map", {}), value.get("when", {})
     sources = [sources] if isinstance(sources, str) else sources
     is_list = isinstance(sources, list) and all(isinstance(name, str) for name in sources)
@@ -322,7 +322,7 @@ def read_rule(path: Path, key: str, value: Any) -> Rule:
             f"{path}: {key}={shown(value)} does not say where its value comes from\n"
             "fix: {from: attribute, else: value}, for example"
         )
-    return Rule(
+    return SettingRule(
         sources=tuple(sources),
         default=value.get("else"),
         required="else" not in value,

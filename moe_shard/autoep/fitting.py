@@ -7,12 +7,14 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from moe_shard.autoep.host_blocks import Index, Path
-from moe_shard.autoep.tensor_plan import Piece, Plan
+from moe_shard.autoep.host_blocks import Index, ParamPath
+from moe_shard.autoep.tensor_plan import Piece, TensorPlan
 from moe_shard.errors import UserError
 
 
-def pieces_by_param(plan: Plan, tensors: Iterable[str]) -> dict[Path, dict[Index, Piece]]:
+def pieces_by_param(
+    plan: TensorPlan, tensors: Iterable[str]
+) -> dict[ParamPath, dict[Index, Piece]]:
     """The pieces of each parameter by their index.
 
     Args:
@@ -23,7 +25,7 @@ def pieces_by_param(plan: Plan, tensors: Iterable[str]) -> dict[Path, dict[Index
         UserError: the plan is of other tensors, or fills a part twice.
     """
     same_names("tensor", tensors, {piece.tensor for piece in plan.pieces} | {*plan.carried})
-    found: dict[Path, dict[Index, Piece]] = {}
+    found: dict[ParamPath, dict[Index, Piece]] = {}
     for piece in plan.pieces:
         of_param = found.setdefault(piece.param, {})
         if piece.index in of_param:

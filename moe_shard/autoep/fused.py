@@ -8,8 +8,6 @@ from moe_shard.autoep.tensor_plan import Layout
 from moe_shard.config.keys import shown
 from moe_shard.errors import UserError
 
-Shape = tuple[int, ...]
-
 
 class Fused(NamedTuple):
     """How a layer's experts are stored.
@@ -53,7 +51,9 @@ class Fused(NamedTuple):
         return Layout() if name == "down" else Layout(take=(slice(None), self.part(name)))
 
 
-def read_fused(gate_up: Shape, down: Shape, *, interleaved: bool, where: str) -> Fused:
+def read_fused(
+    gate_up: tuple[int, ...], down: tuple[int, ...], *, interleaved: bool, where: str
+) -> Fused:
     """Tell the layout by the two shapes.
 
     Args:

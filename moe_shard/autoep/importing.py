@@ -6,30 +6,22 @@ layers the host holds one layer's part of one shard, never the stack.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
 from moe_shard.autoep.dequantize import numbers
 from moe_shard.autoep.fitting import naming, pieces_by_param, same_names, seen
 from moe_shard.autoep.headers import TensorHeader
-from moe_shard.autoep.host_blocks import Bounds, Index, Path, bounds_of, leaves_of
+from moe_shard.autoep.host_blocks import Bounds, Index, ParamPath, leaves_of
 from moe_shard.autoep.quantized import Quantized
-from moe_shard.autoep.tensor_plan import Piece, Plan
+from moe_shard.autoep.sharded_reads import Progress, read_sharded, rounding_lines
+from moe_shard.autoep.tensor_plan import Piece, Take, TensorPlan
 from moe_shard.autoep.tensors import DTYPES, copy, is_exact, view
 from moe_shard.errors import UserError
 from moe_shard.models.params import Params
-
-Progress = Callable[[int, int], object]
-"""Told of bytes done and bytes in all."""
-
-Take = tuple[slice, ...]
 
 _BLOCK = 16 * 2**20
 """Bytes that are put together on the host and sent at once, where a tensor's part is no larger."""
@@ -38,7 +30,7 @@ _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 def import_params(
-    plan: Plan,
+    plan: TensorPlan,
     headers: Mapping[str, TensorHeader],
     specs: Params,
     *,
@@ -64,34 +56,12 @@ def import_params(
     leaves = dict(leaves_of(specs))
     pieces = _by_param(plan, headers, leaves)
     _say_what_is_rounded(pieces, headers, leaves, say)
-    total = sum(
-        math.prod(high - low for low, high in bounds) * np.dtype(leaf.dtype).itemsize
-        for leaf in leaves.values()
-        for bounds in shards_of(leaf)
-    )
-    done = 0
-
-    def advance(size: int) -> None:
-        nonlocal done
-        done += size
-        progress(done, total)
-
-    arrays = []
-    for path, leaf in leaves.items():
-        reader = _Reader(leaf, pieces[path], headers)
-        parts = [
-            part
-            for bounds, devices in shards_of(leaf).items()
-            for part in reader.read(bounds, devices, advance)
-        ]
-        arrays.append(jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts))
-    params: Params = jax.tree.unflatten(jax.tree.structure(specs), arrays)
-    return params
+    return read_sharded(specs, lambda path, leaf: _Reader(leaf, pieces[path], headers), progress)
 
 
 def _by_param(
-    plan: Plan, headers: Mapping[str, TensorHeader], leaves: Mapping[Path, Any]
-) -> dict[Path, dict[Index, Piece]]:
+    plan: TensorPlan, headers: Mapping[str, TensorHeader], leaves: Mapping[ParamPath, Any]
+) -> dict[ParamPath, dict[Index, Piece]]:
     """The pieces of each parameter by their index; together they are all of it, once."""
     found = pieces_by_param(plan, headers)
     same_names("parameter", map(".".join, leaves), map(".".join, found))
@@ -109,9 +79,9 @@ def _by_param(
 
 
 def _say_what_is_rounded(
-    pieces: Mapping[Path, Mapping[Index, Piece]],
+    pieces: Mapping[ParamPath, Mapping[Index, Piece]],
     headers: Mapping[str, TensorHeader],
-    leaves: Mapping[Path, Any],
+    leaves: Mapping[ParamPath, Any],
     say: Callable[[str], object],
 ) -> None:
     rounded: dict[tuple[str, str], list[str]] = {}
@@ -127,19 +97,8 @@ def _say_what_is_rounded(
             if not is_exact(DTYPES[entry.dtype], dtype):
                 key = DTYPES[entry.dtype].name, dtype.name
                 rounded.setdefault(key, []).append(piece.tensor)
-    for (there, here), names in rounded.items():
-        say(
-            f"{len(names)} tensors are {there} and rounded to {here} here, such as {names[0]}; "
-            f"weight_dtype={there} keeps them"
-        )
-
-
-def shards_of(leaf: Any) -> dict[Bounds, list[jax.Device]]:
-    """The distinct shards of an array on this process's devices, and which hold each."""
-    found: dict[Bounds, list[jax.Device]] = {}
-    for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
-        found.setdefault(bounds_of(index, leaf.shape), []).append(device)
-    return found
+    for line in rounding_lines(rounded):
+        say(line)
 
 
 class _Reader:
@@ -158,33 +117,18 @@ class _Reader:
         self.pieces, self.headers = pieces, headers
         self.depth = len(next(iter(pieces)))
 
-    def read(
-        self, bounds: Bounds, devices: list[jax.Device], advance: Callable[[int], None]
-    ) -> list[jax.Array]:
-        """One shard, on each device that holds it; it is read once.
+    def blocks(self, bounds: Bounds) -> Iterator[tuple[Bounds, np.ndarray]]:
+        """One shard in blocks.
 
         Args:
             bounds: of the shard in the parameter.
-            devices: that hold it.
-            advance: told of bytes that have arrived.
         """
         shape = tuple(high - low for low, high in bounds)
         outer = self._outer_dims(shape)
-        arrays = []
-        if outer:
-            arrays = [zeros_on(shape, self.dtype, device) for device in devices]
         for index in np.ndindex(shape[:outer]):
-            block = self._block(bounds, index)
-            sent = [jax.device_put(block, device) for device in devices]
-            if outer:
-                place = np.array(index, np.int32)
-                arrays = [_put(*pair, place) for pair in zip(arrays, sent, strict=True)]
-            else:
-                arrays = sent
-            # The host's copy is not needed from here on; without the wait they would pile up.
-            jax.block_until_ready(sent)
-            advance(block.nbytes)
-        return arrays
+            lows = [low + at for (low, _), at in zip(bounds, index, strict=False)]
+            within = (*((low, low + 1) for low in lows), *bounds[outer:])
+            yield within, self._block(bounds, index)[(None,) * outer]
 
     def _outer_dims(self, shape: tuple[int, ...]) -> int:
         """How many of the first dims are gone through one by one, so that a block is small."""
@@ -232,18 +176,3 @@ class _Reader:
                 yield (at,), layout.arrange(one)[0][whole[1:]]
         else:
             yield (), layout.arrange(numbers(entry, layout.take))[whole]
-
-
-def zeros_on(shape: tuple[int, ...], dtype: np.dtype[Any], device: jax.Device) -> jax.Array:
-    """Made where they are wanted; `jnp.zeros` makes them on the first device, then copies them."""
-    place = SingleDeviceSharding(device)
-    zeros: jax.Array = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=place)()
-    return zeros
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(array: jax.Array, block: jax.Array, index: jax.Array) -> jax.Array:
-    """Write a block at an index of the first dims, in place."""
-    outer = array.ndim - block.ndim
-    starts = [*index, *[0] * block.ndim]
-    return jax.lax.dynamic_update_slice(array, block[(None,) * outer], starts)

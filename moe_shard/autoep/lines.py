@@ -1,18 +1,19 @@
-"""What was found in a model directory, said to a person."""
+"""Write what was found in a model directory, for a person."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from moe_shard.autoep.fused import Fused
 from moe_shard.autoep.headers import TensorHeader
 from moe_shard.autoep.quantized import Quantized
 from moe_shard.autoep.tensor_names import FUSED, LISTED, Names
-from moe_shard.autoep.tensor_plan import Plan
+from moe_shard.autoep.tensor_plan import TensorPlan
 from moe_shard.config.model_config import ModelConfig
 from moe_shard.config.moe_config import MoEConfig
+from moe_shard.units import human_ranges
 
 _NUMBER = re.compile(r"\.[0-9]+\.")
 
@@ -23,7 +24,7 @@ def report_lines(
     model: ModelConfig,
     names: Names,
     headers: Mapping[str, TensorHeader],
-    plan: Plan,
+    plan: TensorPlan,
     fused: Fused | None,
     dtype: str,
 ) -> tuple[str, ...]:
@@ -44,7 +45,7 @@ def report_lines(
     layers = model.num_decoder_layers
     which = "all"
     if len(with_experts) < layers:
-        which = f"{len(with_experts)}: {_ranges(with_experts)}"
+        which = f"{len(with_experts)}: {human_ranges(with_experts, most=4)}"
     stored = f"in one tensor, {fused.words}" if fused else "one by one"
     inward = _example(names, f"{FUSED}gate_up" if fused else f"{LISTED}gate", f"{LISTED}gate_up")
     return (
@@ -96,7 +97,7 @@ def _biases(model: ModelConfig, names: Names) -> Iterator[str]:
         yield "logits"
 
 
-def _weights(headers: Mapping[str, TensorHeader], plan: Plan, dtype: str) -> str:
+def _weights(headers: Mapping[str, TensorHeader], plan: TensorPlan, dtype: str) -> str:
     used = dict.fromkeys(piece.tensor for piece in plan.pieces)
     elements = sum(math.prod(headers[name].shape) for name in used)
     line = f"weights: {elements:,} in {len(used):,} tensors, {dtype}"
@@ -119,15 +120,3 @@ def _example(names: Names, *roles: str) -> str:
 
 def _general(name: str) -> str:
     return _NUMBER.sub(".*.", _NUMBER.sub(".*.", name))
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers, those that follow one another as 3 to 60; at most a few."""
-    ends: list[list[int]] = []
-    for number in numbers:
-        if ends and number == ends[-1][1] + 1:
-            ends[-1][1] = number
-        else:
-            ends.append([number, number])
-    texts = [str(first) if first == last else f"{first} to {last}" for first, last in ends]
-    return ", ".join(texts[:4]) + (", ..." if len(texts) > 4 else "")

@@ -75,7 +75,7 @@ class Slot(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Slots:
+class ParamSlots:
     """What the tensors of a checkpoint fill.
 
     Attributes:
@@ -87,7 +87,7 @@ class Slots:
     layers: Mapping[str, Mapping[str, Slot]]
 
 
-def slots_of(model: ModelConfig) -> Slots:
+def slots_of(model: ModelConfig) -> ParamSlots:
     """List the parameters of a model.
 
     No device is started: whoever reads a directory's configuration may still choose devices.
@@ -117,7 +117,7 @@ def slots_of(model: ModelConfig) -> Slots:
             layers[first][rest] = _slot(rest, spec, dims, latent)
         else:
             outer[spec.name] = _slot(spec.name, spec, 0, latent)
-    return Slots(outer, layers)
+    return ParamSlots(outer, layers)
 
 
 def _slot(path: str, spec: ParamSpec, stacked: int, latent: bool) -> Slot:

@@ -1,4 +1,4 @@
-"""From tensors sorted by what they are to a `Plan`, every shape checked on the way."""
+"""From tensors sorted by what they are to a `TensorPlan`, every shape checked on the way."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_shard.autoep.attributes import Attributes
-from moe_shard.autoep.family import Family, Rule
+from moe_shard.autoep.family import Family, SettingRule
 from moe_shard.autoep.rope_settings import rope_settings
 from moe_shard.config.keys import shown
 
@@ -37,24 +37,24 @@ def model_settings(attributes: Attributes, family: Family) -> dict[str, Any]:
     return settings
 
 
-def setting_rules(family: Family) -> dict[str, Rule]:
+def setting_rules(family: Family) -> dict[str, SettingRule]:
     """The rule of every setting that is one attribute or a value, AutoEP's keys among them."""
     rules = {
         **family.settings,
         "num_experts": family.num_experts_attr,
         "num_experts_per_tok": family.top_k_attr,
-        "routed_score_func": Rule(default=family.score_func),
-        "routed_score_on_input": Rule(default=family.score_apply == "pre"),
-        "routed_bias": Rule(default=bool(family.correction_bias_pattern)),
+        "routed_score_func": SettingRule(default=family.score_func),
+        "routed_score_on_input": SettingRule(default=family.score_apply == "pre"),
+        "routed_bias": SettingRule(default=bool(family.correction_bias_pattern)),
         "norm_topk_prob": family.route_norm,
         "routed_scaling_factor": family.route_scale,
         "n_routing_groups": family.num_expert_groups,
         "topk_routing_group": family.num_limited_groups,
-        "shared_expert_gate": Rule(default=bool(family.shared_experts_gate_pattern)),
+        "shared_expert_gate": SettingRule(default=bool(family.shared_experts_gate_pattern)),
     }
     if not family.has_shared_experts:
-        rules["shared_experts"] = Rule(default=0)
-        rules["shared_expert_gate"] = Rule(default=False)
+        rules["shared_experts"] = SettingRule(default=0)
+        rules["shared_expert_gate"] = SettingRule(default=False)
     return rules
 
 

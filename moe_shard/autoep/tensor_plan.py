@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+Take = tuple[slice, ...]
+"""The part that is taken of a tensor: a slice for each of its first dims; empty: all of it."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -22,7 +25,7 @@ class Layout:
         order: of the dims then, as in `numpy.transpose`; empty: as they are.
     """
 
-    take: tuple[slice, ...] = ()
+    take: Take = ()
     split: tuple[int, ...] = ()
     order: tuple[int, ...] = ()
 
@@ -69,7 +72,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TensorPlan:
     """All of a checkpoint's tensors.
 
     Attributes:

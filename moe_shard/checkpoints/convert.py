@@ -14,12 +14,12 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_shard.autoep.host_blocks import Block
+from moe_shard.autoep.host_blocks import HostBlock
 from moe_shard.moe.weights import fuse, unfuse
 
 Tree = TypeVar("Tree")
 Abstract = jax.ShapeDtypeStruct
-Experts = dict[str, Any]
+ExpertArrays = dict[str, Any]
 """`gate_up` or `gate` and `up`, and `down`, the like of their biases: arrays, or what describes
 arrays."""
 
@@ -56,7 +56,7 @@ def other_layout(abstract: Tree) -> Tree:
         abstract: a tree of `ShapeDtypeStruct`s, all placed by `NamedSharding`s.
     """
 
-    def change(experts: Experts) -> Experts:
+    def change(experts: ExpertArrays) -> ExpertArrays:
         new = dict(experts)
         for pair in _PAIRS:
             if pair.both in new:
@@ -80,7 +80,7 @@ def to_layout(tree: Tree, wanted: Any) -> Tree:
         wanted: a tree of `ShapeDtypeStruct`s with shardings, in the layout to be had.
     """
 
-    def change(experts: Experts, wanted: Experts) -> Experts:
+    def change(experts: ExpertArrays, wanted: ExpertArrays) -> ExpertArrays:
         new = dict(experts)
         old: list[Any] = []
         for pair in _PAIRS:
@@ -103,7 +103,7 @@ def to_layout(tree: Tree, wanted: Any) -> Tree:
     return _map_experts(change, tree, wanted)
 
 
-def apart(block: Block) -> Iterator[Block]:
+def apart(block: HostBlock) -> Iterator[HostBlock]:
     """A part of a parameter, as the layout that keeps gate and up apart has it.
 
     Args:
@@ -118,10 +118,10 @@ def apart(block: Block) -> Iterator[Block]:
     first, _ = block.bounds[-2]
     for half in range(block.values.shape[-2]):
         part = (pair.gate, pair.up)[first + half]
-        yield Block((*outer, part), shape, bounds, block.values[..., half, :])
+        yield HostBlock((*outer, part), shape, bounds, block.values[..., half, :])
 
 
-def _map_experts(change: Callable[..., Experts], tree: Tree, *others: Any) -> Tree:
+def _map_experts(change: Callable[..., ExpertArrays], tree: Tree, *others: Any) -> Tree:
     """A tree with all its experts changed, wherever in it they are."""
 
     def at(node: Any, *nodes: Any) -> Any:

@@ -17,10 +17,9 @@ import orbax.checkpoint as ocp
 from jax.experimental.multihost_utils import sync_global_devices
 from rich.console import Console
 
-from moe_shard.autoep.directory import keep_hf, lay_out_again, read_source
+from moe_shard.autoep.directory import keep_hf, lay_out_again, read_hf_source
 from moe_shard.autoep.exporting import export_params
 from moe_shard.autoep.importing import import_params
-from moe_shard.autoep.progress import bytes_line
 from moe_shard.checkpoints.checkpoint import restore_params
 from moe_shard.checkpoints.convert import is_fused, other_layout, to_layout
 from moe_shard.checkpoints.stored import stored_blocks
@@ -31,6 +30,7 @@ from moe_shard.files import new_folder, write_text
 from moe_shard.maxtext.folders import ITEMS, find_items
 from moe_shard.maxtext.read import read_params
 from moe_shard.models.params import Params
+from moe_shard.terminal import bytes_line
 
 _PARAMS, _HF_CONFIG = "params", "config.json"
 _CHUNK = 2**28
@@ -53,7 +53,7 @@ def load_params(
             MaxText's, of which the newest checkpoint is taken.
         specs: what they are to be: leaves with a shape, a dtype and a sharding.
         model: that they are of; only what is neither MaxText's nor Hugging Face's is read without.
-        family: of a Hugging Face directory, as in `read_source`.
+        family: of a Hugging Face directory, as in `read_hf_source`.
         say: told where they come from, and of what is converted; None: the console is.
         console: shown how far reading has come; None: nothing is.
 
@@ -77,7 +77,7 @@ def load_params(
         with bytes_line(console, "reading parameters") as line:
             params = read_params(folder, stored, model, say=say, progress=line)
         return to_layout(params, wanted)
-    source = read_source(folder.parent, family)
+    source = read_hf_source(folder.parent, family)
     _check_factor(folder.parent, source.attention_scale, model)
     with bytes_line(console, "reading parameters") as line:
         params = import_params(source.plan, source.headers, stored, say=say, progress=line)
@@ -128,7 +128,7 @@ def import_model(
         target: the folder; new, or empty.
         config: the model's, resolved.
         specs: of its parameters on a mesh.
-        family: as in `read_source`.
+        family: as in `read_hf_source`.
         console: told how it goes.
 
     Raises:

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from moe_shard.autoep.host_blocks import Block, Bounds, leaves_of
+from moe_shard.autoep.host_blocks import Bounds, HostBlock, leaves_of
 from moe_shard.checkpoints.checkpoint import reading
 from moe_shard.checkpoints.convert import apart
 from moe_shard.errors import UserError
@@ -24,7 +24,7 @@ from moe_shard.errors import UserError
 
 def stored_blocks(
     folder: Path, *, say: Callable[[str], object] = lambda _: None
-) -> Iterator[Block]:
+) -> Iterator[HostBlock]:
     """The newest parameters of a folder, the experts' gate and up apart.
 
     Args:
@@ -50,7 +50,7 @@ def stored_blocks(
             store = _open(leaf)
         for bounds in _chunks(leaf):
             with reading(folder / str(newest)):
-                block = Block(path, tuple(leaf.shape), bounds, _read(store, bounds))
+                block = HostBlock(path, tuple(leaf.shape), bounds, _read(store, bounds))
             parts = apart(block)
             del block  # it is large
             yield from parts

@@ -14,6 +14,7 @@ from typing import Annotated
 from moe_shard.config.default_rules import DEFAULT_RULES
 from moe_shard.config.keys import Key, check_leaves
 from moe_shard.errors import UserError
+from moe_shard.units import human_count
 
 MESH_AXES: tuple[str, ...] = ("data", "fsdp", "fsdp_transpose", "tensor", "context", "expert")
 LEVELS = ("ici", "dcn")
@@ -177,7 +178,7 @@ class MeshConfig:
             "dcn",
             self.level_sizes("dcn"),
             num_slices,
-            f"{num_slices} slice{'s' if num_slices > 1 else ''}",
+            human_count(num_slices, "slice"),
         )
         return ici, dcn
 

@@ -21,7 +21,7 @@ from jaxtyping import Int32, Int64
 from moe_shard.data.documents import unreadable
 from moe_shard.data.tokenizer import Tokenizer
 from moe_shard.errors import UserError
-from moe_shard.files import new_folder
+from moe_shard.files import cache_folder, new_folder
 
 PIECE_BYTES = 4 * 2**20
 """A longer document is tokenized in pieces of about this size that end with a line."""
@@ -114,9 +114,8 @@ class TokenCorpus:
 
 
 def corpus_cache() -> Path:
-    """Where tokens are kept: `$XDG_CACHE_HOME/moe_shard/tokens`, by default below `~/.cache`."""
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(root).expanduser() / "moe_shard" / "tokens"
+    """Return where tokens are kept, a folder for each tokenizer and set of documents."""
+    return cache_folder() / "tokens"
 
 
 def _read(path: str, offset: int, size: int, whole: int) -> bytes | None:

@@ -11,9 +11,8 @@ from jaxtyping import Int32
 
 from moe_shard.config import Config
 
-PAD_SEGMENT = 0
-"""Segment of what stands before a shorter prompt; no token of a text attends to it."""
 TEXT_SEGMENT = 1
+"""Segment of a prompt; no token of it attends to the padding before it, whose segment is 0."""
 
 
 class Padded(NamedTuple):
@@ -22,7 +21,7 @@ class Padded(NamedTuple):
     Attributes:
         tokens: 0 where there is none.
         positions: from 0 at a prompt's first token; 0 before it.
-        segment_ids: `TEXT_SEGMENT`, or `PAD_SEGMENT` before a prompt.
+        segment_ids: `TEXT_SEGMENT`, or 0 before a prompt.
     """
 
     tokens: Int32[np.ndarray, "B S"]

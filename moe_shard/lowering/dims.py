@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_shard.lowering.hlo import Computation, Instruction
@@ -204,8 +203,3 @@ def given_by(computation: Computation, instruction: Instruction, side: int) -> D
 def elements(shape: str) -> int:
     """Return how many elements an array has."""
     return math.prod(array_dims(shape))
-
-
-def same_sizes(one: Sequence[int], other: Sequence[int]) -> bool:
-    """Return whether two arrays have the same dims in any order, ignoring dims of size 1."""
-    return sorted(size for size in one if size != 1) == sorted(size for size in other if size != 1)

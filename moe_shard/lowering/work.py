@@ -228,18 +228,6 @@ def flops_by_scope(walk: Executions, flow: Flow | None = None) -> Counter[str]:
     return done
 
 
-def unmeasured_kernels(walk: Executions) -> int:
-    """Count the executions of kernels that do not state how much they compute."""
-    return sum(
-        walk.counts[computation.name]
-        for computation in walk.order
-        for name, opcode in computation.opcodes.items()
-        if opcode == "custom-call"
-        and _KERNEL.search(computation.instruction(name).attribute_text)
-        and not product_flops(computation, computation.instruction(name))
-    )
-
-
 def memory_bytes(module: Module, computation: Computation, instruction: Instruction) -> int:
     """Return the bytes that one execution of an instruction reads and writes."""
     opcode = instruction.opcode

@@ -19,10 +19,10 @@ from moe_shard.errors import UserError
 from moe_shard.maxtext.tensor_paths import (
     OUTER,
     STACKS,
-    Place,
-    Take,
+    Candidate,
+    Selection,
     Weight,
-    places,
+    candidates,
     weight,
 )
 from moe_shard.models.cycles import stacks_of
@@ -45,11 +45,11 @@ class Part(NamedTuple):
     tensor: str
     axis: int | None
     at: int
-    take: Take
+    take: Selection
 
 
 @dataclass(frozen=True)
-class Plan:
+class CheckpointPlan:
     """All of a checkpoint's weights.
 
     Attributes:
@@ -83,7 +83,7 @@ class _Stored(NamedTuple):
     variable: bool
 
 
-def make_plan(tensors: Mapping[str, Shape], model: ModelConfig, where: str) -> Plan:
+def make_plan(tensors: Mapping[str, Shape], model: ModelConfig, where: str) -> CheckpointPlan:
     """Find every parameter's tensors.
 
     Args:
@@ -116,7 +116,7 @@ class _Planner:
         self.used: set[str] = set()
         self.axes: dict[str, set[int]] = {}
 
-    def plan(self) -> Plan:
+    def plan(self) -> CheckpointPlan:
         layers = self._by_layer()
         slots = slots_of(self.model)
         found = {
@@ -134,7 +134,7 @@ class _Planner:
             for path, each in found.items()
         }
         factors, lines = self._query_factors(found)
-        return Plan(parts, outer, factors, (*self._lines(axis), *lines))
+        return CheckpointPlan(parts, outer, factors, (*self._lines(axis), *lines))
 
     # ------------------------------------------------------------ layers
 
@@ -181,22 +181,22 @@ class _Planner:
 
     # ------------------------------------------------------------ one parameter
 
-    def _outer(self, role: str, slot: Slot) -> tuple[_Stored, Place]:
+    def _outer(self, role: str, slot: Slot) -> tuple[_Stored, Candidate]:
         name = OUTER.get(role)
         if name is None or name not in self.weights:
             raise self._missing(role, [name] if name else [])
         path, found = self.weights[name]
         stored = _Stored(path, self.tensors[path], None, 1, found.variable)
-        self._check(stored, Place(name, slot.shape), slot)
-        return stored, Place(name, slot.shape)
+        self._check(stored, Candidate(name, slot.shape), slot)
+        return stored, Candidate(name, slot.shape)
 
     def _inner(
         self, role: str, slot: Slot, layer: int, table: Mapping[str, _Stored]
-    ) -> tuple[_Stored, Place]:
+    ) -> tuple[_Stored, Candidate]:
         shape = slot.shape
         if role.startswith(EXPERTS):
             shape = (self.model.num_experts, *shape)
-        known = list(places(role, shape, self.model))
+        known = list(candidates(role, shape, self.model))
         place = next((place for place in known if place.name in table), None)
         if place is None:
             raise self._missing(f"{role} of layer {layer}", [place.name for place in known])
@@ -204,7 +204,7 @@ class _Planner:
         self._check(stored, place, slot)
         return stored, place
 
-    def _check(self, stored: _Stored, place: Place, slot: Slot) -> None:
+    def _check(self, stored: _Stored, place: Candidate, slot: Slot) -> None:
         self.used.add(stored.path)
         if stored.at is None:
             if stored.shape != place.shape:
@@ -246,7 +246,7 @@ class _Planner:
             "one param_scan_axis for all",
         )
 
-    def _part(self, stored: _Stored, place: Place, axis: int) -> Part:
+    def _part(self, stored: _Stored, place: Candidate, axis: int) -> Part:
         if stored.at is None:
             return Part(stored.path, None, 0, place.take)
         if stored.variable:
@@ -260,7 +260,7 @@ class _Planner:
     # ------------------------------------------------------------ the factor of the scores
 
     def _query_factors(
-        self, found: Mapping[Path, list[tuple[_Stored, Place]]]
+        self, found: Mapping[Path, list[tuple[_Stored, Candidate]]]
     ) -> tuple[dict[Path, float], list[str]]:
         """What queries are multiplied by where MaxText's scores have another factor.
 

@@ -7,26 +7,23 @@ on a device but in its place.
 
 from __future__ import annotations
 
-import functools
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 import tensorstore
 
 from moe_shard.autoep.host_blocks import Bounds, leaves_of
-from moe_shard.autoep.importing import Progress, shards_of, zeros_on
+from moe_shard.autoep.sharded_reads import Progress, read_sharded, rounding_lines, size_of
 from moe_shard.autoep.tensors import copy, is_exact
 from moe_shard.config.model_config import ModelConfig
 from moe_shard.errors import UserError, first_line
-from moe_shard.maxtext.checkpoint_plan import Part, Plan, make_plan
+from moe_shard.maxtext.checkpoint_plan import CheckpointPlan, Part, make_plan
 from moe_shard.maxtext.tensor_paths import weight
 from moe_shard.models.params import Params
 
@@ -68,36 +65,18 @@ def read_params(
     for line in plan.lines:
         say(line)
     _say_what_is_rounded(plan, dtypes, leaves, say)
-    total = sum(
-        _size(bounds) * np.dtype(leaf.dtype).itemsize
-        for leaf in leaves.values()
-        for bounds in shards_of(leaf)
-    )
-    done = 0
-
-    def advance(size: int) -> None:
-        nonlocal done
-        done += size
-        progress(done, total)
-
-    arrays = []
-    for path, leaf in leaves.items():
-        reader = _Reader(
+    return read_sharded(
+        specs,
+        lambda path, leaf: _Reader(
             leaf,
             plan.parts[path],
             {part.tensor: stores[part.tensor] for part in plan.parts[path]},
             items,
             stacked=path not in plan.outer,
             factor=plan.factors.get(path, 1.0),
-        )
-        parts = [
-            part
-            for bounds, devices in shards_of(leaf).items()
-            for part in reader.read(bounds, devices, advance)
-        ]
-        arrays.append(jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts))
-    params: Params = jax.tree.unflatten(jax.tree.structure(specs), arrays)
-    return params
+        ),
+        progress,
+    )
 
 
 class _Reader:
@@ -126,31 +105,14 @@ class _Reader:
         self.parts, self.stacked, self.factor = parts, stacked, factor
         self.stores, self.items = stores, items
 
-    def read(
-        self, bounds: Bounds, devices: list[jax.Device], advance: Callable[[int], None]
-    ) -> list[jax.Array]:
-        """One shard, on each device that holds it; it is read once.
+    def blocks(self, bounds: Bounds) -> Iterator[tuple[Bounds, np.ndarray]]:
+        """One shard in blocks.
 
         Args:
             bounds: of the shard in the parameter.
-            devices: that hold it.
-            advance: told of bytes that have arrived.
         """
-        shape = tuple(high - low for low, high in bounds)
-        cuts = list(self._cuts(bounds))
-        arrays = [] if len(cuts) == 1 else [zeros_on(shape, self.dtype, each) for each in devices]
-        for cut in cuts:
-            block = self._block(cut)
-            sent = [jax.device_put(block, device) for device in devices]
-            starts = np.array(
-                [low - first for (low, _), (first, _) in zip(cut, bounds, strict=True)], np.int32
-            )
-            pairs = zip(arrays, sent, strict=True)
-            arrays = [_put(*pair, starts) for pair in pairs] if arrays else sent
-            # The host's copy is not needed from here on; without the wait they would pile up.
-            jax.block_until_ready(sent)
-            advance(block.nbytes)
-        return arrays
+        for cut in self._cuts(bounds):
+            yield cut, self._block(cut)
 
     def _cuts(self, bounds: Bounds) -> Iterator[Bounds]:
         """A shard in parts along its first dim beside that of layers, at its chunks' bounds.
@@ -159,7 +121,7 @@ class _Reader:
         """
         dim = int(self.stacked)
         low, high = bounds[dim]
-        each = _size(bounds) // (high - low) * self.dtype.itemsize
+        each = size_of(bounds) // (high - low) * self.dtype.itemsize
         part = self.parts[0]
         chunk = self.stores[part.tensor].chunk_layout.read_chunk.shape[int(part.axis == 0)]
         step = max(_LARGE // each // chunk * chunk, chunk)
@@ -225,16 +187,6 @@ def _along(numbers: list[int]) -> slice | list[int]:
     return numbers
 
 
-def _size(bounds: Bounds) -> int:
-    return math.prod(high - low for low, high in bounds)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(array: jax.Array, block: jax.Array, starts: jax.Array) -> jax.Array:
-    """Write a block, in place."""
-    return jax.lax.dynamic_update_slice(array, block, list(starts))
-
-
 def _open(items: Path) -> dict[str, Any]:
     """The tensors of a checkpoint by path, opened, of which no number is read; None: no weight.
 
@@ -272,7 +224,9 @@ def _shape(store: Any) -> tuple[int, ...]:
     return () if store is None else tuple(store.shape)
 
 
-def _dtypes(items: Path, plan: Plan, stores: Mapping[str, Any]) -> dict[str, np.dtype[Any]]:
+def _dtypes(
+    items: Path, plan: CheckpointPlan, stores: Mapping[str, Any]
+) -> dict[str, np.dtype[Any]]:
     """The dtypes of all tensors that are read.
 
     Raises:
@@ -290,7 +244,7 @@ def _dtypes(items: Path, plan: Plan, stores: Mapping[str, Any]) -> dict[str, np.
 
 
 def _say_what_is_rounded(
-    plan: Plan,
+    plan: CheckpointPlan,
     dtypes: Mapping[str, np.dtype[Any]],
     leaves: Mapping[tuple[str, ...], Any],
     say: Callable[[str], object],
@@ -302,11 +256,8 @@ def _say_what_is_rounded(
             there = dtypes[part.tensor]
             if not is_exact(there, here):
                 rounded.setdefault((there.name, here.name), set()).add(part.tensor)
-    for (wide, narrow), names in rounded.items():
-        say(
-            f"{len(names)} tensors are {wide} and rounded to {narrow} here, such as {min(names)}; "
-            f"weight_dtype={wide} keeps them"
-        )
+    for line in rounding_lines({dtypes: sorted(names) for dtypes, names in rounded.items()}):
+        say(line)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from moe_shard.autoep.param_shapes import EXPERTS
 from moe_shard.config.model_config import ModelConfig
 
-Take = tuple[slice | int, ...]
+Selection = tuple[slice | int, ...]
 """A part of a tensor: a slice or an index for each of its dims."""
 
 OUTER = {
@@ -68,7 +68,7 @@ STACKS = re.compile(
     r"(?:_(?P<number>\d+))?/(?:layers_(?P<place>\d+)/)?(?P<rest>.+)"
 )
 """A layer's tensor: of one layer by its number, or of a scan over layers, or over turns of a cycle
-of layers that have places in it."""
+of layers that have candidates in it."""
 
 _WEIGHTS = re.compile(
     r"(?:params/(?P<collection>\w+)/|(?P<aux>nnx_aux)/model/|params/|model_params/|model/|)"
@@ -107,7 +107,7 @@ def weight(path: str) -> Weight | None:
     return Weight(found["name"], found["aux"] is not None)
 
 
-class Place(NamedTuple):
+class Candidate(NamedTuple):
     """A tensor that may hold a parameter.
 
     Attributes:
@@ -118,10 +118,10 @@ class Place(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    take: Take = ()
+    take: Selection = ()
 
 
-def places(role: str, shape: tuple[int, ...], model: ModelConfig) -> Iterator[Place]:
+def candidates(role: str, shape: tuple[int, ...], model: ModelConfig) -> Iterator[Candidate]:
     """The tensors in which a layer's parameter may be, the usual ones first.
 
     Args:
@@ -135,12 +135,14 @@ def places(role: str, shape: tuple[int, ...], model: ModelConfig) -> Iterator[Pl
     if role == "attention.query_norm.scale" and model.attention.attention_type == "mla":
         name = _LATENT_QUERY_NORM
     for start in before:
-        yield Place(start + name, shape)
+        yield Candidate(start + name, shape)
     for start in before:
         yield from _joined(start, role, shape, model)
 
 
-def _joined(start: str, role: str, shape: tuple[int, ...], model: ModelConfig) -> Iterator[Place]:
+def _joined(
+    start: str, role: str, shape: tuple[int, ...], model: ModelConfig
+) -> Iterator[Candidate]:
     """Tensors of several parameters: MaxText's fused_qkv, fused_mlp and prefuse_moe_weights."""
     outer, _, last = role.rpartition(".")
     heads = model.attention.num_query_heads, model.attention.num_kv_heads
@@ -151,7 +153,7 @@ def _joined(start: str, role: str, shape: tuple[int, ...], model: ModelConfig) -
         part = slice(first[name], first[name] + shape[dim])
         whole = (*shape[:dim], heads[0] + 2 * heads[1], shape[-1])
         take = (*[slice(None)] * dim, part, slice(None))
-        yield Place(f"{start}qkv_proj/{'bias' if bias else 'kernel'}", whole, take)
+        yield Candidate(f"{start}qkv_proj/{'bias' if bias else 'kernel'}", whole, take)
     if name not in ("gate", "up") or outer == "mlp.router":
         return
     half = ("gate", "up").index(name)
@@ -159,8 +161,8 @@ def _joined(start: str, role: str, shape: tuple[int, ...], model: ModelConfig) -
     if role.startswith(EXPERTS) and not bias:
         size = shape[-1]
         part = slice(half * size, (half + 1) * size)
-        yield Place(f"{start}wi", (*shape[:-1], 2 * size), (*dims, part))
+        yield Candidate(f"{start}wi", (*shape[:-1], 2 * size), (*dims, part))
     elif not role.startswith(EXPERTS):
         whole = (*shape[:-1], 2, shape[-1])
         kind = "bias" if bias else "kernel"
-        yield Place(f"{start}wi/{kind}", whole, (*dims, half, slice(None)))
+        yield Candidate(f"{start}wi/{kind}", whole, (*dims, half, slice(None)))

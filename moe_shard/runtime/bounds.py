@@ -22,7 +22,7 @@ from moe_shard.lowering.work import flops_by_scope, memory_by_scope
 from moe_shard.sharding.rules import RuleTable
 from moe_shard.units import human_bytes, human_flops
 
-EXCHANGES = 4
+LAYER_EXCHANGES = 4
 """Tokens to experts and back, in the forward and in the backward pass."""
 PRODUCTS = 3 * 3
 """Gate, up and down; each once forward and twice backward."""
@@ -107,7 +107,7 @@ def moe_bounds(config: Config, table: RuleTable, *, slots_per_row: int) -> MoEBo
     layers_of_rows = layers * rows / shards("activation_batch_moe")
     slots = layers_of_rows * slots_per_row
     choices = layers_of_rows * config.train.max_target_length * moe.num_experts_per_tok
-    sent = EXCHANGES * token_bytes / shards("activation_embed_moe") * (experts - 1) / experts
+    sent = LAYER_EXCHANGES * token_bytes / shards("activation_embed_moe") * (experts - 1) / experts
     multiplied = (
         2 * PRODUCTS * config.model.emb_dim * moe.moe_mlp_dim / shards("activation_mlp_moe")
     )

@@ -24,6 +24,7 @@ from moe_shard.runtime.bounds import moe_bounds
 from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.mesh import make_mesh
 from moe_shard.stderr import collect_lines
+from moe_shard.units import human_ranges
 
 _OVERLAP = {
     "tpu": ("xla_tpu_enable_async_all_to_all", "xla_tpu_enable_async_ragged_all_to_all"),
@@ -156,19 +157,8 @@ def moe_records(config: Config, sharding: Sharding) -> dict[str, MoERecord]:
     if config.model.moe is None:
         return {}
     layers = [layer for layer, kind in enumerate(config.model.layer_kinds) if kind.moe]
-    return {_layers_in_words(layers): sharding.decisions["moe"]}
-
-
-def _layers_in_words(layers: Sequence[int]) -> str:
-    """Such as "layer 0", "layers 1-26" or "layers 1, 3, 5-7"."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    words = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
-    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(words)}"
+    name = f"layer{'s' if len(layers) > 1 else ''} {human_ranges(layers)}"
+    return {name: sharding.decisions["moe"]}
 
 
 def estimate_step(

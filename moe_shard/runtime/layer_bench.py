@@ -28,7 +28,7 @@ from moe_shard.lowering.work import flops_by_scope
 from moe_shard.moe.layer import MoELayer
 from moe_shard.moe.losses import load_balance_loss
 from moe_shard.moe.placement import TOKENS
-from moe_shard.runtime.bounds import EXCHANGES, PRODUCTS, moe_wire_bytes
+from moe_shard.runtime.bounds import LAYER_EXCHANGES, PRODUCTS, moe_wire_bytes
 from moe_shard.sharding.annotate import Sharding
 
 RoutingKind = Literal["balanced", "skewed"]
@@ -267,7 +267,7 @@ def _measurement(
     tokens = size.rows * size.tokens // mesh.size
     group = mesh.shape["expert"]
     row_bytes = size.model_dim * jnp.dtype(size.dtype).itemsize
-    least = EXCHANGES * tokens * size.k * row_bytes * (group - 1) // group
+    least = LAYER_EXCHANGES * tokens * size.k * row_bytes * (group - 1) // group
     sent = moe_wire_bytes(report.collectives, ["expert"])
     flops = flops_by_scope(report.extraction.walk, report.extraction.roles.flow)["experts"]
     ideal = 2 * PRODUCTS * tokens * size.k * size.model_dim * size.hidden_dim

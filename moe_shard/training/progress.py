@@ -1,4 +1,4 @@
-"""The progress of a run on the terminal: a live line, or plain lines where output is a file."""
+"""Show the progress of a run; plain lines come rarely, but always of the first and last step."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, TextColumn
 
+from moe_shard.terminal import PLAIN_SECONDS, live_line
 from moe_shard.training.metrics import Record
-
-PLAIN_SECONDS = 5.0
-"""Least time between two plain lines, apart from the first and the last step."""
+from moe_shard.units import human_time_left
 
 
 class ProgressLine:
@@ -40,16 +39,8 @@ class ProgressLine:
         self._bytes_per_token = bytes_per_token
         self._started = time.monotonic()
         self._last_line = -math.inf
-        self._live = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=20),
-            TextColumn("{task.description}"),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        text = TextColumn("{task.description}")
+        self._live = live_line(console, "step", MofNCompleteColumn(), text, transient=False)
         self._task = self._live.add_task("compiled", total=steps, completed=first_step)
 
     def __enter__(self) -> ProgressLine:
@@ -78,7 +69,7 @@ class ProgressLine:
         if last or now - self._last_line >= PLAIN_SECONDS:
             self._last_line = now
             left = (now - self._started) / (done - self._first) * (self._steps - done)
-            self._console.print(f"step {done}/{self._steps}  {text}  left {_duration(left)}")
+            self._console.print(f"step {done}/{self._steps}  {text}  left {human_time_left(left)}")
 
     def _describe(self, record: Record) -> str:
         ce_loss = float(record["ce_loss"] or 0.0)
@@ -91,9 +82,3 @@ class ProgressLine:
         if record["mfu"] is not None:
             parts.append(f"MFU {100 * record['mfu']:.1f}%")
         return "  ".join(parts)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from moe_shard.autoep.headers import TensorHeader, read_headers
-from moe_shard.autoep.tensor_plan import Layout, Piece, Plan
+from moe_shard.autoep.tensor_plan import Layout, Piece, TensorPlan
 
 # As tests.models.build.SMALL has them, with room for bytes in the vocabulary.
 KEYS = ("vocab_size=320",)
@@ -85,7 +85,7 @@ class Checkpoint:
 
     directory: Path
     tensors: Tensors
-    plan: Plan
+    plan: TensorPlan
     params: dict[str, Any]
 
     @property
@@ -256,7 +256,7 @@ def detect(directory: Path, family: str = "") -> SimpleNamespace:
     _, pieces, _ = KINDS[kind](lambda *shape: np.zeros(shape, BF16))
     return SimpleNamespace(
         family=kind,
-        plan=Plan((*plan_of_attention_and_norms(), *pieces), CARRIED),
+        plan=TensorPlan((*plan_of_attention_and_norms(), *pieces), CARRIED),
         headers=read_headers(directory),
         settings={},
     )
@@ -302,5 +302,5 @@ def make_checkpoint(
     }
     for name, text in small.items():
         (directory / name).write_text(text)
-    plan = Plan((*plan_of_attention_and_norms(), *pieces), CARRIED)
+    plan = TensorPlan((*plan_of_attention_and_norms(), *pieces), CARRIED)
     return Checkpoint(directory, tensors, plan, params_of(tensors, found))

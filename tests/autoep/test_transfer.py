@@ -15,12 +15,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from moe_shard.autoep import importing
 from moe_shard.autoep.exporting import export_params
 from moe_shard.autoep.headers import DTYPE_BYTES
-from moe_shard.autoep.host_blocks import blocks_of
 from moe_shard.autoep.importing import import_params
-from moe_shard.autoep.tensor_plan import Layout, Piece, Plan
+from moe_shard.autoep.tensor_plan import Layout, Piece, TensorPlan
 from moe_shard.autoep.tensors import DTYPES
 from moe_shard.errors import UserError
 from moe_shard.models.params import Params, describe
+from tests.autoep.blocks import blocks_of
 from tests.autoep.checkpoints import (
     BF16,
     KEYS,
@@ -158,7 +158,7 @@ def one(
     place = NamedSharding(mesh, PartitionSpec("x"))
     specs = {"p": jax.ShapeDtypeStruct(shape, dtype, sharding=place)}
     headers = headers_of(tmp_path / "one.safetensors")
-    array: jax.Array = import_params(Plan(tuple(pieces), carried), headers, specs)["p"]
+    array: jax.Array = import_params(TensorPlan(tuple(pieces), carried), headers, specs)["p"]
     return array
 
 
@@ -166,7 +166,7 @@ def test_a_buffer_in_float32_among_bfloat16_is_kept_and_given_back(tmp_path: Pat
     """e_score_correction_bias: 1e-3 steps around 10 are lost in bfloat16."""
     bias = (10 + np.arange(8) / 1000).astype(np.float32)
     param = ("layers", "mlp", "router", "correction_bias")
-    plan = Plan((Piece("mlp.gate.e_score_correction_bias", param, (0,)),))
+    plan = TensorPlan((Piece("mlp.gate.e_score_correction_bias", param, (0,)),))
     path = tmp_path / "bias.safetensors"
     write_file(path, {"mlp.gate.e_score_correction_bias": bias})
     place = jax.tree.leaves(specs_on({"expert": 8}))[2].sharding
@@ -248,7 +248,7 @@ def test_a_number_too_large_for_float16_is_not_exported(tmp_path: Path) -> None:
     write_file(tmp_path / "half.safetensors", {"t": TENSOR.astype(np.float16)})
     headers = headers_of(tmp_path / "half.safetensors")
     with pytest.raises(UserError, match=TOO_LARGE):
-        export_params(Plan((WHOLE,)), headers, blocks_of({"p": array}))
+        export_params(TensorPlan((WHOLE,)), headers, blocks_of({"p": array}))
 
 
 def test_a_tensor_of_which_a_part_is_in_no_parameter_is_not_exported(tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_a_tensor_of_which_a_part_is_in_no_parameter_is_not_exported(tmp_path: P
     array = one(tmp_path, {"t": both}, [half], (4, 3))
     with pytest.raises(UserError, match="12 of its 24 elements"):
         export_params(
-            Plan((half,)), headers_of(tmp_path / "one.safetensors"), blocks_of({"p": array})
+            TensorPlan((half,)), headers_of(tmp_path / "one.safetensors"), blocks_of({"p": array})
         )
 
 
@@ -275,7 +275,7 @@ def test_blocks_that_fit_no_tensor(
     write_file(tmp_path / "one.safetensors", {"t": TENSOR})
     blocks = blocks_of({"p": jax.numpy.zeros(shape)})
     with pytest.raises(UserError) as caught:
-        export_params(Plan((piece,)), headers_of(tmp_path / "one.safetensors"), blocks)
+        export_params(TensorPlan((piece,)), headers_of(tmp_path / "one.safetensors"), blocks)
     for part in (*parts, "fix: "):
         assert part in str(caught.value)
 

@@ -21,14 +21,13 @@ import json, sys
 from pathlib import Path
 import numpy as np
 from moe_shard.autoep.headers import read_file
-from moe_shard.autoep.tensor_plan import Layout, Piece, Plan
-from moe_shard.autoep.host_blocks import blocks_of
+from moe_shard.autoep.tensor_plan import Layout, Piece, TensorPlan
 from moe_shard.autoep.exporting import export_params
 from moe_shard.autoep.importing import import_params
 file, layers, experts, *rest = sys.argv[1:]
 layers, experts = int(layers), int(experts)
 headers = read_file(Path(file))
-plan = Plan(tuple(
+plan = TensorPlan(tuple(
     Piece(f"{l}.{e}", ("experts", "gate"), (l, e), Layout(order=(1, 0)))
     for l in range(layers) for e in range(experts)
 ))
@@ -67,16 +66,13 @@ h, m = headers["0.0"].shape
 place = NamedSharding(mesh, PartitionSpec(None, "x"))
 spec = jax.ShapeDtypeStruct((layers, experts, m, h), np.dtype(rest[0]), sharding=place)
 params, imported = during(lambda: import_params(plan, headers, {"experts": {"gate": spec}}))
-before = Path(file).read_bytes()[-8:]
-_, exported = during(lambda: export_params(plan, headers, blocks_of(params)))
-assert Path(file).read_bytes()[-8:] == before
 size = sum(a.nbytes for a in jax.tree.leaves(params))
 with ocp.CheckpointManager(
     rest[1], item_handlers={"state": ocp.PyTreeCheckpointHandler()}
 ) as manager:
     state = ocp.args.PyTreeSave({"params": params})
     manager.save(0, args=ocp.args.Composite(state=state))
-print(json.dumps({"size": size, "imported": imported, "exported": exported}))
+print(json.dumps({"size": size, "imported": imported}))
 """
 
 STORED = """
@@ -109,12 +105,7 @@ array = import_params(plan, headers, {"experts": {"gate": spec}})["experts"]["ga
 shards = {str(shard.index[1].start or 0): np.asarray(shard.data).tolist()
           for shard in array.addressable_shards}
 whole = jax.jit(lambda a: a.sum(), out_shardings=NamedSharding(place.mesh, PartitionSpec()))(array)
-refused = ""
-try:
-    export_params(plan, headers, blocks_of({"experts": {"gate": array}}))
-except Exception as error:
-    refused = type(error).__name__
-print(json.dumps({"shards": shards, "sum": float(whole), "refused": refused,
+print(json.dumps({"shards": shards, "sum": float(whole),
                   "read": sorted(names[place] for place in seen)}))
 """
 
@@ -150,7 +141,6 @@ def test_the_host_holds_no_more_than_a_few_tensors_beside_the_model(tmp_path: Pa
     found = end(start(WATCH + MEMORY, *arguments, "float32", tmp_path / "run"))
     assert found["size"] == layers * experts * tensor.size * 4
     assert found["imported"] <= found["size"] + 12 * 8 * 2**20, found
-    assert found["exported"] <= 6 * 8 * 2**20, found
     # Of a checkpoint: its chunks are shards of 128 MB.
     found = end(start(WATCH + STORED, *arguments, tmp_path / "run"))
     assert found["exported"] <= 2.5 * 128 * 2**20, found
@@ -177,4 +167,3 @@ def test_two_processes_read_each_their_own_experts(tmp_path: Path) -> None:
             str(e): [[tensors[f"{layer}.{e}"].T.tolist()] for layer in range(layers)] for e in own
         }
         assert found["sum"] == sum(float(tensor.sum()) for tensor in tensors.values())
-        assert found["refused"] == "UserError"

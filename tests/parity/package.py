@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_shard.autoep.directory import read_source
+from moe_shard.autoep.directory import read_hf_source
 from moe_shard.autoep.exporting import export_params
-from moe_shard.autoep.host_blocks import blocks_of
 from moe_shard.checkpoints.imported import load_params
 from moe_shard.checkpoints.resolve import load_model
 from moe_shard.config import Config
@@ -23,6 +22,7 @@ from moe_shard.program import step
 from moe_shard.program.optimizer import make_optimizer
 from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.mesh import make_mesh
+from tests.autoep.blocks import blocks_of
 from tests.models.build import QUICK
 from tests.parity import weights
 from tests.parity.families import LEARNING_RATE, LENGTH, NEW_TOKENS, ROWS, UPDATES, VOCAB
@@ -141,7 +141,7 @@ def gradients(
 
 def overwrite(directory: Path, params: Params) -> None:
     """Put parameters, or what is shaped like them, into the tensors of a model's directory."""
-    source = read_source(directory)
+    source = read_hf_source(directory)
     export_params(source.plan, source.headers, blocks_of(params))
 
 

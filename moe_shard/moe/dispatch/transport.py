@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,6 @@ from jaxtyping import Array, Float, Int
 
 from moe_shard.moe.dispatch.plan import Bound, Counts, Round, before, rows_from
 from moe_shard.sharding.varying import zeros
-
-Kind = Literal["ragged", "padded"]
 
 
 class Transport(Protocol):

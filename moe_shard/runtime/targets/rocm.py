@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from moe_shard.files import write_bytes
+from moe_shard.files import cache_folder, write_bytes
 from moe_shard.runtime.targets.elf import Function, Imports, placeholder
 
 # Loaded for the life of the process, as any library is.
@@ -71,11 +70,6 @@ def placeholders(
         elif not any(hasattr(library, function.name) for library in there):
             exports[first].append(function)
     return {name: placeholder(name, wanted) for name, wanted in exports.items()}
-
-
-def cache_folder() -> Path:
-    """Where this user's caches are: `$XDG_CACHE_HOME`, else `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_shard"
 
 
 def _load(path: Path) -> ctypes.CDLL | None:

@@ -28,7 +28,7 @@ from moe_shard.sharding.annotate import AnnotatedArray
 from moe_shard.sharding.rules import Row
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
-LEVELS = (ERROR, WARNING, NOTE)
+SEVERITIES = (ERROR, WARNING, NOTE)
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def _unsharded(missing: Sequence[str]) -> list[Lint]:
 def count_levels(found: Iterable[Lint]) -> Mapping[str, int]:
     """How many there are of each level."""
     levels = [lint.level for lint in found]
-    return {level: levels.count(level) for level in LEVELS}
+    return {level: levels.count(level) for level in SEVERITIES}
 
 
 def _axes(axes: Sequence[str]) -> str:

@@ -13,10 +13,10 @@ from rich.table import Table
 
 from moe_shard.sharding.explain.collisions import Collision
 from moe_shard.sharding.explain.explanation import Explanation
-from moe_shard.sharding.explain.lint import LEVELS, Lint, count_levels
+from moe_shard.sharding.explain.lint import SEVERITIES, Lint, count_levels
 from moe_shard.sharding.explain.placed import PlacedArray
 from moe_shard.sharding.rules import Decision
-from moe_shard.units import human_bytes
+from moe_shard.units import human_bytes, human_count
 
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 _NAME_WIDTH = 28
@@ -129,8 +129,8 @@ def _print_conflicts(conflicts: Sequence[Collision], console: Console) -> None:
 
 def _print_lint(lint: Sequence[Lint], console: Console) -> None:
     counts = count_levels(lint)
-    said = ", ".join(f"{n} {level}{'s' if n > 1 else ''}" for level, n in counts.items() if n)
+    said = ", ".join(human_count(n, level) for level, n in counts.items() if n)
     console.print(f"[bold]rule lint: {said or 'nothing to say'}[/]")
-    for each in sorted(lint, key=lambda each: LEVELS.index(each.level)):
+    for each in sorted(lint, key=lambda each: SEVERITIES.index(each.level)):
         text = f"[{_STYLES[each.level]}]{each.level}[/] {escape(each.text)}"
         console.print(Padding(text, (0, 0, 0, 2)))
