@@ -25,9 +25,9 @@ from moe_shard.autoep.strict_json import read_object
 from moe_shard.autoep.tensor_names import Names, sort_names
 from moe_shard.autoep.tensor_plan import Piece, TensorPlan
 from moe_shard.config.keys import shown
-from moe_shard.config.layers import Layer
 from moe_shard.config.load import load_settings
 from moe_shard.config.model_config import ModelConfig
+from moe_shard.config.overlays import Overlay
 from moe_shard.errors import UserError
 
 CONFIG = "config.json"
@@ -171,7 +171,7 @@ def _layers_beyond(
 
 
 def _model(settings: Mapping[str, Any], where: Path) -> ModelConfig:
-    layer = Layer(str(where), dict(settings), {}, ())
+    layer = Overlay(str(where), dict(settings), {}, ())
     try:
         return load_settings(layer, name=where.parent.name).model
     except UserError as error:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_shard.autoep.detect import CONFIG, Detected, detect
-from moe_shard.config.layers import Layer, parse_overrides
 from moe_shard.config.load import base_settings, list_models, load_config, load_settings
+from moe_shard.config.overlays import Overlay, parse_overrides
 from moe_shard.config.schema import Config
 from moe_shard.errors import UserError
 from moe_shard.maxtext.folders import find_items
@@ -24,7 +24,7 @@ def load_model(model: str, overrides: Sequence[str] = ()) -> Config:
     Args:
         model: as `load_config`, or a directory with `config.json`, from where the first
             parameters then come too.
-        overrides: `key=value` arguments, the strongest layer.
+        overrides: `key=value` arguments, the strongest overlay.
 
     Raises:
         UserError: anything that a person got wrong, with the fix, in at most three lines.
@@ -46,8 +46,8 @@ def load_model(model: str, overrides: Sequence[str] = ()) -> Config:
         )
     family = parse_overrides(overrides, base_settings()).get("hf_family", "")
     detected = detect(directory, family)
-    layer = Layer(str(directory / CONFIG), directory_settings(directory, detected), {}, ())
-    config = load_settings(layer, overrides, name=directory.resolve().name)
+    overlay = Overlay(str(directory / CONFIG), directory_settings(directory, detected), {}, ())
+    config = load_settings(overlay, overrides, name=directory.resolve().name)
     return replace(config, detected=detected.lines)
 
 

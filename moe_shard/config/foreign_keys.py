@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_shard.config.keys import shown
-from moe_shard.config.layers import Layer, unknown_key
 from moe_shard.config.maxtext import RENAMED, no_meaning, refused
 from moe_shard.config.maxtext_keys import UNSAID, MaxTextKeys
+from moe_shard.config.overlays import Overlay, unknown_key
 from moe_shard.errors import UserError
 
 
 def sift(
     source: str, written: Mapping[str, Any], base: Mapping[str, Any], keys: MaxTextKeys
-) -> Layer:
+) -> Overlay:
     """Sort what a source says into our keys, and MaxText's by what they would mean here.
 
     Args:
@@ -57,7 +57,7 @@ def sift(
             )
         else:
             idle[name] = value
-    return Layer(source, values, unbuilt, tuple(no_meaning(idle, keys, source)))
+    return Overlay(source, values, unbuilt, tuple(no_meaning(idle, keys, source)))
 
 
 def _in_our_words(source: str, name: str, value: Any, keys: MaxTextKeys) -> tuple[str, Any]:

@@ -1,7 +1,7 @@
-"""From a model's name and `key=value` to a `Config`: base.yml, then the model, then the arguments.
+"""Load a `Config` from a model's name and `key=value`: base.yml, then the model, then arguments.
 
-`ml_collections` keeps the layers and the types; the frozen dataclasses of `schema.py` check what
-comes out. A file of MaxText's is read as it is (see `maxtext.py`).
+`overlays.py` lays each source over the one before and keeps the types of base.yml; the frozen
+dataclasses of `schema.py` check the result. A MaxText file is read as it is (see `maxtext.py`).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from moe_shard.config.attention_config import AttentionConfig, RopeConfig
 from moe_shard.config.foreign_keys import sift
 from moe_shard.config.generate_config import GenerateConfig
 from moe_shard.config.keys import leaf_keys, shown
-from moe_shard.config.layers import COMMAND_LINE, Layer, lay, parse_overrides, short_name
 from moe_shard.config.maxtext import is_maxtext, read_run, why_not_ragged
 from moe_shard.config.maxtext_keys import MaxTextKeys, read_maxtext_keys
 from moe_shard.config.model_config import GatingConfig, ModelConfig
 from moe_shard.config.moe_config import MoEConfig, RouterConfig
+from moe_shard.config.overlays import COMMAND_LINE, Overlay, lay_over, parse_overrides, short_name
 from moe_shard.config.schema import Config, DataConfig, RunConfig, TrainConfig
 from moe_shard.config.strict_yaml import read_mapping
 from moe_shard.config.tables import build_mesh, read_rules_file
@@ -62,7 +62,7 @@ def load_config(model: str, overrides: Sequence[str] = ()) -> Config:
     Args:
         model: a name in `configs/models/`, the path of a YAML file, or the folder of an imported
             model.
-        overrides: `key=value` arguments, the strongest layer.
+        overrides: `key=value` arguments, the strongest overlay.
 
     Raises:
         UserError: anything that a person got wrong, with the fix, in at most three lines.
@@ -71,9 +71,9 @@ def load_config(model: str, overrides: Sequence[str] = ()) -> Config:
     written, base, known = read_mapping(path), base_settings(), maxtext_keys()
     if is_maxtext(written, base, known):
         said = parse_overrides(overrides, {**known.defaults, **base})
-        layers, name = read_run(path, written, said, base, known)
-        by_file = not any("moe_dispatch" in layer.values for layer in layers[1:])
-        return _assemble(layers, name=name, may_settle_dispatch=by_file)
+        overlays, name = read_run(path, written, said, base, known)
+        by_file = not any("moe_dispatch" in overlay.values for overlay in overlays[1:])
+        return _assemble(overlays, name=name, may_settle_dispatch=by_file)
     if path.name == "base.yml" and set(base) <= set(written):
         # MaxText's form of a command, with our base.yml: the model is the one that it names.
         said = parse_overrides(overrides, base)
@@ -82,10 +82,10 @@ def load_config(model: str, overrides: Sequence[str] = ()) -> Config:
             find_file("models", named, "model_name")
             rest = [each for each in overrides if each.partition("=")[0].strip() != "model_name"]
             return load_config(named, rest)
-    layer = sift(short_name(path), written, base, known)
+    overlay = sift(short_name(path), written, base, known)
     if (path.parent / "params").is_dir():
-        _complete_imported(layer.values, path.parent.resolve())
-    return load_settings(layer, overrides, name=path.stem)
+        _complete_imported(overlay.values, path.parent.resolve())
+    return load_settings(overlay, overrides, name=path.stem)
 
 
 def _complete_imported(values: dict[str, Any], folder: Path) -> None:
@@ -96,12 +96,12 @@ def _complete_imported(values: dict[str, Any], folder: Path) -> None:
         values["tokenizer_path"] = str(folder / "hf")
 
 
-def load_settings(layer: Layer, overrides: Sequence[str] = (), *, name: str) -> Config:
+def load_settings(overlay: Overlay, overrides: Sequence[str] = (), *, name: str) -> Config:
     """Lay a model's settings over `base.yml`, and arguments over both.
 
     Args:
-        layer: the model's settings, wherever they come from.
-        overrides: `key=value` arguments, the strongest layer.
+        overlay: the model's settings, wherever they come from.
+        overrides: `key=value` arguments, the strongest overlay.
         name: the model's, where `model_name` is not among the settings.
 
     Raises:
@@ -109,32 +109,34 @@ def load_settings(layer: Layer, overrides: Sequence[str] = (), *, name: str) -> 
     """
     base, known = base_settings(), maxtext_keys()
     said = parse_overrides(overrides, {**known.defaults, **base})
-    return _assemble([layer, sift(COMMAND_LINE, said, base, known)], name=name)
+    return _assemble([overlay, sift(COMMAND_LINE, said, base, known)], name=name)
 
 
-def _assemble(layers: Sequence[Layer], *, name: str, may_settle_dispatch: bool = False) -> Config:
+def _assemble(
+    overlays: Sequence[Overlay], *, name: str, may_settle_dispatch: bool = False
+) -> Config:
     """Lay sources over `base.yml` and build what the code reads.
 
     Args:
-        layers: from the weakest to the strongest.
+        overlays: from the weakest to the strongest.
         name: the model's, where `model_name` is not among the settings.
         may_settle_dispatch: `moe_dispatch` comes from a file of MaxText's, in other words, and
             gives way to a table that it cannot serve.
     """
     base, known = base_settings(), maxtext_keys()
-    settings = lay(base, layers)
+    settings = lay_over(base, overlays)
     custom = settings["custom_mesh_and_rule"]
     rules_file = None
     if custom:
         rules_file = read_rules_file(find_file("rules", custom, "custom_mesh_and_rule"), known)
-    mesh, warnings = build_mesh(settings, base, layers, rules_file, known)
+    mesh, warnings = build_mesh(settings, base, overlays, rules_file, known)
     is_open = may_settle_dispatch and settings["moe_dispatch"] == "ragged"
     if is_open and (why := why_not_ragged(mesh)):
         settings["moe_dispatch"] = "gather"
         warnings += (f"moe_dispatch=gather instead, which drops nothing either: {why}",)
     _derive(settings, name)
-    told = [*layers, *([rules_file] if rules_file else [])]
-    warnings = (*(note for layer in told for note in layer.notes), *warnings)
+    told = [*overlays, *([rules_file] if rules_file else [])]
+    warnings = (*(note for overlay in told for note in overlay.notes), *warnings)
     if settings["num_experts"] == 1 and settings["moe_dispatch_no_expert_sharding"]:
         warnings += (
             "moe_dispatch_no_expert_sharding=true has no effect: num_experts=1, a dense model",
@@ -147,7 +149,7 @@ def _assemble(layers: Sequence[Layer], *, name: str, may_settle_dispatch: bool =
         data=_build(DataConfig, settings),
         generate=_build(GenerateConfig, settings),
         warnings=warnings,
-        unbuilt=_unbuilt(layers),
+        unbuilt=_unbuilt(overlays),
     )
 
 
@@ -239,11 +241,11 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
-def _unbuilt(layers: Sequence[Layer]) -> tuple[tuple[str, Any, str], ...]:
-    """What is asked for and not built; a stronger layer may take a request back."""
+def _unbuilt(overlays: Sequence[Overlay]) -> tuple[tuple[str, Any, str], ...]:
+    """What is asked for and not built; a stronger overlay may take a request back."""
     asked: dict[str, tuple[Any, str] | None] = {}
-    for layer in layers:
-        asked |= layer.unbuilt
+    for overlay in overlays:
+        asked |= overlay.unbuilt
     return tuple(
         (key, _frozen(found[0]), found[1]) for key, found in asked.items() if found is not None
     )

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from moe_shard.config.keys import shown
-from moe_shard.config.layers import COMMAND_LINE, Layer, coerced, short_name, unknown_key
 from moe_shard.config.maxtext_keys import UNSAID, MaxTextKeys
 from moe_shard.config.maxtext_model import Translation, translate_model
 from moe_shard.config.maxtext_run import KEYS as RUN_KEYS
 from moe_shard.config.maxtext_run import check_data, run_values
 from moe_shard.config.mesh_config import MeshConfig
+from moe_shard.config.overlays import COMMAND_LINE, Overlay, coerced, short_name, unknown_key
 from moe_shard.config.strict_yaml import read_mapping
 from moe_shard.errors import UserError
 
@@ -60,7 +60,7 @@ def read_run(
     arguments: Mapping[str, Any],
     base: Mapping[str, Any],
     keys: MaxTextKeys,
-) -> tuple[list[Layer], str]:
+) -> tuple[list[Overlay], str]:
     """Put a run by MaxText's files into our keys.
 
     Args:
@@ -71,7 +71,7 @@ def read_run(
         keys: MaxText's.
 
     Returns:
-        The layers over `base.yml`, and the model's name.
+        The overlays over `base.yml`, and the model's name.
 
     Raises:
         UserError: a file that is not found or read, an unknown key, or what cannot be had here.
@@ -116,12 +116,12 @@ def read_run(
         *([f"{source}: of no effect beside what else it says: {', '.join(idle)}"] if idle else []),
         *no_meaning(said, keys, source),
     ]
-    layers = [Layer(source, values, unbuilt, tuple(notes))]
+    overlays = [Overlay(source, values, unbuilt, tuple(notes))]
     for source, content in [*files, (COMMAND_LINE, arguments)]:
         own = {key: value for key, value in content.items() if key not in keys}
         if own:
-            layers.append(Layer(source, own, {}, ()))
-    return layers, name
+            overlays.append(Overlay(source, own, {}, ()))
+    return overlays, name
 
 
 def _files(

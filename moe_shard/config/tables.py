@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from moe_shard.config.keys import shown
-from moe_shard.config.layers import COMMAND_LINE, Layer, short_name, unknown_key
 from moe_shard.config.maxtext_keys import MaxTextKeys
 from moe_shard.config.mesh_config import (
     LEVELS,
@@ -18,13 +17,14 @@ from moe_shard.config.mesh_config import (
     expert_row,
     parallelism_key,
 )
+from moe_shard.config.overlays import COMMAND_LINE, Overlay, short_name, unknown_key
 from moe_shard.config.strict_yaml import read_mapping
 from moe_shard.errors import UserError
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
-def read_rules_file(path: Path, keys: MaxTextKeys) -> Layer:
+def read_rules_file(path: Path, keys: MaxTextKeys) -> Overlay:
     """A file for `custom_mesh_and_rule`: `mesh_axes` and `logical_axis_rules`.
 
     Args:
@@ -47,22 +47,22 @@ def read_rules_file(path: Path, keys: MaxTextKeys) -> Layer:
     values = {key: content[key] for key in own if key in content}
     others = ", ".join(key for key in content if key not in own)
     notes = (f"{source}: of no meaning here: {others} (the rule table says it)",) if others else ()
-    return Layer(source, values, {}, notes)
+    return Overlay(source, values, {}, notes)
 
 
 def build_mesh(
     settings: Mapping[str, Any],
     base: Mapping[str, Any],
-    layers: Sequence[Layer],
-    rules_file: Layer | None,
+    overlays: Sequence[Overlay],
+    rules_file: Overlay | None,
     keys: MaxTextKeys,
 ) -> tuple[MeshConfig, tuple[str, ...]]:
     """The mesh and its table, and warnings.
 
     Args:
-        settings: the flat settings with all layers applied.
+        settings: the flat settings with all overlays applied.
         base: `base.yml`.
-        layers: the model file's and the command line's, in this order.
+        overlays: the model file's and the command line's, in this order.
         rules_file: what `custom_mesh_and_rule` names, if anything.
         keys: MaxText's, for the axes of its meshes and the rows of its tables.
 
@@ -72,31 +72,31 @@ def build_mesh(
     own_table = table = read_rows(base["logical_axis_rules"], "base.yml")
     axes, chosen_by = MESH_AXES, "base.yml"
     warnings: list[str] = []
-    sources = [*([rules_file] if rules_file else []), *layers]
-    for layer in sources:
+    sources = [*([rules_file] if rules_file else []), *overlays]
+    for overlay in sources:
         # A table of MaxText's may name axes that this mesh lacks. They have size 1 there unless a
         # key says otherwise, and such a key is refused, so nothing is lost.
-        foreign = () if layer.source == COMMAND_LINE else _foreign_axes(layer, keys)
+        foreign = () if overlay.source == COMMAND_LINE else _foreign_axes(overlay, keys)
         if foreign:
             warnings.append(
-                f"{layer.source}: mesh axes of MaxText that this mesh does not have, read as "
+                f"{overlay.source}: mesh axes of MaxText that this mesh does not have, read as "
                 f"size 1: {', '.join(foreign)}"
             )
-        if "mesh_axes" in layer.values:
-            axes, chosen_by = read_axes(layer, foreign) or axes, layer.source
-        if "logical_axis_rules" not in layer.values:
+        if "mesh_axes" in overlay.values:
+            axes, chosen_by = read_axes(overlay, foreign) or axes, overlay.source
+        if "logical_axis_rules" not in overlay.values:
             continue
-        rows = read_rows(layer.values["logical_axis_rules"], layer.source, foreign)
-        replace = layer is rules_file or (
-            layer.values.get("override_logical_axis_rules", False)
-            if layer.source == COMMAND_LINE
+        rows = read_rows(overlay.values["logical_axis_rules"], overlay.source, foreign)
+        replace = overlay is rules_file or (
+            overlay.values.get("override_logical_axis_rules", False)
+            if overlay.source == COMMAND_LINE
             else settings["override_logical_axis_rules"]
         )
         table = rows if replace else lay_rows(table, rows)
         if is_maxtext_table(rows, foreign, keys):
             table, notes = completed(table, own_table, keys)
-            warnings += [f"{layer.source}: {note}" for note in notes]
-    said = {key for layer in layers for key in layer.values}
+            warnings += [f"{overlay.source}: {note}" for note in notes]
+    said = {key for overlay in overlays for key in overlay.values}
     sizes = {level: _sizes(level, settings, said, axes, chosen_by) for level in LEVELS}
     whole = (*axes, *(axis for axis in MESH_AXES if axis not in axes))
     mesh = MeshConfig(
@@ -194,33 +194,33 @@ def lay_rows(table: Sequence[Rule], rows: Sequence[Rule]) -> list[Rule]:
     return [row for row in table if row[0] not in replaced] + list(rows)
 
 
-def read_axes(layer: Layer, foreign: Sequence[str]) -> tuple[str, ...]:
+def read_axes(overlay: Overlay, foreign: Sequence[str]) -> tuple[str, ...]:
     """`mesh_axes` of one source, without `foreign`; empty where it has none.
 
     Raises:
         UserError: not a list of this mesh's axes, each once.
     """
-    axes = layer.values.get("mesh_axes", [])
+    axes = overlay.values.get("mesh_axes", [])
     if not isinstance(axes, list) or not all(isinstance(axis, str) for axis in axes):
         raise UserError(
-            f"{layer.source}: mesh_axes={shown(axes)} is not a list of names\n"
+            f"{overlay.source}: mesh_axes={shown(axes)} is not a list of names\n"
             f"fix: [{', '.join(MESH_AXES)}] or a part of it"
         )
     kept = tuple(axis for axis in axes if axis not in foreign)
     for axis in kept:
         if axis not in MESH_AXES:
             raise UserError(
-                f"{layer.source}: mesh_axes names {shown(axis)}, which this mesh does not have\n"
+                f"{overlay.source}: mesh_axes names {shown(axis)}, which this mesh does not have\n"
                 f"fix: leave it out, and the rows that name it; there are {', '.join(MESH_AXES)}"
             )
     if len(set(kept)) < len(kept):
-        raise UserError(f"{layer.source}: mesh_axes={shown(axes)} names an axis twice\nfix: once")
+        raise UserError(f"{overlay.source}: mesh_axes={shown(axes)} names an axis twice\nfix: once")
     return kept
 
 
-def _foreign_axes(layer: Layer, keys: MaxTextKeys) -> tuple[str, ...]:
+def _foreign_axes(overlay: Overlay, keys: MaxTextKeys) -> tuple[str, ...]:
     """The axes of MaxText's that a source names in its mesh or in its rows, in no other form."""
-    axes, rows = layer.values.get("mesh_axes", []), layer.values.get("logical_axis_rules", [])
+    axes, rows = overlay.values.get("mesh_axes", []), overlay.values.get("logical_axis_rules", [])
     named = list(axes) if isinstance(axes, list) else []
     for row in rows if isinstance(rows, list) else []:
         of = row[1] if isinstance(row, list) and len(row) == 2 else None

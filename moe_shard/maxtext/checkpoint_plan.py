@@ -196,6 +196,7 @@ class _Planner:
         shape = slot.shape
         if role.startswith(EXPERTS):
             shape = (self.model.num_experts, *shape)
+            slot = slot._replace(keys=("num_experts", *slot.keys))
         known = list(candidates(role, shape, self.model))
         place = next((place for place in known if place.name in table), None)
         if place is None:

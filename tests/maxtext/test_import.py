@@ -374,7 +374,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path, mixtral: tuple[Pat
         ("base_emb_dim=32", "base_emb_dim"),
         ("vocab_size=300", "vocab_size"),
         ("num_experts=4", "num_experts"),
-        ("use_qk_norm=true", "query_norm"),
+        ("use_qk_norm=true", "key_norm"),
         ("logits_via_embedding=true", "logits_dense"),
         ("first_num_dense_layers=1", "no tensor for mlp.down of layer 0"),
         ("shared_experts=1", "no tensor for mlp.shared.down"),

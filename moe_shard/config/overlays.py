@@ -1,4 +1,10 @@
-"""Laying one source of settings over another, with the types of `base.yml` kept."""
+"""Lay one source of settings over another and keep the types of `base.yml`.
+
+ml_collections is used for this and nothing else: a locked `ConfigDict` takes each value in the type
+of its default and refuses keys that `base.yml` lacks. What its check would let through (null, true
+for a number) is refused before. The rest of the package reads the frozen dataclasses of
+`schema.py`, never a `ConfigDict`.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +46,7 @@ _LARGEST_INT = 2**63
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
+class Overlay:
     """One source of settings, by key of `base.yml`.
 
     Attributes:
@@ -60,7 +66,7 @@ class Layer:
 def unknown_key(
     source: str, key: str, own: Collection[str], maxtext_keys: Collection[str]
 ) -> UserError:
-    """The error for a key that nobody knows, with the nearest known one."""
+    """Return the error for an unknown key, with the nearest known one."""
     near = difflib.get_close_matches(key, own, n=1) or difflib.get_close_matches(
         key, maxtext_keys, n=1, cutoff=0.75
     )
@@ -69,7 +75,7 @@ def unknown_key(
 
 
 def parse_overrides(overrides: Sequence[str], base: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of `key=value` arguments; where one key is said twice, the last one counts.
+    """Read `key=value` arguments; of a key that is given twice, the last one counts.
 
     Args:
         overrides: arguments of a command line.
@@ -105,32 +111,32 @@ def parse_overrides(overrides: Sequence[str], base: Mapping[str, Any]) -> dict[s
     return values
 
 
-def lay(base: Mapping[str, Any], layers: Sequence[Layer]) -> dict[str, Any]:
+def lay_over(base: Mapping[str, Any], overlays: Sequence[Overlay]) -> dict[str, Any]:
     """Lay sources over `base.yml`, each value in the type that its key has there.
 
     Args:
         base: `base.yml`.
-        layers: from the weakest to the strongest.
+        overlays: from the weakest to the strongest.
 
     Raises:
         UserError: a value of another type.
     """
     settings = config_dict.ConfigDict(dict(base))
     settings.lock()
-    for layer in layers:
-        for key, value in layer.values.items():
+    for overlay in overlays:
+        for key, value in overlay.values.items():
             try:
                 settings[key] = _prepared(key, value, base[key])
             except (TypeError, ValueError, OverflowError):
                 raise UserError(
-                    f"{layer.source}: {key}={shown(value)} is not "
+                    f"{overlay.source}: {key}={shown(value)} is not "
                     f"{_EXPECTED[type(base[key])]}\nfix: {key}={shown(base[key])}, for example"
                 ) from None
     return {key: _plain(settings[key]) for key in base}
 
 
 def coerced(source: str, key: str, value: Any, default: Any) -> Any:
-    """A value in the type of its key's default, where that tells one; lists are taken as they are.
+    """Convert a value to the type of its key's default; lists are taken as they are.
 
     Args:
         source: for messages.
@@ -166,7 +172,7 @@ def coerced(source: str, key: str, value: Any, default: Any) -> Any:
 
 
 def _prepared(key: str, value: Any, default: Any) -> Any:
-    """What ConfigDict's own type check then judges: it lets null and true through as anything.
+    """Convert a value as far as ConfigDict's own check does not: it lets null and true through.
 
     Raises:
         TypeError: null, or a bool where a number is wanted.
@@ -195,7 +201,7 @@ def _prepared(key: str, value: Any, default: Any) -> Any:
 
 
 def _item(item: Any, kind: type) -> Any:
-    """One item of a list, as what the list holds.
+    """Convert one item of a list to the type of the list's items.
 
     Raises:
         TypeError: it is something else.
@@ -209,10 +215,10 @@ def _item(item: Any, kind: type) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Lists without ConfigDict's wrappers."""
+    """Return lists without ConfigDict's wrappers."""
     return list(value) if isinstance(value, tuple | list) else value
 
 
 def short_name(path: Path) -> str:
-    """A file as messages call it: its name, which is enough and never spans lines."""
+    """Return what messages call a file: its name, which never spans lines."""
     return shown(path.name)
