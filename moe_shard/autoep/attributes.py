@@ -1,4 +1,4 @@
-"""What `config.json` says of a model, over what its configuration class says where it is silent."""
+"""Read a model's attributes from `config.json`, with the family's defaults for those it lacks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _EXPECTED = {
 
 
 class Attributes:
-    """A model's attributes by name; dots lead into objects.
+    """Give a model's attributes by name; dots lead into objects.
 
     Args:
         written: the content of `config.json`.
@@ -56,22 +56,22 @@ class Attributes:
         self._check_computed(family)
 
     def error(self, what: str, fix: str) -> UserError:
-        """An error about the file."""
+        """Return an error about the file."""
         return UserError(f"{self.where}: {what}\nfix: {fix}")
 
     def get(self, name: str) -> Any:
-        """An attribute's value; None where it is null or nowhere."""
+        """Return an attribute's value; None where it is null or missing."""
         value: Any = self._values
         for part in name.split(".") if name else ():
             value = value.get(part) if isinstance(value, dict) else None
         return value if name else None
 
     def said(self, name: str) -> str:
-        """`name=value`, for messages."""
+        """Return `name=value`, for messages."""
         return f"{name}={shown(self.get(name))}"
 
     def number(self, name: str, default: int) -> int:
-        """A whole number of 0 or more, or -1.
+        """Return an attribute that is a whole number of 0 or more, or -1.
 
         Args:
             name: the attribute; "": the default.
@@ -88,7 +88,7 @@ class Attributes:
         return value
 
     def numbers(self, name: str) -> list[int] | None:
-        """A list of whole numbers from 0; None where it is null.
+        """Return an attribute that is a list of whole numbers from 0; None where it is null.
 
         Raises:
             UserError: something else.
@@ -101,13 +101,13 @@ class Attributes:
         return value
 
     def source(self, rule: SettingRule) -> str:
-        """The attribute that a rule's value comes from; "" where none counts."""
+        """Return the attribute that a rule's value comes from; "" where none counts."""
         if any(self.get(name) != value for name, value in rule.when):
             return ""
         return next((name for name in rule.sources if self.get(name) is not None), "")
 
     def value(self, key: str, rule: SettingRule) -> Any:
-        """A setting's value.
+        """Return a setting's value.
 
         Args:
             key: of `base.yml`, whose default there has the type.

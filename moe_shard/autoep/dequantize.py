@@ -1,4 +1,4 @@
-"""The numbers of quantized tensors, in float32: bits times scales, as `quantized` explains them.
+"""Decode quantized tensors to float32: bits times scales, as `quantized` explains them.
 
 Where a scale is a power of two float32 has the product exactly; else it is rounded once.
 """
@@ -24,7 +24,7 @@ _E2M1_PAIRS = np.stack([_HALVES[_BYTES & 15], _HALVES[_BYTES >> 4]], axis=1).vie
 
 
 def read(tensor: TensorHeader) -> np.ndarray:
-    """A tensor in its own dtype: where it lies in its file, or a quantized one's numbers.
+    """Return a tensor in its own dtype: a view of its file, or the decoded numbers.
 
     Args:
         tensor: from a header that was checked.
@@ -40,7 +40,7 @@ def read(tensor: TensorHeader) -> np.ndarray:
 
 
 def numbers(tensor: Quantized, take: Take = ()) -> np.ndarray:
-    """A part of a quantized tensor in float32; hardly more than the part is decoded.
+    """Decode a part of a quantized tensor to float32, and hardly more than the part.
 
     Args:
         tensor: from a header that was checked.
@@ -61,14 +61,14 @@ def numbers(tensor: Quantized, take: Take = ()) -> np.ndarray:
 
 
 def _mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """[E, O, I / 32, 16] bytes and [E, O, I / 32] exponents to [E, O, I]."""
+    """Decode [E, O, I / 32, 16] bytes and [E, O, I / 32] exponents to [E, O, I]."""
     pairs = np.take(_E2M1_PAIRS, blocks).view(np.float32)
     pairs *= np.take(_E8M0, scales)[..., None]
     return pairs.reshape(*scales.shape[:-1], -1)
 
 
 def _fp8(bits: np.ndarray, scales: np.ndarray, block: tuple[int, int]) -> np.ndarray:
-    """[..., O, I] and a scale for each block of O and I; the last blocks may be smaller."""
+    """Decode [..., O, I] with a scale for each block of O and I; the last blocks may be smaller."""
     rows, columns = block
     found = np.take(_E4M3, bits.view(np.uint8))
     wide = np.repeat(scales.astype(np.float32), columns, axis=-1)[..., : bits.shape[-1]]

@@ -1,4 +1,4 @@
-"""What a Hugging Face model directory holds, from `config.json` and the tensors' headers alone.
+"""Detect what a Hugging Face model directory holds, from `config.json` and the tensors' headers.
 
 No weight is read, no device is started and torch is not imported: the largest models take a second
 or two.
@@ -61,7 +61,7 @@ class Detected:
 
 @contextmanager
 def _nothing_is_garbage() -> Iterator[None]:
-    """Without the collector of circles.
+    """Turn off Python's garbage collector while the block runs.
 
     It would look at each of a hundred thousand names and headers again and again: a third of the
     time would be its own.
@@ -141,7 +141,7 @@ def _check_plain(headers: Mapping[str, TensorHeader], names: Names, where: Path)
 def _layers_beyond(
     headers: Mapping[str, TensorHeader], names: Names, family: Family, attributes: Attributes
 ) -> set[str]:
-    """Tensors of layers after the model's last, which the family carries.
+    """Return the tensors of layers after the model's last, which the family carries.
 
     Raises:
         UserError: the layers are not those of `config.json`.
@@ -212,7 +212,7 @@ def _plan(
     beyond: set[str],
     where: Path,
 ) -> TensorPlan:
-    """The plan, once every tensor has its place."""
+    """Make the plan once every tensor has its place."""
     used = {piece.tensor for piece in pieces}
     carried = set(beyond)
     if model.logits_via_embedding:
@@ -238,7 +238,7 @@ def _plan(
 
 
 def _dtype(plan: TensorPlan, headers: Mapping[str, TensorHeader], where: Path) -> str:
-    """The narrowest dtype that holds all weights; a router's are float32 in any case."""
+    """Return the narrowest dtype that holds all weights; a router's are float32 in any case."""
     found = set()
     for piece in plan.pieces:
         dtype = headers[piece.tensor].dtype

@@ -1,4 +1,4 @@
-"""A Hugging Face directory as a source of weights, and what is kept of it to write it again."""
+"""Use a Hugging Face directory as a source of weights, and keep what writing it again needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parameters into the tensors of a checkpoint: the way of `importing` back, a block at a time.
+"""Write parameters into the tensors of a checkpoint, a block at a time; the reverse of `importing`.
 
 Blocks come in whatever order they lie in, and each goes to its place in the files at once, so that
 no more of the model than a block is ever held.

@@ -1,4 +1,4 @@
-"""Families of models as data: what their `config.json` and their tensors are called.
+"""Describe families of models as data: what their `config.json` and their tensors are called.
 
 A family is a file of `configs/families/` or of a person's own. It lies over another one, in the end
 over `defaults.yml`, which lists every key with its meaning.
@@ -139,7 +139,7 @@ _CHOICES = {"score_func": ("softmax", "sigmoid", "sparsemixer"), "score_apply": 
 
 
 def list_families() -> list[str]:
-    """Names of the families that come with the package, sorted."""
+    """List the names of the families that come with the package, sorted."""
     return [name for name in list_names("families") if name != DEFAULTS]
 
 
@@ -163,7 +163,7 @@ def load_family(given: str) -> Family:
 
 
 def choose_family(config: Mapping[str, Any], where: Path) -> Family:
-    """The one family that a `config.json` names, by `model_type`, else by `architectures`.
+    """Choose the family that a `config.json` names, by `model_type`, else by `architectures`.
 
     Args:
         config: the file's content.
@@ -196,7 +196,7 @@ def _shipped(name: str) -> Family:
 
 
 def _merged(path: Path) -> dict[str, Any]:
-    """A family's file over those that it is based on, `defaults.yml` last."""
+    """Lay a family's file over those that it is based on, `defaults.yml` last."""
     chain = [path]
     contents = [_checked(path)]
     while chain[-1] != configs_dir() / "families" / f"{DEFAULTS}.yml":
@@ -214,7 +214,7 @@ def _merged(path: Path) -> dict[str, Any]:
 
 
 def _is_open(key: str) -> bool:
-    """Whether a key's mapping is added to, not replaced."""
+    """Return whether a key's mapping is added to, not replaced."""
     return _KINDS[key] is not SettingRule
 
 
@@ -234,7 +234,7 @@ def _check_known(path: Path, inside: str, key: Any, known: Collection[str]) -> N
 
 
 def _read(path: Path, key: str, value: Any) -> Any:
-    """One key's value, as `Family` has it."""
+    """Convert one key's value to what `Family` has."""
 
     def wrong(what: str) -> UserError:
         return UserError(
@@ -289,14 +289,14 @@ def _read(path: Path, key: str, value: Any) -> Any:
 
 @functools.cache
 def _default_tensors() -> dict[str, str]:
-    """The parameters whose tensors a family may name one by one: all that `defaults.yml` names."""
+    """Return the parameters whose tensors a family may name one by one: those of `defaults.yml`."""
     content = read_mapping(configs_dir() / "families" / f"{DEFAULTS}.yml")
     tensors: dict[str, str] = content["tensors"]
     return tensors
 
 
 def read_rule(path: Path, key: str, value: Any) -> SettingRule:
-    """A rule as YAML has it.
+    """Read a rule in the form that it has in YAML.
 
     Args:
         path: the family's file, for messages.

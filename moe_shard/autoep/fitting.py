@@ -1,4 +1,4 @@
-"""Whether tensors and parameters fit together as a plan says, and what to say where they do not."""
+"""Check that tensors and parameters fit together as a plan says."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moe_shard.errors import UserError
 def pieces_by_param(
     plan: TensorPlan, tensors: Iterable[str]
 ) -> dict[ParamPath, dict[Index, Piece]]:
-    """The pieces of each parameter by their index.
+    """Group the pieces of each parameter by their index.
 
     Args:
         plan: of a checkpoint.
@@ -53,7 +53,7 @@ def same_names(what: str, here: Iterable[str], planned: Iterable[str]) -> None:
 
 
 def seen(piece: Piece, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor, or room for one, as its parameter has it.
+    """Return a view of a tensor, or of the room for one, in its parameter's layout.
 
     Args:
         piece: which part of it, and of which parameter.
@@ -81,7 +81,7 @@ def seen(piece: Piece, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray
 
 @contextmanager
 def naming(piece: Piece) -> Iterator[None]:
-    """Errors of numbers in the block, with the names of what holds them.
+    """Name the tensor and the parameter in errors of numbers that the block raises.
 
     Raises:
         UserError: a number is too large for its dtype.

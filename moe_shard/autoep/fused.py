@@ -1,4 +1,4 @@
-"""Experts of a layer in one tensor, gate and up in one: which dim is which."""
+"""Tell which dim is which where a layer's experts are one tensor, gate and up in one."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ class Fused(NamedTuple):
 
     @property
     def words(self) -> str:
-        """The dims, for a report."""
+        """Return the dims, for a report."""
         order = "[E 2H M] and [E M H]" if self.gate_up_first else "[E M 2H] and [E H M]"
         return f"{order}, {'gate and up in turn' if self.interleaved else 'gate, then up'}"
 
     def part(self, name: str) -> slice:
-        """Of the fused dim, what is gate or up."""
+        """Return the part of the fused dim that is gate or up."""
         if self.interleaved:
             return slice(int(name == "up"), None, 2)
         return slice(0, self.hidden_dim) if name == "gate" else slice(self.hidden_dim, None)
 
     def layout(self, name: str) -> Layout:
-        """Of the weights gate, up or down in [E in out]."""
+        """Return the layout of gate, up or down in [E in out]."""
         order = (0, 2, 1) if self.gate_up_first else ()
         if name == "down":
             return Layout(order=order)
@@ -47,7 +47,7 @@ class Fused(NamedTuple):
         return Layout(take=(*(slice(None),) * before, self.part(name)), order=order)
 
     def bias_layout(self, name: str) -> Layout:
-        """Of the biases of gate, up or down in [E out]."""
+        """Return the layout of the bias of gate, up or down in [E out]."""
         return Layout() if name == "down" else Layout(take=(slice(None), self.part(name)))
 
 

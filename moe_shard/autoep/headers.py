@@ -1,4 +1,4 @@
-"""What a directory's safetensors files hold: names, dtypes and shapes, read without the weights.
+"""Read the names, dtypes and shapes in a directory's safetensors files, without the weights.
 
 A file is eight bytes with the length of its header, the header as JSON, then the tensors, one after
 the other (https://github.com/huggingface/safetensors). Files come from strangers: nothing in them
@@ -53,12 +53,12 @@ class TensorHeader:
 
     @property
     def nbytes(self) -> int:
-        """Of its elements in its dtype."""
+        """Return the bytes of the elements in this dtype."""
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 def read_headers(directory: Path) -> dict[str, TensorHeader]:
-    """All tensors of a model directory, by name.
+    """Read the headers of all tensors of a model directory, by name.
 
     `model.safetensors` is read where there is one, as transformers does; else the files that
     `model.safetensors.index.json` names; without either, every file that ends in `.safetensors`.
@@ -81,7 +81,7 @@ def read_headers(directory: Path) -> dict[str, TensorHeader]:
 
 
 def read_file(path: Path) -> dict[str, TensorHeader]:
-    """All tensors of one file, by name.
+    """Read the headers of all tensors of one file, by name.
 
     Raises:
         UserError: the file cannot be read, or its header is not what its size allows.
@@ -112,7 +112,7 @@ def read_file(path: Path) -> dict[str, TensorHeader]:
 
 
 def _entry(path: Path, start: int, name: str, entry: Any) -> TensorHeader:
-    """One tensor's entry, its offsets counted from the start of the file."""
+    """Read one tensor's entry, with offsets counted from the start of the file."""
 
     def wrong(what: str) -> UserError:
         return UserError(f"{path}: tensor {shown(name)}: {what}\n{_AGAIN}")
@@ -141,7 +141,7 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _check_cover(path: Path, tensors: Mapping[str, TensorHeader], start: int, size: int) -> None:
-    """Each byte after the header belongs to one tensor."""
+    """Check that each byte after the header belongs to one tensor."""
     at, before = start, "the header"
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if tensor.begin != at:
@@ -174,7 +174,7 @@ def _read_indexed(directory: Path, index: Path) -> dict[str, TensorHeader]:
 
 
 def _merged(directory: Path, files: Mapping[str, str]) -> dict[str, TensorHeader]:
-    """The tensors of several files.
+    """Merge the tensors of several files.
 
     Args:
         directory: of the model.
@@ -194,7 +194,7 @@ def _merged(directory: Path, files: Mapping[str, str]) -> dict[str, TensorHeader
 
 
 def _inside(directory: Path, name: str, named_by: str) -> Path:
-    """The path of a file that is in the directory, or where the hub's cache keeps its files.
+    """Return the path of a file in the directory, or where the hub's cache keeps its files.
 
     In that cache `snapshots/<revision>/` has links to `blobs/` beside `snapshots/`.
     """

@@ -1,4 +1,4 @@
-"""Parts of parameters on the host: what is in them, one after the other, never all at once."""
+"""Describe parts of parameters on the host, which come one after the other, never all at once."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class HostBlock(NamedTuple):
 
 
 def leaves_of(tree: Any) -> list[tuple[ParamPath, Any]]:
-    """The leaves of nested dicts, each with its path."""
+    """List the leaves of nested dicts, each with its path."""
     return [
         (tuple(key.key for key in path), leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -42,6 +42,6 @@ def leaves_of(tree: Any) -> list[tuple[ParamPath, Any]]:
 
 
 def bounds_of_slices(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
-    """What slices take of a shape."""
+    """Return the bounds of what slices take of a shape."""
     cut = (part.indices(size) for part, size in zip(index, shape, strict=True))
     return tuple((low, high) for low, high, _ in cut)

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint into parameters that are sharded over a mesh.
+"""Read tensors of a checkpoint into parameters that are sharded over a mesh.
 
 A plan says which part of which parameter each tensor fills. They go a part at a time: of a stack of
 layers the host holds one layer's part of one shard, never the stack.
@@ -62,7 +62,7 @@ def import_params(
 def _by_param(
     plan: TensorPlan, headers: Mapping[str, TensorHeader], leaves: Mapping[ParamPath, Any]
 ) -> dict[ParamPath, dict[Index, Piece]]:
-    """The pieces of each parameter by their index; together they are all of it, once."""
+    """Group the pieces of each parameter by index; together they fill all of it, once."""
     found = pieces_by_param(plan, headers)
     same_names("parameter", map(".".join, leaves), map(".".join, found))
     for path, of_param in found.items():
@@ -118,7 +118,7 @@ class _Reader:
         self.depth = len(next(iter(pieces)))
 
     def blocks(self, bounds: Bounds) -> Iterator[tuple[Bounds, np.ndarray]]:
-        """One shard in blocks.
+        """Read one shard in blocks.
 
         Args:
             bounds: of the shard in the parameter.
@@ -131,13 +131,13 @@ class _Reader:
             yield within, self._block(bounds, index)[(None,) * outer]
 
     def _outer_dims(self, shape: tuple[int, ...]) -> int:
-        """How many of the first dims are gone through one by one, so that a block is small."""
+        """Return how many of the first dims are iterated over, so that a block is small."""
         size = self.dtype.itemsize
         fits = (d for d in range(self.depth) if math.prod(shape[d:]) * size <= _BLOCK)
         return next(fits, self.depth)
 
     def _block(self, bounds: Bounds, outer: Index) -> np.ndarray:
-        """A shard's part at an index of its first dims, on the host."""
+        """Read a shard's part at an index of its first dims, on the host."""
         lows = [low for low, _ in bounds]
         shape = tuple(high - low for low, high in bounds)[len(outer) :]
         block = np.empty(shape, self.dtype)
@@ -151,7 +151,7 @@ class _Reader:
         return block
 
     def _parts(self, piece: Piece, within: Take) -> Iterator[tuple[Index, np.ndarray]]:
-        """What a shard has of a piece, as the parameter has it.
+        """Read what a shard has of a piece, in the parameter's layout.
 
         What lies plain in its file is seen there, all at once. Quantized numbers are made anew, so
         of a tensor with all experts one expert's at a time.

@@ -28,7 +28,7 @@ def report_lines(
     fused: Fused | None,
     dtype: str,
 ) -> tuple[str, ...]:
-    """Lines about family, layers, experts, router, shared experts, biases and tensors.
+    """Write lines about family, layers, experts, router, shared experts, biases and tensors.
 
     Args:
         family: its name.
@@ -111,7 +111,7 @@ def _weights(headers: Mapping[str, TensorHeader], plan: TensorPlan, dtype: str) 
 
 
 def _example(names: Names, *roles: str) -> str:
-    """What the tensors of the first role that has any are called."""
+    """Return what the tensors of the first role that has any are called."""
     places: Mapping[tuple[int, ...], str] = next(
         (names.roles[role] for role in roles if names.roles.get(role)), {}
     )

@@ -1,4 +1,4 @@
-"""What a Hugging Face directory was, without its weights: enough to write it again, byte for byte.
+"""Keep enough of a Hugging Face directory to write it again byte for byte, without its weights.
 
 The folder `hf/` of an imported model, or of a run that began with one, holds the small files of the
 directory (configuration, tokenizer, chat templates), the tensors that no parameter takes, and
@@ -31,13 +31,13 @@ _LENGTH_BYTES = 8
 
 
 def header_text(file: Path) -> str:
-    """The header of a safetensors file, as it is, once it has been checked."""
+    """Return the header of a safetensors file, as it is, once it has been checked."""
     with file.open("rb") as data:
         return data.read(int.from_bytes(data.read(_LENGTH_BYTES), "little")).decode()
 
 
 def new_header(tensors: Mapping[str, TensorHeader], metadata: Mapping[str, str] = {}) -> str:
-    """The header of a file with these tensors, one after the other.
+    """Return the header of a file with these tensors, one after the other.
 
     Args:
         tensors: of which the dtypes and shapes count.
@@ -86,7 +86,7 @@ class Manifest:
 
     @classmethod
     def of(cls, family: str, files: Collection[Path]) -> Manifest:
-        """The manifest of files that are there."""
+        """Make the manifest of files that are there."""
         return cls(family, {file.name: header_text(file) for file in sorted(files)})
 
     def save(self, folder: Path) -> None:
@@ -177,7 +177,7 @@ def save_carried(headers: Mapping[str, TensorHeader], names: Collection[str], fo
 
 
 def carried_in(folder: Path) -> dict[str, TensorHeader]:
-    """Where the carried tensors lie.
+    """Return the headers of the carried tensors.
 
     Args:
         folder: with or without `carried.safetensors`.

@@ -121,7 +121,7 @@ def slots_of(model: ModelConfig) -> ParamSlots:
 
 
 def _slot(path: str, spec: ParamSpec, stacked: int, latent: bool) -> Slot:
-    """One parameter, without its first dims, which are of layers and experts."""
+    """Describe one parameter without its first dims, which are of layers and experts."""
     shape, axes = spec.shape[stacked:], spec.logical_axes[stacked:]
     own: Mapping[str, tuple[str, ...]] = {}
     if path.startswith("mlp.shared."):
@@ -138,7 +138,7 @@ def _slot(path: str, spec: ParamSpec, stacked: int, latent: bool) -> Slot:
 
 
 def _inputs(axes: tuple[str | None, ...]) -> int:
-    """How many of the first dims a product sums over.
+    """Return how many of the first dims a product sums over.
 
     A weight sums over a model dim or a latent that comes first, or over all other dims where the
     model dim comes last. An embedding table is only looked up in.

@@ -1,4 +1,4 @@
-"""From tensors sorted by what they are to a `TensorPlan`, every shape checked on the way."""
+"""Find the tensor of every parameter and check its shape."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Explain = Callable[[tuple[str, ...]], str]
 
 
 class Pieces:
-    """Finds the tensor of every parameter.
+    """Find the tensor of every parameter of one model.
 
     Args:
         model: what the parameters are of.
@@ -51,7 +51,7 @@ class Pieces:
         """How experts are stored, of the last layer seen; None: one by one."""
 
     def find(self) -> Iterator[Piece]:
-        """A piece for each part of each parameter.
+        """Yield a piece for each part of each parameter.
 
         Raises:
             UserError: a tensor is missing, or its shape or the number of experts is another.
@@ -84,7 +84,7 @@ class Pieces:
     def _fused(
         self, layer: int, slots: Mapping[str, Slot], stack: str, index: int
     ) -> Iterator[Piece]:
-        """Experts of one layer, in one tensor for gate and up and another for down."""
+        """Yield the pieces of experts that are one tensor for gate and up and one for down."""
         inward, outward = (self._tensor(f"{FUSED}{part}", (layer,)) for part in _FUSED)
         shapes = self.headers[inward].shape, self.headers[outward].shape
         self.fused = fused = read_fused(
@@ -114,7 +114,7 @@ class Pieces:
     def _listed(
         self, layer: int, slots: Mapping[str, Slot], stack: str, index: int
     ) -> Iterator[Piece]:
-        """Experts of one layer, one by one."""
+        """Yield the pieces of a layer whose experts are stored one by one."""
         found = self.names.experts(layer)
         if found:
             count = max(found) + 1
@@ -131,7 +131,7 @@ class Pieces:
     def _half(
         self, role: str, place: Place, slot: Slot, path: tuple[str, ...], index: Place
     ) -> Piece:
-        """Gate or up of one expert, where the two are one tensor, gate first."""
+        """Return gate or up of one expert, where the two are one tensor, gate first."""
         both = role.replace(".gate", ".gate_up").replace(".up", ".gate_up")
         tensor = self._tensor(both, place)
         hidden, *rest = (slot.shape[-1], *slot.shape[:-1])
@@ -144,7 +144,7 @@ class Pieces:
     def _piece(
         self, role: str, place: Place, slot: Slot, path: tuple[str, ...], index: Place
     ) -> Piece:
-        """A parameter or one layer's or expert's part of it that is all of a tensor."""
+        """Return the piece of a tensor that fills a parameter, or one layer's or expert's part."""
         tensor = self._tensor(role, place)
         stored = self.headers[tensor].shape
         allowed = _stored(role, slot)
@@ -181,7 +181,7 @@ class Pieces:
 
 
 def _stored(role: str, slot: Slot) -> tuple[int, ...]:
-    """The shape that a checkpoint has: [out, in] of a matrix, heads flattened."""
+    """Return the shape that a checkpoint has: [out, in] of a matrix, heads flattened."""
     ins, outs = slot.shape[: slot.inputs], slot.shape[slot.inputs :]
     if slot.inputs:
         return math.prod(outs), math.prod(ins)
@@ -189,7 +189,7 @@ def _stored(role: str, slot: Slot) -> tuple[int, ...]:
 
 
 def _layout(slot: Slot, stored: tuple[int, ...]) -> Layout:
-    """Of a tensor that is all of a slot: [out..., in...] flattened, or a vector."""
+    """Return the layout of a tensor that fills a slot: [out..., in...] flattened, or a vector."""
     if not slot.inputs:
         return Layout() if stored == slot.shape else Layout(split=slot.shape)
     ins, outs = slot.shape[: slot.inputs], slot.shape[slot.inputs :]

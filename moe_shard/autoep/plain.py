@@ -1,4 +1,4 @@
-"""The directory that a quantized model's stands for: the same files, with plain weights in them."""
+"""Make a quantized model's directory plain: the same files with decoded weights in them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _METADATA = {"format": "pt"}
 
 
 def is_quantized(headers: Mapping[str, TensorHeader]) -> bool:
-    """Whether a directory has quantized weights."""
+    """Return whether a directory has quantized weights."""
     return any(isinstance(entry, Quantized) for entry in headers.values())
 
 
 def plain_files(headers: Mapping[str, TensorHeader], folder: Path) -> dict[str, str]:
-    """What the weights' files would be, were their tensors plain.
+    """Return the headers that the weights' files would have if their tensors were plain.
 
     Args:
         headers: all tensors, by the names of what they stand for.

@@ -1,4 +1,4 @@
-"""Weights stored as few bits and scales: which those are, and the numbers that they stand for.
+"""Find weights that are stored as few bits and scales.
 
 Two ways are read, both those of the files that the models' authors publish:
 
@@ -46,13 +46,13 @@ class Scheme:
 
     @property
     def words(self) -> str:
-        """For a report."""
+        """Return the scheme's name, for a report."""
         return f"{self.method}, a scale for each {self.block[0]} x {self.block[1]}"
 
 
 @dataclass(frozen=True)
 class Quantized(TensorHeader):
-    """A tensor stored as few bits and scales; dtype and shape are of what it stands for.
+    """A tensor that is stored as few bits and scales; dtype and shape are those of the weights.
 
     Attributes:
         bits: its numbers, as stored; `file`, `begin` and `end` are theirs.
@@ -66,7 +66,7 @@ class Quantized(TensorHeader):
 
 
 def read_scheme(said: Any, where: Path) -> Scheme | None:
-    """What a `quantization_config` says; None where it is null.
+    """Read a `quantization_config`; None where it is null.
 
     Args:
         said: its value.
@@ -117,7 +117,7 @@ class _Found(NamedTuple):
 def with_scales(
     headers: Mapping[str, TensorHeader], scheme: Scheme | None, where: Path
 ) -> dict[str, TensorHeader]:
-    """The tensors that a model's files stand for: bits and their scales as one.
+    """Join the bits of quantized tensors with their scales.
 
     Args:
         headers: as stored.

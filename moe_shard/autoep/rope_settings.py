@@ -1,4 +1,4 @@
-"""Rotary positions as `config.json` has them: `rope_scaling` of old, `rope_parameters` of today.
+"""Read rotary positions from `config.json`: the older `rope_scaling`, the newer `rope_parameters`.
 
 What is multiplied by what is transformers': yarn's `attention_factor` multiplies cosines and sines,
 and `mscale_all_dim` multiplies the scores of latent attention, twice.
@@ -29,7 +29,7 @@ _PARAMETERS = (
 
 
 def rope_settings(attributes: Attributes, *, latent: bool) -> dict[str, Any]:
-    """The keys of `base.yml` that say how positions turn.
+    """Return the keys of `base.yml` for rotary positions.
 
     Args:
         attributes: of the model.
@@ -64,7 +64,7 @@ def rope_settings(attributes: Attributes, *, latent: bool) -> dict[str, Any]:
 
 
 class _Parameters:
-    """The one dictionary of parameters, of whichever form."""
+    """Read the one dictionary of parameters, of whichever form."""
 
     def __init__(self, attributes: Attributes) -> None:
         self.attributes = attributes
@@ -97,7 +97,7 @@ class _Parameters:
         self.type = _TYPES[kind]
 
     def number(self, key: str, default: Any = None) -> float:
-        """A parameter's value; an error where there is none, or no finite number."""
+        """Return a parameter that is a finite number; anything else is an error."""
         value = _or(self.values.get(key), default)
         if not _is_number(value):
             raise self.attributes.error(
@@ -106,7 +106,7 @@ class _Parameters:
         return float(value)
 
     def numbers(self, key: str) -> list[float]:
-        """A parameter that is a list."""
+        """Return a parameter that is a list of numbers."""
         values = self.values.get(key)
         if not isinstance(values, list) or not all(map(_is_number, values)):
             raise self.attributes.error(
@@ -166,5 +166,5 @@ def _is_number(value: Any) -> bool:
 
 
 def _or(*values: Any) -> Any:
-    """The first that is not None; None if all are."""
+    """Return the first that is not None; None if all are."""
     return next((value for value in values if value is not None), None)

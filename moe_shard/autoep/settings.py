@@ -1,4 +1,4 @@
-"""From a model's attributes to the keys of `configs/base.yml`."""
+"""Translate a model's attributes to the keys of `configs/base.yml`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SPANS = {
 
 
 def model_settings(attributes: Attributes, family: Family) -> dict[str, Any]:
-    """Settings of the model, by key of `base.yml`.
+    """Return the settings of the model, by key of `base.yml`.
 
     Args:
         attributes: of the model.
@@ -38,7 +38,7 @@ def model_settings(attributes: Attributes, family: Family) -> dict[str, Any]:
 
 
 def setting_rules(family: Family) -> dict[str, SettingRule]:
-    """The rule of every setting that is one attribute or a value, AutoEP's keys among them."""
+    """Return the rule of every setting that is one attribute or a value, as AutoEP's keys are."""
     rules = {
         **family.settings,
         "num_experts": family.num_experts_attr,
@@ -59,7 +59,7 @@ def setting_rules(family: Family) -> dict[str, SettingRule]:
 
 
 def _expert_layers(attributes: Attributes, family: Family, layers: int) -> dict[str, Any]:
-    """The keys that say which layers have experts."""
+    """Return the keys for which layers have experts."""
     said = family.moe_layers
     numbers = attributes.numbers(said.list)
     if numbers is None:
@@ -88,7 +88,7 @@ def _expert_layers(attributes: Attributes, family: Family, layers: int) -> dict[
 
 
 def _with_step(numbers: Sequence[int], layers: int, step: int) -> dict[str, Any]:
-    """The keys, where the last of every `step` layers has experts, but for some."""
+    """Return those keys where the last of every `step` layers has experts, except some."""
     first = min(numbers) if min(numbers) >= step else 0
     have = set(numbers)
     regular = [layer for layer in range(first, layers) if (layer + 1) % step == 0]
@@ -100,7 +100,7 @@ def _with_step(numbers: Sequence[int], layers: int, step: int) -> dict[str, Any]
 
 
 def _spans(attributes: Attributes, family: Family, layers: int) -> dict[str, Any]:
-    """The keys that say what each layer attends to, and whether it has positions."""
+    """Return the keys for what each layer attends to and whether it has positions."""
     said = family.spans
     flags = _rope_flags(attributes, family, layers)
     window, chunk = attributes.number(said.window, 0), attributes.number(said.chunk, 0)
@@ -133,7 +133,7 @@ def _spans(attributes: Attributes, family: Family, layers: int) -> dict[str, Any
 
 
 def _rope_flags(attributes: Attributes, family: Family, layers: int) -> list[bool]:
-    """Whether each layer has RoPE."""
+    """Return whether each layer has RoPE."""
     said = family.spans
     flags = attributes.numbers(said.rope_flags)
     if flags:
@@ -161,7 +161,7 @@ def _named_spans(attributes: Attributes, name: str, types: Any, layers: int) -> 
 
 
 def _nope_interval(flags: Sequence[bool]) -> int | None:
-    """Of what every last layer has no RoPE; -1: all have it; None: there is no such number."""
+    """Return n where every nth layer lacks RoPE; -1: none does; None: there is no such number."""
     without = [layer for layer, rope in enumerate(flags) if not rope]
     if not without:
         return -1
@@ -171,7 +171,7 @@ def _nope_interval(flags: Sequence[bool]) -> int | None:
 
 
 def _shortest(spans: list[str]) -> list[str]:
-    """The shortest list that, repeated, gives these."""
+    """Return the shortest list that, repeated, gives these."""
     for period in range(1, len(spans)):
         if all(span == spans[layer % period] for layer, span in enumerate(spans)):
             return spans[:period]

@@ -26,7 +26,7 @@ class BlockReader(Protocol):
     """Reads one parameter."""
 
     def blocks(self, bounds: Bounds) -> Iterable[tuple[Bounds, np.ndarray]]:
-        """Parts of a shard, each with its bounds in the parameter; read as they are asked for."""
+        """Yield the parts of a shard, each with its bounds in the parameter, read as asked for."""
 
 
 def read_sharded(
@@ -84,7 +84,7 @@ def rounding_lines(rounded: Mapping[tuple[str, str], Collection[str]]) -> list[s
 
 
 def _shards_of(leaf: Any) -> dict[Bounds, list[jax.Device]]:
-    """The distinct shards of an array on this process's devices, and which hold each."""
+    """Return the distinct shards of an array on this process's devices, and which hold each."""
     found: dict[Bounds, list[jax.Device]] = {}
     for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
         found.setdefault(bounds_of_slices(index, leaf.shape), []).append(device)
@@ -123,7 +123,7 @@ def _send(
 
 
 def _zeros_on(shape: tuple[int, ...], dtype: np.dtype[Any], device: jax.Device) -> jax.Array:
-    """Zeros made on one device; `jnp.zeros` makes them on the first device, then copies them."""
+    """Make zeros on one device; `jnp.zeros` makes them on the first device, then copies them."""
     place = SingleDeviceSharding(device)
     zeros: jax.Array = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=place)()
     return zeros

@@ -1,4 +1,4 @@
-"""Reading JSON that strangers wrote: objects without duplicate keys, errors of one line."""
+"""Read JSON that strangers wrote: objects without duplicate keys, errors of one line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LARGEST_FILE = 100_000_000  # bytes; an index of a hundred thousand tensors has
 
 
 def parse_json(text: bytes) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
     Raises:
         UserError: not JSON in UTF-8, or a key stands twice; one line, without the file's name.
@@ -32,7 +32,7 @@ def parse_json(text: bytes) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object of a JSON file.
+    """Read a JSON file that holds an object.
 
     Args:
         path: the file.

@@ -1,4 +1,4 @@
-"""Which parameter each tensor's name stands for, by the names and patterns of a family."""
+"""Tell which parameter a tensor's name stands for, by the names and patterns of a family."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ class Names:
     _experts: dict[int, set[int]] = field(default_factory=dict)
 
     def layers(self) -> set[int]:
-        """Numbers of the layers that tensors are of."""
+        """Return the numbers of the layers that have tensors."""
         return {place[0] for places in self.roles.values() for place in places if place}
 
     def experts(self, layer: int) -> set[int]:
-        """Numbers of the experts in a layer that have tensors of their own."""
+        """Return the numbers of the experts in a layer that have tensors of their own."""
         return self._experts.get(layer, set())
 
     def add(self, role: str, place: Place, tensor: str, where: Path) -> None:
-        """Say what a tensor is.
+        """Record the role and place of a tensor.
 
         Raises:
             UserError: another one is that already.
@@ -102,7 +102,7 @@ def sort_names(tensors: Iterable[str], family: Family, where: Path) -> Names:
 
 
 def expected(role: str, family: Family, place: Place) -> str:
-    """What a tensor would be called, for messages.
+    """Return what a tensor would be called, for messages.
 
     Args:
         role: what it is.
@@ -117,13 +117,13 @@ def expected(role: str, family: Family, place: Place) -> str:
 
 
 def _exact(family: Family) -> Iterator[tuple[str, str]]:
-    """Names, with 0 for each number -> role."""
+    """Yield (name with 0 for each number, role)."""
     for role, name in family.tensors.items():
         yield name if role.startswith(_OUTSIDE) else f"{family.layers}.0.{name}", role
 
 
 def _patterns(family: Family) -> Iterator[tuple[str, str]]:
-    """Role -> regular expression, of the tensors of the MoE layer."""
+    """Yield (role, regular expression) of the tensors of the MoE layer."""
 
     def of(*parts: str, end: str = r"\.weight") -> str:
         below = [family.moe_layer_pattern, *(part for part in parts if part)]

@@ -1,4 +1,4 @@
-"""Which tensor of a Hugging Face checkpoint fills which part of which parameter.
+"""Plan which tensor of a Hugging Face checkpoint fills which part of which parameter.
 
 A plan is data, made from the configuration and the headers alone. Its layouts are views: the one
 that reads a tensor into a parameter also writes the parameter back into the tensor, so that what
@@ -31,12 +31,12 @@ class Layout:
 
     @property
     def keeps_first(self) -> bool:
-        """Whether the tensor's first dim is the part's, all of it."""
+        """Return whether the tensor's first dim is the part's, all of it."""
         is_whole = self.take[:1] in ((), (slice(None),))
         return is_whole and not self.split and self.order[:1] in ((), (0,))
 
     def view(self, tensor: np.ndarray) -> np.ndarray:
-        """The tensor's elements as the parameter has them, in the same memory.
+        """View a tensor's elements in the order of the parameter, in the same memory.
 
         Raises:
             ValueError: the part cannot be reshaped without a copy.
@@ -44,7 +44,7 @@ class Layout:
         return self.arrange(tensor[self.take])
 
     def arrange(self, part: np.ndarray) -> np.ndarray:
-        """The same of elements that have been taken already.
+        """Do the same with elements that have been taken already.
 
         Raises:
             ValueError: they cannot be reshaped without a copy.

@@ -1,4 +1,4 @@
-"""The bytes of tensors in safetensors files: seen in place, written in place."""
+"""View and write the bytes of tensors in safetensors files, in place."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _POOL = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="tens
 
 
 def view(entry: TensorHeader) -> np.ndarray:
-    """A tensor where it lies in its file: mapped, not read, and read-only.
+    """View a tensor in its file: mapped, not read, and read-only.
 
     Args:
         entry: from a header that was checked.
@@ -62,7 +62,7 @@ def view(entry: TensorHeader) -> np.ndarray:
 
 
 def writable(entry: TensorHeader) -> np.ndarray:
-    """A tensor's place in a file that has its full length; what is assigned to it is in the file.
+    """View a tensor's place in a file that has its full length; assigning to it writes the file.
 
     Args:
         entry: the place.
@@ -90,7 +90,7 @@ def write(entry: TensorHeader, tensor: np.ndarray) -> None:
 
 
 def is_exact(source: np.dtype[Any], target: np.dtype[Any]) -> bool:
-    """Whether every number of one floating-point dtype is one of another."""
+    """Return whether every number of one floating-point dtype is one of another."""
     a, b = ml_dtypes.finfo(source), ml_dtypes.finfo(target)
     return a.nmant <= b.nmant and a.maxexp <= b.maxexp and a.minexp >= b.minexp
 

@@ -1,1 +1,1 @@
-"""Checkpoints: saved, restored onto any mesh, converted, and models imported from elsewhere."""
+"""Save, restore and convert checkpoints, and import models from elsewhere."""

@@ -1,4 +1,4 @@
-"""Checkpoints with Orbax: written aside and committed whole, restored onto any mesh."""
+"""Save and restore checkpoints with Orbax: committed whole, restored onto any mesh."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _SHAPING_KEYS = (
 
 
 class Checkpointer:
-    """Saves and restores the state of one run.
+    """Save and restore the state of one run.
 
     A checkpoint is named by the number of updates made. Nothing of the mesh is kept in it: each
     array is whole, and is read in the shards that the restoring mesh wants. Nor does it matter
@@ -82,7 +82,7 @@ class Checkpointer:
         )
 
     def latest(self) -> int | None:
-        """Updates made in the newest whole checkpoint, or None if there is none."""
+        """Return the updates made in the newest whole checkpoint, or None if there is none."""
         return self._manager.latest_step()
 
     def save(self, state: TrainState, *, updates: int) -> None:
@@ -148,7 +148,7 @@ class Checkpointer:
         return converted
 
     def _is_fused(self, updates: int) -> bool | None:
-        """Whether a checkpoint keeps gate and up as one; its structure is read, no array is."""
+        """Return whether a checkpoint keeps gate and up as one; only its structure is read."""
         with reading(self._folder / str(updates)):
             return is_fused(self._manager.metadata(updates).item_metadata.get("state"))
 
@@ -157,7 +157,7 @@ class Checkpointer:
             return self._manager.restore(updates, args=ocp.args.Composite(**items))
 
     def reached_preemption(self, updates: int) -> bool:
-        """True on every process at the same step once the scheduler has announced a preemption."""
+        """Return True on every process at the same step once a preemption was announced."""
         return jax.process_count() > 1 and self._manager.reached_preemption(updates)
 
     def close(self) -> None:
@@ -228,7 +228,7 @@ def _require_same_shapes(checkpoint: Path, found: Any, wanted: Params) -> None:
 
 @contextmanager
 def reading(checkpoint: Path) -> Iterator[None]:
-    """Errors of reading in the block, with the name of what is read.
+    """Turn errors of reading in the block into ones that name what is read.
 
     Raises:
         UserError: the checkpoint cannot be read.

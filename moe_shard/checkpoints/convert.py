@@ -1,4 +1,4 @@
-"""States whose experts keep gate and up apart, made into states that keep them as one, and back.
+"""Convert states whose experts keep gate and up apart to states that keep them as one, and back.
 
 A run may be continued with the other value of `prefuse_moe_weights`. Nothing but the experts' gate
 and up differs, their biases included, in the parameters and in each tree that an optimizer keeps of
@@ -38,7 +38,7 @@ _PAIRS = (_Pair("gate_up", "gate", "up"), _Pair("gate_up_bias", "gate_bias", "up
 
 
 def is_fused(tree: Any) -> bool | None:
-    """Whether a tree keeps gate and up as one; None where it has no experts.
+    """Return whether a tree keeps gate and up as one; None where it has no experts.
 
     Args:
         tree: parameters or what holds them, of leaves of any kind.
@@ -104,7 +104,7 @@ def to_layout(tree: Tree, wanted: Any) -> Tree:
 
 
 def apart(block: HostBlock) -> Iterator[HostBlock]:
-    """A part of a parameter, as the layout that keeps gate and up apart has it.
+    """Split a part of a parameter as the layout does that keeps gate and up apart.
 
     Args:
         block: of any parameter, in either layout.
@@ -122,7 +122,7 @@ def apart(block: HostBlock) -> Iterator[HostBlock]:
 
 
 def _map_experts(change: Callable[..., ExpertArrays], tree: Tree, *others: Any) -> Tree:
-    """A tree with all its experts changed, wherever in it they are."""
+    """Return a tree with all its experts changed, wherever in it they are."""
 
     def at(node: Any, *nodes: Any) -> Any:
         if not _has_experts(node):
@@ -139,20 +139,20 @@ def _has_experts(node: Any) -> bool:
 
 
 def _with_pair(part: Abstract) -> Abstract:
-    """[*E H] to [*E 2 H], the new dim whole on every device."""
+    """Describe [*E H] as [*E 2 H], the new dim whole on every device."""
     *outer, last = _entries(part)
     shape = (*part.shape[:-1], 2, part.shape[-1])
     return _placed(part, shape, (*outer, None, last))
 
 
 def _without_pair(whole: Abstract) -> Abstract:
-    """[*E 2 H] to [*E H]."""
+    """Describe [*E 2 H] as [*E H]."""
     *outer, _, last = _entries(whole)
     return _placed(whole, (*whole.shape[:-2], whole.shape[-1]), (*outer, last))
 
 
 def _entries(leaf: Abstract) -> list[Any]:
-    """What a leaf's spec says of each dim; a spec may leave out the last ones."""
+    """Return the spec's entry of each dim of a leaf; a spec may leave out the last ones."""
     spec = leaf.sharding.spec
     return [*spec, *[None] * (len(leaf.shape) - len(spec))]
 

@@ -1,4 +1,4 @@
-"""Models that were trained elsewhere: their first parameters, their folders, and the way back.
+"""Import and export models that were trained elsewhere.
 
 An imported model is a folder: `config.yml`, the parameters in `params/`, and, where they came from
 a Hugging Face directory, `hf/`, what is needed to write it again. Nothing of the mesh is in it.
@@ -99,7 +99,7 @@ def _check_factor(directory: Path, there: float, model: ModelConfig | None) -> N
 
 
 def find_weights(path: str) -> Path:
-    """What says that a folder holds weights: its `checkpoints`, `params`, `items` or `config.json`.
+    """Find what holds the weights of a folder: `checkpoints`, `params`, `items` or `config.json`.
 
     Raises:
         UserError: it holds none.
@@ -148,7 +148,7 @@ def import_model(
 
 
 def _movable(config: Config, source: Path) -> Config:
-    """A configuration without its places: `load_config` sets them anew, wherever the folder is."""
+    """Return a configuration without its places, which `load_config` sets wherever it lies."""
     run = dataclasses.replace(config.run, load_parameters_path="")
     data = config.data
     if data.tokenizer_path == str(source):
@@ -187,7 +187,7 @@ def export_model(source: Path, target: Path, *, console: Console) -> None:
 
 @contextmanager
 def written_aside(target: Path) -> Iterator[Path]:
-    """A folder to write into, renamed to its name when the block has ended; without it if not.
+    """Create a folder that has its name once the block has ended, on all processes together.
 
     Args:
         target: the name; nothing may be there but an empty folder.
@@ -222,7 +222,7 @@ def _meet(where: str) -> None:
 
 
 def _manager(folder: Path) -> ocp.CheckpointManager:
-    """Keeps parameters as a run keeps its state, so that they are read as a run's are."""
+    """Make a manager that keeps parameters as a run keeps its state; both are read alike."""
     return ocp.CheckpointManager(
         folder,
         options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
@@ -240,7 +240,7 @@ def _plainly(console: Console) -> Callable[[str], object]:
 
 @contextmanager
 def _fix(what: str) -> Iterator[None]:
-    """Errors of a checkpoint, with the fix for one that is of no run."""
+    """Give errors of a checkpoint the fix for one that is of no run."""
     try:
         yield
     except UserError as error:

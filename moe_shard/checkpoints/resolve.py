@@ -1,4 +1,4 @@
-"""MODEL of a command line: a name, a YAML file, or the directory of a Hugging Face model."""
+"""Load MODEL of a command line: a name, a YAML file, or a Hugging Face model directory."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def load_model(model: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def directory_settings(directory: Path, detected: Detected) -> dict[str, Any]:
-    """Settings of a Hugging Face directory: its model, its parameters and its tokenizer.
+    """Return the settings of a Hugging Face directory: its model, parameters and tokenizer.
 
     Args:
         directory: of the model.

@@ -1,4 +1,4 @@
-"""The parameters of a checkpoint as they lie on disk, read a chunk at a time.
+"""Read the parameters of a checkpoint a chunk at a time, as they lie on disk.
 
 Orbax restores arrays whole, onto devices. Whoever only copies them elsewhere needs neither: each
 array is a zarr in the checkpoint's OCDBT store, and its chunks are the shards of the run that saved
@@ -25,7 +25,7 @@ from moe_shard.errors import UserError
 def stored_blocks(
     folder: Path, *, say: Callable[[str], object] = lambda _: None
 ) -> Iterator[HostBlock]:
-    """The newest parameters of a folder, the experts' gate and up apart.
+    """Yield the newest parameters of a folder, the experts' gate and up apart.
 
     Args:
         folder: `checkpoints/` of a run, or `params/` of an imported model; nothing is written.
@@ -67,7 +67,7 @@ def _read(store: Any, bounds: Bounds) -> np.ndarray:
 
 
 def _chunks(leaf: Any) -> Iterator[Bounds]:
-    """The bounds of an array's chunks."""
+    """Yield the bounds of an array's chunks."""
     each = leaf.storage.chunk_shape
     along = (
         [(low, min(low + step, size)) for low in range(0, size, max(step, 1))]

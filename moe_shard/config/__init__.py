@@ -1,4 +1,4 @@
-"""Configuration: `configs/base.yml`, then a model YAML, then `key=value`."""
+"""Load a run's configuration: `configs/base.yml`, then a model YAML, then `key=value`."""
 
 from moe_shard.config.checks import check_against_mesh, expert_axes, expert_parallelism
 from moe_shard.config.load import configs_dir, list_models, load_config

@@ -1,4 +1,4 @@
-"""Contradictions that show only once the sizes of the mesh are known."""
+"""Find contradictions that show only once the sizes of the mesh are known."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _FLAG = "moe_dispatch_no_expert_sharding=true"
 
 
 def expert_axes(config: Config) -> tuple[str, ...]:
-    """The mesh axes that split the experts while they compute, whatever they are called."""
+    """Return the mesh axes that split the experts while they compute, whatever they are called."""
     return config.mesh.expert_axes
 
 
 def expert_parallelism(config: Config, sizes: Mapping[str, int]) -> int:
-    """Into how many parts the experts are split.
+    """Return into how many parts the experts are split.
 
     Args:
         config: the run.
@@ -99,7 +99,7 @@ def _notes(config: Config, sizes: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def _idle_spans(attention: AttentionConfig) -> Iterator[tuple[str, str]]:
-    """Sizes of spans that no layer has, each with the reason."""
+    """Find sizes of spans that no layer has, each with the reason."""
     for span, key, size in (
         ("sliding", "sliding_window_size", attention.sliding_window_size),
         ("chunked", "chunk_attn_window_size", attention.chunk_attn_window_size),
@@ -109,7 +109,7 @@ def _idle_spans(attention: AttentionConfig) -> Iterator[tuple[str, str]]:
 
 
 def _flag_is_idle(config: Config, moe: MoEConfig, sizes: Mapping[str, int]) -> str:
-    """Why the flag changes nothing; empty where it does."""
+    """Return why the flag changes nothing; empty where it changes something."""
     if expert_parallelism(config, sizes) == 1:
         axes = ", ".join(expert_axes(config)) or "none"
         return f"the axes in the row of {config.mesh.expert_row} ({axes}) have size 1"
@@ -125,7 +125,7 @@ def _flag_is_idle(config: Config, moe: MoEConfig, sizes: Mapping[str, int]) -> s
 
 
 def _idle_keys(moe: MoEConfig) -> Iterator[tuple[str, str]]:
-    """Keys that are set and belong to another strategy, each with the reason."""
+    """Find keys that are set and belong to another strategy, each with the reason."""
     if moe.moe_dispatch == "ragged":
         if moe.capacity_factor > 0:
             yield f"capacity_factor={moe.capacity_factor:g}", "moe_dispatch=ragged has no capacity"

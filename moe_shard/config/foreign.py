@@ -1,4 +1,4 @@
-"""Rule files that were not written for this package: any mesh axes, any rows, nothing refused.
+"""Read rule files that were not written for this package: any mesh axes, any rules, none refused.
 
 For looking at a table, not for training with one (`custom_mesh_and_rule` does that, see
 `tables.py`).
@@ -69,7 +69,7 @@ def read_foreign_table(path: Path) -> ForeignTable:
 def take_sizes(
     overrides: Sequence[str], mesh_axes: Sequence[str]
 ) -> tuple[dict[str, int], tuple[str, ...], list[str]]:
-    """Sizes for the axes of a foreign mesh: those given, `ASSUMED_SIZE` for the others.
+    """Return sizes for the axes of a foreign mesh: those given, `ASSUMED_SIZE` for the others.
 
     Args:
         overrides: `key=value` arguments; `ici_<axis>_parallelism` and `dcn_<axis>_parallelism`

@@ -1,4 +1,4 @@
-"""MaxText's keys where the model is this package's own: on its command line, or in an old file."""
+"""Read MaxText's keys where the model is this package's own."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def sift(
 
 
 def _in_our_words(source: str, name: str, value: Any, keys: MaxTextKeys) -> tuple[str, Any]:
-    """Our key and value for one of MaxText's, or no key where it asks for what is there anyway.
+    """Translate one of MaxText's keys; no key where it asks for what is there anyway.
 
     Raises:
         UserError: it means something only together with a model file of MaxText's.

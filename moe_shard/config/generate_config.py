@@ -1,4 +1,4 @@
-"""How text is written: which tokens may come next, and how one of them is taken."""
+"""Configure how text is written: which tokens may come next, and how one of them is chosen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of accelerators: one YAML each in `configs/hardware/`."""
+"""Read what is known of accelerators: one YAML each in `configs/hardware/`."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Hardware:
 
 
 def find_hardware(device_kind: str) -> Hardware | None:
-    """The accelerator that calls itself so, or None if it is not known."""
+    """Find an accelerator by its own name for itself; None if it is not known."""
     for path in sorted((configs_dir() / "hardware").glob("*.yml")):
         if device_kind in read_mapping(path)["device_kinds"]:
             return _read(path)
@@ -67,12 +67,12 @@ def find_hardware(device_kind: str) -> Hardware | None:
 
 
 def list_hardware() -> list[str]:
-    """Names of the files in `configs/hardware/`, sorted."""
+    """List the names of the files in `configs/hardware/`, sorted."""
     return sorted(path.stem for path in (configs_dir() / "hardware").glob("*.yml"))
 
 
 def load_hardware(name: str) -> Hardware:
-    """The accelerator of a file in `configs/hardware/`.
+    """Read an accelerator from its file in `configs/hardware/`.
 
     Raises:
         UserError: there is no such file; the message has the nearest names.

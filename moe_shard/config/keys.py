@@ -1,4 +1,4 @@
-"""How a dataclass leaf names its YAML key and the values it takes."""
+"""Give each leaf of a configuration dataclass its YAML key and the values it takes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Key:
     each: tuple[str, ...] = ()
 
     def range_text(self) -> str:
-        """The range in words, such as "at least 1, or -1"."""
+        """Return the range in words, such as "at least 1, or -1"."""
         bounds = {
             "at least": self.least,
             "above": self.above,
@@ -46,7 +46,7 @@ class Key:
         return " and ".join(words) + (f", or {self.off:g}" if self.off is not None else "")
 
     def admits(self, value: float) -> bool:
-        """Whether a number lies in the range."""
+        """Return whether a number lies in the range."""
         return value == self.off or (
             (isinstance(value, int) or math.isfinite(value))
             and (self.least is None or value >= self.least)
@@ -57,7 +57,7 @@ class Key:
 
 
 def leaf_keys(schema: type) -> dict[str, Key]:
-    """Attribute name -> key, of the leaves of one dataclass."""
+    """Return {attribute name: key} of the leaves of one dataclass."""
     hints = get_type_hints(schema, include_extras=True)
     return {
         attribute: dataclasses.replace(extra, name=extra.name or attribute)
@@ -100,7 +100,7 @@ def check_leaves(part: object) -> None:
 
 
 def keyed_values(part: object) -> dict[str, Any]:
-    """YAML key -> value in plain YAML types, of the leaves of one dataclass instance."""
+    """Return {YAML key: value in plain YAML types} of the leaves of one dataclass instance."""
     return {
         key.name: to_plain(getattr(part, attribute))
         for attribute, key in leaf_keys(type(part)).items()
@@ -108,14 +108,14 @@ def keyed_values(part: object) -> dict[str, Any]:
 
 
 def to_plain(value: Any) -> Any:
-    """Tuples as lists, all the way down: what YAML writes and reads back."""
+    """Convert tuples to lists, all the way down, which is what YAML writes and reads back."""
     if isinstance(value, tuple | list):
         return [to_plain(item) for item in value]
     return value
 
 
 def shown(value: Any) -> str:
-    """A value as a person would write it in YAML, on one line and not too long."""
+    """Write a value as a person would in YAML, on one line and not too long."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -127,5 +127,5 @@ def shown(value: Any) -> str:
 
 
 def divisors(number: int) -> list[int]:
-    """All divisors of a positive number, smallest first."""
+    """List all divisors of a positive number, smallest first."""
     return [size for size in range(1, number + 1) if number % size == 0]

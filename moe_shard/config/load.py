@@ -52,7 +52,7 @@ def configs_dir() -> Path:
 
 
 def list_models() -> list[str]:
-    """Names that MODEL may take besides a path, sorted."""
+    """List the names that MODEL may take besides a path, sorted."""
     return list_names("models")
 
 
@@ -89,7 +89,7 @@ def load_config(model: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def _complete_imported(values: dict[str, Any], folder: Path) -> None:
-    """What an imported model does not say of itself, since it may be moved: where its parts are."""
+    """Fill in where an imported model's parts are; it records no places, as it may be moved."""
     if not values.get("load_parameters_path"):
         values["load_parameters_path"] = str(folder)
     if not values.get("tokenizer_path") and (folder / "hf" / "tokenizer.json").is_file():
@@ -155,22 +155,22 @@ def _assemble(
 
 @functools.cache
 def base_settings() -> dict[str, Any]:
-    """Every key of `base.yml` and its default."""
+    """Return every key of `base.yml` and its default."""
     return read_mapping(configs_dir() / "base.yml")
 
 
 def maxtext_keys() -> MaxTextKeys:
-    """Every configuration key of MaxText, and what becomes of it here."""
+    """Return every configuration key of MaxText, and what becomes of it here."""
     return read_maxtext_keys(configs_dir() / "maxtext_keys.yml")
 
 
 def list_names(kind: str) -> list[str]:
-    """Names of the files in `configs/<kind>/`, sorted."""
+    """List the names of the files in `configs/<kind>/`, sorted."""
     return sorted(path.stem for path in (configs_dir() / kind).glob("*.yml"))
 
 
 def find_file(kind: str, given: str, what: str) -> Path:
-    """The file that a name in `configs/<kind>/` or a path stands for.
+    """Find the file that a name in `configs/<kind>/` or a path stands for.
 
     Args:
         kind: directory below `configs/`.
@@ -217,7 +217,7 @@ def _derive(settings: dict[str, Any], name: str) -> None:
 
 
 def _build_model(settings: Mapping[str, Any]) -> ModelConfig:
-    """The decoder; its MoE layer is None for one expert."""
+    """Build the decoder's configuration; its MoE layer is None for one expert."""
     # Built in any case, so that a dense model's keys are checked like everyone's.
     moe = _build(MoEConfig, settings, router=_build(RouterConfig, settings))
     return _build(
@@ -230,7 +230,7 @@ def _build_model(settings: Mapping[str, Any]) -> ModelConfig:
 
 
 def _build(schema: type[T], settings: Mapping[str, Any], **parts: Any) -> T:
-    """A dataclass from the flat settings, by the keys that its leaves name."""
+    """Build a dataclass from the flat settings, by the keys that its leaves name."""
     leaves = {
         attribute: _frozen(settings[key.name]) for attribute, key in leaf_keys(schema).items()
     }
@@ -242,7 +242,7 @@ def _frozen(value: Any) -> Any:
 
 
 def _unbuilt(overlays: Sequence[Overlay]) -> tuple[tuple[str, Any, str], ...]:
-    """What is asked for and not built; a stronger overlay may take a request back."""
+    """Return what is asked for and not built; a stronger overlay may take a request back."""
     asked: dict[str, tuple[Any, str] | None] = {}
     for overlay in overlays:
         asked |= overlay.unbuilt

@@ -1,4 +1,4 @@
-"""A run by MaxText's files: its model file alone, or its base.yml with `model_name=NAME`.
+"""Read a run from MaxText's files: its model file alone, or its base.yml with `model_name=NAME`.
 
 Such a file means here what it means there. What it leaves out has MaxText's default, what it says
 is put into our keys (`maxtext_model.py` for the model, here for the run), and what cannot be had is
@@ -42,7 +42,7 @@ _NOTED = (
 
 
 def is_maxtext(written: Mapping[str, Any], base: Mapping[str, Any], keys: MaxTextKeys) -> bool:
-    """Whether a file is MaxText's: it says a key that only MaxText has.
+    """Return whether a file is MaxText's: it has a key that only MaxText has.
 
     Args:
         written: the file's keys.
@@ -127,7 +127,7 @@ def read_run(
 def _files(
     path: Path, written: Mapping[str, Any], arguments: Mapping[str, Any]
 ) -> tuple[list[tuple[str, Mapping[str, Any]]], list[str]]:
-    """The files of a run from the weakest on: what a file inherits from, itself, its model's."""
+    """Read a run's files, the weakest first: what a file inherits from, itself, its model's."""
     chain = _inherited(path, written, ())
     notes: list[str] = []
     named = _model_name(path, chain, arguments)
@@ -172,7 +172,7 @@ def _files(
 def _inherited(
     path: Path, written: Mapping[str, Any], above: Sequence[Path]
 ) -> list[tuple[str, Mapping[str, Any]]]:
-    """A file after those that its `base_config` names, the last one first."""
+    """Read a file after those that its `base_config` names, the last one first."""
     own = [(short_name(path), written)]
     named = written.get("base_config")
     if named in UNSAID:
@@ -194,12 +194,12 @@ def _inherited(
 
 
 def _above(path: Path) -> tuple[Path, ...]:
-    """The folder of a file and those above it, as far up as MaxText's `configs/` may be."""
+    """Yield the folder of a file and those above it, as far up as MaxText's `configs/` may be."""
     return tuple(path.absolute().parents)[:5]
 
 
 def _laid(table: list[Any], rows: list[Any]) -> list[Any]:
-    """Rows of a stronger source over a table, not yet checked; they replace those of a name."""
+    """Lay unchecked rules of a stronger source over a table; they replace those of a name."""
     names = [row[0] for row in rows if isinstance(row, list) and row]
     return [row for row in table if not (isinstance(row, list) and row and row[0] in names)] + rows
 
@@ -217,7 +217,7 @@ def _model_name(
 def _checked(
     source: str, content: Mapping[str, Any], base: Mapping[str, Any], keys: MaxTextKeys
 ) -> dict[str, Any]:
-    """What one source says of MaxText's keys, each in the type of its default.
+    """Return the values that one source gives MaxText's keys, each in the type of its default.
 
     Raises:
         UserError: a key that nobody has, or a value of another type.
@@ -249,7 +249,7 @@ def _checked(
 
 
 def refused(source: str, key: str, value: Any, keys: MaxTextKeys) -> UserError:
-    """The error for a value that cannot be had."""
+    """Return the error for a value that is not supported."""
     refusal = keys.refused[key]
     fix = refusal.fix or f"leave it out ({key}={shown(refusal.default)})"
     return UserError(
@@ -268,7 +268,7 @@ def _idle(
     is_named: bool,
     keys: MaxTextKeys,
 ) -> list[str]:
-    """Keys whose default would come to the same: found by trying it, so that none is forgotten."""
+    """Find keys whose default would come to the same, by trying it, so that none is forgotten."""
     told = {*translation.unread, *translation.unbuilt}
     idle = []
     for key in said:
@@ -291,7 +291,7 @@ def _idle(
 
 
 def why_not_ragged(mesh: MeshConfig) -> str:
-    """Why `moe_dispatch=ragged` cannot serve a table; empty where it can.
+    """Return why `moe_dispatch=ragged` cannot serve a table; empty where it can.
 
     MaxText's sparse path can have the tokens whole on every device of an expert group; here a
     token is sent by the one device that has it.
@@ -315,7 +315,7 @@ def _same(
     base: Mapping[str, Any],
     keys: MaxTextKeys,
 ) -> dict[str, Any]:
-    """The keys of one name and meaning, MaxText's default included, then the model's."""
+    """Return the keys of one name and meaning, MaxText's default included, then the model's."""
     values = {
         key: given[key]
         for key in sorted(keys.same)
@@ -328,7 +328,7 @@ def _same(
 
 
 def _rules_beside(path: Path, name: Any) -> Any:
-    """A rule table's name as a path, where MaxText's folder of them is beside the file."""
+    """Return a rule table's name as a path where MaxText's folder of them is beside the file."""
     for folder in _above(path):
         place = folder / "custom_mesh_and_rule" / f"{name}.yml"
         if place.is_file():
@@ -356,7 +356,7 @@ def _said_otherwise(translation: Translation, source: str, block: str) -> list[s
 
 
 def no_meaning(said: Mapping[str, Any], keys: MaxTextKeys, source: str) -> list[str]:
-    """One line on the keys that do nothing here, by what they are about."""
+    """Write one line on the keys that do nothing here, by what they are about."""
     about: dict[str, list[str]] = {}
     for key in said:
         if key in keys.harmless:

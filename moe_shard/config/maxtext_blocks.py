@@ -1,4 +1,4 @@
-"""MaxText's decoder blocks: which can be built here, and which of the keys each of them reads.
+"""List MaxText's decoder blocks: which can be built here, and which keys each of them reads.
 
 MaxText has one flat configuration and a class for each decoder block, and a class reads what it
 wants: Mixtral's layers do not look at `use_qk_norm`, and scale no scores. What is said of each

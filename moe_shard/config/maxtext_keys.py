@@ -1,4 +1,4 @@
-"""MaxText's configuration keys and what becomes of them, as `configs/maxtext_keys.yml` says."""
+"""Read what becomes of MaxText's configuration keys from `configs/maxtext_keys.yml`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Refusal:
     fix: str = ""
 
     def admits(self, value: Any) -> bool:
-        """Whether a value asks for nothing beyond what is here."""
+        """Return whether a value asks for nothing beyond what is here."""
         if value in UNSAID:
             return True
         # True == 1 in Python, and `mtp_num_layers: true` is not `mtp_num_layers: 1`.

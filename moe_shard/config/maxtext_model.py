@@ -1,4 +1,4 @@
-"""What MaxText's model keys mean here, each together with `decoder_block`."""
+"""Translate MaxText's model keys, each together with `decoder_block`."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def _mlp(found: Translation, given: Mapping[str, Any], kind: str) -> None:
 
 
 def _other_mlps(values: Mapping[str, Any]) -> bool:
-    """Whether there are MLPs beside the routed experts: shared ones, or those of dense layers."""
+    """Return whether there are MLPs besides the routed experts: shared ones, or of dense layers."""
     dense = values["first_num_dense_layers"] > 0 or values["interleave_moe_layer_step"] > 1
     return dense or values["shared_experts"] > 0
 
@@ -302,7 +302,7 @@ def _positions(found: Translation, given: Mapping[str, Any], name: str, kind: st
 
 
 def _latent_scale(found: Translation, given: Mapping[str, Any]) -> None:
-    """What MLA multiplies scores by: of the stretch wherever it is said to have happened."""
+    """Return what MLA multiplies scores by: of the stretch wherever it is said to have happened."""
     values, factor = found.values, given["rope_factor"]
     is_yarn = values.get("rope_type") == "yarn"
     stretched = given["max_position_embeddings"] > given["original_max_position_embeddings"]
@@ -315,7 +315,7 @@ def _latent_scale(found: Translation, given: Mapping[str, Any]) -> None:
 
 
 def _ends(found: Translation, given: Mapping[str, Any]) -> None:
-    """The logits: only a tied table's are normalised and capped there."""
+    """Translate the keys of the logits: only a tied table's are normalised and capped there."""
     tied, dim = given["logits_via_embedding"], given["base_emb_dim"]
     cap = given["final_logits_soft_cap"]
     found.values["final_logits_soft_cap"] = cap if tied else 0.0

@@ -1,4 +1,4 @@
-"""What MaxText's keys of a run mean here: batch, schedule, optimizer, data, memory."""
+"""Translate MaxText's keys of a run: batch, schedule, optimizer, data, memory."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def run_values(
 
 
 def _seeds(values: dict[str, Any], said: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """One seed here for MaxText's two; its synthetic data have one of their own."""
+    """Derive one seed from MaxText's two; its synthetic data have one of their own."""
     first, data = given["init_weights_seed"], given["data_shuffle_seed"]
     if first != data and "init_weights_seed" in said and "data_shuffle_seed" in said:
         raise UserError(

@@ -27,7 +27,7 @@ Rule = tuple[str, tuple[str, ...]]
 
 
 def expert_row(logical_axes: Iterable[str]) -> str:
-    """The logical axis whose first row names the expert axes: those that split experts at work.
+    """Return the logical axis whose first rule names the axes that split experts at work.
 
     Their weights may be stored over more axes than these (FSDP over the experts dim), so the row
     of the activations speaks, and that of the weights only in a table without one.
@@ -40,7 +40,7 @@ def expert_row(logical_axes: Iterable[str]) -> str:
 
 
 def parallelism_key(level: str, axis: str) -> str:
-    """The YAML key of one axis on one level, such as `ici_expert_parallelism`."""
+    """Return the YAML key of one axis on one level, such as `ici_expert_parallelism`."""
     return f"{level}_{axis}_parallelism"
 
 
@@ -110,11 +110,11 @@ class MeshConfig:
             )
 
     def level_sizes(self, level: str) -> dict[str, int]:
-        """Mesh axis -> size as configured (-1 included) on `ici` or `dcn`."""
+        """Return {mesh axis: size as configured (-1 included)} on `ici` or `dcn`."""
         return dict(zip(self.mesh_axes, getattr(self, level), strict=True))
 
     def flat_sizes(self) -> dict[str, int]:
-        """YAML key -> size, of both levels."""
+        """Return {YAML key: size} of both levels."""
         return {
             parallelism_key(level, axis): size
             for level in LEVELS
@@ -122,17 +122,17 @@ class MeshConfig:
         }
 
     def axes_of(self, logical_axis: str) -> tuple[str, ...]:
-        """Mesh axes in the first row of a logical axis; empty where it has no row."""
+        """Return the mesh axes in the first rule of a logical axis; empty where it has none."""
         return next((axes for name, axes in self.logical_axis_rules if name == logical_axis), ())
 
     @property
     def expert_row(self) -> str:
-        """The logical axis whose first row names the expert axes; see `expert_row`."""
+        """Return the logical axis whose first rule names the expert axes; see `expert_row`."""
         return expert_row(name for name, _ in self.logical_axis_rules)
 
     @property
     def expert_axes(self) -> tuple[str, ...]:
-        """The mesh axes that split the experts while they compute, whatever their sizes."""
+        """Return the mesh axes that split the experts while they compute, whatever their sizes."""
         return self.axes_of(self.expert_row)
 
     def resolve(self, num_devices: int, num_slices: int = 1) -> dict[str, int]:
@@ -200,7 +200,7 @@ def _fill(level: str, sizes: Mapping[str, int], total: int, what: str) -> dict[s
 
 
 def _mesh_fix(level: str, sizes: Mapping[str, int], total: int) -> str:
-    """A change of one key that makes the level's product come out, where there is one."""
+    """Return a change of one key that makes the level's product right, where there is one."""
     fixed = math.prod(size for size in sizes.values() if size != -1)
     for axis, size in sorted(sizes.items(), key=lambda item: -item[1]):
         rest = fixed // size

@@ -62,7 +62,7 @@ class GatingConfig:
 
     @property
     def activation(self) -> str:
-        """The gate's activation, a name in `GATE_ACTIVATIONS`."""
+        """Return the gate's activation, a name in `GATE_ACTIVATIONS`."""
         return self.mlp_activations[0]
 
 
@@ -137,12 +137,12 @@ class ModelConfig:
 
     @property
     def num_experts(self) -> int:
-        """Experts in each MoE layer; 1 for a dense model."""
+        """Return the number of experts in each MoE layer; 1 for a dense model."""
         return self.moe.num_experts if self.moe else 1
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
-        """The kind of every layer, in order."""
+        """Return the kind of every layer, in order."""
         pattern, interval = self.attention.attention_pattern, self.attention.nope_layer_interval
         return tuple(
             LayerKind(

@@ -99,13 +99,13 @@ class TrainConfig:
 
     @property
     def schedule_steps(self) -> int:
-        """Length of the learning-rate schedule in updates."""
+        """Return the length of the learning-rate schedule in updates."""
         if self.learning_rate_schedule_steps == -1:
             return self.steps
         return self.learning_rate_schedule_steps
 
     def microbatch_rows(self, num_devices: int) -> int:
-        """Sequences of one microbatch over all devices.
+        """Return the sequences of one microbatch over all devices.
 
         Args:
             num_devices: devices in the mesh.
@@ -123,7 +123,7 @@ class TrainConfig:
         return round(rows)
 
     def global_batch_rows(self, num_devices: int) -> int:
-        """Sequences of one update over all devices: the microbatches of all accumulation steps.
+        """Return the sequences of one update over all devices: those of all its microbatches.
 
         Args:
             num_devices: devices in the mesh.
@@ -231,7 +231,7 @@ class Config:
 
     @property
     def not_built(self) -> tuple[str, ...]:
-        """`unbuilt` in words: what it is, and `key=value`."""
+        """Return `unbuilt` in words: what it is, and `key=value`."""
         return tuple(f"{what} ({key}={shown(value)})" for key, value, what in self.unbuilt)
 
     def require_built(self) -> None:
@@ -248,7 +248,7 @@ class Config:
             )
 
     def as_flat_dict(self) -> dict[str, Any]:
-        """Every key with its value in plain YAML types; loads again, as a model file, to the same.
+        """Return every key with its value in plain YAML types, which load to the same again.
 
         Sizes of -1 stay -1, so that the file is good for another number of devices.
         """
@@ -267,11 +267,11 @@ class Config:
         return flat | {key: to_plain(value) for key, value, _ in self.unbuilt}
 
     def to_yaml(self) -> str:
-        """The text of `config.yml`."""
+        """Return the text of `config.yml`."""
         return yaml.safe_dump(self.as_flat_dict(), sort_keys=False, default_flow_style=None)
 
 
 def brief_list(items: Sequence[str], most: int = 8) -> str:
-    """At most `most` items on one line, and how many more there are."""
+    """Write at most `most` items on one line, and how many more there are."""
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + more

@@ -1,4 +1,4 @@
-"""Reading YAML strictly: safe tags only, no duplicate keys, numbers as people write them."""
+"""Read YAML strictly: safe tags only, no duplicate keys, numbers as people write them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _StrictLoader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+01234
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text.
+    """Parse a YAML text.
 
     Raises:
         UserError: not YAML, or a key stands twice; one line, without the file's name.
@@ -70,7 +70,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The top-level mapping of a YAML file.
+    """Read a YAML file whose top level is a mapping.
 
     Args:
         path: the file.

@@ -1,4 +1,4 @@
-"""Rule tables and mesh axes: reading rows, laying tables over each other, filling `MeshConfig`."""
+"""Read rule tables and mesh axes, lay tables over each other, and fill `MeshConfig`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def read_rules_file(path: Path, keys: MaxTextKeys) -> Overlay:
-    """A file for `custom_mesh_and_rule`: `mesh_axes` and `logical_axis_rules`.
+    """Read a file for `custom_mesh_and_rule`: `mesh_axes` and `logical_axis_rules`.
 
     Args:
         path: the file.
@@ -57,7 +57,7 @@ def build_mesh(
     rules_file: Overlay | None,
     keys: MaxTextKeys,
 ) -> tuple[MeshConfig, tuple[str, ...]]:
-    """The mesh and its table, and warnings.
+    """Build the mesh and its table, with warnings.
 
     Args:
         settings: the flat settings with all overlays applied.
@@ -113,7 +113,7 @@ def build_mesh(
 def is_maxtext_table(
     rows: Sequence[tuple[str, Sequence[str]]], axes: Sequence[str], keys: MaxTextKeys
 ) -> bool:
-    """Whether rows are of a table of MaxText's: they name what only its tables have.
+    """Return whether rules are of a MaxText table: they name what only its tables have.
 
     Args:
         rows: of the table.
@@ -127,7 +127,7 @@ def is_maxtext_table(
 def completed(
     table: Sequence[Rule], own: Sequence[Rule], keys: MaxTextKeys
 ) -> tuple[list[Rule], list[str]]:
-    """A table of MaxText's with a row for every logical axis here, and notes on what was added.
+    """Complete a MaxText table with a rule for every logical axis here, and note what was added.
 
     A dim without a row is not sharded there. `activation_batch_no_exp` has no row there: what its
     flag takes off the batch is the axis of the experts, in code.
@@ -159,7 +159,7 @@ def completed(
 
 
 def read_rows(value: Any, source: str, foreign: Sequence[str] = ()) -> list[Rule]:
-    """Rows of a table as YAML has them: `[name, axis]`, `[name, [axes]]` or `[name, null]`.
+    """Read rules as YAML has them: `[name, axis]`, `[name, [axes]]` or `[name, null]`.
 
     Args:
         value: the list.
@@ -184,7 +184,7 @@ def read_rows(value: Any, source: str, foreign: Sequence[str] = ()) -> list[Rule
 
 
 def lay_rows(table: Sequence[Rule], rows: Sequence[Rule]) -> list[Rule]:
-    """Rows over a table: they replace all rows of their logical axes and stand last, as in MaxText.
+    """Lay rules over a table: they replace all of their logical axes and stand last, as in MaxText.
 
     Args:
         table: the rows so far.
@@ -195,7 +195,7 @@ def lay_rows(table: Sequence[Rule], rows: Sequence[Rule]) -> list[Rule]:
 
 
 def read_axes(overlay: Overlay, foreign: Sequence[str]) -> tuple[str, ...]:
-    """`mesh_axes` of one source, without `foreign`; empty where it has none.
+    """Read `mesh_axes` of one source, without `foreign`; empty where it has none.
 
     Raises:
         UserError: not a list of this mesh's axes, each once.
@@ -219,7 +219,7 @@ def read_axes(overlay: Overlay, foreign: Sequence[str]) -> tuple[str, ...]:
 
 
 def _foreign_axes(overlay: Overlay, keys: MaxTextKeys) -> tuple[str, ...]:
-    """The axes of MaxText's that a source names in its mesh or in its rows, in no other form."""
+    """Return the axes of MaxText's that a source names in its mesh or in its rules."""
     axes, rows = overlay.values.get("mesh_axes", []), overlay.values.get("logical_axis_rules", [])
     named = list(axes) if isinstance(axes, list) else []
     for row in rows if isinstance(rows, list) else []:
@@ -232,7 +232,7 @@ def _foreign_axes(overlay: Overlay, keys: MaxTextKeys) -> tuple[str, ...]:
 def _sizes(
     level: str, settings: Mapping[str, Any], said: set[str], axes: Sequence[str], chosen_by: str
 ) -> dict[str, int]:
-    """Sizes of one level; a default -1 gives way to one that a person wrote."""
+    """Return the sizes of one level; a default -1 gives way to one that a person wrote."""
     sizes = {axis: settings[parallelism_key(level, axis)] for axis in MESH_AXES}
     own = {axis for axis in MESH_AXES if parallelism_key(level, axis) in said}
     taken_over = any(sizes[axis] == -1 for axis in own)

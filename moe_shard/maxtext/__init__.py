@@ -1,1 +1,1 @@
-"""Checkpoints of MaxText: what their tensors are called, what they fill here, and reading them."""
+"""Read MaxText's checkpoints."""

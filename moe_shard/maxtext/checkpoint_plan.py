@@ -1,4 +1,4 @@
-"""From the names and shapes in a MaxText checkpoint to what fills which part of which parameter.
+"""Plan what in a MaxText checkpoint fills which part of which parameter, from names and shapes.
 
 Nothing but the names says how a checkpoint was made: layer by layer, in a scan over layers, or in a
 scan over turns of a cycle of layers. A plan uses each tensor and fills each parameter, or there is
@@ -139,7 +139,7 @@ class _Planner:
     # ------------------------------------------------------------ layers
 
     def _by_layer(self) -> list[dict[str, _Stored]]:
-        """The tensors of each layer, by their names within it."""
+        """Return the tensors of each layer, by their names within it."""
         matches = {name: STACKS.fullmatch(name) for name in self.weights}
         cycle = 1 + max((int(m["place"]) for m in matches.values() if m and m["place"]), default=0)
         kinds = self.model.layer_kinds
@@ -237,7 +237,7 @@ class _Planner:
         return (*shape[:axis], *shape[axis + 1 :])
 
     def _axis(self) -> int:
-        """The dim along which this checkpoint's parameters are stacked; MaxText's own is 1."""
+        """Return the dim along which parameters are stacked; MaxText's default is 1."""
         common = set.intersection({0, 1}, *self.axes.values())
         if common:
             return max(common)
@@ -263,7 +263,7 @@ class _Planner:
     def _query_factors(
         self, found: Mapping[Path, list[tuple[_Stored, Candidate]]]
     ) -> tuple[dict[Path, float], list[str]]:
-        """What queries are multiplied by where MaxText's scores have another factor.
+        """Return what queries are multiplied by where MaxText's scores have another factor.
 
         Its Llama-2, Mistral and Mixtral blocks have none: one over the root of a head's size is in
         the query's weights. `attention_scale` says the factor here.
@@ -287,7 +287,7 @@ class _Planner:
         return dict.fromkeys(paths, 1 / here), [line]
 
     def _factor_in_query(self) -> bool:
-        """Whether the checkpoint's block is one whose queries' weights have the factor in them."""
+        """Return whether the block's queries' weights have the factor in them."""
         rests = {match["rest"] for name in self.weights if (match := STACKS.fullmatch(name))}
         experts = any(rest.startswith("MoeBlock_0/") for rest in rests)
         others = any("Block_0/" in rest or rest.startswith("moe_block/") for rest in rests)

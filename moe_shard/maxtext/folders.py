@@ -1,4 +1,4 @@
-"""Where in a folder a MaxText checkpoint is."""
+"""Find a MaxText checkpoint in a folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ ITEMS = "items"
 
 
 def find_items(folder: Path) -> Path | None:
-    """Where a MaxText checkpoint's arrays are; None: the folder is none of MaxText's.
+    """Find a MaxText checkpoint's arrays; None: the folder is none of MaxText's.
 
     Args:
         folder: a run, its `checkpoints/`, one checkpoint in it, or the `items/` of one. Of several

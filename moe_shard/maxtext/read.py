@@ -1,4 +1,4 @@
-"""Reading MaxText's checkpoints into parameters that are sharded over a mesh.
+"""Read MaxText's checkpoints into parameters that are sharded over a mesh.
 
 tensorstore reads them, as it does for Orbax. Each device's shard is
 read by itself, of large ones a part at a time: a tensor is never on the host as a whole, and never
@@ -106,7 +106,7 @@ class _Reader:
         self.stores, self.items = stores, items
 
     def blocks(self, bounds: Bounds) -> Iterator[tuple[Bounds, np.ndarray]]:
-        """One shard in blocks.
+        """Read one shard in blocks.
 
         Args:
             bounds: of the shard in the parameter.
@@ -115,7 +115,7 @@ class _Reader:
             yield cut, self._block(cut)
 
     def _cuts(self, bounds: Bounds) -> Iterator[Bounds]:
-        """A shard in parts along its first dim beside that of layers, at its chunks' bounds.
+        """Cut a shard along its first dim besides that of layers, at the bounds of its chunks.
 
         All its layers are read together: they are often in the same chunks.
         """
@@ -133,7 +133,7 @@ class _Reader:
             first = last
 
     def _block(self, bounds: Bounds) -> np.ndarray:
-        """A part of the parameter, on the host."""
+        """Read a part of the parameter, on the host."""
         block = np.empty(tuple(high - low for low, high in bounds), self.dtype)
         if not self.stacked:
             self._fill(block[None], self.parts[:1], bounds)
@@ -147,7 +147,7 @@ class _Reader:
         return block
 
     def _fill(self, block: np.ndarray, parts: tuple[Part, ...], within: Bounds) -> None:
-        """Layers that are in one tensor, or one that has a tensor of its own."""
+        """Read layers that are in one tensor, or one that has a tensor of its own."""
         part = parts[0]
         kept = iter(within)
         index: list[Any] = []
@@ -180,7 +180,7 @@ class _Reader:
 
 
 def _along(numbers: list[int]) -> slice | list[int]:
-    """Indices, as a slice where they can be one."""
+    """Return indices as a slice where they can be one."""
     step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
     if step > 0 and numbers == list(range(numbers[0], numbers[-1] + 1, step)):
         return slice(numbers[0], numbers[-1] + 1, step)
@@ -188,7 +188,7 @@ def _along(numbers: list[int]) -> slice | list[int]:
 
 
 def _open(items: Path) -> dict[str, Any]:
-    """The tensors of a checkpoint by path, opened, of which no number is read; None: no weight.
+    """Open the tensors of a checkpoint by path, without reading a number; None: no weight.
 
     `_METADATA` is Orbax's list of what it wrote, and how.
     """
@@ -227,7 +227,7 @@ def _shape(store: Any) -> tuple[int, ...]:
 def _dtypes(
     items: Path, plan: CheckpointPlan, stores: Mapping[str, Any]
 ) -> dict[str, np.dtype[Any]]:
-    """The dtypes of all tensors that are read.
+    """Return the dtypes of all tensors that are read.
 
     Raises:
         UserError: one is of integers or of narrow floats that need scales.
@@ -262,7 +262,7 @@ def _say_what_is_rounded(
 
 @contextmanager
 def _reading(items: Path, path: str = "") -> Iterator[None]:
-    """Errors of reading in the block, with the name of what is read.
+    """Turn errors of reading in the block into ones that name what is read.
 
     Raises:
         UserError: the checkpoint cannot be read.

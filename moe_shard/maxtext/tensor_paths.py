@@ -1,4 +1,4 @@
-"""Where MaxText keeps each parameter: its modules' names, as data.
+"""List where MaxText keeps each parameter: the names of its modules, as data.
 
 Its tensors have their dims in the same order as the parameters here, but for the one of the layers;
 what differs is what they are called, and that three of them may hold what is several here.
@@ -92,7 +92,7 @@ class Weight(NamedTuple):
 
 
 def weight(path: str) -> Weight | None:
-    """The weight at a path of a checkpoint; None: it is none, as the optimizer's state.
+    """Return the weight at a path of a checkpoint; None: it is none, as the optimizer's state.
 
     MaxText has written a whole training state (`params/params/...`, and variables that are no
     parameters in `nnx_aux/model/...` or `params/<kind>/...`), parameters alone in the same places,
@@ -122,7 +122,7 @@ class Candidate(NamedTuple):
 
 
 def candidates(role: str, shape: tuple[int, ...], model: ModelConfig) -> Iterator[Candidate]:
-    """The tensors in which a layer's parameter may be, the usual ones first.
+    """Yield the tensors in which a layer's parameter may be, the usual ones first.
 
     Args:
         role: such as "attention.query".
@@ -143,7 +143,7 @@ def candidates(role: str, shape: tuple[int, ...], model: ModelConfig) -> Iterato
 def _joined(
     start: str, role: str, shape: tuple[int, ...], model: ModelConfig
 ) -> Iterator[Candidate]:
-    """Tensors of several parameters: MaxText's fused_qkv, fused_mlp and prefuse_moe_weights."""
+    """Yield tensors of several parameters: fused_qkv, fused_mlp and prefuse_moe_weights."""
     outer, _, last = role.rpartition(".")
     heads = model.attention.num_query_heads, model.attention.num_kv_heads
     first = {"query": 0, "key": heads[0], "value": sum(heads)}

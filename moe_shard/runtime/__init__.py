@@ -1,1 +1,1 @@
-"""The runtime: devices and processes, and the step compiled for devices present or absent."""
+"""Start devices and processes, and compile the step for devices present or absent."""

@@ -1,4 +1,4 @@
-"""The least that the MoE layers of a training step must do, whatever program does it.
+"""Compute the least that the MoE layers of a training step must do, whatever program does it.
 
 Counted from the configuration and the rule table for one device and one step (forward, backward,
 all layers, all microbatches). Two counts: for the capacity that is configured, padded slots
@@ -50,7 +50,7 @@ class MoEBounds:
     memory_bytes: int
 
     def lines(self, extraction: Extraction, expert_axes: Iterable[str]) -> list[str]:
-        """The bounds for a person, with what a program does beside what it must.
+        """Write the bounds for a person, each with what a program does.
 
         Args:
             extraction: the program.
@@ -74,7 +74,7 @@ class MoEBounds:
 
 
 def _known(done: int, shown: Callable[[int], str]) -> str:
-    """A measure of work; 0 of it means that none could be told apart."""
+    """Write a measure of work; 0 means that the text does not tell whose work it is."""
     return shown(done) if done else "unknown, the text does not tell the experts' work apart;"
 
 
@@ -83,7 +83,7 @@ def _times(done: float, least: float) -> str:
 
 
 def moe_bounds(config: Config, table: RuleTable, *, slots_per_row: int) -> MoEBounds | None:
-    """The bounds of a configuration on a mesh; None for a dense model.
+    """Compute the bounds of a configuration on a mesh; None for a dense model.
 
     Args:
         config: model and batch.
@@ -128,7 +128,7 @@ def moe_bounds(config: Config, table: RuleTable, *, slots_per_row: int) -> MoEBo
 
 
 def moe_wire_bytes(collectives: Iterable[Collective], expert_axes: Iterable[str]) -> int:
-    """Bytes that a program's MoE layers send along the expert axes, per device and step."""
+    """Return the bytes that MoE layers send along the expert axes, per device and step."""
     wanted = set(expert_axes)
     return sum(
         each.count * each.wire_bytes

@@ -1,4 +1,4 @@
-"""Compiling the training step and reading what it lowers to, for devices present or absent."""
+"""Compile the training step and read what it lowers to, for devices present or absent."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def lay_out(
 
 
 def compiler_options(config: Config, platform: str) -> dict[str, bool]:
-    """What the compiler is told where a layer's tokens travel in parts.
+    """Return the compiler's options where a layer's tokens travel in chunks.
 
     Parts are for one to be on the wire while another is multiplied. By default TPU's compiler waits
     for every all-to-all, and GPU's schedules ragged ones as if they took no time.
@@ -114,7 +114,7 @@ def compile_step(program: Program, options: Mapping[str, bool] = _NO_OPTIONS) ->
 
 
 def report_step(step: CompiledStep, sharding: Sharding, backend: str) -> LoweringReport:
-    """What the compiled step does between devices.
+    """Report what the compiled step does between devices.
 
     Args:
         step: of `compile_step`.
@@ -132,13 +132,13 @@ def report_step(step: CompiledStep, sharding: Sharding, backend: str) -> Lowerin
 
 
 def option_lines(step: CompiledStep) -> list[str]:
-    """What the compiler was told beside its defaults; a line, or none."""
+    """Write the compiler's options besides its defaults: a line, or none."""
     told = ", ".join(f"{name}={str(value).lower()}" for name, value in step.options.items())
     return [f"compiler options, for num_moe_token_chunks: {told}"] if told else []
 
 
 def bound_lines(config: Config, sharding: Sharding, report: LoweringReport) -> list[str]:
-    """The least work of the MoE layers, and what the program sends beside it; for a person.
+    """Write the least work of the MoE layers and what the program sends, for a person.
 
     Empty for a dense model.
     """
@@ -153,7 +153,7 @@ def bound_lines(config: Config, sharding: Sharding, report: LoweringReport) -> l
 
 
 def moe_records(config: Config, sharding: Sharding) -> dict[str, MoERecord]:
-    """What the MoE layers decided when they were traced: {the layers: their record}."""
+    """Return what the MoE layers decided when they were traced: {the layers: their record}."""
     if config.model.moe is None:
         return {}
     layers = [layer for layer, kind in enumerate(config.model.layer_kinds) if kind.moe]
@@ -164,7 +164,7 @@ def moe_records(config: Config, sharding: Sharding) -> dict[str, MoERecord]:
 def estimate_step(
     config: Config, hardware: Hardware | None, report: LoweringReport
 ) -> Timeline | None:
-    """What the step cannot beat on an accelerator; None where its peaks are not known."""
+    """Estimate the time that a step cannot beat; None where the accelerator's peaks are unknown."""
     if hardware is None or report.extraction is None:
         return None
     rates = rates_of(hardware, config.model.dtype)
@@ -185,7 +185,7 @@ def rates_of(hardware: Hardware, dtype: str) -> Rates | None:
 
 
 def estimate_lines(config: Config, found: Timeline | None, num_devices: int) -> list[str]:
-    """The estimate for a person; a line that says so where there is none."""
+    """Write the estimate for a person, or a line on why there is none."""
     if found is None:
         return ["no estimate of time: the peaks of this hardware are not known"]
     rows = config.train.global_batch_rows(num_devices)
@@ -194,7 +194,7 @@ def estimate_lines(config: Config, found: Timeline | None, num_devices: int) -> 
 
 @contextmanager
 def out_of_memory_is_a_finding(fix: str = _LESS_MEMORY) -> Iterator[None]:
-    """Within the block, a compiler or device that runs out of memory raises a `Finding`.
+    """Raise a `Finding` where a compiler or device runs out of memory in the block.
 
     Args:
         fix: what helps.

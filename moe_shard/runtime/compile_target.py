@@ -1,4 +1,4 @@
-"""The training step compiled for hardware that is not there, and whether it fits."""
+"""Compile the training step for hardware that is not there, and check that it fits."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class TargetReport:
 
     @property
     def needed_bytes(self) -> int | None:
-        """Memory that a device has to have; None where it is not known.
+        """Return the memory that a device has to have; None where it is not known.
 
         A GPU's temporaries are one allocation, whether all are live or not. On TPU the peak is what
         its compiler goes by: it accepts steps whose temporaries add up to more than there is.
@@ -83,14 +83,14 @@ class TargetReport:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the step fits in the memory of a device; None where neither side is known."""
+        """Return whether the step fits in a device's memory; None where neither side is known."""
         if self.refusal is not None:
             return False
         needed, available = self.needed_bytes, self.target.hardware.hbm_bytes
         return None if needed is None or available is None else needed <= available
 
     def memory_line(self) -> str:
-        """One line: what the step holds, what a device has, and whether that fits."""
+        """Write what the step holds, what a device has, and whether that fits, on one line."""
         hardware, needed = self.target.hardware, self.needed_bytes
         if needed is None:
             return "memory per device: unknown"
@@ -106,7 +106,7 @@ class TargetReport:
         return f"{line}: fits"
 
     def to_json(self) -> dict[str, Any]:
-        """The object of `lowering.json`, and what is known of the target."""
+        """Return the object of `lowering.json`, with what is known of the target."""
         return {
             **self.lowering.to_json(),
             "moe": {layers: record.to_json() for layers, record in self.moe.items()},
@@ -161,7 +161,7 @@ def compile_for_target(config: Config, target: Target) -> TargetReport:
 
 
 def _nothing(sharding: Sharding, target: Target) -> LoweringReport:
-    """The report on a step that was not compiled."""
+    """Return the report on a step that was not compiled."""
     return LoweringReport(
         backend=target.backend,
         num_devices=sharding.mesh.size,

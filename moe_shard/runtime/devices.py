@@ -1,4 +1,4 @@
-"""Which devices a command runs on: the accelerators there are, or simulated CPU devices."""
+"""Start the devices of a command: the accelerators there are, or simulated CPU devices."""
 
 from __future__ import annotations
 

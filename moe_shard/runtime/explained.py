@@ -1,4 +1,4 @@
-"""Explaining the placement of the very step that is trained, without compiling or running it.
+"""Explain the placement of the very step that is trained, without compiling or running it.
 
 The step is traced on an abstract mesh, which needs no device, real or simulated.
 """

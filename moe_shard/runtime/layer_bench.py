@@ -1,4 +1,4 @@
-"""One MoE layer, measured: every dispatch strategy in one run, on two kinds of routing.
+"""Measure one MoE layer: every dispatch strategy in one run, on two kinds of routing.
 
 Times are shown as ratios and taken in turn (A B C D, A B C D, ...), so that a machine that slows
 down slows all of them; counts, bytes and FLOPs are read from the compiled program and do not vary.
@@ -120,7 +120,7 @@ class Measurement:
     fraction_of_peak: float | None
 
     def to_json(self) -> dict[str, Any]:
-        """As an object of `moe-shard bench --json`."""
+        """Return an object of `moe-shard bench --json`."""
         return asdict(self)
 
 
@@ -171,7 +171,7 @@ def measure(
 
 
 def _makes_a_difference(variant: Variant, mesh: Mesh) -> bool:
-    """Without an expert group the flag changes no program."""
+    """Return whether the flag changes the program, which it does not without an expert group."""
     return mesh.shape["expert"] > 1 or "flag off" not in variant.name
 
 

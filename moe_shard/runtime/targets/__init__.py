@@ -1,1 +1,1 @@
-"""Hardware that is not there: its name on the command line, and its compiler."""
+"""Name hardware that is not there, and find its compiler."""

@@ -1,4 +1,4 @@
-"""Just enough of ELF (64-bit, x86-64) to list what a library misses, and to supply it.
+"""Read and write just enough of ELF (64-bit, x86-64) to list and supply what a library misses.
 
 `Imports.read` lists the libraries and functions that a shared library wants from others;
 `placeholder` writes a shared library that exports functions of given names, each of which does
@@ -102,7 +102,7 @@ def _read(data: mmap.mmap) -> Imports:
 def _versions(
     data: mmap.mmap, section: tuple[int, ...], text: Callable[[int], str]
 ) -> dict[int, tuple[str, str]]:
-    """Index of a symbol version -> (version, library)."""
+    """Return {index of a symbol version: (version, library)}."""
     found = {}
     position = section[4]
     for _ in range(section[7]):
@@ -117,7 +117,7 @@ def _versions(
 
 
 def placeholder(library: str, functions: Sequence[Function]) -> bytes:
-    """A shared library whose functions fail when called.
+    """Make a shared library whose functions fail when called.
 
     Args:
         library: its name as others ask for it, such as "librccl.so.1".
@@ -200,14 +200,14 @@ class _Strings:
         self.data = bytearray(b"\0")
 
     def add(self, text: str) -> int:
-        """Append a string; its offset."""
+        """Append a string and return its offset."""
         offset = len(self.data)
         self.data += text.encode() + b"\0"
         return offset
 
 
 def _hash_table(names: Sequence[str]) -> bytes:
-    """The System V hash table of the symbols; the first is the null symbol."""
+    """Make the System V hash table of the symbols; the first is the null symbol."""
     buckets = [0] * max(len(names) // 2, 1)
     chains = [0] * len(names)
     for index, name in enumerate(names[1:], start=1):
@@ -218,7 +218,7 @@ def _hash_table(names: Sequence[str]) -> bytes:
 
 
 def _elf_hash(name: str) -> int:
-    """The hash of the System V ABI, chapter 5."""
+    """Hash a name as chapter 5 of the System V ABI does."""
     value = 0
     for byte in name.encode():
         value = (value << 4) + byte

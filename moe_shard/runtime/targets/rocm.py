@@ -1,4 +1,4 @@
-"""ROCm's XLA on a machine without ROCm.
+"""Load ROCm's compiler on a machine without ROCm.
 
 jax's ROCm plugin holds the whole compiler, but links against the ROCm runtime, which the compiler
 never calls. Where the runtime is missing, placeholder libraries stand in for it: they export the
@@ -22,7 +22,7 @@ _loaded: list[ctypes.CDLL] = []
 
 
 def make_loadable(plugin: Path) -> bool:
-    """See to it that the plugin's library can be loaded into this process.
+    """Make sure that the plugin's library can be loaded into this process.
 
     Args:
         plugin: the shared library of jax's ROCm plugin.
@@ -49,7 +49,7 @@ def make_loadable(plugin: Path) -> bool:
 def placeholders(
     libraries: Iterable[str], functions: Iterable[Function], present: Iterable[ctypes.CDLL] = ()
 ) -> dict[str, bytes]:
-    """Libraries that supply functions and fail when called.
+    """Make libraries that supply functions and fail when called.
 
     Args:
         libraries: the names to supply; not empty.
@@ -73,7 +73,7 @@ def placeholders(
 
 
 def _load(path: Path) -> ctypes.CDLL | None:
-    """The library, or None where it or one that it needs is missing."""
+    """Load a library; None where it or one that it needs is missing."""
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -84,7 +84,7 @@ def _load(path: Path) -> ctypes.CDLL | None:
 
 
 def _cached(files: dict[str, bytes]) -> Path | None:
-    """A folder of the cache that holds exactly these files; None where nothing can be written."""
+    """Write these files to a folder of the cache; None where nothing can be written."""
     digest = hashlib.sha256(b"".join(name.encode() + files[name] for name in sorted(files)))
     folder = cache_folder() / f"rocm-placeholders-{digest.hexdigest()[:16]}"
     try:

@@ -1,4 +1,4 @@
-"""Compiling for accelerators that are not there: a TARGET such as `v5e:2x4` becomes devices.
+"""Make devices of a TARGET such as `v5e:2x4`, to compile for accelerators that are not there.
 
 The devices can be put in a mesh and compiled for, as real ones; nothing can be placed on them. Each
 family's own compiler does the work: libtpu, and the GPU plugins of jax. Nothing here opens an
@@ -49,17 +49,17 @@ class Target:
 
     @property
     def platform(self) -> str:
-        """Platform whose compiler is used: "tpu", "cuda", "rocm" or "cpu"."""
+        """Return the platform whose compiler is used: "tpu", "cuda", "rocm" or "cpu"."""
         return self.hardware.compile.platform
 
     @property
     def backend(self) -> str:
-        """What `jax.default_backend()` would say there: "tpu", "gpu" or "cpu"."""
+        """Return what `jax.default_backend()` would be there: "tpu", "gpu" or "cpu"."""
         return "gpu" if self.platform in _GPU_PLUGINS else self.platform
 
     @property
     def note(self) -> str | None:
-        """What the devices leave out of the real network, or None."""
+        """Return what the devices leave out of the real network, or None."""
         if self.backend != "gpu" or self.shape[0] <= GPUS_PER_HOST:
             return None
         return (
@@ -113,7 +113,7 @@ def _example(name: str) -> str:
 
 
 def devices_for(target: Target) -> Sequence[jax.Device]:
-    """Devices of the target, to compile for.
+    """Return devices of the target, to compile for.
 
     The process keeps to the CPU from here on: no accelerator that it has is opened.
 
@@ -138,7 +138,7 @@ def devices_for(target: Target) -> Sequence[jax.Device]:
 
 
 def compiled_with(target: Target) -> str:
-    """Whose compiler it was, and that nothing ran."""
+    """Return whose compiler it was, and that nothing ran."""
     if target.platform == "cpu":
         return "CPU's XLA, not run"
     if target.platform == "tpu":
@@ -194,7 +194,7 @@ def _gpu_devices(target: Target) -> Sequence[jax.Device]:
 
 
 def _gpu_plugin(target: Target) -> Path:
-    """The folder of jax's plugin for this platform, which is of jax's own version."""
+    """Return the folder of jax's plugin for this platform, of jax's own version."""
     for kind in _GPU_PLUGINS[target.platform]:
         try:
             spec = importlib.util.find_spec(f"jax_plugins.xla_{kind}")
@@ -223,7 +223,7 @@ def _register_rocm(plugin: Path) -> None:
 
 
 def _check_libtpu() -> None:
-    """A libtpu other than the one that jax pins compiles, and then cannot print what it did."""
+    """Check libtpu's version: one that jax does not pin compiles, then cannot print the program."""
     for requirement in importlib.metadata.requires("jax") or ():
         if pinned := re.match(r"libtpu\s*==\s*([\d.]+)\.\*", requirement):
             _check_version("libtpu", pinned[1], f"libtpu=={pinned[1]}.*", parts=3)
@@ -247,7 +247,7 @@ def _minor(version: str) -> str:
 
 @contextmanager
 def _environment(**variables: str) -> Iterator[None]:
-    """Within the block, these variables are set."""
+    """Set environment variables while the block runs."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

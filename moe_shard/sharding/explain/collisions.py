@@ -1,4 +1,4 @@
-"""Dims that want one mesh axis: which of them stays unsharded, what that means, and the cure."""
+"""Find dims that want one mesh axis: which stays unsharded, what that means, and the fix."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ class Collision:
 
     @property
     def cause(self) -> str:
-        """Which row lost what to which."""
+        """Return which rule lost what to which."""
         return (
             f"{self.row} lost {', '.join(self.axes)} to '{self.held_by}', placed by {self.holder}"
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As an object of `moe-shard explain --json`."""
+        """Return an object of `moe-shard explain --json`."""
         return {
             "dim": self.dim,
             "arrays": list(self.arrays),
@@ -67,7 +67,7 @@ class Collision:
 
 
 def find_collisions(placed: Sequence[PlacedArray], rows: Sequence[Row]) -> list[Collision]:
-    """The conflicts of all arrays; those with one cause and one consequence are one.
+    """Collect the conflicts of all arrays; those with one cause and one consequence are one.
 
     Args:
         placed: the arrays.
@@ -139,7 +139,7 @@ def _cure(
 
 
 def find_uneven(placed: Sequence[PlacedArray]) -> list[Lint]:
-    """Dims that the mesh does not divide; only met where sizes are assumed."""
+    """Find dims that the mesh does not divide; there are some only where sizes are assumed."""
     arrays: dict[tuple[Row, int, tuple[str, ...], int], list[str]] = {}
     for array in placed:
         for decision in array.resolution.decisions:
@@ -160,7 +160,7 @@ def find_uneven(placed: Sequence[PlacedArray]) -> list[Lint]:
 
 
 def find_alternatives(placed: Sequence[PlacedArray]) -> list[Lint]:
-    """Pairs of dims that want one axis, where a later row of the loser helped out."""
+    """Find pairs of dims that want one axis where a later rule of the loser was used."""
     pairs: dict[tuple[Row, Row, str, tuple[str, ...]], list[str]] = {}
     for array in placed:
         for decision in array.resolution.decisions:
@@ -182,7 +182,7 @@ def find_alternatives(placed: Sequence[PlacedArray]) -> list[Lint]:
 
 
 def find_passed_over(placed: Sequence[PlacedArray]) -> list[Lint]:
-    """Rows that do not divide a dim which a later row then placed."""
+    """Find rules that do not divide a dim which a later rule then placed."""
     arrays: dict[tuple[Loss, Row], list[str]] = {}
     for array in placed:
         for decision in array.resolution.decisions:

@@ -1,4 +1,4 @@
-"""Where every array of a model lies on a mesh, which row of the table said so, and what it lost.
+"""Explain where every array of a model lies on a mesh, which rule placed it, and what it lost.
 
 Works on what was recorded while the step was traced; nothing is compiled, no device is needed.
 """
@@ -37,7 +37,7 @@ Rules = Sequence[tuple[str, Sequence[str]]]
 
 
 class Recorder(Sharding):
-    """Notes what a model says of its arrays and places none of them.
+    """Record the arrays that a model places, without placing any.
 
     For tables that may not fit the model: nothing about them can stop the trace.
 
@@ -58,7 +58,7 @@ class Recorder(Sharding):
         dtype: DTypeLike | None = None,
         consequence: str = "",
     ) -> NamedSharding:
-        """Replicated, whatever the array."""
+        """Return the replicated sharding, whatever the array."""
         self.arrays[name] = AnnotatedArray(
             name, tuple(logical_axes), tuple(shape), dtype, consequence
         )
@@ -67,7 +67,7 @@ class Recorder(Sharding):
 
 @dataclass(frozen=True)
 class Explanation:
-    """All there is to say.
+    """Hold all that is explained.
 
     Attributes:
         model: its name.
@@ -95,25 +95,25 @@ class Explanation:
 
     @property
     def expert_row(self) -> str:
-        """The logical axis whose first row names the expert axes."""
+        """Return the logical axis whose first rule names the expert axes."""
         return expert_row(row.logical_axis for row in self.rows)
 
     @property
     def expert_axes(self) -> tuple[str, ...]:
-        """Mesh axes larger than 1 that split the experts while they compute."""
+        """Return the mesh axes larger than 1 that split the experts while they compute."""
         row = self.expert_row
         axes = next((each.mesh_axes for each in self.rows if each.logical_axis == row), ())
         return tuple(axis for axis in axes if self.sizes.get(axis, 1) > 1)
 
     @property
     def is_strict(self) -> bool:
-        """No conflict under the settings asked about, and no error in the table."""
+        """Return whether there is no conflict under these settings and no error in the table."""
         return all(c.only_if for c in self.conflicts) and all(
             lint.level != ERROR for lint in self.lint
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The object of `moe-shard explain --json`."""
+        """Return the object of `moe-shard explain --json`."""
         placed = (*self.parameters, *self.activations)
         return {
             "model": self.model,
@@ -208,7 +208,7 @@ def explain(
 def usable_rules(
     rules: Rules, mesh_axes: Sequence[str], arrays: Iterable[AnnotatedArray] = ()
 ) -> list[tuple[str, tuple[str, ...]]]:
-    """A table that can be resolved: known axes, each once, and a row for every logical axis.
+    """Return a table that can be resolved: known axes, each once, a rule for every logical axis.
 
     The rows keep their numbers; what is missing is added behind, as what Flax makes of it.
     """

@@ -1,4 +1,4 @@
-"""What is wrong with a rule table by itself, whatever its mesh and whoever wrote it.
+"""Find what is wrong with a rule table by itself, whatever its mesh and whoever wrote it.
 
 A row is judged as Flax reads it, with every mesh axis larger than 1. It is tried on a dim that has
 no placement yet and applies if none of its mesh axes is held by another dim. So an earlier row of
@@ -33,7 +33,7 @@ SEVERITIES = (ERROR, WARNING, NOTE)
 
 @dataclass(frozen=True)
 class Lint:
-    """One thing to say of a rule table.
+    """Hold one finding about a rule table.
 
     Attributes:
         level: "error" (nothing can be placed by this table as it stands), "warning" (it does not
@@ -49,12 +49,12 @@ class Lint:
     text: str
 
     def to_json(self) -> dict[str, Any]:
-        """As an object of `moe-shard explain --json`."""
+        """Return an object of `moe-shard explain --json`."""
         return {"level": self.level, "kind": self.kind, "rows": list(self.rows), "text": self.text}
 
 
 def number_rows(rules: Iterable[tuple[str, Sequence[str]]]) -> tuple[Row, ...]:
-    """Rows with their positions, counted from 1."""
+    """Number the rules of a table from 1."""
     return tuple(Row(number, name, tuple(axes)) for number, (name, axes) in enumerate(rules, 1))
 
 
@@ -65,7 +65,7 @@ def lint_rows(
     by_flax: bool = True,
     is_maxtexts: bool = False,
 ) -> list[Lint]:
-    """Everything to say of a table that needs no model.
+    """List all findings about a table that need no model.
 
     Args:
         rows: the table.
@@ -98,7 +98,7 @@ def _lint_axes(row: Row, mesh_axes: Sequence[str], is_maxtexts: bool) -> list[Li
 
 
 def dead_rows(rows: Sequence[Row], *, by_flax: bool = True) -> list[Lint]:
-    """The rows that can never win, by the two proofs at the top of this file.
+    """Find the rules that can never win, by the two proofs at the top of this file.
 
     Args:
         rows: the table.
@@ -139,7 +139,7 @@ def _shadowed(row: Row, rivals: Sequence[Row]) -> Lint | None:
 
 
 def _unbeaten(row: Row, rivals: Sequence[Row], alive: Sequence[Row]) -> Row | None:
-    """The first rival that no collision takes out of the way of `row`."""
+    """Return the first rival that no collision takes out of the way of `row`."""
     own = set(row.mesh_axes)
     return next((rival for rival in rivals if not _can_lose(rival, own, alive)), None)
 
@@ -165,7 +165,7 @@ def _spared(row: Row, rival: Row) -> str:
 
 
 def _can_lose(rival: Row, spared: set[str], alive: Sequence[Row]) -> bool:
-    """Whether an earlier row can beat `rival` and leave the axes `spared` free."""
+    """Return whether an earlier rule can beat `rival` and leave the axes `spared` free."""
     contested = set(rival.mesh_axes) - spared
     return any(
         other.number < rival.number
@@ -177,7 +177,7 @@ def _can_lose(rival: Row, spared: set[str], alive: Sequence[Row]) -> bool:
 
 
 def missing_rows(arrays: Iterable[AnnotatedArray], rows: Sequence[Row]) -> dict[str, list[str]]:
-    """Logical axes of a model that a table has no row for, with the arrays that have them."""
+    """Find logical axes of a model that a table has no rule for, with the arrays that have them."""
     known = {row.logical_axis for row in rows}
     missing: dict[str, list[str]] = {}
     for array in arrays:
@@ -190,7 +190,7 @@ def missing_rows(arrays: Iterable[AnnotatedArray], rows: Sequence[Row]) -> dict[
 def lint_model(
     arrays: Sequence[AnnotatedArray], rows: Sequence[Row], *, is_maxtexts: bool = False
 ) -> list[Lint]:
-    """What a table lacks for a model, and how much of it the model has no use for."""
+    """Find what a table lacks for a model, and how much of it the model has no use for."""
     found = []
     missing = missing_rows(arrays, rows)
     if missing and is_maxtexts:
@@ -211,7 +211,7 @@ def lint_model(
 
 
 def _unsharded(missing: Sequence[str]) -> list[Lint]:
-    """What a table of MaxText's leaves unsharded by having no row for it."""
+    """Describe what a MaxText table leaves unsharded because it has no rule for it."""
     flag = "activation_batch_no_exp"
     found = []
     if others := [axis for axis in missing if axis != flag]:
@@ -227,7 +227,7 @@ def _unsharded(missing: Sequence[str]) -> list[Lint]:
 
 
 def count_levels(found: Iterable[Lint]) -> Mapping[str, int]:
-    """How many there are of each level."""
+    """Count the findings of each level."""
     levels = [lint.level for lint in found]
     return {level: levels.count(level) for level in SEVERITIES}
 
@@ -237,6 +237,6 @@ def _axes(axes: Sequence[str]) -> str:
 
 
 def brief_names(names: Sequence[str]) -> str:
-    """The first three names and how many more there are."""
+    """Name the first three and how many more there are."""
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,4 +1,4 @@
-"""One array and where it lies: the shard on each device, and the row behind each dim."""
+"""Describe where one array lies: the shard on each device, and the rule behind each dim."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ class PlacedArray:
 
     @property
     def shard_shape(self) -> tuple[int, ...]:
-        """Shape on one device; rounded up where the mesh does not divide a dim."""
+        """Return the shape on one device, rounded up where the mesh does not divide a dim."""
         return tuple(-(-d.size // self.parts(d.mesh_axes)) for d in self.resolution.decisions)
 
     @property
     def bytes(self) -> int:
-        """Bytes on all devices together, copies not counted."""
+        """Return the bytes on all devices together, copies not counted."""
         return math.prod(self.array.shape) * self._item_bytes
 
     @property
     def bytes_per_device(self) -> int:
-        """Bytes on one device."""
+        """Return the bytes on one device."""
         return math.prod(self.shard_shape) * self._item_bytes
 
     @property
@@ -51,21 +51,21 @@ class PlacedArray:
 
     @property
     def dtype_name(self) -> str:
-        """As jax abbreviates it: f32, bf16, i32."""
+        """Return the dtype as jax abbreviates it: f32, bf16, i32."""
         name = jnp.dtype(self.array.dtype).name
         return name.replace("float", "f").replace("uint", "u").replace("int", "i")
 
     def parts(self, mesh_axes: Iterable[str]) -> int:
-        """Into how many parts these axes split a dim."""
+        """Return into how many parts these axes split a dim."""
         return math.prod(self.sizes[axis] for axis in mesh_axes)
 
     def won(self, decision: Decision) -> Row | None:
-        """The row that placed a dim; None too where the table has no row for it."""
+        """Return the rule that placed a dim; None too where the table has no rule for it."""
         row = decision.won
         return row if row is not None and row.number <= self.num_rows else None
 
     def contested(self, loss: Loss) -> tuple[str, ...]:
-        """The axes that a losing row wanted and that were held when it was tried."""
+        """Return the axes that a losing rule wanted and that were taken when it was tried."""
         held = {
             axis
             for decision in self.resolution.decisions
@@ -75,7 +75,7 @@ class PlacedArray:
         return tuple(axis for axis in loss.mesh_axes if axis in held)
 
     def to_json(self) -> dict[str, Any]:
-        """As an object of `moe-shard explain --json`."""
+        """Return an object of `moe-shard explain --json`."""
         return {
             "name": self.array.name,
             "dtype": jnp.dtype(self.array.dtype).name,
@@ -109,7 +109,7 @@ class PlacedArray:
 
 
 def row_json(row: Row | None) -> dict[str, Any] | None:
-    """As an object of `moe-shard explain --json`."""
+    """Return an object of `moe-shard explain --json`."""
     if row is None:
         return None
     return {

@@ -1,4 +1,4 @@
-"""An explanation as a person reads it, 100 columns wide."""
+"""Print an explanation as a person reads it, 100 columns wide."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _table(title: str, arrays: Sequence[PlacedArray]) -> Table:
 
 
 def _shard(array: PlacedArray) -> list[str]:
-    """Dtype, shape and bytes of one device's part, on one line where they fit."""
+    """Write dtype, shape and bytes of one device's part, on one line where they fit."""
     shape = f"  {array.dtype_name}[{','.join(map(str, array.shard_shape))}]"
     size = human_bytes(array.bytes_per_device)
     return [shape + f" {size}"] if len(shape) + len(size) < _NAME_WIDTH else [shape, f"  {size}"]
