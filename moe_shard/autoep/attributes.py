@@ -66,7 +66,7 @@ class Attributes:
             value = value.get(part) if isinstance(value, dict) else None
         return value if name else None
 
-    def said(self, name: str) -> str:
+    def as_text(self, name: str) -> str:
         """Return `name=value`, for messages."""
         return f"{name}={shown(self.get(name))}"
 
@@ -84,7 +84,7 @@ class Attributes:
         if value is None:
             return default
         if type(value) is not int or value < -1:
-            raise self.error(f"{self.said(name)} is not a whole number", "as the model has it")
+            raise self.error(f"{self.as_text(name)} is not a whole number", "as the model has it")
         return value
 
     def numbers(self, name: str) -> list[int] | None:
@@ -97,7 +97,9 @@ class Attributes:
         if value is None:
             return None
         if not isinstance(value, list) or not all(type(n) is int and n >= 0 for n in value):
-            raise self.error(f"{self.said(name)} is not a list of numbers", "as the model has it")
+            raise self.error(
+                f"{self.as_text(name)} is not a list of numbers", "as the model has it"
+            )
         return value
 
     def source(self, rule: SettingRule) -> str:
@@ -126,14 +128,16 @@ class Attributes:
             known = dict(rule.mapping)
             if shown(value) not in known:
                 raise self.error(
-                    f"{self.said(name)} is not computed here", f"one of {', '.join(known)}"
+                    f"{self.as_text(name)} is not computed here", f"one of {', '.join(known)}"
                 )
             return known[shown(value)]
         kind = type(base_settings()[key])
         # Attributes that switch something are sometimes numbers; lists and text never are.
         accepted = {bool: (bool, int), float: (int, float)}.get(kind, (kind,))
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            raise self.error(f"{self.said(name)} is not {_EXPECTED[kind]}", "as the model has it")
+            raise self.error(
+                f"{self.as_text(name)} is not {_EXPECTED[kind]}", "as the model has it"
+            )
         return kind(value)
 
     def _check_computed(self, family: Family) -> None:
@@ -141,6 +145,6 @@ class Attributes:
             values = allowed if isinstance(allowed, list) else [allowed]
             if self.get(name) is not None and self.get(name) not in values:
                 raise self.error(
-                    f"{self.said(name)} is not computed here",
+                    f"{self.as_text(name)} is not computed here",
                     f"a model with {name}={' or '.join(map(shown, values))}",
                 )

@@ -102,13 +102,15 @@ def detect(directory: Path, family: str = "") -> Detected:
 
     def explain(keys: Sequence[str]) -> str:
         rules = setting_rules(known)
-        said = []
+        texts = []
         for given in keys:
             key = _MADE_OF.get(given, given) if settings.get(given, -1) == -1 else given
             if key in rules:
                 source = attributes.source(rules[key])
-                said.append(attributes.said(source) if source else f"{key}={shown(settings[key])}")
-        return ", ".join(dict.fromkeys(said))
+                texts.append(
+                    attributes.as_text(source) if source else f"{key}={shown(settings[key])}"
+                )
+        return ", ".join(dict.fromkeys(texts))
 
     pieces = Pieces(
         model=model, family=known, names=names, headers=headers, where=directory, explain=explain
@@ -148,12 +150,12 @@ def _layers_beyond(
     """
     rule = family.settings["base_num_decoder_layers"]
     layers = attributes.value("base_num_decoder_layers", rule)
-    said = attributes.said(attributes.source(rule))
+    text = attributes.as_text(attributes.source(rule))
     found = names.layers()
     missing = next((layer for layer in range(layers) if layer not in found), None)
     if missing is not None:
         raise attributes.error(
-            f"{said}, but no tensor is of layer {missing}", "the config.json of these tensors"
+            f"{text}, but no tensor is of layer {missing}", "the config.json of these tensors"
         )
     carried = attributes.value("base_num_decoder_layers", family.carried_layers)
     number = re.compile(re.escape(f"{family.prefix}{family.layers}.") + r"([0-9]{1,9})\..*")
@@ -164,7 +166,7 @@ def _layers_beyond(
     for name, layer in of.items():
         if layer >= layers + carried or (layer >= layers and layer not in special):
             raise attributes.error(
-                f"{said}, but the tensors go on to layer {layer} ({shown(name)})",
+                f"{text}, but the tensors go on to layer {layer} ({shown(name)})",
                 "the config.json of these tensors",
             )
     return {name for name, layer in of.items() if layer >= layers}
@@ -184,7 +186,9 @@ def _check_expert_layers(
 ) -> None:
     if model.moe is None:
         source = attributes.source(family.num_experts_attr)
-        raise attributes.error(f"{attributes.said(source)}: no MoE layer", "a model with experts")
+        raise attributes.error(
+            f"{attributes.as_text(source)}: no MoE layer", "a model with experts"
+        )
     routers = names.roles.get("mlp.router.kernel", {})
     if not routers:
         raise UserError(
@@ -193,11 +197,11 @@ def _check_expert_layers(
         )
     for layer, kind in enumerate(model.layer_kinds):
         if kind.moe != ((layer,) in routers):
-            said = family.moe_layers
-            keys = (said.list, said.first, said.last, said.step, said.excluded)
-            told = ", ".join(attributes.said(key) for key in keys if key)
+            at = family.moe_layers
+            keys = (at.list, at.first, at.last, at.step, at.excluded)
+            texts = ", ".join(attributes.as_text(key) for key in keys if key)
             raise attributes.error(
-                f"layer {layer} has {'experts' if kind.moe else 'none'} by {told or family.name}, "
+                f"layer {layer} has {'experts' if kind.moe else 'none'} by {texts or family.name}, "
                 f"and its tensors {'no router' if kind.moe else shown(routers[(layer,)])}",
                 "the config.json of these tensors",
             )

@@ -47,7 +47,7 @@ def read_hf_source(directory: Path, family: str = "") -> HfSource:
 
     Args:
         directory: with config.json and safetensors files.
-        family: name or file of its family; empty: as config.json says.
+        family: name or file of its family; empty: as config.json has it.
 
     Raises:
         UserError: it is of no known family, or not whole.

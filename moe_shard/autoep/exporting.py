@@ -39,7 +39,7 @@ def export_params(
         plan: of the checkpoint's tensors.
         headers: where each tensor belongs.
         blocks: all parts of all parameters.
-        progress: told of bytes written and bytes in all.
+        progress: called with bytes written and bytes in all.
 
     Raises:
         UserError: a tensor or parameter is not of the plan, or not filled by it; a number is too

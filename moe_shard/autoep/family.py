@@ -45,7 +45,7 @@ class SettingRule:
 
 @dataclass(frozen=True)
 class LayersWithExperts:
-    """Attributes that say which layers have experts; empty: none says so.
+    """Attributes for which layers have experts; empty: there is none.
 
     Attributes:
         list: their numbers, where it is not null; then the others do not count.
@@ -64,7 +64,7 @@ class LayersWithExperts:
 
 @dataclass(frozen=True)
 class Spans:
-    """Attributes that say what layers attend to; empty: none says so.
+    """Attributes for what layers attend to; empty: there is none.
 
     Attributes:
         types: a name for each layer, where it is not null; then `every` and `below` do not count.
@@ -74,7 +74,7 @@ class Spans:
         below: layers from this number on have none.
         chunk: tokens of a chunk; null: no chunks. Layers with RoPE have them.
         rope_flags: 0 for each layer without RoPE, 1 for the others, where it is not null or empty.
-        nope_interval: the last of every so many layers has no RoPE, where the flags do not say.
+        nope_interval: the last of every so many layers has no RoPE, where the flags do not tell.
     """
 
     types: str = ""
@@ -150,7 +150,7 @@ def load_family(given: str) -> Family:
         given: a name in `configs/families/` or the path of a YAML file.
 
     Raises:
-        UserError: the file cannot be read or says something that no family says.
+        UserError: the file cannot be read or has something that no family has.
     """
     path = find_file("families", given, "hf_family")
     merged = _merged(path)
@@ -180,12 +180,12 @@ def choose_family(config: Mapping[str, Any], where: Path) -> Family:
         found = [one for one in families if any(a in one.architectures for a in architectures)]
     if len(found) == 1:
         return found[0]
-    said = f"{where}: model_type={shown(model_type)}, architectures={shown(architectures)}"
+    what = f"{where}: model_type={shown(model_type)}, architectures={shown(architectures)}"
     if found:
         names = " or ".join(f"hf_family={family.name}" for family in found)
-        raise UserError(f"{said}: several families match\nfix: {names}")
+        raise UserError(f"{what}: several families match\nfix: {names}")
     raise UserError(
-        f"{said}: no family of configs/families matches\n"
+        f"{what}: no family of configs/families matches\n"
         f"fix: hf_family=FILE.yml of your own, or one of {', '.join(list_families())}"
     )
 
@@ -238,8 +238,7 @@ def _read(path: Path, key: str, value: Any) -> Any:
 
     def wrong(what: str) -> UserError:
         return UserError(
-            f"{path}: {key}={shown(value)} is not {what}\n"
-            "fix: as configs/families/defaults.yml says"
+            f"{path}: {key}={shown(value)} is not {what}\nfix: as in configs/families/defaults.yml"
         )
 
     kind = _KINDS[key]

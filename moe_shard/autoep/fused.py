@@ -59,7 +59,7 @@ def read_fused(
     Args:
         gate_up: of the tensor with gate and up.
         down: of the tensor with the projections back.
-        interleaved: as the family says.
+        interleaved: of the family.
         where: the tensors, for messages.
 
     Raises:

@@ -1,7 +1,7 @@
 """Read the names, dtypes and shapes in a directory's safetensors files, without the weights.
 
 A file is eight bytes with the length of its header, the header as JSON, then the tensors, one after
-the other (https://github.com/huggingface/safetensors). Files come from strangers: nothing in them
+the other (https://github.com/huggingface/safetensors). Files are untrusted: nothing in them
 is believed before it is checked against the file's size.
 """
 
@@ -187,7 +187,7 @@ def _merged(directory: Path, files: Mapping[str, str]) -> dict[str, TensorHeader
         if twice is not None:
             raise UserError(
                 f"{directory}: tensor {shown(twice)} is in {tensors[twice].file.name} and in "
-                f"{name}\nfix: keep the files of one model, or the index that says which"
+                f"{name}\nfix: keep the files of one model, or the index that lists them"
             )
         tensors |= found
     return tensors

@@ -40,14 +40,14 @@ def import_params(
     """Read parameters, each device its own shards; of several processes, each those of its devices.
 
     The values are the checkpoint's in the parameters' dtypes. A wider dtype holds them exactly; a
-    narrower one is said.
+    narrower one is reported.
 
     Args:
         plan: of the checkpoint's tensors.
         headers: where the tensors are.
         specs: what the parameters are to be: leaves with a shape, a dtype and a sharding.
-        say: told of numbers that are rounded.
-        progress: told as bytes arrive on this process's devices.
+        say: called with a line on numbers that are rounded.
+        progress: called as bytes arrive on this process's devices.
 
     Raises:
         UserError: the plan does not fill each element of each parameter once, a tensor is missing,
@@ -55,7 +55,7 @@ def import_params(
     """
     leaves = dict(leaves_of(specs))
     pieces = _by_param(plan, headers, leaves)
-    _say_what_is_rounded(pieces, headers, leaves, say)
+    _report_rounding(pieces, headers, leaves, say)
     return read_sharded(specs, lambda path, leaf: _Reader(leaf, pieces[path], headers), progress)
 
 
@@ -78,7 +78,7 @@ def _by_param(
     return found
 
 
-def _say_what_is_rounded(
+def _report_rounding(
     pieces: Mapping[ParamPath, Mapping[Index, Piece]],
     headers: Mapping[str, TensorHeader],
     leaves: Mapping[ParamPath, Any],

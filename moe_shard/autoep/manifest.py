@@ -2,8 +2,8 @@
 
 The folder `hf/` of an imported model, or of a run that began with one, holds the small files of the
 directory (configuration, tokenizer, chat templates), the tensors that no parameter takes, and
-`manifest.json`: the header of each of its safetensors files. A folder may come from a stranger:
-what its manifest says is checked before a file is made.
+`manifest.json`: the header of each of its safetensors files. A folder is untrusted:
+what its manifest lists is checked before a file is made.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def make_file(file: Path, header: str) -> None:
 
     Raises:
         ValueError, KeyError, TypeError, AttributeError, IndexError: the header is none. What else
-            may be wrong with it is for a reader of headers to say.
+            may be wrong with it is found by the reader of headers.
     """
     tensors = json.loads(header)
     tensors.pop("__metadata__", None)
@@ -96,7 +96,7 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """Read `manifest.json` of a folder that may be a stranger's.
+        """Read `manifest.json` of an untrusted folder.
 
         Raises:
             UserError: it is missing or is none, or names a file outside of the folder.

@@ -1,6 +1,6 @@
 """Read from the abstract model which parameters there are, in the terms of checkpoints.
 
-The modules in `models/` and `moe/` say once which parameters a model has. Here they are described
+The modules in `models/` and `moe/` define which parameters a model has. Here they are described
 without a device or an array, and taken apart as checkpoints have them: layer by layer, expert by
 expert, with gate and up apart. Describing a model takes about a tenth of a second.
 """

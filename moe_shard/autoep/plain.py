@@ -27,7 +27,7 @@ def plain_files(headers: Mapping[str, TensorHeader], folder: Path) -> dict[str, 
 
     Args:
         headers: all tensors, by the names of what they stand for.
-        folder: with copies of the model's `config.json` and index, which are made to say the same.
+        folder: with copies of the model's `config.json` and index, which are changed likewise.
 
     Returns:
         Name of each file -> its header. A file that had nothing but scales is gone.

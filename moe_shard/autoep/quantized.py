@@ -34,7 +34,7 @@ _SCALE_DTYPES = frozenset({"F32", "BF16", "F16", "F8_E8M0"})
 
 @dataclass(frozen=True)
 class Scheme:
-    """What `quantization_config` says.
+    """What `quantization_config` states.
 
     Attributes:
         method: `fp8` or `mxfp4`.
@@ -65,27 +65,27 @@ class Quantized(TensorHeader):
     scheme: Scheme
 
 
-def read_scheme(said: Any, where: Path) -> Scheme | None:
+def read_scheme(content: Any, where: Path) -> Scheme | None:
     """Read a `quantization_config`; None where it is null.
 
     Args:
-        said: its value.
+        content: its value.
         where: the file, for messages.
 
     Raises:
-        UserError: it says what is not read here.
+        UserError: it states what is not read here.
     """
-    if said is None:
+    if content is None:
         return None
-    said = said if isinstance(said, dict) else {"quant_method": said}
-    method = said.get("quant_method")
+    content = content if isinstance(content, dict) else {"quant_method": content}
+    method = content.get("quant_method")
     if method == "mxfp4":
         return Scheme(method, (1, _GROUP))
-    block = said.get("weight_block_size", _DEFAULT_BLOCK)
-    if method == "fp8" and said.get("fmt", "e4m3") == "e4m3" and _is_block(block):
+    block = content.get("weight_block_size", _DEFAULT_BLOCK)
+    if method == "fp8" and content.get("fmt", "e4m3") == "e4m3" and _is_block(block):
         return Scheme(method, tuple(block))
-    more = [key for key in ("fmt", "weight_block_size") if method == "fp8" and key in said]
-    stored = ", ".join([shown(method), *(f"{key}={shown(said[key])}" for key in more)])
+    more = [key for key in ("fmt", "weight_block_size") if method == "fp8" and key in content]
+    stored = ", ".join([shown(method), *(f"{key}={shown(content[key])}" for key in more)])
     raise UserError(
         f"{where}: {CONFIG_KEY}: the weights are stored as {stored}\n"
         "fix: convert the model to bfloat16 first; read are plain weights, mxfp4, and fp8 (e4m3) "

@@ -71,7 +71,7 @@ class _Parameters:
         self.name = "rope_scaling" if attributes.get("rope_scaling") else "rope_parameters"
         values = _or(attributes.get(self.name), {})
         if not isinstance(values, dict):
-            raise attributes.error(f"{attributes.said(self.name)} is not an object", "{...}")
+            raise attributes.error(f"{attributes.as_text(self.name)} is not an object", "{...}")
         nested = list(values.values())
         if nested and all(isinstance(each, dict) for each in nested):
             # One dictionary for each type of layer.

@@ -24,7 +24,7 @@ def model_settings(attributes: Attributes, family: Family) -> dict[str, Any]:
 
     Args:
         attributes: of the model.
-        family: says where each setting is found.
+        family: where each setting is found.
 
     Raises:
         UserError: an attribute is missing, of another type, or not computed here.
@@ -60,13 +60,13 @@ def setting_rules(family: Family) -> dict[str, SettingRule]:
 
 def _expert_layers(attributes: Attributes, family: Family, layers: int) -> dict[str, Any]:
     """Return the keys for which layers have experts."""
-    said = family.moe_layers
-    numbers = attributes.numbers(said.list)
+    at = family.moe_layers
+    numbers = attributes.numbers(at.list)
     if numbers is None:
-        first, last = attributes.number(said.first, 0), attributes.number(said.last, -1)
+        first, last = attributes.number(at.first, 0), attributes.number(at.last, -1)
         last = layers - 1 if last == -1 else last
-        step = max(attributes.number(said.step, 1), 1)
-        excluded = set(attributes.numbers(said.excluded) or [])
+        step = max(attributes.number(at.step, 1), 1)
+        excluded = set(attributes.numbers(at.excluded) or [])
         numbers = [
             layer
             for layer in range(max(first, 0), min(last + 1, layers))
@@ -74,15 +74,15 @@ def _expert_layers(attributes: Attributes, family: Family, layers: int) -> dict[
         ]
     elif any(number >= layers for number in numbers):
         raise attributes.error(
-            f"{attributes.said(said.list)} of {layers} layers", f"numbers below {layers}"
+            f"{attributes.as_text(at.list)} of {layers} layers", f"numbers below {layers}"
         )
     if not numbers:
-        names = [name for name in (said.list, said.first, said.last, said.step) if name]
+        names = [name for name in (at.list, at.first, at.last, at.step) if name]
         raise attributes.error(
-            f"no layer has experts: {', '.join(map(attributes.said, names))}",
+            f"no layer has experts: {', '.join(map(attributes.as_text, names))}",
             "a model with experts",
         )
-    # Of two ways to say it, the one with fewer exceptions; of equals, without a step.
+    # Of two descriptions, the one with fewer exceptions; of equals, without a step.
     ways = [_with_step(numbers, layers, step) for step in (1, math.gcd(*(n + 1 for n in numbers)))]
     return min(ways, key=lambda way: len(way["dense_layers"]))
 
@@ -101,26 +101,26 @@ def _with_step(numbers: Sequence[int], layers: int, step: int) -> dict[str, Any]
 
 def _spans(attributes: Attributes, family: Family, layers: int) -> dict[str, Any]:
     """Return the keys for what each layer attends to and whether it has positions."""
-    said = family.spans
+    at = family.spans
     flags = _rope_flags(attributes, family, layers)
-    window, chunk = attributes.number(said.window, 0), attributes.number(said.chunk, 0)
-    if said.switch and not attributes.get(said.switch):
+    window, chunk = attributes.number(at.window, 0), attributes.number(at.chunk, 0)
+    if at.switch and not attributes.get(at.switch):
         window = 0
-    types = attributes.get(said.types)
+    types = attributes.get(at.types)
     if types is not None:
-        spans = _named_spans(attributes, said.types, types, layers)
+        spans = _named_spans(attributes, at.types, types, layers)
     else:
-        below = attributes.number(said.below, layers)
+        below = attributes.number(at.below, layers)
         spans = ["global"] * layers
         for layer, rope in enumerate(flags):
-            if window and layer % said.every == 0 and layer < below:
+            if window and layer % at.every == 0 and layer < below:
                 spans[layer] = "sliding"
             elif chunk and rope:
                 spans[layer] = "chunked"
     interval = _nope_interval(flags)
     if interval is None:
         raise attributes.error(
-            f"{attributes.said(said.rope_flags)}: the layers without RoPE are not the last of "
+            f"{attributes.as_text(at.rope_flags)}: the layers without RoPE are not the last of "
             "every so many",
             "a model where they are",
         )
@@ -134,23 +134,23 @@ def _spans(attributes: Attributes, family: Family, layers: int) -> dict[str, Any
 
 def _rope_flags(attributes: Attributes, family: Family, layers: int) -> list[bool]:
     """Return whether each layer has RoPE."""
-    said = family.spans
-    flags = attributes.numbers(said.rope_flags)
+    at = family.spans
+    flags = attributes.numbers(at.rope_flags)
     if flags:
         if len(flags) != layers:
             raise attributes.error(
-                f"{attributes.said(said.rope_flags)} has {len(flags)} entries for {layers} layers",
+                f"{attributes.as_text(at.rope_flags)} has {len(flags)} entries for {layers} layers",
                 "one for each layer",
             )
         return [bool(flag) for flag in flags]
-    interval = attributes.number(said.nope_interval, -1)
+    interval = attributes.number(at.nope_interval, -1)
     return [interval < 1 or (layer + 1) % interval != 0 for layer in range(layers)]
 
 
 def _named_spans(attributes: Attributes, name: str, types: Any, layers: int) -> list[str]:
     if not isinstance(types, list) or len(types) != layers:
         raise attributes.error(
-            f"{attributes.said(name)} is not a list of {layers} names", "one for each layer"
+            f"{attributes.as_text(name)} is not a list of {layers} names", "one for each layer"
         )
     unknown = next((each for each in types if shown(each) not in _SPANS), None)
     if unknown is not None:

@@ -1,4 +1,4 @@
-"""Read JSON that strangers wrote: objects without duplicate keys, errors of one line."""
+"""Read JSON from untrusted sources: objects without duplicate keys, errors of one line."""
 
 from __future__ import annotations
 

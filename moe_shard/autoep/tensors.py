@@ -44,7 +44,7 @@ def view(entry: TensorHeader) -> np.ndarray:
         entry: from a header that was checked.
 
     Raises:
-        UserError: the file is gone, or shorter than its header says.
+        UserError: the file is gone, or shorter than its header states.
     """
     dtype = DTYPES[entry.dtype]
     if entry.begin == entry.end:

@@ -86,7 +86,7 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, *, updates: int) -> None:
-        """Save, in the background where the configuration says so; a second time does nothing."""
+        """Save, in the background where the configuration has it so; a second time does nothing."""
         if updates == self.latest():
             return
         self._manager.save(
@@ -129,7 +129,7 @@ class Checkpointer:
         Args:
             updates: which one.
             abstract_state: shapes, dtypes and shardings to restore to.
-            say: told of a conversion.
+            say: called with a line on a conversion.
 
         Raises:
             UserError: it cannot be read.
@@ -180,7 +180,7 @@ def restore_params(
         abstract_params: shapes, dtypes and shardings to restore to. The dtype may be another than
             the run's, and the experts' gate and up be one array where the run kept two.
         updates: which checkpoint; None: the newest.
-        say: told which one was read.
+        say: called with a line on which one was read.
 
     Raises:
         UserError: there is none, it is another model's, or it cannot be read.

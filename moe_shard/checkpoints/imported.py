@@ -54,7 +54,7 @@ def load_params(
         specs: what they are to be: leaves with a shape, a dtype and a sharding.
         model: that they are of; only what is neither MaxText's nor Hugging Face's is read without.
         family: of a Hugging Face directory, as in `read_hf_source`.
-        say: told where they come from, and of what is converted; None: the console is.
+        say: called with lines on where they come from and what is converted; None: printed.
         console: shown how far reading has come; None: nothing is.
 
     Raises:
@@ -73,7 +73,7 @@ def load_params(
     stored = other_layout(wanted) if is_fused(wanted) else wanted
     if folder.name == ITEMS:
         say(f"MaxText checkpoint {folder}")
-        assert model is not None, "whoever may be given a MaxText checkpoint knows the model"
+        assert model is not None, "a caller that accepts MaxText checkpoints knows the model"
         with bytes_line(console, "reading parameters") as line:
             params = read_params(folder, stored, model, say=say, progress=line)
         return to_layout(params, wanted)
@@ -87,7 +87,7 @@ def load_params(
 def _check_factor(directory: Path, there: float, model: ModelConfig | None) -> None:
     """Refuse a model whose scores have another factor: queries would be too large or too small.
 
-    A MaxText file of some models says attention_scale=1, the factor being in the queries' weights.
+    A MaxText file of some models has attention_scale=1, the factor being in the queries' weights.
     """
     if model is not None and model.attention.attention_scale != there:
         raise UserError(
@@ -129,7 +129,7 @@ def import_model(
         config: the model's, resolved.
         specs: of its parameters on a mesh.
         family: as in `read_hf_source`.
-        console: told how it goes.
+        console: shows the progress.
 
     Raises:
         UserError: the target is not empty or cannot be written, or the source cannot be read.
@@ -165,7 +165,7 @@ def export_model(source: Path, target: Path, *, console: Console) -> None:
     Args:
         source: the folder; of a run the newest checkpoint is taken.
         target: the directory; new, or empty.
-        console: told how it goes.
+        console: shows the progress.
 
     Raises:
         UserError: the source did not come from a Hugging Face directory or cannot be read, or the

@@ -37,7 +37,7 @@ def load_model(model: str, overrides: Sequence[str] = ()) -> Config:
             return load_config(str(directory), overrides)
         if find_items(directory) is not None:
             raise UserError(
-                f"{model}: a MaxText checkpoint, which does not say which model it is of\n"
+                f"{model}: a MaxText checkpoint, which does not record which model it is of\n"
                 f"fix: MODEL load_parameters_path={model}, or moe-shard import --model MODEL"
             )
         raise UserError(

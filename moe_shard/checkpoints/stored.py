@@ -29,7 +29,7 @@ def stored_blocks(
 
     Args:
         folder: `checkpoints/` of a run, or `params/` of an imported model; nothing is written.
-        say: told which checkpoint is read.
+        say: called with a line on which checkpoint is read.
 
     Raises:
         UserError: there is none, or it cannot be read.

@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_shard.config.keys import shown
 from moe_shard.config.maxtext import RENAMED, no_meaning, refused
-from moe_shard.config.maxtext_keys import UNSAID, MaxTextKeys
+from moe_shard.config.maxtext_keys import UNSET, MaxTextKeys
 from moe_shard.config.overlays import Overlay, unknown_key
 from moe_shard.errors import UserError
 
@@ -15,7 +15,7 @@ from moe_shard.errors import UserError
 def sift(
     source: str, written: Mapping[str, Any], base: Mapping[str, Any], keys: MaxTextKeys
 ) -> Overlay:
-    """Sort what a source says into our keys, and MaxText's by what they would mean here.
+    """Sort what a source sets into our keys, and MaxText's by what they would mean here.
 
     Args:
         source: a file's name or `COMMAND_LINE`.
@@ -24,7 +24,7 @@ def sift(
         keys: MaxText's.
 
     Raises:
-        UserError: a key that nobody has, one said twice, or a value that cannot be had.
+        UserError: an unknown key, one given twice, or a value that is not supported.
     """
     values: dict[str, Any] = {}
     unbuilt: dict[str, tuple[Any, str] | None] = {}
@@ -50,7 +50,7 @@ def sift(
                 )
             if key:
                 values[key] = meant
-        elif name in keys.data and value not in (*UNSAID, keys.defaults[name]):
+        elif name in keys.data and value not in (*UNSET, keys.defaults[name]):
             raise UserError(
                 f"{source}: {name}={shown(value)} asks for text read in another way than here\n"
                 f"fix: leave it out ({name}={shown(keys.defaults[name])})"
@@ -74,7 +74,7 @@ def _in_our_words(source: str, name: str, value: Any, keys: MaxTextKeys) -> tupl
         return "moe_dispatch", "ragged" if value else "gather"
     if name == "profiler" and value in {"", "xplane"}:
         return "profile", value == "xplane"
-    if name == "enable_dropout" or value in (*UNSAID, keys.defaults[name]):
+    if name == "enable_dropout" or value in (*UNSET, keys.defaults[name]):
         return "", None
     raise UserError(
         f"{source}: {name}={shown(value)} means something in MaxText's files, and this model is "

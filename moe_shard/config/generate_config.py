@@ -21,13 +21,13 @@ class GenerateConfig:
             `nucleus_p` (arXiv 1904.09751), `topk` from the `top_k` most probable, `composite` from
             both.
         decode_sampling_temperature: logits are divided by it before anything else.
-        decode_sampling_nucleus_p: share of the probability; -1: not said.
-        decode_sampling_top_k: tokens; 0: not said.
+        decode_sampling_nucleus_p: share of the probability; -1: not set.
+        decode_sampling_top_k: tokens; 0: not set.
         max_new_tokens: after the prompt; the end of the document ends a text earlier.
         seed: of what is drawn.
 
     Raises:
-        UserError: a value out of range, or a strategy whose size is not said.
+        UserError: a value out of range, or a strategy whose size is not set.
     """
 
     decode_sampling_strategy: Annotated[

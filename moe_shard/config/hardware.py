@@ -37,7 +37,7 @@ class Hardware:
 
     Attributes:
         name: for people.
-        device_kinds: what `jax.Device.device_kind` says.
+        device_kinds: its values of `jax.Device.device_kind`.
         peak_flops: dtype -> operations per second, dense.
         hbm_bytes: memory; None where devices have none of their own (simulated ones).
         hbm_bandwidth: bytes per second, or None.

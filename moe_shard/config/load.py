@@ -29,7 +29,7 @@ from moe_shard.errors import UserError
 T = TypeVar("T")
 
 LOADER_KEYS = ("custom_mesh_and_rule", "override_logical_axis_rules")
-"""Keys of `base.yml` that say how to load; what they lead to stands in `MeshConfig`."""
+"""Keys of `base.yml` for how to load; what they lead to stands in `MeshConfig`."""
 
 
 @functools.cache
@@ -70,14 +70,14 @@ def load_config(model: str, overrides: Sequence[str] = ()) -> Config:
     path = find_file("models", model, "MODEL")
     written, base, known = read_mapping(path), base_settings(), maxtext_keys()
     if is_maxtext(written, base, known):
-        said = parse_overrides(overrides, {**known.defaults, **base})
-        overlays, name = read_run(path, written, said, base, known)
+        arguments = parse_overrides(overrides, {**known.defaults, **base})
+        overlays, name = read_run(path, written, arguments, base, known)
         by_file = not any("moe_dispatch" in overlay.values for overlay in overlays[1:])
         return _assemble(overlays, name=name, may_settle_dispatch=by_file)
     if path.name == "base.yml" and set(base) <= set(written):
         # MaxText's form of a command, with our base.yml: the model is the one that it names.
-        said = parse_overrides(overrides, base)
-        named = said.get("model_name", written["model_name"])
+        arguments = parse_overrides(overrides, base)
+        named = arguments.get("model_name", written["model_name"])
         if named not in {"", "default"}:
             find_file("models", named, "model_name")
             rest = [each for each in overrides if each.partition("=")[0].strip() != "model_name"]
@@ -108,8 +108,8 @@ def load_settings(overlay: Overlay, overrides: Sequence[str] = (), *, name: str)
         UserError: as `load_config`.
     """
     base, known = base_settings(), maxtext_keys()
-    said = parse_overrides(overrides, {**known.defaults, **base})
-    return _assemble([overlay, sift(COMMAND_LINE, said, base, known)], name=name)
+    arguments = parse_overrides(overrides, {**known.defaults, **base})
+    return _assemble([overlay, sift(COMMAND_LINE, arguments, base, known)], name=name)
 
 
 def _assemble(
@@ -135,8 +135,8 @@ def _assemble(
         settings["moe_dispatch"] = "gather"
         warnings += (f"moe_dispatch=gather instead, which drops nothing either: {why}",)
     _derive(settings, name)
-    told = [*overlays, *([rules_file] if rules_file else [])]
-    warnings = (*(note for overlay in told for note in overlay.notes), *warnings)
+    sources = [*overlays, *([rules_file] if rules_file else [])]
+    warnings = (*(note for overlay in sources for note in overlay.notes), *warnings)
     if settings["num_experts"] == 1 and settings["moe_dispatch_no_expert_sharding"]:
         warnings += (
             "moe_dispatch_no_expert_sharding=true has no effect: num_experts=1, a dense model",
@@ -189,7 +189,7 @@ def find_file(kind: str, given: str, what: str) -> Path:
         return path / "config.yml"
     looks_like_path = path.suffix in {".yml", ".yaml"} or "/" in given or "\\" in given
     if looks_like_path and given.isprintable():
-        return path  # read_mapping says what is wrong with it
+        return path  # read_mapping reports what is wrong with it
     near = difflib.get_close_matches(given, names, n=3, cutoff=0.4)
     fix = f"did you mean {' or '.join(near)}?" if near else f"one of {', '.join(names)}"
     if kind == "models" and "=" in given:
@@ -211,7 +211,7 @@ def _derive(settings: dict[str, Any], name: str) -> None:
         if heads < 1 or emb_dim % heads:
             raise UserError(
                 f"head_dim=-1 is base_emb_dim / base_num_query_heads, and {emb_dim} / {heads} is "
-                "not a whole number\nfix: say head_dim, for example head_dim=128"
+                "not a whole number\nfix: set head_dim, for example head_dim=128"
             )
         settings["head_dim"] = emb_dim // heads
 

@@ -1,8 +1,8 @@
 """Read a run from MaxText's files: its model file alone, or its base.yml with `model_name=NAME`.
 
-Such a file means here what it means there. What it leaves out has MaxText's default, what it says
+Such a file means here what it means there. What it leaves out has MaxText's default, what it sets
 is put into our keys (`maxtext_model.py` for the model, here for the run), and what cannot be had is
-refused. A file is MaxText's if it says a key that only MaxText has, such as `decoder_block`.
+refused. A file is MaxText's if it has a key that only MaxText has, such as `decoder_block`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_shard.config.keys import shown
-from moe_shard.config.maxtext_keys import UNSAID, MaxTextKeys
+from moe_shard.config.maxtext_keys import UNSET, MaxTextKeys
 from moe_shard.config.maxtext_model import Translation, translate_model
 from moe_shard.config.maxtext_run import KEYS as RUN_KEYS
 from moe_shard.config.maxtext_run import check_data, run_values
@@ -31,7 +31,7 @@ RENAMED = {
 }
 """MaxText's name -> the name here, where the values are the same."""
 
-_OURS_UNLESS_SAID = ("run_name", "base_output_directory", "log_period", "load_parameters_path")
+_OURS_UNLESS_SET = ("run_name", "base_output_directory", "log_period", "load_parameters_path")
 _TABLE = ("mesh_axes", "logical_axis_rules")
 _PLACES = ("mesh_axes", "logical_axis_rules", "override_logical_axis_rules", "custom_mesh_and_rule")
 _NOTED = (
@@ -65,7 +65,7 @@ def read_run(
 
     Args:
         path: the file that was named.
-        written: what it says.
+        written: its content.
         arguments: the command line's `key=value`.
         base: our `base.yml`.
         keys: MaxText's.
@@ -79,28 +79,32 @@ def read_run(
     theirs = {key: value for key, value in arguments.items() if key in keys}
     files, notes = _files(path, written, theirs)
     name = _model_name(path, files, theirs)
-    said: dict[str, Any] = {}
+    explicit: dict[str, Any] = {}
     by: dict[str, str] = {}
     for source, content in [*files, (COMMAND_LINE, arguments)]:
-        rows = said.get("logical_axis_rules")
+        rows = explicit.get("logical_axis_rules")
         more = _checked(source, content, base, keys)
         if rows and "logical_axis_rules" in more and not more.get("override_logical_axis_rules"):
             more["logical_axis_rules"] = _laid(rows, more["logical_axis_rules"])
-        said |= more
+        explicit |= more
         by |= dict.fromkeys(more, source)
-    asked = [key for key in said if key in keys.refused and not keys.refused[key].admits(said[key])]
+    asked = [
+        key
+        for key in explicit
+        if key in keys.refused and not keys.refused[key].admits(explicit[key])
+    ]
     for key in asked:
         if keys.refused[key].kind == "run":
-            raise refused(by[key], key, said[key], keys)
-    given = {**keys.defaults, **said}
-    is_named = "model_name" in said
-    translation = translate_model(given, frozenset(said), name, is_named=is_named)
+            raise refused(by[key], key, explicit[key], keys)
+    given = {**keys.defaults, **explicit}
+    is_named = "model_name" in explicit
+    translation = translate_model(given, frozenset(explicit), name, is_named=is_named)
     unbuilt: dict[str, tuple[Any, str] | None] = dict(translation.unbuilt)
-    unbuilt |= {key: (said[key], keys.refused[key].what) for key in asked}
-    values = _same(said, given, translation, base, keys)
-    idle = _idle(translation, given, said, values, name, is_named=is_named, keys=keys)
-    run_values(values, unbuilt, translation, said, given, arguments)
-    check_data(said, values["dataset_type"], keys, short_name(path))
+    unbuilt |= {key: (explicit[key], keys.refused[key].what) for key in asked}
+    values = _same(explicit, given, translation, base, keys)
+    idle = _idle(translation, given, explicit, values, name, is_named=is_named, keys=keys)
+    run_values(values, unbuilt, translation, explicit, given, arguments)
+    check_data(explicit, values["dataset_type"], keys, short_name(path))
     if any(source == "base.yml" and "logical_axis_rules" in content for source, content in files):
         values["override_logical_axis_rules"] = True  # the table is whole
     if values.get("custom_mesh_and_rule"):
@@ -110,11 +114,11 @@ def read_run(
     source = short_name(path)
     notes = [
         f"{source} is read as a MaxText file (configs/maxtext_keys.yml); its defaults where it "
-        f"says nothing: {_defaults(said, given, values)}",
+        f"says nothing: {_defaults(explicit, given, values)}",
         *notes,
-        *_said_otherwise(translation, source, given["decoder_block"]),
-        *([f"{source}: of no effect beside what else it says: {', '.join(idle)}"] if idle else []),
-        *no_meaning(said, keys, source),
+        *_in_other_words(translation, source, given["decoder_block"]),
+        *([f"{source}: of no effect with what else it has: {', '.join(idle)}"] if idle else []),
+        *no_meaning(explicit, keys, source),
     ]
     overlays = [Overlay(source, values, unbuilt, tuple(notes))]
     for source, content in [*files, (COMMAND_LINE, arguments)]:
@@ -175,7 +179,7 @@ def _inherited(
     """Read a file after those that its `base_config` names, the last one first."""
     own = [(short_name(path), written)]
     named = written.get("base_config")
-    if named in UNSAID:
+    if named in UNSET:
         return own
     if not isinstance(named, str) or path in above:
         raise UserError(
@@ -209,7 +213,7 @@ def _model_name(
 ) -> str:
     for content in (arguments, *(content for _, content in reversed(files))):
         name = content.get("model_name")
-        if isinstance(name, str) and name not in (*UNSAID, "default"):
+        if isinstance(name, str) and name not in (*UNSET, "default"):
             return name
     return path.stem
 
@@ -220,9 +224,9 @@ def _checked(
     """Return the values that one source gives MaxText's keys, each in the type of its default.
 
     Raises:
-        UserError: a key that nobody has, or a value of another type.
+        UserError: an unknown key, or a value of another type.
     """
-    said: dict[str, Any] = {}
+    explicit: dict[str, Any] = {}
     for alias, key in RENAMED.items():
         if alias in content and key in content:
             raise UserError(
@@ -234,18 +238,18 @@ def _checked(
                 raise unknown_key(source, key, list(base), list(keys.defaults))
             continue  # ours, in a file of theirs
         if key in keys.refused:
-            said[key] = value
+            explicit[key] = value
         elif key in keys.same or key in keys.translated:
             default = keys.defaults[key]
-            if value in UNSAID and not (value == [] and isinstance(default, list)):
+            if value in UNSET and not (value == [] and isinstance(default, list)):
                 continue
-            said[key] = coerced(source, key, value, base.get(key, default))
+            explicit[key] = coerced(source, key, value, base.get(key, default))
         else:
-            said[key] = value
+            explicit[key] = value
     if source == "base.yml":
-        # What it says as it was shipped is a default, not somebody's wish; but for its table.
-        return {k: v for k, v in said.items() if k in _TABLE or v != keys.defaults[k]}
-    return said
+        # Its values as shipped are defaults and not a person's choice, except for its table.
+        return {k: v for k, v in explicit.items() if k in _TABLE or v != keys.defaults[k]}
+    return explicit
 
 
 def refused(source: str, key: str, value: Any, keys: MaxTextKeys) -> UserError:
@@ -261,7 +265,7 @@ def refused(source: str, key: str, value: Any, keys: MaxTextKeys) -> UserError:
 def _idle(
     translation: Translation,
     given: Mapping[str, Any],
-    said: Mapping[str, Any],
+    explicit: Mapping[str, Any],
     values: Mapping[str, Any],
     name: str,
     *,
@@ -271,7 +275,7 @@ def _idle(
     """Find keys whose default would come to the same, by trying it, so that none is forgotten."""
     told = {*translation.unread, *translation.unbuilt}
     idle = []
-    for key in said:
+    for key in explicit:
         default = keys.defaults[key]
         if key in told or given[key] == default:
             continue
@@ -281,7 +285,7 @@ def _idle(
         elif key in keys.translated and key not in RUN_KEYS:
             try:
                 other = translate_model(
-                    {**given, key: default}, frozenset(said) - {key}, name, is_named=is_named
+                    {**given, key: default}, frozenset(explicit) - {key}, name, is_named=is_named
                 )
             except UserError:
                 continue
@@ -309,7 +313,7 @@ def why_not_ragged(mesh: MeshConfig) -> str:
 
 
 def _same(
-    said: Mapping[str, Any],
+    explicit: Mapping[str, Any],
     given: Mapping[str, Any],
     translation: Translation,
     base: Mapping[str, Any],
@@ -321,7 +325,8 @@ def _same(
         for key in sorted(keys.same)
         if key in base
         and (
-            key in said or not (key in _OURS_UNLESS_SAID or key in _PLACES or "parallelism" in key)
+            key in explicit
+            or not (key in _OURS_UNLESS_SET or key in _PLACES or "parallelism" in key)
         )
     }
     return values | translation.values
@@ -336,14 +341,16 @@ def _rules_beside(path: Path, name: Any) -> Any:
     return name
 
 
-def _defaults(said: Mapping[str, Any], given: Mapping[str, Any], values: Mapping[str, Any]) -> str:
+def _defaults(
+    explicit: Mapping[str, Any], given: Mapping[str, Any], values: Mapping[str, Any]
+) -> str:
     latent = values["attention_type"] == "mla"
-    left = [key for key in _NOTED if key not in said and not (key == "head_dim" and latent)]
+    left = [key for key in _NOTED if key not in explicit and not (key == "head_dim" and latent)]
     named = [f"{key}={shown(values.get(key, given[key]))}" for key in left]
     return ", ".join([*named, "learning_rate_rule=maxtext", "adam_decay_vectors=true"])
 
 
-def _said_otherwise(translation: Translation, source: str, block: str) -> list[str]:
+def _in_other_words(translation: Translation, source: str, block: str) -> list[str]:
     lines = []
     if translation.words:
         lines.append(f"{source} in the words of this package: {'; '.join(translation.words)}")
@@ -355,10 +362,10 @@ def _said_otherwise(translation: Translation, source: str, block: str) -> list[s
     return lines
 
 
-def no_meaning(said: Mapping[str, Any], keys: MaxTextKeys, source: str) -> list[str]:
+def no_meaning(explicit: Mapping[str, Any], keys: MaxTextKeys, source: str) -> list[str]:
     """Write one line on the keys that do nothing here, by what they are about."""
     about: dict[str, list[str]] = {}
-    for key in said:
+    for key in explicit:
         if key in keys.harmless:
             about.setdefault(keys.harmless[key], []).append(key)
         elif key in keys.implied:

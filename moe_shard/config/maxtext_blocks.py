@@ -1,7 +1,7 @@
 """List MaxText's decoder blocks: which can be built here, and which keys each of them reads.
 
 MaxText has one flat configuration and a class for each decoder block, and a class reads what it
-wants: Mixtral's layers do not look at `use_qk_norm`, and scale no scores. What is said of each
+wants: Mixtral's layers do not look at `use_qk_norm`, and scale no scores. What is stated of each
 block is from reading its layers in release 0.2.5.
 """
 

@@ -12,8 +12,8 @@ import yaml
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ours is slow, and this file is known
 
-UNSAID: tuple[Any, ...] = (None, "", "None", "none", [])
-"""Values by which MaxText's files leave a thing unsaid, whatever its default."""
+UNSET: tuple[Any, ...] = (None, "", "None", "none", [])
+"""Values by which MaxText's files leave a key open, whatever its default."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Refusal:
             command ends.
         what: any other value asks for.
         default: the value.
-        fix: what to say instead; empty: leave it out.
+        fix: what to write instead; empty: leave it out.
     """
 
     kind: Literal["model", "run"]
@@ -35,7 +35,7 @@ class Refusal:
 
     def admits(self, value: Any) -> bool:
         """Return whether a value asks for nothing beyond what is here."""
-        if value in UNSAID:
+        if value in UNSET:
             return True
         # True == 1 in Python, and `mtp_num_layers: true` is not `mtp_num_layers: 1`.
         return bool(value == self.default) and isinstance(value, bool) == isinstance(
@@ -50,7 +50,7 @@ class MaxTextKeys:
     Attributes:
         defaults: of all keys, as its base.yml has them.
         same: keys of ours with the same name and meaning.
-        translated: key -> what it is said by here.
+        translated: key -> the keys here that it is translated to.
         implied: key -> the key without which it does nothing.
         harmless: key -> what it is about; nothing of the model or of what it learns.
         data: keys about how text is read.

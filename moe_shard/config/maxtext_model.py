@@ -27,7 +27,7 @@ class Translation:
 
     Attributes:
         values: key of ours -> value.
-        words: what was said in other words, one phrase each.
+        words: what was expressed by other keys, one phrase each.
         unread: keys that the block does not look at.
         unbuilt: key of MaxText's -> value and what it asks for that is not here.
     """
@@ -39,18 +39,18 @@ class Translation:
 
 
 def translate_model(
-    given: Mapping[str, Any], said: frozenset[str], name: str, *, is_named: bool
+    given: Mapping[str, Any], explicit: frozenset[str], name: str, *, is_named: bool
 ) -> Translation:
     """Put a model of MaxText's into our keys.
 
     Args:
-        given: every translated key, with MaxText's default where nothing is said.
-        said: keys that a file or a person has said.
+        given: every translated key, with MaxText's default where none is set.
+        explicit: keys that a file or a person has set.
         name: the model's.
         is_named: it was given by `model_name`, not taken from a file's name.
 
     Raises:
-        UserError: MaxText itself would refuse it, or build fewer layers than it says.
+        UserError: MaxText itself would refuse it, or build fewer layers than it states.
     """
     found = Translation()
     kind = given["decoder_block"]
@@ -63,10 +63,10 @@ def translate_model(
             found.values[key] = given[key]
         else:
             found.values[key] = off
-            if key in said and given[key] != off:
+            if key in explicit and given[key] != off:
                 found.unread.append(key)
-    _experts(found, given, said, kind, block)
-    _router(found, given, said, kind, name, is_named)
+    _experts(found, given, explicit, kind, block)
+    _router(found, given, explicit, kind, name, is_named)
     _mlp(found, given, kind)
     _attention(found, given, kind, block)
     _positions(found, given, name, kind)
@@ -81,13 +81,13 @@ def translate_model(
 def _experts(
     found: Translation,
     given: Mapping[str, Any],
-    said: frozenset[str],
+    explicit: frozenset[str],
     kind: str,
     block: Block,
 ) -> None:
     values, experts = found.values, given["num_experts"]
     if not block.has_experts:
-        found.unread += [k for k in ("num_experts",) if k in said and experts != 1]
+        found.unread += [k for k in ("num_experts",) if k in explicit and experts != 1]
         values.update(num_experts=1, num_experts_per_tok=1, shared_experts=0)
         return
     values["num_experts"] = experts
@@ -96,7 +96,7 @@ def _experts(
     if experts == 1:
         return
     if kind in {"mixtral", "gpt_oss"}:
-        # Their experts are of the size of a dense MLP; Mixtral's file has to say it twice.
+        # Their experts are of the size of a dense MLP; Mixtral's file has to set it twice.
         if kind == "mixtral" and own not in {-1, dense}:
             raise UserError(
                 f"decoder_block=mixtral with base_mlp_dim={shown(dense)} and base_moe_mlp_dim="
@@ -117,7 +117,7 @@ def _experts(
 def _router(
     found: Translation,
     given: Mapping[str, Any],
-    said: frozenset[str],
+    explicit: frozenset[str],
     kind: str,
     name: str,
     is_named: bool,
@@ -137,7 +137,7 @@ def _router(
         values.update(router_bias=False, routed_bias_update_rate=0.0)
         return
     if kind == "deepseek":
-        _deepseek_router(found, given, said, score, name, is_named)
+        _deepseek_router(found, given, explicit, score, name, is_named)
         return
     if score:
         what = f"a {shown(score)} of the logits before the weights' own function"
@@ -150,22 +150,22 @@ def _router(
             load_balance_probs="logits",
         )
         found.words.append("decoder_block=llama4: sigmoid weights on the experts' input")
-    elif "norm_topk_prob" in said and not given["norm_topk_prob"]:
-        # A softmax over the chosen logits is the normalised softmax over all, whatever is said.
+    elif "norm_topk_prob" in explicit and not given["norm_topk_prob"]:
+        # A softmax over the chosen logits is the normalised softmax over all, whatever the key.
         found.unread.append("norm_topk_prob")
     if biased:
         found.words.append("routed_bias=true: router_bias=true, a bias in the logits")
     found.unread += [
         key
         for key in ("n_routing_groups", "topk_routing_group")
-        if key in said and given[key] != -1
+        if key in explicit and given[key] != -1
     ]
 
 
 def _deepseek_router(
     found: Translation,
     given: Mapping[str, Any],
-    said: frozenset[str],
+    explicit: frozenset[str],
     score: str,
     name: str,
     is_named: bool,
@@ -186,7 +186,7 @@ def _deepseek_router(
     )
     if not biased:
         values["routed_bias_update_rate"] = 0.0
-    if "norm_topk_prob" in said and given["norm_topk_prob"] != normed:
+    if "norm_topk_prob" in explicit and given["norm_topk_prob"] != normed:
         found.unread.append("norm_topk_prob")
     groups = given["n_routing_groups"], given["topk_routing_group"]
     if not name.startswith(BIASED_CHOICE):
@@ -255,7 +255,7 @@ def _attention(found: Translation, given: Mapping[str, Any], kind: str, block: B
     if latent:
         values["latent_norm_epsilon"] = given["normalization_layer_epsilon"]
         if given["attention_sink"]:
-            found.unbuilt["attention_sink"] = (True, "attention sinks beside a latent (MLA)")
+            found.unbuilt["attention_sink"] = (True, "attention sinks with latent attention (MLA)")
             values["attention_sink"] = False
     if form != values["attention_type"]:
         if latent or form not in {"local_sliding", "chunk", "full"} or kind not in BLOCKS:
@@ -302,7 +302,7 @@ def _positions(found: Translation, given: Mapping[str, Any], name: str, kind: st
 
 
 def _latent_scale(found: Translation, given: Mapping[str, Any]) -> None:
-    """Return what MLA multiplies scores by: of the stretch wherever it is said to have happened."""
+    """Return what MLA multiplies scores by: with the stretch wherever a key claims it."""
     values, factor = found.values, given["rope_factor"]
     is_yarn = values.get("rope_type") == "yarn"
     stretched = given["max_position_embeddings"] > given["original_max_position_embeddings"]
@@ -330,7 +330,7 @@ def _ends(found: Translation, given: Mapping[str, Any]) -> None:
 
 
 def _layers(found: Translation, given: Mapping[str, Any], kind: str) -> None:
-    """Refuse a scan in which MaxText would build other layers than their numbers say.
+    """Refuse a scan in which MaxText would build other layers than their numbers state.
 
     It scans blocks of `inhomogeneous_layer_cycle_interval` layers, counts the layers of each block
     from 0, and leaves out what is no whole block.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_shard.config.keys import shown
-from moe_shard.config.maxtext_keys import UNSAID, MaxTextKeys
+from moe_shard.config.maxtext_keys import UNSET, MaxTextKeys
 from moe_shard.config.maxtext_model import Translation
 from moe_shard.errors import UserError
 
@@ -36,7 +36,7 @@ def run_values(
     values: dict[str, Any],
     unbuilt: dict[str, tuple[Any, str] | None],
     translation: Translation,
-    said: Mapping[str, Any],
+    explicit: Mapping[str, Any],
     given: Mapping[str, Any],
     arguments: Mapping[str, Any],
 ) -> None:
@@ -46,16 +46,16 @@ def run_values(
         values: ours so far, to be added to.
         unbuilt: what cannot be had, to be added to.
         translation: of the model, whose words are added to.
-        said: keys that a file or a person has said.
-        given: all translated keys, with MaxText's default where nothing is said.
+        explicit: keys that a file or a person has set.
+        given: all translated keys, with MaxText's default where none is set.
         arguments: the command line's `key=value`.
 
     Raises:
         UserError: what cannot be had at all.
     """
     values.update(learning_rate_rule="maxtext", adam_decay_vectors=True)
-    if "cosine_learning_rate_final_fraction" in said:
-        values["learning_rate_final_fraction"] = said["cosine_learning_rate_final_fraction"]
+    if "cosine_learning_rate_final_fraction" in explicit:
+        values["learning_rate_final_fraction"] = explicit["cosine_learning_rate_final_fraction"]
     values["steps"] = given["steps"]
     if given["steps"] == -1:
         values["steps"] = given["learning_rate_schedule_steps"]
@@ -67,7 +67,7 @@ def run_values(
     if weight_dtype.startswith("float8"):
         unbuilt["weight_dtype"] = (weight_dtype, "float8 weights")
         values["weight_dtype"] = "bfloat16"
-    if given["mu_dtype"] not in (*UNSAID, weight_dtype):
+    if given["mu_dtype"] not in (*UNSET, weight_dtype):
         unbuilt["mu_dtype"] = (given["mu_dtype"], "first moments of a dtype of their own")
     policy = given["remat_policy"]
     values["remat_policy"] = _REMAT.get(policy, policy)
@@ -81,31 +81,31 @@ def run_values(
                 f"profiler={shown(profiler)} is not built in this version\nfix: profiler=xplane"
             )
         values["profile"] = True
-    _seeds(values, said, given)
-    _data(values, translation, said, given, arguments)
+    _seeds(values, explicit, given)
+    _data(values, translation, explicit, given, arguments)
 
 
-def _seeds(values: dict[str, Any], said: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+def _seeds(values: dict[str, Any], explicit: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Derive one seed from MaxText's two; its synthetic data have one of their own."""
     first, data = given["init_weights_seed"], given["data_shuffle_seed"]
-    if first != data and "init_weights_seed" in said and "data_shuffle_seed" in said:
+    if first != data and "init_weights_seed" in explicit and "data_shuffle_seed" in explicit:
         raise UserError(
             f"init_weights_seed={first}, data_shuffle_seed={data}: there is one seed here\n"
             f"fix: the same for both, for example data_shuffle_seed={first}"
         )
-    values["seed"] = first if "init_weights_seed" in said else data
+    values["seed"] = first if "init_weights_seed" in explicit else data
 
 
 def _data(
     values: dict[str, Any],
     translation: Translation,
-    said: Mapping[str, Any],
+    explicit: Mapping[str, Any],
     given: Mapping[str, Any],
     arguments: Mapping[str, Any],
 ) -> None:
     kind, path = given["dataset_type"], given["dataset_path"]
     here = arguments.get("dataset_path")
-    if here not in UNSAID and arguments.get("dataset_type", "text") == "text":
+    if here not in UNSET and arguments.get("dataset_type", "text") == "text":
         kind = "text"  # text that a person has named here is to be read
     if kind not in {"text", "synthetic"}:
         raise UserError(
@@ -122,15 +122,16 @@ def _data(
     translation.words.append(
         "dataset_type=synthetic: one batch of random tokens, the same in every step"
     )
-    if "tokenizer_path" in said or "dataset_path" in said:
+    if "tokenizer_path" in explicit or "dataset_path" in explicit:
         translation.words.append("nothing is read from tokenizer_path or dataset_path")
 
 
-def check_data(said: Mapping[str, Any], kind: str, keys: MaxTextKeys, source: str) -> None:
+def check_data(explicit: Mapping[str, Any], kind: str, keys: MaxTextKeys, source: str) -> None:
     """Refuse another way to read text than ours, where text is read."""
-    for key in sorted(keys.data & set(said)):
-        if kind == "text" and said[key] not in (*UNSAID, keys.defaults[key]):
+    for key in sorted(keys.data & set(explicit)):
+        if kind == "text" and explicit[key] not in (*UNSET, keys.defaults[key]):
             raise UserError(
-                f"{source}: {key}={shown(said[key])} asks for text read in another way than here\n"
+                f"{source}: {key}={shown(explicit[key])} asks for text read in another way "
+                "than here\n"
                 f"fix: leave it out ({key}={shown(keys.defaults[key])})"
             )

@@ -24,7 +24,7 @@ class LayerKind(NamedTuple):
     Attributes:
         moe: routed experts, not one dense MLP.
         span: of its attention.
-        rope: its queries and keys are turned by their positions.
+        rope: its queries and keys are rotated by their positions.
     """
 
     moe: bool

@@ -46,7 +46,7 @@ class RouterConfig:
             the bias that experts are chosen by, or of the logits.
         sparsemixer_jitter: how near the best logit others must be to share its softmax: within
             twice this part of it.
-        force_load_balance: experts are dealt out in turn; for benchmarks.
+        force_load_balance: experts are assigned round-robin, for benchmarks.
         use_random_routing: experts are chosen at random; for benchmarks.
 
     Raises:
@@ -72,7 +72,7 @@ class RouterConfig:
         check_leaves(self)
         if self.force_load_balance and self.use_random_routing:
             raise UserError(
-                "force_load_balance=true and use_random_routing=true: tokens are dealt out or "
+                "force_load_balance=true and use_random_routing=true: tokens go round-robin or "
                 "scattered, not both\nfix: one of the two"
             )
         if self.routed_bias_update_rate and not self.routed_bias:
@@ -96,7 +96,7 @@ class MoEConfig:
         num_experts: E, experts in each MoE layer.
         num_experts_per_tok: K, experts each token is sent to.
         moe_mlp_dim: H, hidden size of one expert.
-        shared_experts: experts beside them that every token passes, as one MLP.
+        shared_experts: further experts that every token passes, as one MLP.
         shared_expert_mlp_dim: hidden size of that MLP; -1: `shared_experts` times H.
         shared_expert_gate: its output is weighed by a sigmoid of a learned score of the token.
         capacity_factor: slots per expert over the slots of a perfect balance; 0 or less: as many

@@ -189,7 +189,7 @@ class RunConfig:
         if self.run_name in {"", ".", ".."} or "/" in self.run_name or "\\" in self.run_name:
             raise UserError(
                 f"run_name={shown(self.run_name)} is not the name of a directory\n"
-                "fix: a name without slashes; base_output_directory says where it stands"
+                "fix: a name without slashes; base_output_directory is where it stands"
             )
         for key, path in (
             ("base_output_directory", self.base_output_directory),

@@ -32,7 +32,7 @@ def read_rules_file(path: Path, keys: MaxTextKeys) -> Overlay:
         keys: MaxText's; the others of a rule file of theirs mean nothing here.
 
     Raises:
-        UserError: the file cannot be read, has no table, or says something else.
+        UserError: the file cannot be read, has no table, or has something else in it.
     """
     content = read_mapping(path)
     own = ("mesh_axes", "logical_axis_rules")
@@ -46,7 +46,7 @@ def read_rules_file(path: Path, keys: MaxTextKeys) -> Overlay:
         )
     values = {key: content[key] for key in own if key in content}
     others = ", ".join(key for key in content if key not in own)
-    notes = (f"{source}: of no meaning here: {others} (the rule table says it)",) if others else ()
+    notes = (f"{source}: of no meaning here: {others} (the rule table has it)",) if others else ()
     return Overlay(source, values, {}, notes)
 
 
@@ -96,8 +96,8 @@ def build_mesh(
         if is_maxtext_table(rows, foreign, keys):
             table, notes = completed(table, own_table, keys)
             warnings += [f"{overlay.source}: {note}" for note in notes]
-    said = {key for overlay in overlays for key in overlay.values}
-    sizes = {level: _sizes(level, settings, said, axes, chosen_by) for level in LEVELS}
+    explicit = {key for overlay in overlays for key in overlay.values}
+    sizes = {level: _sizes(level, settings, explicit, axes, chosen_by) for level in LEVELS}
     whole = (*axes, *(axis for axis in MESH_AXES if axis not in axes))
     mesh = MeshConfig(
         mesh_axes=whole,
@@ -230,11 +230,11 @@ def _foreign_axes(overlay: Overlay, keys: MaxTextKeys) -> tuple[str, ...]:
 
 
 def _sizes(
-    level: str, settings: Mapping[str, Any], said: set[str], axes: Sequence[str], chosen_by: str
+    level: str, settings: Mapping[str, Any], explicit: set[str], axes: Sequence[str], chosen_by: str
 ) -> dict[str, int]:
     """Return the sizes of one level; a default -1 gives way to one that a person wrote."""
     sizes = {axis: settings[parallelism_key(level, axis)] for axis in MESH_AXES}
-    own = {axis for axis in MESH_AXES if parallelism_key(level, axis) in said}
+    own = {axis for axis in MESH_AXES if parallelism_key(level, axis) in explicit}
     taken_over = any(sizes[axis] == -1 for axis in own)
     for axis, size in sizes.items():
         if axis in own and axis not in axes and size != 1:

@@ -1,6 +1,6 @@
 """Plan what in a MaxText checkpoint fills which part of which parameter, from names and shapes.
 
-Nothing but the names says how a checkpoint was made: layer by layer, in a scan over layers, or in a
+Only the names tell how a checkpoint was made: layer by layer, in a scan over layers, or in a
 scan over turns of a cycle of layers. A plan uses each tensor and fills each parameter, or there is
 none.
 """
@@ -266,7 +266,7 @@ class _Planner:
         """Return what queries are multiplied by where MaxText's scores have another factor.
 
         Its Llama-2, Mistral and Mixtral blocks have none: one over the root of a head's size is in
-        the query's weights. `attention_scale` says the factor here.
+        the query's weights. `attention_scale` is the factor here.
         """
         attention = self.model.attention
         usual = 1 / math.sqrt(attention.head_dim)
@@ -294,7 +294,7 @@ class _Planner:
         bias = any(rest.endswith(("query/bias", "qkv_proj/bias", "sinks")) for rest in rests)
         return experts or not (others or bias)
 
-    # ------------------------------------------------------------ what is said
+    # ------------------------------------------------------------ what is reported
 
     def _lines(self, axis: int) -> Iterator[str]:
         if self.axes:

@@ -51,8 +51,8 @@ def read_params(
         specs: what they are to be, the experts' gate and up apart: leaves with a shape, a dtype and
             a sharding.
         model: that they are of.
-        say: told what a person should know of it.
-        progress: told as bytes arrive on this process's devices.
+        say: called with lines for a person.
+        progress: called as bytes arrive on this process's devices.
 
     Raises:
         UserError: it is another model's checkpoint, is none, or cannot be read.
@@ -64,7 +64,7 @@ def read_params(
     dtypes = _dtypes(items, plan, stores)
     for line in plan.lines:
         say(line)
-    _say_what_is_rounded(plan, dtypes, leaves, say)
+    _report_rounding(plan, dtypes, leaves, say)
     return read_sharded(
         specs,
         lambda path, leaf: _Reader(
@@ -243,7 +243,7 @@ def _dtypes(
     return dtypes
 
 
-def _say_what_is_rounded(
+def _report_rounding(
     plan: CheckpointPlan,
     dtypes: Mapping[str, np.dtype[Any]],
     leaves: Mapping[tuple[str, ...], Any],

@@ -44,7 +44,7 @@ class CompiledStep:
     Attributes:
         executable: what runs.
         hlo: its text, after optimization.
-        options: given to the compiler beside its defaults, see `compiler_options`.
+        options: given to the compiler besides its defaults, see `compiler_options`.
         partitioner_log: what the partitioner warned of while compiling.
         seconds: it took, tracing included.
     """
@@ -102,7 +102,7 @@ def compile_step(program: Program, options: Mapping[str, bool] = _NO_OPTIONS) ->
         options: of `compiler_options`.
 
     Raises:
-        Finding: the compiler says that the step does not fit in memory.
+        Finding: the compiler reports that the step does not fit in memory.
     """
     started = time.perf_counter()
     with out_of_memory_is_a_finding(), collect_lines(MARK) as log:

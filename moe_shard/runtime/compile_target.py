@@ -30,7 +30,7 @@ from moe_shard.runtime.targets.target import Target, compiled_with, devices_for
 from moe_shard.sharding.annotate import Sharding
 from moe_shard.units import human_bytes
 
-# What jax takes of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+# What jax takes of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION is set.
 _GPU_FRACTION = 0.75
 
 
@@ -45,7 +45,7 @@ class TargetReport:
         compile_time_s: seconds, tracing included.
         num_params: parameters of the model.
         hlo: the optimized HLO; None where the compiler refused.
-        refusal: the compiler's own out-of-memory answer, or None.
+        refusal: the compiler's own out-of-memory message, or None.
         notes: settings that change nothing, and what a target leaves out; one line each.
         conflicts: rule conflicts, one line each.
         moe: what the MoE layers decided, by layers.

@@ -21,7 +21,7 @@ _COUNT_FLAG = "--xla_force_host_platform_device_count"
 def start_devices(num_simulated: int) -> str:
     """Start the backend; to be called before anything else asks jax for devices.
 
-    Several processes are joined where the environment says that there are: by
+    Several processes are joined where the environment names them: by
     `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, or as Slurm and TPU pods
     do, whose variables jax reads by itself. Simulated devices are divided among the processes.
 

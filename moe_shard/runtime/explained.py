@@ -60,7 +60,7 @@ def explain_config(config: Config) -> Explanation:
 def explain_table(model: str, overrides: Sequence[str], path: Path) -> Explanation:
     """Explain what a rule file would do to a model, on the file's own mesh.
 
-    Conflicts that only the other setting of the flag meets are told as well.
+    Conflicts that only the other setting of the flag meets are reported as well.
 
     Args:
         model: a name in `configs/models/` or the path of a YAML file.

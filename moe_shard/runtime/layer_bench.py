@@ -149,7 +149,7 @@ def measure(
         mesh: the devices; `expert` is the axis of interest.
         size: the layer.
         rounds: how often each program is timed, after one call to warm up.
-        progress: told what is being done.
+        progress: called with what is being done.
     """
     variants = [each for each in VARIANTS if _makes_a_difference(each, mesh)]
     candidates = []

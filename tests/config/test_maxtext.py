@@ -417,7 +417,7 @@ def test_positions_of_the_other_blocks_are_halves_of_a_head(tmp_path: Path) -> N
         ("decoder_block: mixtral\nattention_type: mla", ["attention_type mla in its blocks"]),
         (DEEPSEEK + "mlp_activations_limit: 7", ["a clamp of routed experts alone"]),
         (DEEPSEEK + "mlp_bias: true", ["biases of routed experts alone"]),
-        (DEEPSEEK + "attention_sink: true", ["attention sinks beside a latent"]),
+        (DEEPSEEK + "attention_sink: true", ["attention sinks with latent attention"]),
         ("decoder_block: mixtral\ndropout_rate: 0.1", ["dropout (dropout_rate=0.1)"]),
         ("decoder_block: mixtral\nweight_dtype: float8_e4m3fn", ["float8 weights"]),
         ("decoder_block: mixtral\nopt_type: muon", ["the optimizer muon"]),

@@ -77,7 +77,7 @@ def _load(path: Path) -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        # Only absence is made up for; a library that is there and broken should say so itself.
+        # Only absence is made up for; the error of a broken library is passed on.
         if re.search(r"cannot open shared object|No such file", str(error)):
             return None
         raise

@@ -130,9 +130,9 @@ def devices_for(target: Target) -> Sequence[jax.Device]:
                 return _tpu_devices(target)
             return _gpu_devices(target)
         except (jax.errors.JaxRuntimeError, OSError) as error:
-            said = str(error).splitlines()[0][:200]
+            reason = str(error).splitlines()[0][:200]
             raise UserError(
-                f"no devices for TARGET {target.text}: {said}\nfix: for example "
+                f"no devices for TARGET {target.text}: {reason}\nfix: for example "
                 f"{_example(target.name)}"
             ) from error
 

@@ -22,7 +22,7 @@ class Collision:
         held_by: the logical axis that has them.
         holder: the row by which it has them.
         consequence: what it means.
-        cure: what to do about it.
+        fix: what to do about it.
         arrays: the arrays it happens to.
         bytes_per_device: of these arrays, as they are.
         bytes_if_won: the same, had the row won.
@@ -35,7 +35,7 @@ class Collision:
     held_by: str
     holder: Row
     consequence: str
-    cure: str
+    fix: str
     arrays: tuple[str, ...]
     bytes_per_device: int
     bytes_if_won: int
@@ -59,7 +59,7 @@ class Collision:
             "won": row_json(self.holder),
             "cause": self.cause,
             "consequence": self.consequence,
-            "cure": self.cure,
+            "fix": self.fix,
             "bytes_per_device": self.bytes_per_device,
             "bytes_per_device_if_won": self.bytes_if_won,
             "only_if": self.only_if or None,
@@ -79,14 +79,14 @@ def find_collisions(placed: Sequence[PlacedArray], rows: Sequence[Row]) -> list[
             loss = decision.lost[0]
             key = (decision.logical_axis or "", loss.row.number, loss.held_by)
             is_first = decision is array.resolution.decisions[0]
-            said = array.array.consequence if is_first else ""
-            groups.setdefault((*key, said), []).append((array, decision))
+            stated = array.array.consequence if is_first else ""
+            groups.setdefault((*key, stated), []).append((array, decision))
     found = []
-    for (dim, _, held_by, said), members in groups.items():
+    for (dim, _, held_by, stated), members in groups.items():
         array, decision = members[0]
         loss = decision.lost[0]
-        # Layers say "consequence; cure"; where they say nothing, sizes and rows speak.
-        consequence, _, cure = said.partition("; ")
+        # Layers give "consequence; fix"; where they do not, sizes and rules tell.
+        consequence, _, fix = stated.partition("; ")
         now = sum(each.bytes_per_device for each, _ in members)
         copies = array.parts(loss.mesh_axes)
         holder = next(d.won for d in array.resolution.decisions if d.logical_axis == held_by)
@@ -100,7 +100,7 @@ def find_collisions(placed: Sequence[PlacedArray], rows: Sequence[Row]) -> list[
                 held_by=held_by,
                 holder=holder,
                 consequence=consequence or f"every device holds {copies} times as much of it",
-                cure=cure or _cure(array, decision, axes, holder, rows),
+                fix=fix or _fix_of(array, decision, axes, holder, rows),
                 arrays=tuple(each.array.name for each, _ in members),
                 bytes_per_device=now,
                 bytes_if_won=now // copies,
@@ -109,7 +109,7 @@ def find_collisions(placed: Sequence[PlacedArray], rows: Sequence[Row]) -> list[
     return found
 
 
-def _cure(
+def _fix_of(
     array: PlacedArray, decision: Decision, axes: Sequence[str], holder: Row, rows: Sequence[Row]
 ) -> str:
     row, last = decision.lost[0].row, decision.lost[-1].row

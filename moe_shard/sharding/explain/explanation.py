@@ -150,7 +150,7 @@ def explain(
     state_bytes: int | None = None,
     is_maxtexts: bool = False,
 ) -> Explanation:
-    """Resolve every array by a table and say what is wrong with the table.
+    """Resolve every array by a table and report what is wrong with the table.
 
     Args:
         model: the model's name.

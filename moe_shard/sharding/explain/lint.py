@@ -37,7 +37,7 @@ class Lint:
 
     Attributes:
         level: "error" (nothing can be placed by this table as it stands), "warning" (it does not
-            do what it seems to say), or "note".
+            do what it seems to do), or "note".
         kind: a name for scripts, such as "duplicate".
         rows: numbers of the rows in question, counted from 1.
         text: one sentence.
@@ -125,7 +125,7 @@ def _shadowed(row: Row, rivals: Sequence[Row]) -> Lint | None:
         theirs = set(rival.mesh_axes)
         numbers = (row.number, rival.number)
         if theirs == own:
-            return Lint(WARNING, "duplicate", numbers, f"{row} says again what {rival} says")
+            return Lint(WARNING, "duplicate", numbers, f"{row} repeats {rival}")
         if not theirs:
             text = f"{row} can never win: {rival} comes first and always applies"
             return Lint(WARNING, "shadowed", numbers, text)

@@ -18,7 +18,7 @@ class PlacedArray:
     """An array and its placement.
 
     Attributes:
-        array: what was said of it.
+        array: its name, logical axes, shape and dtype.
         resolution: a decision per dim.
         sizes: the mesh.
         num_rows: rows of the table as it was written; later ones stand for rows that are missing.

@@ -120,17 +120,17 @@ def _print_conflicts(conflicts: Sequence[Collision], console: Console) -> None:
             (
                 "costs",
                 f"{human_bytes(each.bytes_per_device)} a device where "
-                f"{human_bytes(each.bytes_if_won)} would do; Flax says nothing",
+                f"{human_bytes(each.bytes_if_won)} would do; Flax drops it silently",
             ),
-            ("cure", each.cure),
+            ("fix", each.fix),
         ):
             console.print(Padding(f"{name}: {escape(text)}", (0, 0, 0, 4)))
 
 
 def _print_lint(lint: Sequence[Lint], console: Console) -> None:
     counts = count_levels(lint)
-    said = ", ".join(human_count(n, level) for level, n in counts.items() if n)
-    console.print(f"[bold]rule lint: {said or 'nothing to say'}[/]")
+    found = ", ".join(human_count(n, level) for level, n in counts.items() if n)
+    console.print(f"[bold]rule lint: {found or 'no findings'}[/]")
     for each in sorted(lint, key=lambda each: SEVERITIES.index(each.level)):
         text = f"[{_STYLES[each.level]}]{each.level}[/] {escape(each.text)}"
         console.print(Padding(text, (0, 0, 0, 2)))

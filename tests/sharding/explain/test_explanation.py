@@ -108,7 +108,7 @@ def test_an_array_counted_by_hand() -> None:
     assert found.is_strict
 
 
-def test_a_conflict_with_cause_consequence_and_cure() -> None:
+def test_a_conflict_with_cause_consequence_and_fix() -> None:
     said = "weights will be gathered; flag=true moves tokens"
     pair = [array(name, "exp", "batch", said=said) for name in ("in", "out")]
     (conflict,) = of(RULES, *pair).conflicts
@@ -117,7 +117,7 @@ def test_a_conflict_with_cause_consequence_and_cure() -> None:
         "row 2 ['exp', [expert]] lost expert to 'batch', placed by row 1 ['batch', [data, expert]]"
     )
     assert conflict.consequence == "weights will be gathered"
-    assert conflict.cure == "flag=true moves tokens"
+    assert conflict.fix == "flag=true moves tokens"
     # Two arrays of 8 x 8 bfloat16, of which batch splits one dim in 8; exp would split in 4 more.
     assert (conflict.bytes_per_device, conflict.bytes_if_won) == (2 * 16, 2 * 4)
     text = printed(of(RULES, *pair))
@@ -126,7 +126,7 @@ def test_a_conflict_with_cause_consequence_and_cure() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rules", "cure"),
+    ("rules", "fix"),
     [
         (RULES, "leave expert out of row 1, or move row 2 above it (then 'batch' stays unsharded)"),
         (
@@ -139,10 +139,10 @@ def test_a_conflict_with_cause_consequence_and_cure() -> None:
         ),
     ],
 )
-def test_a_cure_where_the_layer_knows_none(rules: Rules, cure: str) -> None:
+def test_a_fix_where_the_layer_knows_none(rules: Rules, fix: str) -> None:
     sizes = {**SIZES, "tensor": 2}
     (conflict,) = of(rules, array("x", "exp", "batch"), sizes=sizes).conflicts
-    assert conflict.cure == cure
+    assert conflict.fix == fix
     assert conflict.consequence.startswith("every device holds ")
 
 
@@ -151,10 +151,10 @@ def test_a_layers_words_are_of_its_first_dim() -> None:
     (conflict,) = of(rules, array("x", "exp", "batch", said="all is lost; pray")).conflicts
     assert conflict.dim == "batch"
     assert conflict.consequence == "every device holds 8 times as much of it"
-    assert conflict.cure == "add ['batch', [data]] below row 2"
+    assert conflict.fix == "add ['batch', [data]] below row 2"
 
 
-def test_the_cure_of_moving_rows_cures() -> None:
+def test_the_fix_of_moving_rules_works() -> None:
     rules: Rules = [*RULES, ("batch", ("data",))]
     moved = [rules[1], rules[0], *rules[2:]]
     found = of(moved, array("x", "exp", "batch"))
@@ -256,12 +256,12 @@ def test_mixtral_tiny_counted_by_hand(flag_off: Explanation) -> None:
     assert 0 < flag_off.state_bytes - 3 * here <= 16
 
 
-def test_the_flag_is_the_cure(flag_off: Explanation) -> None:
+def test_the_flag_is_the_fix(flag_off: Explanation) -> None:
     (conflict,) = flag_off.conflicts
     assert conflict.arrays == ("moe expert input", "moe hidden", "moe expert output")
     assert (conflict.dim, conflict.held_by) == ("activation_exp", "activation_batch_moe")
     assert conflict.consequence == "expert weights will be all-gathered over expert"
-    assert conflict.cure == "moe_dispatch_no_expert_sharding=true moves tokens instead"
+    assert conflict.fix == "moe_dispatch_no_expert_sharding=true moves tokens instead"
     assert not flag_off.is_strict
     assert explain_config(load_config("mixtral-tiny")).is_strict
 
