@@ -1,4 +1,4 @@
-"""The rule table of a run that names none: the rows of `logical_axis_rules` in `configs/base.yml`.
+"""Hold the rule table of a run that names none: `logical_axis_rules` of `configs/base.yml`.
 
 Each rule is a logical axis and the mesh axes that its dim is split over, in order of precedence.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 DEFAULT_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     # activations
-    ("activation_batch", ("data", "fsdp", "fsdp_transpose", "expert")),  # batch rows
+    ("activation_batch", ("data", "fsdp", "fsdp_transpose", "expert")),  # sequences
     ("activation_length", ("context",)),  # positions
     ("activation_embed", ("tensor",)),  # model dim
     ("activation_heads", ("tensor",)),  # query heads
@@ -17,8 +17,8 @@ DEFAULT_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("activation_mlp", ("tensor",)),  # hidden dim of a dense MLP
     ("activation_vocab", ("tensor",)),  # logits
     # activations in the MoE layer
-    ("activation_batch_moe", ("data", "fsdp", "fsdp_transpose", "expert")),  # batch rows, flag off
-    ("activation_batch_no_exp", ("data", "fsdp", "fsdp_transpose")),  # batch rows, flag on
+    ("activation_batch_moe", ("data", "fsdp", "fsdp_transpose", "expert")),  # sequences, flag off
+    ("activation_batch_no_exp", ("data", "fsdp", "fsdp_transpose")),  # sequences, flag on
     ("activation_length_moe", ("context",)),  # positions
     # experts at work; the axes here are what reports call expert axes:
     ("activation_exp", ("expert",)),
