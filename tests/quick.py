@@ -1,10 +1,11 @@
 """How the tests let XLA:CPU compile: quickly, where no test is about the machine code.
 
-The partitioner, on trial in most tests, runs before either option and is the same: a program's
+The partitioner, on trial in most tests, runs before any of these and is the same: a program's
 collectives, their order and their bytes are those of XLA's defaults. LLVM's optimisation is a third
 of the time to compile. The fusion emitters, which take each fusion through MLIR, are half of the
 rest; without them XLA forms other fusions, so a test that reads those from the compiled text asks
-for the default. What a person runs, with XLA's defaults, is what `tests/test_train.py` runs.
+for the default. One piece of machine code, not one a core, is a tenth, and half of the memory maps.
+What a person runs, with XLA's defaults, is what `tests/test_train.py` runs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Final
 QUICK: Final[dict[str, Any]] = {
     "xla_backend_optimization_level": 0,
     "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
 }
 """Compiler options for one program."""
 
