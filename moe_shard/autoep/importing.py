@@ -102,7 +102,7 @@ def _report_rounding(
 
 
 class _Reader:
-    """Reads the shards of one parameter.
+    """Read the shards of one parameter.
 
     Args:
         leaf: what the parameter is to be.

@@ -51,11 +51,11 @@ def load_params(
     Args:
         path: a Hugging Face directory, an imported model, a MaxText checkpoint, or a run here or of
             MaxText's, of which the newest checkpoint is taken.
-        specs: what they are to be: leaves with a shape, a dtype and a sharding.
-        model: that they are of; only what is neither MaxText's nor Hugging Face's is read without.
+        specs: of the parameters: leaves with a shape, a dtype and a sharding.
+        model: of the parameters; None will do for what is neither MaxText's nor Hugging Face's.
         family: of a Hugging Face directory, as in `read_hf_source`.
         say: called with lines on where they come from and what is converted; None: printed.
-        console: shown how far reading has come; None: nothing is.
+        console: shows how far reading has come; None: nowhere.
 
     Raises:
         UserError: the path is none of these, is of another model, or cannot be read.

@@ -1,6 +1,6 @@
 """Read the parameters of a checkpoint a chunk at a time, as they lie on disk.
 
-Orbax restores arrays whole, onto devices. Whoever only copies them elsewhere needs neither: each
+Orbax restores arrays whole, onto devices. To copy them elsewhere neither is needed: each
 array is a zarr in the checkpoint's OCDBT store, and its chunks are the shards of the run that saved
 it. tensorstore reads both, as it does for Orbax.
 """

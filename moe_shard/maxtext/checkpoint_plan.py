@@ -1,8 +1,8 @@
 """Plan what in a MaxText checkpoint fills which part of which parameter, from names and shapes.
 
 Only the names tell how a checkpoint was made: layer by layer, in a scan over layers, or in a
-scan over turns of a cycle of layers. A plan uses each tensor and fills each parameter, or there is
-none.
+scan over turns of a cycle of layers. A plan uses each tensor and fills each parameter;
+anything else is refused.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class _Stored(NamedTuple):
         shape: of all of it.
         at: of the layer along the dim of layers; None: the tensor is the layer's own.
         layers: along it.
-        variable: see `names.Weight`.
+        variable: see `tensor_paths.Weight`.
     """
 
     path: str
@@ -315,7 +315,9 @@ class _Planner:
             )
 
     def _missing(self, what: str, names: list[str]) -> UserError:
-        called = f"which MaxText calls\n{' or '.join(names)}" if names else "nor has MaxText one"
+        called = (
+            f"which MaxText calls\n{' or '.join(names)}" if names else "and MaxText has none either"
+        )
         fix = "the model's own file"
         if "router.correction_bias" in what:
             fix = "the whole training state: what MaxText saves of parameters alone lacks it"

@@ -1,8 +1,7 @@
 """Read MaxText's checkpoints into parameters that are sharded over a mesh.
 
-tensorstore reads them, as it does for Orbax. Each device's shard is
-read by itself, of large ones a part at a time: a tensor is never on the host as a whole, and never
-on a device but in its place.
+tensorstore reads them, as it does for Orbax. Each device's shard is read by itself, a large one in
+parts: a whole tensor is never on the host, nor on a device that does not hold it.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def read_params(
     stores = _open(items)
     plan = make_plan({path: _shape(each) for path, each in stores.items()}, model, str(items))
     leaves = dict(leaves_of(specs))
-    assert plan.parts.keys() == leaves.keys(), "a model's parameters are those of its slots"
+    assert plan.parts.keys() == leaves.keys(), "a plan fills the parameters of the model"
     dtypes = _dtypes(items, plan, stores)
     for line in plan.lines:
         say(line)
@@ -80,7 +79,7 @@ def read_params(
 
 
 class _Reader:
-    """Reads the shards of one parameter.
+    """Read the shards of one parameter.
 
     Args:
         leaf: what the parameter is to be.

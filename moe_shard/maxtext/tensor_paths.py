@@ -1,7 +1,7 @@
 """List where MaxText keeps each parameter: the names of its modules, as data.
 
-Its tensors have their dims in the same order as the parameters here, but for the one of the layers;
-what differs is what they are called, and that three of them may hold what is several here.
+Its tensors have their dims in the same order as the parameters here, except the dim of layers. They
+differ in their names, and three of them may hold what is several parameters here.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ STACKS = re.compile(
     r"(?:_(?P<number>\d+))?/(?:layers_(?P<place>\d+)/)?(?P<rest>.+)"
 )
 """A layer's tensor: of one layer by its number, or of a scan over layers, or over turns of a cycle
-of layers that have candidates in it."""
+of layers that has places."""
 
 _WEIGHTS = re.compile(
     r"(?:params/(?P<collection>\w+)/|(?P<aux>nnx_aux)/model/|params/|model_params/|model/|)"

@@ -1,10 +1,10 @@
 """Compute the least that the MoE layers of a training step must do, whatever program does it.
 
-Counted from the configuration and the rule table for one device and one step (forward, backward,
-all layers, all microbatches). Two counts: for the capacity that is configured, padded slots
-included, since a capacity strategy does carry and multiply them; and dropless, for the tokens
-alone, routed evenly over the experts, with one copy for each choice. Shared experts are a dense MLP
-beside the routed ones, and are no part of either; nor are the experts' biases.
+The bounds are counted from the configuration and the rule table, for one device and one step
+(forward, backward, all layers, all microbatches). Two counts: for the capacity that is configured,
+padded slots included, since a capacity strategy exchanges and multiplies them; and dropless, for
+the tokens alone, routed evenly over the experts, with one copy for each choice. Shared experts,
+which are a dense MLP, and the experts' biases are part of neither.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PRODUCTS = 3 * 3
 
 @dataclass(frozen=True)
 class MoEBounds:
-    """Of one device and one step, all MoE layers together.
+    """The least work of one device in one step, in all MoE layers together.
 
     Attributes:
         wire_bytes: to be sent along the expert axes at the configured capacity.
@@ -88,7 +88,7 @@ def moe_bounds(config: Config, table: RuleTable, *, slots_per_row: int) -> MoEBo
     Args:
         config: model and batch.
         table: the rules over the mesh.
-        slots_per_row: slots that all experts together have for one batch row; its choices, where
+        slots_per_row: slots that all experts together have for one sequence; its choices, where
             a strategy has no slots.
     """
     moe = config.model.moe
@@ -103,7 +103,7 @@ def moe_bounds(config: Config, table: RuleTable, *, slots_per_row: int) -> MoEBo
     experts = math.prod(sizes[axis] for axis in table.expert_axes)
     token_bytes = config.model.emb_dim * jnp.dtype(config.model.dtype).itemsize
     layers = sum(kind.moe for kind in config.model.layer_kinds)
-    # Slots, or choices, that one device holds in the layout by row, over all of them.
+    # Slots, or choices, that one device holds where they are laid out by sequence.
     layers_of_rows = layers * rows / shards("activation_batch_moe")
     slots = layers_of_rows * slots_per_row
     choices = layers_of_rows * config.train.max_target_length * moe.num_experts_per_tok

@@ -45,7 +45,7 @@ class CompiledStep:
         executable: what runs.
         hlo: its text, after optimization.
         options: given to the compiler besides its defaults, see `compiler_options`.
-        partitioner_log: what the partitioner warned of while compiling.
+        partitioner_log: warnings of the partitioner while compiling.
         seconds: it took, tracing included.
     """
 
@@ -79,8 +79,8 @@ def lay_out(
 def compiler_options(config: Config, platform: str) -> dict[str, bool]:
     """Return the compiler's options where a layer's tokens travel in chunks.
 
-    Parts are for one to be on the wire while another is multiplied. By default TPU's compiler waits
-    for every all-to-all, and GPU's schedules ragged ones as if they took no time.
+    Chunks are there so that one is exchanged while another is multiplied. By default TPU's compiler
+    waits for every all-to-all, and GPU's schedules ragged ones as if they took no time.
 
     Args:
         config: the run.
@@ -133,14 +133,14 @@ def report_step(step: CompiledStep, sharding: Sharding, backend: str) -> Lowerin
 
 def option_lines(step: CompiledStep) -> list[str]:
     """Write the compiler's options besides its defaults: a line, or none."""
-    told = ", ".join(f"{name}={str(value).lower()}" for name, value in step.options.items())
-    return [f"compiler options, for num_moe_token_chunks: {told}"] if told else []
+    options = ", ".join(f"{name}={str(value).lower()}" for name, value in step.options.items())
+    return [f"compiler options, for num_moe_token_chunks: {options}"] if options else []
 
 
 def bound_lines(config: Config, sharding: Sharding, report: LoweringReport) -> list[str]:
     """Write the least work of the MoE layers and what the program sends, for a person.
 
-    Empty for a dense model.
+    There is none for a dense model.
     """
     if config.model.moe is None:
         return []

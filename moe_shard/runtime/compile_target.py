@@ -131,7 +131,7 @@ def compile_for_target(config: Config, target: Target) -> TargetReport:
         UserError: the target's compiler is not installed, or the configuration does not fit the
             target's devices.
     """
-    jax.config.update("jax_enable_compilation_cache", False)  # its time would be that of a look-up
+    jax.config.update("jax_enable_compilation_cache", False)  # a cached program has no compile time
     sharding, notes = lay_out(config, devices_for(target))
     program = make_program(config, sharding)
     started = time.perf_counter()

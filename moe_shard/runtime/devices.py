@@ -43,7 +43,7 @@ def start_devices(num_simulated: int) -> str:
     try:
         with hide_accelerator_warnings():
             devices = jax.devices()
-    # An assertion of jax's own: a platform is asked for by name, and nothing of it is there.
+    # jax asserts so when a platform is asked for by name and none of its devices exist.
     except (RuntimeError, AssertionError) as error:
         asked = os.environ.get("JAX_PLATFORMS")
         why = first_line(error, 200) if str(error) else f"there is none of JAX_PLATFORMS={asked}"
@@ -76,7 +76,7 @@ def _join_processes() -> int:
     """Join the processes of this run.
 
     Returns:
-        How many share the simulated devices: those that the three variables speak of.
+        How many share the simulated devices: those that the three variables name.
     """
     if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
         try:

@@ -37,7 +37,7 @@ def explain_config(config: Config) -> Explanation:
     Raises:
         UserError: the sizes do not multiply to the devices, or do not divide a dim.
     """
-    # Nothing real limits the number of slices, as on simulated devices.
+    # As on simulated devices, no hardware limits the number of slices.
     slices = math.prod(size for size in config.mesh.dcn if size != -1)
     sizes = config.mesh.resolve(config.mesh.num_simulated_devices, slices)
     notes = (*config.warnings, *check_against_mesh(config, sizes))
@@ -79,7 +79,7 @@ def explain_table(model: str, overrides: Sequence[str], path: Path) -> Explanati
     if assumed:
         notes.append(f"sizes assumed to be {ASSUMED_SIZE}: {', '.join(assumed)}")
     if not table.names_its_axes:
-        notes.append(f"{path.name} has no mesh_axes: the mesh has the axes that its rows name")
+        notes.append(f"{path.name} has no mesh_axes: the mesh has the axes that its rules name")
     asked = _explain_rules(config, path.name, table.rules, sizes, notes)
     moe = config.model.moe
     if moe is None:

@@ -1,7 +1,8 @@
 """Measure one MoE layer: every dispatch strategy in one run, on two kinds of routing.
 
-Times are shown as ratios and taken in turn (A B C D, A B C D, ...), so that a machine that slows
-down slows all of them; counts, bytes and FLOPs are read from the compiled program and do not vary.
+Times are shown as ratios and measured round-robin (A B C D, A B C D, ...), so that a machine that
+slows down slows all of them. Counts, bytes and FLOPs are read from the compiled program and do not
+vary.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from moe_shard.sharding.annotate import Sharding
 
 RoutingKind = Literal["balanced", "skewed"]
 _SKEW = 0.1
-"""How much more, in standard deviations of its score, each expert is liked than the one before."""
+"""By how many standard deviations each expert's score is above that of the one before."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Measurement:
 
     Attributes:
         strategy: a `Variant`'s name.
-        routing: "balanced": a random router's; "skewed": some experts are liked much more.
+        routing: "balanced": a random router's; "skewed": some experts are chosen much more often.
         tokens: S.
         verdict: of the lowering.
         collectives: how many run, further rounds of `ragged` not counted.

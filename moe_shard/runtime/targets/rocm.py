@@ -1,8 +1,13 @@
 """Load ROCm's compiler on a machine without ROCm.
 
-jax's ROCm plugin holds the whole compiler, but links against the ROCm runtime, which the compiler
-never calls. Where the runtime is missing, placeholder libraries stand in for it: they export the
-names that the plugin's own symbol table asks for, and every one of them fails when called.
+Why: jax's ROCm plugin holds the whole compiler, but links against the ROCm runtime, which the
+compiler never calls. Where the runtime is missing, placeholder libraries stand in for it: they
+export the names that the plugin's own symbol table asks for, and every one of them fails when
+called. `elf.py` reads that table and writes the libraries.
+
+With ROCm installed none of this is used: the plugin loads against the real libraries, nothing is
+written to the cache, and `compile` for an AMD target runs the same compiler. Where only some of the
+libraries are missing, only those are replaced.
 """
 
 from __future__ import annotations
