@@ -9,15 +9,8 @@ from typing import Any
 from moe_shard.autoep.family import Family, SettingRule
 from moe_shard.config.keys import shown
 from moe_shard.config.load import base_settings
+from moe_shard.config.overlays import TYPES_IN_WORDS
 from moe_shard.errors import UserError
-
-_EXPECTED = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    list: "a list",
-}
 
 
 class Attributes:
@@ -25,7 +18,7 @@ class Attributes:
 
     Args:
         written: the content of `config.json`.
-        family: knows other names and defaults.
+        family: has other names and defaults of attributes.
         where: the file, for messages.
 
     Raises:
@@ -136,7 +129,7 @@ class Attributes:
         accepted = {bool: (bool, int), float: (int, float)}.get(kind, (kind,))
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
             raise self.error(
-                f"{self.as_text(name)} is not {_EXPECTED[kind]}", "as the model has it"
+                f"{self.as_text(name)} is not {TYPES_IN_WORDS[kind]}", "as the model has it"
             )
         return kind(value)
 

@@ -1,6 +1,6 @@
 """Decode quantized tensors to float32: bits times scales, as `quantized` explains them.
 
-Where a scale is a power of two float32 has the product exactly; else it is rounded once.
+Where a scale is a power of two, float32 holds the product exactly; otherwise it is rounded once.
 """
 
 from __future__ import annotations

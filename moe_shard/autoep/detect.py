@@ -48,7 +48,7 @@ class Detected:
         family: its name.
         settings: key of `base.yml` -> value, of the model.
         plan: which tensor fills which part of which parameter.
-        headers: all tensors, by name; quantized ones under the name of what they stand for.
+        headers: all tensors, by name; quantized ones by the names of their decoded tensors.
         lines: what was found, for a person.
     """
 
@@ -63,8 +63,7 @@ class Detected:
 def _nothing_is_garbage() -> Iterator[None]:
     """Turn off Python's garbage collector while the block runs.
 
-    It would look at each of a hundred thousand names and headers again and again: a third of the
-    time would be its own.
+    It would scan a hundred thousand names and headers again and again, for a third of the time.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -161,7 +160,7 @@ def _layers_beyond(
     number = re.compile(re.escape(f"{family.prefix}{family.layers}.") + r"([0-9]{1,9})\..*")
     matches = {name: number.fullmatch(name) for name in headers}
     of = {name: int(match[1]) for name, match in matches.items() if match}
-    # A layer of multi-token prediction has tensors that layers of the model have not.
+    # A layer of multi-token prediction has tensors that the model's layers lack.
     special = {of[name] for name in names.others if name in of}
     for name, layer in of.items():
         if layer >= layers + carried or (layer >= layers and layer not in special):

@@ -33,7 +33,7 @@ class HfSource:
         family: its name.
         plan: of its tensors.
         headers: where they are.
-        attention_scale: of the model that they are of, as the key of that name.
+        attention_scale: the model's value of that key.
     """
 
     family: str
@@ -64,8 +64,8 @@ def keep_hf(source: str, folder: Path, family: str = "") -> None:
     """Make `hf/` in a folder, so that its parameters can be exported; once.
 
     Args:
-        source: of its first parameters: a Hugging Face directory, an imported model, or a run; of
-            a run that began with none there is nothing to keep.
+        source: of its first parameters: a Hugging Face directory, an imported model, or a run.
+            For a run that began without one, nothing is kept.
         folder: an imported model or a run, held by this process.
         family: as in `read_hf_source`.
 

@@ -1,7 +1,7 @@
 """Write parameters into the tensors of a checkpoint, a block at a time; the reverse of `importing`.
 
-Blocks come in whatever order they lie in, and each goes to its place in the files at once, so that
-no more of the model than a block is ever held.
+Blocks may come in any order. Each is written to its place in the files at once, so that no more
+than a block of the model is ever held.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def export_params(
 ) -> None:
     """Write parameters into the files of a checkpoint, which have their full lengths.
 
-    Each tensor is in its own dtype, so that what was imported is written bit for bit. What the plan
-    carries is left to the caller.
+    Each tensor is in its own dtype, so that what was imported is written bit for bit. Tensors
+    that the plan only carries are left to the caller.
 
     Args:
         plan: of the checkpoint's tensors.
@@ -68,7 +68,7 @@ def export_params(
             size = _write(piece, entry, block, at)
             filled[piece.tensor] += size
             done += size * DTYPE_BYTES[entry.dtype]
-        # Else it would be held while the next one is read.
+        # Otherwise it would be held while the next one is read.
         del block
         progress(done, total)
     for name in used:
@@ -103,7 +103,7 @@ def _write(piece: Piece, entry: TensorHeader, block: HostBlock, at: Index) -> in
 def _reserve(file: Path) -> None:
     """Take the room that a file needs.
 
-    It is written as memory, where a full disk would be a signal and not an error.
+    The file is written through a memory map, where a full disk would be a signal and not an error.
     """
     if not hasattr(os, "posix_fallocate"):  # macOS
         return

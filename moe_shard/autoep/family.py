@@ -1,7 +1,7 @@
 """Describe families of models as data: what their `config.json` and their tensors are called.
 
-A family is a file of `configs/families/` or of a person's own. It lies over another one, in the end
-over `defaults.yml`, which lists every key with its meaning.
+A family is a file of `configs/families/` or of a person's own. It is laid over another one, and
+last over `defaults.yml`, which lists every key with its meaning.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def _read(path: Path, key: str, value: Any) -> Any:
             raise wrong("true or false")
         return value
     if kind is SettingRule:
-        # Null: none of it, as AutoEP has it.
+        # Null means none, as in AutoEP.
         return read_rule(path, key, -1 if value is None else value)
     if kind is str:
         text = "" if value is None else value

@@ -56,7 +56,7 @@ def seen(piece: Piece, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray
     """Return a view of a tensor, or of the room for one, in its parameter's layout.
 
     Args:
-        piece: which part of it, and of which parameter.
+        piece: the part of it, and the parameter.
         tensor: as in its file.
         shape: of the parameter.
 

@@ -1,7 +1,7 @@
 """Read tensors of a checkpoint into parameters that are sharded over a mesh.
 
-A plan says which part of which parameter each tensor fills. They go a part at a time: of a stack of
-layers the host holds one layer's part of one shard, never the stack.
+A plan says which part of which parameter each tensor fills. Tensors are read in parts: of a stack
+of layers the host holds one layer's part of one shard, never the stack.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def import_params(
     Args:
         plan: of the checkpoint's tensors.
         headers: where the tensors are.
-        specs: what the parameters are to be: leaves with a shape, a dtype and a sharding.
+        specs: of the parameters: leaves with a shape, a dtype and a sharding.
         say: called with a line on numbers that are rounded.
         progress: called as bytes arrive on this process's devices.
 
@@ -105,7 +105,7 @@ class _Reader:
     """Read the shards of one parameter.
 
     Args:
-        leaf: what the parameter is to be.
+        leaf: its spec.
         pieces: that fill it, by index.
         headers: where their tensors are.
     """
@@ -153,8 +153,8 @@ class _Reader:
     def _parts(self, piece: Piece, within: Take) -> Iterator[tuple[Index, np.ndarray]]:
         """Read what a shard has of a piece, in the parameter's layout.
 
-        What lies plain in its file is seen there, all at once. Quantized numbers are made anew, so
-        of a tensor with all experts one expert's at a time.
+        A plain tensor is viewed in its file, all at once. Quantized numbers are decoded, and of a
+        tensor with all experts one expert's at a time.
 
         Args:
             piece: of the parameter.

@@ -90,7 +90,7 @@ class ParamSlots:
 def slots_of(model: ModelConfig) -> ParamSlots:
     """List the parameters of a model.
 
-    No device is started: whoever reads a directory's configuration may still choose devices.
+    No device is started, so that devices may still be chosen afterwards.
 
     Args:
         model: whose parameters; how it computes does not matter.
@@ -130,7 +130,7 @@ def _slot(path: str, spec: ParamSpec, stacked: int, latent: bool) -> Slot:
         own = _LATENT_KEYS.get(path.removesuffix(".scale").removesuffix("_bias"), {})
     keys: list[str] = []
     for axis in axes:
-        # What no axis is named for is an element of a head, or else of the model dim.
+        # A dim without a name is of a head's elements in attention, else the model dim.
         name = axis or ("head_dim" if path.startswith("attention.") else "embed")
         keys += own.get(name, _KEYS[name])
     ordered = sorted(dict.fromkeys(keys), key=_MODEL_DIM.__eq__)

@@ -2,13 +2,13 @@
 
 Two ways are read, both those of the files that the models' authors publish:
 
-- `fp8` (DeepSeek-V3, arXiv 2412.19437): a matrix in float8_e4m3, [..., O, I], and beside it, under
-  its name and `_scale_inv`, a factor for each block of `weight_block_size`.
+- `fp8` (DeepSeek-V3, arXiv 2412.19437): a matrix in float8_e4m3, [..., O, I], and, under its
+  name and `_scale_inv`, a factor for each block of `weight_block_size`.
 - `mxfp4` (gpt-oss; OCP Microscaling Formats 1.0): `<name>_blocks`, bytes of two e2m1 numbers each,
   the low half first, [E, O, I / 32, 16], and `<name>_scales`, an exponent of two for every 32
   numbers. They stand for `<name>`, [E, I, O].
 
-They are read as bfloat16, and what is written again is bfloat16: no quantizer is here.
+They are read as bfloat16 and written again as bfloat16: there is no quantizer here.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Scheme:
 
     Attributes:
         method: `fp8` or `mxfp4`.
-        block: rows and columns that share a scale.
+        block: outputs and inputs that share a scale.
     """
 
     method: str

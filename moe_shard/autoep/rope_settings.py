@@ -1,7 +1,7 @@
 """Read rotary positions from `config.json`: the older `rope_scaling`, the newer `rope_parameters`.
 
-What is multiplied by what is transformers': yarn's `attention_factor` multiplies cosines and sines,
-and `mscale_all_dim` multiplies the scores of latent attention, twice.
+The factors are applied as transformers does: yarn's `attention_factor` multiplies cosines and
+sines, and `mscale_all_dim` multiplies the scores of latent attention, twice.
 """
 
 from __future__ import annotations

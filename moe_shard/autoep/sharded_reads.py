@@ -1,6 +1,6 @@
 """Read parameters from the host to where they live, each device its own shards.
 
-What is read, and in what parts, is a reader's own affair: of Hugging Face's files or MaxText's.
+A reader of Hugging Face's or of MaxText's files decides what is read, and in what parts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def read_sharded(
     A shard that several devices hold is read once.
 
     Args:
-        specs: what the parameters are to be: leaves with a shape, a dtype and a sharding.
+        specs: of the parameters: leaves with a shape, a dtype and a sharding.
         reader_of: the reader of a parameter, from its path and its leaf.
         progress: called as bytes arrive.
     """
@@ -57,7 +57,7 @@ def read_sharded(
             for within, block in reader.blocks(bounds):
                 shards = _send(block, within, bounds, devices, shards)
                 done += block.nbytes
-                del block  # else it would be held while the next one is read
+                del block  # otherwise it would be held while the next one is read
                 progress(done, total)
             parts += shards
         arrays.append(jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts))
@@ -117,7 +117,7 @@ def _send(
             [low - first for (low, _), (first, _) in zip(within, bounds, strict=True)], np.int32
         )
         shards = [_put(*pair, starts) for pair in zip(shards, sent, strict=True)]
-    # The host's copy is not needed from here on; without the wait they would pile up.
+    # The host's copies are not needed after this; without the wait they would pile up.
     jax.block_until_ready(sent)
     return shards
 

@@ -51,12 +51,12 @@ class Names:
         """Record the role and place of a tensor.
 
         Raises:
-            UserError: another one is that already.
+            UserError: another tensor has that role and place.
         """
         other = self.roles.setdefault(role, {}).setdefault(place, tensor)
         if other != tensor:
             raise UserError(
-                f"{where}: {shown(other)} and {shown(tensor)} are one thing by the family's names\n"
+                f"{where}: {shown(other)} and {shown(tensor)} have one role by the family's names\n"
                 "fix: keep one of the two, or make the patterns of hf_family narrower"
             )
         if len(place) == 2:
@@ -144,7 +144,7 @@ def _patterns(family: Family) -> Iterator[tuple[str, str]]:
             yield f"mlp.shared.{part}_bias", of(family.shared_experts_pattern, name, end=bias)
         if family.shared_experts_gate_pattern:
             yield "mlp.shared_gate", of(family.shared_experts_gate_pattern)
-    # Where gate and up are one, w1 of all experts is what others call by a name of its own.
+    # Where gate and up are one tensor, expert_w1 is its name, also for all experts in one.
     inward, fused = ("gate", family.expert_fused_w1), family.expert_fused_w2
     if not family.expert_w3:
         inward, fused = ("gate_up", family.expert_w1), family.expert_w2

@@ -21,13 +21,14 @@ from moe_shard.config.strict_yaml import parse_yaml
 from moe_shard.errors import UserError
 
 COMMAND_LINE = "command line"
-_EXPECTED = {
+TYPES_IN_WORDS = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
     str: "text",
     list: "a list",
 }
+"""Type of a key -> what a value of it is called in messages."""
 _NULL_MEANS: Mapping[str, Any] = {
     # MaxText's None keeps all checkpoints and names no file.
     "max_num_checkpoints_to_keep": -1,
@@ -130,7 +131,7 @@ def lay_over(base: Mapping[str, Any], overlays: Sequence[Overlay]) -> dict[str, 
             except (TypeError, ValueError, OverflowError):
                 raise UserError(
                     f"{overlay.source}: {key}={shown(value)} is not "
-                    f"{_EXPECTED[type(base[key])]}\nfix: {key}={shown(base[key])}, for example"
+                    f"{TYPES_IN_WORDS[type(base[key])]}\nfix: {key}={shown(base[key])}, for example"
                 ) from None
     return {key: _plain(settings[key]) for key in base}
 
@@ -148,7 +149,8 @@ def coerced(source: str, key: str, value: Any, default: Any) -> Any:
         UserError: a value of another type.
     """
     kind = type(default)
-    if kind not in _EXPECTED or (kind is list and isinstance(value, str) and key == "dataset_path"):
+    is_path = kind is list and isinstance(value, str) and key == "dataset_path"
+    if kind not in TYPES_IN_WORDS or is_path:
         return value
     try:
         if isinstance(value, bool) != (kind is bool) or (kind is list) != isinstance(value, list):
@@ -165,7 +167,7 @@ def coerced(source: str, key: str, value: Any, default: Any) -> Any:
             raise TypeError(key)
     except (TypeError, ValueError, OverflowError):
         raise UserError(
-            f"{source}: {key}={shown(value)} is not {_EXPECTED[kind]}\n"
+            f"{source}: {key}={shown(value)} is not {TYPES_IN_WORDS[kind]}\n"
             f"fix: {key}={shown(default)}, for example"
         ) from None
     return value

@@ -47,7 +47,7 @@ def read_params(
 
     Args:
         items: of `find_items`.
-        specs: what they are to be, the experts' gate and up apart: leaves with a shape, a dtype and
+        specs: of the parameters, the experts' gate and up apart: leaves with a shape, a dtype and
             a sharding.
         model: that they are of.
         say: called with lines for a person.
@@ -82,7 +82,7 @@ class _Reader:
     """Read the shards of one parameter.
 
     Args:
-        leaf: what the parameter is to be.
+        leaf: its spec.
         parts: that fill it.
         stores: the parts' tensors, by path.
         items: where they are, for messages.

@@ -253,7 +253,7 @@ def test_a_pattern_for_two_tensors(tmp_path: Path) -> None:
     shapes["transformer.h.0.moe.router.weight"] = [3, 8]
     directory = write_model(tmp_path / "model", config, shapes)
     path = own_family(tmp_path, ("router_pattern: route", "router_pattern: router?"))
-    with pytest.raises(UserError, match=r"moe\.route\.weight and .*router\.weight are one thing"):
+    with pytest.raises(UserError, match=r"moe\.route\.weight and .*router\.weight have one role"):
         detect(directory, path)
 
 
