@@ -68,5 +68,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """List the front door beside what is loaded."""
+    """List the front door and what is loaded."""
     return sorted({*globals(), *__all__})

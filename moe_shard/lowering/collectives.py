@@ -1,9 +1,9 @@
 """Extract the collectives of a compiled program, each counted once per execution of the step.
 
-What is counted: instructions that the entry computation reaches, times the trips of the loops
-around them. What is not counted twice: the two halves of an async pair, and the copies that TPU's
-async collective fusion leaves in the text. What a compiler spells as something else is listed as
-what runs, with what it stands for.
+Counted are the instructions that the entry computation reaches, times the trips of the loops around
+them. The two halves of an async pair count once, and so do the copies that TPU's async collective
+fusion leaves in the text. A collective that a compiler implements with another one is listed as the
+one that runs, with what it implements.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ class Collective:
         bytes: output bytes per device of one execution.
         wire_bytes: bytes one device must send in one execution.
         is_async: other work can run while it is on the wire.
-        spmd_generated: the partitioner put it in; nobody wrote it.
+        spmd_generated: the partitioner inserted it; it is not in the source.
         op_name: its op_name, or that of the nearest producer when it has none of its own.
         source: "file:line", or None.
         group: devices that take part in one exchange; of a permute a sender and its receiver.
-        implements: "all-gather" or "reduce-scatter" for a permute or an all-reduce that stands
-            for one, see `spellings`; else "".
+        implements: "all-gather" or "reduce-scatter" for a permute or an all-reduce that implements
+            one, see `spellings`; else "".
         role: what it is for, one of `roles.ROLES`.
         parameter: paths of the parameters that it moves, or whose gradients it sums; None for data.
-        of_experts: these are weights of experts, or it moves the rows that experts work on.
+        of_experts: these are weights of experts, or it moves tokens of experts.
     """
 
     kind: str
@@ -163,16 +163,16 @@ def extract_collectives(
         expert_axes: the mesh axes of the experts; without them, the axis called "expert", or, where
             there is none, those over which the experts' weights are split.
         before: the same module before optimization, which names the mesh where `text` does not.
-        stages: {a word of a scope: the stage it stands for}, beside those that are known.
-        count_further_rounds: take the loops of this package's further MoE exchanges, which run
-            only where a router exceeds what one exchange holds, as running once.
+        stages: {a word in a scope: the stage it stands for}, in addition to the known ones.
+        count_further_rounds: count the loops of this package's further MoE exchanges, which run
+            only where routing exceeds what one exchange holds, as running once.
 
     Raises:
         UserError: when the text is not one whole HLO module, or the mesh is not of its size.
     """
     module = parse_module(text)
     early = module.is_before_optimization
-    # A traced program does not know yet how many devices it is for.
+    # A traced program does not have its number of devices yet.
     placed = None if early and module.num_devices == 1 else mesh
     known = program_mesh(module, text, placed, device_ids, before)
     axes = MeshAxes(known.sizes, module.num_devices, known.device_ids)
@@ -196,8 +196,8 @@ def extract_collectives(
     warnings = [_BEFORE_OPTIMIZATION] if early else []
     warnings += dict.fromkeys(walk.warnings)
     warnings += [
-        f"HLO line {site.instruction.line_number}: the sizes of what %{site.instruction.name} takes"
-        " and gives do not fit; the text may be damaged"
+        f"HLO line {site.instruction.line_number}: the sizes of the operands and the result of"
+        f" %{site.instruction.name} do not match; the text may be damaged"
         for site, each in zip(sites, found.values(), strict=True)
         if not _fits(site, len(each.group))
     ]
@@ -209,7 +209,7 @@ def extract_collectives(
         )
     warnings += unlisted(walk)
     if strange := sum(each.axes == UNKNOWN_AXES for each in found.values()):
-        warnings.append(f"{strange} collectives run along no set of mesh axes (shown as '?')")
+        warnings.append(f"{strange} collectives run along no set of mesh axes (axis '?')")
     along = {site: each.axes for site, each in found.items()}
     axes_of_experts = roles.expert_axes(along) if named is None else named
     split = [axis for axis in axes_of_experts if known.sizes.get(axis, 1) > 1]
@@ -219,7 +219,7 @@ def extract_collectives(
 def _rings(module: Module, sites: list[Site]) -> dict[int, str]:
     """Return {line of an unrolled permute: what it implements}."""
     rings: dict[int, str] = {}
-    told: dict[tuple[str, int], str] = {}
+    of_family: dict[tuple[str, int], str] = {}
     unrolled = [
         site
         for site in sites
@@ -229,10 +229,10 @@ def _rings(module: Module, sites: list[Site]) -> dict[int, str]:
         fate = implements(module, site.computation, site.instruction)
         rings[site.instruction.line_number] = fate
         if fate:
-            told.setdefault(_family(site), fate)
+            of_family.setdefault(_family(site), fate)
     for site in unrolled:
         line = site.instruction.line_number
-        rings[line] = rings[line] or told.get(_family(site), "all-gather")
+        rings[line] = rings[line] or of_family.get(_family(site), "all-gather")
     return rings
 
 
@@ -325,7 +325,7 @@ def _fits(site: Site, group_size: int) -> bool:
 def _carried_bytes(site: Site, size: int) -> int:
     """Return what can be on the wire: at most the smaller buffer of a ragged exchange.
 
-    All devices together send what all together receive, so on average neither side has more.
+    All devices together send what all together receive, so on average neither buffer is exceeded.
     """
     if site.kind != "ragged-all-to-all":
         return size

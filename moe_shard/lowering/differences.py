@@ -1,8 +1,8 @@
 """Compare two lowerings and report in words what changed, never as a difference of texts.
 
-Collectives are added up by stage, pass, kind and mesh axes. Two lowerings are the same when these
-sums (counts, bytes, bytes on the wire, how many are asynchronous), the verdict, the mesh, the
-backend and the memory are. Order, names, source lines and layouts do not count.
+Collectives are added up by stage, pass, kind and mesh axes. Two lowerings are the same if these
+sums (counts, bytes, bytes on the wire, number of asynchronous ones), the verdict, the mesh, the
+backend and the memory are equal. Order, names, source lines and layouts do not count.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moe_shard.lowering.shardings import has_names
 from moe_shard.lowering.sources import (
     RECORD,
     STANDARD_INPUT,
-    memory_beside,
+    dumped_memory,
     module_file,
     read_text,
     record_of,
@@ -43,7 +43,7 @@ class CollectiveSums:
         count: executions.
         bytes: output bytes of all executions.
         wire_bytes: bytes that must be sent in all executions.
-        asynchronous: those of the executions that other work can hide.
+        asynchronous: executions that other work can overlap.
     """
 
     count: int = 0
@@ -62,7 +62,7 @@ class Lowering:
     """Hold what is compared of a lowering.
 
     Attributes:
-        source: where it was read.
+        source: where it was read from.
         backend: "cpu", "tpu", "gpu" or "unknown".
         num_devices: devices that run the program.
         mesh: {axis: size}; empty where it is not known.
@@ -117,7 +117,7 @@ class Change:
 
     def __str__(self) -> str:
         _, _, kind, axes = self.key
-        name = f"{kind}({', '.join(axes) or 'no axis told'})"
+        name = f"{kind}({', '.join(axes) or 'axis unknown'})"
         if not self.b.count:
             return f"-{self.a.count} {name} {human_bytes(self.a.bytes)}"
         if not self.a.count:
@@ -149,7 +149,7 @@ class Diff:
         return (
             not self.changes
             and all(getattr(self.a, name) == getattr(self.b, name) for name in plain)
-            # A text knows nothing of memory; that is no difference.
+            # A text does not include the memory; that is not a difference.
             and (self.a.memory is None or self.b.memory in (None, self.a.memory))
         )
 
@@ -174,7 +174,7 @@ class Diff:
         if not self.changes:
             lines.append(f"collectives: the same {a.count}, {human_bytes(a.bytes)}")
         else:
-            lines.append(f"in all: {a.count} -> {b.count} collectives, {_arrow(a.bytes, b.bytes)}")
+            lines.append(f"total: {a.count} -> {b.count} collectives, {_arrow(a.bytes, b.bytes)}")
         return [*lines, f"verdict: {self._verdict()}", *self._memory()]
 
     def _verdict(self) -> str:
@@ -241,7 +241,7 @@ def load_pair(
 ) -> tuple[Lowering, Lowering]:
     """Read two arguments of a command line.
 
-    Where only one tells the mesh, and both have as many devices, it counts for both.
+    A mesh that only one of them names is used for both if they have as many devices.
 
     Args:
         a: a run folder, a dump folder, an HLO file, a `lowering.json`, or "-".
@@ -251,8 +251,8 @@ def load_pair(
         mesh_b: of B alone.
 
     Raises:
-        UserError: one cannot be read, both are "-", or one records another mesh than was given for
-            it alone.
+        UserError: one cannot be read, both are "-", or one records a different mesh than the one
+            given for it alone.
     """
     if a == b == STANDARD_INPUT:
         raise UserError("A and B cannot both be standard input\nfix: a file for one of them")
@@ -312,12 +312,12 @@ def load(given: str, mesh: Mapping[str, int] | None = None) -> Lowering:
     text = read_text(path)
     if text.lstrip()[:1] == "{":
         return from_json(text, given)
-    memory = memory_beside(path)
+    memory = dumped_memory(path)
     report = report_from_text(text, mesh=recorded_mesh(path) or mesh, memory=memory)
     lowering = from_object(report.to_json(), given)
     record = record_of(path)
     if record is not None and report.verdict is not None:
-        # The run knows which axes its experts are on, and the memory.
+        # The run recorded the memory, and the verdict for its own expert axes.
         known = from_json(read_text(record), given)
         lowering = replace(lowering, verdict=known.verdict, memory=known.memory)
     return lowering
@@ -341,8 +341,9 @@ def from_json(text: str, source: str) -> Lowering:
         RecursionError,
     ) as error:
         raise UserError(
-            f"{source}: no lowering.json: {type(error).__name__} {str(error).splitlines()[0][:80]}"
-            "\nfix: a run's folder, HLO text, or what moe-shard report --json printed"
+            f"{source} is not a lowering.json: {type(error).__name__}"
+            f" {str(error).splitlines()[0][:80]}\n"
+            "fix: a run's folder, HLO text, or what moe-shard report --json printed"
         ) from error
 
 

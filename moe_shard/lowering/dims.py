@@ -7,7 +7,6 @@ whose third holds the parameter's dims 2 and 3.
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 
@@ -72,7 +71,7 @@ def reshaped(dims: Dims, before: str, after: str, *, in_memory: bool) -> Dims | 
         dims: of the operand.
         before: the operand's shape.
         after: the result's shape.
-        in_memory: a bitcast keeps the bytes where they are, a reshape the order of the elements.
+        in_memory: a bitcast keeps the bytes in place, a reshape keeps the order of the elements.
 
     Returns:
         None where the two shapes do not hold the same number of elements.
@@ -104,7 +103,7 @@ def reshaped(dims: Dims, before: str, after: str, *, in_memory: bool) -> Dims | 
             result[each] = named
     if sources or targets:
         return None
-    # Dims of one element go to such dims, in order; where some were dropped, which is not told.
+    # Dims of size 1 go to dims of size 1, in order; where some were dropped, it is unknown which.
     ones = [dims[at] for at in old_order if old[at] == 1]
     free = [at for at in new_order if new[at] == 1]
     together = tuple(dim for name in ones for dim in name)
@@ -176,7 +175,7 @@ def given_by(computation: Computation, instruction: Instruction, side: int) -> D
 
     Returns:
         For each dim of the result (-1,) where it is, () where it is not; None where the result's
-        dims cannot be told.
+        dims are unknown.
     """
     if instruction.opcode == "convolution":
         labels = re.fullmatch(
@@ -198,8 +197,3 @@ def given_by(computation: Computation, instruction: Instruction, side: int) -> D
     first = [(-1,) if side == 0 else ()] * free_dims[0]
     second = [(-1,) if side == 1 else ()] * free_dims[1]
     return (*[()] * batch, *first, *second)
-
-
-def elements(shape: str) -> int:
-    """Return how many elements an array has."""
-    return math.prod(array_dims(shape))

@@ -2,9 +2,9 @@
 
 A fingerprint holds the verdict, the mesh and the collectives added up by stage, pass, kind and mesh
 axes: what a person would call the same program. Names, order, source lines and schedules are left
-out, and whether a collective is asynchronous, which is the scheduler's business. Memory is compared
-with a tolerance: how temporaries are packed moves by a little with every release of a compiler, a
-weight or an activation that is held besides moves it by more.
+out, and so is whether a collective is asynchronous, which the scheduler decides. Memory is compared
+with a tolerance: the packing of temporaries changes a little with every release of a compiler; an
+additional weight or activation changes it more.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Fingerprint:
         verdict: one of `verdict_names.VERDICTS`; None where the compiler refused.
         mesh: {axis: size}, axes of size 1 left out.
         sums: the collectives; never marked asynchronous.
-        memory_bytes: what a device has to hold; 0 where that is not known.
+        memory_bytes: what a device must hold; 0 where that is unknown.
     """
 
     verdict: str | None
@@ -77,12 +77,12 @@ class Fingerprint:
         for line in content["collectives"]:
             scope, pass_, kind, axes, *numbers = line.split(" ")
             key = (scope, pass_, kind, () if axes == "-" else tuple(axes.split(",")))
-            if key in sums:  # as a merge by hand leaves it
+            if key in sums:  # as a wrong merge leaves it
                 raise ValueError(f"two lines for {scope} {pass_} {kind} {axes}")
             sums[key] = CollectiveSums(**dict(zip(_FIELDS, map(int, numbers), strict=True)))
         verdict = content["verdict"]
         if verdict not in (None, *VERDICTS):
-            raise ValueError(f"no verdict: {verdict!r}")
+            raise ValueError(f"unknown verdict {verdict!r}")
         mesh = {str(axis): int(size) for axis, size in content["mesh"].items()}
         return cls(verdict, mesh, sums, int(content["memory_bytes"]))
 
@@ -149,7 +149,7 @@ def read_golden(path: Path) -> Golden:
     """Read the file of one model.
 
     Raises:
-        UserError: it is not there, or holds something else.
+        UserError: there is no such file, or it is not a golden file.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

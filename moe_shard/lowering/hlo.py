@@ -1,10 +1,10 @@
 """Parse HLO text into computations; the text format is known here and in `instructions` only.
 
-One pass finds the name and the opcode of every instruction and checks that the text is whole:
+One pass finds the name and the opcode of every instruction and checks that the text is complete:
 every `%name` that is used is defined, every computation is closed and has one root, the tables at
-the top have no gap. A file that lost lines is refused, because a table of collectives computed
-from half a program would look as good as a right one. The rest of an instruction (operands,
-attributes) is parsed when somebody asks for it, in `instructions`.
+the top have no gap. A file that lost lines is refused, because a table of collectives from half a
+program would look like a correct one. The rest of an instruction (operands, attributes) is parsed
+on first use, in `instructions`.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ _MODULE = re.compile(r"HloModule ([^\s,]+)")
 _COMPUTATION = re.compile(r"(ENTRY )?%([\w.\-]+) (?:\(.*\) -> .* )?\{(?: ?//.*)?$")
 _CLOSE = re.compile(r"\}(?:, [^\n]*)?(?: ?//.*)?$")
 _TABLE_ROW = re.compile(r'(\d+) (".*"|\{.*\})$')
-# What the partitioner takes away: where it should lay something out, and where that is done by
-# hand (shard_map).
+# Custom calls that the partitioner removes: sharding constraints, and the boundaries of shard_map.
 _FOR_THE_PARTITIONER = re.compile(r'custom_call_target="(?:Sharding|SPMD\w+|xla\.sdy\.[\w.]+)"')
 _COMPILERS_OWN = ("fusion", "all-", "reduce-scatter", "collective-", "ragged-all-to-all")
 
@@ -70,8 +69,8 @@ class Module:
     def is_before_optimization(self) -> bool:
         """Return whether no compiler has optimized it yet, so that its collectives are missing.
 
-        Compilers leave a schedule. Where there is none, what is meant for the partitioner tells,
-        or that nothing has been fused and nothing is exchanged.
+        Compilers leave a schedule. Without one, the text is taken as unoptimized if it has custom
+        calls for the partitioner, or if nothing has been fused and nothing is exchanged.
         """
         if self.is_scheduled:
             return False
@@ -100,7 +99,7 @@ class Module:
     def source(self, instruction: Instruction) -> str | None:
         """Return the `file:line` that the instruction was traced from, where known.
 
-        Of a sharding constraint it is the line that asks for it, see `stack_frames`.
+        For a sharding constraint it is the line of the caller, see `stack_frames`.
 
         Raises:
             HloParseError: when the frame is not in the tables at the top of the module.
@@ -119,7 +118,7 @@ def parse_module(text: str) -> Module:
     """Parse one HLO module as XLA dumps it, or `Compiled.as_text()` or `Lowered.as_text("hlo")`.
 
     Raises:
-        HloParseError: when the text is not one whole HLO module.
+        HloParseError: when the text is not one complete HLO module.
     """
     reader = _Reader()
     for number, line in enumerate(with_percent_signs(text).split("\n"), 1):
@@ -135,7 +134,7 @@ class _Unfinished:
         number: of the first line.
         lines: so far.
         start: what `INSTRUCTION` matched in the first line.
-        open: brackets that are open; None until somebody asks.
+        open: brackets that are open; None until it is needed.
     """
 
     number: int
@@ -202,7 +201,7 @@ class _Reader:
         if _MODULE.match(line):
             self.header = line
         elif not line.startswith("//"):
-            raise bad_line(number, line, "no HLO text: it must begin with 'HloModule'")
+            raise bad_line(number, line, "not HLO text: it must begin with 'HloModule'")
 
     def _start(self, number: int, line: str, match: re.Match[str]) -> None:
         name = match[2]
@@ -223,7 +222,7 @@ class _Reader:
 
     def finish(self) -> Module:
         if not self.header:
-            raise HloParseError("no HLO text: it is empty")
+            raise HloParseError("not HLO text: it is empty")
         if self.last is not None and len(self.last.lines) > 1:
             raise bad_line(self.last.number, self.last.lines[0], "the brackets do not match")
         if self.open is not None:

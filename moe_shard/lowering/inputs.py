@@ -12,7 +12,7 @@ from moe_shard.errors import UserError
 from moe_shard.lowering.memory import memory_from_compiled
 from moe_shard.lowering.sources import (
     before_optimization,
-    memory_beside,
+    dumped_memory,
     module_file,
     read_text,
     recorded_mesh,
@@ -49,7 +49,7 @@ class ProgramText:
     Attributes:
         text: HLO after optimization.
         mesh: {axis: size} as given, or as the executable or the run's record names it; None where
-            only the text can tell.
+            only the text can name it.
         before: the text before optimization, where there is one.
         memory: bytes per device as of `memory_from_compiled`, where it is known.
     """
@@ -81,7 +81,7 @@ def path_of(program: object) -> str | None:
 def read_program(
     program: ProgramLike, *, mesh: MeshLike | None = None, before: str | None = None
 ) -> ProgramText:
-    """Read the text of a program, and what its form tells beside the text.
+    """Read the text of a program, with the mesh and the memory where its form includes them.
 
     Args:
         program: in one of the forms of `ProgramLike`. A `jax.stages.Lowered` is compiled.
@@ -98,7 +98,7 @@ def read_program(
             read_text(file),
             sizes or recorded_mesh(file),
             before or before_optimization(file),
-            memory_beside(file),
+            dumped_memory(file),
         )
     if isinstance(program, str):
         return ProgramText(program, sizes, before)

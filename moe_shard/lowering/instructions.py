@@ -11,9 +11,9 @@ from moe_shard.errors import UserError
 INSTRUCTION = re.compile(r"\s+(ROOT )?%([\w.\-#]+) = (\S+|\(.*?\)) ([a-z][a-z0-9\-]*)\(")
 """The start of an instruction: is it the root, its name, shape and opcode."""
 
-# What is quoted, and what a comment holds, is no structure.
+# Strings and comments, which are not structure.
 _OPAQUE = re.compile(r'"(?:[^"\\]|\\.)*"|/\*.*?\*/|//[^\n]*')
-# `%tuple#1` is an element of a tuple, used where it stands: jax 0.12 prints no instruction for it.
+# `%tuple#1` is an element of a tuple: jax 0.12 prints no get-tuple-element for it.
 _NAME = re.compile(r"%([\w.\-]+(?:#\d+)*)")
 _ELEMENT = re.compile(r"%([\w.\-]+(?:#\d+)+)")
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
@@ -24,7 +24,7 @@ _CALLED = re.compile(
     r"|\b(to_apply|body|condition|calls|true_computation|false_computation"
     r"|branch_computations|called_computations)=(?:%([\w.\-]+)|\{([^}]*)\})"
 )
-# call-start is TPU's: what it calls runs on a SparseCore, beside what follows.
+# call-start is TPU's: what it calls runs on a SparseCore, concurrently with what follows.
 _CALLERS = frozenset(
     {"while", "call", "fusion", "conditional", "async-start", "call-start", "custom-call"}
 )
@@ -78,7 +78,7 @@ class Instruction:
         for piece in _split(self.attribute_text):
             key, equals, value = piece.partition("=")
             if key == "device_ids" and last == "replica_groups":
-                found[last] += f", {piece}"  # the second half of one spelling of the groups
+                found[last] += f", {piece}"  # the second half of one notation of the groups
             elif equals:
                 found[key] = value
                 last = key
@@ -115,7 +115,7 @@ class Instruction:
         """Return which parameter of its computation a `parameter` instruction is.
 
         Raises:
-            HloParseError: when it does not say.
+            HloParseError: when it has no number.
         """
         if not self.operand_text.isdecimal():
             raise self.damaged("a parameter without a number")
@@ -193,7 +193,7 @@ class Computation:
 
         Args:
             number: of its first line.
-            line: its text; attributes may go on over several lines.
+            line: its text; attributes may continue over several lines.
             start: what `INSTRUCTION` matches in it.
 
         Raises:
@@ -233,7 +233,7 @@ class Computation:
         if not self.root:
             raise bad_line(number, line, f"%{self.name} has no root")
         if set(self._numbers) != set(map(str, range(len(self._numbers)))):
-            raise bad_line(number, line, f"%{self.name} lacks a parameter, or has one twice")
+            raise bad_line(number, line, f"%{self.name} lacks a parameter or repeats one")
 
     @property
     def arity(self) -> int:
@@ -318,7 +318,7 @@ class Computation:
     def undefined(self, known: set[str]) -> tuple[int, str, str] | None:
         """Return the first use of a name that is not `known` and not defined on a line before.
 
-        XLA prints what is used before what uses it, so that nothing can depend on itself.
+        XLA prints a value before its users, so that nothing can depend on itself.
         """
         for name, (number, line) in self._not_yet.items():
             if name not in known:

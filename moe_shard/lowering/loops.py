@@ -3,7 +3,7 @@
 CPU and GPU write `known_trip_count`. TPU does not: there the condition compares an element of the
 carry with a bound, and the body adds a step to that element. Both are followed through the small
 set of operations that XLA puts in between (copies, fusions, elements that the loop only passes on).
-Anything else is answered with None, never with a guess.
+For anything else the result is None, never a guess.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moe_shard.lowering.opcodes import is_known_opcode
 
 _KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _COUNTED = '"known_induction_variable"'
-"""The compiler has found what counts the trips; so it must be found here, and agree."""
+"""The compiler found the induction variable, so it can be found here, and must agree."""
 _TRANSPARENT = frozenset({"copy", "bitcast", "convert", "reshape", "copy-done", "copy-start"})
 _FLIPPED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "NE": "NE", "EQ": "EQ"}
 _MAX_DEPTH = 200
@@ -57,7 +57,7 @@ class TripCounts:
     """Count the trips of the loops of one module.
 
     Attributes:
-        contradictions: loops of which two things are told, one sentence each.
+        contradictions: loops with two different counts, one sentence each.
     """
 
     def __init__(self, module: Module) -> None:
@@ -80,8 +80,8 @@ class TripCounts:
         followed = self._trips(self._loop(outer, loop))
         if followed not in (None, trips):
             self.contradictions.append(
-                f"loop %{loop.name} (HLO line {loop.line_number}) is said to run {trips} times, but"
-                f" its condition and step make it {followed}: the larger is counted"
+                f"loop %{loop.name} (HLO line {loop.line_number}) has known_trip_count {trips}, but"
+                f" its condition and step give {followed}: the larger is counted"
             )
         return max(trips, followed or 0)
 

@@ -14,7 +14,7 @@ UNKNOWN_AXES = ("?",)
 class MeshAxes:
     """Find the mesh axes that a set of groups runs along.
 
-    Device `device_ids[i]` stands at position i of the mesh, in row-major order of its axes.
+    Device `device_ids[i]` is at position i of the mesh, in row-major order of its axes.
     """
 
     def __init__(
@@ -23,7 +23,7 @@ class MeshAxes:
         """Check the mesh against the module.
 
         Raises:
-            UserError: when the mesh has not as many devices as the module.
+            UserError: when the mesh and the module have different numbers of devices.
         """
         size = math.prod(mesh.values())
         if size != num_devices:

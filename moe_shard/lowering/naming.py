@@ -11,13 +11,13 @@ from moe_shard.lowering.sites import Site, outputs
 
 _OP_NAME_HOPS = 6
 _LEAST_SHARE = 0.01
-"""Of a merged collective's bytes: what has less does not say which stage it is of."""
+"""An operand with a smaller part of a merged collective's bytes does not decide its stage."""
 
 
 def dominant_op_names(op_name: str, site: Site) -> str:
     """Return the op_names of merged operands that carry at least 1 % of the bytes.
 
-    Else the few bytes of an exchange of counts would lend their stage to an attention weight.
+    Otherwise a few bytes of token counts would decide the stage of an attention weight.
     """
     names = merged_names(op_name)
     sizes = [shape_bytes(each) for each in tuple_elements(outputs(site))]
@@ -30,8 +30,8 @@ def dominant_op_names(op_name: str, site: Site) -> str:
 def stage_of_exchange(site: Site, pass_: str) -> str:
     """Return dispatch or combine for an unnamed exchange next to the experts.
 
-    GPU's compiler drops the names of ragged exchanges. Forward, tokens go to the experts in
-    dispatch and come from them in combine; gradients take the ways in the other direction.
+    GPU's compiler drops the names of ragged exchanges. In the forward pass, tokens go to the
+    experts in dispatch and come back in combine; gradients move in the opposite direction.
     """
     made = _nearest(site.computation, site.instruction, _producers)
     from_experts = made is not None and classify(made.op_name)[0] == "experts"
@@ -41,8 +41,8 @@ def stage_of_exchange(site: Site, pass_: str) -> str:
 def named_instruction(site: Site) -> Instruction | None:
     """Return the instruction whose op_name shows what a collective is for.
 
-    That is itself or the one that calls it. XLA drops the op_name of collectives that it merges,
-    moves or makes up; then it is the nearest producer's, or, where that belongs to no stage of the
+    That is the collective or its caller. XLA drops the op_name of collectives that it merges, moves
+    or inserts; then the nearest producer's is used, or, where that belongs to no stage of the
     model, the nearest consumer's: a weight is gathered for the product that uses it.
     """
     if site.instruction.op_name:
@@ -77,7 +77,7 @@ def _nearest(
 
 def _producers(_computation: Computation, instruction: Instruction) -> list[str]:
     if instruction.opcode.startswith("ragged-all-to-all"):
-        return instruction.operands[:1]  # the rows; the others are where they go
+        return instruction.operands[:1]  # the tokens; the others are offsets and sizes
     return instruction.operands
 
 

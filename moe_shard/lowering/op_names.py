@@ -35,7 +35,7 @@ FOREIGN: Mapping[str, str] = {
 # `jit(loss)` names a function, not a scope.
 _FUNCTION = re.compile(r"\bp?jit\([^()]*\)")
 _WORD = re.compile(r"[A-Za-z_][\w\-]*")
-# Of merged ops the first of these speaks for all: a weight must not hide behind a neighbour.
+# A merged op has the first of these stages that it contains, so that no weight is hidden.
 _PRECEDENCE = ("experts", "dispatch", "combine")
 
 
@@ -44,11 +44,11 @@ def classify(op_name: str, stages: Mapping[str, str] | None = None) -> tuple[str
 
     Args:
         op_name: the path.
-        stages: {a word of the path: the stage it stands for}, beside `SCOPES` and `FOREIGN`.
+        stages: {a word in the path: the stage it stands for}, besides `SCOPES` and `FOREIGN`.
 
     Returns:
         The innermost of `SCOPES` in the path, or "other"; and "forward", "backward", "optimizer",
-        or "unknown" when the name is no path of a traced program.
+        or "unknown" when the name is not a path in a traced program.
     """
     known = {**FOREIGN, **(stages or {})}
     parts = [(_scope(part, known), part) for part in merged_names(op_name)]
@@ -59,7 +59,7 @@ def classify(op_name: str, stages: Mapping[str, str] | None = None) -> tuple[str
             break
     scope = named[0][0] if named else "other"
     passes = [_pass(scope, part) for each, part in parts if each == scope]
-    # A loss merged with a gradient is small beside it.
+    # A loss merged with a gradient is small compared to it.
     return scope, "backward" if "backward" in passes else (passes or ["unknown"])[0]
 
 
@@ -74,7 +74,7 @@ def _pass(scope: str, part: str) -> str:
         return "optimizer"
     if "transpose(" in part or "rematted_computation" in part:
         return "backward"
-    # The name of a parameter, `params['experts']`, says nothing of when it is used.
+    # The name of a parameter, `params['experts']`, does not show when it is used.
     return "forward" if "/" in part or "(" in part else "unknown"
 
 

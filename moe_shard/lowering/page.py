@@ -1,7 +1,7 @@
 """Render the lowering report as one HTML page, two programs side by side.
 
-The page needs no network and runs no script; its policy forbids both. Whatever comes from a
-program's text is escaped: HLO from elsewhere may hold anything.
+The page needs no network and runs no script; its content policy forbids both. All text from a
+program is escaped: HLO of unknown origin may contain anything.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Panel:
         report: what it lowers to.
         lines: more about it, a sentence each (bounds, estimates).
         hbm_bytes: memory that a device has; None where it is not known.
-        refusal: why there is no program; the compiler's own words.
+        refusal: why there is no program, in the compiler's words.
     """
 
     title: str
@@ -60,8 +60,8 @@ def render_page(title: str, panels: Sequence[Panel]) -> str:
 <body>
 <header>
 <h1>{html.escape(title)}</h1>
-<p class="soft">Collectives of one training step, output bytes per device. Bars of both sides have
-one scale. Read from the compiled program.</p>
+<p class="soft">Collectives of one training step, output bytes per device, read from the compiled
+program. Both sides have the same scale.</p>
 </header>
 <main class="panels">
 {body}
@@ -93,11 +93,11 @@ def _panel(panel: Panel, widest: int, most: int) -> str:
         parts += ["<h3>Bytes by stage and mesh axis</h3>", *_bars(stages, widest), _legend(stages)]
         parts += ["<h3>Memory of a device</h3>", _memory(panel, most)]
     if panel.lines:
-        parts.append("<h3>Against the least possible</h3>")
+        parts.append("<h3>Compared with the lower bounds</h3>")
         parts += [f"<p>{html.escape(line)}</p>" for line in panel.lines]
     parts += [f'<p class="warning">{html.escape(line)}</p>' for line in panel.report.warnings]
     if panel.report.collectives:
-        parts += ["<h3>Every collective, and where it comes from</h3>", _table(panel.report)]
+        parts += ["<h3>All collectives and their source lines</h3>", _table(panel.report)]
     return '<section class="panel">\n' + "\n".join(parts) + "\n</section>"
 
 
@@ -163,12 +163,12 @@ def _parts(memory: dict[str, int]) -> dict[str, int]:
 def _memory(panel: Panel, most: int) -> str:
     parts = _parts(panel.report.memory or {})
     if not parts:
-        return "<p>not told by a program's text</p>"
+        return "<p>not in the program's text</p>"
     whole = max(most, sum(parts.values()))
-    has = f"of {human_bytes(panel.hbm_bytes)}" if panel.hbm_bytes else "in all"
-    told = "; ".join(f"{_MEMORY[name]} {human_bytes(size)}" for name, size in parts.items())
+    has = f"of {human_bytes(panel.hbm_bytes)}" if panel.hbm_bytes else "total"
+    listed = "; ".join(f"{_MEMORY[name]} {human_bytes(size)}" for name, size in parts.items())
     peak = (panel.report.memory or {}).get("peak_bytes")
-    told += f"; at most {human_bytes(peak)} live at once" if peak else ""
+    listed += f"; at most {human_bytes(peak)} live at once" if peak else ""
     legend = "".join(
         f'<li><span class="bar {name}"></span>{_MEMORY[name]}</li>'
         for name, size in parts.items()
@@ -176,7 +176,7 @@ def _memory(panel: Panel, most: int) -> str:
     )
     return (
         _row("one device", has, _segments(parts, whole), sum(parts.values()))
-        + f'<ul class="legend">{legend}</ul><p class="soft">{html.escape(told)}</p>'
+        + f'<ul class="legend">{legend}</ul><p class="soft">{html.escape(listed)}</p>'
     )
 
 

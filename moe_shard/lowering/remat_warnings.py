@@ -1,10 +1,10 @@
 """Parse the partitioner's "involuntary full rematerialization" warnings.
 
-When the SPMD partitioner finds no direct way from one layout of a tensor to another it replicates
-the tensor on every device and cuts it again. It writes that to the process's standard error in C++,
-in a line of 700 characters; nothing of it reaches Python. Whoever compiles a program takes those
-lines out of standard error by their `MARK`, `parse` reads one, and `summarize` makes one readable
-line of all that stand in one stage of the model.
+When the SPMD partitioner cannot convert directly from one layout of a tensor to another, it
+replicates the tensor on every device and slices it again. It reports that on the process's standard
+error from C++, in a line of 700 characters that does not reach Python. The caller who compiles a
+program collects those lines from standard error by their `MARK`, `parse` reads one, and `summarize`
+writes one readable line per stage of the model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moe_shard.lowering.shapes import shape_bytes
 from moe_shard.units import human_bytes
 
 MARK = "Involuntary full rematerialization"
-"""What stands in each of these lines, however the rest is worded."""
+"""Text that each of these lines contains, whatever the rest of its wording."""
 
 _SHARDINGS = re.compile(
     r"from sharding (\{.*?\}|@?mesh.*?) to (\{.*?\}|@?mesh.*?) (?=efficiently|without)"
@@ -67,11 +67,11 @@ def parse(line: str, module: Module | None = None) -> RematWarning | None:
     """Read one line of the partitioner.
 
     Args:
-        line: the line as it stands on standard error.
+        line: the line of standard error.
         module: the compiled module, whose tables give the source line.
 
     Returns:
-        The warning; None for any other line, and for one in a wording this reader does not know.
+        The warning; None for any other line, and for one in an unknown wording.
     """
     shardings, operation = _SHARDINGS.search(line), _OPERATION.search(line)
     if MARK not in line or shardings is None or operation is None:
@@ -105,7 +105,7 @@ def _parts(sharding: str, shape: str) -> int:
         return 1
     dims = re.search(r"\[([\d,]*)\]", shape)
     rank = len([size for size in dims[1].split(",") if size]) if dims else 0
-    # Further entries count devices that hold the same part.
+    # Further entries count devices that hold the same shard.
     return math.prod([int(count) for count in tiles[1].split(",")][:rank])
 
 
@@ -118,7 +118,7 @@ def _source(line: str, module: Module | None) -> str | None:
     try:
         return module.source(Instruction("", "", "", "", f"stack_frame_id={frame[1]}", 0))
     except HloParseError:
-        return None  # the frame was of another module
+        return None  # the frame belongs to another module
 
 
 def count_lines(lines: Sequence[str]) -> int:
@@ -143,12 +143,12 @@ def summarize(lines: Sequence[str], module: Module | None = None) -> list[str]:
             unread += 1
         else:
             scopes.setdefault(warning.scope, []).append(warning)
-    told = sorted(scopes.items(), key=lambda item: -sum(each.bytes for each in item[1]))
-    sentences = [_sentence(scope, warnings) for scope, warnings in told]
+    ordered = sorted(scopes.items(), key=lambda item: -sum(each.bytes for each in item[1]))
+    sentences = [_sentence(scope, warnings) for scope, warnings in ordered]
     if unread:
         sentences.append(
-            f"involuntary full rematerialization: {unread} that the compiler words in a way this "
-            "reader does not know"
+            f"involuntary full rematerialization: {unread} in a wording of the compiler that is "
+            "unknown here"
         )
     return sentences
 

@@ -1,7 +1,7 @@
 """Parse the three notations of replica groups, and the source-target pairs of a permute.
 
 {{0,1},{2,3}}                                   listed; {} means all devices in one group
-[4,2]<=[2,4]T(1,0)                              iota: 0..7 as [2,4], transposed, cut into rows
+[4,2]<=[2,4]T(1,0)                              iota: 0..7 as [2,4], transposed, cut into groups
 mesh['axis_0'=2,'axis_1'=4] {'axis_1'}          the groups along some axes of the op's own mesh
 mesh['a'=8], device_ids=([2,4]T(1,0)) {'a':(2)4}    that mesh permuted; a part of an axis
 """
@@ -29,10 +29,10 @@ def parse_groups(text: str, num_devices: int) -> DeviceGroups:
 
     Args:
         text: the value of `replica_groups`.
-        num_devices: how many devices run the module; what `{}` stands for.
+        num_devices: how many devices run the module; `{}` means all of them.
 
     Raises:
-        HloParseError: for a spelling that is none of those above, or one that does not add up.
+        HloParseError: for an unknown notation, or one that is inconsistent.
     """
     try:
         groups = _parse(text.strip(), num_devices)
@@ -50,10 +50,10 @@ def parse_pairs(text: str) -> list[tuple[int, int]]:
     """Parse the source-target pairs of a collective-permute, `{{0,1},{1,0}}`.
 
     Raises:
-        HloParseError: when the text is no list of pairs.
+        HloParseError: when the text is not a list of pairs.
     """
     if not _LISTED.fullmatch(text.strip()):
-        raise HloParseError(f"unknown spelling of source-target pairs: {text[:80]}")
+        raise HloParseError(f"unknown notation of source-target pairs: {text[:80]}")
     pairs = [_integers(pair) for pair in re.findall(r"\{([\d, ]+)\}", text)]
     if any(len(pair) != 2 for pair in pairs):
         raise HloParseError(f"source-target pairs are not pairs: {text[:80]}")
@@ -77,7 +77,7 @@ def _parse(text: str, num_devices: int) -> DeviceGroups:
         return [devices[start : start + width] for start in range(0, len(devices), width)]
     if mesh := _MESH.fullmatch(text):
         return _mesh_groups(mesh[1], mesh[2], mesh[3])
-    raise HloParseError(f"unknown spelling of replica groups: {text[:80]}")
+    raise HloParseError(f"unknown notation of replica groups: {text[:80]}")
 
 
 def iota_ids(dims: Sequence[int], permutation: Sequence[int] = ()) -> list[int]:
@@ -97,7 +97,7 @@ def _mesh_groups(axes_text: str, devices_text: str | None, refs_text: str) -> De
     sizes = {name: int(size) for name, size in _MESH_AXIS.findall(axes_text)}
     total = math.prod(sizes.values())
     devices = _mesh_devices(devices_text, total)
-    # Split every axis that is named in part, so that each part is an axis of its own.
+    # Split every axis that is used in part, so that each part is an axis of its own.
     dims: list[int] = []
     chosen: list[int] = []
     parts: dict[str, list[tuple[int, int]]] = {}
@@ -112,7 +112,7 @@ def _mesh_groups(axes_text: str, devices_text: str | None, refs_text: str) -> De
             done = before * size
         dims.append(axis_size // done)
     if parts or math.prod(dims) != total:
-        raise ValueError("an axis is not of the mesh, or not divided by its part")
+        raise ValueError("an axis is not in the mesh, or its part does not divide it")
     others = [dim for dim in range(len(dims)) if dim not in chosen]
     order = iota_ids(dims, [*others, *chosen])
     width = math.prod(dims[dim] for dim in chosen)
@@ -130,5 +130,5 @@ def _mesh_devices(text: str | None, total: int) -> list[int]:
     else:
         devices = _integers(text)
     if len(devices) != total:
-        raise ValueError("the device ids are not as many as the mesh has devices")
+        raise ValueError("the mesh has another number of devices than there are device ids")
     return devices

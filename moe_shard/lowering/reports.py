@@ -30,7 +30,7 @@ _VERDICT_STYLES = {
 
 _TEXT_WIDTH = 120
 
-# Marks that only one backend leaves in optimized HLO.
+# Text that only one backend leaves in optimized HLO.
 _TPU = re.compile(r"\d:T\(\d|\{:T\(\d")
 _GPU = re.compile(r'__gpu\$|__cublas|__cudnn|__triton|"gpu_backend_config"|"operation_queue_id"')
 _CPU = re.compile(r'__ynn|__onednn\$|"outer_dimension_partitions"|"known_init_step"|xla_cpu')
@@ -48,10 +48,10 @@ class LoweringReport:
         collectives: in the order of the program text.
         totals: {kind: {"count", "bytes"}} per step, bytes being output bytes per device.
         memory: bytes per device as of `memory_from_compiled`, or None.
-        warnings: what could not be told, one sentence each.
+        warnings: what is unknown or not counted, one sentence each.
         rematerializations: how often the partitioner replicated a tensor to re-shard it.
         extraction: what the table was read from; None for a step that was not compiled.
-        reasons: what the verdict rests on, a line each.
+        reasons: what the verdict is based on, a line each.
     """
 
     backend: str
@@ -163,14 +163,14 @@ def report_from_text(
         expert_axes: the mesh axes of the experts; without them, the axis called "expert", or, where
             there is none, those over which the experts' weights are split.
         before: the text of the module before optimization, which names the mesh.
-        stages: {a word of a scope: the stage it stands for}, beside those that are known.
+        stages: {a word in a scope: the stage it stands for}, in addition to the known ones.
         memory: bytes per device, see `memory_from_compiled`.
         backend: "cpu", "tpu" or "gpu"; guessed from the text when None.
         partitioner_log: lines with `remat_warnings.MARK` that the compiler wrote meanwhile.
         count_further_rounds: see `extract_collectives`.
 
     Raises:
-        UserError: when the text is not one whole HLO module, or the mesh is not of its size.
+        UserError: when the text is not one complete HLO module, or the mesh is not of its size.
     """
     extraction = extract_collectives(
         text,
@@ -210,7 +210,7 @@ def _unnamed(extraction: Extraction) -> list[str]:
     if extraction.mesh.origin != "unnamed" or not extraction.collectives:
         return []
     names = ",".join(f"{axis}={size}" for axis, size in extraction.mesh.sizes.items())
-    return [f"the text does not name its mesh: it is shown as {names}, --mesh gives it names"]
+    return [f"the text does not name its mesh: it is shown as {names}; name it with --mesh"]
 
 
 def guess_backend(text: str) -> str:

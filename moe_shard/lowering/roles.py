@@ -1,6 +1,6 @@
 """Determine from the program's dataflow what each collective is for (see `flow`).
 
-Roles do not depend on the names of scopes or parameters, and so hold for anyone's program.
+Roles do not depend on the names of scopes or parameters, so they apply to anyone's program.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ ROLES = (
 )
 """What a collective is for.
 
-weight-gather: a parameter (or a part of it, or one device's to another's) is moved to where it is
-    used, by whatever kind of collective.
+weight-gather: a parameter, or a shard of it, is moved to where it is used, by any kind of
+    collective.
 gradient-reduction: the gradient of a parameter is summed over devices.
-update: an updated parameter, or its optimizer state, is put together.
-token-exchange: rows of tokens travel to their experts' devices or back, or their gradients do.
+update: an updated parameter, or its optimizer state, is gathered.
+token-exchange: tokens move to their experts' devices or back, or their gradients do.
 activation-exchange, -gather, -reduction: the same for any other computed data.
 routing: indices, counts, offsets, one-hot masks of a router.
-statistics: losses, norms, counts: no more than `STATISTICS_BYTES`.
-unknown: the text does not tell.
+statistics: losses, norms, counts: at most `STATISTICS_BYTES`.
+unknown: it cannot be read from the text.
 """
 
 EXPERT_AXIS = "expert"
-"""The mesh axis of the experts where nothing else is said."""
+"""The mesh axis of the experts unless the caller names others."""
 STATISTICS_BYTES = 1024
-"""Scalars, token counts and offsets: up to 256 experts of 4 bytes."""
+"""The size of scalars, token counts and offsets: up to 256 experts, 4 bytes each."""
 _LEAST_SHARE = 0.01
 _PERMUTES = "collective-permute"
 
@@ -67,8 +67,8 @@ class Role:
     Attributes:
         name: one of `ROLES`.
         parameters: positions of the parameters that it moves, or whose gradients; () for data.
-        of_experts: these are weights of experts, or it moves rows that are theirs.
-        after_experts: the rows come from experts.
+        of_experts: these are weights of experts, or it moves tokens of experts.
+        after_experts: the tokens are expert outputs.
     """
 
     name: str
@@ -79,8 +79,8 @@ class Role:
     def stage(self, pass_: str) -> str:
         """Return the MoE stage of a collective that has no known scope.
 
-        Forward, tokens go to the experts in dispatch and come from them in combine; gradients take
-        the ways in the other direction.
+        In the forward pass, tokens go to the experts in dispatch and come back in combine; in the
+        backward pass, their gradients move in the opposite direction.
         """
         if self.name == "routing":
             return "router"
@@ -91,8 +91,8 @@ class Role:
         return "combine" if self.after_experts == (pass_ != "backward") else "dispatch"
 
 
-# Of what a compiler merges into one collective, the first of these speaks for all: experts'
-# weights must not hide behind a neighbour.
+# A merged collective has the first of these roles that one of its operands has, so that expert
+# weights are not hidden by another operand.
 _PRECEDENCE = (
     ("weight-gather", True),
     ("gradient-reduction", True),
@@ -133,29 +133,29 @@ class Roles:
         if not self.flow.experts:
             self._assume(module, expert_axes)
         flow = self.flow
-        _tell_inputs(flow)
+        _find_inputs(flow)
         self._weights = _weights(flow)
         self._near = 0
         for product in flow.products.values():
-            self._near |= product.rows_via
+            self._near |= product.tokens_via
         self._updates = _updated(flow, self._weights)
 
     def _assume(self, module: Module, expert_axes: Sequence[str]) -> None:
         """Look for experts in a program whose router compares nothing: soft gates, fixed slots.
 
-        A dim of weights counts them that is a batch dim of products, is split over the experts'
-        axis (over any, where that has no name), and is as large as a vector of scores: an
-        exponential or a sigmoid of so many numbers. The heads of attention, and of an MLP, have no
-        such scores. And products of that kind follow each other, as those of an MLP do.
+        A dim of a weight counts experts if it is a batch dim of products, is split over the
+        experts' axis (over any axis, where that has no name), and is as large as a vector of
+        scores: the input of an exponential or a sigmoid. Heads of attention have no such scores.
+        Also, one such product must follow another, as in an MLP.
 
-        Where the axis is called "expert", it is enough that what a split stack of matrices
-        multiplies came through an all-to-all.
+        Where the axis is called "expert", it is enough that a split stack of matrices multiplies
+        data that came through an all-to-all.
         """
         wanted = set(expert_axes)
         scored = self.flow.scored
 
         def counts_experts(parameter: Parameter, dim: int) -> bool:
-            if not parameter.is_told:
+            if not parameter.is_known:
                 return bool(wanted and scored)
             if not {parameter.sizes[dim], parameter.global_sizes[dim]} & scored:
                 return False
@@ -163,7 +163,7 @@ class Roles:
             return bool(wanted & set(axes)) if wanted else bool(axes)
 
         def is_split(parameter: Parameter, dim: int) -> bool:
-            return EXPERT_AXIS in self.split_axes(parameter, dim) or not parameter.is_told
+            return EXPERT_AXIS in self.split_axes(parameter, dim) or not parameter.is_known
 
         assumed = evaluate(module, Assumption(counts_experts), self._shardings)
         if any(product.after for product in assumed.products.values()):
@@ -186,8 +186,8 @@ class Roles:
         """Return the mesh axes over which the expert dims of the experts' weights are split.
 
         Args:
-            along: {collective: its axes}, for a text that does not say how parameters are split:
-                those along which experts are gathered, or rows travel to them.
+            along: {collective: its axes}, for a text without the parameters' shardings: then the
+                axes along which experts are gathered, or tokens move to them.
         """
         found: dict[str, None] = {}
         for position, dims in self.flow.experts.items():
@@ -215,17 +215,17 @@ class Roles:
     ) -> bool:
         """Return whether any dim of a parameter is split over any of these axes.
 
-        Where the text does not say, it is if it is gathered over them, or rows travel to it.
+        Where the text has no sharding, it is if it is gathered over them, or tokens move to it.
         """
         parameter = self.flow.parameters[position]
         wanted = set(axes)
-        if parameter.is_told:
+        if parameter.is_known:
             dims = range(len(parameter.sizes))
             return any(wanted & set(self.split_axes(parameter, dim)) for dim in dims)
         via = 0
         for product in self.flow.products.values():
             if product.parameter == position:
-                via |= product.weights_via | product.rows_via
+                via |= product.weights_via | product.tokens_via
         return any(
             via >> at & 1 and wanted & set(along.get(site, ()))
             for site, at in self.flow.indices.items()
@@ -250,12 +250,12 @@ class Roles:
         states = self.flow.sites.get(site)
         if not states or len(states) > len(shapes):
             return Role("unknown")
-        told = [
+        sized = [
             (shape_bytes(shape), self._of_operand(site, kind, state, shape))
             for state, shape in zip(states, shapes, strict=False)
         ]
-        least = _LEAST_SHARE * sum(size for size, _ in told)
-        large = [each for each in told if each[0] >= least]
+        least = _LEAST_SHARE * sum(size for size, _ in sized)
+        large = [each for each in sized if each[0] >= least]
         weights = Counter[tuple[str, bool]]()
         for size, role in large:
             weights[role.name, role.of_experts] += size
@@ -277,39 +277,39 @@ class Roles:
                 return Role("weight-gather", tuple(positions), bool(main))
             if not origin.params:
                 return Role("routing")
-        told = self._updates.get(bit, ())
-        if told and not self._is_gradient(kind, state, size, told):
-            told = ()  # it only shares an output with them: a loss merged with gradients
-        experts = tuple(each for each in told if each in flow.experts)
-        if experts or (state.marks & EXPERT_GRADIENT and not told):
+        updated = self._updates.get(bit, ())
+        if updated and not self._is_gradient(kind, state, size, updated):
+            updated = ()  # it only shares an output with gradients, as a loss merged with them
+        experts = tuple(each for each in updated if each in flow.experts)
+        if experts or (state.marks & EXPERT_GRADIENT and not updated):
             if size <= STATISTICS_BYTES:
                 return Role("statistics")
             gathers = kind in ("all-gather", "collective-broadcast")
             name = "update" if gathers else "gradient-reduction"
             return Role(name, experts or tuple(flow.experts), True)
         if state.marks & UPDATED and kind not in ("all-reduce", "reduce-scatter"):
-            return Role("update", told)
+            return Role("update", updated)
         after = bool(state.marks & EXPERT_OUTPUT)
         near = after or bool(self._near & bit)
         is_mask = state.marks & (INDICES | MASK) and not state.marks & ROUTED
         if is_mask and not (near and kind in EXCHANGE_KINDS):
             return Role("routing")
         if kind in EXCHANGE_KINDS or (kind == _PERMUTES and state.marks & ROUTED):
-            rows = near and bool(state.marks & ROUTED or flow.assumed)
-            return Role("token-exchange" if rows else "activation-exchange", (), rows, after)
-        if told and kind != "all-gather":
+            tokens = near and bool(state.marks & ROUTED or flow.assumed)
+            return Role("token-exchange" if tokens else "activation-exchange", (), tokens, after)
+        if updated and kind != "all-gather":
             small = size <= STATISTICS_BYTES
-            return Role("statistics") if small else Role("gradient-reduction", told)
+            return Role("statistics") if small else Role("gradient-reduction", updated)
         if size <= STATISTICS_BYTES:
             return Role("statistics")
         if kind == _PERMUTES:
             return Role("activation-exchange", (), near, after)
         gathers = kind in ("all-gather", "collective-broadcast")
-        # A vector is no row of anything: the gradient of a norm's scale.
-        rows = near and not shape.startswith("(") and sum(n > 1 for n in array_dims(shape)) > 1
-        return Role("activation-gather" if gathers else "activation-reduction", (), rows, after)
+        # A vector holds no tokens: it is the gradient of a norm's scale.
+        tokens = near and not shape.startswith("(") and sum(n > 1 for n in array_dims(shape)) > 1
+        return Role("activation-gather" if gathers else "activation-reduction", (), tokens, after)
 
-    def _is_gradient(self, kind: str, state: State, size: int, told: tuple[int, ...]) -> bool:
+    def _is_gradient(self, kind: str, state: State, size: int, updated: tuple[int, ...]) -> bool:
         """Return whether a value that flows into parameters' outputs is part of their gradients."""
         if state.marks & EXPERT_GRADIENT:
             return True
@@ -317,19 +317,19 @@ class Roles:
             return bool(state.marks & GRADIENT) and not state.marks & ROUTED
         if state.marks & (GRADIENT | UPDATED):
             return True
-        # Those of vectors are sums, no products; in half or twice the parameter's width, or not.
-        return any(2 * size % self.flow.parameters[each].bytes == 0 for each in told)
+        # Gradients of vectors are sums, not products, in half, once or twice the parameter's width.
+        return any(2 * size % self.flow.parameters[each].bytes == 0 for each in updated)
 
 
 def _positions(bits: int) -> list[int]:
     return [at for at in range(bits.bit_length()) if bits >> at & 1]
 
 
-def _tell_inputs(flow: Flow) -> None:
+def _find_inputs(flow: Flow) -> None:
     """Distinguish inputs from weights where a product has two parameters.
 
-    What met a weight is data. Between two that are not known, it is the one that met more others: a
-    model's input meets several weights, each of which meets only it.
+    What is multiplied with a weight is data. Of two unknown parameters, the one that is multiplied
+    with more others is data: an input meets several weights, each of which meets only the input.
     """
     for one, others in flow.met.items():
         for other in others:
@@ -361,8 +361,8 @@ def _weights(flow: Flow) -> set[int]:
 def _updated(flow: Flow, weights: set[int]) -> dict[int, tuple[int, ...]]:
     """Return {bit of a collective: the parameters into whose outputs its result flows}.
 
-    Of a program's outputs, those of the shape of a weight are its gradient or its successor; equal
-    shapes go together in the order in which they stand, as the leaves of two equal trees do.
+    An output of the shape of a weight is its gradient or its updated value. Weights and outputs of
+    equal shape are paired in order, as the leaves of two equal trees are.
     """
     by_shape: dict[str, list[int]] = {}
     for position in sorted(weights):

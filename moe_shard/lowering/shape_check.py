@@ -14,16 +14,16 @@ def sizes_fit(
     """Compare the numbers of elements; types may differ, as XLA accumulates in wider ones.
 
     Args:
-        computation: where the collective stands.
+        computation: the computation that the collective is in.
         instruction: the collective.
         kind: one of `walk.KINDS`.
-        outputs: the shape of what comes out, a tuple where it is several arrays.
+        outputs: the shape of the output, a tuple where it is several arrays.
         group_size: devices that exchange with each other.
     """
     operands = instruction.operands
-    if kind == "ragged-all-to-all":  # the buffer that it fills is its second operand
+    if kind == "ragged-all-to-all":  # the output buffer is its second operand
         operands = operands[1:2]
-    elif kind == "collective-permute":  # with further ones it writes into a buffer
+    elif kind == "collective-permute":  # further operands are an output buffer
         operands = operands[:1]
     shapes = [computation.instruction(name).shape for name in operands]
     taken = [number for shape in shapes for number in _elements(shape)]

@@ -37,7 +37,7 @@ def shape_bytes(shape: str) -> int:
     A dim with a dynamic size (`<=8`) counts with its bound; padding by tiling is not counted.
 
     Raises:
-        UserError: for an element type this module does not know, or a shape without an array.
+        UserError: for an unknown element type, or a shape without an array.
     """
     arrays = _ARRAY.findall(shape)
     if not arrays and shape != "()":

@@ -1,6 +1,6 @@
 """Parse how ENTRY parameters are split over devices, and the mesh that a text names.
 
-Four spellings of one thing:
+Four notations of one thing:
 
     sharding={replicated}                                      every device has all of it
     sharding={devices=[4,1,2]<=[2,4]T(1,0) last_tile_dim_replicate}    parts per dim, device order
@@ -66,8 +66,8 @@ class Split:
 
     Attributes:
         parts: of each dim.
-        device_groups: for each dim, the groups of devices that hold the parts of one line of it;
-            empty for a dim that is whole.
+        device_groups: for each dim, groups of devices whose shards together cover that dim; empty
+            for a dim that is whole.
     """
 
     parts: tuple[int, ...]
@@ -132,7 +132,7 @@ def _by_names(sharding: str, named: re.Match[str], rank: int) -> Split | None:
     dims = _DIM_AXES.findall(rest[opened : rest.rfind("]")])
     if len(dims) != rank:
         return None
-    # Every axis, cut where a dim takes only a part of it, is one dim of the grid of devices.
+    # Every axis, cut where a dim uses only a part of it, is one dim of the grid of devices.
     wanted = [_AXIS_REF.findall(dim) for dim in dims]
     grid: list[int] = []
     place: dict[tuple[str, int], list[int]] = {}
@@ -202,7 +202,7 @@ def mesh_of_shardings(shardings: Iterable[str], num_devices: int) -> NamedMesh |
 
     Args:
         shardings: values of `sharding=`.
-        num_devices: of the module; a mesh of another size is not the program's.
+        num_devices: of the module; a mesh of another size is ignored.
     """
     for sharding in shardings:
         if match := _MESH_SHARDING.match(sharding):
@@ -215,7 +215,7 @@ def mesh_of_shardings(shardings: Iterable[str], num_devices: int) -> NamedMesh |
 def mesh_of_groups(text: str, num_devices: int) -> NamedMesh | None:
     """Return the mesh that the groups of collectives name (jax 0.12), if they do.
 
-    Other collectives of the same text count the partitioner's own axis_0, axis_1, ...
+    Other collectives of the same text use the partitioner's own axis_0, axis_1, ...
     """
     found = [
         mesh
@@ -238,14 +238,14 @@ def mesh_before_optimization(text: str, num_devices: int) -> NamedMesh | None:
 
     Args:
         text: the module, of which only the header is read.
-        num_devices: of the program; a mesh of another size is not its.
+        num_devices: of the program; a mesh of another size is ignored.
 
     Raises:
         HloParseError: the text is no HLO module.
     """
     header = text[: text.find("\n")] if "\n" in text else text
     if not header.startswith("HloModule"):
-        raise HloParseError("no HLO text: it must begin with 'HloModule'")
+        raise HloParseError("not HLO text: it must begin with 'HloModule'")
     meshes = _HEADER_MESHES.search(header)
     for axes, devices in _SDY_MESH.findall(meshes[1]) if meshes else ():
         mesh = _named_mesh(axes, devices or None)
@@ -257,7 +257,7 @@ def mesh_before_optimization(text: str, num_devices: int) -> NamedMesh | None:
 def shardings_before_optimization(text: str) -> dict[int, str]:
     """Return {position: sharding} of the ENTRY parameters of a module before optimization.
 
-    The optimized text of jax 0.12 does not say how parameters are split; this one does.
+    The optimized text of jax 0.12 has no shardings of parameters; this one has.
     """
     start = text.find("\nENTRY ")
     end = text.find("\n}", start)
@@ -270,8 +270,8 @@ def shardings_before_optimization(text: str) -> dict[int, str]:
 def unnamed_mesh(text: str, num_devices: int) -> NamedMesh:
     """Return a mesh with axes axis_0, axis_1, ... that the text's groups of devices fit.
 
-    The text counts all devices in several shapes (`<=[2,4]`, `mesh['axis_0'=2,'axis_1'=4]`); the
-    mesh is the coarsest that refines all of them.
+    The text arranges all devices in several shapes (`<=[2,4]`, `mesh['axis_0'=2,'axis_1'=4]`); the
+    mesh is the coarsest one that refines all of them.
     """
     counted = {tuple(_integers(dims)) for dims in set(_COUNTED.findall(text))}
     for axes in set(_MESH.findall(text)):

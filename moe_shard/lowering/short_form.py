@@ -1,7 +1,7 @@
 """Convert HLO text without percent signs, as `Lowered.as_text("hlo")` prints it, to the usual form.
 
-XLA prints names as `%name` or, in its short form, as `name`. In the short form a name is told by
-where it stands: after `ENTRY` or at the start of a line, before the `=` of an instruction, as the
+XLA prints names as `%name` or, in its short form, as `name`. In the short form a name is recognized
+by its position: after `ENTRY` or at the start of a line, before the `=` of an instruction, as the
 last word of an operand, and as the value of the attributes that call something.
 """
 

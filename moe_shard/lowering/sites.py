@@ -42,12 +42,12 @@ def find_sites(walk: Executions) -> list[Site]:
 def _site(walk: Executions, computation: Computation, instruction: Instruction) -> Site:
     kind = OPCODES[instruction.opcode]
     devices = "source_target_pairs" if kind == "collective-permute" else "replica_groups"
-    if devices not in instruction.attributes:  # compilers always write it, if only {}
+    if devices not in instruction.attributes:  # compilers always write it, even if it is {}
         raise instruction.damaged(f"without {devices}")
     if kind == "all-reduce" and computation.name in walk.fused:
         parts = _group_size(walk.module, instruction)
         if parts > 1 and keeps_one_shard(walk.module, computation, instruction, parts):
-            kind = "reduce-scatter"  # how TPU spells it: a fusion of an all-reduce and a slice
+            kind = "reduce-scatter"  # TPU writes it as a fusion of an all-reduce and a slice
     return Site(
         instruction,
         kind,
@@ -69,22 +69,22 @@ def _group_size(module: Module, instruction: Instruction) -> int:
 def _without_copies(sites: list[Site]) -> list[Site]:
     """Keep one site for each run of TPU's async collective fusion.
 
-    Such a collective is started in one fusion, carried through others (also inside loops), and
-    finished in one more; each of them repeats the instruction. channel_id does not tell them apart
-    from others (shard_map gives all its collectives channel 1), the start does.
+    Such a collective is started in one fusion, passed through others (also inside loops), and
+    finished in another; each repeats the instruction. channel_id does not distinguish them from
+    other collectives (shard_map gives all of its own channel 1), the start does.
     """
     families: dict[tuple[str, int | None, str, str], list[Site]] = {}
     for site in sites:
         instruction = site.instruction
         channel = instruction.integer("channel_id")
-        # The copies differ in layout, which says where in a chip's memory they write.
+        # The copies differ in layout, which includes the memory space that they write to.
         shape = _LAYOUT.sub("", instruction.shape)
         key = (site.kind, channel, instruction.op_name, shape)
         families.setdefault(key, []).append(site)
     kept: list[Site] = []
     for family in families.values():
         parts = [(_async_part(site.computation), site) for site in family]
-        # Under one key may also stand a collective that no async fusion touches.
+        # A collective outside async fusions may have the same key.
         kept += [site for part, site in parts if not part]
         copies = [site for part, site in parts if part]
         starts = [site for part, site in parts if part == "start"]

@@ -16,7 +16,7 @@ BEFORE_SUFFIX = "before_optimizations.txt"
 RECORD = "lowering.json"
 STANDARD_INPUT = "-"
 
-# Of the main memory, which XLA calls color 0.
+# The main memory, which XLA calls color 0.
 _TOTAL = re.compile(r"^Memory Space: .*\(color=0\)\nTotal bytes: (\d+)", re.M)
 _ALLOCATION = re.compile(r"^allocation \d+: size (\d+), (.*):$", re.M)
 
@@ -24,7 +24,7 @@ _ALLOCATION = re.compile(r"^allocation \d+: size (\d+), (.*):$", re.M)
 def module_file(given: str) -> Path | None:
     """Find the file that an argument names; in a folder the largest module, which is the step.
 
-    Says on standard error which of a folder's modules it is.
+    Prints on standard error which of a folder's modules it is.
 
     Args:
         given: a file, a folder of dumps or of a run, or "-".
@@ -65,20 +65,20 @@ def read_text(path: Path | None) -> str:
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{name} is no HLO text: it is not UTF-8") from error
+        raise UserError(f"{name} is not HLO text: it is not UTF-8") from error
 
 
-def memory_beside(path: Path | None) -> dict[str, int] | None:
+def dumped_memory(path: Path | None) -> dict[str, int] | None:
     """Read the bytes per device of a dumped module from the files that XLA wrote beside it.
 
-    The memory usage report tells the total, constants included; the buffer assignment, where it is
-    there too, what of that is arguments, outputs and temporaries.
+    The memory usage report has the total, constants included; the buffer assignment, where there is
+    one, has the parts: arguments, outputs and temporaries.
 
     Args:
         path: of the module; None for standard input.
 
     Returns:
-        As `report.memory_from_compiled`, as far as it is told; None where there is no such file.
+        As `memory.memory_from_compiled`, as far as it is known; None where there is no such file.
     """
     if path is None:
         return None
@@ -124,7 +124,7 @@ def recorded_mesh(path: Path | None) -> dict[str, int] | None:
     """Return the mesh of the run that wrote a module; None where it is not recorded.
 
     Raises:
-        UserError: there is a record, and it holds no mesh.
+        UserError: there is a record, but it has no mesh.
     """
     record = record_of(path)
     if record is None:
@@ -133,7 +133,7 @@ def recorded_mesh(path: Path | None) -> dict[str, int] | None:
         mesh: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))["mesh"]
         return {str(axis): int(size) for axis, size in mesh.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{record} holds no mesh: give --mesh") from error
+        raise UserError(f"{record} has no mesh\nfix: --mesh axis=size,...") from error
 
 
 def before_optimization(path: Path | None) -> str | None:
@@ -150,7 +150,7 @@ def file_before(path: Path) -> Path | None:
     """Return the file of the module before optimization that is beside an optimized one.
 
     Args:
-        path: of the optimized module. Its name goes on where the other's ends, as in
+        path: of the optimized module. Its name continues the other's, as in
             `module_0003.jit_step.cpu_after_optimizations.txt`, `...sm_9.0a_gpu_after_...` or
             `...jit_step.cl_123.after_...`.
     """
@@ -158,7 +158,7 @@ def file_before(path: Path) -> Path | None:
         return None
     name = path.name.removesuffix(HLO_SUFFIX)
     ends = [at + 1 for at, letter in enumerate(name) if letter == "."]
-    # The longest: one process may dump programs of several backends, of like names.
+    # The longest prefix: one process may dump programs of several backends under similar names.
     found = (path.with_name(f"{name[:end]}{BEFORE_SUFFIX}") for end in reversed(ends))
     return next((each for each in found if each.is_file()), None)
 
@@ -167,7 +167,7 @@ def parse_stages(text: str) -> dict[str, str]:
     """Parse `--stages` as a person types it: `wi_0=experts,gate=router`.
 
     Raises:
-        UserError: written in another way, or no stage is called so.
+        UserError: it cannot be parsed, or there is no such stage.
     """
     stages: dict[str, str] = {}
     for item in text.split(","):
@@ -186,11 +186,11 @@ def parse_mesh(text: str, option: str = "--mesh") -> dict[str, int]:
     """Parse a mesh as a person types it: `data=1,fsdp=1,expert=8`.
 
     Args:
-        text: what was typed.
-        option: after what.
+        text: as it was typed.
+        option: the option that it was given to.
 
     Raises:
-        UserError: written in another way, or an axis stands twice.
+        UserError: it cannot be parsed, or repeats an axis.
     """
     mesh: dict[str, int] = {}
     for item in text.split(","):
@@ -206,7 +206,7 @@ def parse_expert_axes(text: str | None, mesh: dict[str, int] | None = None) -> l
 
     Args:
         text: as it was typed.
-        mesh: that of --mesh, if there is one.
+        mesh: that of --mesh, if given.
 
     Raises:
         UserError: the mesh has no such axis.

@@ -1,12 +1,12 @@
 """Recognize collectives that a compiler implements with other ones.
 
 TPU's partitioner turns a product with a gathered operand into a loop ("windowed einsum"): each
-round multiplies the shard that is there while the next one travels the ring, so an all-gather is
-never seen in the program. A product whose result is reduce-scattered is unrolled likewise: there
-the sum travels, and every round adds to it.
+iteration multiplies the shard at hand while the next one is sent around the ring, so that the
+program has no all-gather. A product whose result is reduce-scattered is unrolled in the same way:
+there the partial sum is sent on, and every iteration adds to it.
 
-TPU7x's SparseCores gather by reducing: every device puts its shard into zeros and all add up. And
-where there is no reduce-scatter (CPU never forms one), all is reduced and each cuts its shard out.
+TPU7x's SparseCores gather by reducing: every device writes its shard into zeros, and all are added.
+Where there is no reduce-scatter (CPU never forms one), an all-reduce is followed by a slice.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from moe_shard.lowering.op_names import merged_names
 from moe_shard.lowering.shapes import shape_bytes, tuple_elements
 from moe_shard.lowering.walk import OPCODES
 
-# Programmers write ppermute, whose op_name ends so; a product that has permutes was unrolled.
+# A ppermute in the source has another op_name; a permute named after a product was unrolled.
 _PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot")
-# What a shard goes through on its way; the second half of an async pair too. Two shards that come
-# from both sides are put together by padding and adding (or taking the maximum of) them.
+# Opcodes that pass a shard on, including the second half of an async pair. Two shards that arrive
+# from both sides are joined by padding and adding (or taking the maximum of) them.
 _PASSED_ON = frozenset(
     {"collective-permute-done", "copy", "copy-start", "copy-done", "bitcast", "convert", "pad"}
     | {"reshape", "transpose", "slice", "dynamic-slice", "select", "maximum", "add", "concatenate"}
@@ -38,11 +38,11 @@ def implements(module: Module, computation: Computation, permute: Instruction) -
     """Return what an unrolled permute is a step of, by what happens to the shard that arrives.
 
     Returns:
-        "all-gather" when it is multiplied, "reduce-scatter" when it is only added to; "" when it
-        travels on as it is, so that another step of the ring has to tell.
+        "all-gather" when it is multiplied, "reduce-scatter" when it is only added to; "" when it is
+        passed on unchanged, so that another step of the ring decides.
     """
     fates = _fates(module, computation, permute.name, _HOPS) - {_OUT}
-    return min(fates, default="")  # by the alphabet: a product tells more than an addition
+    return min(fates, default="")  # "all-gather" first: a product decides before an addition
 
 
 def _fates(module: Module, computation: Computation, name: str, hops: int) -> set[str]:
@@ -77,8 +77,8 @@ def spelled_by_all_reduce(
 
     Args:
         module: the program.
-        inner: the all-reduce and where it stands.
-        caller: the instruction that calls this, when it is offloaded.
+        inner: the all-reduce and its computation.
+        caller: the instruction that calls it, where it is offloaded.
         parts: devices of a group.
 
     Returns:
@@ -106,8 +106,8 @@ def keeps_one_shard(
 def hands_on_what_it_exchanges(computation: Computation) -> bool:
     """Return whether a fused computation is the middle of a TPU's async collective.
 
-    Such a collective is started in one fusion and finished in another. Those in between repeat it
-    beside their own work, and hand on both its result and what it is of, for the next to go on.
+    Such a collective is started in one fusion and finished in another. The fusions in between
+    repeat it next to their own work, and return both its result and its operands.
     """
     root = computation.instruction(computation.root)
     returned = set(root.operands) if root.opcode == "tuple" else set[str]()

@@ -1,8 +1,8 @@
 """Find the source line an instruction was traced from, by the tables at the top of a module.
 
-A sharding constraint is mostly asked for through functions that do nothing else (Flax's
-`with_logical_constraint`, a project's own), and their line is the same for every array of a
-program. The line that says something is that of the innermost function that does more.
+A sharding constraint is often added through a function that does nothing else (Flax's
+`with_logical_constraint`, or a project's own), whose line is the same for every array of a program.
+The useful line is that of the innermost function that does more.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from moe_shard.lowering.instructions import HloParseError, Instruction, integer_
 TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 
 _CONSTRAINT = "/sharding_constraint"
-# What differentiation adds has the frame of what it is the gradient of: nobody's function does it.
+# Differentiation gives a gradient the frame of its forward op: no function in the source does it.
 _BACKWARD = "transpose("
 _FRAME = re.compile(r'op_name="([^"]*)"[^{}]*?\bstack_frame_id=(\d+)')
 _OLDER = re.compile(r'\bsource_file="([^"]*)"(?:.*?\bsource_line=(\d+))?')
@@ -26,7 +26,7 @@ class StackFrames:
 
     Args:
         tables: {name of a table: its rows}.
-        lines: the text of the instructions, looked through when a constraint is asked about.
+        lines: the text of the instructions, read when the first constraint is looked up.
     """
 
     def __init__(self, tables: Mapping[str, Sequence[str]], lines: Iterable[str]) -> None:
@@ -72,11 +72,11 @@ class StackFrames:
         """Yield a frame and its callers, innermost first."""
         for _ in self._tables["StackFrames"]:
             yield frame
-            # A parent's number is written one too high, so that the outermost has 1 for none.
+            # A parent's number is written one too high: the outermost frame has 1, for none.
             frame = _field(self._row("StackFrames", frame), "parent_frame_id") - 1
             if frame < 1:
                 return
-        raise LookupError(f"row {frame} of StackFrames, which is within itself")
+        raise LookupError(f"row {frame} of StackFrames, which contains itself")
 
     def _function(self, frame: int) -> tuple[int, int]:
         """Return the numbers of the file and the name of a frame's function."""

@@ -2,10 +2,10 @@
 
 The instructions run in the order of the schedule. Each takes as long as its FLOPs at peak, or as
 its bytes at the full bandwidth of the memory, whichever is longer. Collectives run one after the
-other on the wire, as long as their bytes take on the links; an asynchronous one beside whatever
-the schedule puts between its start and its end, any other by itself (see `wire`). No latency, no
-contention, no kernel below peak: the estimate says what a step cannot beat, what its wire costs and
-how much of that the schedule hides. It is not a measurement.
+other on the wire, each as long as its bytes take on the links; an asynchronous one is overlapped
+with what the schedule puts between its start and its end, any other runs alone (see `wire`). There
+is no latency, no contention and no kernel below peak: the estimate is a lower bound for the step,
+with the cost of its wire and how much of that is overlapped. It is not a measurement.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ ASSUMPTIONS = (
 )
 _ROUND_THE_RING = frozenset({"all-gather", "reduce-scatter", "all-reduce"})
 _CYCLES = '"estimated_cycles":"'
-_UNKNOWN_CYCLES = 2**62  # the compiler's largest number stands for "cannot tell"
+_UNKNOWN_CYCLES = 2**62  # the compiler's largest number means "unknown"
 _SHOWN = 0.002
-"""Stages whose exchanges take less of the step than this are not worth a line."""
-_TOLD = 0.005
-"""What hides less of them than this is not named: it would be 0 %."""
+"""Stages whose collectives take less of the step than this have no line of their own."""
+_NAMED = 0.005
+"""Work that overlaps less of them than this is not named: it would be 0 %."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,14 @@ class Exchange:
         collective: which.
         seconds: on the wire.
         waited: of these, while nothing else ran.
-        beside: {stage: seconds of its work that ran meanwhile}, the most first; with `waited` they
-            add up to `seconds`.
+        overlapped: {stage: seconds of its work that ran meanwhile}, the most first; with `waited`
+            they add up to `seconds`.
     """
 
     collective: Collective
     seconds: float
     waited: float
-    beside: dict[str, float]
+    overlapped: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class Timeline:
     """Describe one step of one device in time.
 
     Attributes:
-        seconds: of the step; what is computed and what is waited for.
-        computing: of these, in work of the device's own.
+        seconds: of the step, computing and waiting.
+        computing: of these, in the device's own work.
         exchanges: the collectives, in the order of the schedule.
         cycles: the sum of the TPU compiler's own estimates; None where it made none.
     """
@@ -119,37 +119,34 @@ class Timeline:
             tokens: of one device and step.
         """
         lines = [
-            f"estimate: {human_seconds(self.seconds)} a step, {tokens / self.seconds:,.0f} tokens/s"
-            f" a device; {human_seconds(self.on_wire)} on the wire, {self._hidden()}",
+            f"estimate: {human_seconds(self.seconds)} per step, "
+            f"{tokens / self.seconds:,.0f} tokens/s per device; "
+            f"{human_seconds(self.on_wire)} on the wire, {self._overlapped()}",
             f"  ({ASSUMPTIONS})",
         ]
         small = small_waited = 0.0
-        for scope, seconds, waited, beside in self._stages():
+        for scope, seconds, waited, overlapped in self._stages():
             if seconds <= _SHOWN * self.seconds:
                 small, small_waited = small + seconds, small_waited + waited
             else:
-                told = [name for name, part in beside.items() if part >= _TOLD * seconds]
-                names = ", ".join(told[:3])
-                hidden = f"{_hidden(waited, seconds):.0%} hidden" + (
-                    f" beside {names}" if names else ""
-                )
+                named = [name for name, part in overlapped.items() if part >= _NAMED * seconds]
+                work = f" with {', '.join(named[:3])}" if named else ""
+                hidden = f"{_fraction(waited, seconds):.0%} overlapped{work}"
                 lines.append(f"  {scope}: {human_seconds(seconds)} on the wire, {hidden}")
         if small > _SHOWN * self.seconds:
-            hidden = f"{_hidden(small_waited, small):.0%} hidden"
-            lines.append(f"  further stages: {human_seconds(small)} on the wire, {hidden}")
+            part = f"{_fraction(small_waited, small):.0%} overlapped"
+            lines.append(f"  other stages: {human_seconds(small)} on the wire, {part}")
         if self.cycles is not None:
             lines.append(
-                f"  TPU's compiler itself estimates {self.cycles / 1e6:,.1f} million cycles of "
-                "kernels a step"
+                f"  the TPU compiler's own estimate: {self.cycles / 1e6:,.1f} million cycles of "
+                "kernels per step"
             )
         return lines
 
-    def _hidden(self) -> str:
-        return (
-            f"{_hidden(self.waited, self.on_wire):.0%} hidden"
-            if self.on_wire
-            else "nothing to hide"
-        )
+    def _overlapped(self) -> str:
+        if not self.on_wire:
+            return "nothing to overlap"
+        return f"{_fraction(self.waited, self.on_wire):.0%} overlapped"
 
     def _stages(self) -> list[tuple[str, float, float, dict[str, float]]]:
         stages: dict[str, list[Exchange]] = {}
@@ -157,12 +154,14 @@ class Timeline:
             stages.setdefault(each.collective.scope, []).append(each)
         rows = []
         for scope, exchanges in stages.items():
-            beside: dict[str, float] = defaultdict(float)
+            overlapped: dict[str, float] = defaultdict(float)
             for each in exchanges:
-                for other, seconds in each.beside.items():
-                    beside[other] += seconds
+                for other, seconds in each.overlapped.items():
+                    overlapped[other] += seconds
             seconds = sum(each.seconds for each in exchanges)
-            rows.append((scope, seconds, sum(each.waited for each in exchanges), _by_size(beside)))
+            rows.append(
+                (scope, seconds, sum(each.waited for each in exchanges), _by_size(overlapped))
+            )
         return sorted(rows, key=lambda row: -row[1])
 
     def to_json(self) -> dict[str, Any]:
@@ -175,13 +174,13 @@ class Timeline:
             "exposed_wire_s": self.waited,
             "tpu_estimated_cycles": self.cycles,
             "stages": {
-                scope: {"wire_s": seconds, "exposed_wire_s": waited, "beside_s": beside}
-                for scope, seconds, waited, beside in self._stages()
+                scope: {"wire_s": seconds, "exposed_wire_s": waited, "beside_s": overlapped}
+                for scope, seconds, waited, overlapped in self._stages()
             },
         }
 
 
-def _hidden(waited: float, seconds: float) -> float:
+def _fraction(waited: float, seconds: float) -> float:
     """Return the fraction of a time that was overlapped; rounding in long sums is clipped."""
     return max(0.0, 1 - waited / seconds)
 
@@ -197,7 +196,7 @@ def timeline(extraction: Extraction, rates: Rates) -> Timeline:
         sums.seconds,
         sums.computing,
         tuple(
-            Exchange(each, sums.on_wire[key], sums.waited[key], _by_size(sums.beside[key]))
+            Exchange(each, sums.on_wire[key], sums.waited[key], _by_size(sums.overlapped[key]))
             for key, each in extraction.at.items()
         ),
         sums.cycles or None,
@@ -254,7 +253,7 @@ class _Run:
         elif opcode == "call":
             self._repeat(self._module.called_by(instruction, "to_apply"), 1, wire)
         elif opcode == "conditional":
-            for branch in instruction.branches():  # as if every branch ran
+            for branch in instruction.branches():  # counted as if every branch ran
                 self._repeat(self._module.computations[branch], 1, wire)
         else:
             self._work(computation, instruction, wire)

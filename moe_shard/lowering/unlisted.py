@@ -28,11 +28,13 @@ def unlisted(walk: Executions) -> list[str]:
     )
     if held:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(held.items()))
-        sentences.append(f"the loops of further rounds hold {kinds}; --further-rounds lists them")
+        sentences.append(
+            f"the loops of further rounds contain {kinds}; list them with --further-rounds"
+        )
     if sends := found["device"]:
         sentences.append(f"{sends} point-to-point sends are not listed")
     if transfers := found["host"]:
         sentences.append(f"{transfers} transfers to the host are not listed")
     if kernels := found["kernel"]:
-        sentences.append(f"{kernels} kernels exchange data themselves, which is not listed")
+        sentences.append(f"{kernels} kernels exchange data between devices, which is not listed")
     return sentences

@@ -9,4 +9,4 @@ VERDICTS = (
     "no-expert-parallelism",
     "unknown",
 )
-"""What `verdicts.judge` says of a program's experts."""
+"""The possible results of `verdicts.judge`."""

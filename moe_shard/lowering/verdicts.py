@@ -11,8 +11,8 @@ from moe_shard.lowering.roles import STATISTICS_BYTES
 from moe_shard.units import human_bytes
 
 _MOVES_WEIGHTS = frozenset({"weight-gather", "gradient-reduction"})
-_MOVES_ROWS = frozenset({"activation-gather", "activation-reduction"})
-# Indices and scores travel beside the tokens.
+_MOVES_TOKENS = frozenset({"activation-gather", "activation-reduction"})
+# Indices and scores move along with the tokens: they are this much smaller.
 _SMALL_FRACTION = 16
 _SHOWN = 4
 
@@ -24,7 +24,7 @@ class Verdict:
     Attributes:
         name: one of `verdict_names.VERDICTS`.
         axes: the mesh axes of the experts.
-        reasons: what it rests on, a line each.
+        reasons: what it is based on, a line each.
     """
 
     name: str
@@ -36,13 +36,13 @@ def judge(extraction: Extraction) -> Verdict:
     """Judge whether the experts are expert-parallel or silently FSDP.
 
     expert-parallel: tokens move by all-to-all over the experts' axis, and neither weights of
-    experts nor the rows that experts work on are gathered or reduced over it. weight-gathered:
-    weights of experts, or their gradients, are. mixed: both. no-expert-parallelism: the axis has
-    size 1, no MoE layer was found, or its weights are not split over the axis. unknown: an MoE
-    layer is there, and what it does is none of these, or the text does not tell.
+    experts nor their tokens are gathered or reduced over it. weight-gathered: weights of experts
+    are gathered, or their gradients reduced, over it. mixed: both. no-expert-parallelism: the axis
+    has size 1, no MoE layer was found, or its weights are not split over the axis. unknown: there
+    is an MoE layer, and what it does is none of these, or cannot be read from the text.
 
-    A collective along axes that could not be told ("?") counts as one along the experts' axis
-    where it gathers: the verdict must not flatter.
+    A gather along unknown axes ("?") counts as one along the experts' axis, so that the verdict is
+    never better than the program.
     """
     axes = extraction.expert_axes
     roles, along = extraction.roles, extraction.along
@@ -82,22 +82,22 @@ def weigh(collectives: Iterable[Collective], axes: tuple[str, ...], split: set[s
     weights = [
         each for each in inside if each.role in _MOVES_WEIGHTS and split & set(each.parameter or ())
     ]
-    rows = [
+    tokens = [
         each
         for each in inside
-        if each.role in _MOVES_ROWS and each.bytes * _SMALL_FRACTION > largest
+        if each.role in _MOVES_TOKENS and each.bytes * _SMALL_FRACTION > largest
     ]
     if weights:
         name = "mixed" if exchanges else "weight-gathered"
         return Verdict(name, axes, tuple(_lines(weights, axes)))
-    if exchanges and not rows:
+    if exchanges and not tokens:
         return Verdict("expert-parallel", axes)
     if exchanges:
-        return Verdict("mixed", axes, tuple(_lines(rows, axes)))
-    if rows:
+        return Verdict("mixed", axes, tuple(_lines(tokens, axes)))
+    if tokens:
         lines = [
-            "tokens are gathered and reduced where all-to-all would move them; weights stay",
-            *_lines(rows, axes),
+            "tokens are gathered and reduced, not moved by all-to-all; no weights are gathered",
+            *_lines(tokens, axes),
         ]
         return Verdict("unknown", axes, tuple(lines))
     over = ", ".join(axes)
@@ -120,17 +120,19 @@ def _without_experts(extraction: Extraction) -> Verdict:
     ]
     if hidden:
         paths = ", ".join(extraction.roles.paths(hidden)[:_SHOWN])
-        return Verdict("unknown", axes, (f"a kernel takes {paths}: what it does is not told",))
+        return Verdict(
+            "unknown", axes, (f"{paths} is read by a kernel whose arithmetic is unknown",)
+        )
     large = [
         each
         for each in extraction.collectives
         if set(axes) & set(each.axes) and each.bytes > STATISTICS_BYTES
     ]
     if large and not flow.parameters:
-        return Verdict("unknown", axes, ("the program's parameters cannot be told apart",))
+        return Verdict("unknown", axes, ("the program's parameters cannot be read from its text",))
     if large and extraction.roles.has_router:
         return Verdict(
-            "unknown", axes, ("data is routed, and no product of experts was found in the text",)
+            "unknown", axes, ("data is routed, but no product of experts was found in the text",)
         )
     return Verdict("no-expert-parallelism", axes, ("no MoE layer was found",))
 
@@ -139,7 +141,7 @@ def _lines(collectives: Iterable[Collective], axes: tuple[str, ...]) -> list[str
     """List what moves, one line per parameter and kind, the most bytes first."""
     sums: dict[tuple[str, str, str], tuple[int, int, str]] = {}
     for each in collectives:
-        what = ", ".join((each.parameter or ("rows of experts",))[:_SHOWN])
+        what = ", ".join((each.parameter or ("tokens of experts",))[:_SHOWN])
         key = (each.role, each.label, what)
         count, size, source = sums.get(key, (0, 0, ""))
         sums[key] = (

@@ -19,13 +19,13 @@ KINDS = (
     "collective-broadcast",
 )
 EXCHANGE_KINDS = ("all-to-all", "ragged-all-to-all")
-"""Of these, what moves tokens to their experts."""
+"""The kinds that move tokens to their experts."""
 
 OPCODES = {kind + suffix: kind for kind in KINDS for suffix in ("", "-start")}
 """Opcode of a collective, or of the first half of an async pair -> its kind."""
 
 _FURTHER_ROUNDS = f"/{FURTHER_ROUNDS}/while"
-"""The end of the op_name of a loop that runs only where a router exceeds what one exchange holds.
+"""The end of the op_name of a loop that runs only where routing exceeds what one exchange holds.
 The loop's own name counts, not that of a scope around it."""
 
 _WITH_CHANNEL = frozenset(
@@ -35,10 +35,10 @@ _WITH_CHANNEL = frozenset(
 """Opcodes that may name a group of devices or a channel."""
 
 _PASSES_ALL = frozenset({"fusion", "call", "while", "async-start", "call-start"})
-"""What calls a computation with its operands, each a parameter."""
+"""Opcodes that call a computation with their operands as its parameters."""
 
 ASYNC_CALLS = ("async-start", "call-start")
-"""What starts a computation that runs beside what follows."""
+"""Opcodes that start a computation which runs concurrently with what follows."""
 
 
 class Executions:
@@ -46,16 +46,16 @@ class Executions:
 
     Attributes:
         module: what is visited.
-        stages: {a word of a scope: the stage it stands for}, beside those that are known.
+        stages: {a word in a scope: the stage it stands for}, in addition to the known ones.
         order: the computations the entry reaches, each after all that call it.
         counts: {name of a computation: executions per step}.
-        asynchronous: names of those that run beside other work.
-        passed_over: names of those that only loops of further rounds run.
-        fused: names of those that stand in a fusion.
+        asynchronous: names of those that run concurrently with other work.
+        passed_over: names of those that only loops of further rounds run, and that are not counted.
+        fused: names of those inside a fusion.
         callers: {name: the instruction that calls it, and where}, for fusions, calls and async
             starts.
-        further_rounds: loops that run only where a router exceeds a bound.
-        warnings: what could not be told, one sentence each.
+        further_rounds: number of loops that run only where routing exceeds a bound.
+        warnings: what is unknown, one sentence each.
     """
 
     def __init__(
@@ -68,13 +68,12 @@ class Executions:
 
         Args:
             module: what is visited.
-            count_further_rounds: take the loops that run only where a router exceeds a bound as
-                running once; else as not running.
-            stages: {a word of a scope: the stage it stands for}, beside those that are known.
+            count_further_rounds: count the loops that run only where routing exceeds a bound as
+                running once; otherwise as not running.
+            stages: {a word in a scope: the stage it stands for}, in addition to the known ones.
 
         Raises:
-            HloParseError: there is something between devices that is not known here, or what the
-                calls say does not fit together.
+            HloParseError: an opcode between devices is unknown, or the calls are inconsistent.
         """
         self.module = module
         self.stages = dict(stages or {})
@@ -90,7 +89,7 @@ class Executions:
         self._known_trips: dict[tuple[str, str], int | None] = {}
         self._holding: dict[str, bool] = {}
         self.order = list(self._callers_first())
-        for name in module.computations:  # in the text the called stand before their callers
+        for name in module.computations:  # in the text, callees come before their callers
             self._holds_collective(name)
         self._check_opcodes()
         self._check_reached()
@@ -155,8 +154,8 @@ class Executions:
         for computation in self.order if hidden else ():
             for name, line in computation.mentions(hidden):
                 raise HloParseError(
-                    f"HLO line {line}: calls %{name}, which holds collectives, in a way that this"
-                    " reader does not know\nfix: report the line; nothing is counted without it"
+                    f"HLO line {line}: calls %{name}, which holds collectives, in an unknown way\n"
+                    "fix: report the line; without it the counts would be wrong"
                 )
         self.warnings += [
             f"not counted: the collectives of %{name}, which nothing calls" for name in hidden
@@ -218,7 +217,7 @@ class Executions:
                 self.further_rounds += 1
             else:
                 self.warnings.append(
-                    f"the trip count of loop %{name} (HLO line {loop.line_number}) cannot be told:"
+                    f"the trip count of loop %{name} (HLO line {loop.line_number}) is unknown:"
                     " its collectives are counted once"
                 )
         return times
@@ -226,7 +225,7 @@ class Executions:
     def _holds_collective(self, name: str) -> bool:
         if name not in self._holding:
             computation = self._computation(name)
-            self._holding[name] = False  # what nothing reaches may call itself
+            self._holding[name] = False  # an unreachable computation may call itself
             self._holding[name] = not OPCODES.keys().isdisjoint(
                 computation.opcodes.values()
             ) or any(self._holds_collective(call.called) for call in computation.calls())

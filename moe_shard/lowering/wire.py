@@ -1,8 +1,8 @@
 """Model the wire of an estimate: one collective at a time, overlapped with the device's work.
 
-Every second of a collective is on the account of one thing: of the work that the device does
-meanwhile, or of waiting, when it does none. What waits for a collective that stands behind another
-waits for both; each is charged for its own time on the wire.
+Every second of a collective is counted once: as overlapped with the work that the device does
+meanwhile, or as waiting, when it does none. Waiting for a collective that is queued behind another
+means waiting for both; each counts its own time on the wire.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ class TimeSums:
 
     Attributes:
         seconds: from its beginning to its end.
-        work: {stage: of the device's own}.
-        on_wire: of each collective.
-        waited: of these, while the device did nothing.
-        beside: of these, {stage: while the device worked on it}.
-        cycles: that the compiler itself estimates.
+        work: {stage: seconds of the device's own work}.
+        on_wire: seconds of each collective.
+        waited: of these, while the device was idle.
+        overlapped: of these, {stage: while the device worked on it}.
+        cycles: the compiler's own estimate.
     """
 
     seconds: float = 0.0
     work: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     on_wire: dict[WireKey, float] = field(default_factory=lambda: defaultdict(float))
     waited: dict[WireKey, float] = field(default_factory=lambda: defaultdict(float))
-    beside: dict[WireKey, dict[str, float]] = field(
+    overlapped: dict[WireKey, dict[str, float]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(float))
     )
     cycles: int = 0
@@ -56,9 +56,9 @@ class TimeSums:
             self.on_wire[key] += times * seconds
         for key, seconds in other.waited.items():
             self.waited[key] += times * seconds
-        for key, beside in other.beside.items():
-            for scope, seconds in beside.items():
-                self.beside[key][scope] += times * seconds
+        for key, overlapped in other.overlapped.items():
+            for scope, seconds in overlapped.items():
+                self.overlapped[key][scope] += times * seconds
 
 
 @dataclass
@@ -82,7 +82,9 @@ class Wire:
     def __init__(self) -> None:
         self.now = 0.0
         self.sums = TimeSums()
-        self._flights: deque[Flight] = deque()  # one after the other; none that has landed
+        self._flights: deque[Flight] = (
+            deque()
+        )  # queued in order; those that have landed are removed
 
     @property
     def is_busy(self) -> bool:
@@ -111,7 +113,7 @@ class Wire:
             self.sums.work[scope] += seconds
         for each, seconds in self._pass(self.now + total):
             for scope, part in scopes.items():
-                self.sums.beside[each.key][scope] += seconds * part / total
+                self.sums.overlapped[each.key][scope] += seconds * part / total
 
     def repeat(self, once: TimeSums, times: int) -> None:
         """Execute a computation `times` times, given the sums of one execution.
@@ -135,8 +137,8 @@ class Wire:
                 flight.left -= part
                 passed.append((flight, part))
                 break
-            # All that is left of it, not a difference of times: small beside them, it would be lost
-            # in their rounding.
+            # All that is left of it, not a difference of times, which would lose a small one in
+            # rounding.
             passed.append((flight, flight.left))
             self._flights.popleft()
         self.now = max(self.now, until)

@@ -1,10 +1,9 @@
 """Count the arithmetic and the memory traffic of HLO instructions.
 
-FLOPs are those of products (dot, convolution, ragged dot, the libraries' own, grouped kernels),
-which is where a transformer spends them: 2 for each multiply-add. Any other Pallas kernel counts as
-what it states of itself, which on GPU is nothing. Memory traffic is what an instruction reads and
-writes once: a fusion keeps what is in between to itself, and of an operand that it only slices it
-reads the slice.
+FLOPs are those of products (dot, convolution, ragged dot, library calls, grouped kernels), where a
+transformer spends them: 2 for each multiply-add. Any other Pallas kernel counts what it states
+itself, which on GPU is nothing. Memory traffic is what an instruction reads and writes once: values
+inside a fusion are not counted, and of an operand that a fusion only slices, only the slice is.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ from moe_shard.lowering.walk import OPCODES, Executions
 
 _LIBRARY_PRODUCT = re.compile(r'custom_call_target="__(?:cublas|cudnn)[^"]*(?:gemm|matmul)')
 _LIBRARY_CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\[([\d",]*)\]')
-# The kernels of `moe.grouped` on GPU: each row meets the weights of one group.
+# The kernels of `moe.grouped` on GPU: each token copy is multiplied with the weights of one group.
 _GROUPED_KERNEL = re.compile(r"grouped_(forward|dx|dw)/pallas_call")
 _COST_ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 _KERNEL = re.compile(
     r'custom_call_target="(?:tpu_custom_call|__gpu\$xla\.gpu\.triton|mosaic_gpu\w*)"'
 )
 UNKNOWN = "unknown"
-"""The stage of work that has no name, nor stands beside any."""
+"""The stage of work that has no name, and whose neighbours have none."""
 _PRODUCTS = frozenset({"dot", "convolution", "ragged-dot", "custom-call"})
-# These only name what is there already, or belong to somebody else's account.
+# These move nothing themselves, or are counted elsewhere.
 _FREE = frozenset(
     {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while", "call"}
     | {
@@ -45,7 +44,7 @@ _FREE = frozenset(
     | {"async-update", "async-done", "copy-start", "copy-done", "iota"}
 )
 _SLICES = frozenset({"dynamic-slice", "slice", "gather"})
-# Arrays outside the device's main memory: on a TPU's chip, or on the host.
+# Arrays outside the device's main memory: on the TPU chip, or on the host.
 _ELSEWHERE = re.compile(r"\w+\[[^\]]*\]\{[^}]*S\([1-9]\d*\)\}")
 _SAME = frozenset({"bitcast", "reshape"})
 
@@ -72,7 +71,7 @@ def product_flops(computation: Computation, instruction: Instruction) -> int:
 def _kernel_flops(computation: Computation, instruction: Instruction) -> int:
     """Return the FLOPs of a kernel: stated by the kernel (TPU), or known by its name.
 
-    Rows of a buffer that no group covers are counted, though a kernel may skip them.
+    Slots of a buffer that no group covers are counted, though a kernel may skip them.
     """
     if 'custom_call_target="tpu_custom_call"' in instruction.attribute_text:
         stated = _COST_ESTIMATE.search(instruction.attribute_text)
@@ -96,7 +95,7 @@ def _contracted(instruction: Instruction, rank: int) -> list[int]:
         text = instruction.attributes.get("lhs_contracting_dims", "")
     dims = [int(dim) for dim in re.findall(r"\d+", text)]
     if any(dim >= rank for dim in dims):
-        raise instruction.damaged("a contracted dim that its operand has not")
+        raise instruction.damaged("a contracted dim that its operand does not have")
     return dims
 
 
@@ -193,7 +192,7 @@ def _with_products(fused: Computation) -> list[Instruction]:
 def scope_of(walk: Executions, computation: Computation, instruction: Instruction) -> str:
     """Return the stage of the model of an instruction; that of its neighbours if it has no name.
 
-    CPU's compiler drops the names of the products that it hands to its library.
+    CPU's compiler drops the names of the products that it replaces by library calls.
     """
     while not instruction.op_name and computation.name in walk.callers:
         computation, instruction = walk.callers[computation.name]
@@ -209,10 +208,10 @@ def flops_by_scope(walk: Executions, flow: Flow | None = None) -> Counter[str]:
 
     Args:
         walk: the program.
-        flow: where its values come from; a product of experts is theirs, whatever its scope says.
+        flow: the origins of its values; a product of experts counts as theirs in any scope.
 
     Returns:
-        By `op_names.SCOPES`; "other" for names that are no stage, `UNKNOWN` for what has none.
+        FLOPs by `op_names.SCOPES`; "other" for names of no stage, `UNKNOWN` where there is none.
     """
     done = Counter[str]()
     experts = set[tuple[str, str]]() if flow is None else flow.gradients | flow.products.keys()
@@ -232,7 +231,7 @@ def memory_bytes(module: Module, computation: Computation, instruction: Instruct
     """Return the bytes that one execution of an instruction reads and writes."""
     opcode = instruction.opcode
     if opcode in OPCODES or opcode.endswith("-done"):
-        return 0  # on the wire
+        return 0  # it is counted as on the wire
     if opcode in _FREE or 'custom_call_target="AllocateBuffer"' in instruction.attribute_text:
         return 0
     operands = instruction.operands

@@ -12,7 +12,7 @@ from typing import Any
 
 from moe_shard.errors import UserError, first_line
 from moe_shard.lowering.reports import LoweringReport, report_from_text
-from moe_shard.lowering.sources import before_optimization, memory_beside, read_text
+from moe_shard.lowering.sources import before_optimization, dumped_memory, read_text
 from moe_shard.lowering.work import flops_by_scope
 
 SMALLER = 100
@@ -139,7 +139,7 @@ class Programs:
             expert_axes=self.expert_axes if fits else None,
             before=before_optimization(path),
             stages=self.stages,
-            memory=memory_beside(path),
+            memory=dumped_memory(path),
         )
         if fits:
             return report

@@ -69,7 +69,7 @@ def test_the_flag_in_words() -> None:
     found = diff(gathered, moved)
     assert found.lines() == [
         "dispatch forward: -3 all-gather(expert) 88.0 MB, +2 all-to-all(expert) 4.0 MB",
-        "in all: 3 -> 2 collectives, 88.0 MB -> 4.0 MB (-95 %)",
+        "total: 3 -> 2 collectives, 88.0 MB -> 4.0 MB (-95 %)",
         "verdict: weight-gathered -> expert-parallel",
         "memory per device: temp 4.0 kB -> 1.0 kB (-75 %), total 6.0 kB -> 3.0 kB (-50 %)",
     ]
@@ -227,14 +227,14 @@ def test_all_that_one_may_give(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("{", "no lowering.json"),
+        ("{", "not a lowering.json"),
         ("{}", "KeyError 'collectives'"),
-        ('{"collectives": 3}', "no lowering.json"),
-        (json.dumps(record({"kind": "all-gather"})), "no lowering.json"),
-        (json.dumps(record(collective("x", "y", 1, 1), num_devices=None)), "no lowering.json"),
-        (json.dumps(record()).replace("8", "1e999"), "no lowering.json"),
-        (json.dumps(record(mesh=[])), "no lowering.json"),
-        ("{" * 100_000, "no lowering.json"),
+        ('{"collectives": 3}', "not a lowering.json"),
+        (json.dumps(record({"kind": "all-gather"})), "not a lowering.json"),
+        (json.dumps(record(collective("x", "y", 1, 1), num_devices=None)), "not a lowering.json"),
+        (json.dumps(record()).replace("8", "1e999"), "not a lowering.json"),
+        (json.dumps(record(mesh=[])), "not a lowering.json"),
+        ("{" * 100_000, "not a lowering.json"),
         ("[]", "must begin with 'HloModule'"),
     ],
 )

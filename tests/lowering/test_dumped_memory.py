@@ -13,7 +13,7 @@ import pytest
 from moe_shard.cli.report import main
 from moe_shard.lowering.differences import compare, load
 from moe_shard.lowering.memory import memory_from_compiled
-from moe_shard.lowering.sources import memory_beside
+from moe_shard.lowering.sources import dumped_memory
 from tests.lowering.fixtures_hand_counted import FOLDER
 
 # As XLA writes them for a TPU: color 1 is on the chip, color 2 holds semaphores.
@@ -58,7 +58,7 @@ def dump(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]
 
 def test_the_parts_are_those_that_the_compiler_states(dump: tuple[Path, dict[str, int]]) -> None:
     module, memory = dump
-    found = memory_beside(module)
+    found = dumped_memory(module)
     assert found is not None
     assert memory["alias_bytes"] == 64 * 64 * 4
     for part in ("argument_bytes", "output_bytes", "temp_bytes", "alias_bytes"):
@@ -72,10 +72,10 @@ def test_without_the_assignment_only_the_total_is_told(
 ) -> None:
     module, _ = dump
     shutil.copy(module, tmp_path / "m.txt")
-    assert memory_beside(tmp_path / "m.txt") is None
+    assert dumped_memory(tmp_path / "m.txt") is None
     report = module.with_name(f"{module.stem}-memory-usage-report.txt")
     shutil.copy(report, tmp_path / "m-memory-usage-report.txt")
-    found, whole = memory_beside(tmp_path / "m.txt"), memory_beside(module)
+    found, whole = dumped_memory(tmp_path / "m.txt"), dumped_memory(module)
     assert found is not None
     assert whole is not None
     assert found == {"total_bytes": whole["total_bytes"]}
@@ -84,7 +84,7 @@ def test_without_the_assignment_only_the_total_is_told(
 def test_only_the_main_memory_counts(tmp_path: Path) -> None:
     (tmp_path / "m-memory-usage-report.txt").write_text(USAGE)
     (tmp_path / "m-buffer-assignment.txt").write_text(ASSIGNMENT)
-    assert memory_beside(tmp_path / "m.txt") == {
+    assert dumped_memory(tmp_path / "m.txt") == {
         "argument_bytes": 32768 + 262144,
         "output_bytes": 65536,
         "temp_bytes": 16896,
@@ -95,8 +95,8 @@ def test_only_the_main_memory_counts(tmp_path: Path) -> None:
 
 def test_a_report_that_is_not_finished_tells_nothing(tmp_path: Path) -> None:
     (tmp_path / "m-memory-usage-report.txt").write_text(USAGE[:40])
-    assert memory_beside(tmp_path / "m.txt") is None
-    assert memory_beside(None) is None
+    assert dumped_memory(tmp_path / "m.txt") is None
+    assert dumped_memory(None) is None
 
 
 def test_commands_show_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -193,8 +193,8 @@ def test_a_stated_trip_count_that_the_loop_contradicts_is_said() -> None:
     assert [each.count for each in extraction.collectives] == [12]
     (warning,) = extraction.warnings
     assert "%while (HLO line" in warning
-    assert "said to run 7 times" in warning
-    assert "make it 12" in warning
+    assert "known_trip_count 7" in warning
+    assert "condition and step give 12" in warning
     agreed = extract_collectives(HEADER + loop(bound="7").replace("body=%body", COUNTED))
     assert ([each.count for each in agreed.collectives], agreed.warnings) == ([7], ())
 
@@ -220,7 +220,8 @@ def test_sizes_that_do_not_fit_are_said() -> None:
     assert extract_collectives(GOOD).warnings == ()
     text = GOOD.replace("%r = f32[16]", "%r = f32[13]")
     assert extract_collectives(text).warnings == (
-        "HLO line 11: the sizes of what %r takes and gives do not fit; the text may be damaged",
+        "HLO line 11: the sizes of the operands and the result of %r do not match; the text may be"
+        " damaged",
     )
 
 
@@ -275,7 +276,7 @@ def test_only_the_private_scope_of_a_loop_passes_it_over(op_name: str, passed_ov
     assert [each.count for each in extraction.collectives] == ([] if passed_over else [1])
     warning, *held = extraction.warnings
     assert warning.startswith("not counted: 1 loops" if passed_over else "the trip count of loop")
-    shown = ["the loops of further rounds hold 1 all-reduce; --further-rounds lists them"]
+    shown = ["the loops of further rounds contain 1 all-reduce; list them with --further-rounds"]
     assert held == (shown if passed_over else [])
     asked = extract_collectives(text, count_further_rounds=True)
     assert [each.count for each in asked.collectives] == [1]
@@ -345,7 +346,7 @@ def test_what_is_not_listed_is_said() -> None:
     )
     assert extract_collectives(HEADER + entry(body)).warnings == (
         "1 transfers to the host are not listed",
-        "1 kernels exchange data themselves, which is not listed",
+        "1 kernels exchange data between devices, which is not listed",
     )
 
 
@@ -410,7 +411,7 @@ GOOD = HEADER + SUM + entry(f"  ROOT %r = f32[16]{{0}} {REDUCE}\n")
         (GOOD + GOOD, "unexpected between"),
         (GOOD.replace("ROOT %r", "%r"), "has no root"),
         (GOOD.replace("%x = f32", "%y = f32"), "%x is used but not defined"),
-        (GOOD.replace("replica_groups={}", "replica_groups=all"), r"line \d+: unknown spelling"),
+        (GOOD.replace("replica_groups={}", "replica_groups=all"), r"line \d+: unknown notation"),
         (GOOD.replace("replica_groups={}", "replica_groups={{0,8}}"), "do not fit 8 devices"),
         (GOOD.replace("replica_groups={}", "replica_grpups={}"), "without replica_groups"),
         (GOOD.replace("all-reduce(%x)", "all-reduce((%x)"), "brackets"),

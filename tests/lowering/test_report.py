@@ -141,7 +141,7 @@ def test_other_expert_axes() -> None:
 @pytest.mark.parametrize(
     ("arguments", "stdin", "message"),
     [
-        (("-",), b"", "no HLO text"),
+        (("-",), b"", "not HLO text"),
         (("-",), b"\xff\xfe\x00", "not UTF-8"),
         (("-",), b"#!/bin/sh\n", "must begin with 'HloModule'"),
         (("no/such/file",), b"", "cannot read no/such/file"),
@@ -188,7 +188,7 @@ def test_run_folder_gives_the_mesh(tmp_path: Path) -> None:
     (tmp_path / "lowering.json").write_text("[]", encoding="utf-8")
     code, _, err = run(str(tmp_path))
     assert code == 2
-    assert "holds no mesh: give --mesh" in err
+    assert "has no mesh\nfix: --mesh" in err
 
 
 def test_the_command_does_not_load_jax() -> None:

@@ -51,7 +51,7 @@ def test_an_instruction_over_several_lines() -> None:
     [
         # Numbers of lines are those of the file.
         ("add(%r, %k)", "add(%r, %gone)", "line 19: %gone is used but not defined"),
-        ("replica_groups={}", "replica_groups=all", "line 18: unknown spelling"),
+        ("replica_groups={}", "replica_groups=all", "line 18: unknown notation"),
         # Nothing can depend on itself.
         ("custom-call(%x)", "custom-call(%s)", "line 11: %s is used but not defined above"),
         ("custom-call(%x)", "custom-call(%k)", "line 11: %k is used but not defined above"),

@@ -34,7 +34,7 @@ def assert_adds_up(found: Timeline) -> None:
     assert isclose(found.seconds, found.computing + found.waited, rel_tol=1e-9)
     for each in found.exchanges:
         assert 0 <= each.waited <= each.seconds * (1 + 1e-9)
-        assert isclose(sum(each.beside.values()) + each.waited, each.seconds, rel_tol=1e-9)
+        assert isclose(sum(each.overlapped.values()) + each.waited, each.seconds, rel_tol=1e-9)
     content = found.to_json()
     stages = content["stages"].values()
     for key in ("wire_s", "exposed_wire_s"):
@@ -122,7 +122,8 @@ def copy(name: str, stage: str, size: int = 16) -> str:
 def estimate(text: str) -> dict[str, tuple[float, float, dict[str, float]]]:
     found = adding_up(text, RATES)
     return {
-        each.collective.scope: (each.seconds, each.waited, each.beside) for each in found.exchanges
+        each.collective.scope: (each.seconds, each.waited, each.overlapped)
+        for each in found.exchanges
     }
 
 
@@ -194,13 +195,13 @@ def test_two_loops_beside_one_exchange() -> None:
 
 
 @pytest.mark.parametrize(
-    ("link", "hidden"), [(1.0, "100% hidden beside experts"), (1e-3, ", 0% hidden")]
+    ("link", "overlapped"), [(1.0, "100% overlapped with experts"), (1e-3, ", 0% overlapped")]
 )
-def test_what_hides_next_to_nothing_is_not_named(link: float, hidden: str) -> None:
+def test_what_hides_next_to_nothing_is_not_named(link: float, overlapped: str) -> None:
     body = start("a", "dispatch") + copy("c", "experts", 10) + done("a")
     text = program(body + "  ROOT %r = f32[16]{0} bitcast(%a.done)\n")
     lines = timeline(extract_collectives(text), Rates(1.0, 1.0, link)).lines(tokens=1)
-    assert lines[2].endswith(hidden)
+    assert lines[2].endswith(overlapped)
 
 
 def test_small_stages_are_in_the_lines_too() -> None:
@@ -208,4 +209,4 @@ def test_small_stages_are_in_the_lines_too() -> None:
     body += "  %big = f32[8000]{0} broadcast(%s), dimensions={}\n"
     body += "  ROOT %r = f32[16]{0} bitcast(%a.done)\n"
     *_, last = timeline(extract_collectives(program(body)), RATES).lines(tokens=1)
-    assert last == "  further stages: 96 s on the wire, 0% hidden"
+    assert last == "  other stages: 96 s on the wire, 0% overlapped"

@@ -81,14 +81,14 @@ def test_a_loop_hides_what_runs_beside_its_exchange() -> None:
     # 1.92 s on the wire, 1.024 s of them beside the product; three times. Then the last product.
     assert exchange.seconds == pytest.approx(3 * 1.92)
     assert exchange.waited == pytest.approx(3 * (1.92 - 1.024))
-    assert exchange.beside["experts"] == pytest.approx(3 * 1.024)
+    assert exchange.overlapped["experts"] == pytest.approx(3 * 1.024)
     assert found.computing == pytest.approx(4 * 1.024, rel=1e-3)  # sums and indices take some
     assert found.seconds == pytest.approx(3 * 1.92 + 1.024, rel=1e-3)
     first, assumed, stage = found.lines(tokens=8)
-    assert "47% hidden" not in first
-    assert "53% hidden" in first
+    assert "47% overlapped" not in first
+    assert "53% overlapped" in first
     assert "nothing was run" in assumed
-    assert stage == "  dispatch: 5.76 s on the wire, 53% hidden beside experts"
+    assert stage == "  dispatch: 5.76 s on the wire, 53% overlapped with experts"
 
 
 def test_the_same_program_without_async_hides_nothing() -> None:

@@ -14,7 +14,7 @@ from moe_shard.lowering.flow.states import (
     GRADIENT,
     INDICES,
     MASK,
-    ON_ROWS,
+    ON_TOKENS,
     ROUTED,
     UPDATED,
     State,
@@ -60,9 +60,9 @@ def _add(
     size = math.prod(array_dims(instruction.shape)) if instruction.shape[0] != "(" else 0
     computed = [state for state in states if is_computed(state) or _is_as_large(run, state, size)]
     if len(computed) == 2 and not all(state.marks & ROUTED for state in computed):
-        # Gradients that are added up keep what they came through; a residual does not.
+        # A sum of gradients keeps their collectives; a sum with a residual does not.
         via = merged.via if merged.marks & (GRADIENT | EXPERT_GRADIENT) else 0
-        merged = merged._replace(marks=merged.marks & ~ON_ROWS, via=via)
+        merged = merged._replace(marks=merged.marks & ~ON_TOKENS, via=via)
     elif len(computed) == 1:
         beside = [state for state in states if state.origin is not None and state.origin.params]
         if beside and computed[0].marks & (EXPERT_GRADIENT | GRADIENT):
@@ -94,11 +94,11 @@ def _multiply(
             if data.marks & ROUTED or _is_spread(computation, name):
                 marks &= ~MASK
             return merged._replace(marks=marks, via=data.via)
-    # What weighs vectors, a number for each, came another way than they did.
+    # Combine weights, one number per vector, came through other collectives than the vectors.
     sizes = [_own_size(computation, name) for name in instruction.operands]
     vectors = [state for state, size in zip(states, sizes, strict=True) if size == max(sizes)]
-    rows = [state for state in vectors if state.marks & ROUTED] or vectors
-    return merged._replace(via=join(rows).via)
+    tokens = [state for state in vectors if state.marks & ROUTED] or vectors
+    return merged._replace(via=join(tokens).via)
 
 
 def _is_spread(computation: Computation, name: str) -> bool:
@@ -140,7 +140,7 @@ def _convert(
         return state._replace(marks=(state.marks & ~COMPARED) | MASK)
     if is_float(instruction.shape) and state.marks & INDICES:
         return state._replace(marks=state.marks | MASK)
-    narrow = re.match(r"[su](2|4|8)\[", instruction.shape)  # quantized numbers, no positions
+    narrow = re.match(r"[su](2|4|8)\[", instruction.shape)  # quantized numbers, not positions
     if is_float(before) and not is_float(instruction.shape) and is_computed(state) and not narrow:
         return state._replace(marks=state.marks | INDICES, via=0)
     return state
@@ -187,10 +187,10 @@ def _reduce(
     if len(inputs) == 1:
         state = flat(inputs[0])
         removed = following.integers(instruction.attributes.get("dimensions", ""))
-        if state.has_feature(removed):  # norms and scores of rows are no rows
-            state = state._replace(marks=state.marks & ~ON_ROWS, via=0)
+        if state.has_feature(removed):  # norms and scores of tokens are not tokens
+            state = state._replace(marks=state.marks & ~ON_TOKENS, via=0)
         left = [n for at, n in enumerate(array_dims(shapes[0])) if at not in removed and n > 1]
-        if state.marks & EXPERT_GRADIENT and len(left) < 2:  # a norm of gradients is no gradient
+        if state.marks & EXPERT_GRADIENT and len(left) < 2:  # a norm of gradients is not a gradient
             state = state._replace(marks=state.marks & ~(EXPERT_GRADIENT | GRADIENT), via=0)
         return shaped(
             with_dims(state, lambda dims: following.reduced(dims, instruction)), instruction.shape

@@ -33,13 +33,13 @@ class Parameter:
 
     Attributes:
         position: among the arguments.
-        path: as the program's author wrote it, `state.params['layers']['wo']`; "" if not told.
-        shape: of one device's part, as HLO writes it.
+        path: as in the source, `state.params['layers']['wo']`; "" where unknown.
+        shape: of one device's shard, as HLO writes it.
         sizes: its dims.
-        bytes: of one device's part.
-        is_data: integers, which are tokens, counters or keys and never weights.
-        split: how it is split over devices; None where it is not, or the text does not say.
-        is_told: the text says how, or that it is not.
+        bytes: of one device's shard.
+        is_data: it holds integers: tokens, counters or keys, never weights.
+        split: how it is split over devices; None where it is not, or where that is unknown.
+        is_known: the text states its sharding.
     """
 
     position: int
@@ -49,7 +49,7 @@ class Parameter:
     bytes: int
     is_data: bool
     split: Split | None
-    is_told: bool = True
+    is_known: bool = True
 
     @property
     def global_sizes(self) -> tuple[int, ...]:
@@ -64,20 +64,20 @@ class ExpertProduct:
     """Describe a product of routed data with experts' weights.
 
     Attributes:
-        computation: where it stands.
+        computation: the computation that it is in.
         instruction: its name.
         parameter: position of the weights.
         expert_dims: the dims of the parameter that count experts.
-        rows_via: collectives that the data came through, as bits.
+        tokens_via: collectives that the data came through, as bits.
         weights_via: collectives that the weights came through.
-        after: the data has been through a product of experts already, as that of a down projection.
+        after: the data has passed through a product of experts before, as for a down projection.
     """
 
     computation: str
     instruction: str
     parameter: int
     expert_dims: tuple[int, ...]
-    rows_via: int
+    tokens_via: int
     weights_via: int
     after: bool = False
 
@@ -87,9 +87,9 @@ class Assumption:
     """Define which dims count experts in a program that has no router.
 
     Attributes:
-        counts_experts: whether a dim of a parameter can, where it is a batch dim of a product, or
-            where one element of it takes part.
-        only_exchanged: ask that what it is multiplied with came through an all-to-all.
+        counts_experts: whether a dim of a parameter can count experts, if it is a batch dim of a
+            product, or if one element of it is used.
+        only_exchanged: require that the other operand came through an all-to-all.
     """
 
     counts_experts: Callable[[Parameter, int], bool]
@@ -108,15 +108,15 @@ class Flow:
             weights.
         experts: {parameter that is weights of experts: its dims that count experts}.
         data: positions of parameters that are tokens or other input, as bits.
-        weights: positions of those that met data which does not depend on them, as bits.
-        met: {parameter: parameters that it was multiplied with}, of products of two parameters.
+        weights: positions of those multiplied with data that does not depend on them, as bits.
+        met: {parameter: parameters that it was multiplied with}, in products of two parameters.
         exchanges: the all-to-alls, as bits of `State.via`.
-        opaque: positions of those that a kernel takes whose arithmetic is not in the text.
+        opaque: positions of operands of kernels whose arithmetic is not in the text.
         indices: {collective: its position in `State.via`}.
         outputs: the states of what the program returns, with their shapes.
-        assumed: experts were looked for without a router (see `rules.evaluate`).
-        scored: sizes of the last dims of what went through an exponential or a sigmoid.
-        gathered: {an all-gather: (parameter, dim) along which it puts that together}.
+        assumed: experts were looked for without a router (see `opcode_rules.evaluate`).
+        scored: sizes of the last dim of each input of an exponential or a sigmoid.
+        gathered: {an all-gather: (parameter, dim) that it gathers}.
     """
 
     parameters: dict[int, Parameter]
@@ -179,15 +179,15 @@ def _array_shapes(shape: str) -> list[str]:
 def _can_have(parameter: Parameter, expert_dims: set[int], sizes: Sequence[int]) -> bool:
     """Return whether an array of these sizes can be an expert parameter, or a slice of one.
 
-    The two dims of its matrices have to be there, whole or split; those of experts and of layers
-    may be missing.
+    The two dims of its matrices must be present, whole or split; dims of experts and of layers may
+    be missing.
     """
     parts = parameter.split.parts if parameter.split else (1,) * len(parameter.sizes)
     possible = [
         {local * part for part in range(1, count + 1) if count % part == 0}
         for local, count in zip(parameter.sizes, parts, strict=True)
     ]
-    if not parameter.is_told:  # what a dim is split into is not known: any multiple
+    if not parameter.is_known:  # its split is unknown: any multiple
         possible = [
             {local * part for part in range(1, 2 + max(sizes, default=1) // max(local, 1))}
             for local in parameter.sizes
@@ -248,7 +248,7 @@ class Evaluation:
         count = max((each.parameter_number for each in entry.parameters()), default=-1) + 1
         arguments = [self._argument(number) for number in range(count)]
         limit = sys.getrecursionlimit()
-        # Calls may be as deep as there are computations, and each takes some frames.
+        # Calls may nest as deep as there are computations, and each needs several frames.
         sys.setrecursionlimit(limit + 8 * len(self.module.computations))
         try:
             result = self.computation(entry, arguments)
@@ -260,7 +260,7 @@ class Evaluation:
             self.flow.outputs = list(zip(states, shapes, strict=True))
         return self.flow
 
-    def are_rows(self, state: State) -> bool:
+    def are_tokens(self, state: State) -> bool:
         """Return whether data can be experts' input: routed, or, without a router, computed."""
         if self._assumed is None:
             return bool(state.marks & ROUTED)
@@ -269,20 +269,20 @@ class Evaluation:
         return state.origin is None
 
     def found_experts(
-        self, site: tuple[str, str], weights: State, dims: tuple[int, ...], rows: State
+        self, site: tuple[str, str], weights: State, dims: tuple[int, ...], tokens: State
     ) -> None:
         """Record a product of data with experts' weights, or with several of them joined."""
         assert weights.origin is not None
         main = self.flow.parameters[weights.origin.main]
-        if rows.origin is not None:
-            self.flow.data |= rows.origin.params
+        if tokens.origin is not None:
+            self.flow.data |= tokens.origin.params
         for position, parameter in self.flow.parameters.items():
             together = weights.origin.params >> position & 1 and not parameter.is_data
             if together and len(parameter.sizes) == len(main.sizes):
                 self.flow.experts.setdefault(position, set()).update(dims)
-        after = bool(rows.marks & EXPERT_OUTPUT)
+        after = bool(tokens.marks & EXPERT_OUTPUT)
         self.flow.products[site] = ExpertProduct(
-            *site, main.position, dims, rows.via, weights.via, after
+            *site, main.position, dims, tokens.via, weights.via, after
         )
 
     def found_bias(self, bias: State, size: int) -> None:
@@ -292,7 +292,7 @@ class Evaluation:
         parameter = self.flow.parameters.get(position)
         if parameter is None or self.flow.data >> position & 1 or self._assumed is not None:
             return
-        large = [count for count in parameter.global_sizes if count > 1 or not parameter.is_told]
+        large = [count for count in parameter.global_sizes if count > 1 or not parameter.is_known]
         if len(large) > 1 and math.prod(parameter.sizes) < size:
             self.flow.experts.setdefault(position, set()).add(len(parameter.sizes) - 2)
 
@@ -317,8 +317,8 @@ class Evaluation:
 
     def is_expert_gradient(self, first: State, second: State, shape: str) -> bool:
         """Return whether a product of two computed values is the gradient of experts' weights."""
-        rows = first.marks & ROUTED, second.marks & ROUTED
-        if not (all(rows) if self._assumed is None else any(rows)):
+        tokens = first.marks & ROUTED, second.marks & ROUTED
+        if not (all(tokens) if self._assumed is None else any(tokens)):
             return False
         sizes = [size for size in array_dims(tuple_elements(shape)[0]) if size != 1]
         return any(

@@ -39,7 +39,10 @@ def _selected(run: Evaluation, data: State, index: State, shape: str) -> State:
 
 
 def sees_itself(run: Evaluation, data: State, index: State) -> None:
-    """Record a parameter that decides which part of itself is selected as data."""
+    """Record a parameter that decides which part of itself is selected: it is data.
+
+    Tokens before a router do, weights do not.
+    """
     if data.origin is not None and data.origin.main >= 0:
         bit = 1 << data.origin.main
         if index.deps & bit and data.origin.main not in run.flow.experts:
@@ -50,7 +53,7 @@ def _gather(
     run: Evaluation, _computation: Computation, instruction: Instruction, operands: list[Value]
 ) -> Value:
     data, index = flat(operands[0]), flat(operands[1])
-    # Which dims are left of the data is another for every gather.
+    # Each gather keeps other dims of the data.
     return with_dims(_selected(run, data, index, instruction.shape), lambda _dims: None)
 
 
@@ -82,7 +85,7 @@ def _scatter(
         both = with_dims(join([update, target]), lambda _dims: None)
         state = _selected(run, both, index, shapes[min(at, len(shapes) - 1)])
         if is_computed(update) and not state.marks & ROUTED:
-            state = state._replace(marks=state.marks | GRADIENT)  # of an embedding
+            state = state._replace(marks=state.marks | GRADIENT)  # the gradient of an embedding
         results.append(state)
     return results if instruction.shape.startswith("(") else results[0]
 

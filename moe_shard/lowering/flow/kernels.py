@@ -6,7 +6,7 @@ import re
 
 from moe_shard.lowering.dims import LIBRARY_PRODUCT
 from moe_shard.lowering.flow.evaluation import Evaluation, OpcodeRule
-from moe_shard.lowering.flow.products import dense_product, mapped, takes_rows
+from moe_shard.lowering.flow.products import dense_product, mapped, takes_tokens
 from moe_shard.lowering.flow.states import (
     CONSTANT,
     EXPERT_GRADIENT,
@@ -26,7 +26,7 @@ from moe_shard.lowering.hlo import Computation, Instruction
 from moe_shard.lowering.shapes import array_dims, tuple_elements
 
 _CONSTANT_TARGETS = re.compile(r'custom_call_target="(?:AllocateBuffer|GetRngState)"')
-# These hand on what they are given.
+# These return their operands.
 _SAME_TARGETS = re.compile(
     r'custom_call_target="(?:Sharding|SPMD\w+|AsyncCollective\w+|annotate_device_placement'
     r"|LayoutConstraint|MoveTo(?:Host|Device)|Pin|Unpin|ConcatBitcast|BitcastFusion"
@@ -58,9 +58,9 @@ def _kernel(
 ) -> State:
     """Evaluate a kernel whose arithmetic is not in the text: a grouped product, or anything else.
 
-    One that takes routed data and a parameter with a dim of experts before a matrix is a product of
-    experts; one that takes routed data twice and integers that tell its groups, and makes a stack
-    of matrices, makes the gradient of such a parameter.
+    A kernel with routed data and a parameter that has an expert dim before a matrix is a product of
+    experts. One with two routed operands and the integer sizes of its groups, whose result is a
+    stack of matrices, computes the gradient of such a parameter.
     """
     states = [flat(each) for each in operands]
     merged = join(states) if states else CONSTANT
@@ -70,10 +70,10 @@ def _kernel(
         for state, shape in zip(states, shapes, strict=True)
         if is_float(shape) and not shape.startswith("(")
     ]
-    rows = [state for state, _ in numbers if state.origin is None and run.are_rows(state)]
+    tokens = [state for state, _ in numbers if state.origin is None and run.are_tokens(state)]
     groups = any(state.marks & INDICES for state in states)
     for state, shape in numbers:
-        if not rows or not takes_rows(run, state, rows[0]):
+        if not tokens or not takes_tokens(run, state, tokens[0]):
             continue
         assert state.origin is not None
         dims = tuple(run.flow.experts.get(state.origin.main, ()))
@@ -81,12 +81,12 @@ def _kernel(
         if not dims and (len(array_dims(shape)) < 3 or not (groups or split)):
             continue
         dims = dims or mapped(state, (0,)) or (0,)
-        run.found_experts((computation.name, instruction.name), state, dims, join(rows))
+        run.found_experts((computation.name, instruction.name), state, dims, join(tokens))
         rank = len(array_dims(tuple_elements(instruction.shape)[0]))
         feature = (*((),) * (rank - 1), (FEATURE,))
-        return State(merged.deps, None, ROUTED | EXPERT_OUTPUT, join(rows).via, feature)
+        return State(merged.deps, None, ROUTED | EXPERT_OUTPUT, join(tokens).via, feature)
     result = tuple_elements(instruction.shape)[0]
-    if groups and len(rows) > 1 and len(array_dims(result)) > 2 and is_float(result):
+    if groups and len(tokens) > 1 and len(array_dims(result)) > 2 and is_float(result):
         run.flow.gradients.add((computation.name, instruction.name))
         return State(merged.deps, None, EXPERT_GRADIENT, 0)
     for state, _ in numbers:

@@ -49,7 +49,7 @@ def _broadcast(
     state = flat(operands[0])
     before = array_dims(computation.instruction(instruction.operand(0)).shape)
     if math.prod(before) == 1 and is_computed(state):
-        # A number for all, such as a norm: what is multiplied by it is still its own.
+        # One number for all elements, such as a norm, adds nothing to what it is multiplied with.
         return State(state.deps, None, state.marks & (COMPARED | INDICES | MASK), 0)
     return with_dims(state, lambda dims: following.broadcast(dims, instruction))
 
@@ -105,7 +105,7 @@ def _async_start(
     run: Evaluation, _computation: Computation, instruction: Instruction, operands: list[Value]
 ) -> Value:
     result = run.called(instruction, operands, "calls", "called_computations", "to_apply")
-    # A `call-done` returns what was called; an `async-done` the second of its start.
+    # A `call-done` returns the result of the call; an `async-done` the second element of its start.
     return result if instruction.opcode == "call-start" else [list(operands), result, CONSTANT]
 
 

@@ -24,7 +24,8 @@ def evaluate(
 
     Args:
         module: the program.
-        assumed: for a program without a router, what counts experts; None asks for routed data.
+        assumed: for a program without a router, which dims count experts; with None, products of
+            experts are those of routed data.
         shardings: of the ENTRY parameters by position, where the text has none.
 
     Raises:
@@ -40,7 +41,7 @@ def _collective(
     site = (computation.name, instruction.name)
     states = [flat(each) for each in operands]
     if kind == "ragged-all-to-all":
-        states = states[:1]  # the others are its buffer, and where the rows go
+        states = states[:1]  # the others are its output buffer, offsets and sizes
     run.flow.sites[site] = states
     bit = run.flow.bit(site)
     if kind in EXCHANGE_KINDS:

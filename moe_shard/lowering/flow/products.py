@@ -13,7 +13,7 @@ from moe_shard.lowering.flow.states import (
     EXPERT_OUTPUT,
     GRADIENT,
     MASK,
-    ON_ROWS,
+    ON_TOKENS,
     ROUTED,
     State,
     Value,
@@ -60,22 +60,22 @@ def _multiplied(
 
     Args:
         run: the evaluation.
-        computation: where the product stands.
+        computation: the computation that the product is in.
         instruction: the product.
         sides: its operands.
-        experts: the dims of the parameter in operand 0 or 1 that count experts, if this is a
-            product in which they can; else ().
+        experts: returns the dims of the parameter in operand 0 or 1 that count experts; () where
+            none can in this product.
     """
     flow = run.flow
     deps = sides[0].deps | sides[1].deps
     for side in (0, 1):
-        weights, rows = sides[side], sides[1 - side]
-        if takes_rows(run, weights, rows):
+        weights, tokens = sides[side], sides[1 - side]
+        if takes_tokens(run, weights, tokens):
             assert weights.origin is not None
             if dims := tuple(flow.experts.get(weights.origin.main, ())) or experts(side):
-                run.found_experts((computation.name, instruction.name), weights, dims, rows)
+                run.found_experts((computation.name, instruction.name), weights, dims, tokens)
                 feature = following.given_by(computation, instruction, side)
-                return State(deps, None, ROUTED | EXPERT_OUTPUT, rows.via, feature)
+                return State(deps, None, ROUTED | EXPERT_OUTPUT, tokens.via, feature)
     computed = all(is_computed(state) for state in sides)
     if computed and run.is_expert_gradient(*sides, instruction.shape):
         flow.gradients.add((computation.name, instruction.name))
@@ -91,20 +91,22 @@ def _multiplied(
     if first.origin is not None and second.origin is not None:
         return _of_parameters(run, deps, first, second)
     if first.origin is not None or second.origin is not None:
-        weights, rows = (first, second) if first.origin is not None else (second, first)
+        weights, tokens = (first, second) if first.origin is not None else (second, first)
         assert weights.origin is not None
         position = weights.origin.main
         if position < 0:
-            return rows._replace(deps=deps)
-        if not rows.deps >> position & 1:
+            return tokens._replace(deps=deps)
+        if not tokens.deps >> position & 1:
             flow.weights |= 1 << position
-        if flow.data >> position & 1 or (rows.marks & ROUTED and not flow.weights >> position & 1):
-            return State(deps, None, rows.marks & ON_ROWS | GRADIENT, 0)
+        if flow.data >> position & 1 or (
+            tokens.marks & ROUTED and not flow.weights >> position & 1
+        ):
+            return State(deps, None, tokens.marks & ON_TOKENS | GRADIENT, 0)
         return State(deps, None, 0, 0)
     marks = first.marks | second.marks
-    # Of a program without a router, what attention makes of rows is not theirs any more.
+    # In a program without a router, the output of attention no longer counts as routed.
     kept = 0 if flow.assumed or _gives_scores(computation, instruction, sides) else marks
-    return State(deps, None, kept & ON_ROWS | GRADIENT, 0)
+    return State(deps, None, kept & ON_TOKENS | GRADIENT, 0)
 
 
 def _gives_scores(
@@ -119,19 +121,18 @@ def _gives_scores(
     )
 
 
-def takes_rows(run: Evaluation, weights: State, rows: State) -> bool:
+def takes_tokens(run: Evaluation, weights: State, tokens: State) -> bool:
     """Return whether a product's operands can be a parameter and experts' input.
 
-    The data must not depend on the parameter (unless that is known to be experts'): tokens do
-    depend on themselves where a router's mask selects them, weights do not where they are first
-    used.
+    The data must not depend on the parameter, unless that is known to be an expert weight: tokens
+    selected by a router's mask depend on themselves, weights do not where they are first used.
     """
     origin = weights.origin
-    if origin is None or origin.main < 0 or not run.are_rows(rows):
+    if origin is None or origin.main < 0 or not run.are_tokens(tokens):
         return False
     if run.flow.data >> origin.main & 1:
         return False
-    return origin.main in run.flow.experts or not rows.deps >> origin.main & 1
+    return origin.main in run.flow.experts or not tokens.deps >> origin.main & 1
 
 
 def _of_parameters(run: Evaluation, deps: int, first: State, second: State) -> State:
@@ -162,14 +163,14 @@ def _expert_dims(
 ) -> tuple[int, ...]:
     """Return the dims of a parameter that count experts in a product with routed data.
 
-    Those are its batch dims; a dim that is split over devices and of which one element takes part
-    (a device with one expert, or a loop over experts); and the first of several contracted dims,
-    where a compiler without grouped products masks the tokens for each expert.
+    These are its batch dims; a dim that is split over devices and of which one element is used (a
+    device with one expert, or a loop over experts); and the first of several contracted dims, where
+    a compiler without grouped products masks the tokens for each expert. () for none.
     """
     assert state.origin is not None
     parameter = run.flow.parameters[state.origin.main]
-    if len([size for size in parameter.global_sizes if size > 1 or not parameter.is_told]) < 3:
-        return ()  # a matrix, and no stack of them
+    if len([size for size in parameter.global_sizes if size > 1 or not parameter.is_known]) < 3:
+        return ()  # a matrix, not a stack of matrices
     return run.may_count_experts(
         parameter, _candidates(computation, instruction, state, side, parameter)
     )
@@ -188,11 +189,11 @@ def _candidates(
     batch = tuple(at for at in parts.batch if shape[at] > 1)
     if batch:
         return mapped(state, batch) or (0,)
-    if state.origin.dims is not None and (parameter.split or not parameter.is_told):
+    if state.origin.dims is not None and (parameter.split or not parameter.is_known):
         present = {
             dim for at, held in enumerate(state.origin.dims) if shape[at] > 1 for dim in held
         }
-        # Where the text does not say how it is split, a dim of one element may be a part of one.
+        # Where its split is unknown, a dim of size 1 may be a part of a larger one.
         guessed = tuple(2 if size == 1 else 1 for size in parameter.sizes)
         parts_of = parameter.split.parts if parameter.split else guessed
         single = tuple(

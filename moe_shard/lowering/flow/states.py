@@ -9,27 +9,27 @@ from moe_shard.lowering.dims import Dims
 from moe_shard.lowering.shapes import tuple_elements
 
 INDICES = 1 << 0
-"""Integers that a comparison of computed numbers chose: experts, positions, counts."""
+"""Integers chosen by a comparison of computed numbers: experts, positions, counts."""
 MASK = 1 << 1
-"""Made by comparing such integers: a one-hot, also when it carries weights."""
+"""Made by comparing such integers: a one-hot mask, also when multiplied by combine weights."""
 COMPARED = 1 << 2
-"""The outcome of comparing computed numbers."""
+"""The result of comparing computed numbers."""
 ROUTED = 1 << 3
-"""Data that `INDICES` or `MASK` selected, and what experts make of it."""
+"""Data that `INDICES` or `MASK` selected, and expert outputs."""
 EXPERT_OUTPUT = 1 << 4
-"""Has been through a product of experts."""
+"""Has passed through a product of experts."""
 EXPERT_GRADIENT = 1 << 5
 """The gradient of experts' weights: a product of routed data with routed data."""
 GRADIENT = 1 << 6
-"""A product of two computed values that are not routed: another weight's gradient, or scores."""
+"""A product of two computed values, not routed: another weight's gradient, or scores."""
 UPDATED = 1 << 7
-"""A parameter and its gradient, put together."""
+"""A parameter joined with its gradient."""
 
 FEATURE = -1
-"""In `State.feature`: a dim of the vectors that experts give."""
+"""In `State.feature`: a feature dim of expert outputs."""
 
-ON_ROWS = ROUTED | EXPERT_OUTPUT
-"""What a sum with data of another origin (a residual) no longer is."""
+ON_TOKENS = ROUTED | EXPERT_OUTPUT
+"""Marks that are lost in a sum with other data (a residual)."""
 
 
 class Origin(NamedTuple):
@@ -38,7 +38,7 @@ class Origin(NamedTuple):
     Attributes:
         params: the parameters' positions as bits; 0 for a constant.
         main: the position of the largest; -1 for a constant.
-        dims: the parameter's dims in each dim of the value; None where they cannot be told.
+        dims: the parameter's dims in each dim of the value; None where unknown.
     """
 
     params: int
@@ -51,11 +51,11 @@ class State(NamedTuple):
 
     Attributes:
         deps: ENTRY parameters that it depends on, as bits.
-        origin: where it is made of parameters alone; None for what was computed.
+        origin: the parameters that it is made of, if of nothing else; None for computed values.
         marks: the marks above.
         via: collectives that it came through since it was a parameter or was routed, as bits.
-        feature: of outputs of experts, which dims hold the vectors that a product gave: `FEATURE`
-            in them, nothing in the others; None where that cannot be told.
+        feature: for expert outputs, `FEATURE` in each feature dim and nothing in the others; None
+            where unknown.
     """
 
     deps: int
@@ -71,7 +71,7 @@ class State(NamedTuple):
 
 
 Value = State | list["Value"]
-"""Of an array, or of each element of a tuple."""
+"""The state of an array, or of each element of a tuple."""
 
 CONSTANT = State(0, Origin(0, -1, None), 0, 0)
 
@@ -132,8 +132,8 @@ def element(value: Value, index: int) -> Value:
 def carried(before: Value, after: Value) -> Value:
     """Return what a loop carries into every iteration, given its start and one iteration.
 
-    It is a parameter only if it stays one. Marks are those of the first iteration, unless that
-    begins with a constant.
+    It is a parameter only if it stays one. Marks are those of the first iteration, unless the
+    initial value is a constant.
     """
     if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         return [carried(one, other) for one, other in zip(before, after, strict=True)]
