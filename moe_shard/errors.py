@@ -53,7 +53,7 @@ def run_command(main: Callable[[], int]) -> None:
     """
     try:
         code = main()
-        if sys.stdout is not None:  # which is None where the caller has closed it
+        if sys.stdout is not None:  # None where the caller has closed it
             sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -65,7 +65,7 @@ def run_command(main: Callable[[], int]) -> None:
         print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of a pipe (`| head`) has left; silence the flush at exit as well.
+        # The reader of a pipe (`| head`) has gone; prevent an error from the flush at exit as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_DONE
     sys.exit(code)

@@ -2,9 +2,9 @@
 
 With `.[targets]` installed on a machine without accelerators, jax and its plugins write a page of
 warnings and two tracebacks to standard error, most of it from C++ static initializers that no
-setting reaches. All of it reports that there is no accelerator. Everything else is printed when the
-block ends. XLA ends the process at once when XLA_FLAGS has a flag that it does not know, and the
-reason would be lost; such flags are therefore found first.
+setting controls. All of it reports that there is no accelerator. Everything else is printed when
+the block ends. XLA ends the process at once when XLA_FLAGS has a flag that it does not know, and
+the reason would be lost; such flags are therefore found first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NOISE = re.compile(
     r"|^Failed to find host bounds for accelerator type: WARNING: could not determine"
     r"|INVALID_ARGUMENT: Error: unexpected worker hostname 'WARNING: could not determine"
     r"|^=== Source Location Trace"
-    # Written for every sort, and for what the report's line on memory tells more clearly.
+    # Written for every sort, and for rematerialization, which the report covers more clearly.
     r"|^W\d{4} .*\b(sort_rewriter|hlo_rematerialization)\.cc"
     r"|^To avoid this, compile with a GPU present, or add the deviceless CUB"
     r"|^learning/\S+libtpu_init_utils\.cc:\d+\s*$"
@@ -37,7 +37,7 @@ _NOISE = re.compile(
 _KNOWN_FLAGS = ("--xla_force_host_platform_device_count=", "--xla_dump_to=", "--xla_dump_hlo_")
 _UNKNOWN_FLAGS = re.compile(r"Unknown flags? in XLA_FLAGS: (.*)")
 _NO_PLUGIN = re.compile(r"Jax plugin configuration error|cuda_plugin_extension is not found")
-# The kernel drivers' own nodes: where one exists, a plugin that does not start is news.
+# Device nodes of the kernel drivers: where one exists, a plugin that fails to start is a problem.
 _DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
 
 

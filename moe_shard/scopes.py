@@ -1,6 +1,6 @@
 """Name the stages of a model: the `jax.named_scope`s that reports look for.
 
-Scopes label; they decide nothing about roles and verdicts. The one exception is private.
+Scopes are labels only: roles and verdicts do not depend on them, with one private exception.
 """
 
 from __future__ import annotations
@@ -12,6 +12,6 @@ SCOPES = (*MOE_SCOPES, "attention", "mlp", "embedding", "logits", "loss", "optim
 """All stages that a report names."""
 
 FURTHER_ROUNDS = "moe_shard-further_rounds-6e1f0b9c"
-"""Private: of the loops of ragged dispatch that run only where a router exceeds what the first
-exchange holds. Reports pass over the collectives in them, and say so. It is no name that anybody
-gives to a scope of their own."""
+"""Private: the scope of the loops of ragged dispatch that run only where routing exceeds what the
+first exchange holds. Reports do not count the collectives in them, and warn about that. No other
+scope has this name by chance."""

@@ -27,8 +27,8 @@ _collecting = threading.Lock()
 def collect_lines(mark: str) -> Iterator[list[str]]:
     """Collect the lines of file descriptor 2 that contain a mark while the block runs.
 
-    Every other line is passed on to where the descriptor pointed, as soon as it is whole. When the
-    block raises, the collected lines follow. Where descriptor 2 is closed, or another block (of
+    Every other line is passed on to where the descriptor pointed, as soon as it is complete. When
+    the block raises, the collected lines follow. Where descriptor 2 is closed, or another block (of
     another thread, or around this one) is collecting already, nothing is collected and nothing is
     changed.
 

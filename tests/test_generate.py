@@ -195,7 +195,7 @@ def test_parameters_alone_equal_those_of_the_state_in_both_layouts(trained: Path
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["mixtral-tiny"], ["no prompt", "a text to write on after"]),
+        (["mixtral-tiny"], ["no prompt", "a text to continue"]),
         (["mixtral-tiny", "max_new_tokens=3"], ["no prompt"]),
         ([], ["required", "--help"]),
         (["mixtral-tiny", "a", "--jsn"], ["--jsn", "--help"]),

@@ -134,7 +134,7 @@ def test_goldens_of_other_keys_are_not_compared(run: Run, matrix: Any) -> None:
     rewrite(matrix, commands={**golden.commands, "h100:8 on": "another"})
     assert run()[0] == 2
     _, _, err = run("--refresh", "--target", "cpu:8")
-    assert err == ("error: mixtral-tiny.json, h100:8 on: of another command\nfix: make goldens\n")
+    assert err == ("error: mixtral-tiny.json, h100:8 on: made by another command\nfix: make goldens\n")
 
 
 def test_what_is_missing_is_said(run: Run, matrix: Any) -> None:
@@ -184,7 +184,7 @@ def test_a_cell_that_deviates_says_so_in_the_matrix(run: Run, matrix: Any) -> No
     ("code", "err", "exit_code", "said", "times"),
     [
         (1, "Traceback\nKeyError: 1", 1, "no report, exit code 1: KeyError: 1\n", 1),
-        (-15, "", 1, "no report, exit code -15: nothing said\n", 2),
+        (-15, "", 1, "no report, exit code -15: no message\n", 2),
         (2, "note: a\nerror: no libtpu\nfix: b\n", 2, "h100:8 on: no libtpu\nfix: b\n", 1),
     ],
 )

@@ -4,10 +4,10 @@
     python tools/lowering_matrix.py --refresh             and keep it (make goldens)
     python tools/lowering_matrix.py --markdown            the README's matrix, nothing compiled
 
-Models are compiled two layers deep, one row of 1024 tokens a device: a scanned stack runs the same
-collectives at any depth, and sizes grow in proportion. Models that are configured with
-moe_dispatch=ragged are not among them: the flag changes nothing there. Needs `make targets`. Exit
-code 1 when a cell differs from its golden file in tests/goldens/.
+Models are compiled two layers deep, one sequence of 1024 tokens per device: a scanned stack runs
+the same collectives at any depth, and sizes grow in proportion. Models with moe_dispatch=ragged are
+not included: the flag changes nothing there. Needs `make targets`. Exit code 1 when a cell differs
+from its golden file in tests/goldens/.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ KEYS = ("base_num_decoder_layers=2", "per_device_batch_size=1", "max_target_leng
 _ROOT = Path(__file__).resolve().parent.parent
 GOLDENS = _ROOT / "tests" / "goldens"
 _COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-pjrt", "jax-rocm7-pjrt")
-# What these say would be part of a golden without standing in it.
+# Settings in these variables would change a golden without being recorded in it.
 _SETTINGS = ("JAX_", "XLA_", "LIBTPU_", "TPU_")
-_LONGEST = 900  # seconds for a cell; the slowest took three minutes on a busy machine
+_LONGEST = 900  # seconds for a cell; the slowest takes three minutes on a busy machine
 
 Row = tuple[str, str, str, str]
 """Model, cell, where, change."""
@@ -82,8 +82,8 @@ def main() -> int:
     else:
         _print(rows, sum(map(len, found.values())))
     if versions:
-        said = ", ".join(f"{name} {was}, now {now}" for name, (was, now) in versions.items())
-        print(f"note: other compilers than those of the goldens ({said})", file=sys.stderr)
+        changes = ", ".join(f"{name} {was}, now {now}" for name, (was, now) in versions.items())
+        print(f"note: other compilers than those of the goldens ({changes})", file=sys.stderr)
     return EXIT_FINDING if rows else EXIT_DONE
 
 
@@ -100,7 +100,7 @@ def _refresh(models: Sequence[str], targets: Sequence[str]) -> int:
                 "fix: make goldens, which compiles all of them"
             )
     try:
-        GOLDENS.mkdir(exist_ok=True)  # now, before minutes of compiling
+        GOLDENS.mkdir(exist_ok=True)  # before minutes of compiling
         for model, cells in _compile_all(models, targets).items():
             everything = {**(kept[model].cells if model in kept else {}), **cells}
             ordered = {name: everything[name] for name in _cells() if name in everything}
@@ -108,7 +108,7 @@ def _refresh(models: Sequence[str], targets: Sequence[str]) -> int:
             write_text(_file(model), Golden(_versions(), commands, ordered).to_text())
     except OSError as error:
         raise UserError(f"cannot write to {GOLDENS}: {error.strerror}") from error
-    print(f"kept in {GOLDENS}: look at the git diff before you commit it")
+    print(f"written to {GOLDENS}: read the git diff before you commit it")
     return EXIT_DONE
 
 
@@ -135,7 +135,9 @@ def _command(model: str, cell: str) -> list[str]:
 def _require_same_commands(model: str, commands: dict[str, str]) -> None:
     for cell, command in commands.items():
         if cell in _cells() and command != " ".join(_command(model, cell)):
-            raise UserError(f"{_file(model).name}, {cell}: of another command\nfix: make goldens")
+            raise UserError(
+                f"{_file(model).name}, {cell}: made by another command\nfix: make goldens"
+            )
 
 
 def _versions() -> dict[str, str]:
@@ -185,8 +187,8 @@ def _compile(model: str, cell: str) -> Fingerprint:
     """Compile one cell and return its fingerprint.
 
     Raises:
-        UserError: as the command answers bad input, a compiler that is missing for one.
-        Finding: the command ended in another way.
+        UserError: the command reports bad input, such as a missing compiler.
+        Finding: the command failed in another way.
     """
     _, *rest = _command(model, cell)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(_SETTINGS)}
@@ -203,19 +205,19 @@ def _compile(model: str, cell: str) -> Fingerprint:
             )
         except subprocess.TimeoutExpired as error:
             raise Finding(f"{model} on {cell}: not compiled in {_LONGEST} s") from error
-        if done.returncode >= 0:  # else somebody ended it: that says nothing about the program
+        if done.returncode >= 0:  # else a signal ended it, which does not depend on the program
             break
     if done.returncode == EXIT_USAGE:
-        _, _, said = done.stderr.strip().rpartition("error: ")  # notes may stand before it
-        raise UserError(f"{model} on {cell}: {said}")
+        _, _, message = done.stderr.strip().rpartition("error: ")  # notes may come before it
+        raise UserError(f"{model} on {cell}: {message}")
     try:
-        # A step that does not fit is a finding of the command's (exit code 1), and is compared.
+        # A step that does not fit is a finding (exit code 1), and is compared.
         return Fingerprint.of(json.loads(done.stdout))
     except ValueError as error:
-        said = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise Finding(
-            f"{model} on {cell}: no report, exit code {done.returncode}: {said[:200]}\n"
-            f"to see all of it: {' '.join(_command(model, cell))}"
+            f"{model} on {cell}: no report, exit code {done.returncode}: {last[:200]}\n"
+            f"fix: run {' '.join(_command(model, cell))}"
         ) from error
 
 
@@ -239,13 +241,13 @@ def _print(rows: list[Row], cells: int) -> None:
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)
-    console.print("if this is meant: make goldens, and commit the difference with the reason")
+    console.print("if this is intended: make goldens, and commit the difference with the reason")
 
 
 def markdown(goldens: dict[str, Golden], targets: Sequence[str] = TARGETS) -> str:
     """Format the matrix for the docs: one line per model and flag, sent bytes by target.
 
-    A cell that deviates from the verdict or the number of exchanges of its row says so itself.
+    A cell with another verdict or number of exchanges than its line shows its own.
 
     Raises:
         UserError: a cell is missing.
@@ -274,7 +276,8 @@ def _cell(model: str, golden: Golden, name: str) -> Fingerprint:
 
 def _arguments() -> argparse.Namespace:
     parser = CommandParser(
-        prog="lowering_matrix.py", description="What every model lowers to on every target."
+        prog="lowering_matrix.py",
+        description="Compare what every model lowers to on every target with the goldens.",
     )
     models = flag_models()
     parser.add_argument("--model", nargs="+", choices=models, default=models)

@@ -2,8 +2,9 @@
 
     moe-shard COMMAND ...        python -m moe_shard COMMAND ...
 
-Each file has `main(argv, prog)`, which returns the exit code, and answers `--help` and bad usage
-before it loads what its command needs: the files of `tools/` in a checkout call the same functions.
+Each file has `main(argv, prog)`, which returns the exit code, and which answers `--help` and bad
+usage before it loads what its command needs. The files of `tools/` in a checkout call the same
+functions.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ COMMANDS = {
     "train": "train a model; before step 0, show what its step lowers to",
     "watch": "run any JAX program, and show what its steps lower to",
     "report": "show the collectives of a compiled program, and its verdict",
-    "diff": "tell what changed between two lowerings",
-    "explain": "tell where every array of a model lies on the mesh, and why",
+    "diff": "report what changed between two lowerings",
+    "explain": "explain where every array of a model is on the mesh, and why",
     "compile": "compile the training step for hardware that is not there",
     "import": "import a Hugging Face model directory",
     "export": "write the Hugging Face directory of an imported model or a run",
-    "generate": "write on after prompts with a model",
+    "generate": "continue prompts with a model",
     "bench": "time one MoE layer, every dispatch strategy",
 }
-"""Every command, with a line on what it does, in the order in which a newcomer meets them."""
+"""Every command, with a line on what it does, in the order in which a newcomer needs them."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         The command's exit code.
 
     Raises:
-        UserError: there is no such command, and whatever the command raises.
+        UserError: there is no such command, or the command raises it.
         Finding: as the command raises it.
     """
     name, *rest = argv or ["--help"]
@@ -64,7 +65,7 @@ def command(name: str) -> Callable[[Sequence[str]], int]:
     Args:
         name: one of `COMMANDS`.
     """
-    # `import` is no name that a Python module can have.
+    # A Python module cannot be called `import`.
     module = import_module(f"{__name__}.{'import_' if name == 'import' else name}")
     found: Callable[[Sequence[str]], int] = module.main
     return found
@@ -79,7 +80,7 @@ def _help() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"usage: {PROG} COMMAND ...", "", "commands:"]
     lines += [f"  {name:{width}}  {line}" for name, line in COMMANDS.items()]
-    lines += ["", f"{PROG} COMMAND --help tells more; {PROG} --version prints the version."]
+    lines += ["", f"{PROG} COMMAND --help explains it; {PROG} --version prints the version."]
     return "\n".join(lines)
 
 

@@ -5,7 +5,7 @@
 Forward and backward, with the expert axis over all devices. The small layer (on CPU the default) is
 B8 M256 H512 E8 top-2 capacity factor 1 in float32; the large one (on an accelerator) has the width
 of an 8-expert Mixtral, M4096 H14336, in bfloat16. Without an accelerator 8 devices are simulated on
-the CPU: a ratio of times there tells about arithmetic and memory, not about a network.
+the CPU: a ratio of times there reflects arithmetic and memory, not a network.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def main(argv: Sequence[str], prog: str = "moe-shard bench") -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     if args.rounds < 1 or min(args.tokens) < 1:
-        parser.error("--rounds and --tokens take numbers from 1")
-    # Only now: bad usage and --help are answered before jax has been loaded.
+        parser.error("--rounds and --tokens must be at least 1")
+    # Only now: --help and bad usage are answered before jax has been loaded.
     with hide_accelerator_warnings():
         import jax
         import jax.numpy as jnp
@@ -113,7 +113,7 @@ def _print(where: str, measurements: list[Measurement]) -> None:
     console.print(where)
     console.print(table)
     console.print(
-        "time: over that of the first row of the same S and routing, median over rounds in turn\n"
-        "wire, FLOP, temp, tokens/s: of one device; FLOP of the experts' products, over those\n"
-        "that the routed tokens need; further rounds of ragged (skewed) are in the time alone"
+        "time: relative to the first line of the same S and routing, median of interleaved rounds\n"
+        "wire, FLOP, temp, tokens/s: per device; FLOP of the experts' products, relative to what\n"
+        "the routed tokens need; further rounds of ragged (skewed) count in the time only"
     )

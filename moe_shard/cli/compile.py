@@ -4,7 +4,7 @@
 
 TARGET is a file in configs/hardware/, a colon, and a TPU topology (v5e:2x4, v5p:4x4x2) or a number
 of devices (h100:8, cpu:8). The compilers come with `make targets`; no accelerator is needed, and
-none is touched. Exit code 1 when the step does not fit in memory, or when --expect or
+none is used. Exit code 1 when the step does not fit in memory, or when --expect or
 --max-rematerializations does not hold.
 """
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str], prog: str = "moe-shard compile") -> int:
     arguments = _arguments(argv, prog)
     config = load_model(arguments.model, arguments.overrides)
     config.require_built()
-    # Only now: a mistyped key is answered before jax has been loaded.
+    # Only now: a mistyped key is reported before jax has been loaded.
     with hide_accelerator_warnings():
         from moe_shard.cli.page_file import page_path
         from moe_shard.runtime.compile_target import compile_for_target
@@ -109,8 +109,8 @@ def _print(report: TargetReport) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     if report.hlo is not None:
         report.lowering.render_table(console)
-        told = [line for layers, record in report.moe.items() for line in record.lines(layers)]
-        for line in (*told, *report.bounds, *report.estimate_lines):
+        records = [line for layers, record in report.moe.items() for line in record.lines(layers)]
+        for line in (*records, *report.bounds, *report.estimate_lines):
             console.print(line, markup=False)
         console.print(report.memory_line(), markup=False)
     console.print(f"parameters: {report.num_params:,}")

@@ -3,8 +3,8 @@
     moe-shard diff outputs/mixtral-tiny-flag-off outputs/mixtral-tiny
 
 A and B are each the folder of a run, a folder written by XLA's --xla_dump_to, an HLO text file,
-"-" for standard input, or a lowering.json. The exit code is 0 whether or not they differ (a
-difference is what one looks for here; `"same"` in --json is for scripts), 2 for bad input.
+"-" for standard input, or a lowering.json. The exit code is 0 whether or not they differ (scripts
+read `"same"` in --json), 2 for bad input.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moe_shard.lowering.sources import parse_mesh
 
 def main(argv: Sequence[str], prog: str = "moe-shard diff") -> int:
     """Read both and print the difference."""
-    parser = CommandParser(prog=prog, description="What changed between two lowerings.")
+    parser = CommandParser(prog=prog, description="Report what changed between two lowerings.")
     parser.add_argument("a", metavar="A", help="HLO text, dump or run folder, lowering.json, or -")
     parser.add_argument("b", metavar="B", help="the same")
     parser.add_argument(

@@ -4,9 +4,9 @@
     moe-shard explain mixtral-8x7b --rules maxtext/rules.yml ici_expert_parallelism=8
 
 The mesh has num_simulated_devices devices; none is needed, and nothing is compiled. With --rules
-the file's own mesh axes and rows are judged instead, as Flax would apply them; axes have size 2
-unless ici_<axis>_parallelism says otherwise. Exit code 1 with --strict when a dim loses its mesh
-axes to another one, or a row of --rules names a mesh axis twice or one that the file does not have.
+the file's own mesh axes and rules are checked instead, as Flax would apply them; axes have size 2
+unless ici_<axis>_parallelism is given. Exit code 1 with --strict when a dim loses its mesh axes to
+another one, or a rule of --rules names a mesh axis twice or one that the file does not have.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from moe_shard.quiet import hide_accelerator_warnings
 
 def main(argv: Sequence[str], prog: str = "moe-shard explain") -> int:
     """Trace the model, resolve its rules, and print where every array is."""
-    parser = CommandParser(prog=prog, description="Where every array lies, and which row said so.")
-    # Optional to argparse only: it would say that key=value is missing as well.
+    parser = CommandParser(
+        prog=prog, description="Explain where every array is, and by which rule."
+    )
+    # Optional for argparse only, which would report key=value as missing too.
     parser.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides the model's")
-    parser.add_argument("--rules", metavar="FILE", help="judge this file's mesh_axes and rows")
+    parser.add_argument("--rules", metavar="FILE", help="check this file's mesh_axes and rules")
     parser.add_argument("--strict", action="store_true", help="exit with 1 on a conflict")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_intermixed_args(argv)
@@ -39,8 +41,8 @@ def main(argv: Sequence[str], prog: str = "moe-shard explain") -> int:
     if arguments.rules is None:
         config = load_model(arguments.model, arguments.overrides)
         config.require_built()
-    # Only now: a mistyped key is answered before jax has been loaded. An accelerator would only
-    # be taken from whoever is using it.
+    # Only now: a mistyped key is reported before jax has been loaded. The CPU is enough, and an
+    # accelerator may be in use.
     os.environ["JAX_PLATFORMS"] = "cpu"
     with hide_accelerator_warnings():
         from moe_shard.runtime.explained import explain_config, explain_table

@@ -3,10 +3,10 @@
     moe-shard export imported/mixtral Mixtral-again
     moe-shard export outputs/mixtral Mixtral-trained
 
-Every tensor has the name, shape, dtype and file that it had; without training in between every file
-is the same to the byte. What was fp8 or mxfp4 is bfloat16. Of a run the newest checkpoint is taken.
-The parameters go from checkpoint to files a part at a time, a shard of the run that saved them; no
-accelerator is used. DST is there whole or not at all.
+Every tensor keeps its name, shape, dtype and file; without training in between every file is the
+same to the byte. Tensors that were fp8 or mxfp4 are written as bfloat16. For a run, the newest
+checkpoint is exported. The parameters are copied from checkpoint to files one shard at a time; no
+accelerator is used. DST is written completely or not at all.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(argv: Sequence[str], prog: str = "moe-shard export") -> int:
     parser.add_argument("source", metavar="SRC", type=Path, help="imported model or run")
     parser.add_argument("target", metavar="DST", type=Path, help="new directory")
     arguments = parser.parse_args(argv)
-    # An accelerator would only be taken from whoever is using it.
+    # The CPU is enough, and an accelerator may be in use.
     os.environ["JAX_PLATFORMS"] = "cpu"
     from moe_shard.checkpoints.imported import export_model
 

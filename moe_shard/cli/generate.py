@@ -3,7 +3,7 @@
     moe-shard generate MODEL|CHECKPOINT "prompt" ["prompt" ...] [key=value ...] [--json]
 
 MODEL is a name in configs/models/ or a .yml file; CHECKPOINT the folder of a run, or of one of its
-checkpoints. Several prompts are written to at once, and each as if it were alone.
+checkpoints. Several prompts are continued at once, each as if it were alone.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ def main(argv: Sequence[str], prog: str = "moe-shard generate") -> int:
     """
     parser = CommandParser(
         prog=prog,
-        description="Write on after one or several prompts, with experts in parallel.",
+        description="Continue one or several prompts, with experts in parallel.",
         epilog=f"Models: {', '.join(list_models())}. Keys: configs/base.yml lists them all; "
-        "max_new_tokens, decode_sampling_* and seed say what is written. A prompt that begins like "
-        "key=value goes behind a line break or a space.",
+        "max_new_tokens, decode_sampling_* and seed control the sampling. Put a space before a "
+        "prompt that begins like key=value.",
     )
     parser.add_argument(
         "model",
         metavar="MODEL|CHECKPOINT",
         help="a name in configs/models/, a .yml file, the folder of a run or of a checkpoint in it",
     )
-    parser.add_argument("prompts", metavar="prompt", nargs="*", help="a text to write on after")
+    parser.add_argument("prompts", metavar="prompt", nargs="*", help="a text to continue")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument(
         "--no-cache",
         action="store_true",
-        help="compute every token anew from the first one on: slow, the same result, for checking",
+        help="recompute every token from the first one: slow, the same result, for checking",
     )
     args = parser.parse_intermixed_args(argv)
     overrides = [each for each in args.prompts if _OVERRIDE.match(each)]
     prompts = [each for each in args.prompts if not _OVERRIDE.match(each)]
     if not prompts:
-        raise UserError(f'no prompt\nfix: {prog} {args.model} "a text to write on after"')
+        raise UserError(f'no prompt\nfix: {prog} {args.model} "a text to continue"')
 
     with hide_accelerator_warnings():
         from moe_shard.inference.loading import find_source, load_generation_config

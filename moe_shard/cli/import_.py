@@ -4,10 +4,10 @@
     moe-shard import runs/mine/checkpoints/5000 imported/mine --model mixtral-8x7b.yml
     python -m moe_shard.train imported/mixtral ici_expert_parallelism=8
 
-SRC is a Hugging Face directory, or a checkpoint of MaxText's; that one does not say which model it
-is of, so --model does. DST holds config.yml, params/ (read in the shards that a mesh wants, at any
-EP size) and, of a Hugging Face directory, hf/ (what `moe-shard export` needs to write it again). It
-is there whole or not at all.
+SRC is a Hugging Face directory, or a checkpoint of MaxText's; the latter does not contain the
+model's configuration, so --model names it. DST holds config.yml, params/ (read in the shards that a
+mesh needs, at any EP size) and, for a Hugging Face directory, hf/ (what `moe-shard export` needs to
+write it again). It is written completely or not at all.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ def main(argv: Sequence[str], prog: str = "moe-shard import") -> int:
     arguments = parser.parse_intermixed_args(argv)
     if arguments.model and (arguments.source / "config.json").is_file():
         raise UserError(
-            f"--model={arguments.model}, but {arguments.source} says in its config.json which "
-            "model it is\nfix: leave --model out"
+            f"--model={arguments.model}, but {arguments.source} has a config.json that names its "
+            "model\nfix: leave --model out"
         )
-    # Only now: bad usage is answered before the rest has been loaded.
+    # Only now: bad usage is reported before the rest has been loaded.
     from moe_shard.checkpoints.resolve import load_model
 
     config = load_model(arguments.model or str(arguments.source), arguments.overrides)
     config.require_built()
-    # Only now: a mistyped key is answered before jax has been loaded.
+    # Only now: a mistyped key is reported before jax has been loaded.
     with hide_accelerator_warnings():
         from moe_shard.checkpoints.imported import import_model
         from moe_shard.models.params import describe

@@ -67,7 +67,7 @@ def _read(given: str, arguments: argparse.Namespace) -> LoweringReport:
 
 
 def _arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
-    parser = CommandParser(prog=prog, description="The collectives of a compiled program.")
+    parser = CommandParser(prog=prog, description="Report the collectives of a compiled program.")
     parser.add_argument("path", metavar="PATH", help="HLO text, dump folder, run folder, or -")
     parser.add_argument(
         "--mesh",
@@ -82,14 +82,14 @@ def _arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
     parser.add_argument(
         "--stages",
         metavar="WORD=STAGE,...",
-        help="scopes of your own and the stages they stand for, e.g. wi_0=experts,gate=router",
+        help="your own scopes and the stages they stand for, e.g. wi_0=experts,gate=router",
     )
     parser.add_argument("--expect", choices=VERDICTS, help="exit with 1 on any other verdict")
     parser.add_argument(
         "--further-rounds",
         action="store_true",
-        help="count once the exchanges that ragged dispatch makes only where a router exceeds "
-        "what the first holds",
+        help="count once the exchanges that ragged dispatch makes only where routing exceeds "
+        "what the first one holds",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--html", metavar="FILE", help="also write the report as a page")

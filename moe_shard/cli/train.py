@@ -35,7 +35,7 @@ def main(argv: Sequence[str], prog: str = "moe-shard train") -> int:
         epilog=f"Models: {', '.join(list_models())}. Keys: configs/base.yml lists them all. "
         "steps=0 compiles and reports only.",
     )
-    # Optional to argparse only: it would say that key=value is missing as well.
+    # Optional for argparse only, which would report key=value as missing too.
     parser.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides the model's")
     args = parser.parse_args(argv)
@@ -46,7 +46,7 @@ def main(argv: Sequence[str], prog: str = "moe-shard train") -> int:
     config = load_model(args.model, args.overrides)
     config.require_built()
 
-    # Only now: a mistyped key is answered before jax and the rest have been loaded.
+    # Only now: a mistyped key is reported before jax and the rest have been loaded.
     with hide_accelerator_warnings():
         from moe_shard.training.run import run
 

@@ -3,9 +3,9 @@
     moe-shard watch -- python train.py --steps 100
     moe-shard watch --expect expert-parallel --stop -- python -m maxtext.trainers.pre_train.train
 
-COMMAND runs as it would alone: its input, output, signals and exit code are its own. What this
-command has to say goes to standard error, each table as soon as XLA has compiled the program, which
-is before its first step runs.
+COMMAND runs as it would alone: its input, output, signals and exit code are its own. The tables go
+to standard error, each as soon as XLA has compiled the program, which is before its first step
+runs.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _SIGTERM, _SIGKILL = 15, 9
 _RULES = """\
 A program is shown when it runs on several devices and its matrix products have at least 1 % of the
 FLOPs of the largest so far; the others are counted at the end. With --expect every program shown
-must have the verdict, and at least one must be shown; a program where no experts take part is
-judged only if it has a backward pass. The exit code is COMMAND's own if that is not 0, else 1 if
-the expectation does not hold; 126 or 127 if COMMAND cannot be started. Programs from jax's
-persistent compilation cache have no text before optimization, so that it is off for COMMAND."""
+must have the verdict, and at least one must be shown; a program without experts is judged only if
+it has a backward pass. The exit code is COMMAND's own if that is not 0, else 1 if the expectation
+does not hold; 126 or 127 if COMMAND cannot be started. jax's persistent compilation cache is off
+for COMMAND, because programs from it have no text before optimization."""
 
 
 def main(argv: Sequence[str], prog: str = "moe-shard watch") -> int:
@@ -79,9 +79,9 @@ class _Reader:
 
     Args:
         dumps: where they are.
-        programs: what takes them.
-        expectation: what they should be, if anything.
-        to_stop: what is ended when they are not.
+        programs: collects them.
+        expectation: the verdict that they should have, if any.
+        to_stop: the command to end when they do not.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class _Reader:
         while not self._ended.wait(pause):
             began = time.thread_time()
             if not self._read(final=False):
-                # A program's own folder may hold thousands of files: 5 % of a core is enough.
+                # A program's own folder may hold thousands of files: use at most 5 % of a core.
                 pause = max(_EVERY_S, 20 * (time.thread_time() - began))
         self._read(final=True)
 
@@ -116,7 +116,7 @@ class _Reader:
         """Read what is left, unless a signal asks to stop waiting.
 
         Args:
-            patience: seconds after which nobody waits in any case.
+            patience: seconds to wait at most; None for no limit.
 
         Returns:
             Whether something was left unread.
@@ -140,7 +140,7 @@ class _Reader:
                 program = self._programs.add(path)
                 if program is not None:
                     self._show(program)
-        except OSError as error:  # a full disk, a folder that is gone: the command goes on
+        except OSError as error:  # a full disk or a removed folder must not end the command
             self._programs.unread[str(error.filename)] = str(error.strerror)
         return count
 
@@ -182,12 +182,12 @@ def _closing(programs: Programs, *, cut_short: bool, failure: str | None) -> str
         lines[0] += f"; {programs.repeated} had the text of an earlier one"
     if not (count or programs.passed_over or programs.unread or cut_short):
         lines = [
-            "no compiled program was seen: XLA compiled none, or in a process that had lost the "
+            "no compiled program was seen: XLA compiled none, or only in a process without the "
             "XLA_FLAGS and PYTHONPATH that COMMAND was given"
         ]
     lines += [f"cannot read {name}: {why}" for name, why in programs.unread.items()]
     if cut_short:
-        lines.append("interrupted: what was compiled last has not been read")
+        lines.append("interrupted: the last programs have not been read")
     if failure:
         lines.append(failure)
     return "".join(f"watch: {line}\n" for line in lines)
@@ -209,7 +209,7 @@ def _as_json(
 
 def _say(text: str) -> None:
     """Write to standard error at once; ignore that nobody reads any more."""
-    if sys.stderr is not None:  # which is None where the caller has closed it
+    if sys.stderr is not None:  # None where the caller has closed it
         with suppress(OSError, ValueError):
             sys.stderr.write(text)
             sys.stderr.flush()
@@ -246,9 +246,11 @@ def _arguments(argv: Sequence[str], prog: str) -> tuple[argparse.Namespace, list
     parser.add_argument(
         "--stages",
         metavar="WORD=STAGE,...",
-        help="scopes of your own and the stages they stand for, e.g. wi_0=experts,gate=router",
+        help="your own scopes and the stages they stand for, e.g. wi_0=experts,gate=router",
     )
-    parser.add_argument("--all", action="store_true", help="show every program, also small ones")
+    parser.add_argument(
+        "--all", action="store_true", help="show every program, including small ones"
+    )
     parser.add_argument(
         "--keep-cache",
         action="store_true",
@@ -258,7 +260,7 @@ def _arguments(argv: Sequence[str], prog: str) -> tuple[argparse.Namespace, list
     at = given.index("--") if "--" in given else len(given)
     arguments, unknown = parser.parse_known_args(given[:at])
     if unknown and at == len(given):
-        raise UserError(f"COMMAND stands behind --: {prog} -- {' '.join(unknown)}")
+        raise UserError(f"COMMAND goes after --: {prog} -- {' '.join(unknown)}")
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     command = given[at + 1 :]

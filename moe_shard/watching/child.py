@@ -19,9 +19,9 @@ PASSED_ON = frozenset(
         signal.SIGUSR2,
     }
 )
-"""Signals that are meant for the program, whoever of the two they are sent to."""
+"""Signals that are meant for the program, whichever of the two processes receives them."""
 ENDING = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
-"""Those of them that ask for an end."""
+"""Those of them that ask the program to end."""
 NOT_FOUND = 127
 NOT_EXECUTABLE = 126
 # Python ignores these two; a program must not inherit that.
@@ -42,7 +42,7 @@ def hold_signals() -> set[int]:
     Returns:
         The signals that were held back already, which a program should inherit.
     """
-    # Inherited as "ignored", the program's end would never be told.
+    # Inherited as "ignored", the end of the program would never be reported.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return set(signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON | {signal.SIGCHLD}))
 
@@ -53,14 +53,14 @@ class Child:
     Args:
         command: the program and its arguments.
         environment: of the program.
-        mask: what `hold_signals` has returned.
-        stdout_to_stderr: what it prints goes to standard error instead.
+        mask: the result of `hold_signals`.
+        stdout_to_stderr: send its standard output to standard error.
 
     Attributes:
-        interrupted: while it ran, somebody asked for its end.
+        interrupted: a signal asked for its end while it ran.
 
     Raises:
-        CannotStart: there is no such program, or it may not be run.
+        CannotStart: there is no such program, or it is not executable.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Child:
     def wait(self) -> int:
         """Wait until the program ends, and pass signals on until then.
 
-        One that the terminal sends (Ctrl-C) has reached the program already.
+        A signal from the terminal (Ctrl-C) has reached the program already.
 
         Returns:
             Its exit code, or -N where signal N has ended it.
@@ -131,7 +131,7 @@ def _next_signal() -> tuple[int, bool]:
     watched = PASSED_ON | {signal.SIGCHLD}
     if hasattr(signal, "sigwaitinfo"):
         found = signal.sigwaitinfo(watched)
-        # Codes above 0 are the kernel's own: keys at a terminal, a terminal that is gone.
+        # Codes above 0 come from the kernel: keys at a terminal, a closed terminal.
         return found.si_signo, found.si_code > 0
     number = signal.sigwait(watched)
     return number, number in (signal.SIGINT, signal.SIGQUIT) and _in_foreground()
@@ -148,7 +148,7 @@ def _in_foreground() -> bool:
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # which is None where the caller has closed it
+        if stream is not None:  # None where the caller has closed it
             stream.flush()
 
 
@@ -165,7 +165,7 @@ def end_as(code: int) -> int:
         return code
     number = -code
     _flush()
-    # The program has left a core, if that was wanted: not a second one over it.
+    # The program may have left a core dump: do not overwrite it with a second one.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     if number not in (signal.SIGKILL, signal.SIGSTOP):
         signal.signal(number, signal.SIG_DFL)

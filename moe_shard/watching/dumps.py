@@ -16,22 +16,23 @@ from moe_shard.watching.startup import sitecustomize as startup
 
 _ENTRY = "\nENTRY "
 _END = "\n}"
-# What a report is made of; XLA writes much else beside them, which would fill a disk.
+# What a report needs; the other files that XLA writes would fill a disk.
 _MEMORY = ("-memory-usage-report.txt", "-buffer-assignment.txt")
 _NEEDED = (HLO_SUFFIX, BEFORE_SUFFIX, *_MEMORY)
 _ALSO_WITHOUT_PYTHON = "0"
-"""Stands for a process id in the folder of processes that do not run Python."""
+"""The folder name, instead of a process id, of processes that do not run Python."""
 CACHE = "JAX_ENABLE_COMPILATION_CACHE"
 
 
 class Dumps:
     """Provide a temporary folder for dumps, and find the folders of the program's own.
 
-    A program that has `--xla_dump_to` in its own flags is read there, and nothing is removed.
+    The temporary folder is removed when the block ends. A program with its own `--xla_dump_to` is
+    read there, and nothing of it is removed.
     """
 
     def __enter__(self) -> Dumps:
-        # XLA splits its flags at blanks.
+        # XLA splits its flags at spaces.
         place = None if len(tempfile.gettempdir().split()) == 1 else "/tmp"
         try:
             self.folder = Path(tempfile.mkdtemp(prefix="moe-shard-watch-", dir=place))
@@ -52,7 +53,7 @@ class Dumps:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Once more: a process that outlives the command may just be writing.
+        # Twice: a process that outlives the command may still be writing.
         for _ in range(2):
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -60,12 +61,12 @@ class Dumps:
         """Return the environment in which a program dumps what it compiles.
 
         Args:
-            given: the one that it would have.
-            keep_cache: leave jax's persistent compilation cache on, from where programs come
-                without their text before optimization, or without any.
+            given: the environment that it would have.
+            keep_cache: leave jax's persistent compilation cache on, although programs from it have
+                no text before optimization, or none at all.
 
         Raises:
-            UserError: its own flags send the dumps where they cannot be read.
+            UserError: its own flags send the dumps to a place that cannot be read.
         """
         flags = given.get("XLA_FLAGS", "")
         made = {
@@ -81,7 +82,7 @@ class Dumps:
         for theirs in self._theirs():
             if theirs.name == "-" or ":/" in str(theirs):
                 raise UserError(
-                    "XLA_FLAGS: --xla_dump_to is no folder that can be read\n"
+                    "XLA_FLAGS: --xla_dump_to is not a folder that can be read\n"
                     "fix: --xla_dump_to=FOLDER, or leave it out"
                 )
         return made
@@ -89,11 +90,11 @@ class Dumps:
     def whole(self, *, final: bool = False) -> Iterator[Path]:
         """Yield the optimized programs that are new and completely written, oldest first.
 
-        XLA writes a file where it belongs, not aside: one that changes, or whose end is not the
-        end of a program, is left for a later call.
+        XLA writes a file in place: one that is still changing, or does not end as a program ends,
+        is left for a later call.
 
         Args:
-            final: nothing will be written any more: whatever is there is given.
+            final: nothing will be written any more, so yield all files.
         """
         found = []
         for path in self._files():
@@ -157,7 +158,7 @@ def _is_whole(path: Path) -> bool:
     try:
         text = read_text(path)
     except UserError:
-        return False  # cut within a character
+        return False  # cut inside a character
     return text.startswith("HloModule") and _ENTRY in text and text.rstrip().endswith(_END)
 
 

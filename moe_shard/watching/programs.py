@@ -23,7 +23,7 @@ _NAME = re.compile(r"HloModule ([^\s,]+)")
 _DEVICES = re.compile(r"\b(?:num_partitions|replica_count)=(\d+)")
 # What jax calls an operation of a backward pass.
 _BACKWARD = re.compile(r'op_name="[^"]*transpose\(')
-# Kernels whose work only they themselves know.
+# Kernels whose FLOPs may be unknown.
 _KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|mosaic|__gpu\$xla\.gpu\.triton)')
 
 
@@ -33,7 +33,7 @@ class WatchedProgram:
 
     Attributes:
         name: of the module, such as "jit_train_step".
-        file: that XLA wrote it to.
+        file: the file that XLA wrote.
         report: its collectives and verdict.
         flops: of its products on one device, in one execution.
         trains: it has a backward pass.
@@ -62,13 +62,13 @@ class Programs:
     """Collect the programs of one command as they are compiled.
 
     Attributes:
-        mesh: {axis: size} as the person gave it, or None.
-        expert_axes: the mesh axes of the experts, as the person gave them, or None.
-        stages: {a word of a scope: the stage it stands for}, or None.
+        mesh: {axis: size} as given, or None.
+        expert_axes: the mesh axes of the experts, as given, or None.
+        stages: {a word in a scope: the stage it stands for}, or None.
         everything: show all of them.
         shown: those that were shown.
         passed_over: how many were not.
-        repeated: how many had the text of an earlier one: another process, or compiled again.
+        repeated: how many had the text of an earlier one, from another process or compiled again.
         unread: {file: why it could not be read}.
     """
 
@@ -96,7 +96,7 @@ class Programs:
             return self._add(path, read_text(path))
         except UserError as error:
             self.unread[path.name] = first_line(error, 300)
-        except Exception as error:  # whatever it is, the command that is watched goes on
+        except Exception as error:  # no failure may end the watched command
             self.unread[path.name] = f"{type(error).__name__}: {first_line(error, 300)}"
         return None
 
@@ -143,8 +143,8 @@ class Programs:
         )
         if fits:
             return report
-        # A command may also compile programs over a part of its devices.
-        note = f"--mesh is over {given} devices and this program over {devices}: not used"
+        # A command may also compile programs for some of its devices.
+        note = f"--mesh has {given} devices and this program {devices}: --mesh is not used"
         return replace(report, warnings=(note, *report.warnings))
 
 
@@ -161,8 +161,8 @@ class Expectation:
     def is_broken_by(self, program: WatchedProgram) -> bool:
         """Return whether this one program shows that the expectation does not hold.
 
-        A program where no experts take part says nothing unless it trains: a command also compiles
-        what initializes and what evaluates.
+        A program without experts counts only if it trains: a command also compiles programs that
+        initialize or evaluate.
         """
         found = program.report.verdict
         if found == NO_EXPERTS and not program.trains:
@@ -182,5 +182,5 @@ class Expectation:
         if any(each.report.verdict == self.verdict for each in programs):
             return None
         if programs:
-            return f"expected {self.verdict}, found {NO_EXPERTS} in all that was shown"
+            return f"expected {self.verdict}, found {NO_EXPERTS} in every program shown"
         return f"expected {self.verdict}, but no program over several devices was seen"

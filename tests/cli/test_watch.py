@@ -158,7 +158,7 @@ def test_closed_descriptors_stay_closed(tmp_path: Path, closed: str) -> None:
         (("--", str(ROOT / "README.md")), 126, "README.md: Permission denied"),
         ((), 2, "error: no COMMAND"),
         (("--",), 2, "error: no COMMAND"),
-        (("python", "x.py"), 2, "error: COMMAND stands behind --: moe-shard watch -- python x.py"),
+        (("python", "x.py"), 2, "error: COMMAND goes after --: moe-shard watch -- python x.py"),
         (("--expect", "fast", "--", "ls"), 2, "invalid choice: 'fast'"),
         (("--stop", "--", "ls"), 2, "--stop needs --expect"),
         (("--mesh", "a", "--", "ls"), 2, "--mesh: cannot read 'a'"),

@@ -49,7 +49,7 @@ def test_a_mesh_of_other_size_is_not_used(tmp_path: Path) -> None:
     code = WRITER + f"compiled({str(MOE)!r})"
     found, _, err = watch(tmp_path, "--mesh", "expert=4", "--", *PLAIN, code)
     assert found == 0
-    assert "--mesh is over 4 devices and this program over 8: not used" in err
+    assert "--mesh has 4 devices and this program 8: --mesh is not used" in err
 
 
 def test_half_a_program_is_waited_for(tmp_path: Path) -> None:

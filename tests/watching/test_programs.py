@@ -85,7 +85,7 @@ def test_what_cannot_be_read_is_kept_with_its_reason(tmp_path: Path) -> None:
         ("expert-parallel", ["forward none", "expert-parallel", "expert-parallel"], None),
         ("expert-parallel", ["expert-parallel", "none"], "no-expert-parallelism in p1"),
         ("expert-parallel", ["forward mixed", "expert-parallel"], "mixed in p0"),
-        ("expert-parallel", ["forward none"], "no-expert-parallelism in all that was shown"),
+        ("expert-parallel", ["forward none"], "no-expert-parallelism in every program shown"),
         ("expert-parallel", [], "no program over several devices was seen"),
         ("expert-parallel", ["expert-parallel", "?"], "no verdict in p1"),
         ("no-expert-parallelism", ["forward none", "none"], None),

@@ -1,11 +1,11 @@
 """Keep XLA's dump flags in every Python process of a program that is being watched.
 
-`moe-shard watch` puts this folder on the program's PYTHONPATH. Flags in XLA_FLAGS alone would not
-do: a program that assigns XLA_FLAGS loses them, one that looks at XLA_FLAGS does something else,
-and two processes would write files of the same names into one folder. So the flags stand only where
-XLA reads them, in the environment of C, with a folder for each process; `os.environ` shows what the
-program itself was given or has assigned. This file imports nothing of the package: the Python that
-runs it may be another one.
+`moe-shard watch` puts this folder on the program's PYTHONPATH. Flags in XLA_FLAGS alone are not
+enough: a program that assigns XLA_FLAGS loses them, one that reads XLA_FLAGS may behave
+differently, and two processes would write files of the same names into one folder. So the flags are
+only where XLA reads them, in the C environment, with a folder for each process; `os.environ` shows
+what the program itself was given or has assigned. This file imports nothing of the package, because
+another Python may run it.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def without_added(flags: str, folder: str) -> str:
 def with_added(flags: str, folder: str, pid: object) -> str:
     """Add the dump flags to a program's own, which come first and are kept.
 
-    A program that already dumps keeps its folder; the watch is told to look there.
+    A program that already dumps keeps its folder; the folder is recorded for the watch.
 
     Args:
         flags: XLA_FLAGS as the program has it: flags, or the name of a file that holds them.
-        folder: of the watch.
-        pid: names the process's own folder in it.
+        folder: the watch's folder.
+        pid: the name of the process's own folder in it.
     """
     own = flags
     if flags.strip() and not flags.lstrip().startswith("-"):
@@ -58,7 +58,7 @@ def with_added(flags: str, folder: str, pid: object) -> str:
             with open(flags.strip(), encoding="utf-8") as file:
                 own = " ".join(file.read().split())
         except (OSError, ValueError):
-            return flags  # XLA has its own words for it
+            return flags  # XLA reports it
     dumps = _OWN_DUMP.findall(own)
     if not dumps:
         return f"{own} {added_flags(folder, pid)}".lstrip()
@@ -75,7 +75,7 @@ def _keep(folder: str) -> None:
         return os.fsdecode(key) == _NAME
 
     def set_flags(value: str) -> None:
-        with suppress(OSError):  # the watch and its folder may be gone
+        with suppress(OSError):  # the watch and its folder may be gone already
             value = with_added(value, folder, os.getpid())
         put(_NAME, value)
 
@@ -117,7 +117,7 @@ def _give_way() -> None:
 
 
 if __name__ == "sitecustomize":
-    # Before 3.9 `os.environ` held its own functions; there the flags stay in sight.
+    # Before 3.9 `os.environ` kept references to these functions; there the flags stay visible.
     if os.environ.get(FOLDER) and sys.version_info >= (3, 9):
         _keep(os.environ[FOLDER])
     _give_way()
