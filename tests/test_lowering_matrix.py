@@ -134,7 +134,9 @@ def test_goldens_of_other_keys_are_not_compared(run: Run, matrix: Any) -> None:
     rewrite(matrix, commands={**golden.commands, "h100:8 on": "another"})
     assert run()[0] == 2
     _, _, err = run("--refresh", "--target", "cpu:8")
-    assert err == ("error: mixtral-tiny.json, h100:8 on: made by another command\nfix: make goldens\n")
+    assert err == (
+        "error: mixtral-tiny.json, h100:8 on: made by another command\nfix: make goldens\n"
+    )
 
 
 def test_what_is_missing_is_said(run: Run, matrix: Any) -> None:

@@ -25,9 +25,9 @@ from moe_shard.lowering.shapes import shape_bytes
 from moe_shard.lowering.shardings import shardings_before_optimization
 from moe_shard.lowering.sites import Site, find_sites, outputs
 from moe_shard.lowering.spellings import (
+    implemented_by_all_reduce,
     implements,
     is_unrolled,
-    spelled_by_all_reduce,
 )
 from moe_shard.lowering.unlisted import unlisted
 from moe_shard.lowering.walk import EXCHANGE_KINDS, OPCODES, Executions
@@ -283,7 +283,7 @@ def _spelled(module: Module, site: Site, group_size: int) -> str:
     if site.kind != "all-reduce" or group_size < 2:
         return ""
     inner = site.computation, site.instruction
-    return spelled_by_all_reduce(module, inner, site.caller, group_size)
+    return implemented_by_all_reduce(module, inner, site.caller, group_size)
 
 
 def _groups(module: Module, site: Site, axes: MeshAxes) -> tuple[tuple[str, ...], tuple[int, ...]]:

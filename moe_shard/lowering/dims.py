@@ -170,7 +170,7 @@ def _convolution_dims(computation: Computation, instruction: Instruction, side: 
     return ProductDims(tuple(batch), tuple(contracted))
 
 
-def given_by(computation: Computation, instruction: Instruction, side: int) -> Dims | None:
+def free_dims(computation: Computation, instruction: Instruction, side: int) -> Dims | None:
     """Mark the dims of a product's result that are free dims of operand 0 or 1.
 
     Returns:
@@ -186,14 +186,14 @@ def given_by(computation: Computation, instruction: Instruction, side: int) -> D
     rank = len(array_dims(tuple_elements(instruction.shape)[0]))
     if instruction.opcode == "ragged-dot":
         return (*((),) * (rank - 1), (-1,))
-    free_dims = []
+    counts = []
     for at in (0, 1):
         dims = product_dims(computation, instruction, at)
         size = len(array_dims(computation.instruction(instruction.operand(at)).shape))
-        free_dims.append(size - len(dims.batch) - len(dims.contracted))
-    batch = rank - sum(free_dims)
+        counts.append(size - len(dims.batch) - len(dims.contracted))
+    batch = rank - sum(counts)
     if batch < 0:
         return None
-    first = [(-1,) if side == 0 else ()] * free_dims[0]
-    second = [(-1,) if side == 1 else ()] * free_dims[1]
+    first = [(-1,) if side == 0 else ()] * counts[0]
+    second = [(-1,) if side == 1 else ()] * counts[1]
     return (*[()] * batch, *first, *second)

@@ -122,7 +122,7 @@ def parse_module(text: str) -> Module:
     """
     reader = _Reader()
     for number, line in enumerate(with_percent_signs(text).split("\n"), 1):
-        reader.take(number, line.rstrip())
+        reader.add(number, line.rstrip())
     return reader.finish()
 
 
@@ -148,7 +148,7 @@ class _Unfinished:
             self.open = open_brackets(self.lines[0])
         return self.open > 0
 
-    def take(self, line: str) -> None:
+    def add(self, line: str) -> None:
         """Add a line to an instruction that continues."""
         self.lines.append(line)
         self.open = (self.open or 0) + open_brackets(line)
@@ -165,7 +165,7 @@ class _Reader:
         self.open: Computation | None = None
         self.last: _Unfinished | None = None
 
-    def take(self, number: int, line: str) -> None:
+    def add(self, number: int, line: str) -> None:
         if not line:
             return
         if self.open is not None:
@@ -182,7 +182,7 @@ class _Reader:
             self._end_instruction(computation)
             self.last = _Unfinished(number, [line], start)
         elif self.last is not None and self.last.goes_on():
-            self.last.take(line)
+            self.last.add(line)
         elif line[0].isspace():
             raise bad_line(number, line, "not an instruction")
         elif not _CLOSE.match(line):
@@ -241,7 +241,7 @@ class _Reader:
                     number, line, f"%{name} is used but not defined above; text is damaged"
                 )
         match = _MODULE.match(self.header)
-        assert match is not None, "the header was matched when it was taken"
+        assert match is not None, "the header was matched when it was added"
         return Module(
             name=match[1],
             is_scheduled="is_scheduled=true" in self.header,

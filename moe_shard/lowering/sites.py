@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from moe_shard.lowering.hlo import Computation, HloParseError, Instruction, Module
 from moe_shard.lowering.replica_groups import parse_groups
 from moe_shard.lowering.shapes import tuple_elements
-from moe_shard.lowering.spellings import hands_on_what_it_exchanges, keeps_one_shard
+from moe_shard.lowering.spellings import is_middle_of_async, keeps_one_shard
 from moe_shard.lowering.walk import OPCODES, Executions
 
 _LAYOUT = re.compile(r"\{[^}]*\}")
@@ -102,7 +102,7 @@ def _async_part(computation: Computation) -> str:
             for part in ("Start", "Done"):
                 if f'custom_call_target="AsyncCollective{part}"' in text:
                     return part.lower()
-    return "middle" if hands_on_what_it_exchanges(computation) else ""
+    return "middle" if is_middle_of_async(computation) else ""
 
 
 def outputs(site: Site) -> str:

@@ -67,7 +67,7 @@ def _fates(module: Module, computation: Computation, name: str, hops: int) -> se
     return fates
 
 
-def spelled_by_all_reduce(
+def implemented_by_all_reduce(
     module: Module,
     inner: tuple[Computation, Instruction],
     caller: tuple[Computation, Instruction] | None,
@@ -103,7 +103,7 @@ def keeps_one_shard(
     return bool(cut) and all(cut)
 
 
-def hands_on_what_it_exchanges(computation: Computation) -> bool:
+def is_middle_of_async(computation: Computation) -> bool:
     """Return whether a fused computation is the middle of a TPU's async collective.
 
     Such a collective is started in one fusion and finished in another. The fusions in between

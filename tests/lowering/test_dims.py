@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from moe_shard.lowering.dims import given_by, product_dims, reshaped, whole
+from moe_shard.lowering.dims import free_dims, product_dims, reshaped, whole
 from moe_shard.lowering.hlo import parse_module
 
 
@@ -78,5 +78,5 @@ def test_a_product_and_how_tpu_writes_it(name: str) -> None:
     left, right = (product_dims(computation, product, side) for side in (0, 1))
     assert (left.batch, left.contracted) == ((0,), (2,))
     assert (right.batch, right.contracted) == ((0,), (1,))
-    assert given_by(computation, product, 1) == ((), (), (-1,))
-    assert given_by(computation, product, 0) == ((), (-1,), ())
+    assert free_dims(computation, product, 1) == ((), (), (-1,))
+    assert free_dims(computation, product, 0) == ((), (-1,), ())

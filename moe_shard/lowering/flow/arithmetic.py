@@ -64,11 +64,11 @@ def _add(
         via = merged.via if merged.marks & (GRADIENT | EXPERT_GRADIENT) else 0
         merged = merged._replace(marks=merged.marks & ~ON_TOKENS, via=via)
     elif len(computed) == 1:
-        beside = [state for state in states if state.origin is not None and state.origin.params]
-        if beside and computed[0].marks & (EXPERT_GRADIENT | GRADIENT):
+        parameters = [state for state in states if state.origin is not None and state.origin.params]
+        if parameters and computed[0].marks & (EXPERT_GRADIENT | GRADIENT):
             merged = merged._replace(marks=merged.marks | UPDATED)
-        elif beside and computed[0].marks & EXPERT_OUTPUT:
-            run.found_bias(beside[0], size)
+        elif parameters and computed[0].marks & EXPERT_OUTPUT:
+            run.found_bias(parameters[0], size)
     return merged
 
 

@@ -29,7 +29,7 @@ def _selected(run: Evaluation, data: State, index: State, shape: str) -> State:
     if index.marks & (INDICES | MASK):
         if not is_float(shape):
             return state._replace(origin=None, marks=data.marks | INDICES)
-        sees_itself(run, data, index)
+        record_self_selection(run, data, index)
         return state._replace(origin=None, marks=data.marks | ROUTED)
     if holds_data(index):
         if data.origin is not None and data.origin.main >= 0 and is_float(shape):
@@ -38,7 +38,7 @@ def _selected(run: Evaluation, data: State, index: State, shape: str) -> State:
     return state
 
 
-def sees_itself(run: Evaluation, data: State, index: State) -> None:
+def record_self_selection(run: Evaluation, data: State, index: State) -> None:
     """Record a parameter that decides which part of itself is selected: it is data.
 
     Tokens before a router do, weights do not.

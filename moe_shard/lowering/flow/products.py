@@ -7,7 +7,7 @@ from collections.abc import Callable
 from moe_shard.lowering import dims as following
 from moe_shard.lowering.dims import product_dims
 from moe_shard.lowering.flow.evaluation import Evaluation, OpcodeRule, Parameter
-from moe_shard.lowering.flow.indexing import sees_itself
+from moe_shard.lowering.flow.indexing import record_self_selection
 from moe_shard.lowering.flow.states import (
     EXPERT_GRADIENT,
     EXPERT_OUTPUT,
@@ -74,7 +74,7 @@ def _multiplied(
             assert weights.origin is not None
             if dims := tuple(flow.experts.get(weights.origin.main, ())) or experts(side):
                 run.found_experts((computation.name, instruction.name), weights, dims, tokens)
-                feature = following.given_by(computation, instruction, side)
+                feature = following.free_dims(computation, instruction, side)
                 return State(deps, None, ROUTED | EXPERT_OUTPUT, tokens.via, feature)
     computed = all(is_computed(state) for state in sides)
     if computed and run.is_expert_gradient(*sides, instruction.shape):
@@ -85,7 +85,7 @@ def _multiplied(
         if mask.marks & MASK and not mask.marks & EXPERT_OUTPUT:
             if data.marks & MASK and not data.marks & EXPERT_OUTPUT:
                 return State(deps, None, MASK | (mask.marks | data.marks) & ROUTED, 0)
-            sees_itself(run, data, mask)
+            record_self_selection(run, data, mask)
             return State(deps, None, ROUTED | (data.marks & EXPERT_OUTPUT), data.via)
     first, second = sides
     if first.origin is not None and second.origin is not None:
