@@ -126,7 +126,7 @@ def test_one_sentence_for_each_scope_the_costliest_first() -> None:
         "layouts avoids it",
     ]
     (unread,) = summarize([f"{PREFIX}{MARK} In other words."])
-    assert "1 that the compiler words in a way" in unread
+    assert "1 in a wording of the compiler that is unknown" in unread
 
 
 def conflicting_step(mesh: Mesh) -> Any:

@@ -72,5 +72,5 @@ def test_frames_that_call_each_other_are_damage(text: str) -> None:
         for name in computation.opcodes
         if computation.instruction(name).op_name.endswith("sharding_constraint")
     )
-    with pytest.raises(HloParseError, match="within itself: the text is damaged"):
+    with pytest.raises(HloParseError, match="contains itself: the text is damaged"):
         module.source(constraint)
