@@ -166,7 +166,7 @@ def put(**new: list[int]) -> Callable[[Shapes], None]:
         ("mixtral-0", {"hidden_size": "x"}, ["hidden_size=x is not a whole number"]),
         ("mixtral-0", {"rms_norm_eps": None}, ["no rms_norm_eps"]),
         ("mixtral-0", {"rms_norm_eps": -1}, ["config.json: normalization_layer_epsilon=-1"]),
-        ("mixtral-0", {"num_experts": 5}, ["num_experts=5 and num_local_experts=4 have one role"]),
+        ("mixtral-0", {"num_experts": 5}, ["num_experts=5 and num_local_experts=4 are one thing"]),
         (
             "mixtral-0",
             {"quantization_config": {"quant_method": "fp8"}},
