@@ -2,7 +2,7 @@
 
     python tools/lowering_matrix.py                       compile all cells, show what has changed
     python tools/lowering_matrix.py --refresh             and keep it (make goldens)
-    python tools/lowering_matrix.py --markdown            the README's matrix, nothing compiled
+    python tools/lowering_matrix.py --markdown            that of docs/results.md, nothing compiled
 
 Models are compiled two layers deep, one sequence of 1024 tokens per device: a scanned stack runs
 the same collectives at any depth, and sizes grow in proportion. Models with moe_dispatch=ragged are
@@ -284,7 +284,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--refresh", action="store_true", help="write the golden files")
-    how.add_argument("--markdown", action="store_true", help="print the README's matrix")
+    how.add_argument("--markdown", action="store_true", help="print the matrix of docs/results.md")
     how.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args()
 

@@ -1,0 +1,152 @@
+"""The scripts behind docs/results.md, at tiny sizes, and that the package does not need them."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import collectives, layer, targets
+from benchmarks.markdown import table
+from moe_shard.cli import main as moe_shard
+from moe_shard.config import Config
+from moe_shard.errors import UserError
+from moe_shard.runtime import compile_target, layer_bench
+from moe_shard.runtime.compile_target import TargetReport, compile_for_target
+from moe_shard.runtime.targets.target import Target
+
+ROOT = Path(__file__).parents[1]
+TINY = (
+    "base_num_decoder_layers=1",
+    "base_emb_dim=32",
+    "base_moe_mlp_dim=64",
+    "max_target_length=32",
+    "per_device_batch_size=1",
+    "optimizer=sgd",
+    "remat_policy=none",
+)
+
+
+_programs: dict[bool, TargetReport] = {}
+
+
+@pytest.fixture(autouse=True)
+def _each_program_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two scripts compile the same two programs; here each is compiled once."""
+
+    def compile_once(config: Config, target: Target) -> TargetReport:
+        assert config.model.moe is not None
+        flag = config.model.moe.moe_dispatch_no_expert_sharding
+        if flag not in _programs:
+            _programs[flag] = compile_for_target(config, target)
+        return _programs[flag]
+
+    monkeypatch.setattr(compile_target, "compile_for_target", compile_once)
+    monkeypatch.setattr(collectives, "compile_for_target", compile_once)
+    monkeypatch.setattr(subprocess, "run", run_here)
+
+
+_start = subprocess.run
+
+
+def run_here(command: Sequence[str], **how: Any) -> Any:
+    """What `python -m moe_shard ...` prints and returns, without a process of its own."""
+    if list(command[1:3]) != ["-m", "moe_shard"]:
+        return _start(command, **how)
+    printed, errors, code = io.StringIO(), "", 0
+    try:
+        with contextlib.redirect_stdout(printed):
+            code = moe_shard(command[3:])
+    except UserError as error:
+        errors, code = f"error: {error}", 2
+    return subprocess.CompletedProcess(list(command), code, printed.getvalue(), errors)
+
+
+def cells(printed: str) -> list[dict[str, str]]:
+    """The lines of the first Markdown table, by the names of its columns."""
+    lines = [line for line in printed.split("\n\n")[0].splitlines() if line.startswith("|")]
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def says_where_it_is_from(printed: str, kind: str, module: str) -> None:
+    """Kind, hardware, versions, date and command stand below the table."""
+    below = printed.partition("\n\n")[2]
+    assert below.startswith(f"**{kind}**; ")
+    assert re.search(r"CPU.*; jax \d+\.\d+\.\d+, .*; 20\d\d-\d\d-\d\d\.$", below, re.M)
+    assert f"    python -m {module} " in below
+
+
+def test_collectives_of_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    collectives.main(["mixtral-tiny", *TINY])
+    printed = capsys.readouterr().out
+    on, off = cells(printed)
+    assert (on["flag"], on["verdict"]) == ("on", "`expert-parallel`")
+    # Four exchanges of a layer; slots of 8 experts x 8 sequences x 10 slots x 32 x 4 bytes.
+    assert on["all-to-all"] == "4 / 41.0 kB"
+    assert on["all-gather"] == on["all-reduce"] == on["reduce-scatter"] == "0"
+    assert (off["flag"], off["verdict"], off["all-to-all"]) == ("off", "`weight-gathered`", "0")
+    assert int(off["all-gather"].split()[0]) > 0
+    says_where_it_is_from(printed, "Compiled, not run", "benchmarks.collectives")
+    with pytest.raises(UserError, match="has no MoE layer"):
+        collectives.main(["mixtral-tiny", "num_experts=1", "num_experts_per_tok=1"])
+
+
+def test_layer(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(layer_bench, "VARIANTS", layer_bench.VARIANTS[:2])
+    monkeypatch.chdir(tmp_path)
+    layer.main(["--tokens", "8", "--rounds", "1"])
+    assert not list(tmp_path.iterdir())
+    printed = capsys.readouterr().out
+    found = cells(printed)
+    assert [(row["routing"], row["strategy"]) for row in found] == [
+        (routing, strategy)
+        for routing in ("balanced", "skewed")
+        for strategy in ("gather", "gather, flag off")
+    ]
+    assert [row["verdict"] for row in found] == ["`expert-parallel`", "`weight-gathered`"] * 2
+    assert found[0]["time S8"] == "1.00"
+    assert float(found[1]["sent, x the least"]) > float(found[0]["sent, x the least"]) >= 1
+    says_where_it_is_from(printed, "Measured", "benchmarks.layer")
+    with pytest.raises(UserError, match="moe-shard bench --json"):
+        layer.main(["--json"])
+
+
+def test_targets(capsys: pytest.CaptureFixture[str]) -> None:
+    program = f"mixtral-tiny cpu:8 {' '.join(TINY)}"
+    targets.main([program, "--flag", "on"])
+    printed = capsys.readouterr().out
+    (row,) = cells(printed)
+    assert row["program"] == f"`{program}`"
+    assert (row["verdict"], row["all-to-all"]) == ("`expert-parallel`", "4")
+    # At least 7 of 8 parts of the 41.0 kB above are sent; the router's statistics come on top.
+    sent, ratio = re.findall(r"[\d.]+", row["MoE on the wire, x the least"])
+    assert float(sent) / float(ratio) == pytest.approx(35.8, rel=0.01)
+    assert float(row["experts' FLOPs, x the least"].split()[-1]) >= 1
+    assert row["memory"] != "-"
+    with pytest.raises(UserError, match="mixtral-tniy"):
+        targets.main(["mixtral-tniy cpu:8", "--flag", "on"])
+
+
+def test_a_table() -> None:
+    assert table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+def test_the_package_does_not_import_benchmarks() -> None:
+    for path in (ROOT / "moe_shard").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom):
+                names.append(node.module or "")
+            assert not [name for name in names if name.startswith(("benchmarks", "tests"))], path

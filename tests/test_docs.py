@@ -1,0 +1,212 @@
+"""README, CONTRIBUTING and docs/: what they name exists, and their Python runs.
+
+Commands are looked up, not run: the command, each of its flags and each key=value. docs/maxtext.md
+is run as it stands by tests/maxtext/test_docs.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from moe_shard.cli import COMMANDS
+from moe_shard.cli import main as moe_shard
+from moe_shard.config import list_models, load_config
+from moe_shard.config.load import base_settings, maxtext_keys
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
+OTHERS_KEYS = {"num_local_experts", "model_name", "hf_family"}
+LONGEST_README = 130
+
+
+class Block(NamedTuple):
+    """A block of code: its language, its text, and the comment in the line above it."""
+
+    language: str
+    body: str
+    comment: str
+
+
+def blocks(name: str) -> list[Block]:
+    found = re.findall(
+        r"^(?:<!-- (.*?) -->\n)?```(\w*)\n(.*?)^```$", TEXTS[name], re.MULTILINE | re.DOTALL
+    )
+    return [Block(language, body, comment) for comment, language, body in found]
+
+
+def code(name: str) -> list[str]:
+    """Lines of blocks, and pieces of inline code."""
+    lines = [line for block in blocks(name) for line in block.body.splitlines()]
+    inline = re.sub(r"^```.*?^```$", "", TEXTS[name], flags=re.MULTILINE | re.DOTALL)
+    return lines + [" ".join(piece.split()) for piece in re.findall(r"`([^`]+)`", inline)]
+
+
+def commands(name: str) -> Iterator[list[str]]:
+    """The words of each command of a shell block."""
+    for block in blocks(name):
+        if block.language == "sh":
+            for line in block.body.replace("\\\n", " ").splitlines():
+                if words := shlex.split(line, comments=True):
+                    yield words
+
+
+@pytest.fixture(scope="module")
+def flags() -> dict[str, set[str]]:
+    """The flags of every command, from its --help."""
+    found = {}
+    for name in COMMANDS:
+        told = io.StringIO()
+        with contextlib.redirect_stdout(told), contextlib.suppress(SystemExit):
+            moe_shard([name, "--help"])
+        found[name] = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", told.getvalue()))
+        assert "--help" in found[name]
+    return found
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that a Markdown page has: its headings, as sites write them."""
+    heads = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_link_resolves(name: str) -> None:
+    prose = re.sub(r"^```.*?^```$", "", TEXTS[name], flags=re.MULTILINE | re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)\)", prose)
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_path_and_module_exists(name: str) -> None:
+    for piece in code(name):
+        for path in re.findall(
+            r"(?<![\w./$-])(?:moe_shard|tests|tools|benchmarks|configs|docs)/[\w./*-]+", piece
+        ):
+            # The folder of a list such as `heads.py`, and a file in every folder, are globs.
+            assert list(ROOT.glob(path.rstrip("./,") or ".")), f"{name}: {path}"
+        for dotted in re.findall(r"\b(?:moe_shard|benchmarks)(?:\.\w+)+", piece):
+            assert resolves(dotted), f"{name}: {dotted}"
+
+
+def resolves(dotted: str) -> bool:
+    """Whether a dotted name is a module, or an attribute of one."""
+    module, *rest = dotted.split(".")
+    found: Any = importlib.import_module(module)
+    for part in rest:
+        module += f".{part}"
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            try:
+                found = importlib.import_module(module)
+            except ModuleNotFoundError:
+                return False
+    return True
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_and_flag_exists(name: str, flags: dict[str, set[str]]) -> None:
+    known = set().union(*flags.values()) | {"--version"}
+    for piece in code(name):
+        started = re.search(r"(?:moe-shard|-m moe_shard|-m moe_shard\.) ?(\w+)", piece)
+        if re.match(r"moe-shard [a-z]|python -m moe_shard[ .]", piece) and started:
+            command = started[1]
+            assert command in COMMANDS, f"{name}: {piece}"
+            mine, _, _ = piece.partition(" -- ")
+            for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", mine):
+                assert flag in flags[command], f"{name}: {piece}"
+        elif re.match(r"--[a-z]", piece):
+            flag = re.split(r"[ =]", piece)[0]
+            assert flag in known or flag.startswith("--xla"), f"{name}: {piece}"
+        if piece.startswith("make "):
+            for target in re.findall(r"^make ([a-z-]+)", piece):
+                makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+                assert re.search(rf"^{target}:", makefile, re.M), f"{name}: {piece}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_key_exists_and_takes_the_value(name: str) -> None:
+    known = set(base_settings()) | set(maxtext_keys().defaults) | OTHERS_KEYS
+    for piece in code(name):
+        if '"' in piece or "(" in piece or piece.startswith(("export ", "--stages", "--mesh")):
+            continue
+        mine, _, _ = piece.partition(" -- ")
+        for key, value in re.findall(
+            r"(?:^|(?<=\s))([a-z]\w+)=(\S*)", re.sub(r"--\w+ \S+", "", mine)
+        ):
+            if key in {"key", "wi_0"}:
+                continue
+            assert key in known, f"{name}: {key}={value}"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "docs/maxtext.md"])
+def test_commands_with_a_known_model_load(name: str) -> None:
+    models = set(list_models())
+    for words in commands(name):
+        given = [word for word in words if word in models]
+        pairs = [word for word in words if re.match(r"[a-z]\w*=", word)]
+        if given:
+            load_config(given[0], pairs)
+
+
+LIBRARY_EXAMPLE = "library-example"
+"""Run by tests/library, in processes without this checkout."""
+PYTHON = [
+    pytest.param(name, "".join(block.body for block in found), id=name)
+    for name in NAMES
+    if (
+        found := [
+            block
+            for block in blocks(name)
+            if block.language == "python" and block.comment != LIBRARY_EXAMPLE
+        ]
+    )
+]
+
+
+@pytest.mark.parametrize(("name", "body"), PYTHON)
+def test_python_runs(name: str, body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(body, name, "exec"), {"__name__": "__main__"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_placement_table_is_what_explain_says() -> None:
+    command = [sys.executable, "tools/placement_table.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    shown = TEXTS["docs/sharding.md"].split("<!-- placement: python tools/placement_table.py -->\n")
+    assert shown[1].split("<!-- /placement -->")[0] == done.stdout
+
+
+def test_the_readme_is_short() -> None:
+    assert len(TEXTS["README.md"].splitlines()) <= LONGEST_README
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"(docs/{page.name})" in TEXTS["README.md"], page.name
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("docs/")])
+def test_a_page_opens_with_the_question_it_answers(name: str) -> None:
+    title, _, opening = TEXTS[name].partition("\n")
+    assert title.startswith("# ")
+    assert "?" in title + opening.lstrip().split("\n\n")[0], name
