@@ -1,1 +1,1 @@
-"""Data: from files of text to batches of tokens, the same on every machine for the same seed."""
+"""Turn files of text into batches of tokens, the same on every machine for the same seed."""

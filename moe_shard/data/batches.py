@@ -1,8 +1,9 @@
-"""Text to batches: tokens of files, packed into rows, shuffled by seed, read ahead by Grain.
+"""Make batches from text: pack tokens into sequences, shuffle by seed, prefetch with Grain.
 
 The documents, in an order that the seed decides, form one stream of tokens: a mark, then the
-document's own. Row i of the stream is fixed arithmetic on their lengths, so nothing is read before
-it is needed, a corpus may be larger than memory, and a step's batch follows from its number alone.
+document's own tokens. Where sequence i begins follows from the documents' lengths, so nothing is
+read before it is needed, a corpus may be larger than memory, and the batch of a step is a function
+of its number.
 """
 
 from __future__ import annotations
@@ -37,20 +38,21 @@ READ_AHEAD_STEPS = 4
 READ_THREADS = 4
 
 PackedSequence = dict[str, Int32[np.ndarray, "S"]]
+DeviceBatch = dict[str, Int32[jax.Array, "A R S"]]
 
 
 class PackedText:
-    """Documents as one token stream, cut into rows: a random-access source for Grain.
+    """Cut documents, as one token stream, into sequences: a random-access source for Grain.
 
-    Row i holds the tokens [i*S, (i+1)*S] of the stream: neighbours share one token, so that every
-    token after the first is a target exactly once. The stream's last tokens, fewer than a row,
-    are left out. Rows are read from the files when asked for; safe from many threads.
+    Sequence i holds the tokens [i*S, (i+1)*S] of the stream: neighbours share one token, so that
+    every token after the first is a target exactly once. The last tokens of the stream, fewer than
+    a sequence, are left out. Sequences are read from the files on demand; many threads may read.
 
     Attributes:
         paths: the documents, shuffled by seed.
-        starts: stream position of each document's first mark; last, the length of the stream.
-        seq_len: S.
-        bytes_per_token: of the text, marks counted as tokens.
+        starts: stream position of each document's first mark, then the length of the stream.
+        seq_len: S, tokens in a sequence.
+        bytes_per_token: bytes of text per token, marks counted as tokens.
     """
 
     def __init__(
@@ -66,13 +68,14 @@ class PackedText:
 
         Args:
             documents: files, from `find_documents`.
-            seq_len: S, tokens in a row.
-            seed: of the order of the documents, in [0, 2**32).
-            tokenizer: of their text; None: bytes.
-            say: told of the work of tokenizing, where there was any.
+            seq_len: S, tokens in a sequence.
+            seed: seed of the documents' order, in [0, 2**32).
+            tokenizer: tokenizer of the text; None for bytes.
+            say: receives a line about tokenizing, if any was done.
 
         Raises:
-            UserError: there is less than one row of text, or more rows than can be shuffled.
+            UserError: there is less than one sequence of text, or more sequences than can be
+                shuffled.
         """
         # Grain's shuffle and not NumPy's, whose random streams may change with its version.
         shuffled = grain.MapDataset.range(len(documents)).shuffle(seed)
@@ -94,13 +97,13 @@ class PackedText:
         self.bytes_per_token = self._corpus.num_bytes / max(tokens, 1)
         if tokens < seq_len + 1:
             raise UserError(
-                f"dataset_path holds {tokens} tokens in {len(self.paths)} files; one row takes "
-                f"max_target_length + 1 = {seq_len + 1}\n"
+                f"dataset_path holds {tokens} tokens in {len(self.paths)} files; one sequence "
+                f"takes max_target_length + 1 = {seq_len + 1}\n"
                 f"fix: more text, or max_target_length={max(1, tokens - 1)} or less"
             )
         if len(self) >= 2**32:  # Grain's shuffle would drop the upper bits silently
             raise UserError(
-                f"max_target_length={seq_len} cuts dataset_path into {len(self)} rows; "
+                f"max_target_length={seq_len} cuts dataset_path into {len(self)} sequences; "
                 f"at most 2**32 - 1 can be shuffled\nfix: max_target_length={tokens >> 31} or more"
             )
 
@@ -108,15 +111,15 @@ class PackedText:
         return (int(self.starts[-1]) - 1) // self.seq_len
 
     def __getitem__(self, row: int) -> PackedSequence:
-        """One row.
+        """Read one sequence.
 
         Returns:
-            `inputs` and `targets`: tokens, targets one ahead. `positions`: since the row's start
-            or the document's, whichever is later. `segment_ids`: 1 for the document that the row
-            begins in, one more at each later one.
+            `inputs` and `targets`: tokens, targets one ahead. `positions`: counted from the start
+            of the sequence or of the document, whichever is later. `segment_ids`: 1 for the
+            document that the sequence begins in, one more for each later document.
 
         Raises:
-            UserError: a file has gone or changed its size.
+            UserError: a file was removed or has another size than before.
         """
         start = row * self.seq_len
         tokens = self._tokens(start, self.seq_len + 1)
@@ -142,8 +145,10 @@ class PackedText:
             start, count, document = start + size, count - size, document + 1
         return np.concatenate(parts)
 
-    def _parts(self, document: int, offset: int, size: int, whole: int) -> list[np.ndarray]:
-        """Tokens of a document with its marks, in order; the text is read where it is needed."""
+    def _parts(
+        self, document: int, offset: int, size: int, whole: int
+    ) -> list[Int32[np.ndarray, "_"]]:
+        """Return tokens of a document and its marks, in order, reading only the text needed."""
         text_start, text_end = len(self._before), whole - len(self._after)
         end = offset + size
         parts = [
@@ -157,16 +162,16 @@ class PackedText:
         return parts
 
     def fingerprint(self) -> Int32[np.ndarray, "4"]:
-        """A hash of tokenizer and lengths in order: equal where all rows begin and end alike."""
+        """Hash the tokenizer and the lengths in order; equal hashes mean equal sequences."""
         content = self._digest + self.starts.tobytes()
         return np.frombuffer(hashlib.blake2b(content, digest_size=16).digest(), np.int32)
 
 
 def held_rows(sharding: NamedSharding, shape: tuple[int, int, int]) -> tuple[list[int], list[int]]:
-    """The microbatches and the rows of a microbatch that this process's devices hold parts of.
+    """List the microbatches, and sequences of a microbatch, that this process's devices hold.
 
     Args:
-        sharding: over (A, R, S).
+        sharding: sharding of an array [A, R, S].
         shape: (A, R, S).
     """
     a: set[int] = set()
@@ -178,8 +183,8 @@ def held_rows(sharding: NamedSharding, shape: tuple[int, int, int]) -> tuple[lis
     return sorted(a), sorted(r)
 
 
-class Batches(Iterator[dict[str, jax.Array]]):
-    """The batches of successive steps, without end. Close it to stop the reading ahead."""
+class Batches(Iterator[DeviceBatch]):
+    """Iterate over the batches of successive steps, without end. Close it to stop prefetching."""
 
     def __init__(
         self,
@@ -192,10 +197,10 @@ class Batches(Iterator[dict[str, jax.Array]]):
         """Wrap what `batches` has built.
 
         Args:
-            steps: Grain's iterator over a `HostBatch` a step.
-            sharding: over (A, R, S).
+            steps: Grain's iterator, one `HostBatch` a step.
+            sharding: sharding of an array [A, R, S].
             shape: (A, R, S).
-            bytes_per_token: of the whole text; 0: there is none.
+            bytes_per_token: bytes of text per token; 0 if there is no text.
         """
         self.bytes_per_token = bytes_per_token
         self._steps = steps
@@ -203,18 +208,18 @@ class Batches(Iterator[dict[str, jax.Array]]):
         self._shape = shape
         self._held = held_rows(sharding, shape)
 
-    def __next__(self) -> dict[str, jax.Array]:
+    def __next__(self) -> DeviceBatch:
         try:
             step: HostBatch = next(self._steps)
         except BaseException:
-            self.close()  # Grain would go on with the step after the one that failed
+            self.close()  # Grain would continue with the step after the failed one
             raise
         return {name: self._place(rows) for name, rows in step.items()}
 
     def _place(self, rows: Int32[np.ndarray, "a r S"]) -> Int32[jax.Array, "A R S"]:
         def part(cuts: tuple[slice, ...] | None) -> Int32[np.ndarray, "..."]:
             assert cuts is not None
-            here = list(cuts)  # places in the global array, to be places among the rows held here
+            here = list(cuts)  # slices of the global array, to become slices of `rows`
             for dim, held in enumerate(self._held):
                 start, stop, _ = cuts[dim].indices(self._shape[dim])
                 first = held.index(start)
@@ -224,7 +229,7 @@ class Batches(Iterator[dict[str, jax.Array]]):
         return jax.make_array_from_callback(self._shape, self._sharding, part)
 
     def close(self) -> None:
-        """Stop reading ahead; the iterator is spent."""
+        """Stop prefetching; the iterator cannot be used any more."""
         self._steps.close()
 
 
@@ -239,25 +244,25 @@ def batches(
     first_step: int = 0,
     say: Say = lambda _: None,
 ) -> Batches:
-    """The batches from a step on, the first ones being read already when this returns.
+    """Iterate over the batches from a step on; prefetching has begun when this returns.
 
     The batch of step n depends on the text, the seed, the sizes and n alone: not on the mesh, nor
-    on where a run was resumed. Row r of microbatch a is row (n*A + a)*R + r of the epochs laid end
-    to end, each in an order of its own. Synthetic batches are all the same.
+    on where a run was resumed. Sequence r of microbatch a is number (n*A + a)*R + r of the
+    concatenated epochs, each of which is shuffled anew. Synthetic batches are all the same.
 
     Args:
-        config: where the text is, its tokenizer, and the seed.
+        config: path of the text, its tokenizer, and the seed.
         vocab_size: V of the model.
         seq_len: S, `max_target_length`.
         rows: R, sequences of one microbatch over all devices.
         microbatches: A, `gradient_accumulation_steps`.
-        sharding: of an array [A, R, S]; a process reads only the rows of its own devices.
+        sharding: sharding of an array [A, R, S]; a process reads only its own devices' sequences.
         first_step: number of the first batch.
-        say: told of what takes long.
+        say: receives a line about work that takes long.
 
     Returns:
         An iterator over `inputs`, `targets`, `positions` and `segment_ids` (see `PackedText`), each
-        int32 [A, R, S], placed as `sharding` says.
+        int32 [A, R, S], placed by `sharding`.
 
     Raises:
         UserError: the vocabulary is too small, the batch does not divide over the devices, the
@@ -268,9 +273,9 @@ def batches(
         sharding.shard_shape(shape)
     except ValueError as error:
         raise UserError(
-            f"batch [{microbatches}, {rows}, {seq_len}] (microbatches, rows, tokens) does not "
+            f"batch [{microbatches}, {rows}, {seq_len}] (microbatches, sequences, tokens) does not "
             f"divide over {sharding.spec} of mesh {dict(sharding.mesh.shape)}\n"
-            "fix: per_device_batch_size (rows) or max_target_length (tokens)"
+            "fix: per_device_batch_size (sequences) or max_target_length (tokens)"
         ) from error
     held_a, held_r = held_rows(sharding, shape)
     if config.dataset_type == "synthetic":
@@ -296,7 +301,7 @@ def batches(
         size = (len(held_a), len(held_r), seq_len)
         return {name: np.stack([row[name] for row in block]).reshape(size) for name in block[0]}
 
-    # A whole step is one unit of reading ahead, so that the training loop has none to assemble.
+    # Prefetch whole steps, so that the training loop has nothing to assemble.
     steps = iter(
         grain.MapDataset.range(first_step, sys.maxsize)
         .map(read)

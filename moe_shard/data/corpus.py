@@ -1,8 +1,8 @@
-"""The tokens of documents, to be read from anywhere: of bytes as they lie, of others from a cache.
+"""Read any part of a document's tokens: bytes from the document itself, others from a cache.
 
-What a tokenizer makes of a document is known only when it has been made, so a corpus is tokenized
-once, before the first step, into a file that is then read as the bytes are. The file is found
-again, by the next run or the next process, as long as the tokenizer and the documents are the same.
+The number of tokens in a document is known only after tokenizing it, so a corpus is tokenized once,
+before the first step, into a file that allows random access. Later runs and other processes reuse
+the file as long as the tokenizer and the documents are the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from moe_shard.errors import UserError
 from moe_shard.files import cache_folder, new_folder
 
 PIECE_BYTES = 4 * 2**20
-"""A longer document is tokenized in pieces of about this size that end with a line."""
+"""Size of the pieces, ending at a line's end, in which longer documents are tokenized."""
 _VERSION = b"1"
 _TOKEN = np.dtype("<u4")
 
@@ -32,22 +32,22 @@ Say = Callable[[str], object]
 
 
 class Corpus(Protocol):
-    """Documents as tokens, without marks.
+    """Provide documents as tokens, without marks.
 
     Attributes:
-        lengths: tokens of each document.
-        num_bytes: of all documents.
+        lengths: number of tokens of each document.
+        num_bytes: size of all documents.
     """
 
     lengths: Int64[np.ndarray, "documents"]
     num_bytes: int
 
     def read(self, document: int, offset: int, size: int) -> Int32[np.ndarray, "size"]:
-        """Tokens of a document; safe from many threads."""
+        """Return tokens of a document; many threads may call this at once."""
 
 
 class ByteCorpus:
-    """Documents whose bytes are their tokens; nothing is read before it is asked for."""
+    """Use the bytes of documents as tokens, read on demand."""
 
     def __init__(self, documents: Sequence[Path]) -> None:
         self.paths = tuple(map(os.fspath, documents))
@@ -55,10 +55,10 @@ class ByteCorpus:
         self.num_bytes = int(self.lengths.sum())
 
     def read(self, document: int, offset: int, size: int) -> Int32[np.ndarray, "size"]:
-        """See `Corpus`.
+        """Return tokens of a document; see `Corpus`.
 
         Raises:
-            UserError: a file has gone or changed its size.
+            UserError: a file was removed or has another size than before.
         """
         path, length = self.paths[document], int(self.lengths[document])
         text = _read(path, offset, size, length)
@@ -71,12 +71,12 @@ class ByteCorpus:
 
 
 class TokenCorpus:
-    """Documents tokenized into the cache, now or by an earlier run.
+    """Read tokens of documents from the cache, tokenizing them first unless an earlier run did.
 
     Args:
         documents: files, from `find_documents`.
-        tokenizer: of their text.
-        say: told what was done, if it was.
+        tokenizer: tokenizer of their text.
+        say: receives a line about tokenizing, if any was done.
 
     Raises:
         UserError: a document cannot be read, or the cache cannot be written.
@@ -92,17 +92,17 @@ class TokenCorpus:
             _tokenize(documents, tokenizer, folder, say)
             found = _lengths(folder)
         if found is None:
-            raise UserError(f"{folder} is not whole\nfix: remove it; it is made again")
+            raise UserError(f"{folder} is incomplete\nfix: remove it; the next run makes it again")
         self.lengths = found
         self.num_bytes = sum(path.stat().st_size for path in documents)
         self._starts = np.cumsum(found) - found
         self._file_size = int(found.sum()) * _TOKEN.itemsize
 
     def read(self, document: int, offset: int, size: int) -> Int32[np.ndarray, "size"]:
-        """See `Corpus`.
+        """Return tokens of a document; see `Corpus`.
 
         Raises:
-            UserError: the cache has gone or changed.
+            UserError: the cache was removed or has changed.
         """
         first = (int(self._starts[document]) + offset) * _TOKEN.itemsize
         tokens = _read(self._file, first, size * _TOKEN.itemsize, self._file_size)
@@ -119,9 +119,9 @@ def corpus_cache() -> Path:
 
 
 def _read(path: str, offset: int, size: int, whole: int) -> bytes | None:
-    """Part of a file; None where the file has no longer the size that it had as a whole."""
+    """Read part of a file; return None if the size of the file is no longer `whole`."""
     try:
-        # Opened for each read: nothing to share between threads, to pickle or to run out of.
+        # Open the file for each read: no handle to share between threads, pickle or run out of.
         with open(path, "rb") as file:
             changed = os.fstat(file.fileno()).st_size != whole
             file.seek(offset)
@@ -132,17 +132,17 @@ def _read(path: str, offset: int, size: int, whole: int) -> bytes | None:
 
 
 def _key(documents: Sequence[Path], tokenizer: Tokenizer) -> str:
-    """A name that changes with the tokenizer, and with a document's place, size or time."""
+    """Derive a name from the tokenizer and each document's path, size and modification time."""
     key = hashlib.blake2b(_VERSION + tokenizer.digest, digest_size=16)
     for path in documents:
         info = path.stat()
-        told = os.fsencode(path.resolve()), info.st_size, info.st_mtime_ns
-        key.update(repr(told).encode())
+        facts = os.fsencode(path.resolve()), info.st_size, info.st_mtime_ns
+        key.update(repr(facts).encode())
     return key.hexdigest()
 
 
 def _lengths(folder: Path) -> Int64[np.ndarray, "documents"] | None:
-    """Of the documents in a cache; None where it is not there or not whole."""
+    """Read the lengths of the documents in a cache; None if it is missing or incomplete."""
     try:
         lengths = np.load(folder / "lengths.npy")
         whole = os.stat(folder / "tokens").st_size == int(lengths.sum()) * _TOKEN.itemsize
@@ -165,10 +165,10 @@ def _tokenize(documents: Sequence[Path], tokenizer: Tokenizer, folder: Path, say
                         lengths[document] += len(tokens)
                         num_bytes += len(text)
             np.save(aside / "lengths.npy", lengths)
-            if _lengths(folder) is None:  # there is none, or a damaged one
+            if _lengths(folder) is None:  # missing or damaged
                 shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
-        # Where another process was faster, its folder refuses the rename and serves as well.
+        # If another process was faster, the rename fails and its folder is used.
         if _lengths(folder) is None:
             raise UserError(
                 f"cannot keep tokens in {folder.parent}: {error.strerror}\n"
@@ -182,7 +182,7 @@ def _tokenize(documents: Sequence[Path], tokenizer: Tokenizer, folder: Path, say
 
 
 def _batches(documents: Sequence[Path]) -> Iterator[list[tuple[int, bytes]]]:
-    """Documents, or pieces of them, with their numbers: enough at once to keep the cores busy."""
+    """Yield documents, or pieces of them, with their numbers: batches that keep all cores busy."""
     batch: list[tuple[int, bytes]] = []
     size = 0
     for document, path in enumerate(documents):
@@ -200,7 +200,7 @@ def _pieces(path: Path) -> Iterator[bytes]:
     try:
         with path.open("rb") as file:
             while piece := file.read(PIECE_BYTES):
-                # To the end of the line; a line without end is cut between two characters.
+                # Read to the end of the line; cut an endless line between two characters.
                 piece += file.readline(PIECE_BYTES)
                 for _ in range(3):
                     if not _continues(file.peek(1)[:1]):
@@ -212,5 +212,5 @@ def _pieces(path: Path) -> Iterator[bytes]:
 
 
 def _continues(byte: bytes) -> bool:
-    """Whether a byte is inside a character of UTF-8."""
+    """Tell whether a byte continues a character of UTF-8."""
     return byte != b"" and 0x80 <= byte[0] < 0xC0

@@ -1,4 +1,4 @@
-"""Which files `dataset_path` names: text, each once, in an order that every machine agrees on."""
+"""Find the text files that `dataset_path` names, each once, in the same order on every machine."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ NOT_LIBRARY_TEXT = frozenset(
 
 
 def find_documents(paths: Sequence[str]) -> tuple[Path, ...]:
-    """The text files that `dataset_path` names, each file once.
+    """List the text files that `dataset_path` names, each file once.
 
     The order is that of `paths`, then of the names below each: the same on every machine that
-    holds the same files, wherever they lie.
+    has the same files, whatever their folder.
 
     Args:
         paths: files; folders, searched recursively; globs, in which `**` spans folders. Inside
-            folders and globs, hidden, empty and binary files are passed over. Empty: the source
+            folders and globs, hidden, empty and binary files are skipped. If empty, the source
             text of the running interpreter's standard library, without its tests.
 
     Raises:
@@ -36,7 +36,7 @@ def find_documents(paths: Sequence[str]) -> tuple[Path, ...]:
         return _standard_library()
     found: dict[tuple[int, int], Path] = {}
     for pattern in paths:
-        # Overlapping patterns and links name a file twice; its text still counts once.
+        # Overlapping patterns and links may name a file twice; it counts once.
         for path in _text_files(pattern):
             info = path.stat()
             found.setdefault((info.st_dev, info.st_ino), path)
@@ -79,7 +79,7 @@ def _text_files(pattern: str) -> list[Path]:
 
 
 def _not_text(path: Path) -> str | None:
-    """Why a file is not text, or None if it is."""
+    """Explain why a file is not text; return None if it is."""
     try:
         info = path.stat()
         if not stat.S_ISREG(info.st_mode):  # opening a pipe would wait for its writer
@@ -96,14 +96,14 @@ def _not_text(path: Path) -> str | None:
 
 
 def unreadable(path: str | Path, error: OSError) -> UserError:
-    """The error to raise for a file or folder that the system will not open."""
+    """Make the error for a file or folder that the system does not open."""
     return UserError(
         f"dataset_path: {path} cannot be read: {error.strerror}\nfix: its permissions or the path"
     )
 
 
 def _files_below(folder: Path, skip: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """The files below a folder, sorted, links followed, each folder entered once."""
+    """Yield the files below a folder, sorted; follow links, enter each folder once."""
 
     def refuse(error: OSError) -> None:
         raise unreadable(error.filename, error) from error
@@ -111,7 +111,7 @@ def _files_below(folder: Path, skip: frozenset[str] = frozenset()) -> Iterator[P
     entered = set()
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         info = os.stat(parent)
-        if (info.st_dev, info.st_ino) in entered:  # a link back up would go round for ever
+        if (info.st_dev, info.st_ino) in entered:  # a link to a parent would never end
             folders.clear()
             continue
         entered.add((info.st_dev, info.st_ino))
@@ -120,13 +120,13 @@ def _files_below(folder: Path, skip: frozenset[str] = frozenset()) -> Iterator[P
 
 
 def _glob(pattern: str, path: Path) -> Iterator[Path]:
-    """The files that a glob matches or that lie below a folder it matches, sorted."""
+    """Yield the files that a glob matches, or that are below a folder it matches, sorted."""
     parts = path.parts
     first = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), len(parts))
     base, rest = Path(*parts[:first]), parts[first:]
     hidden = any(part.startswith(".") for part in rest)
     try:
-        # pathlib's `**` does not enter links, glob's does and takes 2**40 turns in two cycles.
+        # pathlib's `**` does not follow links. That of `glob` does: 2**40 paths for two cycles.
         matches = sorted(base.glob(str(Path(*rest)))) if rest else []
     except ValueError as error:
         raise UserError(

@@ -1,7 +1,7 @@
-"""Random tokens instead of text: one batch, the same in every step, as MaxText's synthetic data.
+"""Make one random batch, the same in every step, as MaxText's synthetic data does.
 
-For measuring a step without a corpus. A loss that falls on it is a model learning one batch by
-heart. Each row is whole: no document ends in it.
+It serves to measure a step without a corpus. A falling loss means that the model memorises the
+batch. Each sequence is one document.
 """
 
 from __future__ import annotations
@@ -9,21 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Integer
 
 HostBatch = dict[str, Int32[np.ndarray, "a r S"]]
 
 
 class SyntheticSteps:
-    """The parts of the one batch that this process holds, without end.
+    """Repeat this process's part of the one batch, without end.
 
     Args:
-        held_a: numbers of the microbatches.
-        held_r: numbers of a microbatch's rows.
-        rows: R, of a microbatch over all devices.
-        seq_len: S.
-        vocab_size: V; every token is as likely as any other.
-        seed: of the tokens.
+        held_a: numbers of this process's microbatches.
+        held_r: numbers of its sequences within a microbatch.
+        rows: R, sequences of a microbatch over all devices.
+        seq_len: S, tokens in a sequence.
+        vocab_size: V; tokens are uniformly distributed.
+        seed: seed of the tokens.
     """
 
     def __init__(
@@ -51,26 +51,28 @@ class SyntheticSteps:
         return self._batch
 
     def close(self) -> None:
-        """Do nothing: nothing is being read."""
+        """Do nothing: there is nothing to stop."""
 
 
 def synthetic_tokens(
-    rows: np.ndarray, count: int, *, vocab_size: int, seed: int
-) -> Int32[np.ndarray, "..."]:
-    """The tokens of rows: hashes of seed, row and place (SplitMix64), scaled to the vocabulary.
+    rows: Integer[np.ndarray, "*B"], count: int, *, vocab_size: int, seed: int
+) -> Int32[np.ndarray, "*B {count}"]:
+    """Hash seed, sequence number and place (SplitMix64) into tokens of the vocabulary.
 
-    Not NumPy's own streams, which may change with its version, and no state: a row is the same
-    whoever makes it.
+    A hash has no state, and no version as NumPy's random streams do: a sequence is the same
+    whichever process makes it.
 
     Args:
-        rows: their numbers.
+        rows: numbers of the sequences.
         count: tokens of each.
         vocab_size: V.
         seed: in [0, 2**32).
     """
     row = rows.astype(np.uint64)[..., None]
     place = np.arange(count, dtype=np.uint64)
-    start = np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)  # of scalars NumPy reports an overflow
+    start = np.uint64(
+        seed * 0x9E3779B97F4A7C15 % 2**64
+    )  # in Python: NumPy warns of an overflow of scalars
     bits = (row << np.uint64(32)) + place + start
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)

@@ -1,4 +1,4 @@
-"""From text to tokens and back: bytes, or the tokenizer of a Hugging Face model directory."""
+"""Turn text into tokens and back: by bytes, or by a tokenizer of a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from moe_shard.config.keys import shown
 from moe_shard.errors import UserError, first_line
 
 DOCUMENT = 256
-"""The byte tokenizer's mark: it begins a document and so, as a target, ends the one before."""
+"""Mark of the byte tokenizer: it begins a document and, as a target, ends the one before."""
 
 _LARGEST_FILE = 2**29
 _ANOTHER = 'fix: another tokenizer_path; tokenizer_path="" reads bytes'
 
 
 class Tokenizer(Protocol):
-    """What training and generation ask of a tokenizer.
+    """Define what training and generation need of a tokenizer.
 
     Attributes:
-        name: for messages.
-        before: tokens that a document begins with, before its text.
-        after: tokens that end it; empty where those of `before` of the next one do.
+        name: name for messages.
+        before: tokens that begin a document, before its text.
+        after: tokens that end a document; empty if `before` of the next document does.
         ends: tokens at which generation stops.
         vocab_size: one more than the largest id.
-        digest: equal only where all texts have the same tokens.
+        digest: hash; equal only for tokenizers that give all texts the same tokens.
     """
 
     name: str
@@ -44,17 +44,17 @@ class Tokenizer(Protocol):
     digest: bytes
 
     def encode_texts(self, texts: Sequence[bytes]) -> list[Int32[np.ndarray, "T"]]:
-        """Tokens of texts that are read for training; nothing in them counts as a mark."""
+        """Encode texts for training; nothing in them is read as a mark."""
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """Tokens of the beginning of a document, with the marks that belong there; never empty."""
+        """Encode the beginning of a document, with its marks; the result is never empty."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens, without marks; what is no whole character yet is U+FFFD."""
+        """Decode tokens, without marks; an incomplete character becomes U+FFFD."""
 
 
 class ByteTokenizer:
-    """A token a byte, and `DOCUMENT`."""
+    """Use one token per byte, and `DOCUMENT`."""
 
     name = "bytes (256 of them and the document mark)"
     before: tuple[int, ...] = (DOCUMENT,)
@@ -64,31 +64,32 @@ class ByteTokenizer:
     digest = b"bytes"
 
     def encode_texts(self, texts: Sequence[bytes]) -> list[Int32[np.ndarray, "T"]]:
-        """The bytes."""
+        """Return the bytes."""
         return [np.frombuffer(text, np.uint8).astype(np.int32) for text in texts]
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """The document mark and the bytes in UTF-8."""
-        # Arguments that are not UTF-8 come from the system with their bytes escaped.
+        """Return the document mark and the bytes in UTF-8."""
+        # Python escapes the bytes of command-line arguments that are not UTF-8.
         return [DOCUMENT, *prompt.encode("utf-8", "surrogateescape")]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The bytes read as UTF-8."""
+        """Decode the bytes as UTF-8."""
         return bytes(token for token in ids if token < DOCUMENT).decode("utf-8", "replace")
 
 
 class FileTokenizer:
-    """A `tokenizer.json`, with the end of a document from the files beside it.
+    """Use a `tokenizer.json`; read the end-of-document token from the files next to it.
 
-    A document is what the tokenizer itself puts before a text (Llama's `<s>`), the text, and the
-    end. A tokenizer that puts nothing there has the end stand before each document instead, as
-    GPT-2's was trained: so every document begins with a mark and every end is a target.
+    A document consists of what the tokenizer puts before a text (Llama's `<s>`), the text, and the
+    end token. If the tokenizer puts nothing before a text, the end token goes before each document
+    instead, as in GPT-2's training, so that every document begins with a mark and every end is a
+    target.
 
     Args:
         path: a Hugging Face model directory, or a tokenizer.json in one.
 
     Raises:
-        UserError: there is none, it cannot be read, or no file says which token ends a document.
+        UserError: the file is missing or cannot be read, or no file names the end token.
     """
 
     def __init__(self, path: Path) -> None:
@@ -97,7 +98,7 @@ class FileTokenizer:
         self.name = f"tokenizer_path={path}"
         with _refused(f"{file} is no tokenizer"):
             self._rust = tokenizers.Tokenizer.from_buffer(content)
-            # Files keep the lengths their first training cut and padded to.
+            # The file may hold truncation and padding lengths of its original training.
             self._rust.no_truncation()
             self._rust.no_padding()
             beginning = self._rust.encode("a")
@@ -113,7 +114,7 @@ class FileTokenizer:
         self.digest = hashlib.blake2b(content + marked, digest_size=16).digest()
 
     def encode_texts(self, texts: Sequence[bytes]) -> list[Int32[np.ndarray, "T"]]:
-        """Tokens of texts in UTF-8, on all cores; bytes that are not UTF-8 are U+FFFD."""
+        """Encode texts in UTF-8, on all cores; bytes that are not UTF-8 become U+FFFD."""
         self._rust.encode_special_tokens = True  # "</s>" in a text is four characters
         read = [text.decode("utf-8", "replace") for text in texts]
         with _refused(f"{self.name} fails on the text"):
@@ -121,19 +122,19 @@ class FileTokenizer:
         return [np.array(each.ids, np.int32) for each in encoded]
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """As the model's own tokenizer reads it; marks that are written out are marks."""
+        """Encode as the model's own tokenizer does: marks written out in the prompt are marks."""
         self._rust.encode_special_tokens = False
         with _refused(f"{self.name} fails on the prompt"):
             encoded = self._rust.encode(prompt.encode("utf-8", "replace").decode())
         return encoded.ids or [*self.before]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text; ids beyond the vocabulary have none."""
+        """Decode the ids; those beyond the vocabulary have no text."""
         return self._rust.decode(list(ids), skip_special_tokens=True)
 
 
 def find_tokenizer(tokenizer_path: str) -> Tokenizer:
-    """The tokenizer that the key `tokenizer_path` names; bytes where it is empty.
+    """Load the tokenizer that the key `tokenizer_path` names, bytes if it is empty.
 
     Raises:
         UserError: see `FileTokenizer`.
@@ -142,10 +143,10 @@ def find_tokenizer(tokenizer_path: str) -> Tokenizer:
 
 
 def require_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Refuse a model that lacks tokens; one that has more is fine.
+    """Refuse a model whose vocabulary is smaller than the tokenizer's.
 
     Args:
-        tokenizer: of the text.
+        tokenizer: tokenizer of the text.
         vocab_size: V of the model.
 
     Raises:
@@ -160,7 +161,7 @@ def require_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 @contextmanager
 def _refused(what: str) -> Iterator[None]:
-    """Within the block, whatever the library raises is an error of its file."""
+    """Turn whatever the library raises within the block into a `UserError`."""
     try:
         yield
     except BaseException as error:  # Rust's panics are no Exceptions
@@ -187,12 +188,12 @@ def _read(file: Path) -> bytes:
 
 
 def _ends(file: Path, rust: tokenizers.Tokenizer) -> tuple[int, ...]:
-    """The ids at which a text ends, by the first file beside it that says so."""
+    """Read the end-of-document ids from the first file beside `file` that names them."""
     beside = ("generation_config.json", "config.json", "tokenizer_config.json")
     for name in beside:
-        said = _read_settings(file.with_name(name))
-        ids = said.get("eos_token_id")
-        if ids is None and (token := said.get("eos_token")) is not None:
+        settings = _read_settings(file.with_name(name))
+        ids = settings.get("eos_token_id")
+        if ids is None and (token := settings.get("eos_token")) is not None:
             token = token.get("content") if isinstance(token, dict) else token
             ids = rust.token_to_id(token) if isinstance(token, str) else token
             if ids is None:
@@ -204,7 +205,7 @@ def _ends(file: Path, rust: tokenizers.Tokenizer) -> tuple[int, ...]:
             continue
         ids = ids if isinstance(ids, list) else [ids]
         for token in ids:
-            # A larger number does not even fit the library's integers.
+            # The library refuses numbers that do not fit 32 bits with an overflow.
             if type(token) is not int or not 0 <= token < 2**32 or rust.id_to_token(token) is None:
                 raise UserError(
                     f"{file.with_name(name)}: eos_token_id {shown(token)} is no token of "
@@ -219,7 +220,7 @@ def _ends(file: Path, rust: tokenizers.Tokenizer) -> tuple[int, ...]:
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one where there is no such file."""
+    """Read a JSON object; a missing file is an empty one."""
     if not file.exists():
         return {}
     try:

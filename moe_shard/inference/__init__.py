@@ -1,1 +1,1 @@
-"""Writing text with a model: where its parameters come from, the compiled steps, what is drawn."""
+"""Generate text with a model: load its parameters, compile its steps, sample tokens."""

@@ -1,4 +1,4 @@
-"""Texts from prompts: one compiled program reads the prompts, another writes a token at a time."""
+"""Generate tokens after prompts: one program processes the prompts, another makes each token."""
 
 from __future__ import annotations
 
@@ -24,38 +24,38 @@ from moe_shard.sharding.annotate import Sharding
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
-class Reading(Protocol):
-    """Reads a batch's prompts, and then its own tokens, one after the other."""
+class Decoding(Protocol):
+    """Process a batch of prompts, then the generated tokens one by one."""
 
     def first(self, params: Params, prompts: Padded) -> tuple[Int[Array, "B"], Any]:
-        """The first token after each prompt, and what `following` goes on from."""
+        """Return the first token after each prompt, and the state that `following` needs."""
 
     def following(
         self, params: Params, kept: Any, token: Int[Array, "B"], written: int
     ) -> tuple[Int[Array, "B"], Any]:
-        """The token after one that was written.
+        """Return the next token, and the state for the call after this one.
 
         Args:
-            params: of the model.
-            kept: of the call before; used up by this one.
-            token: of the call before.
-            written: tokens after the prompts, that one included.
+            params: parameters of the model.
+            kept: state from the previous call; this call donates it.
+            token: token from the previous call.
+            written: number of tokens after the prompts, that one included.
         """
 
 
 class Generator:
-    """A model compiled to write after prompts of one shape.
+    """Compile a model to generate after prompts of one shape.
 
     Args:
-        model: the decoder; its parameters come with each call.
+        model: the decoder; each call brings its parameters.
         sharding: the mesh and its rules.
-        config: how the next token is taken, and how many.
-        vocab_size: of the tokenizer; what a larger model has beyond it is never written.
-        rows: B.
+        config: sampling strategy, and number of tokens.
+        vocab_size: vocabulary size of the tokenizer; larger ids are never generated.
+        rows: B, sequences.
         places: S, tokens of the longest prompt.
-        cached: keep keys and values of the tokens before; else every token is computed anew from
-            the first one on, which is slow and has the same result.
-        options: of the compiler, beside its defaults.
+        cached: cache the keys and values of earlier tokens; otherwise each step recomputes them
+            all, which is slow and has the same result.
+        options: compiler options, in addition to the defaults.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class Generator:
         self.rows = rows
         self.seconds_to_first = 0.0
         started = time.perf_counter()
-        kind = _Cached if cached else _Anew
-        self._reading: Reading = kind(
+        kind = _Cached if cached else _Recomputed
+        self._decoding: Decoding = kind(
             _Choosing(model, sharding, config, vocab_size), rows, places, dict(options)
         )
         self.compile_seconds = time.perf_counter() - started
@@ -83,22 +83,22 @@ class Generator:
     def __call__(
         self, params: Params, prompts: Sequence[Sequence[int]]
     ) -> Iterator[Int32[np.ndarray, "prompts"]]:
-        """Write on after each prompt; the step after the one that is yielded is running already.
+        """Generate after each prompt; the next step runs while a token is yielded.
 
         Args:
-            params: placed as the model's specs say.
-            prompts: tokens, at most B prompts.
+            params: parameters, sharded as the model's specs.
+            prompts: token ids of at most B prompts.
 
         Yields:
-            A token of each text, `max_new_tokens` times; stop reading to stop writing.
+            The next token of each prompt, `max_new_tokens` times; stop iterating to stop early.
         """
         padded = pad_left(prompts, rows=self.rows)
         started = time.perf_counter()
-        token, kept = self._reading.first(params, padded)
+        token, kept = self._decoding.first(params, padded)
         for written in range(1, self.config.max_new_tokens + 1):
             now = token
             if written < self.config.max_new_tokens:
-                token, kept = self._reading.following(params, kept, now, written)
+                token, kept = self._decoding.following(params, kept, now, written)
             found = np.asarray(now)[: len(prompts)]
             if written == 1:
                 self.seconds_to_first = time.perf_counter() - started
@@ -106,7 +106,7 @@ class Generator:
 
 
 class _Choosing:
-    """From logits to tokens, and what the programs of both kinds share."""
+    """Choose tokens from logits, and hold what both kinds of programs share."""
 
     def __init__(
         self, model: AbstractModel, sharding: Sharding, config: GenerateConfig, vocab_size: int
@@ -122,12 +122,12 @@ class _Choosing:
             return next_tokens(jnp.where(real, logits, -jnp.inf), key, self.config)
 
     def abstract(self, *shape: int) -> jax.ShapeDtypeStruct:
-        """Integers that every device has."""
+        """Describe integers that are replicated over all devices."""
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.everywhere)
 
 
 class _Cached:
-    """Keys and values of earlier tokens are kept: see `Reading`."""
+    """Cache the keys and values of earlier tokens; see `Decoding`."""
 
     def __init__(
         self, choosing: _Choosing, rows: int, places: int, options: dict[str, Any]
@@ -162,7 +162,7 @@ class _Cached:
         prompts = [choosing.abstract(rows, places)] * len(Padded._fields)
         traced = jax.jit(first, out_shardings=(everywhere, None)).trace(choosing.params, *prompts)
         self._first = traced.lower().compile(compiler_options=options)
-        # The cache stays where reading the prompts has put it.
+        # The step keeps the cache sharded as the first program returned it.
         cache_at = self._first.output_shardings[1]
         cache = jax.tree.map(
             lambda each, at: jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=at),
@@ -186,8 +186,8 @@ class _Cached:
         return token, (cache, position + 1)
 
 
-class _Anew:
-    """All tokens are read again for each that is written: see `Reading`."""
+class _Recomputed:
+    """Recompute all tokens at each step; see `Decoding`."""
 
     def __init__(
         self, choosing: _Choosing, rows: int, places: int, options: dict[str, Any]
@@ -203,7 +203,7 @@ class _Anew:
             last: Int[Array, ""],
             written: Int[Array, ""],
         ) -> Int[Array, "B"]:
-            # Tokens that are not yet there are of no document.
+            # Places that have no token yet belong to no document.
             segment_ids = jnp.where(jnp.arange(places + most) <= last, segment_ids, EMPTY)
             logits, _ = model.apply(params)(tokens, positions, segment_ids)
             at_last = jax.lax.dynamic_index_in_dim(logits, last, axis=1, keepdims=False)
@@ -223,7 +223,7 @@ class _Anew:
             positions=prompts.lengths[:, None] + ahead,
             segment_ids=np.full((rows, self._most), TEXT_SEGMENT, np.int32),
         )
-        whole = Padded(*map(_beside, prompts, further))
+        whole = Padded(*map(_joined, prompts, further))
         return self._after(params, *whole, np.int32(self._places - 1), np.int32(0)), whole
 
     def following(
@@ -234,5 +234,7 @@ class _Anew:
         return self._after(params, *kept, np.int32(last), np.int32(written)), kept
 
 
-def _beside(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+def _joined(
+    left: Int32[np.ndarray, "B S"], right: Int32[np.ndarray, "B N"]
+) -> Int32[np.ndarray, "B T"]:
     return np.concatenate([left, right], axis=1)

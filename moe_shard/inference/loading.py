@@ -1,4 +1,4 @@
-"""What MODEL or CHECKPOINT on the command line stands for: a configuration, and its parameters."""
+"""Load the configuration and the parameters that MODEL or CHECKPOINT names."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ SETTINGS = (
     "prefuse_moe_weights=true",
     "per_device_batch_size=1",
 )
-"""What writing wants, whatever the model was trained with; the command line may want otherwise.
+"""Settings of generation, whatever the model was trained with; the command line overrides them.
 
-A dropped token would make a text depend on its neighbours. Gate and up are one product, joined once
-when the parameters are loaded. The batch is that of the prompts.
+Dropped tokens would make a text depend on the others in its batch. Gate and up are fused into one
+product when the parameters are loaded. The batch size follows from the prompts.
 """
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model to write with.
+    """Name a model to generate with.
 
     Attributes:
-        model: what `load_model` takes.
-        checkpoints: of a run; None: MODEL is no run.
-        updates: which checkpoint; None: the newest.
+        model: argument of `load_model`.
+        checkpoints: folder of a run's checkpoints; None if MODEL is no run.
+        updates: which checkpoint; None for the newest.
     """
 
     model: str
@@ -47,10 +47,10 @@ class ModelSource:
 
 
 def find_source(model: str) -> ModelSource:
-    """Tell the folder of a run, or one of its checkpoints, from other models.
+    """Resolve MODEL: the folder of a run, one of its checkpoints, or another model.
 
     Raises:
-        UserError: a directory that holds no model.
+        UserError: the directory holds no model.
     """
     path = Path(model).expanduser()
     of_run = path.parent.name == "checkpoints" and path.name.isdecimal() and path.parent.is_dir()
@@ -76,19 +76,19 @@ def find_source(model: str) -> ModelSource:
 
 
 def _holds_a_model(path: Path) -> bool:
-    """Whether a directory is Hugging Face's, or an imported model."""
+    """Tell whether a directory is a Hugging Face model or an imported one."""
     return (path / "config.json").is_file() or (path / "params").is_dir()
 
 
 def load_generation_config(source: ModelSource, overrides: Sequence[str]) -> Config:
-    """The configuration to write with.
+    """Load the configuration to generate with.
 
     Args:
-        source: of `find_source`.
+        source: result of `find_source`.
         overrides: `key=value` arguments.
 
     Raises:
-        UserError: as `load_model`; or experts that would drop tokens.
+        UserError: see `load_model`; or the configuration drops tokens.
     """
     config = load_model(source.model, [*SETTINGS, *overrides])
     config.require_built()
@@ -101,8 +101,8 @@ def load_generation_config(source: ModelSource, overrides: Sequence[str]) -> Con
         for key, value in limits.items():
             if value > 0:
                 raise UserError(
-                    f"{key}={value:g} drops tokens, and a text would depend on those beside it\n"
-                    f"fix: leave {key} out; nothing is dropped while text is written"
+                    f"{key}={value:g} drops tokens, so that a text depends on others of its batch\n"
+                    f"fix: leave {key} out; generation drops nothing by default"
                 )
     return config
 
@@ -115,17 +115,17 @@ def load_parameters(
     say: Callable[[str], object],
     console: Console,
 ) -> Params:
-    """The parameters, placed as the model's specs say.
+    """Load the parameters, sharded as the model's specs.
 
     Args:
-        source: of `find_source`.
-        config: of `load_generation_config`.
-        model: described for a mesh.
-        say: told where they come from.
-        console: shown how far reading has come.
+        source: result of `find_source`.
+        config: result of `load_generation_config`.
+        model: the model, described for a mesh.
+        say: receives a line that names their source.
+        console: shows the progress of reading.
 
     Raises:
-        UserError: they cannot be read.
+        UserError: the parameters cannot be read.
     """
     if source.checkpoints is not None:
         abstract = jax.tree.map(lambda spec: spec.abstract(), model.specs)

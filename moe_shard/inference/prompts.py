@@ -1,4 +1,4 @@
-"""Prompts of different lengths as one array."""
+"""Pad prompts of different lengths to one array."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ TEXT_SEGMENT = 1
 
 
 class Padded(NamedTuple):
-    """Prompts that end together.
+    """Hold prompts padded on the left, so that they end together.
 
     Attributes:
-        tokens: 0 where there is none.
+        tokens: ids; 0 in the padding.
         positions: from 0 at a prompt's first token; 0 before it.
         segment_ids: `TEXT_SEGMENT`, or 0 before a prompt.
     """
@@ -30,16 +30,16 @@ class Padded(NamedTuple):
 
     @property
     def lengths(self) -> Int32[np.ndarray, "B"]:
-        """Tokens of each prompt."""
+        """Count the tokens of each prompt."""
         return np.count_nonzero(self.segment_ids == TEXT_SEGMENT, axis=1).astype(np.int32)
 
 
 def pad_left(prompts: Sequence[Sequence[int]], *, rows: int) -> Padded:
-    """Prompts padded on the left to the longest.
+    """Pad prompts on the left to the length of the longest.
 
     Args:
-        prompts: tokens, at least one each.
-        rows: B, at least as many; the prompts are repeated to fill them.
+        prompts: token ids, at least one per prompt.
+        rows: B, at least the number of prompts, which are repeated to fill the batch.
     """
     places = max(map(len, prompts))
     padded = Padded(*(np.zeros((rows, places), np.int32) for _ in Padded._fields))
@@ -53,12 +53,12 @@ def pad_left(prompts: Sequence[Sequence[int]], *, rows: int) -> Padded:
 
 
 def rows_for(config: Config, sizes: Mapping[str, int], prompts: int) -> int:
-    """Rows that hold some prompts and that the batch axes of a mesh divide.
+    """Round the number of prompts up to a batch size that the batch axes of a mesh divide.
 
     Args:
-        config: the rule table.
+        config: provides the rule table.
         sizes: mesh axis -> size.
-        prompts: how many.
+        prompts: number of prompts.
     """
     names = ("activation_batch", "activation_batch_moe", "activation_batch_no_exp")
     parts = (math.prod(sizes[axis] for axis in config.mesh.axes_of(name)) for name in names)

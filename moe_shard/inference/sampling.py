@@ -1,4 +1,4 @@
-"""The next token from the logits: the most probable one, or one that is drawn."""
+"""Choose the next token from the logits: the most probable one, or a sample."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from moe_shard.config.generate_config import GenerateConfig
 def next_tokens(
     logits: Float[Array, "B V"], key: PRNGKeyArray, config: GenerateConfig
 ) -> Int[Array, "B"]:
-    """A token for each row.
+    """Choose a token for each sequence.
 
-    What is drawn for a row depends on the key, the row's number and its logits alone: not on how
-    many rows there are, nor on the mesh.
+    A sample depends on the key, the number of the sequence and its logits alone: not on the batch
+    size, nor on the mesh.
 
     Args:
-        logits: float32.
-        key: of this token's place.
+        logits: in float32.
+        key: random key of this step.
         config: the strategy and its sizes.
     """
     if config.decode_sampling_strategy == "greedy":
@@ -35,7 +35,7 @@ def next_tokens(
 
 
 def keep_top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
-    """Logits of the k most probable tokens, and of those as probable as the last of them.
+    """Keep the logits of the k most probable tokens, and of ties with the last of them.
 
     The others become -inf.
     """
@@ -45,12 +45,12 @@ def keep_top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
 
 
 def keep_nucleus(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
-    """Logits of the fewest tokens, the most probable first, whose probabilities reach p.
+    """Keep the logits of the fewest, most probable tokens whose probabilities add up to p.
 
-    Tokens as probable as the last of them are kept too; the others become -inf (arXiv 1904.09751).
+    Ties with the last of them are kept too; the others become -inf (arXiv 1904.09751).
     """
     best = jnp.sort(logits, axis=-1, descending=True)
-    share = jax.nn.softmax(best, axis=-1)
-    before = jnp.cumsum(share, axis=-1) - share
+    probability = jax.nn.softmax(best, axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
     least = jnp.min(jnp.where(before < p, best, jnp.inf), axis=-1)
     return jnp.where(logits >= least[:, None], logits, -jnp.inf)

@@ -1,4 +1,4 @@
-"""From a command line to texts: load, compile, write, and say how fast."""
+"""Generate texts for the command line: load, compile, generate, report the speed."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _LESS_MEMORY = "fewer prompts, a smaller max_new_tokens, weight_dtype=bfloat16, 
 
 @dataclass
 class Text:
-    """A prompt and what has been written after it.
+    """Hold a prompt and the tokens generated after it.
 
     Attributes:
-        prompt: as given.
+        prompt: the text given.
         prompt_ids: its tokens.
-        ids: written after it; the last one is the end where the text has `ended`.
-        ended: the model has ended the document.
+        ids: generated tokens; the last one is an end token if the text has `ended`.
+        ended: whether the model has ended the document.
     """
 
     prompt: str
@@ -43,16 +43,15 @@ class Text:
     ended: bool = False
 
     def add(self, token: int, ends: frozenset[int]) -> None:
-        """Take the next token, if the text has not ended."""
+        """Append the next token, unless the text has ended."""
         if not self.ended:
             self.ids.append(token)
             self.ended = token in ends
 
     def written(self, tokenizer: Tokenizer) -> str:
-        """What follows the prompt.
+        """Decode the text after the prompt.
 
-        It is read together with the prompt: alone, some tokenizers would leave out the space that
-        a first word begins with.
+        Both are decoded together: alone, some tokenizers drop the space before a first word.
         """
         ids = self.ids[:-1] if self.ended else self.ids
         before, whole = tokenizer.decode(self.prompt_ids), tokenizer.decode(self.prompt_ids + ids)
@@ -61,13 +60,13 @@ class Text:
 
 @dataclass(frozen=True)
 class Timings:
-    """How long it took; seconds but where the name says otherwise.
+    """Hold how long generation took.
 
     Attributes:
-        compile_s: of both programs.
-        prefill_ms: reading the prompts, to the first token.
-        decode_s: all further tokens.
-        tokens_per_s: further tokens of all prompts; None where there was none.
+        compile_s: seconds to compile both programs.
+        prefill_ms: milliseconds from the prompts to the first token.
+        decode_s: seconds for all further tokens.
+        tokens_per_s: further tokens of all prompts per second; None if there were none.
     """
 
     compile_s: float
@@ -76,7 +75,7 @@ class Timings:
     tokens_per_s: float | None
 
     def line(self, texts: int) -> str:
-        """For a person."""
+        """Format the timings as a line."""
         speed = "" if self.tokens_per_s is None else f", {self.tokens_per_s:,.1f} tokens/s"
         of = "" if texts == 1 else f" of {texts} prompts"
         return f"compiled in {self.compile_s:.1f} s, prefill{of} {self.prefill_ms:,.1f} ms{speed}"
@@ -85,14 +84,14 @@ class Timings:
 def generate(
     source: ModelSource, config: Config, prompts: Sequence[str], *, cached: bool, as_json: bool
 ) -> None:
-    """Write after prompts, to standard output; all else goes to standard error.
+    """Generate after prompts to standard output; everything else goes to standard error.
 
     Args:
-        source: of `find_source`.
-        config: of `load_generation_config`.
-        prompts: at least one.
+        source: result of `find_source`.
+        config: result of `load_generation_config`.
+        prompts: at least one prompt.
         cached: see `Generator`.
-        as_json: one object instead of the texts.
+        as_json: print one JSON object instead of the texts.
 
     Raises:
         UserError: the configuration does not fit the devices or the tokenizer, or the parameters
@@ -112,10 +111,10 @@ def generate(
     sizes = dict(sharding.mesh.shape)
     _require_whole_texts(config, sizes)
     model = describe(config.model, sharding)
-    told: list[str] = []
+    sources: list[str] = []
 
     def say(line: str) -> None:
-        told.append(line)
+        sources.append(line)
         style = "yellow" if line.startswith("random") else None
         notes.print(f"parameters: {line}", markup=False, style=style)
 
@@ -143,20 +142,20 @@ def generate(
     timings = _timings(generator, texts, seconds)
     if jax.process_index() == 0:
         if as_json:
-            print(json.dumps(_as_json(texts, tokenizer, told[-1], timings)))
+            print(json.dumps(_as_json(texts, tokenizer, sources[-1], timings)))
         else:
             shown.rest()
     notes.print(timings.line(len(texts)), markup=False)
 
 
 def _require_whole_texts(config: Config, sizes: dict[str, int]) -> None:
-    """Refuse a mesh that splits texts: a step has one token of each."""
+    """Refuse a mesh that shards the length dim: a step has one token of each text."""
     for name in ("activation_length", "activation_length_moe"):
         splits = [axis for axis in config.mesh.axes_of(name) if sizes[axis] > 1]
         if splits:
             axis = splits[0]
             raise UserError(
-                f"the row of {name} splits texts over {axis}={sizes[axis]}, and a step has one "
+                f"the rule of {name} splits texts over {axis}={sizes[axis]}, and a step has one "
                 f"token of each\nfix: ici_{axis}_parallelism=1 (ici_fsdp_parallelism=-1 takes the "
                 "devices that are left)"
             )
@@ -188,7 +187,7 @@ def _as_json(
 
 
 class _Shown:
-    """Texts on standard output; one alone as it comes, where a person is watching."""
+    """Print texts to standard output; stream a single text to a terminal."""
 
     def __init__(self, texts: Sequence[Text], tokenizer: Tokenizer, *, live: bool) -> None:
         self._texts, self._tokenizer = texts, tokenizer
@@ -199,13 +198,13 @@ class _Shown:
             self._put(texts[0].prompt)
 
     def more(self) -> None:
-        """Show what has come, but for a character that is not yet whole."""
+        """Print what is new, except an incomplete character."""
         if self._live:
             written = self._texts[0].written(self._tokenizer)
             self._put_from(written.rstrip("\N{REPLACEMENT CHARACTER}"))
 
     def rest(self) -> None:
-        """Show everything that has not been shown."""
+        """Print everything that has not been printed."""
         if self._live:
             self._put_from(self._texts[0].written(self._tokenizer))
             self._put("\n")
@@ -218,7 +217,7 @@ class _Shown:
         self._done = max(self._done, len(written))
 
     def _put(self, text: str) -> None:
-        # A prompt may have bytes that are no text; a model may write what commands a terminal.
+        # A prompt may hold bytes that are not text; a model may generate terminal escapes.
         text = text.encode("utf-8", "replace").decode()
         if self._terminal:
             text = "".join(c if c.isprintable() or c in "\n\t" else " " for c in text)

@@ -1,4 +1,4 @@
-"""What stands between the projections of a gated MLP, dense, shared or of an expert."""
+"""Combine the gate and up projections of a gated MLP, be it dense, shared or an expert's."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ def _quick_gelu(x: Float[Array, "*R F"]) -> Float[Array, "*R F"]:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+ACTIVATIONS: dict[str, Callable[[Float[Array, "*R F"]], Float[Array, "*R F"]]] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=True),
     "gelu_exact": partial(jax.nn.gelu, approximate=False),
     "quick_gelu": _quick_gelu,
     "relu": jax.nn.relu,
 }
-"""The gate's nonlinearity, by its name in `mlp_activations`."""
+"""Name in `mlp_activations` -> nonlinearity of the gate."""
 
 
 def gated(
     gate: Float[Array, "*R F"], up: Float[Array, "*R F"], gating: GatingConfig
 ) -> Float[Array, "*R F"]:
-    """`act(gate) * (up + offset)`, both clamped first where there is a limit (arXiv 2002.05202).
+    """Compute `act(gate) * (up + offset)`, both clamped first if there is a limit.
+
+    Source: arXiv 2002.05202; limit and offset as in GPT-OSS (arXiv 2508.10925).
 
     Args:
-        gate: output of the gate's projection, its bias added.
-        up: output of the other inward projection, likewise.
+        gate: output of the gate projection, with its bias.
+        up: output of the up projection, with its bias.
         gating: activation, limit, offset.
     """
     if gating.mlp_activations_limit != -1:

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention (arXiv 2305.13245) over packed documents."""
+"""Attend causally within packed documents, with grouped queries (arXiv 2305.13245)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from moe_shard.sharding.annotate import Sharding
 
 
 class Projected(NamedTuple):
-    """Queries, keys and values of a call's tokens."""
+    """Hold the queries, keys and values of a call's tokens."""
 
     query: Float[Array, "B S N D"]
     key: Float[Array, "B S J D"]
@@ -28,7 +28,7 @@ class Projected(NamedTuple):
 
 
 class Attention(Heads):
-    """Grouped-query attention.
+    """Attend with fewer key and value heads than query heads.
 
     Args:
         config: heads, norms, positions.
@@ -83,7 +83,7 @@ class Attention(Heads):
             )
 
         queries, keys = (config.num_query_heads, "heads"), (config.num_kv_heads, "kv_heads")
-        # Scores that nothing scales are kept small by queries that begin small.
+        # Scores are neither scaled nor normalised here, so small initial queries keep them small.
         variance = 1 / dim if config.attention_scale == 1 and not config.use_qk_norm else 1.0
         self.query = project(*queries, variance)
         self.key, self.value = project(*keys), project(*keys)
@@ -108,17 +108,17 @@ class Attention(Heads):
         return self._attend(query, key, value, positions, segment_ids, memory, scale), cache
 
     def empty_cache(self, rows: int, places: int) -> LayerCache:
-        """A cache without tokens.
+        """Make a cache without tokens.
 
         Args:
-            rows: B.
-            places: T.
+            rows: B, sequences.
+            places: T, tokens that a sequence may come to have.
         """
         each = (self.config.num_kv_heads, self.config.head_dim)
         return self._empty_cache(rows, places, {"key": each, "value": each})
 
     def _project(self, x: Float[Array, "B S M"]) -> Projected:
-        """Queries, keys and values, before positions are in them."""
+        """Compute queries, keys and values, without positions."""
         query = self._by_weight(x, self.query, self.query_bias, "heads", "query")
         key = self._by_weight(x, self.key, self.key_bias, "kv_heads", "key")
         value = self._by_weight(x, self.value, self.value_bias, "kv_heads", "value")
@@ -145,7 +145,7 @@ class Attention(Heads):
     def _placed(
         self, projected: Projected, positions: Int[Array, "B S"], memory: Memory | None
     ) -> Projected:
-        """Queries and keys turned by their positions or, in layers without RoPE, tempered."""
+        """Rotate queries and keys by their positions or, without RoPE, scale the queries."""
         query, key, value = projected
         config = self.config
         if not self.kind.rope:
@@ -164,7 +164,7 @@ class Attention(Heads):
 def _tempered(
     query: Float[Array, "B S N D"], positions: Int[Array, "B S"], config: AttentionConfig
 ) -> Float[Array, "B S N D"]:
-    """Queries that grow with the logarithm of the position (arXiv 2501.19399, as in Llama 4)."""
+    """Scale queries by the logarithm of the position (arXiv 2501.19399, as in Llama 4)."""
     steps = ((positions + 1) // config.temperature_tuning_floor).astype(jnp.float32)
     growth = 1 + config.temperature_tuning_scale * jnp.log1p(steps)
     return (query * growth[..., None, None]).astype(query.dtype)
@@ -181,7 +181,7 @@ def make_attention(
     sharding: Sharding,
     rngs: nnx.Rngs,
 ) -> Attention | LatentAttention:
-    """The attention that `attention_type` names; see the classes for the arguments."""
+    """Make the attention that `attention_type` names; see the classes for the arguments."""
     if config.attention_type == "mla":
         return LatentAttention(
             config=config,

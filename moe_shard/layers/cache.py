@@ -1,7 +1,7 @@
-"""What attention keeps of the tokens before, while a text is written one token at a time.
+"""Keep what attention needs of earlier tokens while a text is generated token by token.
 
-T places for tokens. A token is found again by its position and its document, which the layers
-share, so that a cache is filled in any order and an empty place belongs to no document.
+A cache has T places for tokens. Each place records its token's position and document, once for
+all layers, so a cache can be filled in any order and an empty place belongs to no document.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ LayerCache = dict[str, Shaped[Array, "B T ..."]]
 """One layer's cached arrays by name; their last dims are each kind of attention's own."""
 
 EMPTY = -1
-"""Segment of a place without a token."""
+"""Segment id of a place without a token."""
 
 
 class Memory(NamedTuple):
-    """One layer's cache, and what all layers know of its places.
+    """Pass one layer its cache, and what all layers share about its places.
 
     Attributes:
-        layer: of this layer, before this call.
+        layer: this layer's cache before this call.
         slot: place of this call's first token; the others follow it.
-        positions: of every place's token, this call's included.
-        segment_ids: likewise; `EMPTY` where there is none.
+        positions: position of the token in each place, this call's tokens included.
+        segment_ids: its document, likewise; `EMPTY` where there is no token.
     """
 
     layer: LayerCache

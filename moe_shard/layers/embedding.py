@@ -1,4 +1,4 @@
-"""Token embedding and the projection back to the vocabulary."""
+"""Embed tokens, and project activations back to the vocabulary."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KERNEL = ("embed_vocab", "vocab")
 
 
 class Embedding(nnx.Module):
-    """A table of one vector per token, and logits from it or from a kernel of their own.
+    """Look up one vector per token; compute logits with the same table or a separate kernel.
 
     Args:
         config: the model; logits are float32 whatever its dtype.
@@ -27,7 +27,7 @@ class Embedding(nnx.Module):
     def __init__(self, config: ModelConfig, sharding: Sharding, *, rngs: nnx.Rngs) -> None:
         vocab_size, model_dim = config.vocab_size, config.emb_dim
         tied, weight_dtype = config.logits_via_embedding, config.weight_dtype
-        # A tied table gives the logits too, which must not start far from 0.
+        # A tied table also makes the logits, which must start near 0.
         table_init = normal(stddev=model_dim**-0.5 if tied else 1.0)
         self.table = nnx.Param(
             table_init(rngs.params(), (vocab_size, model_dim), weight_dtype),
@@ -53,10 +53,10 @@ class Embedding(nnx.Module):
         self.sharding = sharding
 
     def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S M"]:
-        """Look tokens up."""
+        """Look up the vectors of tokens."""
         with jax.named_scope("embedding"):
-            # Whole vectors before the lookup, and in its gradient before they are scattered to
-            # where the table is stored; left to itself the partitioner looks up slices, and on
+            # Gather whole vectors before the lookup, and in its gradient sum them before they go
+            # back to the shards. Without this the partitioner looks up slices of vectors, and on
             # some meshes replicates all tokens to join them.
             table = self.sharding(
                 self.table[...].astype(self.dtype), *TABLE, name="embedding table as stored"
@@ -69,7 +69,7 @@ class Embedding(nnx.Module):
             return x if self.multiplier == 1 else x * self.multiplier
 
     def logits(self, x: Float[Array, "B S M"]) -> Float[Array, "B S V"]:
-        """Scores of every token of the vocabulary, in float32."""
+        """Score every token of the vocabulary, in float32."""
         with jax.named_scope("logits"):
             weight = self.table[...].T if self.kernel is None else self.kernel[...]
             kernel = self.sharding.use_weight(

@@ -1,4 +1,4 @@
-"""What grouped-query and latent attention share: weights in use, placement by head, the output."""
+"""Share code between grouped-query and latent attention: weights, placement, output."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def make_weight(
     dtype: DTypeLike,
     rngs: nnx.Rngs,
 ) -> nnx.Param[Array]:
-    """A projection, drawn so that what it gives has the variance of what it takes, or a part of it.
+    """Make a projection whose initial output has the variance of its input, times `variance`.
 
     Args:
-        shape: the dims of what it takes, then of what it gives.
+        shape: input dims, then output dims.
         axes: their logical axes.
-        contracted: dims of what it takes.
-        variance: of what it gives over that of what it takes.
-        dtype: of the parameter.
+        contracted: number of input dims.
+        variance: variance of the output over that of the input.
+        dtype: dtype of the parameter.
         rngs: source of the values.
     """
     dims = tuple(range(len(shape)))
@@ -55,18 +55,19 @@ def make_weight(
 def make_vector(
     shape: tuple[int, ...], axes: tuple[str | None, ...], *, dtype: DTypeLike
 ) -> nnx.Param[Array]:
-    """A bias or a score, 0 at first.
+    """Make a bias or a score that starts at 0.
 
     Args:
-        shape: of the parameter.
-        axes: logical; elements of a head have none, so that no weight decay takes it for a matrix.
-        dtype: of the parameter.
+        shape: shape of the parameter.
+        axes: its logical axes; None for the elements of a head, so that weight decay does not
+            take the parameter for a matrix.
+        dtype: dtype of the parameter.
     """
     return nnx.Param(jnp.zeros(shape, dtype), logical_axes=axes)
 
 
 class Heads(nnx.Module):
-    """The base of a layer's attention. Those derived from it make the weights.
+    """Share what every kind of attention has; subclasses make the weights.
 
     Args:
         config: heads, norms, positions.
@@ -97,13 +98,13 @@ class Heads(nnx.Module):
 
         Args:
             x: normalised activations.
-            positions: place of each token in its document.
+            positions: position of each token in its document.
             segment_ids: equal for tokens of one document.
-            memory: what earlier calls left, while a text is being written; None in training.
+            memory: cache of earlier calls during generation; None in training.
 
         Returns:
-            What is added to the residual stream, and the memory's cache with these tokens in it;
-            empty without one.
+            The output, to be added to the residual stream, and the cache with these tokens in it
+            (empty without a memory).
         """
         with jax.named_scope("attention"):
             attended, cache = self._attended(x, positions, segment_ids, memory)
@@ -117,12 +118,12 @@ class Heads(nnx.Module):
         segment_ids: Int[Array, "B S"],
         memory: Memory | None,
     ) -> tuple[Float[Array, "B S N Dv"], LayerCache]:
-        """Each head's weighted values, and the cache; for a kind of attention to say."""
+        """Compute each head's weighted values, and the cache; every subclass defines it."""
 
     def _make_output(
         self, *, model_dim: int, value_dim: int, dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
-        """The weights behind the scores: the sink, and the projection back to the model dim."""
+        """Make the sink, and the projection from heads back to the model dim."""
         heads = self.config.num_query_heads
         self.out = make_weight(
             (heads, value_dim, model_dim), OUT, contracted=2, dtype=dtype, rngs=rngs
@@ -139,9 +140,9 @@ class Heads(nnx.Module):
     def _in_use(
         self, param: nnx.Param[Array], used: tuple[str | None, ...], name: str
     ) -> Float[Array, "*D"]:
-        """A parameter in the dtype of the products, where they need it."""
+        """Return a parameter in the dtype of the products, placed where they use it."""
         axes = param.get_metadata("logical_axes")
-        stored = axes[-len(used) :]  # a stack's parameters bear `layers` first
+        stored = axes[-len(used) :]  # stacked parameters have `layers` first
         return self.sharding.use_weight(
             param[...].astype(self.dtype), stored, used, name=f"attention {name}"
         )
@@ -165,7 +166,7 @@ class Heads(nnx.Module):
     def _turn(
         self, x: Float[Array, "B S N D"], positions: Int[Array, "B S"], memory: Memory | None
     ) -> Float[Array, "B S N D"]:
-        """Queries or keys with their positions in them."""
+        """Rotate queries or keys by their positions."""
         length = x.shape[1] if memory is None else memory.positions.shape[1]
         return apply_rope(
             x,
@@ -213,9 +214,9 @@ class Heads(nnx.Module):
         memory: Memory | None,
         scale: float,
     ) -> Float[Array, "B S N Dv"]:
-        """Values, weighed by the softmax of the scores, through jax's own kernel where it serves.
+        """Weight values by the softmax of the scores, with jax's own kernel where it applies.
 
-        With a memory keys and values are those of all its places.
+        With a memory, keys and values are those of all its places.
         """
         plain = (
             self.sink is None
@@ -223,7 +224,7 @@ class Heads(nnx.Module):
             and key.shape[-1] == value.shape[-1]
         )
         if plain and memory is None and self.kind.span == "global":
-            # Tokens of a document stand in the order of their positions, so causality needs none.
+            # A document's tokens are in the order of their positions, so causality can go by index.
             same_document = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
             return jax.nn.dot_product_attention(
                 query, key, value, mask=same_document, scale=scale, is_causal=True

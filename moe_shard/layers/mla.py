@@ -1,10 +1,10 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+"""Attend through latents: MLA of DeepSeek-V2 (arXiv 2405.04434, section 2.1).
 
-Keys and values of all heads come from one latent a token, and a second part of the keys, the one
-that RoPE turns, is shared by the heads. Further dims:
+The keys and values of all heads are computed from one latent per token. The part of the keys that
+RoPE rotates is separate, and shared by the heads. Further dims:
 
-    R  latent of keys and values     Rq  latent of queries      Dn  elements that do not turn
-    Dr  elements that turn           Dq  Dn + Dr, of a query    Dv  elements of a value
+    R  latent of keys and values     Rq  latent of queries      Dn  elements not rotated
+    Dr  elements rotated             Dq  Dn + Dr, of a query    Dv  elements of a value
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moe_shard.sharding.annotate import Sharding
 
 
 class LatentAttention(Heads):
-    """Attention whose keys and values are projections of a latent.
+    """Attend with keys and values that are projections of a latent.
 
     Args:
         config: ranks, heads, positions.
@@ -57,8 +57,8 @@ class LatentAttention(Heads):
             return make_weight(shape, (axis, "heads", "head_dim"), dtype=weight_dtype, rngs=rngs)
 
         def down(size: int) -> nnx.Param[Array]:
-            # A latent is the one head that all share. A dim without a name would make this a vector
-            # to the optimizer, which decays none.
+            # The latent is a head that all share. Without a logical axis on this dim the optimizer
+            # would take the matrix for a vector, and not decay it.
             axes = ("embed", "head_dim")
             return make_weight((model_dim, size), axes, dtype=weight_dtype, rngs=rngs)
 
@@ -105,11 +105,11 @@ class LatentAttention(Heads):
         return self._absorbed(nope, turned, cache, positions, segment_ids, memory), cache
 
     def empty_cache(self, rows: int, places: int) -> LayerCache:
-        """A cache without tokens.
+        """Make a cache without tokens.
 
         Args:
-            rows: B.
-            places: T.
+            rows: B, sequences.
+            places: T, tokens that a sequence may come to have.
         """
         config = self.config
         dims = {"latent": (config.kv_lora_rank,), "rope_key": (config.qk_rope_head_dim,)}
@@ -127,7 +127,7 @@ class LatentAttention(Heads):
     def _latents(
         self, x: Float[Array, "B S M"]
     ) -> tuple[Float[Array, "B S R"], Float[Array, "B S Dr"]]:
-        """The normalised latent, and the part of the keys that heads share."""
+        """Compute the normalised latent, and the part of the keys that heads share."""
         both = self._latent(x, self.latent_down, self.latent_down_bias, "latent down")
         latent, key = jnp.split(both, [self.config.kv_lora_rank], axis=-1)
         return self.latent_norm(latent), key
@@ -168,8 +168,8 @@ class LatentAttention(Heads):
         positions: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
     ) -> Float[Array, "B S N Dv"]:
-        """Keys and values for each head, for which scores cost least where all tokens are new."""
-        # Gathered here: a context axis would otherwise gather the keys and values of all heads.
+        """Attend with keys and values expanded to heads: cheapest where all tokens are new."""
+        # Gather the latents over a context axis here, not the keys and values of all heads later.
         latent, key = (
             self.sharding(x, "activation_batch", "activation_kv_length", None, name=name)
             for x, name in ((latent, "latents attended to"), (key, "shared keys attended to"))
@@ -196,7 +196,7 @@ class LatentAttention(Heads):
         segment_ids: Int[Array, "B S"],
         memory: Memory,
     ) -> Float[Array, "B S N Dv"]:
-        """Queries go to the latents, and not the T latents of the cache to the heads.
+        """Attend by projecting queries to the latent dim, not the cache's T latents to heads.
 
         q . (W_k l) = (W_k^T q) . l, and the weighted values are W_v of the weighted latents.
         """
@@ -221,7 +221,7 @@ class LatentAttention(Heads):
 
     @property
     def _scale(self) -> float:
-        """Factor of the scores: of a key's size and, under YaRN, of the stretch (DeepSeek-V2)."""
+        """Return the scale of the scores: by key size and, under YaRN, by the extension factor."""
         config, rope = self.config, self.config.rope
         scale = config.attention_scale
         if scale == -1:

@@ -1,4 +1,4 @@
-"""The dense gated MLP: `down(act(gate(x)) * (up(x) + offset))` (arXiv 2002.05202)."""
+"""Compute the dense gated MLP, `down(act(gate(x)) * (up(x) + offset))` (arXiv 2002.05202)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WEIGHT_IN, WEIGHT_OUT = ("embed", "mlp"), ("mlp", "embed")
 
 
 class MLP(nnx.Module):
-    """A gated MLP.
+    """Apply a gated MLP.
 
     Args:
         model_dim: M.

@@ -1,4 +1,4 @@
-"""RMSNorm (arXiv 1910.07467) and LayerNorm (arXiv 1607.06450)."""
+"""Normalise activations: RMSNorm (arXiv 1910.07467), LayerNorm (arXiv 1607.06450)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def normalise(x: Float[Array, "*B M"], *, epsilon: float, dims: int = 1) -> Floa
 
 
 class RMSNorm(nnx.Module):
-    """Divides by the root mean square of the last dim or dims, in float32, then scales.
+    """Divide by the root mean square over the last dim or dims, in float32, then scale.
 
     Args:
         dim: size of the last dim, or of the last dims.
@@ -52,7 +52,7 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Takes the mean of the last dim away, divides by its deviation, in float32; scale and bias.
+    """Subtract the mean of the last dim, divide by its deviation, in float32; scale, add a bias.
 
     Args:
         dim: size of the last dim.

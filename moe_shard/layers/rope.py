@@ -1,7 +1,7 @@
-"""Rotary position embedding (RoFormer, arXiv 2104.09864) and how it is stretched.
+"""Rotate queries and keys by their positions (RoPE, arXiv 2104.09864), and extend its reach.
 
-A pair of elements turns by position * frequency. Frequencies are made in NumPy, in float64, while
-a program is traced: they depend on nothing but the configuration and on how long a text may be.
+Each pair of elements is rotated by position * frequency. Frequencies are computed in NumPy, in
+float64, at tracing: they depend on the configuration and on the longest length alone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float64, Int
 
 from moe_shard.config.attention_config import RopeConfig
 
@@ -23,17 +23,17 @@ def apply_rope(
     turned_dim: int,
     length: int,
 ) -> Float[Array, "B S N D"]:
-    """Turn the pairs in the first elements of each head; the other elements stay.
+    """Rotate pairs among the first elements of each head; leave the other elements alone.
 
-    Turned pairs stay where they are, neighbours or halves: scores do not depend on the order of a
+    Rotated pairs keep their places, neighbours or halves: scores do not depend on the order of a
     head's elements as long as queries and keys have the same.
 
     Args:
         x: queries or keys.
-        positions: place of each token in its document.
+        positions: position of each token in its document.
         rope: pairs and frequencies.
-        turned_dim: elements of a head that turn, even.
-        length: tokens that a row has or may come to have.
+        turned_dim: number of rotated elements of a head, even.
+        length: tokens that a sequence has or may come to have.
     """
     frequency = rope_frequencies(rope, turned_dim=turned_dim, length=length)
     angle = positions[..., None, None].astype(jnp.float32) * frequency.astype(np.float32)
@@ -56,21 +56,23 @@ def apply_rope(
 
 
 def rope_magnitude(rope: RopeConfig) -> float:
-    """What cosines and sines are multiplied by; YaRN's temperature of the softmax."""
+    """Return the factor of cosines and sines: YaRN's temperature of the softmax."""
     if rope.rope_attention_factor != -1:
         return rope.rope_attention_factor
     return 0.1 * math.log(rope.rope_factor) + 1 if rope.rope_attention_scaling else 1.0
 
 
-def rope_frequencies(rope: RopeConfig, *, turned_dim: int, length: int) -> np.ndarray:
-    """Radians that each pair turns by from one position to the next, in float64.
+def rope_frequencies(
+    rope: RopeConfig, *, turned_dim: int, length: int
+) -> Float64[np.ndarray, "pairs"]:
+    """Compute the radians that each pair is rotated by per position, in float64.
 
     Args:
-        rope: the kind of stretching, and its numbers.
-        turned_dim: elements of a head that turn, two for each frequency.
-        length: tokens that a row has or may come to have; longrope tells short rows from long
-            ones by it. A row that grows in a cache is as long as its places from the start, so
-            that keys turned before need not be turned again.
+        rope: the kind of extension, and its numbers.
+        turned_dim: number of rotated elements of a head, two for each frequency.
+        length: tokens that a sequence has or may come to have; longrope has other factors for
+            long sequences than for short ones. With a cache this is the number of its places
+            from the start, so that cached keys stay valid as the sequence grows.
     """
     kept = rope.rope_max_timescale ** (-np.arange(0, turned_dim, 2) / turned_dim)
     if rope.rope_type == "llama3.1":
@@ -87,17 +89,21 @@ def rope_frequencies(rope: RopeConfig, *, turned_dim: int, length: int) -> np.nd
     return kept
 
 
-def _by_wavelength(kept: np.ndarray, rope: RopeConfig) -> np.ndarray:
-    """Llama 3.1: waves longer than the original length are stretched, short ones are not."""
+def _by_wavelength(
+    kept: Float64[np.ndarray, "pairs"], rope: RopeConfig
+) -> Float64[np.ndarray, "pairs"]:
+    """Stretch waves longer than the original length and keep short ones, as Llama 3.1 does."""
     waves = rope.original_max_position_embeddings * kept / (2 * np.pi)  # in the original length
     low, high = rope.rope_low_freq_factor, rope.rope_high_freq_factor
-    # A ramp of no width is a step: Llama 4 has it.
-    share = (waves - low) / (high - low) if high != low else waves >= low
-    return _blend(kept, kept / rope.rope_factor, np.clip(share, 0, 1))
+    # A ramp of width 0 is a step, as in Llama 4.
+    ramp = (waves - low) / (high - low) if high != low else (waves >= low).astype(np.float64)
+    return _blend(kept, kept / rope.rope_factor, np.clip(ramp, 0, 1))
 
 
-def _by_rotations(kept: np.ndarray, rope: RopeConfig) -> np.ndarray:
-    """YaRN (arXiv 2309.00071, section 3.2): a ramp over the pairs between two rotation counts."""
+def _by_rotations(
+    kept: Float64[np.ndarray, "pairs"], rope: RopeConfig
+) -> Float64[np.ndarray, "pairs"]:
+    """Blend by a ramp between two rotation counts: YaRN (arXiv 2309.00071, section 3.2)."""
     dim = 2 * len(kept)
 
     def pair_that_rotates(times: float) -> float:
@@ -109,10 +115,14 @@ def _by_rotations(kept: np.ndarray, rope: RopeConfig) -> np.ndarray:
         low, high = math.floor(low), math.ceil(high)
     # The upper bound is in elements and not in pairs, as in every released implementation.
     low, high = max(low, 0), min(high, dim - 1)
-    # A ramp of no width is a step.
+    # A ramp of width 0 is a step.
     ramp = (np.arange(len(kept)) - low) / (high - low if high != low else 0.001)
     return _blend(kept, kept / rope.rope_factor, 1 - np.clip(ramp, 0, 1))
 
 
-def _blend(kept: np.ndarray, divided: np.ndarray, share: np.ndarray) -> np.ndarray:
-    return share * kept + (1 - share) * divided
+def _blend(
+    kept: Float64[np.ndarray, "pairs"],
+    divided: Float64[np.ndarray, "pairs"],
+    weight: Float64[np.ndarray, "pairs"],
+) -> Float64[np.ndarray, "pairs"]:
+    return weight * kept + (1 - weight) * divided

@@ -1,6 +1,6 @@
-"""Which token sees which, and attention from scores to values. Arithmetic only; no mesh.
+"""Decide which token sees which, and attend from scores to values. Arithmetic only; no mesh.
 
-T: keys and values, as many as S or, with a cache, its places.
+T is the number of keys and values: S or, with a cache, its places.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ def seen_tokens(
     config: AttentionConfig,
     span: AttentionSpan,
 ) -> Bool[Array, "B 1 S T"]:
-    """True where a token may attend: to itself and earlier ones of its document, within its span.
+    """Mask what a token may attend to: itself and earlier tokens of its document, in its span.
 
     Args:
-        positions: of the tokens that attend, in their documents.
+        positions: positions, in their documents, of the tokens that attend.
         segment_ids: their documents.
-        key_positions: of the tokens attended to.
+        key_positions: positions of the tokens attended to.
         key_segment_ids: their documents.
         config: sizes of the spans.
-        span: the layer's.
+        span: the layer's span.
     """
     at, of = positions[:, None, :, None], key_positions[:, None, None, :]
     seen = (segment_ids[:, None, :, None] == key_segment_ids[:, None, None, :]) & (of <= at)
@@ -47,15 +47,15 @@ def attention_weights(
     soft_cap: float,
     sink: Float[Array, "N"] | None,
 ) -> Float[Array, "B N S T"]:
-    """The softmax over what is seen.
+    """Take the softmax over the tokens that are seen.
 
     Args:
-        scores: in float32, scaled.
-        seen: at least one token for each that attends.
-        soft_cap: scores s become soft_cap * tanh(s / soft_cap) (Gemma 2, arXiv 2408.00118);
-            0: they stay.
-        sink: for each head the score of a token without a value (GPT-OSS, arXiv 2508.10925), so
-            that a row's weights need not sum to 1; None: there is none.
+        scores: scaled, in float32.
+        seen: the mask; each token must see at least one.
+        soft_cap: replaces a score s by soft_cap * tanh(s / soft_cap) (Gemma 2, arXiv
+            2408.00118); 0 leaves scores alone.
+        sink: for each head, the score of a token without a value (GPT-OSS, arXiv 2508.10925), so
+            that a token's weights need not sum to 1; None for no sink.
     """
     if soft_cap != 0:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
@@ -65,8 +65,8 @@ def attention_weights(
     nothing = sink.astype(scores.dtype)[:, None, None]
     most = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), nothing)
     most = jax.lax.stop_gradient(most)
-    shares = jnp.exp(scores - most)
-    return shares / (jnp.sum(shares, axis=-1, keepdims=True) + jnp.exp(nothing - most))
+    exp = jnp.exp(scores - most)
+    return exp / (jnp.sum(exp, axis=-1, keepdims=True) + jnp.exp(nothing - most))
 
 
 def attend(
@@ -79,16 +79,16 @@ def attend(
     soft_cap: float,
     sink: Float[Array, "N"] | None,
 ) -> Float[Array, "B S N Dv"]:
-    """What `jax.nn.dot_product_attention` computes, with soft cap, sink, or values of another size.
+    """Compute `jax.nn.dot_product_attention` with a soft cap, a sink, or values of another size.
 
     Args:
-        query: as many for each key head as N / J, one after the other.
-        key: turned by their positions.
-        value: likewise.
-        seen: see `seen_tokens`.
-        scale: of the scores.
+        query: N / J consecutive heads for each key head, rotated by their positions.
+        key: rotated by their positions.
+        value: values of the same tokens.
+        seen: mask, see `seen_tokens`.
+        scale: factor of the scores.
         soft_cap: see `attention_weights`.
-        sink: see there.
+        sink: see `attention_weights`.
     """
     rows, tokens, heads, dim = query.shape
     kv_heads = key.shape[2]

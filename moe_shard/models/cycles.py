@@ -1,4 +1,4 @@
-"""Which layers share a program: a model's layers as cycles of kinds that repeat."""
+"""Group a model's layers into cycles of repeating kinds, each of which is one scan."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from moe_shard.config.model_config import LayerKind
 
 @dataclass(frozen=True)
 class Cycle:
-    """Layers that run as one scan: a few kinds, one after the other, again and again.
+    """Describe layers that run as one scan: a few kinds in sequence, repeated.
 
     Attributes:
         first: number of its first layer.
-        kinds: of one turn.
-        turns: how often they follow one another.
-        alone: it is all of the model.
+        kinds: kinds of the layers of one turn.
+        turns: number of repetitions.
+        alone: whether the model has no other cycle.
     """
 
     first: int
@@ -26,30 +26,30 @@ class Cycle:
 
     @property
     def layers(self) -> int:
-        """Layers of all turns."""
+        """Count the layers of all turns."""
         return len(self.kinds) * self.turns
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the stack of each place is called: after its first layer, `layers_1`.
+        """Name the stack of each place after its first layer, `layers_1`.
 
-        A stack that is alone in its model is called `layers`.
+        The only stack of a model is named `layers`.
         """
         if self.alone and len(self.kinds) == 1:
             return ("layers",)
         return tuple(f"layers_{self.first + place}" for place in range(len(self.kinds)))
 
     def numbers(self, place: int) -> range:
-        """Numbers of the layers that stand at one place of the cycle, which share a stack."""
+        """List the numbers of the layers at one place of the cycle, which share a stack."""
         step = len(self.kinds)
         return range(self.first + place, self.first + self.layers, step)
 
 
 def cycles_of(kinds: Sequence[LayerKind]) -> tuple[Cycle, ...]:
-    """Split a model's layers into cycles, each as long as it can be; of equals the shorter turn.
+    """Split a model's layers into cycles, each as long as possible; ties go to the shorter turn.
 
-    One leading dense layer and 26 alike are two cycles of one kind; layers that alternate between
-    two spans are one cycle of two.
+    One leading dense layer and 26 equal ones make two cycles of one kind; layers that alternate
+    between two spans make one cycle of two kinds.
     """
     found = []
     first = 0
@@ -66,7 +66,7 @@ def cycles_of(kinds: Sequence[LayerKind]) -> tuple[Cycle, ...]:
 
 
 def stacks_of(kinds: Sequence[LayerKind]) -> Iterator[tuple[str, LayerKind, range]]:
-    """The stacks of a model's parameters: name, kind, and numbers of the layers in it."""
+    """Yield the stacks of a model's parameters: name, kind, and numbers of the layers in it."""
     for cycle in cycles_of(kinds):
         for place, (name, kind) in enumerate(zip(cycle.names, cycle.kinds, strict=True)):
             yield name, kind, cycle.numbers(place)

@@ -1,4 +1,4 @@
-"""The decoder: embedding, scanned layers of attention and MoE (or a dense MLP), logits."""
+"""Compute the decoder: embedding, scanned layers of attention and MoE or MLP, logits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from moe_shard.config.model_config import LayerKind, ModelConfig
 from moe_shard.layers.attention import make_attention
@@ -20,25 +20,28 @@ from moe_shard.models.remat import remat
 from moe_shard.moe.layer import MoELayer, MoEStats
 from moe_shard.sharding.annotate import Sharding
 
+StackCaches = dict[str, dict[str, Shaped[Array, "layers B T ..."]]]
+"""Cached arrays by stack and name."""
+
 
 class Cache(NamedTuple):
-    """What a decoder keeps of a text's tokens while it is being written.
+    """Keep what a decoder needs of earlier tokens while a text is generated.
 
     Attributes:
-        length: places taken.
-        positions: of the tokens in them.
-        segment_ids: of the same; `layers.cache.EMPTY` in a place not taken.
-        stacks: of every stack of layers, each array with a leading dim of layers.
+        length: number of places in use.
+        positions: position of the token in each place.
+        segment_ids: its document; `layers.cache.EMPTY` in a place not in use.
+        stacks: caches of every stack of layers, each array with a leading dim of layers.
     """
 
     length: Int[Array, ""]
     positions: Int[Array, "B T"]
     segment_ids: Int[Array, "B T"]
-    stacks: dict[str, LayerCache]
+    stacks: StackCaches
 
 
 class DecoderLayer(nnx.Module):
-    """Attention, then MoE or MLP; each normalised before and added to the residual stream."""
+    """Add attention, then MoE or MLP, each of normalised input, to the residual stream."""
 
     def __init__(
         self, config: ModelConfig, kind: LayerKind, sharding: Sharding, *, rngs: nnx.Rngs
@@ -58,7 +61,7 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = make_norm(config)
         self.mlp: MoELayer | MLP
         if kind.moe:
-            assert config.moe is not None, "of the kinds of layers"
+            assert config.moe is not None, "a layer kind with experts needs config.moe"
             self.mlp = MoELayer(
                 config=config.moe,
                 model_dim=config.emb_dim,
@@ -84,7 +87,7 @@ class DecoderLayer(nnx.Module):
         segment_ids: Int[Array, "B S"],
         memory: Memory | None = None,
     ) -> tuple[Float[Array, "B S M"], MoEStats | None, LayerCache]:
-        """Apply the layer; the statistics are None for a dense one."""
+        """Apply the layer. Statistics are None for a dense layer."""
         attended, cache = self.attention(self.attention_norm(x), positions, segment_ids, memory)
         x = self._add(x, attended)
         normalised = self.mlp_norm(x)
@@ -98,12 +101,12 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A causal language model.
+    """Compute a causal language model.
 
     Layers of one kind have their parameters stacked along a leading dim, `layers`, and run in a
     scan, so that the program, and the time to compile it, do not grow with their number. Where
     kinds alternate, the scan is over turns of the cycle, and each place in it has a stack. A stack
-    is called after its first layer, `layers_1`; a model with one stack calls it `layers`.
+    is named after its first layer, `layers_1`; the only stack of a model is named `layers`.
 
     Args:
         config: the model.
@@ -130,12 +133,12 @@ class Decoder(nnx.Module):
 
         Args:
             tokens: ids below the vocabulary size.
-            positions: place of each token in its document.
+            positions: position of each token in its document.
             segment_ids: equal for tokens of one document; no token attends across documents.
 
         Returns:
-            Logits in float32, and the MoE layers' statistics, each with a leading dim of as many
-            as there are MoE layers (None for a dense model).
+            Logits in float32, and the statistics of the MoE layers, each with a leading dim of MoE
+            layers (None for a dense model).
         """
         x, stats, _ = self._layers(tokens, positions, segment_ids, None)
         return self.embedding.logits(self.final_norm(x)), stats
@@ -147,16 +150,16 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "B S"],
         cache: Cache,
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """Read further tokens of a text.
+        """Process the next tokens of a text.
 
         Args:
             tokens: ids below the vocabulary size.
-            positions: as in a call.
-            segment_ids: as in a call, of tokens read before too.
-            cache: of `empty_cache` or of the call before, with S places left.
+            positions: position of each token in its document.
+            segment_ids: equal for tokens of one document, across calls too.
+            cache: from `empty_cache` or the previous call, with S places left.
 
         Returns:
-            Logits of the token after the last one, in float32, and the cache with these tokens.
+            Logits for the token after the last one, in float32, and the cache with these tokens.
         """
 
         def write(kept: Int[Array, "B T"], new: Int[Array, "B S"]) -> Int[Array, "B T"]:
@@ -171,13 +174,13 @@ class Decoder(nnx.Module):
         return logits, cache._replace(length=cache.length + tokens.shape[1], stacks=stacks)
 
     def empty_cache(self, rows: int, places: int) -> Cache:
-        """A cache without tokens.
+        """Make a cache without tokens.
 
         Args:
-            rows: B.
-            places: T, the most tokens that a row will have.
+            rows: B, sequences.
+            places: T, the most tokens that a sequence will have.
         """
-        stacks: dict[str, LayerCache] = {}
+        stacks: StackCaches = {}
         for cycle in self.cycles:
             for name in cycle.names:
                 one = getattr(self, name).attention.empty_cache(rows, places)
@@ -194,10 +197,10 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
         cache: Cache | None,
-    ) -> tuple[Float[Array, "B S M"], MoEStats | None, dict[str, LayerCache]]:
+    ) -> tuple[Float[Array, "B S M"], MoEStats | None, StackCaches]:
         x = self.embedding.embed(tokens)
         found: list[MoEStats] = []
-        stacks: dict[str, LayerCache] = {}
+        stacks: StackCaches = {}
         with jax.named_scope("layers"):
             for cycle in self.cycles:
                 x, stats, kept = self._turn(cycle, x, positions, segment_ids, cache)
@@ -215,8 +218,8 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
         cache: Cache | None,
-    ) -> tuple[Float[Array, "B S M"], list[MoEStats], dict[str, LayerCache]]:
-        """All turns of one cycle; statistics in the order of the layers, caches by stack."""
+    ) -> tuple[Float[Array, "B S M"], list[MoEStats], StackCaches]:
+        """Run all turns of one cycle; return statistics by layer and caches by stack."""
         parts = [nnx.split(getattr(self, name)) for name in cycle.names]
         kept = [{} if cache is None else cache.stacks[name] for name in cycle.names]
 
@@ -246,7 +249,7 @@ class Decoder(nnx.Module):
 
 
 def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
-    """A normalisation of the residual stream."""
+    """Make the normalisation of the residual stream."""
     kind = RMSNorm if config.normalization_type == "rms" else LayerNorm
     return kind(
         dim=config.emb_dim,
@@ -258,7 +261,7 @@ def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
 def _stack(
     config: ModelConfig, kind: LayerKind, layers: int, sharding: Sharding, rngs: nnx.Rngs
 ) -> DecoderLayer:
-    """Layers of one kind, their parameters stacked."""
+    """Make layers of one kind, their parameters stacked."""
 
     @nnx.split_rngs(splits=layers)
     @nnx.vmap
@@ -272,10 +275,10 @@ def _stack(
     return stack
 
 
-def _joined(*parts: Array) -> Array:
+def _joined(*parts: Shaped[Array, "_ *dims"]) -> Shaped[Array, "layers *dims"]:
     return jnp.concatenate(parts)
 
 
-def _interleaved(*parts: Array) -> Array:
-    """Statistics of the places of a cycle, in the order of its layers."""
+def _interleaved(*parts: Shaped[Array, "turns *dims"]) -> Shaped[Array, "layers *dims"]:
+    """Put the statistics of a cycle's places in the order of its layers."""
     return jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])

@@ -1,11 +1,10 @@
-"""Floating-point operations of a training step, counted from the configuration.
+"""Count the floating-point operations of a training step from the configuration.
 
-The count of PaLM (arXiv 2204.02311, appendix B): 6 operations a token for each parameter that
-takes part in a product (2 forward, 4 backward), and for attention 6 * N * S for each element of a
-key and of a value, in every layer; neither the causal half nor what a sliding or chunked layer does
-not see is taken off. Only the experts that a token passes count, routed and shared; what remat
-computes again and the slots of padded experts do not, so that utilisation falls when work is
-wasted.
+The count is PaLM's (arXiv 2204.02311, appendix B): 6 operations per token for each parameter of a
+product (2 forward, 4 backward), and for attention 6 * N * S for each element of a key and of a
+value, in every layer, without a discount for causal, sliding or chunked masks. Only the experts
+that a token is routed to and the shared ones count. Recomputation and empty capacity slots do not,
+so that utilisation falls when work is wasted.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from moe_shard.config.model_config import ModelConfig
 from moe_shard.config.moe_config import MoEConfig
 
 _PROJECTIONS = 3
-"""Of a gated MLP: gate, up, down."""
+"""Projections of a gated MLP: gate, up, down."""
 
 
 def matmul_params_per_token(config: ModelConfig) -> int:
-    """Parameters that a token is multiplied with: the active ones, without norms and lookup."""
+    """Count the parameters that a token is multiplied with, without norms and lookup."""
     total = config.emb_dim * config.vocab_size
     for kind in config.layer_kinds:
         total += _attention_params(config.attention, config.emb_dim)
@@ -31,7 +30,7 @@ def matmul_params_per_token(config: ModelConfig) -> int:
 
 
 def train_flops_per_token(config: ModelConfig, *, seq_len: int) -> int:
-    """Operations that one trained token needs.
+    """Count the floating-point operations of training on one token, forward and backward.
 
     Args:
         config: the model.
@@ -56,7 +55,7 @@ def _attention_params(config: AttentionConfig, emb_dim: int) -> int:
 
 
 def _head_dims(config: AttentionConfig) -> tuple[int, int]:
-    """Elements of a key and of a value."""
+    """Return the number of elements of a key and of a value."""
     if config.attention_type == "mla":
         return config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
     return config.head_dim, config.head_dim

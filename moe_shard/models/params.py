@@ -1,8 +1,8 @@
-"""Parameters before they exist: shapes, dtypes and places first, arrays last.
+"""Describe a model's parameters before they exist: shapes, dtypes, placement; arrays last.
 
-A model is described without allocating anything, its parameters are placed by the rule table, and
-only then are they created, each device making its own shards. So a model larger than the memory of
-one device, or of the host, initialises.
+A model is described without allocating anything, the rule table places its parameters, and only
+then are they created, each device making its own shards. So a model that is larger than the memory
+of one device, or of the host, can be initialised.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from moe_shard.models.decoder import Decoder
 from moe_shard.sharding.annotate import Sharding
 
 Params = dict[str, Any]
-"""Parameters as nested dicts of arrays (or of what describes an array), by module attribute."""
+"""Parameters as nested dicts, by module attribute, of arrays or of descriptions of arrays."""
 
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One parameter, not allocated."""
+    """Describe one parameter without allocating it."""
 
     name: str
     shape: tuple[int, ...]
@@ -36,18 +36,19 @@ class ParamSpec:
     sharding: NamedSharding
 
     def abstract(self) -> jax.ShapeDtypeStruct:
-        """As jax describes it, for lowering and for restoring a checkpoint."""
+        """Return jax's description of it, for lowering and for restoring a checkpoint."""
         return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.sharding)
 
 
 @dataclass(frozen=True)
 class AbstractModel:
-    """A decoder described, not allocated.
+    """Describe a decoder without allocating it.
 
     Attributes:
         graph: the modules; `nnx.merge(graph, params)` is the model.
         specs: each parameter's `ParamSpec`, nested as in `Params`.
-        init: makes the parameters from a key; to be compiled with the shardings as its outputs'.
+        init: makes the parameters from a key; compile it with the shardings of `specs` as its
+            output shardings.
     """
 
     graph: nnx.GraphDef[Decoder]
@@ -56,11 +57,11 @@ class AbstractModel:
 
     @property
     def num_params(self) -> int:
-        """Number of parameters, all experts counted."""
+        """Count the parameters, with all experts."""
         return sum(math.prod(spec.shape) for spec in jax.tree.leaves(self.specs))
 
     def apply(self, params: Params) -> Decoder:
-        """The model with these parameters."""
+        """Return the model with these parameters."""
         return nnx.merge(self.graph, params)
 
 
@@ -72,7 +73,8 @@ def describe(config: ModelConfig, sharding: Sharding) -> AbstractModel:
         sharding: the mesh and its rules.
 
     Raises:
-        UserError: a parameter has a dim that its mesh axes do not divide, or that has no row.
+        UserError: a parameter has a dim that its mesh axes do not divide, or a logical axis without
+            a rule.
     """
 
     def build(key: PRNGKeyArray) -> Decoder:

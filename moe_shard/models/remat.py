@@ -1,7 +1,7 @@
-"""What a decoder layer keeps for its backward pass; the rest is computed again.
+"""Choose what a decoder layer keeps for its backward pass; the rest is recomputed.
 
-Every policy keeps the routing decision. Recomputing it could flip a near tie, and the gradient
-would then belong to another choice of experts than the loss.
+Every policy keeps the routing decision. To recompute it could flip a near tie, and the gradient
+would then be that of another choice of experts than the loss.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from moe_shard.moe.router import ROUTING
 
 _KEEP_ROUTING = policies.save_only_these_names(ROUTING)
 _POLICIES = {
-    # Only the layer's input: least memory, and the forward exchange is made a second time.
+    # Keep only the layer's input: least memory, but the forward exchange runs a second time.
     "full": _KEEP_ROUTING,
-    # And the products with weights that have no batch dim (so not the experts'), as is customary.
+    # Also keep the products without a batch dim (so not the experts'), the common choice.
     "dots": policies.save_from_both_policies(
         policies.dots_with_no_batch_dims_saveable, _KEEP_ROUTING
     ),
-    # And what crossed the wire, twice the routed tokens: the backward pass repeats no all-to-all.
+    # Also keep what was exchanged, twice the routed tokens: backward repeats no all-to-all.
     "save_exchanged": policies.save_only_these_names(ROUTING, EXCHANGED),
 }
 
 
 def remat(layer: Callable[..., Any], policy: RematPolicy) -> Callable[..., Any]:
-    """Wrap the body of a scan over layers.
+    """Wrap the body of a scan over layers in rematerialisation.
 
     Args:
         layer: a function of arrays.
@@ -38,5 +38,5 @@ def remat(layer: Callable[..., Any], policy: RematPolicy) -> Callable[..., Any]:
     """
     if policy == "none":
         return layer
-    # Inside a scan XLA cannot undo the recomputation, so the barriers against that are left out.
+    # In a scan XLA cannot merge the recomputation away, so barriers against that are not needed.
     return jax.checkpoint(layer, policy=_POLICIES[policy], prevent_cse=False)

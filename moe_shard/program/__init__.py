@@ -1,4 +1,4 @@
-"""The training step: state, optimizer, balance, and the one function that runs or is compiled.
+"""Define the training step: state, optimizer, balance, and the one function that is compiled.
 
 Dims, in this package's shapes:
 

@@ -1,20 +1,21 @@
-"""Optimizer and learning-rate schedule, put together from optax."""
+"""Make the optimizer and the learning-rate schedule from optax."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from moe_shard.config.schema import TrainConfig
 from moe_shard.models.params import Params, ParamSpec
 
 
 def make_schedule(config: TrainConfig) -> optax.Schedule:
-    """Linear warm-up from 0, cosine decay to a fraction of the peak, constant after that.
+    """Make the schedule: linear warm-up, cosine decay to a fraction of the peak, then constant.
 
-    By the rule "plain" the first update already learns: it runs at 1/(warm-up steps) of the peak,
-    not at 0. For "maxtext" see `_maxtext_schedule`.
+    With `learning_rate_rule="plain"` the first update runs at 1/(warm-up steps) of the peak, not at
+    0. For "maxtext" see `_maxtext_schedule`.
     """
     if config.learning_rate_rule == "maxtext":
         return _maxtext_schedule(config)
@@ -33,21 +34,21 @@ def make_schedule(config: TrainConfig) -> optax.Schedule:
 
 
 def _maxtext_schedule(config: TrainConfig) -> optax.Schedule:
-    """MaxText's schedule: the first update at 0, the schedule's last at the end's rate, then 0.
+    """Make MaxText's schedule: from 0 at the first update to the final rate at the last, then 0.
 
-    The warm-up's steps are rounded down; the cosine runs from the peak to the end's rate over what
-    is left, both ends included.
+    The number of warm-up steps is rounded down; the cosine runs from the peak to the final rate
+    over the remaining steps, both ends included.
     """
     length, peak = config.schedule_steps, config.learning_rate
     last = peak * config.learning_rate_final_fraction
     warmup = int(length * config.warmup_steps_fraction)
     span = length - warmup
 
-    def rate(step: jax.typing.ArrayLike) -> jax.Array:
+    def rate(step: jax.typing.ArrayLike) -> Float[Array, ""]:
         step = jnp.asarray(step)
         done = (step - warmup) / (span - 1) if span > 1 else jnp.ones_like(step, jnp.float32)
-        share = 0.5 * (jnp.cos(jnp.pi * done) + 1)
-        falling = peak * share + last * (1 - share)
+        cosine = 0.5 * (jnp.cos(jnp.pi * done) + 1)
+        falling = peak * cosine + last * (1 - cosine)
         rising = peak * step / max(warmup, 1)
         return jnp.where(step >= length, 0.0, jnp.where(step < warmup, rising, falling))
 
@@ -55,15 +56,15 @@ def _maxtext_schedule(config: TrainConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig, specs: Params) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW or plain SGD, at the scheduled learning rate.
+    """Make the optimizer: clip by global norm, then AdamW or plain SGD at the scheduled rate.
 
     The norm is taken over whole arrays, whatever their sharding: under jit a sum over a sharded
     array is the sum over all of its shards, so experts on other devices count once and fully.
 
     Args:
         config: optimizer and schedule.
-        specs: the parameters' `ParamSpec`s; weight decay leaves out vectors such as norm scales,
-            unless `config` says otherwise.
+        specs: the parameters' `ParamSpec`s; weight decay excludes vectors such as norm scales,
+            unless `adam_decay_vectors` is set.
     """
     schedule = make_schedule(config)
     if config.optimizer == "adamw":
@@ -84,9 +85,9 @@ def make_optimizer(config: TrainConfig, specs: Params) -> optax.GradientTransfor
 
 
 def _is_decayed(spec: ParamSpec, vectors: bool) -> bool:
-    """Whether weight decay acts on a parameter."""
+    """Tell whether weight decay acts on a parameter."""
     if vectors:
-        # What no gradient moves, decay must not move either.
+        # This bias has no gradient; decay must not move it either.
         return not spec.name.endswith("correction_bias")
-    # Neither stacked layers or experts nor a dim without a name make a matrix of a vector.
+    # Stacking by layer or expert, or a dim without a logical axis, makes no matrix of a vector.
     return len(set(spec.logical_axes) - {"layers", "exp", None}) > 1

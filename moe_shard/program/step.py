@@ -1,7 +1,7 @@
-"""The training step: the one function that is trained, compiled for a target, and explained.
+"""Define the training step: the one function that is trained, compiled for a target, explained.
 
 `make_program` describes everything that is needed to compile it (shapes and shardings of state and
-batch) without allocating anything, so that the same program serves hardware that is not there.
+batch) without allocating anything, so that the same program compiles for absent hardware too.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from moe_shard.program.balance import balanced
 from moe_shard.program.optimizer import make_optimizer, make_schedule
 from moe_shard.sharding.annotate import Sharding
 
-Batch = dict[str, Int[Array, "A B S"]]
-"""`inputs`, `targets`, `positions`, `segment_ids`; A microbatches of B rows."""
+Batch = dict[str, Int[Array, "A R S"]]
+"""`inputs`, `targets`, `positions`, `segment_ids`; A microbatches of R sequences."""
 
 BATCH_FIELDS = ("inputs", "targets", "positions", "segment_ids")
 
 
 class TrainState(NamedTuple):
-    """Everything a checkpoint holds.
+    """Hold everything that a checkpoint stores.
 
     Attributes:
-        step: updates made.
+        step: number of updates made.
         params: see `models.params.Params`.
         opt_state: optax's state.
     """
@@ -48,9 +48,10 @@ Metrics = dict[str, Float[Array, ""]]
 
 
 class Losses(NamedTuple):
-    """What one microbatch's forward pass yields besides its total loss.
+    """Hold the parts and statistics of one microbatch's loss.
 
-    Means over it, but for `expert_counts`: the choices of each expert in each MoE layer.
+    All are means over the microbatch except `expert_counts`, how often each expert was chosen in
+    each MoE layer.
     """
 
     ce_loss: Float[Array, ""]
@@ -61,15 +62,15 @@ class Losses(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """The training step and what surrounds it, described but not allocated.
+    """Describe the training step, its state and its batch without allocating them.
 
     Attributes:
         model: the decoder.
         abstract_state: a `TrainState` of `ShapeDtypeStruct`s with shardings.
-        abstract_batch: a `Batch` of the same.
+        abstract_batch: a `Batch` of `ShapeDtypeStruct`s with shardings.
         init: key -> state; jitted, so that every device makes its own shards.
-        init_rest: params -> step and opt_state of parameters that are there already.
-        step: (state, batch) -> (state, metrics); jitted, its state is donated.
+        init_rest: params -> step and opt_state for existing parameters.
+        step: (state, batch) -> (state, metrics); jitted, and donates its state.
     """
 
     model: AbstractModel
@@ -81,7 +82,7 @@ class Program:
 
     @property
     def batch_sharding(self) -> NamedSharding:
-        """How the fields of a batch are placed."""
+        """Return the sharding of each field of a batch."""
         return self.abstract_batch["inputs"].sharding
 
 
@@ -147,14 +148,14 @@ def make_program(config: Config, sharding: Sharding) -> Program:
     )
 
 
-GradFn = Callable[[Params, dict[str, Int[Array, "B S"]]], tuple[Float[Array, ""], Losses, Params]]
+GradFn = Callable[[Params, dict[str, Int[Array, "R S"]]], tuple[Float[Array, ""], Losses, Params]]
 
 
 def make_grad(config: Config, model: AbstractModel) -> GradFn:
-    """Loss and gradients of a microbatch: mean cross entropy plus the weighted auxiliary losses."""
+    """Make the gradient function of cross entropy plus weighted auxiliary losses."""
 
     def loss_fn(
-        params: Params, batch: dict[str, Int[Array, "B S"]]
+        params: Params, batch: dict[str, Int[Array, "R S"]]
     ) -> tuple[Float[Array, ""], Losses]:
         logits, stats = model.apply(params)(
             batch["inputs"], batch["positions"], batch["segment_ids"]
@@ -167,20 +168,19 @@ def make_grad(config: Config, model: AbstractModel) -> GradFn:
     shardings = jax.tree.map(lambda spec: spec.sharding, model.specs)
 
     def grad_fn(
-        params: Params, batch: dict[str, Int[Array, "B S"]]
+        params: Params, batch: dict[str, Int[Array, "R S"]]
     ) -> tuple[Float[Array, ""], Losses, Params]:
         (loss, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
-        # Placed as the parameters are: a sum over microbatches is then never held whole.
+        # Shard gradients as their parameters, so that a sum over microbatches stays sharded.
         return loss, losses, jax.lax.with_sharding_constraint(grads, shardings)
 
     return grad_fn
 
 
-def cross_entropy(logits: Float[Array, "B S V"], targets: Int[Array, "B S"]) -> Float[Array, ""]:
-    """Mean negative log-likelihood, in nats a token.
+def cross_entropy(logits: Float[Array, "R S V"], targets: Int[Array, "R S"]) -> Float[Array, ""]:
+    """Compute the mean negative log-likelihood, in nats per token.
 
-    The target's logit is picked by a mask, not by index, which keeps a vocabulary that is sharded
-    where it is.
+    A mask picks the target's logit, not an index, so that a sharded vocabulary is not gathered.
     """
     log_z = jax.nn.logsumexp(logits, axis=-1)
     is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
@@ -189,7 +189,7 @@ def cross_entropy(logits: Float[Array, "B S V"], targets: Int[Array, "B S"]) -> 
 
 
 def _with_moe(config: Config, ce_loss: Float[Array, ""], stats: MoEStats | None) -> Losses:
-    """Reduce the layers' statistics to means over layers and rows."""
+    """Reduce the layers' statistics to means over layers and sequences."""
     zero = jnp.zeros((), jnp.float32)
     moe = config.model.moe
     if stats is None or moe is None:
@@ -211,23 +211,23 @@ def _with_moe(config: Config, ce_loss: Float[Array, ""], stats: MoEStats | None)
 
 
 def _load_imbalance(expert_counts: Float[Array, "L E"]) -> Float[Array, ""]:
-    """Load of the fullest expert over the mean, in the layer where that is worst; 1 is balance."""
+    """Compute the highest expert load over the mean, in the layer where that is worst."""
     return jnp.max(jnp.max(expert_counts, axis=-1) / jnp.mean(expert_counts, axis=-1))
 
 
 def _accumulate(
     grad_fn: GradFn, params: Params, batch: Batch
 ) -> tuple[Float[Array, ""], Losses, Params]:
-    """Loss and gradients as means over the microbatches, in float32; counts are of all of them."""
+    """Average loss and gradients over the microbatches, in float32; add up expert counts."""
     microbatches = batch["inputs"].shape[0]
     first = jax.tree.map(lambda x: x[0], batch)
     if microbatches == 1:
         return grad_fn(params, first)
 
-    def add(total: Any, microbatch: dict[str, Int[Array, "B S"]]) -> tuple[Any, None]:
+    def add(total: Any, microbatch: dict[str, Int[Array, "R S"]]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, grad_fn(params, microbatch)), None
 
-    # The sum starts from zeros, not from the first microbatch: one copy of the program, not two.
+    # Start from zeros, not from the first microbatch: one copy of the program instead of two.
     shapes = jax.eval_shape(grad_fn, params, first)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     total, _ = jax.lax.scan(add, zeros, batch)
@@ -241,7 +241,7 @@ def _abstract_state(
     model: AbstractModel,
     sharding: Sharding,
 ) -> TrainState:
-    """The state's shapes; moments are placed as their parameters are, scalars are replicated."""
+    """Describe the state; moments are sharded as their parameters, scalars replicated."""
     replicated = NamedSharding(sharding.mesh, PartitionSpec())
     shapes = jax.eval_shape(init, jax.random.key(0))
 

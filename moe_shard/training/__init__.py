@@ -1,1 +1,1 @@
-"""Training: the loop that joins data, program and checkpoints, its metrics, and how it ends."""
+"""Train: join data, program and checkpoints in a loop, record metrics, stop on request."""

@@ -1,4 +1,4 @@
-"""The training loop: batches in, records and checkpoints out, until done or asked to stop."""
+"""Run the training loop: consume batches, write records and checkpoints, stop on request."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from moe_shard.training.stop import StopRequest
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended.
+    """Describe how a run ended.
 
     Attributes:
-        updates: made in all, those of earlier processes included.
-        stopped_by: what asked it to stop early, or None.
-        last: the record of the last step this process made; None if it made none.
+        updates: number of updates, those of earlier processes included.
+        stopped_by: what stopped it early, or None.
+        last: record of the last step of this process; None if it made none.
     """
 
     updates: int
@@ -43,20 +43,20 @@ class Outcome:
 
 
 class Trainer:
-    """One process's share of a run, from the newest checkpoint (or the start) to the end.
+    """Train from the newest checkpoint, or the start, to the end of the run.
 
-    Opening it finds the first step and starts to read the text, so that what is wrong with either
-    is said before a long compilation, and reading goes on beside it.
+    The constructor finds the first step and starts to read the text, so that errors in either show
+    before a long compilation, and reading overlaps with it.
 
     Args:
-        config: the run.
-        program: the step's surroundings.
-        folder: of the run.
-        say: told of what takes long.
+        config: configuration of the run.
+        program: the training step, described.
+        folder: folder of the run.
+        say: receives a line about work that takes long.
 
     Raises:
-        UserError: the text cannot be read, the checkpoint is another model's, or there are no
-            parameters at load_parameters_path.
+        UserError: the text cannot be read, the checkpoint is from another model, or
+            load_parameters_path holds no parameters.
     """
 
     def __init__(
@@ -108,14 +108,14 @@ class Trainer:
         self._open.close()
 
     def train(self, step: jax.stages.Compiled, console: Console) -> Outcome:
-        """Make the steps that are left.
+        """Run the remaining steps.
 
         Args:
             step: `program.step`, compiled.
-            console: for progress.
+            console: shows the progress.
 
         Raises:
-            UserError: the checkpoint, or the parameters to begin with, cannot be read.
+            UserError: the checkpoint, or the initial parameters, cannot be read.
             Finding: the loss is no longer finite.
         """
         if self.data is None:
@@ -163,7 +163,7 @@ class Trainer:
         return state
 
     def _steps(self, state: TrainState, data: Batches, stop: StopRequest) -> int:
-        """Make the steps; one is always in flight while the one before it is recorded."""
+        """Run the steps; each is in flight while the previous one is recorded."""
         train = self.config.train
         pending: tuple[int, Metrics] | None = None
         self.finished_at = time.perf_counter()
@@ -180,7 +180,7 @@ class Trainer:
             )
             due = updates % train.checkpoint_period == 0
             if stopping or due or last:
-                # Known to be finite before it is kept.
+                # Check that the loss is finite before saving.
                 self._record(*pending)
                 pending = None
                 if self.checkpointer and (stopping or due or train.save_checkpoint_on_completion):
@@ -208,7 +208,7 @@ class Trainer:
             "dropped_token_fraction": values["dropped_token_fraction"],
             "expert_load_max_over_mean": values["expert_load_max_over_mean"],
         }
-        # A finite loss with a gradient that is not leaves weights that are not.
+        # With a finite loss but an infinite gradient, the weights are no longer finite.
         bad = next(
             (name for name in ("loss", "grad_norm") if not math.isfinite(values[name])), None
         )

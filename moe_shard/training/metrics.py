@@ -1,4 +1,4 @@
-"""One record a step: to `metrics.jsonl`, to TensorBoard, and to the terminal."""
+"""Write one record per step to `metrics.jsonl` and to TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Record = dict[str, float | int | None]
 
 
 class MetricsWriter:
-    """Appends records to a run's files.
+    """Append records to a run's files.
 
-    A resumed run repeats the steps after its checkpoint; their old records are dropped first, so
-    that the file holds each step once, also if the last line was cut off by a kill.
+    A resumed run repeats the steps after its checkpoint. Their old records are removed first, so
+    that the file holds each step once, even if a kill cut off the last line.
 
     Args:
-        folder: of the run.
-        first_step: the step this process starts with.
+        folder: folder of the run.
+        first_step: first step of this process.
         tensorboard: write `tensorboard/` as well.
-        enabled: False on all processes but one: nothing is written.
+        enabled: write at all; False on all processes but one.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class MetricsWriter:
             self._tensorboard.close()
 
     def write(self, record: Record) -> None:
-        """Add the record of one step; its key `step` numbers it."""
+        """Append the record of one step, numbered by its key `step`."""
         if self._file is not None:
             self._file.write(json.dumps(record) + "\n")
         if self._tensorboard is not None:
@@ -64,7 +64,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The records of a `metrics.jsonl`; a last line that was cut off is left out."""
+    """Read the records of a `metrics.jsonl`, without a last line that was cut off."""
     if not path.exists():
         return []
     records = []

@@ -1,4 +1,4 @@
-"""A profile of a few steps, for TensorBoard's profiler or Perfetto."""
+"""Profile a few steps, for TensorBoard's profiler or Perfetto."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from moe_shard.config.schema import TrainConfig
 
 
 class StepProfile:
-    """Profiles some steps of a run where `profile` asks for it; closed however the block ends.
+    """Profile some steps of a run if `profile` is set; close the profile when the block ends.
 
     Args:
-        folder: where the profile is written.
-        config: which steps.
-        first_step: the step this process starts with.
+        folder: where to write the profile.
+        config: names the steps to profile.
+        first_step: first step of this process.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, *, first_step: int) -> None:
@@ -37,7 +37,7 @@ class StepProfile:
         self._close()
 
     def before(self, step: int) -> None:
-        """Open or close the profile, as this step is in it or not."""
+        """Open or close the profile, depending on whether it includes this step."""
         if step in self._steps and not self._open:
             jax.profiler.start_trace(str(self._folder))
             self._open = True

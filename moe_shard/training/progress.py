@@ -15,14 +15,14 @@ from moe_shard.units import human_time_left
 
 
 class ProgressLine:
-    """Shows step, loss, speed and the time left.
+    """Show step, loss, speed and the time left.
 
     Args:
-        console: where to.
-        first_step: the step this process starts with.
-        steps: of the whole run.
+        console: where to print.
+        first_step: first step of this process.
+        steps: steps of the whole run.
         log_period: steps between two updates of the line.
-        bytes_per_token: of the text, for the loss in bits a byte; 0: there is no text.
+        bytes_per_token: bytes of text per token, for the loss in bits per byte; 0 for no text.
     """
 
     def __init__(

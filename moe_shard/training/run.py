@@ -1,4 +1,4 @@
-"""A run from configuration to outcome: compile, report, train."""
+"""Run a configuration: compile, report, train."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from moe_shard.training.run_folder import open_run
 
 
 def run(config: Config) -> Outcome:
-    """Compile the step, print and keep what it lowers to, then train.
+    """Compile the step, report and save what it lowers to, then train.
 
     Raises:
         UserError: the configuration does not fit the devices, or input cannot be read.
         Finding: the step does not fit in memory, or the loss is no longer finite.
     """
-    # A file has no width of its own, and 80 columns would fold the table.
+    # Where output is a file, the default of 80 columns would wrap the table.
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     notes = Console(stderr=True, soft_wrap=True, highlight=False, style="yellow")
     device_line = start_devices(config.mesh.num_simulated_devices)
@@ -104,7 +104,7 @@ def _keep(
 def _conclude(
     console: Console, config: Config, report: LoweringReport, folder: Path, outcome: Outcome
 ) -> None:
-    """Say how the run ended, where its files are, and how to see the other lowering."""
+    """Print how the run ended, where its files are, and how to see the other lowering."""
     shown = _as_typed(folder)
     if outcome.stopped_by:
         kept = "a checkpoint was saved; " if config.train.enable_checkpointing else ""
@@ -132,6 +132,6 @@ def _conclude(
 
 
 def _as_typed(path: Path) -> str:
-    """A path as a person standing in the current folder would type it."""
+    """Format a path relative to the current folder if it is inside."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)

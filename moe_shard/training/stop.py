@@ -1,4 +1,4 @@
-"""Ending a run on request: the step in flight finishes and a checkpoint is saved."""
+"""End a run on request, after the step in flight, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import jax
 
 
 class StopRequest:
-    """Within the block, Ctrl-C and SIGTERM ask the loop to stop instead of ending the process.
+    """Turn Ctrl-C and SIGTERM within the block into a request to stop.
 
-    A second Ctrl-C ends it at once. In a run of several processes SIGTERM is left to jax, which
+    A second Ctrl-C ends the process at once. In a run of several processes jax handles SIGTERM, and
     agrees with the other processes on the step to stop at.
     """
 
