@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import json
 import re
 import shlex
 import subprocess
@@ -171,6 +172,7 @@ def test_commands_with_a_known_model_load(name: str) -> None:
 
 LIBRARY_EXAMPLE = "library-example"
 """Run by tests/library, in processes without this checkout."""
+RULE_EXAMPLE = "file: my-model.yml"
 PYTHON = [
     pytest.param(name, "".join(block.body for block in found), id=name)
     for name in NAMES
@@ -189,6 +191,19 @@ def test_python_runs(name: str, body: str, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     exec(compile(body, name, "exec"), {"__name__": "__main__"})
     assert not list(tmp_path.iterdir())
+
+
+def test_the_rule_of_the_extending_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (body,) = (each.body for each in blocks("docs/extending.md") if each.comment == RULE_EXAMPLE)
+    monkeypatch.chdir(tmp_path)
+    Path("my-model.yml").write_text(body)
+    assert moe_shard(["explain", "my-model.yml", "--json"]) == 0
+    parameters = json.loads(capsys.readouterr().out)["parameters"]
+    (table,) = (each for each in parameters if each["name"] == "embedding.table")
+    assert table["spec"] == [["tensor", "expert"], []]
+    assert table["shard_shape"] == [40, 128]
 
 
 def test_the_placement_table_is_what_explain_says() -> None:

@@ -31,6 +31,7 @@ BUILT_OF = (
     "configs",
     "tests",
     "tools",
+    "benchmarks",
     "docs",
     "pyproject.toml",
     "setup.py",
