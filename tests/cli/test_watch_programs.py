@@ -138,7 +138,7 @@ def test_nobody_waits_for_a_large_program_after_an_interruption(tmp_path: Path) 
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=20)
     assert process.returncode == -signal.SIGTERM
-    assert "watch: interrupted: what was compiled last has not been read" in err
+    assert "watch: interrupted: the last programs have not been read" in err
 
 
 def test_json_is_alone_on_standard_output(tmp_path: Path) -> None:
