@@ -1,7 +1,8 @@
 """`jax.lax.ragged_all_to_all` for backends without it, written from its documentation.
 
-Slow, and made of nothing that the package uses: every device gathers every operand and then copies
-what is meant for it, slice by slice. It lets the transport that TPU and GPU use be judged on CPU.
+Slow, and made of nothing that the package uses: every device gathers every operand and then looks
+up, for each row of its output, the slice that it is in. It lets the transport that TPU and GPU use
+be judged on CPU.
 """
 
 from __future__ import annotations
@@ -30,16 +31,13 @@ def ragged_all_to_all(
         jax.lax.all_gather(each, axis_name)
         for each in (operand, input_offsets, send_sizes, output_offsets)
     )
+    # Of every sender the slices that are for this device; each row of the output is in one or none.
     each_device = input_offsets.shape[0] // size
+    mine = me * each_device + jnp.arange(each_device)
+    start, count, place = (each[:, mine].reshape(-1, 1) for each in (starts, sizes, places))
     row = jnp.arange(output.shape[0])
-
-    def receive(index: jax.Array, result: jax.Array) -> jax.Array:
-        sender, slot = index // each_device, me * each_device + index % each_device
-        place, count = places[sender, slot], sizes[sender, slot]
-        here = (row >= place) & (row < place + count)
-        source = jnp.clip(starts[sender, slot] + row - place, 0, operand.shape[0] - 1)
-        return jnp.where(here[:, None], operands[sender][source], result)
-
-    for index in range(size * each_device):
-        output = receive(jnp.int32(index), output)
-    return output
+    within = (row >= place) & (row < place + count)
+    of = jnp.argmax(within, axis=0)
+    source = row + jnp.take_along_axis(start - place, of[:, None], axis=0)[:, 0]
+    received = operands[of // each_device, jnp.clip(source, 0, operand.shape[0] - 1)]
+    return jnp.where(within.any(axis=0)[:, None], received, output)
