@@ -155,7 +155,7 @@ class Roles:
         scored = self.flow.scored
 
         def counts_experts(parameter: Parameter, dim: int) -> bool:
-            if not parameter.is_known:
+            if not parameter.sharding_known:
                 return bool(wanted and scored)
             if not {parameter.sizes[dim], parameter.global_sizes[dim]} & scored:
                 return False
@@ -163,7 +163,7 @@ class Roles:
             return bool(wanted & set(axes)) if wanted else bool(axes)
 
         def is_split(parameter: Parameter, dim: int) -> bool:
-            return EXPERT_AXIS in self.split_axes(parameter, dim) or not parameter.is_known
+            return EXPERT_AXIS in self.split_axes(parameter, dim) or not parameter.sharding_known
 
         assumed = evaluate(module, Assumption(counts_experts), self._shardings)
         if any(product.after for product in assumed.products.values()):
@@ -219,7 +219,7 @@ class Roles:
         """
         parameter = self.flow.parameters[position]
         wanted = set(axes)
-        if parameter.is_known:
+        if parameter.sharding_known:
             dims = range(len(parameter.sizes))
             return any(wanted & set(self.split_axes(parameter, dim)) for dim in dims)
         via = 0

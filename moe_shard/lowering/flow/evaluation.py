@@ -39,7 +39,7 @@ class Parameter:
         bytes: of one device's shard.
         is_data: it holds integers: tokens, counters or keys, never weights.
         split: how it is split over devices; None where it is not, or where that is unknown.
-        is_known: the text states its sharding.
+        sharding_known: the text states its sharding.
     """
 
     position: int
@@ -49,7 +49,7 @@ class Parameter:
     bytes: int
     is_data: bool
     split: Split | None
-    is_known: bool = True
+    sharding_known: bool = True
 
     @property
     def global_sizes(self) -> tuple[int, ...]:
@@ -187,7 +187,7 @@ def _can_have(parameter: Parameter, expert_dims: set[int], sizes: Sequence[int])
         {local * part for part in range(1, count + 1) if count % part == 0}
         for local, count in zip(parameter.sizes, parts, strict=True)
     ]
-    if not parameter.is_known:  # its split is unknown: any multiple
+    if not parameter.sharding_known:  # its split is unknown: any multiple
         possible = [
             {local * part for part in range(1, 2 + max(sizes, default=1) // max(local, 1))}
             for local in parameter.sizes
@@ -292,7 +292,9 @@ class Evaluation:
         parameter = self.flow.parameters.get(position)
         if parameter is None or self.flow.data >> position & 1 or self._assumed is not None:
             return
-        large = [count for count in parameter.global_sizes if count > 1 or not parameter.is_known]
+        large = [
+            count for count in parameter.global_sizes if count > 1 or not parameter.sharding_known
+        ]
         if len(large) > 1 and math.prod(parameter.sizes) < size:
             self.flow.experts.setdefault(position, set()).add(len(parameter.sizes) - 2)
 

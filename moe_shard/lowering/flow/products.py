@@ -169,7 +169,10 @@ def _expert_dims(
     """
     assert state.origin is not None
     parameter = run.flow.parameters[state.origin.main]
-    if len([size for size in parameter.global_sizes if size > 1 or not parameter.is_known]) < 3:
+    if (
+        len([size for size in parameter.global_sizes if size > 1 or not parameter.sharding_known])
+        < 3
+    ):
         return ()  # a matrix, not a stack of matrices
     return run.may_count_experts(
         parameter, _candidates(computation, instruction, state, side, parameter)
@@ -189,7 +192,7 @@ def _candidates(
     batch = tuple(at for at in parts.batch if shape[at] > 1)
     if batch:
         return mapped(state, batch) or (0,)
-    if state.origin.dims is not None and (parameter.split or not parameter.is_known):
+    if state.origin.dims is not None and (parameter.split or not parameter.sharding_known):
         present = {
             dim for at, held in enumerate(state.origin.dims) if shape[at] > 1 for dim in held
         }
