@@ -78,7 +78,7 @@ def test_explain_a_rule_file_in_a_hundred_columns(tmp_path: Path) -> None:
     )
     assert (code, err) == (0, "")
     assert "by theirs.yml on 8 devices: replica 2, model 4" in out
-    assert "expert axis (the row of activation_exp): model" in out
+    assert "expert axis (the rule of activation_exp): model" in out
     assert "(only with" in out
     assert max(map(len, out.splitlines())) <= 100
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from moe_shard.config.default_rules import DEFAULT_RULES
 from moe_shard.config.mesh_config import MESH_AXES
 from moe_shard.config.model_config import ModelConfig
 from moe_shard.models.cycles import stacks_of
@@ -102,10 +101,11 @@ def slots_of(model: ModelConfig) -> ParamSlots:
 
         from moe_shard.models.params import describe
         from moe_shard.sharding.annotate import Sharding
+        from moe_shard.sharding.rules import RuleTable
 
     if model.moe is not None:
         model = replace(model, moe=replace(model.moe, prefuse_moe_weights=False))
-    sharding = Sharding(AbstractMesh((1,) * len(MESH_AXES), MESH_AXES), DEFAULT_RULES)
+    sharding = Sharding(AbstractMesh((1,) * len(MESH_AXES), MESH_AXES), RuleTable.default())
     specs = describe(model, sharding).specs
     outer: dict[str, Slot] = {}
     layers: dict[str, dict[str, Slot]] = {name: {} for name, _, _ in stacks_of(model.layer_kinds)}

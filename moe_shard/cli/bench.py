@@ -48,13 +48,13 @@ def main(argv: Sequence[str], prog: str = "moe-shard bench") -> int:
 
         from moe_shard.runtime.devices import start_devices
         from moe_shard.runtime.layer_bench import LayerSize, measure
-        from moe_shard.sharding.mesh import make_mesh
+        from moe_shard.sharding.mesh import mesh_from_config
 
         where = start_devices(num_simulated=8)
     console = Console(stderr=True)
     devices = jax.device_count()
     config = load_config("mixtral-tiny", [f"ici_expert_parallelism={devices}"])
-    mesh = make_mesh(config.mesh)
+    mesh = mesh_from_config(config.mesh)
     sizes = {
         "small": LayerSize(),
         "large": LayerSize(model_dim=4096, hidden_dim=14336, dtype=jnp.bfloat16),

@@ -42,12 +42,12 @@ def check_against_mesh(config: Config, sizes: Mapping[str, int]) -> tuple[str, .
     Raises:
         UserError: experts or batch rows that their mesh axes do not divide.
     """
-    batch_rows = ["activation_batch"]
+    batch_axes = ["activation_batch"]
     if config.model.moe is not None:
-        batch_rows += ["activation_batch_moe", "activation_batch_no_exp"]
+        batch_axes += ["activation_batch_moe", "activation_batch_no_exp"]
         _check_experts(config, sizes)
-    for row in batch_rows:
-        _check_batch(config, sizes, row)
+    for name in batch_axes:
+        _check_batch(config, sizes, name)
     return _notes(config, sizes)
 
 
@@ -57,23 +57,23 @@ def _check_experts(config: Config, sizes: Mapping[str, int]) -> None:
         axes = " * ".join(f"{axis}={sizes[axis]}" for axis in expert_axes(config))
         raise UserError(
             f"num_experts={config.model.num_experts} does not split into {parts} equal parts: "
-            f"the row of {config.mesh.expert_row} names {axes}\n"
+            f"the rule of {config.mesh.expert_rule} names {axes}\n"
             f"fix: sizes that work for {config.model.num_experts} experts: "
             f"{', '.join(map(str, divisors(config.model.num_experts)))}"
         )
 
 
-def _check_batch(config: Config, sizes: Mapping[str, int], row: str) -> None:
+def _check_batch(config: Config, sizes: Mapping[str, int], name: str) -> None:
     num_devices = math.prod(sizes.values())
     rows = config.train.microbatch_rows(num_devices)
-    axes = config.mesh.axes_of(row)
+    axes = config.mesh.axes_of(name)
     parts = math.prod(sizes[axis] for axis in axes)
     if rows % parts:
         split = " * ".join(f"{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1)
         enough = -(-rows // parts) * parts
         raise UserError(
             f"per_device_batch_size={config.train.per_device_batch_size:g} on {num_devices} "
-            f"devices makes {rows} sequences, which {split} (row of {row}) do not divide\n"
+            f"devices makes {rows} sequences, which {split} (rule of {name}) do not divide\n"
             f"fix: per_device_batch_size={enough / num_devices:g} makes {enough}"
         )
 
@@ -112,7 +112,7 @@ def _flag_is_idle(config: Config, moe: MoEConfig, sizes: Mapping[str, int]) -> s
     """Return why the flag changes nothing; empty where it changes something."""
     if expert_parallelism(config, sizes) == 1:
         axes = ", ".join(expert_axes(config)) or "none"
-        return f"the axes in the row of {config.mesh.expert_row} ({axes}) have size 1"
+        return f"the axes in the rule of {config.mesh.expert_rule} ({axes}) have size 1"
     if moe.moe_dispatch == "ragged":
         return "moe_dispatch=ragged moves tokens in any case"
     batch = {

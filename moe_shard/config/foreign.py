@@ -14,7 +14,7 @@ from pathlib import Path
 from moe_shard.config.keys import shown
 from moe_shard.config.mesh_config import Rule
 from moe_shard.config.strict_yaml import read_mapping
-from moe_shard.config.tables import read_rows
+from moe_shard.config.tables import read_rules
 from moe_shard.errors import UserError
 
 ASSUMED_SIZE = 2
@@ -26,8 +26,8 @@ class ForeignTable:
     """A table with the axes of its own mesh.
 
     Attributes:
-        rules: the rows as written.
-        mesh_axes: `mesh_axes` of the file; without it, the axes that the rows name.
+        rules: the rules as written.
+        mesh_axes: `mesh_axes` of the file; without it, the axes that the rules name.
         names_its_axes: whether the file has `mesh_axes`.
     """
 
@@ -40,20 +40,21 @@ def read_foreign_table(path: Path) -> ForeignTable:
     """Read `mesh_axes` and `logical_axis_rules` of a YAML file; its other keys are passed over.
 
     Raises:
-        UserError: it cannot be read, has no rows, or `mesh_axes` is no list of names, each once.
+        UserError: it cannot be read, has no rules, or `mesh_axes` is no list of names, each once.
     """
     content = read_mapping(path)
     if not content.get("logical_axis_rules"):
         raise UserError(
-            f"{path}: no logical_axis_rules\nfix: a file with rows such as [exp, [expert]]"
+            f"{path}: no logical_axis_rules\nfix: a file with rules such as [exp, [expert]]"
         )
-    rules = tuple(read_rows(content["logical_axis_rules"], str(path)))
+    rules = tuple(read_rules(content["logical_axis_rules"], str(path)))
     axes = content.get("mesh_axes")
     if axes is None:
-        named = dict.fromkeys(axis for _, row in rules for axis in row)
+        named = dict.fromkeys(axis for _, rule in rules for axis in rule)
         if not named:
             raise UserError(
-                f"{path}: no mesh_axes, and no row names one\nfix: for example [data, fsdp, expert]"
+                f"{path}: no mesh_axes, and no rule names one\n"
+                "fix: for example [data, fsdp, expert]"
             )
         return ForeignTable(rules, tuple(named), names_its_axes=False)
     axes = [axes] if isinstance(axes, str) else axes

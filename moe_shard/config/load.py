@@ -59,6 +59,11 @@ def list_models() -> list[str]:
 def load_config(model: str, overrides: Sequence[str] = ()) -> Config:
     """Load one run's configuration.
 
+    >>> import moe_shard as ms
+    >>> config = ms.load_config("mixtral-8x7b", ["capacity_factor=1.25"])
+    >>> config.model.moe.num_experts, config.model.moe.capacity_factor, config.model.emb_dim
+    (8, 1.25, 4096)
+
     Args:
         model: a name in `configs/models/`, the path of a YAML file, or the folder of an imported
             model.

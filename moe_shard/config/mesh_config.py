@@ -20,23 +20,23 @@ MESH_AXES: tuple[str, ...] = ("data", "fsdp", "fsdp_transpose", "tensor", "conte
 LEVELS = ("ici", "dcn")
 RULE_CONFLICTS = ("warn", "error")
 
-EXPERT_ROWS = ("activation_exp", "exp")
+EXPERT_RULES = ("activation_exp", "exp")
 """Logical axes of the expert dim where experts compute, and where their weights are stored."""
 
 Rule = tuple[str, tuple[str, ...]]
 
 
-def expert_row(logical_axes: Iterable[str]) -> str:
+def expert_rule(logical_axes: Iterable[str]) -> str:
     """Return the logical axis whose first rule names the axes that split experts at work.
 
-    Their weights may be stored over more axes than these (FSDP over the experts dim), so the row
+    Their weights may be stored over more axes than these (FSDP over the experts dim), so the rule
     of the activations speaks, and that of the weights only in a table without one.
 
     Args:
-        logical_axes: those that a table has rows for.
+        logical_axes: those that a table has rules for.
     """
     known = set(logical_axes)
-    return next((name for name in EXPERT_ROWS if name in known), EXPERT_ROWS[0])
+    return next((name for name in EXPERT_RULES if name in known), EXPERT_RULES[0])
 
 
 def parallelism_key(level: str, axis: str) -> str:
@@ -52,13 +52,13 @@ class MeshConfig:
         mesh_axes: mesh axes in order, slowest first; always all of `MESH_AXES`.
         ici: size of each axis inside a slice, in the order of `axes`; at most one is -1 (the rest).
         dcn: size of each axis across slices, in the order of `axes`; at most one is -1.
-        logical_axis_rules: rows (logical axis, mesh axes); several rows of one logical axis are
+        logical_axis_rules: rules (logical axis, mesh axes); several rules of one logical axis are
             alternatives.
         rule_conflicts: whether two dims that want one mesh axis are a warning or an error.
         num_simulated_devices: CPU devices to simulate where there is no accelerator.
 
     Raises:
-        UserError: a size out of range, two sizes of -1 on one level, or a row that names a mesh
+        UserError: a size out of range, two sizes of -1 on one level, or a rule that names a mesh
             axis that does not exist or the same one twice.
     """
 
@@ -81,17 +81,17 @@ class MeshConfig:
         for level in LEVELS:
             self._check_sizes(level)
         for name, axes in self.logical_axis_rules:
-            row = f"[{name}, [{', '.join(axes)}]]"
+            rule = f"[{name}, [{', '.join(axes)}]]"
             for axis in axes:
                 if axis not in self.mesh_axes:
                     raise UserError(
-                        f"logical_axis_rules row {row} names the mesh axis {axis!r}, "
+                        f"rule {rule} of logical_axis_rules names the mesh axis {axis!r}, "
                         "which does not exist\n"
                         f"fix: one of {', '.join(self.mesh_axes)}"
                     )
             if len(set(axes)) < len(axes):
                 raise UserError(
-                    f"logical_axis_rules row {row} names a mesh axis twice\nfix: name it once"
+                    f"rule {rule} of logical_axis_rules names a mesh axis twice\nfix: name it once"
                 )
 
     def _check_sizes(self, level: str) -> None:
@@ -126,14 +126,14 @@ class MeshConfig:
         return next((axes for name, axes in self.logical_axis_rules if name == logical_axis), ())
 
     @property
-    def expert_row(self) -> str:
-        """Return the logical axis whose first rule names the expert axes; see `expert_row`."""
-        return expert_row(name for name, _ in self.logical_axis_rules)
+    def expert_rule(self) -> str:
+        """Return the logical axis whose first rule names the expert axes; see `expert_rule`."""
+        return expert_rule(name for name, _ in self.logical_axis_rules)
 
     @property
     def expert_axes(self) -> tuple[str, ...]:
         """Return the mesh axes that split the experts while they compute, whatever their sizes."""
-        return self.axes_of(self.expert_row)
+        return self.axes_of(self.expert_rule)
 
     def resolve(self, num_devices: int, num_slices: int = 1) -> dict[str, int]:
         """Fill the -1s for a number of devices.

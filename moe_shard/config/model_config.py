@@ -36,6 +36,10 @@ class LayerKind(NamedTuple):
 class GatingConfig:
     """The gated MLP, dense, shared or of an expert: down(act(gate(x)) * (up(x) + offset)).
 
+    >>> import moe_shard as ms
+    >>> ms.GatingConfig(mlp_activations=("gelu", "linear"), mlp_bias=True).activation
+    'gelu'
+
     Attributes:
         mlp_activations: the gate's activation, then "linear".
         mlp_activations_limit: gate is clamped from above and up on both sides, before all else; -1:

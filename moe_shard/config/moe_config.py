@@ -24,6 +24,17 @@ MOST_EXPERTS = 2**16  # far above any model; keeps the divisors in a fix countab
 class RouterConfig:
     """How a token's experts are chosen and weighed.
 
+    >>> import moe_shard as ms
+    >>> router = ms.RouterConfig(  # as in DeepSeek-V3
+    ...     routed_score_func="sigmoid", routed_bias=True, routed_scaling_factor=2.5,
+    ...     n_routing_groups=8, topk_routing_group=4,
+    ... )
+    >>> config = ms.MoEConfig(
+    ...     num_experts=256, num_experts_per_tok=8, moe_mlp_dim=2048, router=router
+    ... )
+    >>> config.router.groups
+    (8, 4)
+
     Attributes:
         routed_score_func: a `ScoreFunction` of the logits, over all experts. "sparsemixer" takes
             one expert after the other, each weighed by a softmax over those near it (Phi-3.5-MoE,
@@ -90,7 +101,15 @@ class RouterConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """The MoE layer of a model.
+    """The MoE layer of a model; attributes are keys of the YAML (MaxText's, without `base_`).
+
+    >>> import moe_shard as ms
+    >>> config = ms.MoEConfig(num_experts=8, num_experts_per_tok=2, moe_mlp_dim=512)
+    >>> config.moe_dispatch, config.capacity_factor  # gather, with a slot for every token
+    ('gather', -1.0)
+    >>> ms.MoEConfig(num_experts=8, num_experts_per_tok=9, moe_mlp_dim=512)
+    Traceback (most recent call last):
+    moe_shard.errors.UserError: num_experts_per_tok=9 is more than num_experts=8: ...
 
     Attributes:
         num_experts: E, experts in each MoE layer.

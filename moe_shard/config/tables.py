@@ -14,7 +14,7 @@ from moe_shard.config.mesh_config import (
     MESH_AXES,
     MeshConfig,
     Rule,
-    expert_row,
+    expert_rule,
     parallelism_key,
 )
 from moe_shard.config.overlays import COMMAND_LINE, Overlay, short_name, unknown_key
@@ -42,7 +42,7 @@ def read_rules_file(path: Path, keys: MaxTextKeys) -> Overlay:
             raise unknown_key(source, key, own, list(keys.defaults))
     if "logical_axis_rules" not in content:
         raise UserError(
-            f"{source}: no logical_axis_rules\nfix: rows as in configs/base.yml, or another file"
+            f"{source}: no logical_axis_rules\nfix: rules as in configs/base.yml, or another file"
         )
     values = {key: content[key] for key in own if key in content}
     others = ", ".join(key for key in content if key not in own)
@@ -64,12 +64,12 @@ def build_mesh(
         base: `base.yml`.
         overlays: the model file's and the command line's, in this order.
         rules_file: what `custom_mesh_and_rule` names, if anything.
-        keys: MaxText's, for the axes of its meshes and the rows of its tables.
+        keys: MaxText's, for the axes of its meshes and the rules of its tables.
 
     Raises:
-        UserError: a row or an axis that makes no sense, or a size for an axis that is left out.
+        UserError: a rule or an axis that makes no sense, or a size for an axis that is left out.
     """
-    own_table = table = read_rows(base["logical_axis_rules"], "base.yml")
+    own_table = table = read_rules(base["logical_axis_rules"], "base.yml")
     axes, chosen_by = MESH_AXES, "base.yml"
     warnings: list[str] = []
     sources = [*([rules_file] if rules_file else []), *overlays]
@@ -86,14 +86,14 @@ def build_mesh(
             axes, chosen_by = read_axes(overlay, foreign) or axes, overlay.source
         if "logical_axis_rules" not in overlay.values:
             continue
-        rows = read_rows(overlay.values["logical_axis_rules"], overlay.source, foreign)
+        rules = read_rules(overlay.values["logical_axis_rules"], overlay.source, foreign)
         replace = overlay is rules_file or (
             overlay.values.get("override_logical_axis_rules", False)
             if overlay.source == COMMAND_LINE
             else settings["override_logical_axis_rules"]
         )
-        table = rows if replace else lay_rows(table, rows)
-        if is_maxtext_table(rows, foreign, keys):
+        table = rules if replace else lay_rules(table, rules)
+        if is_maxtext_table(rules, foreign, keys):
             table, notes = completed(table, own_table, keys)
             warnings += [f"{overlay.source}: {note}" for note in notes]
     explicit = {key for overlay in overlays for key in overlay.values}
@@ -110,18 +110,49 @@ def build_mesh(
     return mesh, tuple(warnings)
 
 
+def read_table(path: Path, keys: MaxTextKeys, own: Sequence[Rule]) -> tuple[list[Rule], list[str]]:
+    """Read the rules of a file for a mesh that is not in it, and notes on what was changed.
+
+    Its other keys are not read, nor are its `mesh_axes`. Without MaxText's names in it, the rules
+    are as they are written.
+
+    Args:
+        path: a YAML file with `logical_axis_rules`.
+        keys: MaxText's.
+        own: the rules of `base.yml`, for the names that a table of MaxText's is completed with.
+
+    Raises:
+        UserError: the file cannot be read, or has no table of this form.
+    """
+    content, source = read_mapping(path), short_name(path)
+    if not content.get("logical_axis_rules"):
+        raise UserError(
+            f"{path}: no logical_axis_rules\nfix: a file with rules such as [exp, [expert]]"
+        )
+    overlay = Overlay(source, {"logical_axis_rules": content["logical_axis_rules"]}, {}, ())
+    foreign = _foreign_axes(overlay, keys)
+    rules = read_rules(content["logical_axis_rules"], source, foreign)
+    notes = []
+    if foreign:
+        notes.append(f"{source}: mesh axes of MaxText, read as size 1: {', '.join(foreign)}")
+    if is_maxtext_table(rules, foreign, keys):
+        rules, more = completed(rules, own, keys)
+        notes += [f"{source}: {note}" for note in more]
+    return rules, notes
+
+
 def is_maxtext_table(
-    rows: Sequence[tuple[str, Sequence[str]]], axes: Sequence[str], keys: MaxTextKeys
+    rules: Sequence[tuple[str, Sequence[str]]], axes: Sequence[str], keys: MaxTextKeys
 ) -> bool:
     """Return whether rules are of a MaxText table: they name what only its tables have.
 
     Args:
-        rows: of the table.
+        rules: of the table.
         axes: mesh axes that it names.
         keys: MaxText's.
     """
-    named = {*axes, *(axis for _, row in rows for axis in row)}
-    return bool(named & set(keys.mesh_axes)) or any(name in keys.logical_axes for name, _ in rows)
+    named = {*axes, *(axis for _, rule in rules for axis in rule)}
+    return bool(named & set(keys.mesh_axes)) or any(name in keys.logical_axes for name, _ in rules)
 
 
 def completed(
@@ -129,69 +160,69 @@ def completed(
 ) -> tuple[list[Rule], list[str]]:
     """Complete a MaxText table with a rule for every logical axis here, and note what was added.
 
-    A dim without a row is not sharded there. `activation_batch_no_exp` has no row there: what its
+    A dim without a rule is not sharded there. `activation_batch_no_exp` has no rule there: what its
     flag takes off the batch is the axis of the experts, in code.
 
     Args:
-        table: the rows.
+        table: the rules.
         own: those of `base.yml`, for the names.
         keys: MaxText's.
     """
-    rows = [row for row in table if row[0] not in keys.logical_axes]
+    rules = [rule for rule in table if rule[0] not in keys.logical_axes]
     idle = list(dict.fromkeys(name for name, _ in table if name in keys.logical_axes))
-    known = {name for name, _ in rows}
+    known = {name for name, _ in rules}
     notes = []
     if "activation_batch_no_exp" not in known:
-        experts = next((set(row) for name, row in rows if name == expert_row(known)), set())
-        at = [n for n, (name, _) in enumerate(rows) if name == "activation_batch_moe"]
-        batch = [tuple(axis for axis in rows[n][1] if axis not in experts) for n in at]
+        experts = next((set(rule) for name, rule in rules if name == expert_rule(known)), set())
+        at = [n for n, (name, _) in enumerate(rules) if name == "activation_batch_moe"]
+        batch = [tuple(axis for axis in rules[n][1] if axis not in experts) for n in at]
         made = [("activation_batch_no_exp", axes) for axes in batch]
-        rows[at[-1] + 1 if at else 0 : at[-1] + 1 if at else 0] = made
+        rules[at[-1] + 1 if at else 0 : at[-1] + 1 if at else 0] = made
         known |= {name for name, _ in made}
     bare = [name for name in dict.fromkeys(name for name, _ in own) if name not in known]
-    rows = list(dict.fromkeys([*rows, *((name, ()) for name in bare)]))
+    rules = list(dict.fromkeys([*rules, *((name, ()) for name in bare)]))
     if bare:
-        notes.append(f"no row, so not sharded, as in MaxText: {', '.join(bare)}")
+        notes.append(f"no rule, so not sharded, as in MaxText: {', '.join(bare)}")
     if idle:
         some = ", ".join(idle[:4]) + (f" and {len(idle) - 4} more" if len(idle) > 4 else "")
-        notes.append(f"rows of logical axes that this package does not have: {some}")
-    return rows, notes
+        notes.append(f"rules of logical axes that this package does not have: {some}")
+    return rules, notes
 
 
-def read_rows(value: Any, source: str, foreign: Sequence[str] = ()) -> list[Rule]:
+def read_rules(value: Any, source: str, foreign: Sequence[str] = ()) -> list[Rule]:
     """Read rules as YAML has them: `[name, axis]`, `[name, [axes]]` or `[name, null]`.
 
     Args:
         value: the list.
         source: for messages.
-        foreign: mesh axes to leave out of the rows.
+        foreign: mesh axes to leave out of the rules.
 
     Raises:
-        UserError: a row of another form.
+        UserError: a rule of another form.
     """
-    rows: list[Rule] = []
-    for row in value if isinstance(value, list) else [value]:
-        name, axes = row if isinstance(row, list) and len(row) == 2 else ("", None)
+    rules: list[Rule] = []
+    for rule in value if isinstance(value, list) else [value]:
+        name, axes = rule if isinstance(rule, list) and len(rule) == 2 else ("", None)
         axes = [] if axes is None else [axes] if isinstance(axes, str) else axes
         parts = [name, *axes] if isinstance(axes, list) else [None]
         if not all(isinstance(part, str) and _NAME.fullmatch(part) for part in parts):
             raise UserError(
-                f"{source}: logical_axis_rules row {shown(row)} is not [name, [mesh axes]]\n"
+                f"{source}: rule {shown(rule)} of logical_axis_rules is not [name, [mesh axes]]\n"
                 "fix: for example [exp, [expert]]"
             )
-        rows.append((name, tuple(axis for axis in axes if axis not in foreign)))
-    return rows
+        rules.append((name, tuple(axis for axis in axes if axis not in foreign)))
+    return rules
 
 
-def lay_rows(table: Sequence[Rule], rows: Sequence[Rule]) -> list[Rule]:
+def lay_rules(table: Sequence[Rule], rules: Sequence[Rule]) -> list[Rule]:
     """Lay rules over a table: they replace all of their logical axes and stand last, as in MaxText.
 
     Args:
-        table: the rows so far.
-        rows: the rows that a stronger source gives.
+        table: the rules so far.
+        rules: the rules that a stronger source gives.
     """
-    replaced = {name for name, _ in rows}
-    return [row for row in table if row[0] not in replaced] + list(rows)
+    replaced = {name for name, _ in rules}
+    return [rule for rule in table if rule[0] not in replaced] + list(rules)
 
 
 def read_axes(overlay: Overlay, foreign: Sequence[str]) -> tuple[str, ...]:
@@ -211,7 +242,7 @@ def read_axes(overlay: Overlay, foreign: Sequence[str]) -> tuple[str, ...]:
         if axis not in MESH_AXES:
             raise UserError(
                 f"{overlay.source}: mesh_axes names {shown(axis)}, which this mesh does not have\n"
-                f"fix: leave it out, and the rows that name it; there are {', '.join(MESH_AXES)}"
+                f"fix: leave it out, and the rules that name it; there are {', '.join(MESH_AXES)}"
             )
     if len(set(kept)) < len(kept):
         raise UserError(f"{overlay.source}: mesh_axes={shown(axes)} names an axis twice\nfix: once")
@@ -220,10 +251,10 @@ def read_axes(overlay: Overlay, foreign: Sequence[str]) -> tuple[str, ...]:
 
 def _foreign_axes(overlay: Overlay, keys: MaxTextKeys) -> tuple[str, ...]:
     """Return the axes of MaxText's that a source names in its mesh or in its rules."""
-    axes, rows = overlay.values.get("mesh_axes", []), overlay.values.get("logical_axis_rules", [])
+    axes, rules = overlay.values.get("mesh_axes", []), overlay.values.get("logical_axis_rules", [])
     named = list(axes) if isinstance(axes, list) else []
-    for row in rows if isinstance(rows, list) else []:
-        of = row[1] if isinstance(row, list) and len(row) == 2 else None
+    for rule in rules if isinstance(rules, list) else []:
+        of = rule[1] if isinstance(rule, list) and len(rule) == 2 else None
         named += [of] if isinstance(of, str) else of if isinstance(of, list) else []
     found = (axis for axis in named if isinstance(axis, str) and axis in keys.mesh_axes)
     return tuple(dict.fromkeys(found))

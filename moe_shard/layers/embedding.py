@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_shard.config.model_config import ModelConfig
 from moe_shard.sharding.annotate import Sharding
+from moe_shard.sharding.parameter import parameter
 
 TABLE = ("vocab", "embed_vocab")
 KERNEL = ("embed_vocab", "vocab")
@@ -29,21 +30,21 @@ class Embedding(nnx.Module):
         tied, weight_dtype = config.logits_via_embedding, config.weight_dtype
         # A tied table also makes the logits, which must start near 0.
         table_init = normal(stddev=model_dim**-0.5 if tied else 1.0)
-        self.table = nnx.Param(
+        self.table = parameter(
             table_init(rngs.params(), (vocab_size, model_dim), weight_dtype),
-            logical_axes=TABLE,
+            TABLE,
         )
         kernel_init = normal(stddev=1 / model_dim)  # logits near 0: the first loss is log V
         self.kernel = (
             None
             if tied
-            else nnx.Param(
+            else parameter(
                 kernel_init(rngs.params(), (model_dim, vocab_size), weight_dtype),
-                logical_axes=KERNEL,
+                KERNEL,
             )
         )
         self.bias = (
-            nnx.Param(jnp.zeros((vocab_size,), weight_dtype), logical_axes=("vocab",))
+            parameter(jnp.zeros((vocab_size,), weight_dtype), ("vocab",))
             if config.logits_bias
             else None
         )

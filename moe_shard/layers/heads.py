@@ -18,6 +18,7 @@ from moe_shard.layers.cache import LayerCache, Memory
 from moe_shard.layers.rope import apply_rope
 from moe_shard.layers.scores import attend, seen_tokens
 from moe_shard.sharding.annotate import Sharding
+from moe_shard.sharding.parameter import parameter
 
 OUT = ("heads", "head_dim", "embed")
 
@@ -49,7 +50,7 @@ def make_weight(
         in_axis=dims[:contracted],
         out_axis=dims[contracted:],
     )
-    return nnx.Param(init(rngs.params(), shape, dtype), logical_axes=axes)
+    return parameter(init(rngs.params(), shape, dtype), axes)
 
 
 def make_vector(
@@ -63,7 +64,7 @@ def make_vector(
             take the parameter for a matrix.
         dtype: dtype of the parameter.
     """
-    return nnx.Param(jnp.zeros(shape, dtype), logical_axes=axes)
+    return parameter(jnp.zeros(shape, dtype), axes)
 
 
 class Heads(nnx.Module):
@@ -141,7 +142,7 @@ class Heads(nnx.Module):
         self, param: nnx.Param[Array], used: tuple[str | None, ...], name: str
     ) -> Float[Array, "*D"]:
         """Return a parameter in the dtype of the products, placed where they use it."""
-        axes = param.get_metadata("logical_axes")
+        axes = param.get_metadata("out_sharding")
         stored = axes[-len(used) :]  # stacked parameters have `layers` first
         return self.sharding.use_weight(
             param[...].astype(self.dtype), stored, used, name=f"attention {name}"

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from moe_shard.config.model_config import GatingConfig
 from moe_shard.layers.activation import gated
 from moe_shard.sharding.annotate import Sharding
+from moe_shard.sharding.parameter import parameter
 
 WEIGHT_IN, WEIGHT_OUT = ("embed", "mlp"), ("mlp", "embed")
 
@@ -42,14 +43,14 @@ class MLP(nnx.Module):
     ) -> None:
         init = variance_scaling(1.0, "fan_in", "truncated_normal")
         shape_in, shape_out = (model_dim, hidden_dim), (hidden_dim, model_dim)
-        self.gate = nnx.Param(init(rngs.params(), shape_in, weight_dtype), logical_axes=WEIGHT_IN)
-        self.up = nnx.Param(init(rngs.params(), shape_in, weight_dtype), logical_axes=WEIGHT_IN)
-        self.down = nnx.Param(init(rngs.params(), shape_out, weight_dtype), logical_axes=WEIGHT_OUT)
+        self.gate = parameter(init(rngs.params(), shape_in, weight_dtype), WEIGHT_IN)
+        self.up = parameter(init(rngs.params(), shape_in, weight_dtype), WEIGHT_IN)
+        self.down = parameter(init(rngs.params(), shape_out, weight_dtype), WEIGHT_OUT)
 
         def bias(size: int, axis: str) -> nnx.Param[Array] | None:
             if not gating.mlp_bias:
                 return None
-            return nnx.Param(jnp.zeros((size,), weight_dtype), logical_axes=(axis,))
+            return parameter(jnp.zeros((size,), weight_dtype), (axis,))
 
         self.gate_bias, self.up_bias = bias(hidden_dim, "mlp"), bias(hidden_dim, "mlp")
         self.down_bias = bias(model_dim, "norm")

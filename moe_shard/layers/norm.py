@@ -8,6 +8,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from moe_shard.sharding.parameter import parameter
+
 
 def normalise(x: Float[Array, "*B M"], *, epsilon: float, dims: int = 1) -> Float[Array, "*B M"]:
     """Divide by the root mean square.
@@ -42,7 +44,7 @@ class RMSNorm(nnx.Module):
     ) -> None:
         shape = (dim,) if isinstance(dim, int) else dim
         axes = (axis,) if isinstance(axis, str) else axis
-        self.scale = nnx.Param(jnp.ones(shape, weight_dtype), logical_axes=axes)
+        self.scale = parameter(jnp.ones(shape, weight_dtype), axes)
         self.epsilon, self.dims = epsilon, len(shape)
 
     def __call__(self, x: Float[Array, "*B M"]) -> Float[Array, "*B M"]:
@@ -61,8 +63,8 @@ class LayerNorm(nnx.Module):
     """
 
     def __init__(self, *, dim: int, epsilon: float, weight_dtype: DTypeLike) -> None:
-        self.scale = nnx.Param(jnp.ones((dim,), weight_dtype), logical_axes=("norm",))
-        self.bias = nnx.Param(jnp.zeros((dim,), weight_dtype), logical_axes=("norm",))
+        self.scale = parameter(jnp.ones((dim,), weight_dtype), ("norm",))
+        self.bias = parameter(jnp.zeros((dim,), weight_dtype), ("norm",))
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*B M"]) -> Float[Array, "*B M"]:

@@ -264,14 +264,11 @@ def _stack(
     """Make layers of one kind, their parameters stacked."""
 
     @nnx.split_rngs(splits=layers)
-    @nnx.vmap
+    @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers"})
     def make(rngs: nnx.Rngs) -> DecoderLayer:
         return DecoderLayer(config, kind, sharding, rngs=rngs)
 
     stack: DecoderLayer = make(rngs)
-    for _, param in nnx.iter_graph(stack):
-        if isinstance(param, nnx.Param):
-            param.set_metadata(logical_axes=("layers", *param.get_metadata("logical_axes")))
     return stack
 
 

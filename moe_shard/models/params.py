@@ -20,6 +20,8 @@ from jaxtyping import PRNGKeyArray
 from moe_shard.config.model_config import ModelConfig
 from moe_shard.models.decoder import Decoder
 from moe_shard.sharding.annotate import Sharding
+from moe_shard.sharding.init_sharded import place
+from moe_shard.sharding.parameter import logical_axes_of
 
 Params = dict[str, Any]
 """Parameters as nested dicts, by module attribute, of arrays or of descriptions of arrays."""
@@ -82,8 +84,9 @@ def describe(config: ModelConfig, sharding: Sharding) -> AbstractModel:
 
     def spec(path: tuple[str, ...], param: nnx.Param[Any]) -> ParamSpec:
         name, shape, dtype = ".".join(path), param.get_value().shape, param.get_value().dtype
-        logical_axes = param.get_metadata("logical_axes")
-        placed = sharding.named_sharding(name, logical_axes, shape, dtype=dtype)
+        logical_axes = logical_axes_of(param, name)
+        assert logical_axes is not None, f"{name}: every parameter here names its dims"
+        placed = place(name, param, param.get_value(), sharding)
         return ParamSpec(name, shape, dtype, logical_axes, placed)
 
     # The key is made within, so that describing a model starts no device.

@@ -29,6 +29,7 @@ from moe_shard.moe.placement import (
     EXPERT_WEIGHT_OUT,
 )
 from moe_shard.moe.weights import ExpertWeights, fuse, unfuse
+from moe_shard.sharding.parameter import parameter
 from moe_shard.sharding.rules import LogicalAxes
 
 
@@ -115,13 +116,11 @@ class Experts(nnx.Module):
         gate = init(rngs.params(), shape_in, weight_dtype)
         up = init(rngs.params(), shape_in, weight_dtype)
         if fused:
-            self.gate_up = nnx.Param(fuse(gate, up), logical_axes=EXPERT_WEIGHT_FUSED)
+            self.gate_up = parameter(fuse(gate, up), EXPERT_WEIGHT_FUSED)
         else:
-            self.gate = nnx.Param(gate, logical_axes=EXPERT_WEIGHT_IN)
-            self.up = nnx.Param(up, logical_axes=EXPERT_WEIGHT_IN)
-        self.down = nnx.Param(
-            init(rngs.params(), shape_out, weight_dtype), logical_axes=EXPERT_WEIGHT_OUT
-        )
+            self.gate = parameter(gate, EXPERT_WEIGHT_IN)
+            self.up = parameter(up, EXPERT_WEIGHT_IN)
+        self.down = parameter(init(rngs.params(), shape_out, weight_dtype), EXPERT_WEIGHT_OUT)
         if gating.mlp_bias:
             self._make_biases(num_experts, hidden_dim, model_dim, fused, weight_dtype)
         self.fused, self.gating = fused, gating
@@ -147,7 +146,7 @@ class Experts(nnx.Module):
         self, experts: int, hidden_dim: int, model_dim: int, fused: bool, dtype: DTypeLike
     ) -> None:
         def zeros(axes: LogicalAxes, *dims: int) -> nnx.Param[Array]:
-            return nnx.Param(jnp.zeros((experts, *dims), dtype), logical_axes=axes)
+            return parameter(jnp.zeros((experts, *dims), dtype), axes)
 
         if fused:
             self.gate_up_bias = zeros(EXPERT_BIAS_FUSED, 2, hidden_dim)

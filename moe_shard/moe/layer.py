@@ -20,11 +20,13 @@ from moe_shard.config.model_config import GatingConfig
 from moe_shard.config.moe_config import MoEConfig
 from moe_shard.layers.mlp import MLP
 from moe_shard.moe.dispatch import make_strategy
+from moe_shard.moe.dispatch.base import Strategy
 from moe_shard.moe.experts import Experts
 from moe_shard.moe.losses import expert_counts, router_z_loss
 from moe_shard.moe.placement import Placement
 from moe_shard.moe.router import Router, Routing
 from moe_shard.sharding.annotate import Sharding
+from moe_shard.sharding.parameter import parameter
 
 
 class MoEStats(NamedTuple):
@@ -44,33 +46,55 @@ class MoEStats(NamedTuple):
 
 
 class MoELayer(nnx.Module):
-    """A routed mixture of gated MLPs.
+    """A routed mixture of gated MLPs, in place of a dense MLP.
+
+    >>> import jax, jax.numpy as jnp, moe_shard as ms
+    >>> from flax import nnx
+    >>> sharding = ms.Sharding(ms.make_mesh(data=2, expert=4), ms.RuleTable.default())
+    >>> config = ms.MoEConfig(num_experts=8, num_experts_per_tok=2, moe_mlp_dim=64,
+    ...                       moe_dispatch_no_expert_sharding=True)  # tokens move, not weights
+    >>> layer = ms.init_sharded(
+    ...     lambda rngs: ms.MoELayer(config, model_dim=32, sharding=sharding, rngs=rngs),
+    ...     rngs=nnx.Rngs(0),
+    ... )
+    >>> y, stats = jax.jit(layer)(jnp.ones((8, 16, 32)))  # [B S M]
+    >>> y.shape, y.sharding.spec
+    ((8, 16, 32), P(('data', 'expert'),))
+    >>> int(stats.expert_counts.sum()) == 8 * 16 * 2
+    True
+
+    Inputs may be laid out in any way; the layer reshards them as the table places `[B S M]`
+    (`activation_batch_moe`, `activation_length_moe`, `activation_embed_moe`), and so its outputs.
+    Where the mesh has Explicit axes, the body runs under `jax.sharding.auto_axes`, and outputs
+    have these placements in their types. Parameters keep the logical axes of their dims in
+    `out_sharding`, see `init_sharded`.
 
     Args:
         config: experts, capacity, strategy, the flag.
         model_dim: M.
+        sharding: the mesh and its rules.
+        rngs: source of the initial weights (the stream `params`).
         gating: the experts' activation, clamps, offset, biases.
         dtype: of the experts' products and the layer's output.
         weight_dtype: of the experts' parameters; the router is always float32.
-        sharding: the mesh and its rules.
-        rngs: source of the initial weights.
+
+    Raises:
+        UserError: the strategy cannot run on this mesh.
     """
 
     def __init__(
         self,
-        *,
         config: MoEConfig,
+        *,
         model_dim: int,
-        gating: GatingConfig,
-        dtype: DTypeLike,
-        weight_dtype: DTypeLike,
         sharding: Sharding,
         rngs: nnx.Rngs,
+        gating: GatingConfig = GatingConfig(),  # noqa: B008  (frozen)
+        dtype: DTypeLike = jnp.float32,
+        weight_dtype: DTypeLike = jnp.float32,
     ) -> None:
         self.config = config
-        self.placement = Placement(
-            sharding, no_expert_sharding=config.moe_dispatch_no_expert_sharding
-        )
+        self.sharding = sharding
         self.router = Router(
             model_dim=model_dim,
             num_experts=config.num_experts,
@@ -104,7 +128,22 @@ class MoELayer(nnx.Module):
         self.shared_gate = (
             _shared_gate(model_dim, weight_dtype, rngs) if config.shared_expert_gate else None
         )
-        self.strategy = make_strategy(config, self.placement)
+        _ = self.strategy  # for its errors: here, not in the midst of a trace
+
+    @property
+    def placement(self) -> Placement:
+        """Where the layer's arrays live."""
+        flag = self.config.moe_dispatch_no_expert_sharding
+        return Placement(self.sharding, no_expert_sharding=flag)
+
+    @property
+    def strategy(self) -> Strategy:
+        """How tokens reach their experts.
+
+        Made anew each time: attributes of a module are compared by `nnx.jit`, which would compile
+        again for a layer that is equal but for the object here.
+        """
+        return make_strategy(self.config, self.placement)
 
     def __call__(self, x: Float[Array, "B S M"]) -> tuple[Float[Array, "B S M"], MoEStats]:
         """Apply the layer.
@@ -112,8 +151,23 @@ class MoELayer(nnx.Module):
         Returns:
             The weighted sum of the experts' outputs, in `x`'s dtype, and the rows' statistics.
         """
+        if not self.sharding.is_explicit:
+            return self._apply(x)
+        # Parameters go in as arguments: closed over, they would keep their Explicit types.
+        graph, state = nnx.split(self)
+        y, each = self.placement.of_tokens(x.shape), self.placement.of_batch(x.shape[0])
+        outside = self.sharding.outside
+        stats = dict.fromkeys(MoEStats._fields, outside(each))
+        body = jax.sharding.auto_axes(
+            lambda state, x: nnx.merge(graph, state)._apply(x),
+            out_sharding=(outside(y), MoEStats(**stats)),  # type: ignore[arg-type]
+        )
+        return body(state, x)
+
+    def _apply(self, x: Float[Array, "B S M"]) -> tuple[Float[Array, "B S M"], MoEStats]:
+        placement = self.placement
         shared = self._of_shared(x)
-        x = self.placement.tokens(x)
+        x = placement.tokens(x)
         routing = self.route(x)
         y, dropped = self.strategy(x, routing, self.experts)
         with jax.named_scope("router"):
@@ -123,7 +177,7 @@ class MoELayer(nnx.Module):
                 expert_counts(routing.indices, self.config.num_experts),
                 dropped,
             )
-        y = self.placement.tokens(y)
+        y = placement.tokens(y)
         return y if shared is None else y + shared, stats
 
     def route(self, x: Float[Array, "B S M"]) -> Routing:
@@ -146,4 +200,4 @@ class MoELayer(nnx.Module):
 
 def _shared_gate(model_dim: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Param[Array]:
     init = jax.nn.initializers.normal(stddev=model_dim**-0.5)
-    return nnx.Param(init(rngs.params(), (model_dim,), dtype), logical_axes=("embed_router",))
+    return parameter(init(rngs.params(), (model_dim,), dtype), ("embed_router",))

@@ -14,8 +14,10 @@ partitioners) on some meshes with fsdp, tensor and expert axes: half of the rows
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from moe_shard.moe.record import MoERecord
@@ -81,6 +83,14 @@ class Placement:
     def tokens(self, x: Float[Array, "B S M"]) -> Float[Array, "B S M"]:
         """The layer's input and output."""
         return self.sharding(x, *TOKENS, name="moe tokens")
+
+    def of_tokens(self, shape: Sequence[int]) -> NamedSharding:
+        """Where the layer's input and output live, [B S M]."""
+        return self.sharding.named_sharding("moe tokens", TOKENS, shape)
+
+    def of_batch(self, batch: int) -> NamedSharding:
+        """Where an array with a number, or a vector, per sequence lives."""
+        return self.sharding.named_sharding("moe statistics", TOKENS[:1], (batch,))
 
     def to_experts(self, x: Float[Array, "E B C M"]) -> Float[Array, "E B C M"]:
         """By row to by expert: the exchange after dispatch."""

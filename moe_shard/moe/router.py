@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_shard.config.moe_config import RouterConfig
 from moe_shard.moe.placement import ROUTER_KERNEL, ROUTER_VECTOR
+from moe_shard.sharding.parameter import parameter
 
 ROUTING = "routing"
 """Name under which every remat policy saves the choice, so that recomputation repeats it."""
@@ -213,13 +214,13 @@ class Router(nnx.Module):
         self, *, model_dim: int, num_experts: int, k: int, config: RouterConfig, rngs: nnx.Rngs
     ) -> None:
         init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
-        self.kernel = nnx.Param(
+        self.kernel = parameter(
             init(rngs.params(), (model_dim, num_experts), jnp.float32),
-            logical_axes=ROUTER_KERNEL,
+            ROUTER_KERNEL,
         )
 
         def vector() -> nnx.Param[Array]:
-            return nnx.Param(jnp.zeros((num_experts,), jnp.float32), logical_axes=ROUTER_VECTOR)
+            return parameter(jnp.zeros((num_experts,), jnp.float32), ROUTER_VECTOR)
 
         self.bias = vector() if config.router_bias else None
         # No gradient reaches it, so no optimizer moves it; `training.balance` may.

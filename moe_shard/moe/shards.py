@@ -62,7 +62,7 @@ class Shards:
             raise UserError(
                 f"moe_dispatch=ragged: tokens are not split over {', '.join(missing)}, but experts "
                 "are, so a token has no one device to be sent from\n"
-                f"fix: {', '.join(missing)} in the row of activation_batch_moe, or "
+                f"fix: {', '.join(missing)} in the rule of activation_batch_moe, or "
                 "moe_dispatch=gather"
             )
         stored = axes_of(self.weights.down[0])
@@ -70,7 +70,7 @@ class Shards:
             raise UserError(
                 f"moe_dispatch=ragged: expert weights are stored over {', '.join(stored) or 'no'} "
                 f"axes, but used over {', '.join(self.expert_axes)}, which must come first\n"
-                "fix: the row of exp begins with the axes of activation_exp"
+                "fix: the rule of exp begins with the axes of activation_exp"
             )
 
     @property

@@ -19,7 +19,7 @@ from moe_shard.config.schema import Config
 from moe_shard.lowering.collectives import Collective, Extraction
 from moe_shard.lowering.op_names import MOE_SCOPES
 from moe_shard.lowering.work import flops_by_scope, memory_by_scope
-from moe_shard.sharding.rules import RuleTable
+from moe_shard.sharding.rules import BoundTable
 from moe_shard.units import human_bytes, human_flops
 
 LAYER_EXCHANGES = 4
@@ -82,7 +82,7 @@ def _times(done: float, least: float) -> str:
     return f", {done / least:.2f} x the least" if least and done else ""
 
 
-def moe_bounds(config: Config, table: RuleTable, *, slots_per_row: int) -> MoEBounds | None:
+def moe_bounds(config: Config, table: BoundTable, *, slots_per_row: int) -> MoEBounds | None:
     """Compute the bounds of a configuration on a mesh; None for a dense model.
 
     Args:

@@ -21,8 +21,9 @@ from moe_shard.moe.capacity import slots_per_row
 from moe_shard.moe.record import MoERecord
 from moe_shard.program.step import Program
 from moe_shard.runtime.bounds import moe_bounds
-from moe_shard.sharding.annotate import Sharding
-from moe_shard.sharding.mesh import make_mesh
+from moe_shard.sharding.annotate import RuleConflicts, Sharding
+from moe_shard.sharding.mesh import mesh_from_config
+from moe_shard.sharding.rules import RuleTable
 from moe_shard.stderr import collect_lines
 from moe_shard.units import human_ranges
 
@@ -71,9 +72,11 @@ def lay_out(
     Raises:
         UserError: the configuration does not fit the devices.
     """
-    mesh = make_mesh(config.mesh, devices)
+    mesh = mesh_from_config(config.mesh, devices)
     notes = (*config.warnings, *check_against_mesh(config, dict(mesh.shape)))
-    return Sharding(mesh, config.mesh.logical_axis_rules, config.mesh.rule_conflicts), notes
+    # What is only warned of is in the report, in a line for all arrays that share a cause.
+    conflicts: RuleConflicts = "error" if config.mesh.rule_conflicts == "error" else "record"
+    return Sharding(mesh, RuleTable(config.mesh.logical_axis_rules), conflicts), notes
 
 
 def compiler_options(config: Config, platform: str) -> dict[str, bool]:

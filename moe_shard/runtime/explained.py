@@ -27,6 +27,7 @@ from moe_shard.sharding.explain.explanation import (
     explain,
     usable_rules,
 )
+from moe_shard.sharding.rules import RuleTable
 
 _FLAG = "moe_dispatch_no_expert_sharding"
 
@@ -42,7 +43,8 @@ def explain_config(config: Config) -> Explanation:
     sizes = config.mesh.resolve(config.mesh.num_simulated_devices, slices)
     notes = (*config.warnings, *check_against_mesh(config, sizes))
     # Conflicts are what is asked about here, so they never end the trace.
-    sharding = Sharding(_abstract_mesh(sizes), config.mesh.logical_axis_rules, on_conflict="warn")
+    rules = RuleTable(config.mesh.logical_axis_rules)
+    sharding = Sharding(_abstract_mesh(sizes), rules, rule_conflicts="record")
     program = _trace(config, sharding)
     return explain(
         model=config.run.model_name,
@@ -88,11 +90,11 @@ def explain_table(model: str, overrides: Sequence[str], path: Path) -> Explanati
     other = replace(
         config, model=replace(config.model, moe=replace(moe, moe_dispatch_no_expert_sharding=flag))
     )
-    known = {(conflict.dim, conflict.row, conflict.held_by) for conflict in asked.conflicts}
+    known = {(conflict.dim, conflict.rule, conflict.held_by) for conflict in asked.conflicts}
     more = [
         replace(conflict, only_if=f"{_FLAG}={str(flag).lower()}")
         for conflict in _explain_rules(other, path.name, table.rules, sizes, ()).conflicts
-        if (conflict.dim, conflict.row, conflict.held_by) not in known
+        if (conflict.dim, conflict.rule, conflict.held_by) not in known
     ]
     return replace(asked, conflicts=(*asked.conflicts, *more))
 

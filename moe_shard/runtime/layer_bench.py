@@ -31,6 +31,8 @@ from moe_shard.moe.losses import load_balance_loss
 from moe_shard.moe.placement import TOKENS
 from moe_shard.runtime.bounds import LAYER_EXCHANGES, PRODUCTS, moe_wire_bytes
 from moe_shard.sharding.annotate import Sharding
+from moe_shard.sharding.init_sharded import place
+from moe_shard.sharding.rules import RuleTable
 
 RoutingKind = Literal["balanced", "skewed"]
 _SKEW = 0.1
@@ -191,7 +193,7 @@ def _config(size: LayerSize, variant: Variant) -> MoEConfig:
 
 
 def _prepare(mesh: Mesh, size: LayerSize, variant: Variant) -> _Candidate:
-    sharding = Sharding(mesh, load_config("mixtral-tiny").mesh.logical_axis_rules)
+    sharding = Sharding(mesh, RuleTable.default(), rule_conflicts="record")
     moe = _config(size, variant)
 
     def build() -> MoELayer:
@@ -208,9 +210,7 @@ def _prepare(mesh: Mesh, size: LayerSize, variant: Variant) -> _Candidate:
     graph, state = nnx.split(nnx.eval_shape(build))
     shardings = nnx.to_pure_dict(
         nnx.map_state(
-            lambda path, param: sharding.named_sharding(
-                ".".join(path), param.get_metadata("logical_axes"), param.get_value().shape
-            ),
+            lambda path, param: place(".".join(path), param, param.get_value(), sharding),
             state,
         )
     )

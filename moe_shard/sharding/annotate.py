@@ -6,24 +6,28 @@ kept, so that a report can be written once a program has been traced.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 from jax._src import source_info_util
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from moe_shard.config.mesh_config import EXPERT_ROWS
+from moe_shard.config.mesh_config import EXPERT_RULES, MESH_AXES
 from moe_shard.errors import UserError
 from moe_shard.sharding.rules import LogicalAxes, Resolution, RuleTable
 
 # A collective's source line should be where a tensor was annotated, not the line here that asks
 # JAX for it; this is how jax keeps its own files out of tracebacks, and there is no public way.
 source_info_util.register_exclusion(__file__)
+
+RuleConflicts = Literal["warn", "record", "error"]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
@@ -60,6 +64,36 @@ def _gather_bwd(
 _gather.defvjp(_gather_fwd, _gather_bwd)
 
 
+def with_auto_axes(mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh:
+    """Return the mesh with Auto axes, which is what annotations are of.
+
+    Raises:
+        UserError: it has Manual axes.
+    """
+    kinds = (AxisType.Auto,) * len(mesh.axis_names)
+    if AxisType.Manual in mesh.axis_types:
+        raise UserError(
+            f"Sharding: the mesh has Manual axes ({mesh.axis_types})\n"
+            "fix: give it the mesh from outside of shard_map"
+        )
+    if mesh.axis_types == kinds:
+        return mesh
+    if isinstance(mesh, Mesh):
+        return Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
+    return mesh.update_axis_types(dict(zip(mesh.axis_names, kinds, strict=True)))
+
+
+def _outside_of_package() -> int:
+    """How many frames up the first one is that is neither of this package nor of a library."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _LIBRARIES:
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+_LIBRARIES = ("moe_shard", "jax", "flax")
+
+
 def _axes(entry: str | tuple[str, ...] | None) -> set[str]:
     """The mesh axes of one dim of a PartitionSpec."""
     return set() if entry is None else {entry} if isinstance(entry, str) else set(entry)
@@ -67,13 +101,13 @@ def _axes(entry: str | tuple[str, ...] | None) -> set[str]:
 
 @dataclass(frozen=True)
 class AnnotatedArray:
-    """What was said of an array when it was placed.
+    """What was declared of an array when it was placed.
 
     Attributes:
         name: what reports call it.
         logical_axes: a name per dim, or None for a dim that is never sharded.
         shape: the dims' sizes on all devices together.
-        dtype: None where it was not said.
+        dtype: None where it was not declared.
         consequence: see `Sharding.__call__`.
     """
 
@@ -91,8 +125,8 @@ class Conflict:
     Attributes:
         array: the array's name.
         dim: the logical axis of the dim.
-        cause: which row lost which mesh axes to which other dim.
-        consequence: what that means, and the cure if there is one; may be empty.
+        cause: which rule lost which mesh axes to which other dim.
+        consequence: what that means, and the fix if there is one; may be empty.
     """
 
     array: str
@@ -106,30 +140,83 @@ class Conflict:
 
 
 class Sharding:
-    """Constrains arrays by logical axis names and records every decision.
+    """A mesh and a rule table: places arrays by the logical axes of their dims.
+
+    >>> import jax, moe_shard as ms
+    >>> sharding = ms.Sharding(ms.make_mesh(data=2, expert=4), ms.RuleTable.default())
+    >>> sharding.named_sharding("x", ("activation_batch_moe", None, None), (8, 16, 32)).spec
+    P(('data', 'expert'), None, None)
+    >>> same = ms.Sharding(jax.make_mesh((2, 4), ("data", "expert")))  # the default table
+    >>> same.named_sharding("w", ("exp", "embed_moe", "mlp_moe"), (8, 32, 64)).spec
+    P('expert', None, None)
+
+    Axes of `make_mesh` that the mesh lacks count as size 1, so a table that names them serves
+    smaller meshes too. A mesh with Explicit axes is served likewise: layers then annotate the same
+    mesh with Auto axes inside `jax.sharding.auto_axes`, see `MoELayer`.
+
+    Two are equal where mesh, rules and `rule_conflicts` are; what they record while programs are
+    traced (`arrays`, `resolutions`, `conflicts`) has no part in it.
 
     Args:
         mesh: the device mesh; an abstract one will do for what is only traced.
-        rows: the rule table.
-        on_conflict: "warn" records a conflict; "error" raises it.
+        rules: the rule table; the default one if not given.
+        rule_conflicts: what becomes of a dim that the table wants sharded and that another dim of
+            its array leaves unsharded. "warn": it is recorded, and a `UserWarning` the first time.
+            "record": it is recorded, for whoever reports `conflict_lines`. "error": it is raised.
 
     Raises:
-        UserError: the table names a mesh axis that the mesh does not have.
+        UserError: the table names a mesh axis that neither the mesh nor `make_mesh` has, or an
+            argument is of another kind.
     """
 
     def __init__(
         self,
         mesh: Mesh | AbstractMesh,
-        rows: Sequence[tuple[str, Sequence[str]]],
-        on_conflict: str = "warn",
+        rules: RuleTable | None = None,
+        rule_conflicts: RuleConflicts = "warn",
     ) -> None:
-        self.mesh = mesh
-        self.table = RuleTable(rows, dict(mesh.shape))
-        self.on_conflict = on_conflict
+        self.rules = RuleTable.default() if rules is None else rules
+        if not isinstance(self.rules, RuleTable):
+            raise UserError(
+                f"Sharding: rules is a {type(rules).__name__}\nfix: RuleTable(rules), or "
+                "RuleTable.from_yaml(path) of a file"
+            )
+        if rule_conflicts not in get_args(RuleConflicts):
+            raise UserError(
+                f"Sharding: rule_conflicts={rule_conflicts!r}\n"
+                f"fix: one of {', '.join(get_args(RuleConflicts))}"
+            )
+        if not isinstance(mesh, Mesh | AbstractMesh) or not mesh.axis_names:
+            raise UserError(f"Sharding: {mesh!r} is not a mesh\nfix: make_mesh(data=2, expert=4)")
+        self.given_mesh = mesh
+        self.mesh = with_auto_axes(mesh)
+        self.rule_conflicts = rule_conflicts
+        missing = {axis: 1 for axis in MESH_AXES if axis not in mesh.shape}
+        self.table = self.rules.on({**mesh.shape, **missing})
         self.arrays: dict[str, AnnotatedArray] = {}
         self.resolutions: dict[str, Resolution] = {}
         self.conflicts: dict[tuple[str, str], Conflict] = {}
         self.decisions: dict[str, Any] = {}
+        self._key = (mesh, self.rules, rule_conflicts)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sharding) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items() if size > 1)
+        return f"Sharding({sizes or 'one device'}; {self.rules}; {self.rule_conflicts})"
+
+    @property
+    def is_explicit(self) -> bool:
+        """Whether the mesh has Explicit axes: array types then carry shardings."""
+        return self.given_mesh != self.mesh
+
+    def outside(self, placed: NamedSharding) -> NamedSharding:
+        """The same placement on the mesh as it was given, for arrays that layers take and give."""
+        return NamedSharding(self.given_mesh, placed.spec)
 
     @property
     def platform(self) -> str:
@@ -151,10 +238,10 @@ class Sharding:
             logical_axes: a name per dim, or None for a dim that is never sharded.
             name: what reports call the array.
             consequence: what it means if the first dim cannot be sharded, and, after a semicolon,
-                the cure.
+                the fix.
 
         Raises:
-            UserError: see `RuleTable.resolve`; or a conflict where `on_conflict` is "error".
+            UserError: see `RuleTable.resolve`; or a conflict where `rule_conflicts` is "error".
         """
         sharding = self.named_sharding(
             name, logical_axes, x.shape, dtype=x.dtype, consequence=consequence
@@ -188,7 +275,7 @@ class Sharding:
         # partitioner would gather all experts' gradients over expert, and with a data axis leave
         # half of the sum out (openxla/xla#40034). From where they are used it has but to slice.
         extended = any(
-            axis in EXPERT_ROWS and set() < _axes(by_use) < _axes(by_store)
+            axis in EXPERT_RULES and set() < _axes(by_use) < _axes(by_store)
             for axis, by_store, by_use in zip(used, where.spec, use.spec, strict=False)
         )
         return _gather(w, where, use, extended)
@@ -212,9 +299,12 @@ class Sharding:
             cause = str(decision.lost[0])
             means = consequence if decision.logical_axis == logical_axes[0] else ""
             conflict = Conflict(name, decision.logical_axis or "", cause, means)
-            if self.on_conflict == "error":
+            if self.rule_conflicts == "error":
                 raise UserError(f"rule_conflicts=error: {conflict}")
+            known = {replace(each, array="") for each in self.conflicts.values()}
             self.conflicts[name, conflict.dim] = conflict
+            if self.rule_conflicts == "warn" and replace(conflict, array="") not in known:
+                warnings.warn(str(conflict), UserWarning, stacklevel=_outside_of_package())
         return NamedSharding(self.mesh, resolution.spec)
 
     def conflict_lines(self) -> list[str]:

@@ -1,30 +1,33 @@
 """The rule table: logical axis names to mesh axes, with every decision on record.
 
-A table is a list of rows `[logical axis, mesh axes]`. Resolving an array walks the rows from the
-first to the last, as Flax's resolver does: a row applies to the dim that bears its logical axis if
-that dim has no placement yet and none of the row's mesh axes is already taken by another dim of
-the same array. A later row of the same logical axis is therefore an alternative for when an
-earlier one collides. Unlike Flax's resolver nothing is dropped in silence: each row that lost is
+A table is a list of rules `(logical axis, mesh axes)`. Resolving an array walks the rules from the
+first to the last, as Flax's resolver does: a rule applies to the dim that bears its logical axis if
+that dim has no placement yet and none of the rule's mesh axes is already taken by another dim of
+the same array. A later rule of the same logical axis is therefore an alternative for when an
+earlier one collides. Unlike Flax's resolver nothing is dropped in silence: each rule that lost is
 recorded with the dim that beat it.
 
-A row whose mesh axes do not divide the dim is passed over for a later row of its logical axis, as
-one that collides is, and recorded likewise; where no later row serves it is an error. So `[exp,
+A rule whose mesh axes do not divide the dim is passed over for a later rule of its logical axis, as
+one that collides is, and recorded likewise; where no later rule serves it is an error. So `[exp,
 [expert, fsdp]]` above `[exp, [expert]]` says: over both where both divide the experts. Where every
-row divides, placements are Flax's, which knows no sizes.
+rule divides, placements are Flax's, which knows no sizes.
 
 Mesh axes of size 1 shard nothing and are ignored, so a collision over one is no collision, and a
-program does not depend on rows that cannot matter.
+program does not depend on rules that cannot matter.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from jax.sharding import PartitionSpec
 
-from moe_shard.config.mesh_config import expert_row
+from moe_shard.config.default_rules import DEFAULT_RULES
+from moe_shard.config.mesh_config import Rule, expert_rule
 from moe_shard.errors import UserError
 
 LogicalAxes = Sequence[str | None]
@@ -32,29 +35,29 @@ LogicalAxes = Sequence[str | None]
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row of a rule table: its position, counted from 1, and its content."""
+class NumberedRule:
+    """One rule and its position in the table, counted from 1."""
 
     number: int
     logical_axis: str
     mesh_axes: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"row {self.number} ['{self.logical_axis}', [{', '.join(self.mesh_axes)}]]"
+        return f"rule {self.number} ['{self.logical_axis}', [{', '.join(self.mesh_axes)}]]"
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A row that could not be used for a dim.
+    """A rule that could not be used for a dim.
 
     Attributes:
-        row: the row.
+        rule: the rule.
         mesh_axes: those of its mesh axes that are larger than 1.
         held_by: the dim that already had one of them; empty where they do not divide the dim.
         size: the dim's size.
     """
 
-    row: Row
+    rule: NumberedRule
     mesh_axes: tuple[str, ...]
     held_by: str
     size: int
@@ -66,8 +69,8 @@ class Loss:
 
     def __str__(self) -> str:
         if self.held_by:
-            return f"{self.row} lost {', '.join(self.mesh_axes)} to '{self.held_by}'"
-        return f"{self.row} does not divide {self.size}"
+            return f"{self.rule} lost {', '.join(self.mesh_axes)} to '{self.held_by}'"
+        return f"{self.rule} does not divide {self.size}"
 
 
 @dataclass(frozen=True)
@@ -78,19 +81,19 @@ class Decision:
         logical_axis: the dim's name, or None for a dim that is never sharded.
         size: the dim's size.
         mesh_axes: the mesh axes (all larger than 1) it is sharded over; empty if unsharded.
-        won: the row that placed it, or None where no row could.
-        lost: the rows that were tried before, each with what kept it from serving.
+        won: the rule that placed it, or None where no rule could.
+        lost: the rules that were tried before, each with what kept it from serving.
     """
 
     logical_axis: str | None
     size: int
     mesh_axes: tuple[str, ...]
-    won: Row | None
+    won: NumberedRule | None
     lost: tuple[Loss, ...]
 
     @property
     def is_conflict(self) -> bool:
-        """True where rows wanted to shard this dim and every one of them lost to other dims."""
+        """True where rules wanted to shard this dim and every one of them lost to other dims."""
         return self.won is None and bool(self.lost) and all(loss.held_by for loss in self.lost)
 
 
@@ -114,51 +117,150 @@ class Resolution:
 
 
 class RuleTable:
+    """The rules by which logical axes become mesh axes. It knows no mesh; a `Sharding` has one.
+
+    >>> import moe_shard as ms
+    >>> table = ms.RuleTable.default()
+    >>> table.rules[0]
+    ('activation_batch', ('data', 'fsdp', 'fsdp_transpose', 'expert'))
+    >>> mine = ms.RuleTable([*table.rules, ("pixels", ("data", "fsdp")), ("channels", ())])
+    >>> len(mine.rules) - len(table.rules)
+    2
+
+    Args:
+        rules: pairs of a logical axis and the mesh axes that its dim is sharded over (one name,
+            several, or none), in order of precedence. Later rules of one logical axis are
+            alternatives for where an earlier one collides or does not divide.
+
+    Raises:
+        UserError: a rule of another form, or one that names a mesh axis twice.
+    """
+
+    def __init__(self, rules: Iterable[tuple[str, str | Sequence[str] | None]]) -> None:
+        self.rules: tuple[Rule, ...] = tuple(_checked(rule) for rule in rules)
+        self._hash = hash(self.rules)
+
+    @classmethod
+    def default(cls) -> RuleTable:
+        """Return the table of `configs/base.yml`, which names the axes of `make_mesh`.
+
+        >>> import moe_shard as ms
+        >>> ("activation_exp", ("expert",)) in ms.RuleTable.default().rules
+        True
+        """
+        return cls(DEFAULT_RULES)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> RuleTable:
+        """Read `logical_axis_rules` of a YAML file, in the format of MaxText's rule files.
+
+        >>> import moe_shard as ms, pathlib, tempfile
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "rules.yml"
+        >>> _ = file.write_text("logical_axis_rules: [[exp, [expert]], [embed, null]]")
+        >>> ms.RuleTable.from_yaml(file).rules
+        (('exp', ('expert',)), ('embed', ()))
+
+        A table that was written for MaxText is completed as MaxText would read it: logical axes
+        without a rule are not sharded, and mesh axes that only MaxText has count as size 1. What
+        was changed is in a warning (`UserWarning`).
+
+        Raises:
+            UserError: the file cannot be read, or has no rules of this form.
+        """
+        # Only where it is needed: MaxText's keys come with the reader of whole configurations.
+        from moe_shard.config.load import maxtext_keys
+        from moe_shard.config.tables import read_table
+
+        rules, notes = read_table(Path(path), maxtext_keys(), DEFAULT_RULES)
+        for note in notes:
+            warnings.warn(note, UserWarning, stacklevel=2)
+        return cls(rules)
+
+    def on(self, axis_sizes: Mapping[str, int]) -> BoundTable:
+        """Bind the table to the axes of a mesh.
+
+        Args:
+            axis_sizes: mesh axis to size.
+
+        Raises:
+            UserError: a rule names a mesh axis that is not there.
+        """
+        return BoundTable(self, axis_sizes)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RuleTable) and self.rules == other.rules
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __repr__(self) -> str:
+        return f"RuleTable({len(self.rules)} rules)"
+
+
+def _checked(rule: tuple[str, str | Sequence[str] | None]) -> Rule:
+    """Return a rule with its mesh axes as a tuple.
+
+    Raises:
+        UserError: it has another form.
+    """
+    pair = tuple(rule) if isinstance(rule, Sequence) and not isinstance(rule, str) else ()
+    name, axes = pair if len(pair) == 2 else (None, None)
+    axes = () if axes is None else (axes,) if isinstance(axes, str) else axes
+    parts = [name, *axes] if isinstance(axes, Sequence) else [None]
+    if not all(isinstance(part, str) and part for part in parts):
+        raise UserError(
+            f"RuleTable: {rule!r} is not (logical axis, mesh axes)\n"
+            "fix: for example ('exp', ('expert',))"
+        )
+    if len(set(axes)) < len(axes):
+        raise UserError(f"RuleTable: {rule!r} names a mesh axis twice\nfix: name it once")
+    return str(name), tuple(axes)
+
+
+class BoundTable:
     """A rule table over the axes of one mesh.
 
     Args:
-        rows: pairs of a logical axis and the mesh axes that its dim is sharded over, in order of
-            precedence.
-        axis_sizes: the mesh, as ordered axis sizes.
+        table: the rules.
+        axis_sizes: mesh axis to size.
 
     Raises:
-        UserError: a row names a mesh axis that the mesh does not have.
+        UserError: a rule names a mesh axis that the mesh does not have.
     """
 
-    def __init__(
-        self, rows: Sequence[tuple[str, Sequence[str]]], axis_sizes: Mapping[str, int]
-    ) -> None:
+    def __init__(self, table: RuleTable, axis_sizes: Mapping[str, int]) -> None:
         self.axis_sizes = dict(axis_sizes)
-        self.rows = tuple(
-            Row(number, logical, tuple(axes)) for number, (logical, axes) in enumerate(rows, 1)
+        self.rules = tuple(
+            NumberedRule(number, logical, axes)
+            for number, (logical, axes) in enumerate(table.rules, 1)
         )
-        for row in self.rows:
-            for axis in row.mesh_axes:
+        for rule in self.rules:
+            for axis in rule.mesh_axes:
                 if axis not in self.axis_sizes:
                     raise UserError(
-                        f"logical_axis_rules: {row} names the mesh axis '{axis}'\n"
+                        f"logical_axis_rules: {rule} names the mesh axis '{axis}'\n"
                         f"the mesh has {', '.join(self.axis_sizes)}\n"
-                        "remove the axis from the row, or add it to mesh_axes"
+                        "fix: remove the axis from the rule, or give the mesh such an axis"
                     )
-        self._names = {row.logical_axis for row in self.rows}
+        self._names = {rule.logical_axis for rule in self.rules}
 
     def sharding_axes(self, logical_axis: str) -> tuple[str, ...]:
-        """Mesh axes larger than 1 in the first row of a logical axis; empty if it has none."""
-        for row in self.rows:
-            if row.logical_axis == logical_axis:
-                return self._sharding_axes(row)
+        """Mesh axes larger than 1 in the first rule of a logical axis; empty if it has none."""
+        for rule in self.rules:
+            if rule.logical_axis == logical_axis:
+                return self._sharding_axes(rule)
         return ()
 
     @property
     def expert_axes(self) -> tuple[str, ...]:
         """The mesh axes larger than 1 that split the experts while they compute."""
-        return self.sharding_axes(expert_row(self._names))
+        return self.sharding_axes(expert_rule(self._names))
 
     @property
     def named_expert_axes(self) -> tuple[str, ...]:
         """The mesh axes that are for experts, whatever their sizes."""
-        wanted = expert_row(self._names)
-        return next((row.mesh_axes for row in self.rows if row.logical_axis == wanted), ())
+        wanted = expert_rule(self._names)
+        return next((rule.mesh_axes for rule in self.rules if rule.logical_axis == wanted), ())
 
     def resolve(
         self,
@@ -174,46 +276,46 @@ class RuleTable:
             name: what messages call the array.
             logical_axes: one name, or None, per dim.
             shape: the dims' sizes.
-            must_divide: False where the mesh's sizes are only assumed: no row is then passed over
+            must_divide: False where the mesh's sizes are only assumed: no rule is then passed over
                 for them, and none is an error.
 
         Raises:
-            UserError: a logical axis without a row, the same logical axis on two dims, or a dim
-                that the mesh axes of no row divide.
+            UserError: a logical axis without a rule, the same logical axis on two dims, or a dim
+                that the mesh axes of no rule divide.
         """
         assert len(logical_axes) == len(shape), (name, logical_axes, shape)
         self._check_names(name, logical_axes)
         size_of = {axis: size for axis, size in zip(logical_axes, shape, strict=True) if axis}
         holder: dict[str, str] = {}
-        won: dict[str, Row] = {}
+        won: dict[str, NumberedRule] = {}
         lost: dict[str, list[Loss]] = {axis: [] for axis in logical_axes if axis}
-        for row in self.rows:
-            if row.logical_axis not in lost or row.logical_axis in won:
+        for rule in self.rules:
+            if rule.logical_axis not in lost or rule.logical_axis in won:
                 continue
-            wanted = self._sharding_axes(row)
+            wanted = self._sharding_axes(rule)
             taken = next((axis for axis in wanted if axis in holder), None)
-            size = size_of[row.logical_axis]
+            size = size_of[rule.logical_axis]
             if taken is not None:
-                lost[row.logical_axis].append(Loss(row, wanted, holder[taken], size))
+                lost[rule.logical_axis].append(Loss(rule, wanted, holder[taken], size))
             elif must_divide and size % self._parts(wanted):
-                lost[row.logical_axis].append(Loss(row, wanted, "", size))
+                lost[rule.logical_axis].append(Loss(rule, wanted, "", size))
             else:
-                won[row.logical_axis] = row
-                holder.update(dict.fromkeys(wanted, row.logical_axis))
+                won[rule.logical_axis] = rule
+                holder.update(dict.fromkeys(wanted, rule.logical_axis))
         decisions = []
         for axis, size in zip(logical_axes, shape, strict=True):
             if axis is None:
                 decisions.append(Decision(None, size, (), None, ()))
                 continue
-            row_won = won.get(axis)
-            mesh_axes = self._sharding_axes(row_won) if row_won else ()
-            if row_won is None and not all(loss.held_by for loss in lost[axis]):
+            rule_won = won.get(axis)
+            mesh_axes = self._sharding_axes(rule_won) if rule_won else ()
+            if rule_won is None and not all(loss.held_by for loss in lost[axis]):
                 raise self._indivisible(name, axis, size, lost[axis])
-            decisions.append(Decision(axis, size, mesh_axes, row_won, tuple(lost[axis])))
+            decisions.append(Decision(axis, size, mesh_axes, rule_won, tuple(lost[axis])))
         return Resolution(name, tuple(decisions))
 
-    def _sharding_axes(self, row: Row) -> tuple[str, ...]:
-        return tuple(axis for axis in row.mesh_axes if self.axis_sizes[axis] > 1)
+    def _sharding_axes(self, rule: NumberedRule) -> tuple[str, ...]:
+        return tuple(axis for axis in rule.mesh_axes if self.axis_sizes[axis] > 1)
 
     def _parts(self, mesh_axes: Sequence[str]) -> int:
         return math.prod(self.axis_sizes[axis] for axis in mesh_axes)
@@ -223,7 +325,7 @@ class RuleTable:
         for axis in named:
             if axis not in self._names:
                 raise UserError(
-                    f"logical_axis_rules: no row for the logical axis '{axis}' of {name}\n"
+                    f"logical_axis_rules: no rule for the logical axis '{axis}' of {name}\n"
                     f"add ['{axis}', []] to leave that dim unsharded, or name mesh axes for it"
                 )
             if named.count(axis) > 1:
@@ -240,12 +342,12 @@ class RuleTable:
         if len(lost) == 1:
             return UserError(
                 f"{name}: its dim '{axis}' of size {size} is not divisible by {product(lost[0])}\n"
-                f"placed by {lost[0].row} of logical_axis_rules\n"
+                f"placed by {lost[0].rule} of logical_axis_rules\n"
                 f"change the size or the parallelism of these axes, or use ['{axis}', []]"
             )
-        rows = [str(loss) if loss.held_by else f"{loss.row} by {product(loss)}" for loss in lost]
+        rules = [str(loss) if loss.held_by else f"{loss.rule} by {product(loss)}" for loss in lost]
         return UserError(
-            f"{name}: its dim '{axis}' of size {size} is not divisible as any row asks\n"
-            f"logical_axis_rules: {'; '.join(rows)}\n"
-            f"change the size or the parallelism of these axes, or add ['{axis}', []] as last row"
+            f"{name}: its dim '{axis}' of size {size} is not divisible as any rule asks\n"
+            f"logical_axis_rules: {'; '.join(rules)}\n"
+            f"change the size or the parallelism of these axes, or add ['{axis}', []] as last rule"
         )

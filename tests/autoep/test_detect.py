@@ -14,7 +14,8 @@ from moe_shard.autoep.detect import Detected, detect
 from moe_shard.checkpoints.resolve import load_model
 from moe_shard.models.params import describe
 from moe_shard.sharding.annotate import Sharding
-from moe_shard.sharding.mesh import make_mesh
+from moe_shard.sharding.mesh import mesh_from_config
+from moe_shard.sharding.rules import RuleTable
 from tests.autoep import oracle
 from tests.autoep.directory import small_models, write_model
 
@@ -90,8 +91,10 @@ def test_the_parameters_are_those_of_the_decoder(name: str, tmp_path: Path) -> N
         path = f"{stack}.{key}" if stack else key
         layers = shapes.get(path, [0])[0]
         shapes[path] = (max(layers, index + 1), *array.shape) if stack else array.shape
-    mesh = make_mesh(config.mesh, jax.devices()[:1])
-    specs = describe(config.model, Sharding(mesh, config.mesh.logical_axis_rules)).specs
+    mesh = mesh_from_config(config.mesh, jax.devices()[:1])
+    specs = describe(
+        config.model, Sharding(mesh, RuleTable(config.mesh.logical_axis_rules), "record")
+    ).specs
     leaves = jax.tree.leaves(specs)
     assert shapes == {spec.name: spec.shape for spec in leaves}
     assert {str(np.dtype(spec.dtype)) for spec in leaves} <= {"bfloat16", "float32"}

@@ -24,7 +24,8 @@ from moe_shard.checkpoints.resolve import load_model
 from moe_shard.errors import UserError
 from moe_shard.models.params import Params, describe
 from moe_shard.sharding.annotate import Sharding
-from moe_shard.sharding.mesh import make_mesh
+from moe_shard.sharding.mesh import mesh_from_config
+from moe_shard.sharding.rules import RuleTable
 from tests.autoep.checkpoints import BF16, Tensors, read_file, write_file
 from tests.autoep.directory import write_model
 from tests.autoep.published import CONFIGS, tensors
@@ -99,7 +100,9 @@ def test_the_exponent_that_stands_for_no_number(tmp_path: Path) -> None:
 
 def specs_of(directory: Path, *overrides: str) -> tuple[Any, Params]:
     config = load_model(str(directory), ["num_simulated_devices=8", *overrides])
-    sharding = Sharding(make_mesh(config.mesh), config.mesh.logical_axis_rules)
+    sharding = Sharding(
+        mesh_from_config(config.mesh), RuleTable(config.mesh.logical_axis_rules), "record"
+    )
     return config, describe(config.model, sharding).specs
 
 

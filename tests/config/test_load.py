@@ -228,7 +228,7 @@ def test_flag_that_changes_nothing_is_said(tmp_path: Path) -> None:
 
     assert notes("ici_expert_parallelism=8") == ()
     assert notes() == (
-        f"{flag} has no effect: the axes in the row of activation_exp (expert) have size 1",
+        f"{flag} has no effect: the axes in the rule of activation_exp (expert) have size 1",
     )
     dense = notes("num_experts=1", "num_experts_per_tok=1")
     assert dense == (f"{flag} has no effect: num_experts=1, a dense model",)

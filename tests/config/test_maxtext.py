@@ -646,14 +646,14 @@ def test_base_yml_and_a_models_name(folder: Path) -> None:
     says(notes, "over what models/mixtral-small.yml says", "override_model_config=true", "vocab")
     command[1].append("override_model_config=true")
     assert "over what" not in "\n".join(load_config(*command).warnings)
-    # The table is its own, whole; what has no row there is not sharded.
+    # The table is its own, whole; what has no rule there is not sharded.
     assert config.mesh.axes_of("embed") == ("fsdp",)
     assert config.mesh.axes_of("activation_exp") == ("expert",)
     assert config.mesh.axes_of("mlp") == config.mesh.axes_of("layers") == ()
     assert config.mesh.axes_of("activation_batch_no_exp") == ("data", "fsdp")
     names = [name for name, _ in config.mesh.logical_axis_rules]
     assert names.index("activation_batch_no_exp") == names.index("activation_batch_moe") + 1
-    says(notes, "no row, so not sharded, as in MaxText", "stage")
+    says(notes, "no rule, so not sharded, as in MaxText", "stage")
 
 
 def test_base_yml_alone_is_llama_2(folder: Path) -> None:

@@ -14,7 +14,8 @@ from flax import nnx
 from moe_shard.config import Config
 from moe_shard.layers.attention import make_attention
 from moe_shard.sharding.annotate import Sharding
-from moe_shard.sharding.mesh import make_mesh
+from moe_shard.sharding.mesh import mesh_from_config
+from moe_shard.sharding.rules import RuleTable
 from tests.models.build import QUICK, small_config
 
 Sizes = Mapping[str, int]
@@ -47,7 +48,9 @@ def layer_config(sizes: Sizes, *overrides: str) -> Config:
 def layer_annotator(config: Config, sizes: Sizes) -> Sharding:
     """A mesh of as many devices as the sizes multiply to."""
     devices = jax.devices()[: math.prod(sizes.values())]
-    return Sharding(make_mesh(config.mesh, devices), config.mesh.logical_axis_rules)
+    return Sharding(
+        mesh_from_config(config.mesh, devices), RuleTable(config.mesh.logical_axis_rules), "record"
+    )
 
 
 class Layer(NamedTuple):
@@ -63,7 +66,7 @@ def describe(make: Callable[[nnx.Rngs], nnx.Module], sharding: Sharding) -> Laye
     graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(params=0))))
 
     def place(path: tuple[Any, ...], param: Any) -> Any:
-        name, axes = ".".join(map(str, path)), param.get_metadata("logical_axes")
+        name, axes = ".".join(map(str, path)), param.get_metadata("out_sharding")
         return sharding.named_sharding(name, axes, param.get_value().shape)
 
     shapes = nnx.to_pure_dict(nnx.map_state(lambda _, param: param.get_value(), state))

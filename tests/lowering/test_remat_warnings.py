@@ -18,6 +18,7 @@ from moe_shard.lowering.hlo import parse_module
 from moe_shard.lowering.remat_warnings import parse, summarize
 from moe_shard.runtime.compile import compile_step, report_step
 from moe_shard.sharding.annotate import Sharding
+from moe_shard.sharding.rules import RuleTable
 
 PREFIX = "W1123 19:49:21.971898   28609 spmd_partitioner.cc:656] [SPMD] "
 MARK = "Involuntary full rematerialization."
@@ -151,7 +152,7 @@ def test_the_report_of_a_step_says_it_in_one_line(capfd: pytest.CaptureFixture[s
     step = jax.jit(conflicting_step(mesh))
     program: Any = SimpleNamespace(step=step, abstract_state=x, abstract_batch=x)
     compiled = compile_step(program)
-    report = report_step(compiled, Sharding(mesh, [("exp", ("expert",))]), "cpu")
+    report = report_step(compiled, Sharding(mesh, RuleTable([("exp", ("expert",))])), "cpu")
     (line,) = (line for line in report.warnings if "rematerialization" in line)
     assert line.startswith(
         "involuntary full rematerialization: 1 in embedding (f32[8,16,4], 2.0 kB) at "

@@ -14,7 +14,8 @@ from moe_shard.config.mesh_config import MESH_AXES
 from moe_shard.models.params import Params, describe
 from moe_shard.moe.layer import MoEStats
 from moe_shard.sharding.annotate import Sharding
-from moe_shard.sharding.mesh import make_mesh
+from moe_shard.sharding.mesh import mesh_from_config
+from moe_shard.sharding.rules import RuleTable
 from tests.models.oracle import Architecture
 from tests.moe.oracle import Settings
 from tests.quick import QUICK as QUICK
@@ -52,7 +53,9 @@ def small_config(sizes: Mapping[str, int], *overrides: str) -> Config:
 
 def annotator(config: Config) -> Sharding:
     """The mesh that the configuration asks for, with its rules."""
-    return Sharding(make_mesh(config.mesh), config.mesh.logical_axis_rules)
+    return Sharding(
+        mesh_from_config(config.mesh), RuleTable(config.mesh.logical_axis_rules), "record"
+    )
 
 
 def architecture(config: Config) -> Architecture:

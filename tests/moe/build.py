@@ -18,6 +18,7 @@ from moe_shard.config.moe_config import MoEConfig, RouterConfig
 from moe_shard.moe.layer import MoELayer, MoEStats
 from moe_shard.moe.losses import load_balance_loss
 from moe_shard.sharding.annotate import Sharding
+from moe_shard.sharding.rules import RuleTable
 from tests.moe.inputs import Inputs
 from tests.moe.oracle import Settings
 
@@ -231,7 +232,7 @@ def build_layer(
     Args:
         biases: of the experts.
     """
-    sharding = Sharding(mesh, rules)
+    sharding = Sharding(mesh, RuleTable(rules), "record")
     config = moe_config(
         settings, experts=experts, hidden=hidden, dispatch=dispatch, flag=flag, **route
     )
@@ -260,13 +261,13 @@ def build_layer(
                 whole = state["experts"].pop(f"gate_up{end}").get_raw_value()
                 one = jax.ShapeDtypeStruct((*whole.shape[:-2], hidden), jnp.float32)
                 for leaf in (f"gate{end}", f"up{end}"):
-                    state["experts"][leaf] = nnx.Param(one, logical_axes=axes)
+                    state["experts"][leaf] = nnx.Param(one, out_sharding=axes, eager_sharding=False)
     shapes = {}
     named = {path: name for name, path in PATHS.items()}
     for path, variable in nnx.to_flat_state(state):
         name = named[tuple(map(str, path))]
         shape = variable.get_raw_value()
-        placed = sharding.named_sharding(name, variable.get_metadata()["logical_axes"], shape.shape)
+        placed = sharding.named_sharding(name, variable.get_metadata()["out_sharding"], shape.shape)
         shapes[name] = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=placed)
     token_shape = (rows, tokens, model)
     assert math.prod(mesh.shape.values()) == len(jax.devices())

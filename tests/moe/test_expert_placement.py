@@ -33,7 +33,7 @@ M, H = 48, 96
 
 
 def resolve(rows: Rows, sizes: Sizes, axes: Sequence[str | None], experts: int) -> Resolution:
-    table = RuleTable(rows, {axis: sizes.get(axis, 1) for axis in AXES})
+    table = RuleTable(rows).on({axis: sizes.get(axis, 1) for axis in AXES})
     size_of = {"exp": experts, "activation_exp": experts, "embed_moe": M, None: M}
     return table.resolve("w", axes, [size_of.get(axis, H) for axis in axes])
 
@@ -111,7 +111,7 @@ def test_other_tables(
     found = resolve(rows, sizes, EXPERT_WEIGHT_IN, experts)
     assert placed(found) == stored
     assert not found.conflicts
-    table = RuleTable(rows, {axis: sizes.get(axis, 1) for axis in AXES})
+    table = RuleTable(rows).on({axis: sizes.get(axis, 1) for axis in AXES})
     assert table.expert_axes == at_work
 
 

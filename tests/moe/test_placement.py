@@ -1,4 +1,4 @@
-"""What the layer tells of its placement: the flag's conflict, its consequence and its cure."""
+"""What the layer tells of its placement: the flag's conflict, its consequence and its fix."""
 
 from __future__ import annotations
 

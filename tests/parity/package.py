@@ -21,7 +21,8 @@ from moe_shard.moe.losses import load_balance_loss
 from moe_shard.program import step
 from moe_shard.program.optimizer import make_optimizer
 from moe_shard.sharding.annotate import Sharding
-from moe_shard.sharding.mesh import make_mesh
+from moe_shard.sharding.mesh import mesh_from_config
+from moe_shard.sharding.rules import RuleTable
 from tests.autoep.blocks import blocks_of
 from tests.models.build import QUICK
 from tests.parity import weights
@@ -71,7 +72,9 @@ def open_model(directory: Path, experts: int, *overrides: str) -> Opened:
     """
     mesh = f"ici_expert_parallelism={experts}"
     config = load_model(str(directory), [*OVERRIDES, mesh, *overrides])
-    sharding = Sharding(make_mesh(config.mesh), config.mesh.logical_axis_rules)
+    sharding = Sharding(
+        mesh_from_config(config.mesh), RuleTable(config.mesh.logical_axis_rules), "record"
+    )
     model = describe(config.model, sharding)
     return Opened(config, sharding, model, load_params(str(directory), model.specs))
 

@@ -11,7 +11,7 @@ from moe_shard.sharding.rules import RuleTable
 
 def bounds(*overrides: str, devices: int = 8) -> MoEBounds:
     config = load_config("mixtral-tiny", overrides)
-    table = RuleTable(config.mesh.logical_axis_rules, config.mesh.resolve(devices))
+    table = RuleTable(config.mesh.logical_axis_rules).on(config.mesh.resolve(devices))
     assert config.model.moe is not None
     slots = slots_per_row(config.model.moe, tokens=config.train.max_target_length)
     found = moe_bounds(config, table, slots_per_row=slots)
@@ -73,7 +73,7 @@ def test_only_layers_with_experts_count_and_not_the_shared_ones() -> None:
 
 def test_a_dense_model_has_no_bounds() -> None:
     config = load_config("mixtral-tiny", ["num_experts=1", "num_experts_per_tok=1"])
-    table = RuleTable(config.mesh.logical_axis_rules, config.mesh.resolve(8))
+    table = RuleTable(config.mesh.logical_axis_rules).on(config.mesh.resolve(8))
     assert moe_bounds(config, table, slots_per_row=1) is None
 
 

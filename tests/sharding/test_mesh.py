@@ -15,7 +15,7 @@ from jax.sharding import AxisType
 
 from moe_shard.config.mesh_config import MESH_AXES, MeshConfig
 from moe_shard.errors import UserError
-from moe_shard.sharding.mesh import count_slices, make_mesh
+from moe_shard.sharding.mesh import count_slices, mesh_from_config
 
 ONES = dict.fromkeys(MESH_AXES, 1)
 EVERY_FACTORISATION = [
@@ -43,7 +43,7 @@ def ids(devices: np.ndarray) -> list[int]:
 @pytest.mark.parametrize("shape", EVERY_FACTORISATION, ids=str)
 def test_every_factorisation_builds(shape: tuple[int, ...]) -> None:
     sizes = dict(zip(MESH_AXES, shape, strict=True))
-    mesh = make_mesh(config(sizes))
+    mesh = mesh_from_config(config(sizes))
     assert dict(mesh.shape) == sizes
     assert mesh.axis_types == (AxisType.Auto,) * len(MESH_AXES)
     assert sorted(ids(mesh.devices)) == list(range(8))
@@ -54,22 +54,22 @@ def test_there_are_as_many_as_ways_to_place_three_twos() -> None:
 
 
 def test_minus_one_takes_the_devices_that_are_left() -> None:
-    assert make_mesh(config({"fsdp": -1, "expert": 2})).shape["fsdp"] == 4
+    assert mesh_from_config(config({"fsdp": -1, "expert": 2})).shape["fsdp"] == 4
 
 
 def test_devices_can_be_chosen_and_keep_their_order() -> None:
     chosen = list(reversed(jax.devices()))[:4]
-    mesh = make_mesh(config({"fsdp": 2, "expert": 2}), chosen)
+    mesh = mesh_from_config(config({"fsdp": 2, "expert": 2}), chosen)
     assert ids(mesh.devices) == [7, 6, 5, 4]
 
 
 def test_slices_lie_outside_the_devices_of_a_slice() -> None:
     # Two slices of four consecutive devices. On `data` (dcn 2, ici 2) the slice turns slowest.
-    mesh = make_mesh(config({"data": 2, "expert": 2}, {"data": 2}))
+    mesh = mesh_from_config(config({"data": 2, "expert": 2}, {"data": 2}))
     assert mesh.shape["data"] == 4
     assert mesh.devices.reshape(4, 2)[:, 0].tolist() == [jax.devices()[i] for i in (0, 2, 4, 6)]
     # Slices over another axis than those inside: data inside, fsdp across.
-    mesh = make_mesh(config({"data": 2, "expert": 2}, {"fsdp": 2}))
+    mesh = mesh_from_config(config({"data": 2, "expert": 2}, {"fsdp": 2}))
     assert ids(mesh.devices) == [0, 1, 4, 5, 2, 3, 6, 7]  # data, fsdp (slice), expert
 
 
@@ -102,14 +102,14 @@ def test_simulated_slices_are_laid_out_as_jax_lays_out_real_ones(
     devices = [SlicedDevice(i, i // per_slice) for i in range(8)]
     assert count_slices(devices) == 8 // per_slice
     expected = mesh_utils.create_hybrid_device_mesh(within, across, devices)
-    mesh = make_mesh(config(ici, dcn))
+    mesh = mesh_from_config(config(ici, dcn))
     assert mesh.devices.shape == expected.shape
     assert ids(mesh.devices) == ids(expected)
 
 
 def test_sizes_that_do_not_fit_the_devices_are_refused() -> None:
     with pytest.raises(UserError) as raised:
-        make_mesh(config({"expert": 3}))
+        mesh_from_config(config({"expert": 3}))
     message = str(raised.value)
     assert "ici_expert_parallelism" in message
     assert "8" in message

@@ -22,7 +22,7 @@ from moe_shard.sharding.rules import RuleTable
 
 LOGICAL = ("batch", "exp", "embed", "mlp", "length")
 ALL_LARGE = {"data": 2, "fsdp": 3, "tensor": 4, "expert": 5}
-Rows = list[tuple[str, tuple[str, ...]]]
+Rules = list[tuple[str, tuple[str, ...]]]
 
 
 def canonical(spec: PartitionSpec | None) -> list[tuple[str, ...]]:
@@ -30,11 +30,11 @@ def canonical(spec: PartitionSpec | None) -> list[tuple[str, ...]]:
     return [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec or ()]
 
 
-def rows_of(axes: Sequence[str]) -> st.SearchStrategy[Rows]:
+def rows_of(axes: Sequence[str]) -> st.SearchStrategy[Rules]:
     mesh_axes = st.lists(st.sampled_from(axes), unique=True, max_size=3).map(tuple)
     random_rows = st.lists(st.tuples(st.sampled_from(LOGICAL), mesh_axes), max_size=8)
-    # Every logical axis has a row, as the resolver demands; it stands last, so it decides little.
-    return random_rows.map(lambda rows: rows + [(name, ()) for name in LOGICAL])
+    # Every logical axis has a rule, as the resolver demands; it stands last, so it decides little.
+    return random_rows.map(lambda rules: rules + [(name, ()) for name in LOGICAL])
 
 
 arrays = st.lists(st.sampled_from(LOGICAL), unique=True, min_size=1, max_size=4).flatmap(
@@ -47,44 +47,44 @@ arrays = st.lists(st.sampled_from(LOGICAL), unique=True, min_size=1, max_size=4)
 @settings(max_examples=400, deadline=None)
 @given(rows_of(tuple(ALL_LARGE)), arrays)
 def test_placement_is_flaxs_where_every_axis_is_larger_than_one(
-    rows: Rows, names: list[str | None]
+    rules: Rules, names: list[str | None]
 ) -> None:
     shape = [120] * len(names)  # divisible by every product of the sizes
-    found = RuleTable(rows, ALL_LARGE).resolve("array", names, shape)
-    expected = spmd.logical_to_mesh_axes(names, rows)
+    found = RuleTable(rules).on(ALL_LARGE).resolve("array", names, shape)
+    expected = spmd.logical_to_mesh_axes(names, rules)
     assert canonical(found.spec) == canonical(expected)
 
 
 @settings(max_examples=200, deadline=None)
 @given(rows_of(tuple(ALL_LARGE)), arrays, st.sets(st.sampled_from(tuple(ALL_LARGE))))
 def test_axes_of_size_one_might_as_well_not_stand_in_the_table(
-    rows: Rows, names: list[str | None], ones: set[str]
+    rules: Rules, names: list[str | None], ones: set[str]
 ) -> None:
     sizes = {axis: 1 if axis in ones else size for axis, size in ALL_LARGE.items()}
-    without = [(name, tuple(axis for axis in axes if axis not in ones)) for name, axes in rows]
+    without = [(name, tuple(axis for axis in axes if axis not in ones)) for name, axes in rules]
     shape = [120] * len(names)
-    found = RuleTable(rows, sizes).resolve("array", names, shape)
-    expected = RuleTable(without, sizes).resolve("array", names, shape)
+    found = RuleTable(rules).on(sizes).resolve("array", names, shape)
+    expected = RuleTable(without).on(sizes).resolve("array", names, shape)
     assert found.spec == expected.spec
     assert len(found.conflicts) == len(expected.conflicts)
 
 
 @settings(max_examples=200, deadline=None)
 @given(rows_of(tuple(ALL_LARGE)), arrays)
-def test_nothing_is_lost_without_a_record(rows: Rows, names: list[str | None]) -> None:
-    """Each row of each dim won, lost to the dim that held its axis, or came after the winner."""
-    found = RuleTable(rows, ALL_LARGE).resolve("array", names, [120] * len(names))
+def test_nothing_is_lost_without_a_record(rules: Rules, names: list[str | None]) -> None:
+    """Each rule of each dim won, lost to the dim that held its axis, or came after the winner."""
+    found = RuleTable(rules).on(ALL_LARGE).resolve("array", names, [120] * len(names))
     held = {a: d.logical_axis for d in found.decisions for a in d.mesh_axes}
     used = list(itertools.chain.from_iterable(d.mesh_axes for d in found.decisions))
     assert len(used) == len(set(used))
     for decision in found.decisions:
         mine = [
             (number, axes)
-            for number, (name, axes) in enumerate(rows, 1)
+            for number, (name, axes) in enumerate(rules, 1)
             if name == decision.logical_axis
         ]
-        tried = [row for row in mine if not decision.won or row[0] < decision.won.number]
-        assert [(loss.row.number, loss.mesh_axes) for loss in decision.lost] == tried
+        tried = [rule for rule in mine if not decision.won or rule[0] < decision.won.number]
+        assert [(loss.rule.number, loss.mesh_axes) for loss in decision.lost] == tried
         for loss in decision.lost:
             assert loss.held_by in {held[axis] for axis in loss.mesh_axes if axis in held}
             assert loss.held_by != decision.logical_axis
@@ -97,26 +97,26 @@ SIZES_OF_DIMS = st.sampled_from([0, 1, 2, 6, 10, 12, 20, 30, 45, 60, 120])
 @settings(max_examples=400, deadline=None)
 @given(rows_of(tuple(ALL_LARGE)), arrays, st.data())
 def test_rows_that_do_not_divide_might_as_well_not_stand_in_the_table(
-    rows: Rows, names: list[str | None], data: st.DataObject
+    rules: Rules, names: list[str | None], data: st.DataObject
 ) -> None:
-    """Flax, which knows no sizes, on the rows that divide."""
+    """Flax, which knows no sizes, on the rules that divide."""
     shape = [data.draw(SIZES_OF_DIMS) for _ in names]
     size_of = dict(zip(names, shape, strict=True))
 
     def divides(name: str, axes: tuple[str, ...]) -> bool:
         return size_of.get(name, 0) % math.prod(ALL_LARGE[axis] for axis in axes) == 0
 
-    found = RuleTable(rows, ALL_LARGE).resolve("array", names, shape)
-    expected = spmd.logical_to_mesh_axes(names, [row for row in rows if divides(*row)])
+    found = RuleTable(rules).on(ALL_LARGE).resolve("array", names, shape)
+    expected = spmd.logical_to_mesh_axes(names, [rule for rule in rules if divides(*rule)])
     assert canonical(found.spec) == canonical(expected)
     for decision in found.decisions:
         for loss in decision.lost:
-            axes = rows[loss.row.number - 1][1]
-            assert loss.held_by or not divides(loss.row.logical_axis, axes)
+            axes = rules[loss.rule.number - 1][1]
+            assert loss.held_by or not divides(loss.rule.logical_axis, axes)
             assert (loss.reason == "does not divide") == (not loss.held_by)
     # Where the sizes are only assumed none is passed over for them.
-    assumed = RuleTable(rows, ALL_LARGE).resolve("array", names, shape, must_divide=False)
-    assert canonical(assumed.spec) == canonical(spmd.logical_to_mesh_axes(names, rows))
+    assumed = RuleTable(rules).on(ALL_LARGE).resolve("array", names, shape, must_divide=False)
+    assert canonical(assumed.spec) == canonical(spmd.logical_to_mesh_axes(names, rules))
 
 
 MOE = [
@@ -129,32 +129,32 @@ SIZES = {"data": 2, "tensor": 1, "expert": 4}
 
 
 def test_the_earlier_row_wins_and_the_loser_is_on_record() -> None:
-    found = RuleTable(MOE, SIZES).resolve("slots", ("exp", "batch", None, "mlp"), (8, 8, 3, 5))
+    found = RuleTable(MOE).on(SIZES).resolve("slots", ("exp", "batch", None, "mlp"), (8, 8, 3, 5))
     assert canonical(found.spec) == [(), ("data", "expert"), (), ()]
     (conflict,) = found.conflicts
     assert conflict.logical_axis == "exp"
     (loss,) = conflict.lost
-    assert (loss.row.number, loss.mesh_axes, loss.held_by) == (3, ("expert",), "batch")
-    assert str(loss.row) == "row 3 ['exp', [expert]]"
+    assert (loss.rule.number, loss.mesh_axes, loss.held_by) == (3, ("expert",), "batch")
+    assert str(loss.rule) == "rule 3 ['exp', [expert]]"
 
 
 def test_a_batch_dim_without_the_expert_axis_leaves_it_to_the_experts() -> None:
-    found = RuleTable(MOE, SIZES).resolve("slots", ("exp", "batch_no_exp", None), (8, 8, 3))
+    found = RuleTable(MOE).on(SIZES).resolve("slots", ("exp", "batch_no_exp", None), (8, 8, 3))
     assert canonical(found.spec) == [("expert",), ("data",), ()]
     assert not found.conflicts
 
 
 def test_a_later_row_is_an_alternative_and_no_conflict() -> None:
-    rows = [*MOE, ("exp", ("tensor",))]
+    rules = [*MOE, ("exp", ("tensor",))]
     sizes = {**SIZES, "tensor": 2}
-    found = RuleTable(rows, sizes).resolve("slots", ("exp", "batch"), (8, 8))
+    found = RuleTable(rules).on(sizes).resolve("slots", ("exp", "batch"), (8, 8))
     assert canonical(found.spec) == [("tensor",), ("data", "expert")]
-    assert [loss.row.number for loss in found.decisions[0].lost] == [3]
+    assert [loss.rule.number for loss in found.decisions[0].lost] == [3]
     assert not found.conflicts
 
 
 def test_a_collision_over_an_axis_of_size_one_is_no_conflict() -> None:
-    found = RuleTable(MOE, {**SIZES, "expert": 1}).resolve("slots", ("exp", "batch"), (8, 8))
+    found = RuleTable(MOE).on({**SIZES, "expert": 1}).resolve("slots", ("exp", "batch"), (8, 8))
     assert canonical(found.spec) == [(), ("data",)]
     assert not found.conflicts
 
@@ -165,37 +165,37 @@ FSDP = [("exp", ("expert", "data")), ("exp", ("expert",)), ("embed", ("data",)),
 @pytest.mark.parametrize(
     ("experts", "spec", "lost"),
     [
-        (16, [("expert", "data"), ()], [[], ["row 3 ['embed', [data]] lost data to 'exp'"]]),
-        (12, [("expert",), ("data",)], [["row 1 ['exp', [expert, data]] does not divide 12"], []]),
+        (16, [("expert", "data"), ()], [[], ["rule 3 ['embed', [data]] lost data to 'exp'"]]),
+        (12, [("expert",), ("data",)], [["rule 1 ['exp', [expert, data]] does not divide 12"], []]),
     ],
 )
 def test_a_row_that_does_not_divide_leaves_the_dim_to_the_next(
     experts: int, spec: list[tuple[str, ...]], lost: list[list[str]]
 ) -> None:
-    found = RuleTable(FSDP, SIZES).resolve("gate", ("exp", "embed"), (experts, 6))
+    found = RuleTable(FSDP).on(SIZES).resolve("gate", ("exp", "embed"), (experts, 6))
     assert canonical(found.spec) == spec
     assert [[str(loss) for loss in decision.lost] for decision in found.decisions] == lost
     assert not found.conflicts
 
 
 def test_a_row_that_is_taken_and_would_not_divide_is_taken() -> None:
-    found = RuleTable(MOE, SIZES).resolve("slots", ("exp", "batch"), (7, 8))
+    found = RuleTable(MOE).on(SIZES).resolve("slots", ("exp", "batch"), (7, 8))
     (conflict,) = found.conflicts
     assert [loss.reason for loss in conflict.lost] == ["taken"]
 
 
 def test_expert_axes_are_those_of_the_first_row_that_shard() -> None:
-    rows = [("exp", ("expert", "tensor")), ("exp", ("data",))]
-    assert RuleTable(rows, SIZES).sharding_axes("exp") == ("expert",)
-    assert RuleTable(rows, SIZES).sharding_axes("nothing") == ()
-    assert RuleTable(rows, SIZES).expert_axes == ("expert",)
-    assert RuleTable([*FSDP, ("activation_exp", ("expert",))], SIZES).expert_axes == ("expert",)
-    assert RuleTable([*FSDP, ("activation_exp", ())], SIZES).expert_axes == ()
-    assert RuleTable([("embed", ("data",))], SIZES).expert_axes == ()
+    rules = [("exp", ("expert", "tensor")), ("exp", ("data",))]
+    assert RuleTable(rules).on(SIZES).sharding_axes("exp") == ("expert",)
+    assert RuleTable(rules).on(SIZES).sharding_axes("nothing") == ()
+    assert RuleTable(rules).on(SIZES).expert_axes == ("expert",)
+    assert RuleTable([*FSDP, ("activation_exp", ("expert",))]).on(SIZES).expert_axes == ("expert",)
+    assert RuleTable([*FSDP, ("activation_exp", ())]).on(SIZES).expert_axes == ()
+    assert RuleTable([("embed", ("data",))]).on(SIZES).expert_axes == ()
 
 
 @pytest.mark.parametrize(
-    ("rows", "names", "shape", "told"),
+    ("rules", "names", "shape", "told"),
     [
         pytest.param(
             MOE, ("exp", "heads"), (8, 8), ["'heads'", "slots", "add ['heads', []]"], id="unknown"
@@ -204,7 +204,7 @@ def test_expert_axes_are_those_of_the_first_row_that_shard() -> None:
             MOE,
             ("batch", "mlp"),
             (12, 4),
-            ["slots", "'batch' of size 12", "data=2 * expert=4 = 8", "row 1", "['batch', []]"],
+            ["slots", "'batch' of size 12", "data=2 * expert=4 = 8", "rule 1", "['batch', []]"],
             id="indivisible",
         ),
         pytest.param(
@@ -213,17 +213,20 @@ def test_expert_axes_are_those_of_the_first_row_that_shard() -> None:
             (6, 6),
             [
                 "slots: its dim 'exp' of size 6",
-                "row 1 ['exp', [expert, data]] by expert=4 * data=2 = 8; "
-                "row 2 ['exp', [expert]] by expert=4 = 4",
-                "add ['exp', []] as last row",
+                "rule 1 ['exp', [expert, data]] by expert=4 * data=2 = 8; "
+                "rule 2 ['exp', [expert]] by expert=4 = 4",
+                "add ['exp', []] as last rule",
             ],
-            id="divisible-by-no-row",
+            id="divisible-by-no-rule",
         ),
         pytest.param(
             [FSDP[0], ("batch", ("expert",)), FSDP[1]],
             ("exp", "batch"),
             (12, 4),
-            ["row 1 ['exp', [expert, data]] by", "row 3 ['exp', [expert]] lost expert to 'batch'"],
+            [
+                "rule 1 ['exp', [expert, data]] by",
+                "rule 3 ['exp', [expert]] lost expert to 'batch'",
+            ],
             id="indivisible-and-taken",
         ),
         pytest.param(
@@ -233,16 +236,16 @@ def test_expert_axes_are_those_of_the_first_row_that_shard() -> None:
             [*MOE, ("kv", ("expret",))],
             ("exp",),
             (8,),
-            ["row 5 ['kv', [expret]]", "'expret'", "data, tensor, expert", "remove"],
+            ["rule 5 ['kv', [expret]]", "'expret'", "data, tensor, expert", "remove"],
             id="unknown-mesh-axis",
         ),
     ],
 )
 def test_errors_name_the_row_the_array_and_the_fix_in_three_lines(
-    rows: Rows, names: tuple[str, ...], shape: tuple[int, ...], told: list[str]
+    rules: Rules, names: tuple[str, ...], shape: tuple[int, ...], told: list[str]
 ) -> None:
     with pytest.raises(UserError) as raised:
-        RuleTable(rows, SIZES).resolve("slots", names, shape)
+        RuleTable(rules).on(SIZES).resolve("slots", names, shape)
     message = str(raised.value)
     assert len(message.splitlines()) <= 3
     assert [part for part in told if part not in message] == []
@@ -263,21 +266,21 @@ def annotate_slots(sharding: Sharding, batch: str) -> NamedSharding:
 
 
 def test_a_conflict_is_told_with_its_consequence_in_one_line() -> None:
-    sharding = Sharding(mesh(), MOE)
+    sharding = Sharding(mesh(), RuleTable(MOE), "record")
     placed = annotate_slots(sharding, "batch")
     assert placed.spec == PartitionSpec(None, ("data", "expert"))
     ((key, conflict),) = sharding.conflicts.items()
     assert key == (conflict.array, conflict.dim) == ("slots", "exp")
     assert sharding.conflict_lines() == [str(conflict)]
     assert str(conflict) == (
-        "slots: dim 'exp' stays unsharded: row 3 ['exp', [expert]] lost expert to 'batch'; "
+        "slots: dim 'exp' stays unsharded: rule 3 ['exp', [expert]] lost expert to 'batch'; "
         "weights will be gathered; flag=true moves tokens instead"
     )
     assert set(sharding.resolutions) == {"slots"}
 
 
 def test_without_a_conflict_nothing_is_told() -> None:
-    sharding = Sharding(mesh(), MOE, on_conflict="error")
+    sharding = Sharding(mesh(), RuleTable(MOE), "error")
     placed = annotate_slots(sharding, "batch_no_exp")
     assert placed.spec == PartitionSpec("expert", "data")
     assert not sharding.conflicts
@@ -285,13 +288,13 @@ def test_without_a_conflict_nothing_is_told() -> None:
 
 def test_a_conflict_can_be_made_an_error() -> None:
     with pytest.raises(UserError, match="rule_conflicts=error: slots: dim 'exp'") as raised:
-        annotate_slots(Sharding(mesh(), MOE, on_conflict="error"), "batch")
+        annotate_slots(Sharding(mesh(), RuleTable(MOE), "error"), "batch")
     assert "flag=true" in str(raised.value)
     assert len(str(raised.value).splitlines()) <= 3
 
 
 def test_the_source_of_a_constraint_is_where_the_tensor_was_annotated() -> None:
-    sharding = Sharding(mesh(), MOE)
+    sharding = Sharding(mesh(), RuleTable(MOE), "record")
 
     def gathered(x: jax.Array) -> jax.Array:
         return sharding(sharding(x, "exp", None, None, name="a") * 2, None, None, None, name="b")

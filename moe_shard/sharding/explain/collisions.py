@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_shard.sharding.explain.lint import NOTE, WARNING, Lint, brief_names
-from moe_shard.sharding.explain.placed import PlacedArray, row_json
-from moe_shard.sharding.rules import Decision, Loss, Row
+from moe_shard.sharding.explain.placed import PlacedArray, rule_json
+from moe_shard.sharding.rules import Decision, Loss, NumberedRule
 
 
 @dataclass(frozen=True)
@@ -17,23 +17,23 @@ class Collision:
 
     Attributes:
         dim: the logical axis that stays unsharded; what Flax drops without a word.
-        row: the first row that was tried for it; those below it lost as well.
+        rule: the first rule that was tried for it; those below it lost as well.
         axes: the mesh axes that were taken.
         held_by: the logical axis that has them.
-        holder: the row by which it has them.
+        holder: the rule by which it has them.
         consequence: what it means.
         fix: what to do about it.
         arrays: the arrays it happens to.
         bytes_per_device: of these arrays, as they are.
-        bytes_if_won: the same, had the row won.
+        bytes_if_won: the same, had the rule won.
         only_if: the setting under which it happens, where that is not the one asked about.
     """
 
     dim: str
-    row: Row
+    rule: NumberedRule
     axes: tuple[str, ...]
     held_by: str
-    holder: Row
+    holder: NumberedRule
     consequence: str
     fix: str
     arrays: tuple[str, ...]
@@ -45,7 +45,7 @@ class Collision:
     def cause(self) -> str:
         """Return which rule lost what to which."""
         return (
-            f"{self.row} lost {', '.join(self.axes)} to '{self.held_by}', placed by {self.holder}"
+            f"{self.rule} lost {', '.join(self.axes)} to '{self.held_by}', placed by {self.holder}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -54,9 +54,9 @@ class Collision:
             "dim": self.dim,
             "arrays": list(self.arrays),
             "axes": list(self.axes),
-            "lost": row_json(self.row),
+            "lost": rule_json(self.rule),
             "held_by": self.held_by,
-            "won": row_json(self.holder),
+            "won": rule_json(self.holder),
             "cause": self.cause,
             "consequence": self.consequence,
             "fix": self.fix,
@@ -66,18 +66,20 @@ class Collision:
         }
 
 
-def find_collisions(placed: Sequence[PlacedArray], rows: Sequence[Row]) -> list[Collision]:
+def find_collisions(
+    placed: Sequence[PlacedArray], rules: Sequence[NumberedRule]
+) -> list[Collision]:
     """Collect the conflicts of all arrays; those with one cause and one consequence are one.
 
     Args:
         placed: the arrays.
-        rows: the table.
+        rules: the table.
     """
     groups: dict[tuple[str, int, str, str], list[tuple[PlacedArray, Decision]]] = {}
     for array in placed:
         for decision in array.resolution.conflicts:
             loss = decision.lost[0]
-            key = (decision.logical_axis or "", loss.row.number, loss.held_by)
+            key = (decision.logical_axis or "", loss.rule.number, loss.held_by)
             is_first = decision is array.resolution.decisions[0]
             stated = array.array.consequence if is_first else ""
             groups.setdefault((*key, stated), []).append((array, decision))
@@ -90,17 +92,17 @@ def find_collisions(placed: Sequence[PlacedArray], rows: Sequence[Row]) -> list[
         now = sum(each.bytes_per_device for each, _ in members)
         copies = array.parts(loss.mesh_axes)
         holder = next(d.won for d in array.resolution.decisions if d.logical_axis == held_by)
-        assert holder is not None, "a dim that holds axes has them by a row"
+        assert holder is not None, "a dim that holds axes has them by a rule"
         axes = array.contested(loss)
         found.append(
             Collision(
                 dim=dim,
-                row=loss.row,
+                rule=loss.rule,
                 axes=axes,
                 held_by=held_by,
                 holder=holder,
                 consequence=consequence or f"every device holds {copies} times as much of it",
-                fix=fix or _fix_of(array, decision, axes, holder, rows),
+                fix=fix or _fix_of(array, decision, axes, holder, rules),
                 arrays=tuple(each.array.name for each, _ in members),
                 bytes_per_device=now,
                 bytes_if_won=now // copies,
@@ -110,37 +112,41 @@ def find_collisions(placed: Sequence[PlacedArray], rows: Sequence[Row]) -> list[
 
 
 def _fix_of(
-    array: PlacedArray, decision: Decision, axes: Sequence[str], holder: Row, rows: Sequence[Row]
+    array: PlacedArray,
+    decision: Decision,
+    axes: Sequence[str],
+    holder: NumberedRule,
+    rules: Sequence[NumberedRule],
 ) -> str:
-    row, last = decision.lost[0].row, decision.lost[-1].row
+    rule, last = decision.lost[0].rule, decision.lost[-1].rule
     held = {axis for other in array.resolution.decisions for axis in other.mesh_axes}
     taken = ", ".join(axes)
-    # Were the loser's row above, the holder would need a row that leaves its axes alone.
+    # Were the loser's rule above, the holder would need a rule that leaves its axes alone.
     spare = next(
         (
             other
-            for other in rows
+            for other in rules
             if other.logical_axis == holder.logical_axis
-            and not set(other.mesh_axes) & set(row.mesh_axes)
+            and not set(other.mesh_axes) & set(rule.mesh_axes)
         ),
         None,
     )
     if spare is not None:
         return (
-            f"move row {row.number} above row {holder.number}: row {spare.number} "
+            f"move rule {rule.number} above rule {holder.number}: rule {spare.number} "
             f"[{', '.join(spare.mesh_axes)}] then serves '{holder.logical_axis}'"
         )
     if rest := [axis for axis in decision.lost[0].mesh_axes if axis not in held]:
-        return f"add ['{row.logical_axis}', [{', '.join(rest)}]] below row {last.number}"
+        return f"add ['{rule.logical_axis}', [{', '.join(rest)}]] below rule {last.number}"
     return (
-        f"leave {taken} out of row {holder.number}, or move row {row.number} above it (then "
+        f"leave {taken} out of rule {holder.number}, or move rule {rule.number} above it (then "
         f"'{holder.logical_axis}' stays unsharded)"
     )
 
 
 def find_uneven(placed: Sequence[PlacedArray]) -> list[Lint]:
     """Find dims that the mesh does not divide; there are some only where sizes are assumed."""
-    arrays: dict[tuple[Row, int, tuple[str, ...], int], list[str]] = {}
+    arrays: dict[tuple[NumberedRule, int, tuple[str, ...], int], list[str]] = {}
     for array in placed:
         for decision in array.resolution.decisions:
             parts = array.parts(decision.mesh_axes)
@@ -151,39 +157,39 @@ def find_uneven(placed: Sequence[PlacedArray]) -> list[Lint]:
         Lint(
             WARNING,
             "uneven",
-            (row.number,),
-            f"the dim '{row.logical_axis}' of size {size} ({brief_names(names)}) is not divisible "
+            (rule.number,),
+            f"the dim '{rule.logical_axis}' of size {size} ({brief_names(names)}) is not divisible "
             f"by {' * '.join(axes)} = {parts}",
         )
-        for (row, size, axes, parts), names in arrays.items()
+        for (rule, size, axes, parts), names in arrays.items()
     ]
 
 
 def find_alternatives(placed: Sequence[PlacedArray]) -> list[Lint]:
     """Find pairs of dims that want one axis where a later rule of the loser was used."""
-    pairs: dict[tuple[Row, Row, str, tuple[str, ...]], list[str]] = {}
+    pairs: dict[tuple[NumberedRule, NumberedRule, str, tuple[str, ...]], list[str]] = {}
     for array in placed:
         for decision in array.resolution.decisions:
             loss = next((loss for loss in decision.lost if loss.held_by), None)
             if decision.won is not None and loss is not None:
-                key = (loss.row, decision.won, loss.held_by, array.contested(loss))
+                key = (loss.rule, decision.won, loss.held_by, array.contested(loss))
                 pairs.setdefault(key, []).append(array.array.name)
     return [
         Lint(
             NOTE,
             "alternative",
-            (row.number, won.number),
-            f"'{row.logical_axis}' and '{held_by}' both want {', '.join(axes)} in "
-            f"{brief_names(names)}: '{held_by}' has it, row {won.number} "
-            f"[{', '.join(won.mesh_axes)}] is used instead of row {row.number}",
+            (rule.number, won.number),
+            f"'{rule.logical_axis}' and '{held_by}' both want {', '.join(axes)} in "
+            f"{brief_names(names)}: '{held_by}' has it, rule {won.number} "
+            f"[{', '.join(won.mesh_axes)}] is used instead of rule {rule.number}",
         )
-        for (row, won, held_by, axes), names in pairs.items()
+        for (rule, won, held_by, axes), names in pairs.items()
     ]
 
 
 def find_passed_over(placed: Sequence[PlacedArray]) -> list[Lint]:
     """Find rules that do not divide a dim which a later rule then placed."""
-    arrays: dict[tuple[Loss, Row], list[str]] = {}
+    arrays: dict[tuple[Loss, NumberedRule], list[str]] = {}
     for array in placed:
         for decision in array.resolution.decisions:
             for loss in decision.lost:
@@ -193,9 +199,9 @@ def find_passed_over(placed: Sequence[PlacedArray]) -> list[Lint]:
         Lint(
             NOTE,
             "passed-over",
-            (loss.row.number, won.number),
-            f"{loss} ({brief_names(names)}): row {won.number} [{', '.join(won.mesh_axes)}] is used "
-            "instead",
+            (loss.rule.number, won.number),
+            f"{loss} ({brief_names(names)}): rule {won.number} [{', '.join(won.mesh_axes)}] is "
+            "used instead",
         )
         for (loss, won), names in arrays.items()
     ]

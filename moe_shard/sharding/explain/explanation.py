@@ -13,7 +13,7 @@ from typing import Any
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from moe_shard.config.mesh_config import expert_row
+from moe_shard.config.mesh_config import expert_rule
 from moe_shard.sharding.annotate import AnnotatedArray, Sharding
 from moe_shard.sharding.explain.collisions import (
     Collision,
@@ -26,12 +26,12 @@ from moe_shard.sharding.explain.lint import (
     ERROR,
     Lint,
     lint_model,
-    lint_rows,
-    missing_rows,
-    number_rows,
+    lint_rules,
+    missing_rules,
+    number_rules,
 )
 from moe_shard.sharding.explain.placed import PlacedArray
-from moe_shard.sharding.rules import LogicalAxes, Row, RuleTable
+from moe_shard.sharding.rules import LogicalAxes, NumberedRule, RuleTable
 
 Rules = Sequence[tuple[str, Sequence[str]]]
 
@@ -43,11 +43,11 @@ class Recorder(Sharding):
 
     Args:
         mesh: the mesh that the table is for.
-        rows: the table, of axes of that mesh only.
+        rules: the table, of axes of that mesh only.
     """
 
-    def __init__(self, mesh: AbstractMesh, rows: Rules) -> None:
-        super().__init__(mesh, rows)
+    def __init__(self, mesh: AbstractMesh, rules: Rules) -> None:
+        super().__init__(mesh, RuleTable(rules))
 
     def named_sharding(
         self,
@@ -73,7 +73,7 @@ class Explanation:
         model: its name.
         table: where the rules are from.
         sizes: the mesh.
-        rows: the table as written.
+        rules: the table as written.
         parameters: in the order of their names.
         activations: in the order in which the step makes them.
         conflicts: dims that stay unsharded although the table wanted them sharded.
@@ -85,7 +85,7 @@ class Explanation:
     model: str
     table: str
     sizes: Mapping[str, int]
-    rows: tuple[Row, ...]
+    rules: tuple[NumberedRule, ...]
     parameters: tuple[PlacedArray, ...]
     activations: tuple[PlacedArray, ...]
     conflicts: tuple[Collision, ...]
@@ -94,15 +94,15 @@ class Explanation:
     state_bytes: int | None = None
 
     @property
-    def expert_row(self) -> str:
+    def expert_rule(self) -> str:
         """Return the logical axis whose first rule names the expert axes."""
-        return expert_row(row.logical_axis for row in self.rows)
+        return expert_rule(rule.logical_axis for rule in self.rules)
 
     @property
     def expert_axes(self) -> tuple[str, ...]:
         """Return the mesh axes larger than 1 that split the experts while they compute."""
-        row = self.expert_row
-        axes = next((each.mesh_axes for each in self.rows if each.logical_axis == row), ())
+        name = self.expert_rule
+        axes = next((each.mesh_axes for each in self.rules if each.logical_axis == name), ())
         return tuple(axis for axis in axes if self.sizes.get(axis, 1) > 1)
 
     @property
@@ -155,12 +155,12 @@ def explain(
     Args:
         model: the model's name.
         table: what to call the table.
-        rules: its rows, as they were written.
-        mesh_axes: the axes that the rows may name.
+        rules: its rules, as they were written.
+        mesh_axes: the axes that the rules may name.
         sizes: the size of each of them.
         arrays: what was recorded while the step was traced.
         parameters: names of those that are parameters.
-        sizes_are_assumed: the mesh is made up, so rows are applied as Flax does, whatever divides,
+        sizes_are_assumed: the mesh is made up, so rules are applied as Flax does, whatever divides,
             and a dim that the mesh does not divide is a warning.
         notes: see `Explanation`.
         state_bytes: see `Explanation`.
@@ -169,12 +169,12 @@ def explain(
     Raises:
         UserError: a dim that its mesh axes do not divide, unless the sizes are assumed.
     """
-    rows, arrays = number_rows(rules), list(arrays)
+    numbered, arrays = number_rules(rules), list(arrays)
     usable, lint = (
         usable_rules(rules, mesh_axes, arrays),
-        lint_rows(rows, mesh_axes, by_flax=sizes_are_assumed, is_maxtexts=is_maxtexts),
+        lint_rules(numbered, mesh_axes, by_flax=sizes_are_assumed, is_maxtexts=is_maxtexts),
     )
-    resolver = RuleTable(usable, sizes)
+    resolver = RuleTable(usable).on(sizes)
     placed = [
         PlacedArray(
             array,
@@ -182,11 +182,11 @@ def explain(
                 array.name, array.logical_axes, array.shape, must_divide=not sizes_are_assumed
             ),
             sizes,
-            len(rows),
+            len(numbered),
         )
         for array in arrays
     ]
-    lint += lint_model(arrays, rows, is_maxtexts=is_maxtexts)
+    lint += lint_model(arrays, numbered, is_maxtexts=is_maxtexts)
     lint += find_uneven(placed)
     lint += find_alternatives(placed)
     lint += find_passed_over(placed)
@@ -195,10 +195,10 @@ def explain(
         model=model,
         table=table,
         sizes=dict(sizes),
-        rows=rows,
+        rules=numbered,
         parameters=tuple(p for p in placed if p.array.name in names),
         activations=tuple(p for p in placed if p.array.name not in names),
-        conflicts=tuple(find_collisions(placed, rows)),
+        conflicts=tuple(find_collisions(placed, numbered)),
         lint=tuple(lint),
         notes=tuple(notes),
         state_bytes=state_bytes,
@@ -210,10 +210,10 @@ def usable_rules(
 ) -> list[tuple[str, tuple[str, ...]]]:
     """Return a table that can be resolved: known axes, each once, a rule for every logical axis.
 
-    The rows keep their numbers; what is missing is added behind, as what Flax makes of it.
+    The rules keep their numbers; what is missing is added behind, as what Flax makes of it.
     """
     kept = [
         (name, tuple(dict.fromkeys(axis for axis in axes if axis in mesh_axes)))
         for name, axes in rules
     ]
-    return kept + [(axis, ()) for axis in missing_rows(arrays, number_rows(rules))]
+    return kept + [(axis, ()) for axis in missing_rules(arrays, number_rules(rules))]

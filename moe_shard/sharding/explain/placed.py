@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from moe_shard.sharding.annotate import AnnotatedArray
-from moe_shard.sharding.rules import Decision, Loss, Resolution, Row
+from moe_shard.sharding.rules import Decision, Loss, NumberedRule, Resolution
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class PlacedArray:
         array: its name, logical axes, shape and dtype.
         resolution: a decision per dim.
         sizes: the mesh.
-        num_rows: rows of the table as it was written; later ones stand for rows that are missing.
+        num_rules: rules of the table as it was written; later ones stand for missing ones.
     """
 
     array: AnnotatedArray
     resolution: Resolution
     sizes: Mapping[str, int]
-    num_rows: int
+    num_rules: int
 
     @property
     def shard_shape(self) -> tuple[int, ...]:
@@ -59,17 +59,17 @@ class PlacedArray:
         """Return into how many parts these axes split a dim."""
         return math.prod(self.sizes[axis] for axis in mesh_axes)
 
-    def won(self, decision: Decision) -> Row | None:
+    def won(self, decision: Decision) -> NumberedRule | None:
         """Return the rule that placed a dim; None too where the table has no rule for it."""
-        row = decision.won
-        return row if row is not None and row.number <= self.num_rows else None
+        rule = decision.won
+        return rule if rule is not None and rule.number <= self.num_rules else None
 
     def contested(self, loss: Loss) -> tuple[str, ...]:
         """Return the axes that a losing rule wanted and that were taken when it was tried."""
         held = {
             axis
             for decision in self.resolution.decisions
-            if decision.won is not None and decision.won.number < loss.row.number
+            if decision.won is not None and decision.won.number < loss.rule.number
             for axis in decision.mesh_axes
         }
         return tuple(axis for axis in loss.mesh_axes if axis in held)
@@ -91,10 +91,10 @@ class PlacedArray:
                     "size": decision.size,
                     "shard": shard,
                     "mesh_axes": list(decision.mesh_axes),
-                    "won": row_json(self.won(decision)),
+                    "won": rule_json(self.won(decision)),
                     "lost": [
                         {
-                            **(row_json(loss.row) or {}),
+                            **(rule_json(loss.rule) or {}),
                             "contested": list(self.contested(loss)),
                             "held_by": loss.held_by or None,
                             "reason": loss.reason,
@@ -108,12 +108,12 @@ class PlacedArray:
         }
 
 
-def row_json(row: Row | None) -> dict[str, Any] | None:
+def rule_json(rule: NumberedRule | None) -> dict[str, Any] | None:
     """Return an object of `moe-shard explain --json`."""
-    if row is None:
+    if rule is None:
         return None
     return {
-        "row": row.number,
-        "logical_axis": row.logical_axis,
-        "mesh_axes": list(row.mesh_axes),
+        "rule": rule.number,
+        "logical_axis": rule.logical_axis,
+        "mesh_axes": list(rule.mesh_axes),
     }

@@ -43,7 +43,7 @@ def _header(explanation: Explanation) -> Iterator[str]:
         f"devices: {escape(', '.join(sizes)) or 'no axis is split'}"
     )
     yield (
-        f"expert axis (the row of {explanation.expert_row}): "
+        f"expert axis (the rule of {explanation.expert_rule}): "
         f"{escape(', '.join(explanation.expert_axes)) or 'none'}"
     )
     here = sum(array.bytes_per_device for array in explanation.parameters)
@@ -59,7 +59,7 @@ def _header(explanation: Explanation) -> Iterator[str]:
 
 def _table(title: str, arrays: Sequence[PlacedArray]) -> Table:
     table = Table(
-        title=f"{title}: one device's shard, and the row behind each dim",
+        title=f"{title}: one device's shard, and the rule behind each dim",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -69,8 +69,8 @@ def _table(title: str, arrays: Sequence[PlacedArray]) -> Table:
     table.add_column("array", width=_NAME_WIDTH, overflow="fold")
     table.add_column("dim", width=23, overflow="fold")
     table.add_column("size", justify="right", width=10, overflow="fold")
-    table.add_column("row", justify="right", width=6)
-    table.add_column("mesh axes; rows that lost", width=25, overflow="fold")
+    table.add_column("rule", justify="right", width=6)
+    table.add_column("mesh axes; rules that lost", width=25, overflow="fold")
     for array in arrays:
         left = [f"[bold]{escape(array.array.name)}[/]", *_shard(array)]
         right = [
@@ -99,11 +99,11 @@ def _dim(array: PlacedArray, decision: Decision, shard: int) -> tuple[str, str, 
     for loss in decision.lost:
         axes = ", ".join(array.contested(loss))
         why = f"lost {axes} to {loss.held_by}" if loss.held_by else f"does not divide {loss.size}"
-        text.append(f"[yellow]row {loss.row.number} {escape(why)}[/]")
+        text.append(f"[yellow]rule {loss.rule.number} {escape(why)}[/]")
     if decision.is_conflict:
         number = "[bold red]none[/]"
     else:
-        number = str(won.number) if won else "[red]no row[/]"
+        number = str(won.number) if won else "[red]no rule[/]"
     return escape(decision.logical_axis), size, number, "; ".join(text)
 
 

@@ -81,7 +81,7 @@ def test_an_array_counted_by_hand() -> None:
                 "size": 8,
                 "shard": 2,
                 "mesh_axes": ["expert"],
-                "won": {"row": 2, "logical_axis": "exp", "mesh_axes": ["expert"]},
+                "won": {"rule": 2, "logical_axis": "exp", "mesh_axes": ["expert"]},
                 "lost": [],
             },
             {
@@ -97,7 +97,7 @@ def test_an_array_counted_by_hand() -> None:
                 "size": 8,
                 "shard": 8,
                 "mesh_axes": [],
-                "won": {"row": 3, "logical_axis": "mlp", "mesh_axes": ["tensor"]},
+                "won": {"rule": 3, "logical_axis": "mlp", "mesh_axes": ["tensor"]},
                 "lost": [],
             },
         ],
@@ -114,7 +114,8 @@ def test_a_conflict_with_cause_consequence_and_fix() -> None:
     (conflict,) = of(RULES, *pair).conflicts
     assert (conflict.dim, conflict.arrays, conflict.axes) == ("exp", ("in", "out"), ("expert",))
     assert conflict.cause == (
-        "row 2 ['exp', [expert]] lost expert to 'batch', placed by row 1 ['batch', [data, expert]]"
+        "rule 2 ['exp', [expert]] lost expert to 'batch', "
+        "placed by rule 1 ['batch', [data, expert]]"
     )
     assert conflict.consequence == "weights will be gathered"
     assert conflict.fix == "flag=true moves tokens"
@@ -122,20 +123,23 @@ def test_a_conflict_with_cause_consequence_and_fix() -> None:
     assert (conflict.bytes_per_device, conflict.bytes_if_won) == (2 * 16, 2 * 4)
     text = printed(of(RULES, *pair))
     assert "'exp' of in, out stays unsharded" in text
-    assert "row 2 lost expert" in text
+    assert "rule 2 lost expert" in text
 
 
 @pytest.mark.parametrize(
     ("rules", "fix"),
     [
-        (RULES, "leave expert out of row 1, or move row 2 above it (then 'batch' stays unsharded)"),
+        (
+            RULES,
+            "leave expert out of rule 1, or move rule 2 above it (then 'batch' stays unsharded)",
+        ),
         (
             [*RULES, ("batch", ("data",))],
-            "move row 2 above row 1: row 4 [data] then serves 'batch'",
+            "move rule 2 above rule 1: rule 4 [data] then serves 'batch'",
         ),
         (
             [("batch", ("data", "expert")), ("exp", ("expert", "tensor"))],
-            "add ['exp', [tensor]] below row 2",
+            "add ['exp', [tensor]] below rule 2",
         ),
     ],
 )
@@ -151,7 +155,7 @@ def test_a_layers_words_are_of_its_first_dim() -> None:
     (conflict,) = of(rules, array("x", "exp", "batch", said="all is lost; pray")).conflicts
     assert conflict.dim == "batch"
     assert conflict.consequence == "every device holds 8 times as much of it"
-    assert conflict.fix == "add ['batch', [data]] below row 2"
+    assert conflict.fix == "add ['batch', [data]] below rule 2"
 
 
 def test_the_fix_of_moving_rules_works() -> None:
@@ -167,10 +171,10 @@ def test_an_alternative_row_is_told_and_no_conflict() -> None:
     found = of(rules, array("x", "exp", "batch"), sizes={**SIZES, "tensor": 2})
     assert not found.conflicts
     (note,) = (lint for lint in found.lint if lint.kind == "alternative")
-    assert note.rows == (2, 4)
+    assert note.rules == (2, 4)
     assert note.text == (
-        "'exp' and 'batch' both want expert in x: 'batch' has it, row 4 [tensor] is used instead "
-        "of row 2"
+        "'exp' and 'batch' both want expert in x: 'batch' has it, rule 4 [tensor] is used instead "
+        "of rule 2"
     )
 
 
@@ -179,13 +183,13 @@ def test_a_row_that_does_not_divide_is_told_and_no_conflict() -> None:
     found = of(rules, array("w", "exp", None, size=12))
     assert not found.conflicts
     (note,) = (lint for lint in found.lint if lint.kind == "passed-over")
-    assert (note.level, note.rows) == ("note", (1, 3))
+    assert (note.level, note.rules) == ("note", (1, 3))
     assert note.text == (
-        "row 1 ['exp', [expert, data]] does not divide 12 (w): row 3 [expert] is used instead"
+        "rule 1 ['exp', [expert, data]] does not divide 12 (w): rule 3 [expert] is used instead"
     )
     (lost,) = found.to_json()["parameters"][0]["dims"][0]["lost"]
     assert lost == {
-        "row": 1,
+        "rule": 1,
         "logical_axis": "exp",
         "mesh_axes": ["expert", "data"],
         "contested": [],
@@ -193,17 +197,17 @@ def test_a_row_that_does_not_divide_is_told_and_no_conflict() -> None:
         "reason": "does not divide",
         "size": 12,
     }
-    assert "row 1 does not divide" in " ".join(printed(found).split())
+    assert "rule 1 does not divide" in " ".join(printed(found).split())
 
 
 def test_a_dim_without_a_row_and_one_that_does_not_divide() -> None:
     found = of(RULES, array("x", "batch", "heads", size=6), assumed=True)
     assert found.activations[0].shard_shape == (1, 6)
     kinds = {lint.kind: lint for lint in found.lint}
-    assert "no row for 'heads' (x)" in kinds["no-row"].text
+    assert "no rule for 'heads' (x)" in kinds["no-rule"].text
     assert "size 6 (x) is not divisible by data * expert = 8" in kinds["uneven"].text
     assert found.activations[0].to_json()["dims"][1]["won"] is None
-    assert "no row" in printed(found)
+    assert "no rule" in printed(found)
     with pytest.raises(UserError, match="not divisible"):
         of(RULES, array("x", "batch", size=6))
 
@@ -221,7 +225,7 @@ def test_whole_experts_where_the_mesh_divides_them(
     assert found.expert_axes == ("expert",)
     gate = next(p for p in found.parameters if p.array.name == "layers.mlp.experts.gate")
     assert gate.shard_shape == shard
-    assert "expert axis (the row of activation_exp): expert" in printed(found)
+    assert "expert axis (the rule of activation_exp): expert" in printed(found)
     said = [lint.text for lint in found.lint if lint.kind == "passed-over"]
     assert len(said) == len(overrides)
     assert all("['exp', [expert, fsdp]] does not divide 12" in text for text in said)
@@ -247,7 +251,7 @@ def test_mixtral_tiny_counted_by_hand(flag_off: Explanation) -> None:
     assert (gate.bytes, gate.bytes_per_device) == (4_194_304, 524_288)
     assert sum(math.prod(p.array.shape) for p in parameters.values()) == 3_429_504
     hidden = next(p for p in flag_off.activations if p.array.name == "moe hidden")
-    # 8 experts, 4 rows of 32 on a device, 40 slots, 256: the expert dim stays whole.
+    # 8 experts, 4 sequences of 32 on a device, 40 slots, 256: the expert dim stays whole.
     assert hidden.shard_shape == (8, 4, 40, 256)
     assert hidden.bytes_per_device == 8 * 4 * 40 * 256 * 4
     # Parameters and two moments, and the two step counters.
@@ -310,17 +314,17 @@ def test_a_rule_file_of_someone_elses(tmp_path: Path) -> None:
     found = explain_table("mixtral-tiny", overrides, path)
     assert found.sizes == {"data": 2, "stage": 2, "fsdp": 2, "expert": 8, "autoregressive": 2}
     assert "sizes assumed to be 2: data, stage, fsdp, autoregressive" in found.notes
-    rows = {(lint.kind, lint.rows) for lint in found.lint}
-    assert ("unknown-axis", (4,)) in rows
-    assert ("shadowed", (7, 6)) in rows
-    assert ("repeated-axis", (10,)) in rows
+    rules = {(lint.kind, lint.rules) for lint in found.lint}
+    assert ("unknown-axis", (4,)) in rules
+    assert ("shadowed", (7, 6)) in rules
+    assert ("repeated-axis", (10,)) in rules
     levels = {lint.kind: lint.level for lint in found.lint}
-    assert (levels["unknown-axis"], levels["no-row"]) == ("warning", "note")  # as in MaxText
-    bare, flag = [lint.text for lint in found.lint if lint.kind == "no-row"]
+    assert (levels["unknown-axis"], levels["no-rule"]) == ("warning", "note")  # as in MaxText
+    bare, flag = [lint.text for lint in found.lint if lint.kind == "no-rule"]
     assert {"heads", "vocab"} <= set(bare.split(":")[0].replace(",", "").split())
     assert "activation_length" not in bare.split(":")[0].replace(",", "").split()
-    assert flag.startswith("no row for activation_batch_no_exp")
-    # With the flag that the model sets, no row serves the batch dim; without it dims collide.
+    assert flag.startswith("no rule for activation_batch_no_exp")
+    # With the flag that the model sets, no rule serves the batch dim; without it dims collide.
     (conflict,) = found.conflicts
     assert conflict.only_if == "moe_dispatch_no_expert_sharding=false"
     assert (conflict.dim, conflict.held_by, conflict.axes) == (
@@ -328,7 +332,7 @@ def test_a_rule_file_of_someone_elses(tmp_path: Path) -> None:
         "activation_batch_moe",
         ("expert",),
     )
-    assert not found.is_strict  # a row cannot be used by anybody
+    assert not found.is_strict  # a rule cannot be used by anybody
     gate = next(p for p in found.parameters if p.array.name == "layers.mlp.experts.gate")
     assert gate.shard_shape == (2, 1, 64, 256)
     text = printed(found)
@@ -367,7 +371,7 @@ def test_a_file_without_mesh_axes(tmp_path: Path) -> None:
         ("logical_axis_rules: [[a, b]]\nmesh_axes: [b, b]", "each once"),
         ("logical_axis_rules: [[a, b]]\nmesh_axes: {b: 2}", "is not a list of names"),
         ("logical_axis_rules: [[a, b]]\nmesh_axes: []", "is not a list of names"),
-        ("logical_axis_rules: [[a, []]]", "no mesh_axes, and no row names one"),
+        ("logical_axis_rules: [[a, []]]", "no mesh_axes, and no rule names one"),
         ("logical_axis_rules: [[a, b]", "YAML"),
     ],
 )
