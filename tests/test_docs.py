@@ -30,6 +30,9 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 OTHERS_KEYS = {"num_local_experts", "model_name", "hf_family"}
+OTHERS_NAMES = {"train_compile", "X_blocks", "X_scales", "X_scale_inv"}
+"""A command of MaxText's, and suffixes of tensors' names."""
+TEXT = {".py", ".yml", ".json"}
 LONGEST_README = 130
 
 
@@ -109,6 +112,22 @@ def test_every_path_and_module_exists(name: str) -> None:
             assert resolves(dotted), f"{name}: {dotted}"
 
 
+@pytest.fixture(scope="module")
+def sources() -> str:
+    """All text in which a name that the pages mention can be defined."""
+    folders = (ROOT / "moe_shard", ROOT / "configs", ROOT / "tests" / "autoep")
+    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in TEXT]
+    return "\n".join(path.read_text(encoding="utf-8") for path in files)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_is_one_of_the_sources(name: str, sources: str) -> None:
+    known = set(re.findall(r"\w+", sources))
+    # Keys, attributes, functions: what is in inline code and has an underscore.
+    named = {word for piece in code(name) for word in re.findall(r"^\w*_\w+(?=$|[=(])", piece)}
+    assert not {word for word in named - known - OTHERS_NAMES if not word.startswith("JAX_")}
+
+
 def resolves(dotted: str) -> bool:
     """Whether a dotted name is a module, or an attribute of one."""
     module, *rest = dotted.split(".")
@@ -170,19 +189,11 @@ def test_commands_with_a_known_model_load(name: str) -> None:
             load_config(given[0], pairs)
 
 
-LIBRARY_EXAMPLE = "library-example"
-"""Run by tests/library, in processes without this checkout."""
 RULE_EXAMPLE = "file: my-model.yml"
 PYTHON = [
     pytest.param(name, "".join(block.body for block in found), id=name)
     for name in NAMES
-    if (
-        found := [
-            block
-            for block in blocks(name)
-            if block.language == "python" and block.comment != LIBRARY_EXAMPLE
-        ]
-    )
+    if (found := [block for block in blocks(name) if block.language == "python"])
 ]
 
 

@@ -1,4 +1,4 @@
-"""List what is in fixtures/, counted by eye and grep, not by the parser."""
+"""What stands in fixtures/, counted by eye and grep, not by the parser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read the text of every program that is stored with the tests."""
+"""Every program that is kept beside the tests, read as text."""
 
 from __future__ import annotations
 

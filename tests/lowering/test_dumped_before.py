@@ -1,4 +1,4 @@
-"""Find the module before optimization next to an optimized one, by XLA's file names."""
+"""The module before optimization beside an optimized one, by the names that XLA gives them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Check collectives that a compiler implements with others, and those that only look so."""
+"""Collectives that a compiler spells as others, told from those that only look like them."""
 
 # ruff: noqa: E501
 
