@@ -1,4 +1,4 @@
-"""The command that keeps the matrix, with a compiler that is a table: what it says and writes."""
+"""Check the output and the files of the matrix tool, with a table in place of a compiler."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The tool on goldens of its own, which say what it would compile to here."""
+    """Run the tool on goldens of its own, which stand in for compilation."""
     spec = importlib.util.spec_from_file_location("matrix", ROOT / "tools" / "lowering_matrix.py")
     assert spec
     assert spec.loader
@@ -124,7 +124,7 @@ def test_other_compilers_are_said_and_the_differences_still_shown(run: Run, matr
     assert code == 1
     assert "expert-parallel -> mixed" in out
     assert err.splitlines()[-1].startswith("note: other compilers than those of the goldens (libtp")
-    # Cells of two compilers in one file would say of one what is not so.
+    # Cells of two compilers in one file would be recorded as made by one.
     code, _, err = run("--refresh", "--target", "h100:8", "--model", "mixtral-tiny")
     assert (code, len(err.splitlines())) == (2, 2)
 
@@ -215,7 +215,7 @@ def test_a_compilation_that_fails(
     assert found == exit_code
     assert said in told
     assert len(told.splitlines()) == 2
-    assert len(calls) == times  # what somebody has killed is tried again
+    assert len(calls) == times  # a killed compilation is tried again
     assert matrix._file("mixtral-tiny").read_text() == before
 
 

@@ -1,4 +1,4 @@
-"""What stands in fixtures/, counted by eye and grep, not by the parser."""
+"""List what is in fixtures/, counted by eye and grep, not by the parser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every program that is kept beside the tests, read as text."""
+"""Read the text of every program that is stored with the tests."""
 
 from __future__ import annotations
 

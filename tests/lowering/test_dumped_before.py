@@ -1,4 +1,4 @@
-"""The module before optimization beside an optimized one, by the names that XLA gives them."""
+"""Find the module before optimization next to an optimized one, by XLA's file names."""
 
 from __future__ import annotations
 

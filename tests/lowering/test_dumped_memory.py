@@ -1,4 +1,4 @@
-"""The memory of a dumped module: what XLA writes beside it, against its own word."""
+"""Compare the memory in XLA's dump files with that of the executable."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ allocation 5: size 8, color 2, preallocated-temp:
 
 @pytest.fixture(scope="module")
 def dump(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
-    """A dumped module of a program that reuses an argument, and what XLA says of its memory."""
+    """Dump a program that reuses an argument; return the module and its memory."""
     folder = tmp_path_factory.mktemp("dump")
 
     def step(a: jax.Array, b: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""Elements of tuples that are used where they stand: `%tuple#1`, as jax 0.12 prints them."""
+"""Check elements of tuples that are used without an instruction: jax 0.12's `%tuple#1`."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def flip(lines: list[str], choose: random.Random) -> None:
 
 
 def flip_alike(lines: list[str], choose: random.Random) -> None:
-    """Change a letter or a digit on a line that tells much into another of its sort."""
+    """Change a letter or a digit on an important line into another of its kind."""
     at = choose.choice([n for n, line in enumerate(lines) if TELLING.search(line)] or [0])
     places = [n for n, each in enumerate(lines[at]) if each.isalnum() and each.isascii()]
     place = choose.choice(places)
@@ -138,7 +138,7 @@ def test_damage_is_an_error_or_no_smaller_table(batch: int) -> None:
 
 
 def is_another_program(text: str, changed: str) -> bool:
-    """Whether a change is none that anybody can tell: another number in a loop or a size.
+    """Return whether a change cannot be detected: another number in a loop or a size.
 
     XLA's own parser reads it, too, and finds as many collectives in it.
     """

@@ -17,7 +17,7 @@ NAME_OR_STRING = re.compile(r'"(?:[^"\\]|\\.)*"|%[\w.\-]+')
 
 
 def renamed(text: str, seed: int) -> str:
-    """Every computation and instruction with another name, none of which says what it is."""
+    """Rename every computation and instruction to a name without meaning."""
     names = sorted({found for found in NAME_OR_STRING.findall(text) if found[0] == "%"})
     numbers = random.Random(seed).sample(range(len(names)), len(names))
     table = {name: f"%r{number}" for name, number in zip(names, numbers, strict=True)}

@@ -21,12 +21,12 @@ FOLDER = Path(__file__).parent / "programs"
 EXPECTED: dict[str, dict[str, Any]] = yaml.safe_load((FOLDER / "expected.yml").read_text())
 NAMES = list(EXPECTED)
 NEWEST = [name for name, entry in EXPECTED.items() if entry.get("mesh_in_text")]
-BIAS = re.compile(r"\['b[12]'\]$")  # merged into a weight's collective: may be said or not
+BIAS = re.compile(r"\['b[12]'\]$")  # merged into a weight's collective: may be listed or not
 NONE = "no-expert-parallelism"
 
 
 def one_of_each() -> list[str]:
-    """One program of each author and verdict: the others differ in what is told below."""
+    """List one program of each author and verdict; the others differ in the counts below."""
     first: dict[tuple[str, str], str] = {}
     for name, entry in EXPECTED.items():
         first.setdefault((entry["program"], entry["verdict"]), name)
@@ -39,7 +39,7 @@ def read(name: str) -> str:
 
 @cache
 def report_of(name: str) -> LoweringReport:
-    """Report with the mesh told, and the experts' axis where a person could tell one."""
+    """Report with the mesh given, and the experts' axis where a person would give one."""
     entry = EXPECTED[name]
     axis = entry["expert_axis"]
     if entry["verdict"] == NONE and axis != "expert":
@@ -87,7 +87,7 @@ def test_weights_of_experts_whose_gradients_are_reduced(name: str) -> None:
     found = {path for path in moved(name, "gradient-reduction") if not BIAS.search(path)}
     expected = set(EXPECTED[name]["reduced"])
     if EXPECTED[name]["verdict"] == "no-expert-parallelism":
-        # Without a batch dim (all tokens through all experts) a stack of matrices tells nothing.
+        # Without a batch dim (all tokens through all experts) a stack of matrices shows no experts.
         assert found <= expected
     else:
         assert found == expected

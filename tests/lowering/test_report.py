@@ -205,7 +205,7 @@ def test_the_command_does_not_load_jax() -> None:
 def test_further_rounds_are_counted_once_on_request(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The inner loop of cpu_scan, made one whose trips nobody can tell."""
+    """Make the trip count of cpu_scan's inner loop unknown."""
     text = read("cpu_scan").replace("direction=LT", "direction=EQ")
     inner = next(line for line in text.split("\n") if '"known_trip_count":{"n":"3"}' in line)
     changed = re.sub(r'op_name="[^"]*"', f'op_name="f/{FURTHER_ROUNDS}/while"', inner)

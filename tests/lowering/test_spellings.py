@@ -1,4 +1,4 @@
-"""Collectives that a compiler spells as others, told from those that only look like them."""
+"""Check collectives that a compiler implements with others, and those that only look so."""
 
 # ruff: noqa: E501
 

@@ -1,4 +1,4 @@
-"""An estimate adds up: every second of the wire is beside some work or waited for, and once."""
+"""Check that an estimate adds up: each second of the wire is overlapped or waited for, once."""
 
 from __future__ import annotations
 
@@ -128,14 +128,14 @@ def estimate(text: str) -> dict[str, tuple[float, float, dict[str, float]]]:
 
 
 def test_a_wait_for_two_is_charged_to_both() -> None:
-    """Waiting for the second of two, nothing hides the first: it was said to be hidden wholly."""
+    """While waiting for the second of two, nothing overlaps the first."""
     body = start("a", "dispatch") + start("b", "combine") + done("b") + done("a")
     body += "  ROOT %r = f32[16]{0} bitcast(%b.done)\n"
     assert estimate(program(body)) == {"dispatch": (48, 48, {}), "combine": (48, 48, {})}
 
 
 def test_work_is_beside_what_is_on_the_wire_then() -> None:
-    """Of 80 s of work 48 hide the first exchange, 32 the one that stands behind it."""
+    """Of 80 s of work, 48 overlap the first exchange and 32 the one queued behind it."""
     body = start("a", "dispatch") + start("b", "combine") + copy("c", "experts", 10)
     body += done("a") + done("b") + "  ROOT %r = f32[16]{0} bitcast(%b.done)\n"
     assert estimate(program(body)) == {
@@ -178,14 +178,14 @@ def loop(name: str, body: str, trips: int) -> str:
 
 
 def test_two_loops_beside_one_exchange() -> None:
-    """The wire is one, inside loops too: the exchange of a loop stands behind that around it."""
+    """There is one wire, inside loops too: a loop's exchange queues behind the outer one."""
     body = "  %n = s32[] constant(0)\n"
     body += "  %init = (s32[], f32[4]{0}, f32[16]{0}) tuple(%n, %s, %x)\n"
     body += start("outer", "dispatch") + loop("first", "works", 3) + loop("second", "exchanges", 5)
     body += done("outer") + "  ROOT %r = f32[16]{0} bitcast(%outer.done)\n"
-    # A slice of one element takes 8 s. The outer exchange is beside the 3 x 8 s of the first loop
+    # A slice of one element takes 8 s. The outer exchange overlaps the 3 x 8 s of the first loop
     # and the first 8 s of the second; there the next 16 s are waited for, then the inner one.
-    # In the other four trips the inner one is beside its 8 s and waited for in the other 40.
+    # In the other four trips the inner one overlaps its 8 s and is waited for in the other 40.
     assert estimate(program(body, LOOPS)) == {
         "dispatch": (48, 16, {"attention": 24, "mlp": 8}),
         "combine": (5 * 48, 48 + 4 * 40, {"mlp": 4 * 8}),

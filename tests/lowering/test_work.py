@@ -1,4 +1,4 @@
-"""FLOPs, memory traffic and the timeline, against counts made by hand on small programs."""
+"""Compare FLOPs, memory traffic and the timeline with hand counts on small programs."""
 
 # ruff: noqa: E501
 
@@ -78,7 +78,7 @@ def test_memory_is_operands_and_results() -> None:
 def test_a_loop_hides_what_runs_beside_its_exchange() -> None:
     found = timeline(extract_collectives(LOOP), RATES)
     (exchange,) = found.exchanges
-    # 1.92 s on the wire, 1.024 s of them beside the product; three times. Then the last product.
+    # 1.92 s on the wire, 1.024 s of them overlapped with the product; three times. Then the last product.
     assert exchange.seconds == pytest.approx(3 * 1.92)
     assert exchange.waited == pytest.approx(3 * (1.92 - 1.024))
     assert exchange.overlapped["experts"] == pytest.approx(3 * 1.024)
@@ -164,7 +164,7 @@ def test_convolutions_as_tpu_writes_products() -> None:
         )
         == 2 * 6 * 7 * 5 * 9
     )
-    # An ordinary one: 3 taps over 10 places with padding, of which 2 fall beside the input.
+    # An ordinary one: 3 taps over 10 places with padding, of which 2 are outside the input.
     assert convolution(
         "{size=3 pad=1_1}", "b0f_0io->b0f", "f32[2,10,4]", "f32[3,4,8]", "f32[2,10,8]"
     ) == 2 * 2 * 4 * 8 * (3 * 10 - 2)

@@ -175,7 +175,7 @@ def collectives_over(
         kind = program.opcode(name).removesuffix("-start")
         where = program.computation[name]
         if kind not in KINDS or where.startswith("async_wrapped"):
-            continue  # the latter is what an async-start says too
+            continue  # an async-start has the latter too
         if axis not in axes_of(printed, mesh):
             continue
         operands = [each.name for each in program.by_name[name].operands()]

@@ -54,7 +54,7 @@ class Place:
         return jax.named_scope(name) if name else nullcontext()
 
     def array(self, shape: Sequence[int], dtype: Any, *dims: Any) -> jax.ShapeDtypeStruct:
-        """An array that is not there, laid out as `dims` say."""
+        """Return an abstract array, sharded as `dims` specify."""
         return jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=self.named(*dims))
 
 
