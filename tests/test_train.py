@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from moe_shard.config import load_config
+from tests.quick import FLAGS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY = (
@@ -74,11 +75,11 @@ class Command:
             ).strip(os.pathsep),
         }
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-m", "moe_shard.train", *arguments],
             cwd=self.folder,
-            env=self.env,
+            env=self.env | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -91,8 +92,8 @@ class Command:
             process.kill()
         return Done(process.returncode, out, err)
 
-    def run(self, *arguments: str) -> Done:
-        return self.end(self.start(*arguments))
+    def run(self, *arguments: str, **environment: str) -> Done:
+        return self.end(self.start(*arguments, **environment))
 
     def signalled(
         self, number: signal.Signals, run: Path, step: int, checkpoint: int, *arguments: str
@@ -252,8 +253,9 @@ def test_kill_ctrl_c_and_restarts_change_no_loss(
 
 def test_steps_0_reports_on_two_devices_and_makes_no_step(command: Command) -> None:
     done = command.run(
-        "mixtral-tiny", *TINY, "steps=0", "num_simulated_devices=2", "ici_expert_parallelism=2"
-    )
+        "mixtral-tiny", *TINY, "steps=0", "num_simulated_devices=2", "ici_expert_parallelism=2",
+        XLA_FLAGS=FLAGS,
+    )  # fmt: skip
     assert done.code == 0, done.err
     assert "simulating 2 devices" in done.out
     assert "verdict: expert-parallel" in done.out
@@ -265,7 +267,8 @@ def test_steps_0_reports_on_two_devices_and_makes_no_step(command: Command) -> N
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_a_finding(command: Command) -> None:
-    done = command.run("mixtral-tiny", *TINY, "steps=20", "learning_rate=1e30", "run_name=diverged")
+    diverging = ("mixtral-tiny", *TINY, "steps=20", "learning_rate=1e30", "run_name=diverged")
+    done = command.run(*diverging, XLA_FLAGS=FLAGS)
     assert done.code == 1, done
     assert "Traceback" not in done.err
     assert re.search("the (loss|grad_norm) is (nan|inf) at step", done.err)
