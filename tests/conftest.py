@@ -20,6 +20,10 @@ from pathlib import Path  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from tests import shape_checks  # noqa: E402
+
+shape_checks.install()  # before anything imports the package
+
 from tests.moe.build import forget_programs  # noqa: E402
 
 
