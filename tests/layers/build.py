@@ -1,4 +1,4 @@
-"""Single layers on meshes of the eight devices, and what holds them against the oracle."""
+"""Build single layers on meshes of the eight devices, and compare them with the oracle."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ MLA = (
 
 
 def layer_config(sizes: Sizes, *overrides: str) -> Config:
-    """A small dense model, of which the tests take a layer."""
+    """Configure a small dense model, of which the tests use a layer."""
     return small_config(sizes, *SMALL, *overrides)
 
 
 def layer_annotator(config: Config, sizes: Sizes) -> Sharding:
-    """A mesh of as many devices as the sizes multiply to."""
+    """Make a mesh of as many devices as the product of the sizes."""
     devices = jax.devices()[: math.prod(sizes.values())]
     return Sharding(
         mesh_from_config(config.mesh, devices), RuleTable(config.mesh.logical_axis_rules), "record"
@@ -54,7 +54,7 @@ def layer_annotator(config: Config, sizes: Sizes) -> Sharding:
 
 
 class Layer(NamedTuple):
-    """A module described: `graph` and the parameters' places make a function of parameters."""
+    """Describe a module; `nnx.merge(graph, params)` makes it from parameters."""
 
     graph: Any
     shapes: Params
@@ -62,7 +62,7 @@ class Layer(NamedTuple):
 
 
 def describe(make: Callable[[nnx.Rngs], nnx.Module], sharding: Sharding) -> Layer:
-    """A module's graph, its parameters' shapes and where they are stored."""
+    """Return a module's graph, and the shapes and shardings of its parameters."""
     graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(params=0))))
 
     def place(path: tuple[Any, ...], param: Any) -> Any:
@@ -74,7 +74,7 @@ def describe(make: Callable[[nnx.Rngs], nnx.Module], sharding: Sharding) -> Laye
 
 
 def attention_layer(config: Config, sharding: Sharding, number: int = 0) -> Layer:
-    """The attention of one of the model's layers."""
+    """Describe the attention of one of the model's layers."""
     model = config.model
 
     def make(rngs: nnx.Rngs) -> nnx.Module:
@@ -93,7 +93,7 @@ def attention_layer(config: Config, sharding: Sharding, number: int = 0) -> Laye
 
 
 def random_like(shapes: Params, seed: int = 0) -> Params:
-    """Float64 values that keep activations near 1; vectors of any sign, scales near 1."""
+    """Draw float64 values that keep activations near 1: signed vectors, scales near 1."""
     rng = np.random.default_rng(seed)
 
     def value(path: Any, shape: Any) -> np.ndarray:
@@ -103,7 +103,7 @@ def random_like(shapes: Params, seed: int = 0) -> Params:
         fan = 1 if len(shape.shape) == 1 or name.endswith("bias") else shape.shape[0]
         return rng.standard_normal(shape.shape) * fan**-0.5
 
-    # What jax computes with, so that both see the same numbers.
+    # Round to the float32 that jax computes with, so that both use the same numbers.
     return jax.tree.map(
         lambda a: a.astype(np.float32).astype(np.float64),
         jax.tree_util.tree_map_with_path(value, shapes),
@@ -111,7 +111,7 @@ def random_like(shapes: Params, seed: int = 0) -> Params:
 
 
 class Text(NamedTuple):
-    """Packed documents of random lengths, and activations for them."""
+    """Hold packed documents of random lengths, and activations for them."""
 
     x: np.ndarray
     positions: np.ndarray
@@ -119,7 +119,7 @@ class Text(NamedTuple):
 
 
 def packed(rows: int, tokens: int = TOKENS, *, begin: float = 0.15, seed: int = 1) -> Text:
-    """Rows that differ; a document begins at a token with probability `begin`."""
+    """Make different sequences; a document begins at a token with probability `begin`."""
     rng = np.random.default_rng(seed)
     begins = rng.random((rows, tokens)) < begin
     begins[:, 0] = True
@@ -137,7 +137,7 @@ def value_and_grads(
     probe: np.ndarray,
     place: Any,
 ) -> tuple[np.ndarray, tuple[Params, np.ndarray]]:
-    """`function(module, x)`, and the gradients of its sum weighed by `probe`."""
+    """Compute `function(module, x)`, and the gradients of its sum weighted by `probe`."""
 
     def loss(params: Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         y = function(nnx.merge(layer.graph, params), x)
@@ -160,7 +160,7 @@ def value_and_grads(
 def assert_gradients(
     grads: Any, at: Any, loss: Callable[[Any], float], *, step: float = 1e-5, directions: int = 2
 ) -> None:
-    """Each array's gradient, along random directions, is that of the oracle by differences.
+    """Compare each array's gradient, along random directions, with differences of the oracle.
 
     Args:
         grads: a tree of gradients.

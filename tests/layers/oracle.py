@@ -1,4 +1,4 @@
-"""Attention, MLP and logits in NumPy float64, one row and one head at a time.
+"""Compute attention, MLP and logits in NumPy float64, one sequence and one head at a time.
 
 Written from the papers (RoFormer, arXiv 2104.09864; YaRN, 2309.00071; LongRoPE, 2402.13753;
 DeepSeek-V2, 2405.04434; GQA, 2305.13245; GLU variants, 2002.05202) and shares no code with the
@@ -18,7 +18,7 @@ Params = Mapping[str, Any]
 
 
 def frequency(pair: int, pairs: int, keys: Keys, tokens: int) -> float:
-    """Radians a position, of one pair."""
+    """Compute the radians per position of one pair."""
     theta, stretch = keys["rope_max_timescale"], keys["rope_factor"]
     original = keys["original_max_position_embeddings"]
     plain = theta ** -(pair / pairs)
@@ -60,7 +60,7 @@ def magnitude(keys: Keys) -> float:
 
 
 def rotate(x: np.ndarray, positions: np.ndarray, keys: Keys) -> np.ndarray:
-    """One head, [S D], pairs as complex numbers."""
+    """Rotate one head, [S D], with pairs as complex numbers."""
     turned = int(x.shape[1] * keys["partial_rotary_factor"])
     pairs = turned // 2
     y = x.copy()
@@ -73,7 +73,7 @@ def rotate(x: np.ndarray, positions: np.ndarray, keys: Keys) -> np.ndarray:
 
 
 def sees(query: tuple[int, int], key: tuple[int, int], keys: Keys, span: str) -> bool:
-    """Whether one token sees another; each is (position, document)."""
+    """Tell whether one token sees another; each is (position, document)."""
     if query[1] != key[1] or key[0] > query[0]:
         return False
     if span == "sliding":
@@ -97,7 +97,7 @@ def _rms(x: np.ndarray, epsilon: float) -> np.ndarray:
 def _softmax(
     query: np.ndarray, key: np.ndarray, seen: np.ndarray, scale: float, keys: Keys, sink: Any
 ) -> np.ndarray:
-    """One head's weights."""
+    """Compute the attention weights of one head."""
     scores = query @ key.T * scale
     cap = keys["attn_logits_soft_cap"]
     if cap:
@@ -113,7 +113,7 @@ def _head(p: Params, name: str, x: np.ndarray, head: int) -> np.ndarray:
 
 
 def _gqa_heads(p: Params, name: str, x: np.ndarray, keys: Keys) -> list[np.ndarray]:
-    """All heads of queries or keys or values, normalised and clipped, before positions."""
+    """Compute all heads of queries, keys or values, normalised and clipped, without positions."""
     heads = [_head(p, name, x, head) for head in range(p[name].shape[1])]
     epsilon = keys["normalization_layer_epsilon"]
     if keys["use_qk_norm"] and name != "value":
@@ -188,7 +188,7 @@ def mla_row(
 def attention(
     x: np.ndarray, p: Params, masks: list[np.ndarray], positions: np.ndarray, keys: Keys, rope: bool
 ) -> np.ndarray:
-    """A layer's attention on [B S M]; `masks` has one of `mask` for every row."""
+    """Compute a layer's attention on [B S M]; `masks` has a `mask` for every sequence."""
     row = mla_row if keys["attention_type"] == "mla" else gqa_row
     return np.stack(
         [row(x[b], p, positions[b], masks[b], keys, rope) for b in range(len(x))],

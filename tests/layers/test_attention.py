@@ -187,7 +187,7 @@ def test_queries_begin_small_where_nothing_scales_the_scores() -> None:
 
 
 def test_text_shows_what_spans_and_documents_hide() -> None:
-    # Tests of masks are worth nothing on texts that none of them cuts.
+    # A test of masks proves nothing on a text that no mask changes.
     text = packed(3)
     assert len(np.unique(text.segment_ids)) > 2
     assert text.positions.max() > 6
@@ -213,7 +213,8 @@ def test_a_context_axis_gathers_the_latents_of_mla_and_not_keys_and_values() -> 
         compiled.as_text() or "", mesh=dict(sharding.mesh.shape), backend="cpu"
     ).collectives
     over = [(each.kind, each.bytes) for each in found if each.axes == ("context",)]
-    # Latents of 8 and keys of 4 elements, and the tokens' place and document (one array here), for
-    # 12 tokens of 2 rows a device, in 4 bytes; keys and values would be 22 elements for each head.
+    # Latents of 8 and keys of 4 elements, and the tokens' position and document (one array here),
+    # for 12 tokens of 2 sequences a device, in 4 bytes; keys and values would be 22 elements for
+    # each head.
     assert {kind for kind, _ in over} == {"all-gather"}
     assert sum(size for _, size in over) <= (8 + 4 + 2) * tokens * 2 * 4

@@ -1,4 +1,4 @@
-"""A text read in pieces gives what it gives when it is read at once, whatever the layer keeps."""
+"""A text processed in pieces has the outputs of one call, whatever the layer caches."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ KEPT = (
 
 
 class Read(NamedTuple):
-    """What a layer said of a text, the oracle's answer, and what the layer kept."""
+    """Hold a layer's output for a text, the oracle's, and the layer's cache."""
 
     y: np.ndarray
     expected: np.ndarray
@@ -80,7 +80,7 @@ def read(sizes: Sizes, overrides: tuple[str, ...], pieces: Sequence[int], rows: 
         jnp.zeros_like(empty),
         empty,
     )
-    # Places not taken hold no zeros by any right: their numbers must not matter.
+    # The numbers in unused places must not matter, so they are not 0 here.
     memory = memory._replace(layer=jax.tree.map(lambda a: a + 100, memory.layer))
     found, first = [], 0
     jitted = jax.jit(step, compiler_options=QUICK)

@@ -101,7 +101,7 @@ def test_the_configuration_knows_the_activations_that_are_built() -> None:
 
 
 def test_gate_is_clamped_from_above_and_up_on_both_sides_before_the_offset() -> None:
-    # GPT-OSS: limit 7, up + 1, x * sigmoid(1.702 x). relu shows the clamp of the gate bare.
+    # GPT-OSS: limit 7, up + 1, x * sigmoid(1.702 x). relu shows the clamp of the gate alone.
     gating = layer_config(
         {},
         "mlp_activations=[relu, linear]",

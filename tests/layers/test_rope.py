@@ -1,4 +1,4 @@
-"""Frequencies by hand, and turning by complex numbers."""
+"""Frequencies equal hand counts, and rotations equal products of complex numbers."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def test_default_frequencies_fall_from_1_by_equal_ratios() -> None:
 
 
 def test_llama_3_1_divides_long_waves_keeps_short_ones_and_blends_between() -> None:
-    # A pair turns 1000, 16, 2 or 1/4 times over the 8192 positions of the original length: one that
-    # turns at most once is divided by 8, one that turns 4 times or more is not, and 2 is a third of
-    # the way: 1/3 + 2/3 / 8 = 5/12.
+    # A pair rotates 1000, 16, 2 or 1/4 times over the 8192 positions of the original length. One
+    # that rotates at most once is divided by 8, one that rotates 4 times or more is not, and 2 is a
+    # third of the way: 1/3 + 2/3 / 8 = 5/12.
     for waves, share in ((1000, 1), (16, 1), (2, 5 / 12), (0.25, 1 / 8)):
         theta = (8192 / waves / (2 * math.pi)) ** 2  # the second of two pairs
         rope = rope_config(
@@ -81,7 +81,7 @@ def test_llama_3_1_divides_long_waves_keeps_short_ones_and_blends_between() -> N
 
 @pytest.mark.parametrize(
     ("truncate", "exponents", "bounds"),
-    # Pair i of 8 has frequency 4**-i, so it turns original / (2 pi) / beta times at beta = 4**i.
+    # Pair i of 8 has frequency 4**-i, so it rotates original / (2 pi) / beta times at beta = 4**i.
     [
         pytest.param("false", (2, 5), (2, 5), id="whole"),
         pytest.param("true", (2.5, 4.5), (2, 5), id="rounded-outwards"),
@@ -143,7 +143,7 @@ def test_magnitude_is_the_factor_given_or_that_of_yarn_or_none() -> None:
 @pytest.mark.parametrize("interleave", ["true", "false"])
 @pytest.mark.parametrize("partial", [0.5, 1])
 @pytest.mark.parametrize("kind", TYPES)
-def test_turning_is_a_product_of_complex_numbers(
+def test_rotating_is_a_product_of_complex_numbers(
     kind: str, partial: float, interleave: str
 ) -> None:
     overrides = [*TYPES[kind], f"partial_rotary_factor={partial}", f"rope_interleave={interleave}"]

@@ -1,4 +1,4 @@
-"""Small decoders on meshes of the eight devices, with parameters and text made up in NumPy."""
+"""Build small decoders on meshes of the eight devices, with random parameters and text."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ NO_DROPS = "capacity_factor=-1"
 
 
 def label(sizes: Mapping[str, int]) -> str:
-    """A mesh as a test's name."""
+    """Name a test after a mesh."""
     return "-".join(f"{axis}{size}" for axis, size in sizes.items())
 
 
 def small_config(sizes: Mapping[str, int], *overrides: str) -> Config:
-    """A small decoder on a mesh of these axis sizes, 1 where not given."""
+    """Configure a small decoder on a mesh of these axis sizes, 1 where not given."""
     mesh = [f"ici_{axis}_parallelism={sizes.get(axis, 1)}" for axis in MESH_AXES]
     return load_config("mixtral-tiny", [*mesh, *SMALL, *overrides])
 
 
 def annotator(config: Config) -> Sharding:
-    """The mesh that the configuration asks for, with its rules."""
+    """Make the mesh of a configuration, with its rules."""
     return Sharding(
         mesh_from_config(config.mesh), RuleTable(config.mesh.logical_axis_rules), "record"
     )
 
 
 def architecture(config: Config) -> Architecture:
-    """The configuration as the oracle is told it."""
+    """Translate the configuration for the oracle."""
     model, moe = config.model, config.model.moe
     settings = (
         None
@@ -86,7 +86,7 @@ def architecture(config: Config) -> Architecture:
 
 
 def random_params(config: Config, seed: int = 0) -> Params:
-    """Float32 values of a scale that keeps activations near 1; norm scales differ from 1."""
+    """Draw float32 values that keep activations near 1; norm scales differ from 1."""
     rng = np.random.default_rng(seed)
     shapes = describe(config.model, annotator(config)).specs
 
@@ -105,7 +105,7 @@ def random_params(config: Config, seed: int = 0) -> Params:
 def random_batch(
     rows: int = 8, tokens: int = 16, *, vocab: int = 64, microbatches: int = 1, seed: int = 1
 ) -> dict[str, np.ndarray]:
-    """Packed documents of random lengths; positions start anew in each."""
+    """Make packed documents of random lengths; positions start at 0 in each."""
     rng = np.random.default_rng(seed)
     shape = (microbatches, rows, tokens)
     begins = rng.random(shape) < 0.2
@@ -122,7 +122,7 @@ def random_batch(
 
 
 class Evaluated(NamedTuple):
-    """A model's answer to one microbatch, on the host."""
+    """Hold a model's outputs for one microbatch, on the host."""
 
     loss: np.ndarray
     logits: np.ndarray
@@ -133,7 +133,7 @@ class Evaluated(NamedTuple):
 
 
 def evaluate(config: Config, params: Params, batch: Mapping[str, np.ndarray]) -> Evaluated:
-    """Loss, logits, statistics and gradients on the configuration's mesh.
+    """Compute loss, logits, statistics and gradients on the configuration's mesh.
 
     The loss is written out here, so that it judges the package's own.
     """
@@ -172,7 +172,7 @@ def evaluate(config: Config, params: Params, batch: Mapping[str, np.ndarray]) ->
 
 
 def errors(found: Any, expected: Any) -> dict[str, float]:
-    """Of each array, the largest error over its own largest element.
+    """Compute, for each array, the largest error over its own largest element.
 
     Relative to each element would be no measure: an entry that is a difference of large terms has
     their rounding error, not its own.
@@ -187,6 +187,6 @@ def errors(found: Any, expected: Any) -> dict[str, float]:
 
 
 def assert_close(found: Any, expected: Any, tolerance: float = 1e-5) -> None:
-    """Two trees of the same arrays agree, by `errors`."""
+    """Check that two trees of the same arrays agree, by `errors`."""
     wrong = {name: e for name, e in errors(found, expected).items() if not e <= tolerance}
     assert not wrong, f"relative errors {wrong}"

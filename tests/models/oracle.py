@@ -1,4 +1,4 @@
-"""The whole decoder in NumPy float64, and once more in jax for its gradients.
+"""Compute the whole decoder in NumPy float64, and again in jax for its gradients.
 
 Both are written from the papers (Llama 2, arXiv 2307.09288; GQA, 2305.13245; RoFormer, 2104.09864;
 Mixtral, 2401.04088) and share no code with the package. `forward` goes head by head and takes the
@@ -25,7 +25,7 @@ from tests.quick import QUICK
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What the parameters' shapes do not tell. `moe` is None for a dense model."""
+    """Hold what the parameters' shapes do not show. `moe` is None for a dense model."""
 
     theta: float
     epsilon: float
@@ -34,7 +34,7 @@ class Architecture:
 
 
 class Answer(NamedTuple):
-    """What the model says of a batch. Statistics have a leading dim of layers."""
+    """Hold the model's outputs for a batch. Statistics have a leading dim of layers."""
 
     logits: np.ndarray
     load_balance: np.ndarray
@@ -42,7 +42,7 @@ class Answer(NamedTuple):
     counts: np.ndarray
     dropped: np.ndarray
     margin: float
-    """The least gap, over layers and tokens, between a chosen and a refused expert."""
+    """Least gap, over layers and tokens, between a chosen and a refused expert."""
 
 
 def _rms_norm(x: np.ndarray, scale: np.ndarray, epsilon: float) -> np.ndarray:
@@ -50,7 +50,7 @@ def _rms_norm(x: np.ndarray, scale: np.ndarray, epsilon: float) -> np.ndarray:
 
 
 def _rotate(x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:
-    """Hugging Face's rotate-half form: x * cos + rotate_half(x) * sin."""
+    """Rotate in Hugging Face's rotate-half form: x * cos + rotate_half(x) * sin."""
     dim = x.shape[-1]
     inverse = 1.0 / theta ** (np.arange(0, dim, 2) / dim)
     angles = np.concatenate([np.outer(positions, inverse)] * 2, axis=-1)
@@ -65,7 +65,7 @@ def _attention(
     segments: np.ndarray,
     architecture: Architecture,
 ) -> np.ndarray:
-    """One row, one query head at a time."""
+    """Attend within one sequence, one query head at a time."""
     heads, kv_heads = p["query"].shape[1], p["key"].shape[1]
     y = np.zeros_like(x)
     for head in range(heads):
@@ -92,7 +92,7 @@ def forward(
     segments: np.ndarray,
     architecture: Architecture,
 ) -> Answer:
-    """Logits and the MoE layers' statistics."""
+    """Compute the logits and the MoE layers' statistics."""
     params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     epsilon, settings = architecture.epsilon, architecture.moe
     x = params["embedding"]["table"][tokens]
@@ -133,7 +133,7 @@ def _dense_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
 
 
 def _dense_rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """As complex numbers: the pair (i, i + D/2) times exp(i * angle)."""
+    """Rotate complex numbers: the pair (i, i + D/2) times exp(i * angle)."""
     half = x.shape[-1] // 2
     angle = positions[..., None, None] * theta ** (-jnp.arange(half) / half)
     turned = (x[..., :half] + 1j * x[..., half:]) * jnp.exp(1j * angle)
@@ -143,7 +143,7 @@ def _dense_rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array
 def _dense_moe(
     x: jax.Array, p: dict[str, Any], settings: Settings, act: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Every expert on every token, times the weight it has there; and the auxiliary loss."""
+    """Apply every expert to every token, times its weight there; add the auxiliary loss."""
     experts, k = p["router"]["kernel"].shape[1], settings.k
     logits = x @ p["router"]["kernel"]
     probs = jax.nn.softmax(logits)
@@ -167,7 +167,7 @@ def _dense_moe(
 def dense_loss(
     params: dict[str, Any], batch: dict[str, Any], architecture: Architecture
 ) -> tuple[jax.Array, jax.Array]:
-    """The training loss of one microbatch [B, S], and the logits."""
+    """Compute the training loss of one microbatch [B, S], and the logits."""
     positions, segments = batch["positions"], batch["segment_ids"]
     act = {"silu": lambda u: u / (1 + jnp.exp(-u)), "gelu": jax.nn.gelu, "relu": jax.nn.relu}[
         architecture.activation
@@ -218,7 +218,7 @@ def dense_loss(
 def dense_grads(
     params: dict[str, Any], batch: dict[str, Any], architecture: Architecture
 ) -> tuple[float, dict[str, Any]]:
-    """`dense_loss` and its gradients, in float64."""
+    """Compute `dense_loss` and its gradients, in float64."""
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), params)
         fields = {name: jnp.asarray(a) for name, a in batch.items()}

@@ -1,4 +1,4 @@
-"""Layers of several kinds as cycles: hand counts."""
+"""Layers of several kinds split into the cycles that were counted by hand."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BARE = LayerKind(moe=True, span="global", rope=False)
 def test_cycles(kinds: list[LayerKind], expected: list[tuple[int, int, int]]) -> None:
     cycles = cycles_of(kinds)
     assert [(cycle.first, len(cycle.kinds), cycle.turns) for cycle in cycles] == expected
-    # Every layer once, at the place that has its kind.
+    # Every layer occurs once, at a place of its kind.
     numbers = {
         number: kind
         for cycle in cycles

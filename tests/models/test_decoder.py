@@ -57,12 +57,12 @@ FEATURES = {
 
 @functools.cache
 def expected(overrides: tuple[str, ...]) -> tuple[Answer, float, Params]:
-    """The oracles' answers; they know no mesh."""
+    """Compute the oracles' outputs, without a mesh."""
     config = small_config({"data": 8}, *overrides)
     params, told = random_params(config), architecture(config)
     batch = {name: a[0] for name, a in random_batch().items()}
     answer = forward(params, batch["inputs"], batch["positions"], batch["segment_ids"], told)
-    # A choice within rounding of another would make the comparison a coin toss.
+    # Two choices within rounding of each other would make the comparison random.
     assert answer.margin > 2e-6
     loss, grads = dense_grads(params, batch, told)
     return answer, loss, grads
@@ -121,7 +121,7 @@ def test_remat_changes_neither_loss_nor_gradients_nor_routing(policy: str) -> No
 
 def test_bfloat16_is_near_float32() -> None:
     # Near, not close: rounding flips a few near ties, and those tokens go to other experts. Without
-    # drops, so that a flip does not move a whole row's seats as well.
+    # drops, so that a flip does not change which other choices of the sequence are kept.
     config = small_config(EXPERT8, NO_DROPS, "dtype=bfloat16")
     got = evaluate(config, random_params(config), random_batch())
     answer, loss, grads = expected((NO_DROPS,))
@@ -135,8 +135,8 @@ def test_bfloat16_is_near_float32() -> None:
 
 
 def test_a_token_is_blind_to_later_tokens_and_to_other_documents() -> None:
-    # One document in the first half of the row, another in the second. Without drops: which
-    # choices an expert keeps is the one thing through which an earlier token may matter to others.
+    # One document fills the first half of the sequence, another the second. Without drops: which
+    # choices an expert keeps is the only way in which one document may influence another.
     config = small_config(EXPERT8, NO_DROPS)
     batch = random_batch()
     half = batch["inputs"].shape[-1] // 2
@@ -165,7 +165,7 @@ def test_a_token_is_blind_to_later_tokens_and_to_other_documents() -> None:
 
 @functools.cache
 def step_hlo(*overrides: str) -> str:
-    """The optimized HLO of the training step on expert=8."""
+    """Compile the training step on expert=8 and return its optimized HLO."""
     config = small_config(EXPERT8, *overrides)
     program = make_program(config, annotator(config))
     compiled = program.step.lower(program.abstract_state, program.abstract_batch).compile(QUICK)

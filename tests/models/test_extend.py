@@ -1,4 +1,4 @@
-"""A text read in pieces by a decoder: after each, the logits of a call on the whole text."""
+"""A decoder that processes a text in pieces has, after each, the logits of one whole call."""
 
 from __future__ import annotations
 

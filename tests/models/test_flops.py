@@ -1,4 +1,4 @@
-"""Operations of models that are not alike in every layer, against counts made by hand."""
+"""Operations of models whose layers differ equal counts made by hand."""
 
 from __future__ import annotations
 
