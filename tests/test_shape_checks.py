@@ -16,7 +16,7 @@ from jaxtyping import TypeCheckError
 from moe_shard.config.model_config import GatingConfig
 from moe_shard.layers.activation import gated
 from moe_shard.layers.norm import RMSNorm
-from moe_shard.moe.capacity import count_experts
+from moe_shard.moe.slots import count_experts
 from tests.shape_checks import PACKAGE, ROOT, modules_with_shapes
 
 ROOMS = ("layers", "models", "program", "inference", "data")

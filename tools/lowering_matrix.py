@@ -5,9 +5,9 @@
     python tools/lowering_matrix.py --markdown            that of docs/results.md, nothing compiled
 
 Models are compiled two layers deep, one sequence of 1024 tokens per device: a scanned stack runs
-the same collectives at any depth, and sizes grow in proportion. Models with moe_dispatch=ragged are
-not included: the flag changes nothing there. Needs `make targets`. Exit code 1 when a cell differs
-from its golden file in tests/goldens/.
+the same collectives at any depth, and sizes grow in proportion. Models whose strategy always moves
+tokens are not included: the flag changes nothing there. Needs `make targets`. Exit code 1 when a
+cell differs from its golden file in tests/goldens/.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe_shard.config import list_models, load_config
+from moe_shard.config.strategies import find_strategy
 from moe_shard.errors import (
     EXIT_DONE,
     EXIT_FINDING,
@@ -119,7 +120,11 @@ def _cells(targets: Iterable[str] = TARGETS) -> list[str]:
 def flag_models() -> list[str]:
     """Return the models in which the flag changes the program."""
     layers = {name: load_config(name).model.moe for name in list_models()}
-    return [name for name, moe in layers.items() if moe and moe.moe_dispatch != "ragged"]
+    return [
+        name
+        for name, moe in layers.items()
+        if moe and not find_strategy(moe.moe_dispatch).always_moves_tokens
+    ]
 
 
 def _file(model: str) -> Path:

@@ -74,7 +74,7 @@ class Checkpointer:
                 enable_async_checkpointing=train.async_checkpointing,
                 create=True,
             ),
-            # Without them the structure of what was saved cannot be read, only its arrays.
+            # Without them what was saved cannot be asked for its structure, only be read.
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
                 "config": ocp.JsonCheckpointHandler(),
@@ -135,7 +135,7 @@ class Checkpointer:
             UserError: it cannot be read.
         """
         fused = is_fused(abstract_state.params)
-        # None is a model without experts; or a structure that is missing, which reading reports.
+        # None is a model without experts; or a structure that is missing, which reading will tell.
         converts = (self._is_fused(updates), fused) in ((False, True), (True, False))
         stored = other_layout(abstract_state) if converts else abstract_state
         wanted = ocp.args.StandardRestore(stored._asdict())

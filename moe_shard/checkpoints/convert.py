@@ -1,9 +1,9 @@
 """Convert states whose experts keep gate and up apart to states that keep them as one, and back.
 
-A run may be continued with the other value of `prefuse_moe_weights`. Only the experts' gate and up
-and their biases differ, in the parameters and in each tree of moments that an optimizer keeps. So
-trees are searched for experts, and what kind of tree it is does not matter. A model that is loaded
-to be used is converted here too, once, and not in each call.
+A run may be continued with the other value of `prefuse_moe_weights`. Nothing but the experts' gate
+and up differs, their biases included, in the parameters and in each tree that an optimizer keeps of
+their like; so trees are searched for experts, and what kind of tree it is does not matter. A model
+that is loaded to be used is converted here too, once, and not in each call.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from moe_shard.moe.weights import fuse, unfuse
 Tree = TypeVar("Tree")
 Abstract = jax.ShapeDtypeStruct
 ExpertArrays = dict[str, Any]
-"""`gate_up` or `gate` and `up`, and `down`, and their biases: arrays, or descriptions of arrays."""
+"""`gate_up` or `gate` and `up`, and `down`, the like of their biases: arrays, or what describes
+arrays."""
 
 _EXPERTS = "experts"
 
 
 class _Pair(NamedTuple):
-    """The names of what is one array in one layout and two in the other."""
+    """Names of what is one array in the one layout and two in the other."""
 
     both: str
     gate: str
@@ -71,8 +72,8 @@ def other_layout(abstract: Tree) -> Tree:
 def to_layout(tree: Tree, wanted: Any) -> Tree:
     """Bring arrays into the layout that is wanted, bit for bit; those that fit it are untouched.
 
-    The arrays that are converted are freed as soon as they have been read, so that besides the
-    state no more than one tree's gate and up is held, not a second state.
+    The arrays that are converted are freed as soon as they have been read, so that beside the state
+    no more than one tree's gate and up is held, not a second state.
 
     Args:
         tree: of arrays, in either layout.
@@ -94,7 +95,7 @@ def to_layout(tree: Tree, wanted: Any) -> Tree:
                 new[pair.gate], new[pair.up] = jax.jit(unfuse, out_shardings=places)(whole)
                 old.append(whole)
         assert all(array.shape == wanted[name].shape for name, array in new.items()), (new, wanted)
-        # Donation would warn and keep them, since no output has their shape.
+        # Donated, they would be kept, with a warning: no output has their shape.
         for array in old:
             array.delete()
         return new

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 
 from moe_shard.config.attention_config import AttentionConfig
-from moe_shard.config.keys import divisors
+from moe_shard.config.keys import divisors, shown
 from moe_shard.config.moe_config import MoEConfig
 from moe_shard.config.schema import Config
+from moe_shard.config.strategies import find_strategy, imported_strategies
 from moe_shard.errors import UserError
 
 _FLAG = "moe_dispatch_no_expert_sharding=true"
@@ -113,8 +115,8 @@ def _flag_is_idle(config: Config, moe: MoEConfig, sizes: Mapping[str, int]) -> s
     if expert_parallelism(config, sizes) == 1:
         axes = ", ".join(expert_axes(config)) or "none"
         return f"the axes in the rule of {config.mesh.expert_rule} ({axes}) have size 1"
-    if moe.moe_dispatch == "ragged":
-        return "moe_dispatch=ragged moves tokens in any case"
+    if find_strategy(moe.moe_dispatch).always_moves_tokens:
+        return f"moe_dispatch={moe.moe_dispatch} moves tokens in any case"
     batch = {
         row: {axis for axis in config.mesh.axes_of(row) if sizes[axis] > 1}
         for row in ("activation_batch_moe", "activation_batch_no_exp")
@@ -125,15 +127,12 @@ def _flag_is_idle(config: Config, moe: MoEConfig, sizes: Mapping[str, int]) -> s
 
 
 def _idle_keys(moe: MoEConfig) -> Iterator[tuple[str, str]]:
-    """Find keys that are set and belong to another strategy, each with the reason."""
-    if moe.moe_dispatch == "ragged":
-        if moe.capacity_factor > 0:
-            yield f"capacity_factor={moe.capacity_factor:g}", "moe_dispatch=ragged has no capacity"
-        return
-    why = f"moe_dispatch is {moe.moe_dispatch}"
-    if moe.ragged_buffer_factor > 0:
-        yield f"ragged_buffer_factor={moe.ragged_buffer_factor:g}", why
-    if moe.ragged_transport != "auto":
-        yield f"ragged_transport={moe.ragged_transport}", why
-    if moe.grouped_product != "auto":
-        yield f"grouped_product={moe.grouped_product}", why
+    """Find keys that are set and that only other strategies read, each with the reason."""
+    entry = find_strategy(moe.moe_dispatch)
+    others = (each.own_keys for each in imported_strategies())
+    foreign = frozenset[str]().union(*others) - entry.own_keys
+    why = f"moe_dispatch={entry.name} does not read it"
+    for field in dataclasses.fields(moe):
+        value = getattr(moe, field.name)
+        if field.name in foreign and value != field.default:
+            yield f"{field.name}={shown(value)}", why

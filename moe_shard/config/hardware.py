@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_shard.config.load import configs_dir, list_names
+from moe_shard.config.load import configs_dir
 from moe_shard.config.strict_yaml import read_mapping
 from moe_shard.errors import UserError
 
@@ -59,14 +59,16 @@ class Hardware:
 
 
 def find_hardware(device_kind: str) -> Hardware | None:
-    """Find an accelerator by what jax calls its devices; None if it is not known."""
-    known = map(load_hardware, list_hardware())
-    return next((each for each in known if device_kind in each.device_kinds), None)
+    """Find an accelerator by its own name for itself; None if it is not known."""
+    for path in sorted((configs_dir() / "hardware").glob("*.yml")):
+        if device_kind in read_mapping(path)["device_kinds"]:
+            return _read(path)
+    return None
 
 
 def list_hardware() -> list[str]:
     """List the names of the files in `configs/hardware/`, sorted."""
-    return list_names("hardware")
+    return sorted(path.stem for path in (configs_dir() / "hardware").glob("*.yml"))
 
 
 def load_hardware(name: str) -> Hardware:

@@ -16,12 +16,13 @@ from moe_shard.config.attention_config import AttentionConfig, RopeConfig
 from moe_shard.config.foreign_keys import sift
 from moe_shard.config.generate_config import GenerateConfig
 from moe_shard.config.keys import leaf_keys, shown
-from moe_shard.config.maxtext import is_maxtext, read_run, why_not_ragged
+from moe_shard.config.maxtext import is_maxtext, read_run, why_tokens_cannot_move
 from moe_shard.config.maxtext_keys import MaxTextKeys, read_maxtext_keys
 from moe_shard.config.model_config import GatingConfig, ModelConfig
 from moe_shard.config.moe_config import MoEConfig, RouterConfig
 from moe_shard.config.overlays import COMMAND_LINE, Overlay, lay_over, parse_overrides, short_name
 from moe_shard.config.schema import Config, DataConfig, RunConfig, TrainConfig
+from moe_shard.config.strategies import find_strategy
 from moe_shard.config.strict_yaml import read_mapping
 from moe_shard.config.tables import build_mesh, read_rules_file
 from moe_shard.errors import UserError
@@ -135,8 +136,11 @@ def _assemble(
     if custom:
         rules_file = read_rules_file(find_file("rules", custom, "custom_mesh_and_rule"), known)
     mesh, warnings = build_mesh(settings, base, overlays, rules_file, known)
-    is_open = may_settle_dispatch and settings["moe_dispatch"] == "ragged"
-    if is_open and (why := why_not_ragged(mesh)):
+    if (
+        may_settle_dispatch
+        and find_strategy(settings["moe_dispatch"]).always_moves_tokens
+        and (why := why_tokens_cannot_move(mesh))
+    ):
         settings["moe_dispatch"] = "gather"
         warnings += (f"moe_dispatch=gather instead, which drops nothing either: {why}",)
     _derive(settings, name)

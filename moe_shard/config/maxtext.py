@@ -294,8 +294,8 @@ def _idle(
     return sorted(idle)
 
 
-def why_not_ragged(mesh: MeshConfig) -> str:
-    """Return why `moe_dispatch=ragged` cannot serve a table; empty where it can.
+def why_tokens_cannot_move(mesh: MeshConfig) -> str:
+    """Return why a strategy that always moves tokens cannot serve a table; empty where it can.
 
     MaxText's sparse path can have the tokens whole on every device of an expert group; here a
     token is sent by the one device that has it.

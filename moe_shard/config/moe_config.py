@@ -6,9 +6,9 @@ import dataclasses
 from typing import Annotated, Literal, get_args
 
 from moe_shard.config.keys import Key, check_leaves, divisors
+from moe_shard.config.strategies import check_strategy_name
 from moe_shard.errors import UserError
 
-DispatchStrategy = Literal["einsum", "gather", "ragged"]
 RaggedTransport = Literal["auto", "ragged", "padded"]
 GroupedProductName = Literal["auto", "ragged_dot", "tokamax", "pallas", "blocked"]
 CapacityRule = Literal["maxtext", "gshard"]
@@ -83,8 +83,8 @@ class RouterConfig:
         check_leaves(self)
         if self.force_load_balance and self.use_random_routing:
             raise UserError(
-                "force_load_balance=true and use_random_routing=true: tokens go round-robin or "
-                "scattered, not both\nfix: one of the two"
+                "force_load_balance=true and use_random_routing=true: experts are assigned "
+                "round-robin or at random, not both\nfix: one of the two"
             )
         if self.routed_bias_update_rate and not self.routed_bias:
             raise UserError(
@@ -123,7 +123,7 @@ class MoEConfig:
         capacity_rule: a `CapacityRule`; how the factor is rounded.
         min_capacity: fewest slots of an expert for a batch row.
         drop_policy: a `DropPolicy`; which choices an overfull expert keeps.
-        moe_dispatch: a `DispatchStrategy`.
+        moe_dispatch: a registered strategy, see `config.strategies`.
         ragged_transport: a `RaggedTransport`; how `ragged` moves rows.
         ragged_buffer_factor: rows `ragged` can take in over those of a balanced load, beyond which
             it drops; -1: it never drops.
@@ -151,7 +151,7 @@ class MoEConfig:
     capacity_rule: Annotated[CapacityRule, Key(choices=get_args(CapacityRule))] = "maxtext"
     min_capacity: Annotated[int, Key(least=0)] = 0
     drop_policy: Annotated[DropPolicy, Key(choices=get_args(DropPolicy))] = "position"
-    moe_dispatch: Annotated[DispatchStrategy, Key(choices=get_args(DispatchStrategy))] = "gather"
+    moe_dispatch: Annotated[str, Key()] = "gather"
     ragged_transport: Annotated[RaggedTransport, Key(choices=get_args(RaggedTransport))] = "auto"
     ragged_buffer_factor: Annotated[float, Key(above=0, off=-1)] = -1.0
     grouped_product: Annotated[GroupedProductName, Key(choices=get_args(GroupedProductName))] = (
@@ -169,6 +169,7 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         check_leaves(self)
+        check_strategy_name(self.moe_dispatch)
         if self.num_experts_per_tok > self.num_experts:
             raise UserError(
                 f"num_experts_per_tok={self.num_experts_per_tok} is more than "
@@ -182,26 +183,26 @@ class MoEConfig:
             )
 
     def _check_groups(self) -> None:
-        groups, kept = self.router.groups
+        groups, allowed = self.router.groups
         if self.num_experts % groups:
             raise UserError(
                 f"num_experts={self.num_experts} does not split into n_routing_groups={groups}\n"
                 f"fix: one of {divisors(self.num_experts)}"
             )
-        if kept > groups:
+        if allowed > groups:
             raise UserError(
-                f"topk_routing_group={kept} is more than n_routing_groups={groups}\n"
+                f"topk_routing_group={allowed} is more than n_routing_groups={groups}\n"
                 f"fix: topk_routing_group from 1 to {groups}"
             )
         size = self.num_experts // groups
-        if kept < groups and self.router.routing_group_score == "top2_sum" and size == 1:
+        if allowed < groups and self.router.routing_group_score == "top2_sum" and size == 1:
             raise UserError(
                 f"routing_group_score=top2_sum: n_routing_groups={groups} leaves one expert a "
                 "group, which has no best two\nfix: routing_group_score=max, or fewer groups"
             )
-        if size * kept < self.num_experts_per_tok:
+        if size * allowed < self.num_experts_per_tok:
             raise UserError(
-                f"topk_routing_group={kept} groups of {size} experts are fewer than "
+                f"topk_routing_group={allowed} groups of {size} experts are fewer than "
                 f"num_experts_per_tok={self.num_experts_per_tok}\n"
                 f"fix: topk_routing_group={-(-self.num_experts_per_tok // size)} or more"
             )

@@ -2,7 +2,7 @@
 
 Dims, in this package's shapes:
 
-    B  batch rows        S  tokens of a row (sequence)    M  model dim
-    E  experts           K  experts per token (top-k)     H  hidden dim of an expert
-    C  capacity: slots an expert has for one batch row, EC in all E experts
+    B  sequences of a batch    S  tokens of a sequence          M  model dim
+    E  experts                 K  experts per token (top-k)     H  hidden dim of an expert
+    C  capacity: slots that an expert has for one sequence, EC in all E experts
 """

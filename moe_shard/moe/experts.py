@@ -1,10 +1,11 @@
 """The experts: E gated MLPs, `down(act(gate(x)) * up(x))`. Arithmetic only; no mesh.
 
-What multiplies rows with experts' weights is handed in: batched products over capacity slots, or a
-grouped product over rows that stand by expert. So is what pins the arrays in between.
+What multiplies token copies with experts' weights is an argument: batched products over capacity
+slots, or a grouped product over copies that are sorted by expert. So is what places the arrays in
+between.
 
-Where experts have biases, a row that is nobody's (an empty slot, a filler) comes out as something
-and not as zero. Nothing reads it, so no gradient comes back to it either.
+Where experts have biases, an empty slot or a filler comes out as something other than zero. Nothing
+reads it, so no gradient comes back to it either.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from jaxtyping import Array, Float
 
 from moe_shard.config.model_config import GatingConfig
 from moe_shard.layers.activation import gated
-from moe_shard.moe.placement import (
+from moe_shard.moe.axes import (
     EXPERT_BIAS_FUSED,
     EXPERT_BIAS_IN,
     EXPERT_BIAS_OUT,
@@ -34,7 +35,7 @@ from moe_shard.sharding.rules import LogicalAxes
 
 
 class Product(Protocol):
-    """Rows, each by the weights of its own expert."""
+    """Token copies, each times the weights of its own expert."""
 
     def __call__(
         self,
@@ -54,14 +55,14 @@ def gated_mlp(
     gating: GatingConfig,
     pin_hidden: Callable[[Float[Array, "*R H"]], Float[Array, "*R H"]] = lambda h: h,
 ) -> Float[Array, "*R M"]:
-    """Apply each row's expert to it.
+    """Apply to each token copy its expert.
 
     Args:
-        x: rows; `product` knows which expert each belongs to.
+        x: token copies; `product` knows which expert each belongs to.
         weights: of the experts at hand, in the dtype of the products.
         product: see `Product`.
         gating: what stands between the products.
-        pin_hidden: says where the hidden activations live.
+        pin_hidden: places the hidden activations.
     """
     biases = weights.inward_bias or (None,) * len(weights.inward)
     pairs = zip(weights.inward, biases, strict=True)
@@ -76,12 +77,12 @@ def batched_product(
     w: Float[Array, "E A *P"],
     bias: Float[Array, "E *P"] | None = None,
 ) -> Float[Array, "E *R *P"]:
-    """The `Product` where every expert has equally many rows."""
-    rows, out = "bc"[: x.ndim - 2], "gh"[-(w.ndim - 2) :]
-    y = jnp.einsum(f"e{rows}a,ea{out}->e{rows}{out}", x, w)
+    """Multiply where every expert has equally many token copies, see `Product`."""
+    outer, out = "bc"[: x.ndim - 2], "gh"[-(w.ndim - 2) :]
+    y = jnp.einsum(f"e{outer}a,ea{out}->e{outer}{out}", x, w)
     if bias is None:
         return y
-    return y + jnp.expand_dims(bias, tuple(range(1, 1 + len(rows))))
+    return y + jnp.expand_dims(bias, tuple(range(1, 1 + len(outer))))
 
 
 class Experts(nnx.Module):
@@ -127,7 +128,7 @@ class Experts(nnx.Module):
         self.dtype = dtype
 
     def weights(self) -> ExpertWeights:
-        """The parameters in the dtype of the products, where they are stored.
+        """Return the parameters in the dtype of the products, where they are stored.
 
         Cast here, on the shards, so that FSDP gathers weights in the narrow dtype.
         """

@@ -1,14 +1,12 @@
-"""The MoE layer: route; dispatch, exchange, experts, exchange, combine by a strategy.
+"""The MoE layer: route; then dispatch, exchange, experts, exchange and combine by a strategy.
 
-Experts that every token passes are added beside.
-
-The named scopes `router`, `dispatch`, `experts` and `combine` are what the HLO tools attribute
-collectives by.
+The outputs of shared experts, through which every token goes, are added to the sum. The named
+scopes `router`, `dispatch`, `experts` and `combine` are those by which reports label collectives.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,24 +17,25 @@ from jaxtyping import Array, Float, Int
 from moe_shard.config.model_config import GatingConfig
 from moe_shard.config.moe_config import MoEConfig
 from moe_shard.layers.mlp import MLP
-from moe_shard.moe.dispatch import make_strategy
-from moe_shard.moe.dispatch.base import Strategy
+from moe_shard.moe.axes import SHARED_GATE
 from moe_shard.moe.experts import Experts
 from moe_shard.moe.losses import expert_counts, router_z_loss
 from moe_shard.moe.placement import Placement
+from moe_shard.moe.record import MoERecord
 from moe_shard.moe.router import Router, Routing
+from moe_shard.moe.strategy import Strategy, make_strategy
 from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.parameter import parameter
 
 
 class MoEStats(NamedTuple):
-    """What the layer tells of each batch row; unreduced, so that it costs no collective here.
+    """Statistics of each sequence; unreduced, so that they cost no collective here.
 
     Attributes:
-        mean_probs: the router's scores, summing to 1, as means over the row's tokens.
+        mean_probs: the router's scores, summing to 1, as means over the sequence's tokens.
         router_z_loss: see `losses.router_z_loss`; not yet weighted.
         expert_counts: choices of each expert, before drops.
-        dropped: choices that found no slot.
+        dropped: choices beyond the capacity.
     """
 
     mean_probs: Float[Array, "B E"]
@@ -149,22 +148,10 @@ class MoELayer(nnx.Module):
         """Apply the layer.
 
         Returns:
-            The weighted sum of the experts' outputs, in `x`'s dtype, and the rows' statistics.
+            The weighted sum of the expert outputs, in `x`'s dtype, and the sequences' statistics.
         """
-        if not self.sharding.is_explicit:
-            return self._apply(x)
-        # Parameters go in as arguments: closed over, they would keep their Explicit types.
-        graph, state = nnx.split(self)
-        y, each = self.placement.of_tokens(x.shape), self.placement.of_batch(x.shape[0])
-        outside = self.sharding.outside
-        stats = dict.fromkeys(MoEStats._fields, outside(each))
-        body = jax.sharding.auto_axes(
-            lambda state, x: nnx.merge(graph, state)._apply(x),
-            out_sharding=(outside(y), MoEStats(**stats)),  # type: ignore[arg-type]
-        )
-        return body(state, x)
-
-    def _apply(self, x: Float[Array, "B S M"]) -> tuple[Float[Array, "B S M"], MoEStats]:
+        if self.sharding.is_explicit:
+            return self._with_auto_axes(x)
         placement = self.placement
         shared = self._of_shared(x)
         x = placement.tokens(x)
@@ -180,13 +167,41 @@ class MoELayer(nnx.Module):
         y = placement.tokens(y)
         return y if shared is None else y + shared, stats
 
+    def _with_auto_axes(self, x: Float[Array, "B S M"]) -> tuple[Float[Array, "B S M"], MoEStats]:
+        """Apply the layer where the mesh has Explicit axes; within the call they are Auto."""
+        # Parameters go in as arguments: closed over, they would keep their Explicit types.
+        graph, state = nnx.split(self)
+        y, each = self.placement.of_tokens(x.shape), self.placement.of_batch(x.shape[0])
+        outside = self.sharding.outside
+        stats = dict.fromkeys(MoEStats._fields, outside(each))
+
+        def apply(
+            state: nnx.State[Any, Any], x: Float[Array, "B S M"]
+        ) -> tuple[Float[Array, "B S M"], MoEStats]:
+            layer = nnx.merge(graph, state)
+            layer.sharding = self.sharding.inside
+            return layer(x)
+
+        out = (outside(y), MoEStats(**stats))  # type: ignore[arg-type]
+        return jax.sharding.auto_axes(apply, out_sharding=out)(state, x)
+
     def route(self, x: Float[Array, "B S M"]) -> Routing:
-        """What the router decides for every token."""
+        """Choose experts and combine weights for every token."""
         with jax.named_scope("router"):
             return self.router(x)
 
+    def record(self, tokens: tuple[int, ...]) -> MoERecord:
+        """Return what a call takes: the exchange, the product, fast paths, and why.
+
+        Nothing is traced or run.
+
+        Args:
+            tokens: [B S M], the shape of the layer's input on all devices together.
+        """
+        return self.strategy.record(tokens, self.experts.dtype)
+
     def _of_shared(self, x: Float[Array, "B S M"]) -> Float[Array, "B S M"] | None:
-        """What the experts that every token passes add; None where there are none."""
+        """Apply the shared experts; None where there are none."""
         if self.shared is None:
             return None
         y = self.shared(x)
@@ -194,10 +209,10 @@ class MoELayer(nnx.Module):
             return y
         with jax.named_scope("mlp"):
             gate = self.shared_gate[...].astype(x.dtype)
-            share = jax.nn.sigmoid(jnp.einsum("bsm,m->bs", x, gate))
-            return share[..., None] * y
+            scale = jax.nn.sigmoid(jnp.einsum("bsm,m->bs", x, gate))
+            return scale[..., None] * y
 
 
 def _shared_gate(model_dim: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Param[Array]:
     init = jax.nn.initializers.normal(stddev=model_dim**-0.5)
-    return parameter(init(rngs.params(), (model_dim,), dtype), ("embed_router",))
+    return parameter(init(rngs.params(), (model_dim,), dtype), SHARED_GATE)

@@ -1,6 +1,6 @@
 """Auxiliary losses of the router.
 
-A layer gives sums of each batch row, and the losses are formed once for all layers where the
+A layer returns sums over each sequence, and the losses are formed once for all layers where the
 training loss is, so that a layer adds no collective. Fractions count choices before any is dropped.
 """
 
@@ -14,7 +14,7 @@ from moe_shard.config.moe_config import LoadBalanceLoss
 
 
 def expert_counts(indices: Int[Array, "B S K"], num_experts: int) -> Int[Array, "B E"]:
-    """How many of a row's choices fell on each expert."""
+    """Count the choices of each sequence that fell on each expert."""
     return jnp.sum(jax.nn.one_hot(indices, num_experts, dtype=jnp.int32), axis=(1, 2))
 
 
@@ -26,11 +26,11 @@ def load_balance_loss(
     k: int,
     convention: LoadBalanceLoss,
 ) -> Float[Array, ""]:
-    """Load-balance loss: the sum over experts of mean probability times fraction of choices.
+    """Sum over experts the mean probability times the fraction of choices.
 
-    - "maxtext": of each row of each layer, times E, the fractions summing to K: K when balanced, E
-      when k = 1 and all tokens take one expert; then the mean. MaxText's, and the only one local
-      to a row.
+    - "maxtext": of each sequence of each layer, times E, the fractions summing to K: K when
+      balanced, E when k = 1 and all tokens take one expert; then the mean. MaxText's, and the only
+      one local to a sequence.
     - "sequence": the same over K, 1 when balanced: MaxText's from 0.2.5 on.
     - "gshard": of each layer over the whole batch, normalised to 1 when balanced (GShard, arXiv
       2006.16668; Switch Transformer, arXiv 2101.03961, for k = 1); then the mean over layers.
@@ -38,9 +38,9 @@ def load_balance_loss(
       transformers' `load_balancing_loss_func` computes it.
 
     Args:
-        mean_probs: of each row, the mean over its tokens.
+        mean_probs: of each sequence, the mean over its tokens.
         counts: choices of each expert, see `expert_counts`.
-        tokens: S, of a row.
+        tokens: S, of a sequence.
         k: K.
         convention: see above.
     """
@@ -60,6 +60,6 @@ def load_balance_loss(
 
 
 def router_z_loss(logits: Float[Array, "B S E"]) -> Float[Array, "B"]:
-    """Mean squared logsumexp of the router's scores (ST-MoE, arXiv 2202.08906, equation 5)."""
+    """Average the squared logsumexp of the logits (ST-MoE, arXiv 2202.08906, equation 5)."""
     log_z = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
     return jnp.mean(jnp.square(log_z), axis=-1)

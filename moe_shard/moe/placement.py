@@ -1,47 +1,47 @@
-"""Where the arrays of an MoE layer live: the one file in moe/ that names logical axes.
+"""Place the arrays of an MoE layer: the one file in moe/ that annotates, and that reads the flag.
 
-The exchange is a change of layout of one array. By row: every device has all experts' slots of its
-own batch rows. By expert: every device has its own experts' slots of all rows of its group. The
-partitioner turns the step from one to the other into an all-to-all over the expert axis, provided
-that the batch dim gives that axis up, which is what `moe_dispatch_no_expert_sharding` selects
-(`activation_batch_no_exp` instead of `activation_batch_moe`). If the batch dim keeps it, the
-expert dim stays unsharded and the weights of all experts are gathered instead.
+The exchange is a change of layout of one array. By sequence: every device has all experts' slots
+of its own sequences. By expert: every device has its own experts' slots of all sequences of its
+group. The partitioner turns the step from one to the other into an all-to-all over the expert axis,
+provided that the batch dim gives that axis up, which is what `moe_dispatch_no_expert_sharding`
+selects (`activation_batch_no_exp` instead of `activation_batch_moe`). If the batch dim keeps it,
+the expert dim stays unsharded and the weights of all experts are gathered instead.
 
-Both layouts are always pinned, in both directions. One direct hop from the down projection's
-partial sums over `tensor` to the layout by row is miscompiled by XLA (jax 0.8.3 to 0.10.2, both
-partitioners) on some meshes with fsdp, tensor and expert axes: half of the rows come out wrong.
+Both layouts are always pinned, in both directions. A direct step from the down projection's partial
+sums over `tensor` to the layout by sequence is miscompiled by XLA (jax 0.8.3 to 0.10.2, both
+partitioners) on some meshes with fsdp, tensor and expert axes: half of the sequences come out
+wrong.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from moe_shard.moe.record import MoERecord
+from moe_shard.moe.axes import (
+    EXPERT_BIAS_FUSED,
+    EXPERT_BIAS_IN,
+    EXPERT_BIAS_OUT,
+    EXPERT_WEIGHT_FUSED,
+    EXPERT_WEIGHT_IN,
+    EXPERT_WEIGHT_OUT,
+    TOKENS,
+)
 from moe_shard.moe.shards import Shards, WeightSpecs
 from moe_shard.moe.weights import ExpertWeights
 from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.rules import LogicalAxes
 
 EXCHANGED = "exchanged"
-"""Name of the arrays that have just crossed the wire, for the remat policy `save_exchanged`."""
-
-TOKENS = ("activation_batch_moe", "activation_length_moe", "activation_embed_moe")
-EXPERT_WEIGHT_IN = ("exp", "embed_moe", "mlp_moe")
-EXPERT_WEIGHT_FUSED = ("exp", "embed_moe", None, "mlp_moe")
-EXPERT_WEIGHT_OUT = ("exp", "mlp_moe", "embed_moe")
-EXPERT_BIAS_IN = ("exp", "mlp_moe")
-EXPERT_BIAS_FUSED = ("exp", None, "mlp_moe")
-EXPERT_BIAS_OUT = ("exp", None)
-ROUTER_KERNEL = ("embed_router", "exp_router")
-ROUTER_VECTOR = ("exp_router",)
+"""Name of the arrays that an exchange has just produced, for the remat policy `save_exchanged`."""
 
 
 class Placement:
-    """Pins the arrays of one MoE layer.
+    """Places the arrays of one MoE layer.
 
     Args:
         sharding: the mesh and its rules.
@@ -55,9 +55,9 @@ class Placement:
         self.batch = "activation_batch_no_exp" if no_expert_sharding else "activation_batch_moe"
         # Weights are used where the activations' experts are, so what FSDP adds to the experts dim
         # is gathered; where that dim stays whole in the activations, once, not twice.
-        taken = set(sharding.table.sharding_axes(self.batch))
-        self.moves_tokens = bool(self.expert_axes) and taken.isdisjoint(self.expert_axes)
-        self._exp_in_use = "activation_exp" if taken.isdisjoint(self.expert_axes) else None
+        batch_axes = set(sharding.table.sharding_axes(self.batch))
+        self.moves_tokens = bool(self.expert_axes) and batch_axes.isdisjoint(self.expert_axes)
+        self._exp_in_use = "activation_exp" if batch_axes.isdisjoint(self.expert_axes) else None
         self._consequence = (
             f"expert weights will be all-gathered over {', '.join(self.expert_axes)}"
         )
@@ -65,43 +65,65 @@ class Placement:
             self._consequence += "; moe_dispatch_no_expert_sharding=true moves tokens instead"
 
     @property
-    def why_travel(self) -> str:
+    def why_exchange(self) -> str:
         """Why tokens have to leave their devices; empty where every device has all experts."""
         sizes = self.sharding.table.axis_sizes
         return " x ".join(f"{axis} axis of {sizes[axis]}" for axis in self.expert_axes)
 
     @property
-    def why_stay(self) -> str:
+    def why_no_exchange(self) -> str:
         """Why no token leaves its device; no axis for experts is not the same as one of size 1."""
         named = self.sharding.table.named_expert_axes
         return f"the {', '.join(named)} axis has size 1" if named else "no axis is for experts"
 
-    def record(self, record: MoERecord) -> None:
-        """Keep what the layer decided, for the report."""
-        self.sharding.decisions["moe"] = record
+    @property
+    def expert_parallelism(self) -> int:
+        """D, devices of an expert group."""
+        return math.prod(self.sharding.table.axis_sizes[axis] for axis in self.expert_axes)
+
+    def token_parts(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Return into how many parts the batch and the length of tokens [B S M] are split."""
+        resolution = self.sharding.table.resolve("moe tokens", TOKENS, shape)
+        sizes = self.sharding.table.axis_sizes
+        batch, length, _ = (
+            math.prod(sizes[axis] for axis in decision.mesh_axes)
+            for decision in resolution.decisions
+        )
+        return batch, length
 
     def tokens(self, x: Float[Array, "B S M"]) -> Float[Array, "B S M"]:
-        """The layer's input and output."""
+        """Place the layer's input or output."""
         return self.sharding(x, *TOKENS, name="moe tokens")
 
     def of_tokens(self, shape: Sequence[int]) -> NamedSharding:
-        """Where the layer's input and output live, [B S M]."""
+        """Return the sharding of the layer's input and output, [B S M]."""
         return self.sharding.named_sharding("moe tokens", TOKENS, shape)
 
     def of_batch(self, batch: int) -> NamedSharding:
-        """Where an array with a number, or a vector, per sequence lives."""
+        """Return the sharding of an array with a number, or a vector, for each sequence."""
         return self.sharding.named_sharding("moe statistics", TOKENS[:1], (batch,))
 
-    def to_experts(self, x: Float[Array, "E B C M"]) -> Float[Array, "E B C M"]:
-        """By row to by expert: the exchange after dispatch."""
-        return checkpoint_name(self._by_expert(self._by_row(x), "moe expert input"), EXCHANGED)
+    def by_sequence(self, x: Float[Array, "E B C M"]) -> Float[Array, "E B C M"]:
+        """Place slots where their tokens are: all experts' slots of a device's own sequences."""
+        return self.sharding(
+            x,
+            None,
+            "activation_batch_moe",
+            None,
+            "activation_embed_moe",
+            name="moe slots by sequence",
+        )
 
-    def to_rows(self, y: Float[Array, "E B C M"]) -> Float[Array, "E B C M"]:
-        """By expert to by row: the exchange before combine."""
-        return checkpoint_name(self._by_row(self._by_expert(y, "moe expert output")), EXCHANGED)
+    def to_experts(self, x: Float[Array, "E B C M"]) -> Float[Array, "E B C M"]:
+        """Change the layout from by sequence to by expert: the exchange after dispatch."""
+        return checkpoint_name(self._by_expert(self.by_sequence(x), "moe expert input"), EXCHANGED)
+
+    def to_sequences(self, y: Float[Array, "E B C M"]) -> Float[Array, "E B C M"]:
+        """Change the layout from by expert to by sequence: the exchange before combine."""
+        return checkpoint_name(self.by_sequence(self._by_expert(y, "moe expert output")), EXCHANGED)
 
     def hidden(self, h: Float[Array, "E B C H"]) -> Float[Array, "E B C H"]:
-        """Activations between an expert's two products."""
+        """Place the activations between an expert's two products."""
         return self.sharding(
             h,
             "activation_exp",
@@ -113,7 +135,7 @@ class Placement:
         )
 
     def weights_in_use(self, weights: ExpertWeights) -> ExpertWeights:
-        """From where they are stored to where slots meet them."""
+        """Bring the weights from where they are stored to where slots are multiplied with them."""
         use = self.sharding.use_weight
         exp, hidden = self._exp_in_use, "activation_mlp_moe"
         stored: LogicalAxes = EXPERT_WEIGHT_IN
@@ -131,12 +153,13 @@ class Placement:
         bias = use(weights.down_bias, EXPERT_BIAS_OUT, (exp, None), name="moe down bias")
         return ExpertWeights(inward, down, biases, bias)
 
-    def shards(self, x: Float[Array, "B S M"], weights: ExpertWeights) -> Shards:
-        """The same arrays for code that runs on each device by itself.
+    def shards(self, x: Float[Array, "B S M"], weights: ExpertWeights, *, strategy: str) -> Shards:
+        """Return how the layer's arrays are split, for code that runs on each device by itself.
 
         Args:
             x: the layer's input; only its shape and dtype are read.
             weights: as stored; likewise.
+            strategy: the name of the one that asks, for messages.
 
         Raises:
             UserError: see `Shards`.
@@ -159,11 +182,7 @@ class Placement:
                 None if bias is None else spec("moe down bias as stored", EXPERT_BIAS_OUT, bias),
             ),
             expert_axes=self.expert_axes,
-        )
-
-    def _by_row(self, x: Float[Array, "E B C M"]) -> Float[Array, "E B C M"]:
-        return self.sharding(
-            x, None, "activation_batch_moe", None, "activation_embed_moe", name="moe slots by row"
+            strategy=f"moe_dispatch={strategy}",
         )
 
     def _by_expert(self, x: Float[Array, "E B C M"], name: str) -> Float[Array, "E B C M"]:

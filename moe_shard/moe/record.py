@@ -1,4 +1,8 @@
-"""What a MoE layer does and why not otherwise: printed before step 0, and asserted on in tests."""
+"""What an MoE layer takes and why not otherwise: printed before step 0, asserted on in tests.
+
+A record follows from configuration, mesh and shapes alone (`moe_shard.moe.strategy.moe_record`);
+nothing has to be traced for it.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +14,17 @@ from moe_shard.config.moe_config import MoEConfig
 
 @dataclass(frozen=True)
 class MoERecord:
-    """The choices made when a layer was traced.
+    """What one layer takes.
 
     Attributes:
         strategy: `moe_dispatch`.
         transport: how tokens reach their experts: "ragged-all-to-all", "padded all-to-all",
             "equal all-to-all", "all-to-all" (of slots, by the partitioner) or "none".
-        grouped_product: the routine that multiplies rows with their experts' weights: a name of
-            `moe.grouped`, or "batched" where experts have equally many rows.
+        grouped_product: the routine that multiplies token copies with their experts' weights: a
+            name of `moe.grouped`, or "batched" where experts have equally many.
         fast_paths: those taken, of "singleton", "forced-balance", "equal-pieces", "fused-gate-up"
             and "token-chunks".
-        router: how experts are chosen and what is beside them, such as
+        router: how experts are chosen and what is added to them, such as
             "sigmoid, top 8 in 4 of 8 groups, correction bias, 1 shared expert".
         reasons: {a choice: why}.
         not_taken: {a fast path: why not}.
@@ -44,14 +48,14 @@ class MoERecord:
         singleton: str,
         equal_pieces: str,
     ) -> MoERecord:
-        """The record of a layer.
+        """Make the record of a layer.
 
         Args:
             config: of the layer.
             transport: the transport, and why that one.
             grouped_product: the routine, and why that one.
-            singleton: why nothing stays on its device; empty where everything does.
-            equal_pieces: why not every peer gets as much; empty where it does.
+            singleton: why tokens leave their devices; empty where none does.
+            equal_pieces: why peers do not all get as much; empty where they do.
         """
         chunks = config.num_moe_token_chunks
         forced = config.router.force_load_balance
@@ -76,7 +80,7 @@ class MoERecord:
         )
 
     def lines(self, layers: str) -> list[str]:
-        """For a person.
+        """Return the record in lines for a person.
 
         Args:
             layers: which layers this is of, such as "layers 0-31".
@@ -90,16 +94,16 @@ class MoERecord:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """A value of the object `moe` of `lowering.json`."""
+        """Return a value of the object `moe` of `lowering.json`."""
         return asdict(self)
 
 
 def _router_in_words(config: MoEConfig) -> str:
     router = config.router
-    groups, kept = router.groups
+    groups, chosen = router.groups
     words = [router.routed_score_func, f"top {config.num_experts_per_tok}"]
-    if kept < groups:
-        words[-1] += f" in {kept} of {groups} groups"
+    if chosen < groups:
+        words[-1] += f" in {chosen} of {groups} groups"
     if router.routed_bias:
         words.append("correction bias")
     if router.routed_score_on_input:

@@ -1,4 +1,4 @@
-"""The router: scores for every expert, the top-k choice, and the weights of the chosen.
+"""The router: scores for every expert, the top-k choice, and the combine weights of the chosen.
 
 Arithmetic only: no mesh, and nothing here needs one, because every step is local to a token.
 """
@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from moe_shard.config.moe_config import RouterConfig
-from moe_shard.moe.placement import ROUTER_KERNEL, ROUTER_VECTOR
+from moe_shard.moe.axes import ROUTER_KERNEL, ROUTER_VECTOR
 from moe_shard.sharding.parameter import parameter
 
 ROUTING = "routing"
@@ -23,13 +23,13 @@ ROUTING = "routing"
 
 
 class Routing(NamedTuple):
-    """What the router decided. All floats are float32.
+    """The routing decision. All floats are float32.
 
     Attributes:
         logits: raw scores, a learned bias included.
         probs: scores over all experts that sum to 1, for the load-balance loss.
         indices: the chosen experts, best first.
-        weights: how much each chosen expert counts.
+        weights: the combine weights of the chosen experts.
     """
 
     logits: Float[Array, "B S E"]
@@ -39,10 +39,10 @@ class Routing(NamedTuple):
 
 
 def top_k_indices(scores: Float[Array, "B S E"], k: int) -> Int[Array, "B S K"]:
-    """Positions of the k largest scores, largest first; of equal scores the first.
+    """Return the positions of the k largest scores, largest first; of equal scores the first.
 
-    Rounds of argmax and mask, because the partitioner gathers the whole batch for `lax.top_k`
-    over a batch-sharded array, on CPU, and on TPU it reads four times the bytes.
+    Repeated argmax and mask, because for `lax.top_k` over a batch-sharded array the partitioner
+    gathers the whole batch on CPU, and on TPU it reads four times the bytes.
     """
     # Above the mask's -inf, so that an expert that was masked before is not chosen twice.
     scores = jnp.maximum(scores, jnp.finfo(scores.dtype).min)
@@ -59,27 +59,27 @@ def _without(scores: Float[Array, "*B E"], index: Int[Array, "*B"]) -> Float[Arr
 
 
 def _at(values: Float[Array, "B S E"], index: Int[Array, "B S"]) -> Float[Array, "B S"]:
-    """One value of each row. By a mask: its gradient is a product, not a scatter."""
+    """Pick one value of each token. By a mask: its gradient is a product, not a scatter."""
     return jnp.sum(values * jax.nn.one_hot(index, values.shape[-1]), axis=-1)
 
 
-def _shares(scores: Float[Array, "B S N"]) -> Float[Array, "B S N"]:
-    """Each score over the sum of its token's; of scores that are all 0, 0."""
+def _normalised(scores: Float[Array, "B S N"]) -> Float[Array, "B S N"]:
+    """Divide each score by the sum of its token's; scores that are all 0 stay 0."""
     # Sigmoids of logits far below 0 may all be 0. The derivative has the square of what is divided
     # by, which must not be 0 either.
     return scores / jnp.maximum(jnp.sum(scores, axis=-1, keepdims=True), 1e-15)
 
 
 def round_robin(*, tokens: int, k: int, num_experts: int) -> Int[np.ndarray, "S K"]:
-    """Experts dealt out in turn to the choices of a batch row: forced balance.
+    """Assign experts round-robin to the choices of a sequence: forced balance.
 
-    With at most E experts a token, no token meets an expert twice.
+    With at most E choices a token, no token has an expert twice.
     """
     return np.arange(tokens * k, dtype=np.int32).reshape(tokens, k) % num_experts
 
 
 def shuffled(logits: Float[Array, "B S E"]) -> Float[Array, "B S E"]:
-    """Uniform random scores: hashes of the logits' bits and the expert (MurmurHash3's finaliser).
+    """Hash the logits' bits and the expert to uniform random scores (MurmurHash3's finaliser).
 
     Unlike a seeded draw they need no key, differ from layer to layer and step to step, and come
     out the same when a backward pass computes them again.
@@ -91,14 +91,14 @@ def shuffled(logits: Float[Array, "B S E"]) -> Float[Array, "B S E"]:
     return (bits ^ (bits >> 16)).astype(jnp.float32)
 
 
-def in_kept_groups(scores: Float[Array, "B S E"], config: RouterConfig) -> Float[Array, "B S E"]:
-    """The scores, -inf outside the groups of experts that a token may choose from.
+def mask_groups(scores: Float[Array, "B S E"], config: RouterConfig) -> Float[Array, "B S E"]:
+    """Mask the scores with -inf outside the groups of experts that a token may choose from.
 
     Sources: DeepSeek-V2 (arXiv 2405.04434, section 2.2.2), which ranks groups by their best
     expert, and DeepSeek-V3 (arXiv 2412.19437), which does by the sum of their best two.
     """
-    groups, kept = config.groups
-    if kept == groups:
+    groups, allowed = config.groups
+    if allowed == groups:
         return scores
     batch, tokens, num_experts = scores.shape
     by_group = scores.reshape(batch, tokens, groups, num_experts // groups)
@@ -106,9 +106,9 @@ def in_kept_groups(scores: Float[Array, "B S E"], config: RouterConfig) -> Float
     if config.routing_group_score == "top2_sum":
         best = jnp.argmax(by_group, axis=-1)
         of_group = of_group + jnp.max(_without(by_group, best), axis=-1)
-    chosen = top_k_indices(of_group, kept)
-    is_kept = jnp.any(jax.nn.one_hot(chosen, groups, dtype=jnp.bool_), axis=-2)
-    return jnp.where(jnp.repeat(is_kept, num_experts // groups, axis=-1), scores, -jnp.inf)
+    chosen = top_k_indices(of_group, allowed)
+    is_allowed = jnp.any(jax.nn.one_hot(chosen, groups, dtype=jnp.bool_), axis=-2)
+    return jnp.where(jnp.repeat(is_allowed, num_experts // groups, axis=-1), scores, -jnp.inf)
 
 
 def _choose(
@@ -116,11 +116,11 @@ def _choose(
 ) -> Int[Array, "B S K"]:
     batch, tokens, num_experts = scores.shape
     if config.force_load_balance:
-        row = round_robin(tokens=tokens, k=k, num_experts=num_experts)
-        return jnp.broadcast_to(row, (batch, *row.shape))
+        of_sequence = round_robin(tokens=tokens, k=k, num_experts=num_experts)
+        return jnp.broadcast_to(of_sequence, (batch, *of_sequence.shape))
     if config.use_random_routing:
         return top_k_indices(shuffled(logits), k)
-    return top_k_indices(in_kept_groups(scores, config), k)
+    return top_k_indices(mask_groups(scores, config), k)
 
 
 def _balance_probs(
@@ -129,7 +129,7 @@ def _balance_probs(
     correction: Float[Array, "E"] | None,
     config: RouterConfig,
 ) -> Float[Array, "B S E"]:
-    """What the load-balance loss takes for probabilities."""
+    """Return what the load-balance loss takes for probabilities."""
     match config.load_balance_probs:
         case "softmax":
             return jax.nn.softmax(scores, axis=-1)
@@ -140,13 +140,13 @@ def _balance_probs(
             return jax.nn.softmax(logits, axis=-1)
         case "scores":
             # A softmax sums to 1 as it is.
-            return _shares(scores) if config.routed_score_func == "sigmoid" else scores
+            return _normalised(scores) if config.routed_score_func == "sigmoid" else scores
 
 
 def _sparsemixer_weights(
     logits: Float[Array, "B S E"], indices: Int[Array, "B S K"], *, jitter: float
 ) -> Float[Array, "B S K"]:
-    """Each chosen expert's share of a softmax over the logits near it, those before it left out.
+    """Weigh each chosen expert by a softmax over the logits near it, those before it left out.
 
     As Phi-3.5-MoE computes it at evaluation (SparseMixer-v2, arXiv 2409.12136). Its training form
     draws experts at random and corrects the gradient for that; here the best are taken, and the
@@ -170,12 +170,12 @@ def route(
     config: RouterConfig,
     correction: Float[Array, "E"] | None = None,
 ) -> Routing:
-    """Scores of all experts, the k best ones, and their weights.
+    """Score all experts, choose the k best ones, and weigh them.
 
     Args:
         logits: the router's raw scores.
         k: experts per token.
-        config: score function, groups, what becomes of the weights.
+        config: score function, groups, normalisation and scaling of the weights.
         correction: added to the scores where experts are chosen, and only there.
     """
     logits = logits.astype(jnp.float32)
@@ -193,7 +193,7 @@ def route(
     else:
         weights = jnp.stack([_at(scores, indices[..., slot]) for slot in range(k)], axis=-1)
     if config.norm_topk_prob:
-        weights = _shares(weights)
+        weights = _normalised(weights)
     if config.routed_scaling_factor != 1:
         weights = weights * config.routed_scaling_factor
     return Routing(logits, probs, indices, weights)
@@ -223,15 +223,15 @@ class Router(nnx.Module):
             return parameter(jnp.zeros((num_experts,), jnp.float32), ROUTER_VECTOR)
 
         self.bias = vector() if config.router_bias else None
-        # No gradient reaches it, so no optimizer moves it; `training.balance` may.
+        # No gradient reaches it, so no optimizer moves it; `program.balance` may.
         self.correction_bias = vector() if config.routed_bias else None
         self.k = k
         self.config = config
 
     def __call__(self, x: Float[Array, "B S M"]) -> Routing:
         """Route every token of `x`."""
-        # HIGHEST: accelerators would round float32 operands to bfloat16, and a near tie would
-        # then be decided by rounding.
+        # HIGHEST: accelerators would round float32 operands to bfloat16, and rounding would then
+        # decide a near tie.
         logits = jnp.einsum(
             "bsm,me->bse",
             x.astype(jnp.float32),

@@ -1,7 +1,7 @@
-"""The arrays of an MoE layer as one device sees them, inside shard_map.
+"""Split the arrays of an MoE layer for code that runs on each device by itself, in shard_map.
 
-The partitioner has no part here: what FSDP gathers and what tensor parallelism sums is said, and
-the rule table says along which mesh axes. Dims as in `moe_shard.moe`; R for rows at their experts.
+The partitioner has no part here: what FSDP gathers and what tensor parallelism sums is written out,
+along the mesh axes of the rule table. Dims as in `moe_shard.moe.exchange`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Axes = tuple[str, ...]
 
 
 def axes_of(entry: str | Axes | None) -> Axes:
-    """The mesh axes in one entry of a PartitionSpec."""
+    """Return the mesh axes in one entry of a PartitionSpec."""
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
@@ -39,53 +39,55 @@ class WeightSpecs(NamedTuple):
 
 @dataclass(frozen=True)
 class Shards:
-    """Where the arrays of one layer live, and how a device makes of its shards what it needs.
+    """Where the arrays of one layer are, and how a device makes what it needs from its shards.
 
     Attributes:
         mesh: the devices.
         tokens: spec of the layer's input and output, [B S M].
         weights: specs of `ExpertWeights`, as stored.
         expert_axes: the mesh axes that split the experts; their devices are an expert group.
+        strategy: `moe_dispatch=` and its value, for messages.
 
     Raises:
-        UserError: the rule table lays tokens or experts out in a way that this cannot carry.
+        UserError: the rule table lays tokens or experts out in a way that cannot be exchanged.
     """
 
     mesh: Mesh | AbstractMesh
     tokens: PartitionSpec
     weights: WeightSpecs
     expert_axes: Axes
+    strategy: str
 
     def __post_init__(self) -> None:
         missing = [axis for axis in self.expert_axes if axis not in self.token_axes]
         if missing:
             raise UserError(
-                f"moe_dispatch=ragged: tokens are not split over {', '.join(missing)}, but experts "
-                "are, so a token has no one device to be sent from\n"
+                f"{self.strategy}: tokens are not split over {', '.join(missing)}, but experts "
+                "are, so no single device has a token to send\n"
                 f"fix: {', '.join(missing)} in the rule of activation_batch_moe, or "
                 "moe_dispatch=gather"
             )
         stored = axes_of(self.weights.down[0])
         if stored[: len(self.expert_axes)] != self.expert_axes:
             raise UserError(
-                f"moe_dispatch=ragged: expert weights are stored over {', '.join(stored) or 'no'} "
+                f"{self.strategy}: expert weights are stored over {', '.join(stored) or 'no'} "
                 f"axes, but used over {', '.join(self.expert_axes)}, which must come first\n"
                 "fix: the rule of exp begins with the axes of activation_exp"
             )
 
     @property
     def token_axes(self) -> Axes:
-        """The mesh axes over which tokens are split: of batch rows, then of positions."""
+        """The mesh axes over which tokens are split: of sequences, then of positions in them."""
         return self.batch_axes + self.length_axes
 
     @property
     def batch_axes(self) -> Axes:
-        """The mesh axes over which batch rows are split."""
+        """The mesh axes over which sequences are distributed."""
         return axes_of(self.tokens[0])
 
     @property
     def length_axes(self) -> Axes:
-        """The mesh axes over which the tokens of one row are split."""
+        """The mesh axes over which the tokens of one sequence are split."""
         return axes_of(self.tokens[1])
 
     @property
@@ -110,25 +112,25 @@ class Shards:
     def map(
         self, local: Callable[..., Any], *, check_vma: bool
     ) -> Callable[..., tuple[Array, Array]]:
-        """`local(x, indices, weights, expert_weights) -> (y, dropped)`, on each device's shards.
+        """Map `local(x, indices, weights, expert_weights) -> (y, dropped)` over the devices.
 
         Args:
             local: takes [b s M], [b s K], [b s K] and the stored weights; gives [b s M] and [b].
-            check_vma: have JAX check that what is said to be equal on devices is.
+            check_vma: have JAX check that what is declared equal on devices is.
         """
-        rows = PartitionSpec(self.tokens[0])
+        sequences = PartitionSpec(self.tokens[0])
         weights: Any = ExpertWeights(*self.weights)  # type: ignore[arg-type]
         choices = PartitionSpec(self.tokens[0], self.tokens[1])
         return jax.shard_map(
             local,
             mesh=self.mesh,
             in_specs=(self.tokens, choices, choices, weights),
-            out_specs=(self.tokens, rows),
+            out_specs=(self.tokens, sequences),
             check_vma=check_vma,
         )
 
     def weights_in_use(self, stored: ExpertWeights) -> ExpertWeights:
-        """What FSDP does: the experts of this device, whole but for what tensor axes split.
+        """Gather what FSDP splits: this device's experts, whole but for what tensor axes split.
 
         The gradient is scattered the same way back. Over axes that split tokens but not weights
         (data) it is summed after that, when it is a shard: hence the cast to varying at first.
@@ -153,7 +155,7 @@ class Shards:
         )
 
     def _once(self, bias: Float[Array, "E M"]) -> Float[Array, "E M"]:
-        """A bias of what is summed over parts of H: with one of the parts, 0 with the others."""
+        """Keep a bias with one of the parts of H that are summed, 0 with the others."""
         if not self.hidden_axes:
             return bias
         first = jax.lax.axis_index(self.hidden_axes) == 0
@@ -162,29 +164,29 @@ class Shards:
     def _gathered(self, w: Array, spec: PartitionSpec, *, hidden: int | None) -> Array:
         w = vary_over(w, self.token_axes)
         for dim, entry in enumerate(spec):
-            kept = self.expert_axes if dim == 0 else self.hidden_axes if dim == hidden else ()
-            axes = tuple(axis for axis in axes_of(entry) if axis not in kept)
+            stays = self.expert_axes if dim == 0 else self.hidden_axes if dim == hidden else ()
+            axes = tuple(axis for axis in axes_of(entry) if axis not in stays)
             if axes:
                 w = jax.lax.all_gather(w, axes, axis=dim, tiled=True)
         return w
 
-    def whole_rows(self, rows: Float[Array, "*R m"]) -> Float[Array, "*R M"]:
-        """Rows with all of the model dim, for products that contract it."""
+    def whole_embed(self, x: Float[Array, "*R m"]) -> Float[Array, "*R M"]:
+        """Gather the model dim, for products that contract it."""
         if not self.embed_axes:
-            return rows
-        return jax.lax.all_gather(rows, self.embed_axes, axis=rows.ndim - 1, tiled=True)
+            return x
+        return jax.lax.all_gather(x, self.embed_axes, axis=x.ndim - 1, tiled=True)
 
-    def summed_rows(self, rows: Float[Array, "*R M"]) -> Float[Array, "*R m"]:
-        """The sum of all parts of H; of the model dim this device's share."""
-        last = rows.ndim - 1
+    def summed_hidden(self, y: Float[Array, "*R M"]) -> Float[Array, "*R m"]:
+        """Sum over the parts of H, and split the model dim."""
+        last = y.ndim - 1
         if self.hidden_axes == self.embed_axes:
             if not self.embed_axes:
-                return rows
-            return jax.lax.psum_scatter(rows, self.embed_axes, scatter_dimension=last, tiled=True)
+                return y
+            return jax.lax.psum_scatter(y, self.embed_axes, scatter_dimension=last, tiled=True)
         if self.hidden_axes:
-            rows = jax.lax.psum(rows, self.hidden_axes)
+            y = jax.lax.psum(y, self.hidden_axes)
         if self.embed_axes:
-            share = rows.shape[last] // self.size(self.embed_axes)
-            start = jax.lax.axis_index(self.embed_axes) * share
-            rows = jax.lax.dynamic_slice_in_dim(rows, start, share, axis=last)
-        return rows
+            size = y.shape[last] // self.size(self.embed_axes)
+            start = jax.lax.axis_index(self.embed_axes) * size
+            y = jax.lax.dynamic_slice_in_dim(y, start, size, axis=last)
+        return y

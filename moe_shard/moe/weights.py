@@ -1,4 +1,4 @@
-"""The experts' weights as arrays: gate and up apart, or as one."""
+"""The experts' weights as arrays: gate and up separate, or fused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class ExpertWeights(NamedTuple):
 
     Attributes:
         inward: gate and up, [E M H] each; or, fused, the one array [E M 2 H] of both.
-        down: the way out.
+        down: the second projection.
         inward_bias: of gate and up, [E H] each, or of both, [E 2 H]; empty where there are none.
         down_bias: None where there are none.
     """
@@ -30,12 +30,12 @@ class ExpertWeights(NamedTuple):
 
 
 def fuse(gate: Float[Array, "*E H"], up: Float[Array, "*E H"]) -> Float[Array, "*E 2 H"]:
-    """Gate and up, weights or biases, as the one array of both; `unfuse` is the exact inverse."""
+    """Stack gate and up, weights or biases, in one array; `unfuse` is the exact inverse."""
     return jnp.stack([gate, up], axis=-2)
 
 
 def unfuse(
     gate_up: Float[Array, "*E 2 H"],
 ) -> tuple[Float[Array, "*E H"], Float[Array, "*E H"]]:
-    """Gate and up of a fused array."""
+    """Split a fused array into gate and up."""
     return gate_up[..., 0, :], gate_up[..., 1, :]

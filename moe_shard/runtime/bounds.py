@@ -82,14 +82,14 @@ def _times(done: float, least: float) -> str:
     return f", {done / least:.2f} x the least" if least and done else ""
 
 
-def moe_bounds(config: Config, table: BoundTable, *, slots_per_row: int) -> MoEBounds | None:
+def moe_bounds(config: Config, table: BoundTable, *, copies_per_sequence: int) -> MoEBounds | None:
     """Compute the bounds of a configuration on a mesh; None for a dense model.
 
     Args:
         config: model and batch.
         table: the rules over the mesh.
-        slots_per_row: slots that all experts together have for one sequence; its choices, where
-            a strategy has no slots.
+        copies_per_sequence: token copies, or slots, that all experts together get for one sequence,
+            see `moe.capacity.copies_per_sequence`.
     """
     moe = config.model.moe
     if moe is None:
@@ -103,10 +103,10 @@ def moe_bounds(config: Config, table: BoundTable, *, slots_per_row: int) -> MoEB
     experts = math.prod(sizes[axis] for axis in table.expert_axes)
     token_bytes = config.model.emb_dim * jnp.dtype(config.model.dtype).itemsize
     layers = sum(kind.moe for kind in config.model.layer_kinds)
-    # Slots, or choices, that one device holds where they are laid out by sequence.
-    layers_of_rows = layers * rows / shards("activation_batch_moe")
-    slots = layers_of_rows * slots_per_row
-    choices = layers_of_rows * config.train.max_target_length * moe.num_experts_per_tok
+    # Of the sequences that one device holds, over all layers.
+    sequences = layers * rows / shards("activation_batch_moe")
+    slots = sequences * copies_per_sequence
+    choices = sequences * config.train.max_target_length * moe.num_experts_per_tok
     sent = LAYER_EXCHANGES * token_bytes / shards("activation_embed_moe") * (experts - 1) / experts
     multiplied = (
         2 * PRODUCTS * config.model.emb_dim * moe.moe_mlp_dim / shards("activation_mlp_moe")

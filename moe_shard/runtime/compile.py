@@ -17,8 +17,9 @@ from moe_shard.lowering.memory import memory_from_compiled
 from moe_shard.lowering.remat_warnings import MARK
 from moe_shard.lowering.reports import LoweringReport, report_from_text
 from moe_shard.lowering.timeline import Rates, Timeline, timeline
-from moe_shard.moe.capacity import slots_per_row
+from moe_shard.moe.capacity import copies_per_sequence
 from moe_shard.moe.record import MoERecord
+from moe_shard.moe.strategy import moe_record
 from moe_shard.program.step import Program
 from moe_shard.runtime.bounds import moe_bounds
 from moe_shard.sharding.annotate import RuleConflicts, Sharding
@@ -147,8 +148,8 @@ def bound_lines(config: Config, sharding: Sharding, report: LoweringReport) -> l
     """
     if config.model.moe is None:
         return []
-    slots = slots_per_row(config.model.moe, tokens=config.train.max_target_length)
-    bounds = moe_bounds(config, sharding.table, slots_per_row=slots)
+    copies = copies_per_sequence(config.model.moe, tokens=config.train.max_target_length)
+    bounds = moe_bounds(config, sharding.table, copies_per_sequence=copies)
     if bounds is None:
         return []
     assert report.extraction is not None, "the step was compiled"
@@ -156,12 +157,18 @@ def bound_lines(config: Config, sharding: Sharding, report: LoweringReport) -> l
 
 
 def moe_records(config: Config, sharding: Sharding) -> dict[str, MoERecord]:
-    """Return what the MoE layers decided when they were traced: {the layers: their record}."""
+    """Return what the MoE layers of the training step take: {the layers: their record}.
+
+    From configuration, mesh and shapes alone; the layers execute what the same function decides.
+    """
     if config.model.moe is None:
         return {}
+    sequences = config.train.microbatch_rows(sharding.mesh.size)
+    tokens = (sequences, config.train.max_target_length, config.model.emb_dim)
+    record = moe_record(config.model.moe, sharding, tokens, config.model.dtype)
     layers = [layer for layer, kind in enumerate(config.model.layer_kinds) if kind.moe]
     name = f"layer{'s' if len(layers) > 1 else ''} {human_ranges(layers)}"
-    return {name: sharding.decisions["moe"]}
+    return {name: record}
 
 
 def estimate_step(

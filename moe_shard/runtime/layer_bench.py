@@ -23,12 +23,13 @@ from jaxtyping import Array, Float
 from moe_shard.config.hardware import find_hardware
 from moe_shard.config.load import load_config
 from moe_shard.config.moe_config import MoEConfig
+from moe_shard.config.strategies import find_strategy, strategy_names
 from moe_shard.lowering.memory import memory_from_compiled
 from moe_shard.lowering.reports import report_from_text
 from moe_shard.lowering.work import flops_by_scope
+from moe_shard.moe.axes import TOKENS
 from moe_shard.moe.layer import MoELayer
 from moe_shard.moe.losses import load_balance_loss
-from moe_shard.moe.placement import TOKENS
 from moe_shard.runtime.bounds import LAYER_EXCHANGES, PRODUCTS, moe_wire_bytes
 from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.init_sharded import place
@@ -67,20 +68,29 @@ class Variant:
     routing: dict[str, Any] = field(default_factory=dict)
 
 
-VARIANTS = (
-    Variant("gather", {"moe_dispatch": "gather", "moe_dispatch_no_expert_sharding": True}),
-    Variant(
-        "gather, flag off", {"moe_dispatch": "gather", "moe_dispatch_no_expert_sharding": False}
-    ),
-    Variant("einsum", {"moe_dispatch": "einsum", "moe_dispatch_no_expert_sharding": True}),
-    Variant(
-        "einsum, flag off", {"moe_dispatch": "einsum", "moe_dispatch_no_expert_sharding": False}
-    ),
-    Variant("ragged", {"moe_dispatch": "ragged"}),
-    Variant("ragged, 2 chunks", {"moe_dispatch": "ragged", "num_moe_token_chunks": 2}),
-    Variant("ragged, fused gate/up", {"moe_dispatch": "ragged", "prefuse_moe_weights": True}),
-    Variant("ragged, forced balance", {"moe_dispatch": "ragged"}, {"force_load_balance": True}),
-)
+_FLAG = "moe_dispatch_no_expert_sharding"
+_BASELINE = "gather"
+"""What times are shown relative to; it is measured first."""
+
+
+def variants() -> tuple[Variant, ...]:
+    """List the ways to compute the layer: every registered strategy, with the flag on and off.
+
+    Where the flag changes nothing, with chunks, fused weights and forced balance instead.
+    """
+    found = []
+    for name in sorted(strategy_names(), key=lambda each: (each != _BASELINE, each)):
+        strategy = {"moe_dispatch": name}
+        found.append(Variant(name, strategy | {_FLAG: True}))
+        if not find_strategy(name).always_moves_tokens:
+            found.append(Variant(f"{name}, flag off", strategy | {_FLAG: False}))
+            continue
+        found += [
+            Variant(f"{name}, 2 chunks", strategy | {"num_moe_token_chunks": 2}),
+            Variant(f"{name}, fused gate/up", strategy | {"prefuse_moe_weights": True}),
+            Variant(f"{name}, forced balance", strategy, {"force_load_balance": True}),
+        ]
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -154,9 +164,10 @@ def measure(
         rounds: how often each program is timed, after one call to warm up.
         progress: called with what is being done.
     """
-    variants = [each for each in VARIANTS if _makes_a_difference(each, mesh)]
     candidates = []
-    for variant in variants:
+    for variant in variants():
+        if not _makes_a_difference(variant, mesh):
+            continue
         progress(f"S {size.tokens}: compiling {variant.name}")
         candidates.append(_prepare(mesh, size, variant))
     found = []

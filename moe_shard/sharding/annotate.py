@@ -6,12 +6,13 @@ kept, so that a report can be written once a program has been traced.
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 from jax._src import source_info_util
@@ -196,7 +197,6 @@ class Sharding:
         self.arrays: dict[str, AnnotatedArray] = {}
         self.resolutions: dict[str, Resolution] = {}
         self.conflicts: dict[tuple[str, str], Conflict] = {}
-        self.decisions: dict[str, Any] = {}
         self._key = (mesh, self.rules, rule_conflicts)
 
     def __eq__(self, other: object) -> bool:
@@ -217,6 +217,13 @@ class Sharding:
     def outside(self, placed: NamedSharding) -> NamedSharding:
         """The same placement on the mesh as it was given, for arrays that layers take and give."""
         return NamedSharding(self.given_mesh, placed.spec)
+
+    @property
+    def inside(self) -> Sharding:
+        """The same object for code under `auto_axes`: what it records is recorded here."""
+        inner = copy.copy(self)
+        inner.given_mesh = self.mesh
+        return inner
 
     @property
     def platform(self) -> str:

@@ -13,6 +13,7 @@ from rich.console import Console
 from moe_shard.autoep.directory import keep_hf
 from moe_shard.config import Config
 from moe_shard.config.hardware import find_hardware
+from moe_shard.config.strategies import find_strategy
 from moe_shard.files import write_text
 from moe_shard.lowering.reports import LoweringReport
 from moe_shard.moe.record import MoERecord
@@ -118,7 +119,11 @@ def _conclude(
         console.print(f"already at step {outcome.updates}: a larger steps= trains on")
     console.print(f"files: {shown}", markup=False)
     moe = config.model.moe
-    flag = moe is not None and moe.moe_dispatch_no_expert_sharding and moe.moe_dispatch != "ragged"
+    flag = (
+        moe is not None
+        and moe.moe_dispatch_no_expert_sharding
+        and not find_strategy(moe.moe_dispatch).always_moves_tokens
+    )
     if report.verdict == "expert-parallel" and flag:
         python, name = _as_typed(Path(sys.executable)), f"{config.run.run_name}-flag-off"
         console.print(

@@ -247,11 +247,11 @@ def test_keys_of_another_strategy_are_said(tmp_path: Path) -> None:
         return config.warnings + check_against_mesh(config, config.mesh.resolve(8))
 
     assert notes("moe_dispatch=ragged", "capacity_factor=1") == (
-        "capacity_factor=1 has no effect: moe_dispatch=ragged has no capacity",
+        "capacity_factor=1.0 has no effect: moe_dispatch=ragged does not read it",
     )
     assert notes("ragged_buffer_factor=1.5", "grouped_product=blocked") == (
-        "ragged_buffer_factor=1.5 has no effect: moe_dispatch is gather",
-        "grouped_product=blocked has no effect: moe_dispatch is gather",
+        "ragged_buffer_factor=1.5 has no effect: moe_dispatch=gather does not read it",
+        "grouped_product=blocked has no effect: moe_dispatch=gather does not read it",
     )
     assert notes("moe_dispatch=ragged", "capacity_factor=-1", "ragged_buffer_factor=1.5") == ()
 

@@ -15,8 +15,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from moe_shard.config.load import load_config
 from moe_shard.config.moe_config import MoEConfig, RouterConfig
+from moe_shard.moe.axes import TOKENS
 from moe_shard.moe.layer import MoELayer, MoEStats
 from moe_shard.moe.losses import load_balance_loss
+from moe_shard.moe.record import MoERecord
+from moe_shard.moe.strategy import moe_record
 from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.rules import RuleTable
 from tests.moe.inputs import Inputs
@@ -25,7 +28,6 @@ from tests.moe.oracle import Settings
 AXES = ("data", "fsdp", "fsdp_transpose", "tensor", "context", "expert")
 TINY = load_config("mixtral-tiny")
 RULES = TINY.mesh.logical_axis_rules  # the default table, of `configs/base.yml`
-TOKENS = ("activation_batch_moe", "activation_length_moe", "activation_embed_moe")
 PATHS = {
     "kernel": ("router", "kernel"),
     "gate": ("experts", "gate"),
@@ -116,6 +118,7 @@ class BuiltLayer:
     settings: Settings
     mesh: Mesh
     sharding: Sharding
+    config: MoEConfig
     fused: bool
 
     def apply(self, params: dict[str, jax.Array], x: jax.Array) -> tuple[jax.Array, MoEStats]:
@@ -165,6 +168,10 @@ class BuiltLayer:
         )
         balance, y, stats = aux
         return Outputs(loss, balance, y, stats, {"x": by_x, **by_params})
+
+    def record(self) -> MoERecord:
+        """What the layer takes; nothing is traced."""
+        return moe_record(self.config, self.sharding, self.tokens.shape, self.tokens.dtype)
 
     def shardings(self) -> tuple[dict[str, NamedSharding], NamedSharding]:
         """Of the parameters and of the tokens."""
@@ -280,5 +287,6 @@ def build_layer(
         settings=settings,
         mesh=mesh,
         sharding=sharding,
+        config=config,
         fused=fused,
     )

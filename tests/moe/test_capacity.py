@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_shard.config.moe_config import CapacityRule, DropPolicy
-from moe_shard.moe.capacity import Slots, assign_slots, expert_capacity
+from moe_shard.moe.capacity import expert_capacity
+from moe_shard.moe.slots import Slots, assign_slots
 from tests.moe.oracle import Settings, layer_capacity, seat, top_k
 
 LOGITS = np.array(
@@ -30,7 +31,9 @@ KEPT = {
 def seated(slots: Slots, indices: np.ndarray, capacity: int) -> list[set[tuple[int, int, int]]]:
     """Per row, the (token, expert, slot) of each kept choice, by the choices' pointers."""
     rows: list[set[tuple[int, int, int]]] = []
-    for row, kept in zip(np.asarray(slots.slot_of_choice), np.asarray(slots.kept()), strict=True):
+    for row, kept in zip(
+        np.asarray(slots.slot_of_choice), np.asarray(slots.has_slot()), strict=True
+    ):
         rows.append(set())
         for token, i in np.argwhere(kept).tolist():
             expert, slot = divmod(int(row[token, i]), capacity)

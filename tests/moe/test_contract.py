@@ -1,4 +1,4 @@
-"""One contract for every strategy: whatever the routing, outputs and gradients are the oracle's.
+"""One contract for every registered strategy: outputs and gradients are right for any routing.
 
 Nothing is dropped here (the capacity strategies have as many slots as a row has tokens), so that
 all strategies are held to the same numbers. Every factorisation of the devices is tried in
@@ -15,12 +15,14 @@ import jax
 import numpy as np
 import pytest
 
+from moe_shard.config import strategies
+from moe_shard.config.strategies import find_strategy
 from moe_shard.errors import UserError
-from moe_shard.moe import dispatch
 from moe_shard.moe.dispatch.ragged import Ragged
 from moe_shard.sharding.annotate import Sharding
 from tests.moe import emulation
 from tests.moe.build import Outputs, build_layer, mesh_of
+from tests.moe.conftest import EMULATED, variants
 from tests.moe.inputs import Dims, Inputs, random_inputs
 from tests.moe.oracle import Answer, Settings, moe_layer
 from tests.moe.test_factorisations import assert_equal_to_oracle, label
@@ -31,10 +33,6 @@ MESHES = [{"expert": 8}, {"fsdp": 2, "tensor": 2, "expert": 2}]
 MORE_MESHES = [*MESHES, {"data": 2, "expert": 4}]
 # Without an expert group, and with all kinds of axes but one.
 SINGLETONS = [{"data": 8}, {"fsdp": 4, "tensor": 2}]
-EMULATED = "ragged by ragged-all-to-all"
-VARIANTS = ["gather", "einsum", "ragged", EMULATED]
-MORE_VARIANTS = [*VARIANTS, "ragged without check_vma", "ragged in chunks"]
-every_variant = pytest.mark.parametrize("variant", VARIANTS)
 every_mesh = pytest.mark.parametrize("sizes", MESHES, ids=label)
 
 
@@ -45,6 +43,13 @@ def ragged_all_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulation.ragged_all_to_all)
 
 
+def set_check_vma(monkeypatch: pytest.MonkeyPatch, check_vma: bool) -> None:
+    """Have JAX check, or not, what `ragged` declares equal on devices."""
+    entry = find_strategy("ragged")
+    changed = dataclasses.replace(entry, make=partial(Ragged, check_vma=check_vma))
+    monkeypatch.setitem(strategies._entries, "ragged", changed)
+
+
 @pytest.fixture
 def route(variant: str, request: pytest.FixtureRequest) -> dict[str, Any]:
     """What a variant sets."""
@@ -53,8 +58,7 @@ def route(variant: str, request: pytest.FixtureRequest) -> dict[str, Any]:
         request.getfixturevalue("ragged_all_to_all")
         settings["grouped_product"] = "blocked"  # TPU's own does not run here
     elif variant == "ragged without check_vma":
-        patch = request.getfixturevalue("monkeypatch")
-        patch.setattr(dispatch, "Ragged", partial(Ragged, check_vma=False))
+        set_check_vma(request.getfixturevalue("monkeypatch"), False)
     elif variant == "ragged in chunks":
         settings["num_moe_token_chunks"] = 2
     return settings
@@ -93,21 +97,18 @@ def towards(bias: list[float], **dims: Any) -> Inputs:
     return dataclasses.replace(inputs, x=x, params=params)
 
 
-@every_variant
 @every_mesh
 @pytest.mark.parametrize("k", [1, 2, 8])
 def test_top_k(sizes: dict[str, int], route: dict[str, Any], k: int) -> None:
     check(sizes, dataclasses.replace(WHOLE, k=k), random_inputs(**DIMS), **route)
 
 
-@every_variant
 @every_mesh
 def test_an_odd_number_of_tokens(sizes: dict[str, int], route: dict[str, Any]) -> None:
     # Of each device 13 times 1 or 2 rows: no power of two, and no multiple of a block.
     check(sizes, WHOLE, random_inputs(**(DIMS | {"tokens": 13})), **route)
 
 
-@every_variant
 @every_mesh
 def test_experts_without_a_token(sizes: dict[str, int], route: dict[str, Any]) -> None:
     bias = [0.3, -9, 0.3, 0, -9, 0.3, 0, 0]
@@ -115,7 +116,6 @@ def test_experts_without_a_token(sizes: dict[str, int], route: dict[str, Any]) -
     assert (expected.counts.sum(axis=0)[[1, 4]] == 0).all()
 
 
-@every_variant
 @every_mesh
 def test_all_tokens_to_one_expert(sizes: dict[str, int], route: dict[str, Any]) -> None:
     # Far beyond the bound of one exchange: rounds follow until all is carried.
@@ -124,7 +124,7 @@ def test_all_tokens_to_one_expert(sizes: dict[str, int], route: dict[str, Any]) 
     assert expected.counts.sum(axis=0)[0] == 8 * 64
 
 
-@pytest.mark.parametrize("variant", MORE_VARIANTS)
+@variants("ragged without check_vma", "ragged in chunks")
 @pytest.mark.parametrize("sizes", MORE_MESHES, ids=label)
 def test_a_skewed_router(sizes: dict[str, int], route: dict[str, Any]) -> None:
     inputs = towards([0.4 * e for e in range(8)], tokens=128)
@@ -132,7 +132,6 @@ def test_a_skewed_router(sizes: dict[str, int], route: dict[str, Any]) -> None:
     assert expected.counts.sum(axis=0).max() > 3 * expected.counts.sum(axis=0).mean()
 
 
-@every_variant
 @every_mesh
 def test_duplicates_and_ties(sizes: dict[str, int], route: dict[str, Any]) -> None:
     # Exact in float32 in any order of summation, so that ties are ties on every mesh.
@@ -145,13 +144,11 @@ def test_duplicates_and_ties(sizes: dict[str, int], route: dict[str, Any]) -> No
     assert check(sizes, dataclasses.replace(WHOLE, k=3), tied, **route).margin == 0
 
 
-@every_variant
 @pytest.mark.parametrize("sizes", SINGLETONS, ids=label)
 def test_without_an_expert_group(sizes: dict[str, int], route: dict[str, Any]) -> None:
     check(sizes, WHOLE, towards([0.4 * e for e in range(8)]), **route)
 
 
-@every_variant
 @every_mesh
 @pytest.mark.parametrize(("tokens", "k"), [(16, 2), (14, 3)], ids=["even", "uneven"])
 def test_forced_balance(sizes: dict[str, int], route: dict[str, Any], tokens: int, k: int) -> None:
@@ -182,7 +179,6 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@every_variant
 @every_mesh
 def test_what_published_models_have(
     sizes: dict[str, int], route: dict[str, Any], family: str
@@ -194,7 +190,7 @@ def test_what_published_models_have(
     check(sizes, settings, random_inputs(**DIMS, biases=biases), **route)
 
 
-@pytest.mark.parametrize("variant", [each for each in VARIANTS if each != "einsum"])
+@variants(without="einsum")  # it differs from gather in nothing that matters here
 @pytest.mark.parametrize("sizes", [SINGLETONS[1], MESHES[1]], ids=label)
 @pytest.mark.parametrize("fast", ["force_load_balance", "prefuse_moe_weights"])
 def test_fast_paths_have_biases_and_weights_on_the_input(
@@ -221,7 +217,6 @@ def test_a_skewed_router_with_biases_makes_further_rounds() -> None:
     assert expected.counts.sum(axis=0)[0] > 0.8 * 8 * 64
 
 
-@every_variant
 @every_mesh
 def test_fused_gate_and_up(sizes: dict[str, int], route: dict[str, Any]) -> None:
     check(sizes, WHOLE, random_inputs(**DIMS), prefuse_moe_weights=True, **route)

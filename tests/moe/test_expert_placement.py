@@ -20,7 +20,7 @@ from moe_shard.config import load_config
 from moe_shard.lowering.collectives import extract_collectives
 from moe_shard.lowering.expect import assert_collectives
 from moe_shard.lowering.reports import report_from_text
-from moe_shard.moe.placement import EXPERT_WEIGHT_IN, EXPERT_WEIGHT_OUT
+from moe_shard.moe.axes import EXPERT_WEIGHT_IN, EXPERT_WEIGHT_OUT
 from moe_shard.sharding.rules import Resolution, RuleTable
 from tests.moe.build import AXES, RULES, BuiltLayer, build_layer, mesh_of
 from tests.moe.inputs import Dims

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from moe_shard.config.moe_config import DropPolicy
+from moe_shard.config.strategies import find_strategy
 from tests.moe.build import Outputs, build_layer, mesh_of
 from tests.moe.inputs import Dims, Inputs, random_inputs
 from tests.moe.oracle import Answer, Settings, moe_layer
@@ -90,7 +91,7 @@ def check(
     inputs: Inputs = INPUTS,
     order: list[int] | None = None,
 ) -> Answer:
-    if dispatch == "ragged":  # has no capacity
+    if not find_strategy(dispatch).has_slots:
         settings = dataclasses.replace(settings, capacity_factor=-1.0)
     expected = moe_layer(inputs.x, inputs.params, inputs.cotangent, settings)
     layer = build_layer(
@@ -101,18 +102,6 @@ def check(
     return expected
 
 
-every_variant = pytest.mark.parametrize(
-    ("dispatch", "flag"),
-    [
-        ("gather", True),
-        ("gather", False),
-        ("einsum", True),
-        ("einsum", False),
-        ("ragged", True),
-    ],
-    ids=["gather-on", "gather-off", "einsum-on", "einsum-off", "ragged"],
-)
-either_strategy = pytest.mark.parametrize("dispatch", ["gather", "einsum"])
 some_meshes = pytest.mark.parametrize("sizes", SOME_MESHES, ids=label)
 
 
@@ -121,12 +110,12 @@ def test_there_are_twenty_factorisations() -> None:
     assert len({label(sizes) for sizes in ALL_MESHES}) == 20
 
 
-@every_variant
 @pytest.mark.parametrize("sizes", ALL_MESHES, ids=label)
-def test_every_factorisation(sizes: dict[str, int], dispatch: str, flag: bool) -> None:
+def test_every_factorisation(sizes: dict[str, int], strategy_and_flag: tuple[str, bool]) -> None:
+    dispatch, flag = strategy_and_flag
     expected = check(sizes, dispatch, flag)
-    # Every row has drops, so they are tested too; or none, where there is no capacity.
-    assert (expected.dropped > 0).all() == (dispatch != "ragged")
+    # Every sequence has drops, so they are tested too; or none, where there is no capacity.
+    assert (expected.dropped > 0).all() == find_strategy(dispatch).has_slots
 
 
 @pytest.mark.parametrize("flag", [True, False], ids=["on", "off"])
@@ -145,7 +134,6 @@ def test_meshes_with_fsdp_transpose_and_context_ragged(sizes: dict[str, int]) ->
     check(sizes, "ragged", True)
 
 
-@either_strategy
 @some_meshes
 @pytest.mark.parametrize(
     "changes",
@@ -160,27 +148,24 @@ def test_meshes_with_fsdp_transpose_and_context_ragged(sizes: dict[str, int]) ->
         pytest.param({"renormalise": False, "activation": "gelu"}, id="raw-weights-gelu"),
     ],
 )
-def test_every_setting(sizes: dict[str, int], dispatch: str, changes: dict[str, Any]) -> None:
+def test_every_setting(sizes: dict[str, int], slotted: str, changes: dict[str, Any]) -> None:
     settings = dataclasses.replace(DEFAULT, **changes)
-    expected = check(sizes, dispatch, True, settings)
+    expected = check(sizes, slotted, True, settings)
     if settings.capacity_factor < 0 or settings.k == 8:  # k = E: every expert takes every token
         assert expected.dropped.sum() == 0
     else:
         assert expected.dropped.sum() > 0
 
 
-@every_variant
-def test_a_permuted_device_order(dispatch: str, flag: bool) -> None:
+def test_a_permuted_device_order(strategy_and_flag: tuple[str, bool]) -> None:
+    dispatch, flag = strategy_and_flag
     order = [5, 2, 7, 0, 3, 6, 1, 4]
     check({"fsdp": 2, "tensor": 2, "expert": 2}, dispatch, flag, order=order)
 
 
-@either_strategy
 @some_meshes
 @pytest.mark.parametrize("drop_policy", ["position", "probability"])
-def test_ties_go_to_the_first(
-    sizes: dict[str, int], dispatch: str, drop_policy: DropPolicy
-) -> None:
+def test_ties_go_to_the_first(sizes: dict[str, int], slotted: str, drop_policy: DropPolicy) -> None:
     # Tokens repeat, so equal choices compete for one expert's slots; router columns repeat, so
     # every token has experts of equal probability. The values are small multiples of 1/8, exact
     # in float32 in any order of summation, so that ties are ties on every mesh.
@@ -190,20 +175,19 @@ def test_ties_go_to_the_first(
     kernel[:, 4:] = kernel[:, :4]
     inputs = dataclasses.replace(INPUTS, x=x, params={**INPUTS.params, "kernel": kernel})
     settings = dataclasses.replace(DEFAULT, drop_policy=drop_policy, k=3)
-    expected = check(sizes, dispatch, True, settings, inputs)
+    expected = check(sizes, slotted, True, settings, inputs)
     assert expected.margin == 0
     assert expected.dropped.sum() > 0
 
 
-@either_strategy
 @some_meshes
 @pytest.mark.parametrize("on_input", [False, True], ids=["weighed-after", "weighed-before"])
 def test_biases_of_empty_slots_and_dropped_choices_reach_nothing(
-    sizes: dict[str, int], dispatch: str, on_input: bool
+    sizes: dict[str, int], slotted: str, on_input: bool
 ) -> None:
     inputs = random_inputs(**DIMS, biases=("gate_bias", "up_bias", "down_bias"))
     settings = dataclasses.replace(DEFAULT, on_input=on_input, offset=1.0)
-    expected = check(sizes, dispatch, True, settings, inputs)
+    expected = check(sizes, slotted, True, settings, inputs)
     # Some experts overflow in rows in which others have room.
     assert expected.dropped.sum() > 0
     assert expected.counts.min() < expected.counts.max()

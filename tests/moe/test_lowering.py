@@ -102,7 +102,6 @@ def widths(name: str) -> dict[str, Any]:
     }
 
 
-either_strategy = pytest.mark.parametrize("dispatch", ["gather", "einsum"])
 either_model = pytest.mark.parametrize("name", ["mixtral-8x7b", "mixtral-tiny"])
 
 
@@ -111,11 +110,10 @@ def test_the_large_model_is_the_published_one() -> None:
     assert widths("mixtral-8x7b") == expected
 
 
-@either_strategy
 @either_model
-def test_flag_on_moves_tokens_and_nothing_else(name: str, dispatch: str) -> None:
+def test_flag_on_moves_tokens_and_nothing_else(name: str, flagged: str) -> None:
     size = widths(name)
-    text = build(EXPERT_8, dispatch, True, **size).lower().compile().as_text()
+    text = build(EXPERT_8, flagged, True, **size).lower().compile().as_text()
     assert verdict_of(text) == "expert-parallel"
     found = collectives(text)
     assert kinds(found) == {"all-to-all": 4, "all-reduce": 1}
@@ -133,11 +131,10 @@ def test_flag_on_moves_tokens_and_nothing_else(name: str, dispatch: str) -> None
     assert scopes == {"dispatch": 2, "combine": 2}
 
 
-@either_strategy
 @either_model
-def test_flag_off_gathers_the_weights(name: str, dispatch: str) -> None:
+def test_flag_off_gathers_the_weights(name: str, flagged: str) -> None:
     size = widths(name)
-    text = build(EXPERT_8, dispatch, False, **size).lower().compile().as_text()
+    text = build(EXPERT_8, flagged, False, **size).lower().compile().as_text()
     assert verdict_of(text) == "weight-gathered"
     found = collectives(text)
     assert kinds(found)["all-to-all"] == 0
@@ -146,23 +143,21 @@ def test_flag_off_gathers_the_weights(name: str, dispatch: str) -> None:
     assert gathered.count(weight) >= 3  # gate, up, down
 
 
-@either_strategy
-def test_flag_on_moves_no_more_than_the_layout_needs(dispatch: str) -> None:
+def test_flag_on_moves_no_more_than_the_layout_needs(flagged: str) -> None:
     # B8 S128 M256 H512 E8 top-2 float32: 4 exchanges of 262,144 B, the router's gradient, scalars.
-    compiled = build(EXPERT_8, dispatch, True).lower().compile()
+    compiled = build(EXPERT_8, flagged, True).lower().compile()
     assert sum(c.bytes for c in collectives(compiled.as_text())) <= 1_057_000
     assert compiled.memory_analysis().temp_size_in_bytes <= 5.1e6
 
 
-@either_strategy
 @pytest.mark.parametrize(
     "sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"context": 8}, {"data": 8}]
 )
 def test_without_an_expert_axis_the_flag_changes_no_byte(
-    sizes: dict[str, int], dispatch: str
+    sizes: dict[str, int], flagged: str
 ) -> None:
     # Both from one line of source: the texts hold line numbers.
-    lowered = [build(sizes, dispatch, flag, tokens=16).lower() for flag in (False, True)]
+    lowered = [build(sizes, flagged, flag, tokens=16).lower() for flag in (False, True)]
     off, on = (program.as_text() for program in lowered)
     assert off == on
     off, on = (program.as_text(debug_info=True) for program in lowered)
@@ -222,11 +217,10 @@ def test_remat_without_the_saved_choice_would_choose_again() -> None:
     assert again["traced argmaxes"] > once["traced argmaxes"]
 
 
-@either_strategy
 @pytest.mark.parametrize(("names", "exchanges"), [(("routing", "exchanged"), 4), (("routing",), 6)])
 def test_saving_what_crossed_the_wire_spares_its_second_crossing(
-    names: tuple[str, ...], exchanges: int, dispatch: str
+    names: tuple[str, ...], exchanges: int, flagged: str
 ) -> None:
-    layer = build(EXPERT_8, dispatch, True)
+    layer = build(EXPERT_8, flagged, True)
     found = collectives(layer.lower(wrap=remat(*names)).compile().as_text())
     assert kinds(found)["all-to-all"] == exchanges

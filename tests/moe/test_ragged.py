@@ -13,23 +13,21 @@ import pytest
 
 from moe_shard.config.load import load_config
 from moe_shard.config.moe_config import LoadBalanceLoss
+from moe_shard.config.strategies import find_strategy
 from moe_shard.errors import UserError
 from moe_shard.lowering.expect import assert_collectives
 from moe_shard.lowering.reports import report_from_text
-from moe_shard.moe import dispatch
-from moe_shard.moe.dispatch.forced import _sum_in_order
-from moe_shard.moe.dispatch.ragged import Ragged
+from moe_shard.moe.exchange.equal_pieces import _sum_in_order
 from moe_shard.moe.record import MoERecord
 from moe_shard.scopes import FURTHER_ROUNDS
 from tests.moe.build import RULES, BuiltLayer, Outputs, build_layer, mesh_of
 from tests.moe.inputs import random_inputs
 from tests.moe.oracle import moe_layer
-from tests.moe.test_contract import DIMS, WHOLE, towards
+from tests.moe.test_contract import DIMS, WHOLE, set_check_vma, towards
 from tests.moe.test_factorisations import assert_equal_to_oracle, label
 from tests.moe.test_lowering import COLLECTIVE, Collective, collectives, kinds, remat
 
 EXPERT_8 = {"expert": 8}
-STRATEGIES = ["gather", "einsum", "ragged"]
 
 
 def build(sizes: dict[str, int], dispatch: str = "ragged", **route: Any) -> BuiltLayer:
@@ -87,12 +85,11 @@ def test_chunks_share_one_exchange_of_counts(chunks: int) -> None:
     assert kinds(found) == {"all-to-all": 2 * chunks, "all-gather": 1}
 
 
-@pytest.mark.parametrize("dispatch", STRATEGIES)
 @pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 4}], ids=label)
 def test_without_an_expert_group_the_layer_says_nothing(
-    sizes: dict[str, int], dispatch: str
+    sizes: dict[str, int], strategy: str
 ) -> None:
-    layer = build(sizes, dispatch)
+    layer = build(sizes, strategy)
     # FSDP gathers weights and sums their gradients; tokens, counts and capacities stay at home.
     experts = 8 * 16 * 32
     for each in collectives(forward(layer).as_text()):
@@ -106,15 +103,15 @@ def test_without_an_expert_group_the_layer_says_nothing(
         assert each.kind != "all-to-all"
 
 
-@pytest.mark.parametrize("dispatch", STRATEGIES)
 @pytest.mark.parametrize("tokens", [16, 13])
-def test_forced_balance_sorts_nothing_and_counts_nothing(dispatch: str, tokens: int) -> None:
-    layer = build(EXPERT_8, dispatch, force_load_balance=True, tokens=tokens)
+def test_forced_balance_sorts_nothing_and_counts_nothing(strategy: str, tokens: int) -> None:
+    layer = build(EXPERT_8, strategy, force_load_balance=True, tokens=tokens)
     text = layer.lower().compile().as_text()
     assert " sort(" not in text
     assert kinds(collectives(text)) == {"all-to-all": 4, "all-reduce": 1}
     assert " while(" not in text
-    if dispatch == "ragged" and tokens == 16:  # 16 * 2 choices: 4 rows to each of 8 peers
+    if not find_strategy(strategy).has_slots and tokens == 16:
+        # 16 * 2 choices: 4 copies to each of 8 peers
         sent = [each.bytes for each in collectives(text) if each.kind == "all-to-all"]
         assert sent == [8 * 4 * 16 * 4] * 4
         assert " gather(" not in text
@@ -201,7 +198,7 @@ def test_what_is_dropped_is_counted_on_every_mesh(sizes: dict[str, int]) -> None
 def test_what_should_be_equal_on_all_devices_is(
     convention: LoadBalanceLoss, check_vma: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch, "Ragged", partial(Ragged, check_vma=check_vma))
+    set_check_vma(monkeypatch, check_vma)
     settings = dataclasses.replace(WHOLE, load_balance=convention)
     layer = build_layer(
         mesh_of({"data": 2, "tensor": 2, "expert": 2}),
@@ -231,11 +228,7 @@ def test_what_should_be_equal_on_all_devices_is(
 
 
 def record_of(sizes: dict[str, int], dispatch: str = "ragged", **route: Any) -> MoERecord:
-    layer = build(sizes, dispatch, **route)
-    layer.lower()
-    record = layer.sharding.decisions["moe"]
-    assert isinstance(record, MoERecord)
-    return record
+    return build(sizes, dispatch, **route).record()
 
 
 def test_the_record() -> None:
@@ -350,8 +343,7 @@ def test_an_axis_of_size_1_is_not_the_same_as_no_axis() -> None:
     layer = build_layer(
         mesh_of({"data": 8}), WHOLE, dispatch="ragged", flag=True, rules=rules, **DIMS
     )
-    layer.lower()
-    assert layer.sharding.decisions["moe"].reasons["transport none"] == "no axis is for experts"
+    assert layer.record().reasons["transport none"] == "no axis is for experts"
 
 
 def test_a_named_transport_that_cannot_run_is_an_error() -> None:

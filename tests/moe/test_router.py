@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_shard.config.moe_config import RouterConfig
-from moe_shard.moe.router import route, top_k_indices
+from moe_shard.config.moe_config import RouterConfig, ScoreFunction
+from moe_shard.moe.router import Router, route, top_k_indices
 from tests.moe.build import TINY
 from tests.moe.test_capacity import LOGITS, PROBS
 
@@ -69,3 +70,30 @@ def test_one_renormalised_expert_teaches_the_router_nothing() -> None:
 def test_scores_are_float32_whatever_comes_in() -> None:
     routing = route(jnp.array(LOGITS[None], jnp.bfloat16), 2, config=NORMED)
     assert routing.probs.dtype == routing.weights.dtype == jnp.float32
+
+
+def test_the_routers_product_is_at_the_highest_precision() -> None:
+    # On an accelerator the default would round both operands to bfloat16; on CPU no number tells.
+    router = Router(model_dim=4, num_experts=4, k=2, config=NORMED, rngs=nnx.Rngs(0))
+    jaxpr = jax.make_jaxpr(lambda x: router(x).logits)(jnp.ones((1, 2, 4), jnp.bfloat16)).jaxpr
+    (product,) = (each for each in jaxpr.eqns if each.primitive.name == "dot_general")
+    assert product.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2
+    assert [each.aval.dtype for each in product.invars] == [jnp.float32] * 2
+
+
+@pytest.mark.parametrize(
+    ("score", "logits"),
+    [("softmax", [0.0, 1e-8, -3.0, 1e-9]), ("sigmoid", [20.0, 21.0, 1.0, 30.0])],
+)
+def test_experts_are_ranked_by_score_where_scores_round_to_one_value(
+    score: ScoreFunction, logits: list[float]
+) -> None:
+    # The logits differ, their scores in float32 do not, and ties go to the first.
+    values = np.array(logits, np.float32)
+    chosen = values[[0, 1, 3]]
+    exp = np.exp(chosen - chosen.max()) if score == "softmax" else 1 / (1 + np.exp(-chosen))
+    assert len(set(chosen)) == 3
+    assert len(set(exp.astype(np.float32))) == 1
+    config = replace(RAW, routed_score_func=score)
+    routing = route(jnp.array(values[None, None]), 2, config=config)
+    assert routing.indices[0, 0].tolist() == [0, 1]

@@ -8,11 +8,11 @@ import pytest
 
 from moe_shard.config.load import load_config
 from tests.moe.build import build_layer, mesh_of
+from tests.moe.conftest import variants
 from tests.moe.inputs import random_inputs
 from tests.moe.oracle import moe_layer
 from tests.moe.test_contract import (  # noqa: F401  (pytest finds fixtures by their name here)
     DIMS,
-    VARIANTS,
     WHOLE,
     ragged_all_to_all,
     route,
@@ -31,7 +31,7 @@ MESHES = [
 
 
 # einsum differs from gather in nothing that an axis more could change.
-@pytest.mark.parametrize("variant", [each for each in VARIANTS if each != "einsum"])
+@variants(without="einsum")
 @pytest.mark.parametrize("sizes", MESHES, ids=label)
 def test_outputs_and_gradients_are_the_oracles(
     sizes: dict[str, int],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moe_shard.config import load_config
 from moe_shard.lowering.collectives import Collective
-from moe_shard.moe.capacity import slots_per_row
+from moe_shard.moe.capacity import copies_per_sequence
 from moe_shard.runtime.bounds import MoEBounds, moe_bounds, moe_wire_bytes
 from moe_shard.sharding.rules import RuleTable
 
@@ -13,8 +13,8 @@ def bounds(*overrides: str, devices: int = 8) -> MoEBounds:
     config = load_config("mixtral-tiny", overrides)
     table = RuleTable(config.mesh.logical_axis_rules).on(config.mesh.resolve(devices))
     assert config.model.moe is not None
-    slots = slots_per_row(config.model.moe, tokens=config.train.max_target_length)
-    found = moe_bounds(config, table, slots_per_row=slots)
+    slots = copies_per_sequence(config.model.moe, tokens=config.train.max_target_length)
+    found = moe_bounds(config, table, copies_per_sequence=slots)
     assert found is not None
     return found
 
@@ -74,7 +74,7 @@ def test_only_layers_with_experts_count_and_not_the_shared_ones() -> None:
 def test_a_dense_model_has_no_bounds() -> None:
     config = load_config("mixtral-tiny", ["num_experts=1", "num_experts_per_tok=1"])
     table = RuleTable(config.mesh.logical_axis_rules).on(config.mesh.resolve(8))
-    assert moe_bounds(config, table, slots_per_row=1) is None
+    assert moe_bounds(config, table, copies_per_sequence=1) is None
 
 
 def collective(scope: str, axes: tuple[str, ...], wire: int, count: int = 1) -> Collective:

@@ -1,4 +1,4 @@
-"""Dispatch by one-hot masks, as GShard (arXiv 2006.16668) and MaxText's dense path do it.
+"""The strategy `einsum`: one-hot masks, as in GShard (arXiv 2006.16668) and MaxText's dense path.
 
 Two products with a [B, S, E*C] mask. With C near S*K/E their cost grows with S squared; kept for
 comparison, and for hardware on which a gather is slow.
@@ -10,25 +10,32 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moe_shard.moe.capacity import Slots
+from moe_shard.config.strategies import register_strategy
+from moe_shard.moe.by_capacity import ByCapacity
+from moe_shard.moe.slots import Slots
 
 
-def dispatch(x: Float[Array, "B S M"], slots: Slots, num_experts: int) -> Float[Array, "E B C M"]:
-    """See `Strategy.dispatch`."""
-    ones = jnp.ones(slots.slot_of_choice.shape, x.dtype)
-    return jnp.einsum("bsec,bsm->ebcm", _mask(ones, slots, num_experts), x)
+@register_strategy("einsum", has_slots=True)
+class Einsum(ByCapacity):
+    """Capacity slots, filled and read by products with a mask."""
 
+    def dispatch(
+        self, x: Float[Array, "B S M"], slots: Slots, num_experts: int
+    ) -> Float[Array, "E B C M"]:
+        """Copy each token into the slots of its choices, see `ByCapacity`."""
+        ones = jnp.ones(slots.slot_of_choice.shape, x.dtype)
+        return jnp.einsum("bsec,bsm->ebcm", _mask(ones, slots, num_experts), x)
 
-def combine(
-    y: Float[Array, "E B C M"], weights: Float[Array, "B S K"], slots: Slots
-) -> Float[Array, "B S M"]:
-    """See `Strategy.combine`."""
-    mask = _mask(weights.astype(jnp.float32), slots, y.shape[0])
-    return jnp.einsum("bsec,ebcm->bsm", mask, y.astype(jnp.float32)).astype(y.dtype)
+    def combine(
+        self, y: Float[Array, "E B C M"], weights: Float[Array, "B S K"], slots: Slots
+    ) -> Float[Array, "B S M"]:
+        """Sum each token's slots, see `ByCapacity`."""
+        mask = _mask(weights.astype(jnp.float32), slots, y.shape[0])
+        return jnp.einsum("bsec,ebcm->bsm", mask, y.astype(jnp.float32)).astype(y.dtype)
 
 
 def _mask(values: Float[Array, "B S K"], slots: Slots, num_experts: int) -> Float[Array, "B S E C"]:
-    """`values` at each choice's slot, zero elsewhere; a dropped choice is nowhere."""
+    """Put `values` at each choice's slot, zero elsewhere; a dropped choice is nowhere."""
     batch, tokens, k = values.shape
     all_slots = slots.choice_of_slot.shape[-1]
     mask = sum(

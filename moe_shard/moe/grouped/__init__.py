@@ -1,12 +1,12 @@
-"""Grouped products: each row by the weights of the group that it belongs to.
+"""Grouped products: each row of a matrix times the weights of the group that it belongs to.
 
 Dims, in this package's shapes:
 
-    N  rows, those of a group behind each other    A  dim of a row that goes in
+    N  rows, those of a group one after another    A  dim of a row that goes in
     G  groups (the experts of one device)          P  dim of a row that comes out
 
 A routine may want groups to start at multiples of a number of rows; `choose` says which, and the
-caller leaves rows of zeros behind each group that does not fill its last block.
+caller leaves rows of zeros after each group that does not fill its last block.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ def choose(
     rows: int,
     dtype: DTypeLike,
 ) -> GroupedProduct:
-    """The routine for a grouped product, and how it wants its groups aligned.
+    """Choose the routine for a grouped product, and how its groups are aligned.
 
     Args:
         requested: a routine's name; "auto" takes what is best on the platform.
-        platform: "cpu", "tpu", "cuda" or "rocm"; of "unknown", where nothing will run, all is
-            taken at its word.
+        platform: "cpu", "tpu", "cuda" or "rocm"; on "unknown", where nothing will run, every
+            routine is accepted.
         groups: G.
         rows: how many rows of all groups together to expect; sizes the blocks.
         dtype: of rows and weights.
@@ -101,7 +101,7 @@ def choose(
 
 
 def _alignment(name: str, groups: int, rows: int) -> int:
-    """The largest block whose padding, half a block a group, stays under 1/16 of the rows."""
+    """Return the largest block whose padding, half a block a group, is under 1/16 of the rows."""
     if name not in _SMALLEST:
         return 1
     block = _LARGEST
@@ -118,7 +118,7 @@ def grouped_product(
     using: GroupedProduct,
     platform: str,
 ) -> Float[Array, "N P"]:
-    """Each row by the weights of its group, summed in float32, in the dtype of the rows.
+    """Multiply each row by its group's weights, summed in float32, in the dtype of the rows.
 
     Gradients reach `x` and `w` by the same routine. Inside `jax.shard_map` each device multiplies
     what it holds; with `check_vma=False` the sum of `w`'s gradient over axes on which `w` is the
@@ -145,9 +145,9 @@ def grouped_product(
         case "ragged_dot" if platform == "tpu":
             routine: Routine = ragged_dot.OnTpu()
         case "ragged_dot":
-            return ragged_dot.multiply(x, w, group_sizes)
+            return ragged_dot.ragged_product(x, w, group_sizes)
         case "tokamax":
-            return tokamax_.multiply(x, w, group_sizes, platform=platform)
+            return tokamax_.tokamax_product(x, w, group_sizes, platform=platform)
         case "blocked":
             routine = Blocked(using.alignment)
         case "pallas":

@@ -1,4 +1,4 @@
-"""A group's bias for each of its rows."""
+"""Expand the biases of groups to their rows."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from moe_shard.sharding.varying import vary_alike
 def of_groups(
     bias: Float[Array, "G *P"], group_sizes: Int[Array, "G"], *, rows: int
 ) -> Float[Array, "N *P"]:
-    """The bias of each row's group; zero past the last group.
+    """Return the bias of each row's group; zero past the last group.
 
-    By a product with a mask of N * G, beside N * A * P of the rows' own product: its gradient is a
+    By a product with a mask, N * G against the N * A * P of the rows' own: its gradient is a
     product too, the sum over a group's rows in float32, the same on every run.
 
     Args:

@@ -1,4 +1,4 @@
-"""One plain product a block of rows, in a loop: what a CPU, without grouped kernels, does best.
+"""Multiply block by block of rows, in a loop: the fastest on a CPU, which has no grouped kernels.
 
 A block meets the weights of its own group only, so the FLOPs are those of one product over the
 rows. What is lost against that product is the copy of a group's weights for each block, hence
@@ -35,7 +35,7 @@ class Blocked:
         *,
         transposed: bool,
     ) -> Float[Array, "N P"]:
-        """Each row by its group's weights, or by their transpose; rows past the groups give 0."""
+        """Multiply each row by its group's weights or their transpose; rows past them give 0."""
         contracted = 1 if transposed else 0
 
         def step(_: None, each: tuple[Array, Array]) -> tuple[None, Array]:
@@ -55,7 +55,7 @@ class Blocked:
     def outer(
         self, x: Float[Array, "N A"], dy: Float[Array, "N P"], group_sizes: Int[Array, "G"]
     ) -> Float[Array, "G A P"]:
-        """The sum over each group's rows of x's row by dy's; 0 of an empty group."""
+        """Sum over each group's rows x's row by dy's; 0 for an empty group."""
 
         def step(dw: Array, each: tuple[Array, Array, Array]) -> tuple[Array, None]:
             rows, dy_rows, owner = each

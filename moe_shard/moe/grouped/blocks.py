@@ -1,4 +1,4 @@
-"""Blocks of rows, each of one group, and the derivative that all who multiply by them share.
+"""Grouped products by blocks of rows, each of one group, and the derivative that they share.
 
 A routine of blocks needs two products: rows by their group's weights (the forward, and with the
 weights transposed the gradient of the rows), and rows by rows within a group (the gradient of the
@@ -26,13 +26,13 @@ class Routine(Protocol):
         *,
         transposed: bool,
     ) -> Float[Array, "N P"]:
-        """Each row by its group's weights, or by their transpose; rows past the groups give 0."""
+        """Multiply each row by its group's weights or their transpose; rows past them give 0."""
         ...
 
     def outer(
         self, x: Float[Array, "N A"], dy: Float[Array, "N P"], group_sizes: Int[Array, "G"]
     ) -> Float[Array, "G A P"]:
-        """The sum over each group's rows of x's row by dy's; 0 of an empty group."""
+        """Sum over each group's rows x's row by dy's; 0 for an empty group."""
         ...
 
 
@@ -43,10 +43,10 @@ def product(
     group_sizes: Int[Array, "G"],
     routine: Routine,
 ) -> Float[Array, "N P"]:
-    """The grouped product by a routine, with gradients by the same routine.
+    """Multiply by a routine, with gradients by the same routine.
 
     Args:
-        x: rows, those of a group behind each other.
+        x: rows, those of a group one after another.
         w: weights of the groups. Varies over the same mesh axes as `x` and `group_sizes`: the
             gradient's sum over axes that it does not vary over is `vary_alike`'s business.
         group_sizes: rows of each group.
@@ -55,7 +55,7 @@ def product(
     return routine.multiply(x, w, group_sizes, transposed=False)
 
 
-_Kept = tuple[Float[Array, "N A"], Float[Array, "G A P"], Int[Array, "G"]]
+_Residuals = tuple[Float[Array, "N A"], Float[Array, "G A P"], Int[Array, "G"]]
 
 
 def _forward(
@@ -63,14 +63,14 @@ def _forward(
     w: Float[Array, "G A P"],
     group_sizes: Int[Array, "G"],
     routine: Routine,
-) -> tuple[Float[Array, "N P"], _Kept]:
+) -> tuple[Float[Array, "N P"], _Residuals]:
     return product(x, w, group_sizes, routine), (x, w, group_sizes)
 
 
 def _backward(
-    routine: Routine, kept: _Kept, dy: Float[Array, "N P"]
+    routine: Routine, residuals: _Residuals, dy: Float[Array, "N P"]
 ) -> tuple[Float[Array, "N A"], Float[Array, "G A P"], None]:
-    x, w, group_sizes = kept
+    x, w, group_sizes = residuals
     dx = routine.multiply(dy, w, group_sizes, transposed=True)
     return dx, routine.outer(x, dy, group_sizes), None
 
@@ -79,7 +79,7 @@ product.defvjp(_forward, _backward)
 
 
 def owners(group_sizes: Int[Array, "G"], *, blocks: int, block: int) -> Int[Array, "blocks"]:
-    """The group of each block, -1 of a block past the last group.
+    """Return the group of each block, -1 for a block past the last group.
 
     Args:
         group_sizes: multiples of `block`.

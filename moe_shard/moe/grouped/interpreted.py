@@ -1,9 +1,9 @@
-"""Pallas's interpreter inside `jax.shard_map(check_vma=True)`, where by itself it does not run.
+"""Run Pallas's interpreter inside `jax.shard_map(check_vma=True)`, which refuses it by itself.
 
 The interpreter evaluates a kernel on arrays that vary over mesh axes with indices of its own that
-do not, and the check refuses the mixture. Exported first, the kernel is a program that knows of no
-mesh; what it returns is then said to vary. It is for looking at numbers where the accelerator is
-absent, so that the time of an export does not matter.
+do not, and the check refuses the mixture. Exported first, the kernel is a program without a mesh;
+what it returns is then declared to vary. It is for reading numbers where the accelerator is absent,
+so that the time of an export does not matter.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from moe_shard.sharding.varying import vary_over, varying_axes
 
 
 def interpreted(kernel: Callable[..., Array]) -> Callable[..., Array]:
-    """A kernel that may be called inside any shard_map.
+    """Return a kernel that may be called inside any shard_map.
 
     Args:
-        kernel: of arrays, with `interpret=True` and a result said to vary over no mesh axis.
+        kernel: of arrays, with `interpret=True` and a result declared to vary over no mesh axis.
     """
 
     def call(*operands: Array) -> Array:

@@ -1,4 +1,4 @@
-"""`jax.lax.ragged_dot`: grouped kernels on TPU; elsewhere every row by every group's weights."""
+"""`jax.lax.ragged_dot`: grouped kernels on TPU; elsewhere every row meets every group's weights."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from jaxtyping import Array, Float, Int
 from moe_shard.moe.grouped import tpu_kernel
 
 
-def multiply(
+def ragged_product(
     x: Float[Array, "N A"], w: Float[Array, "G A P"], group_sizes: Int[Array, "G"]
 ) -> Float[Array, "N P"]:
-    """Each row by its group's weights, groups of any sizes; rows past the groups give 0."""
+    """Multiply each row by its group's weights, of any sizes; rows past the groups give 0."""
     # A narrower dtype asks for its own: float32 sums are the hardware's, and a float32 result
     # would be an array of twice the size that only waits for its cast.
     wide = jnp.float32 if x.dtype == jnp.float32 else None
@@ -23,7 +23,7 @@ def multiply(
 
 
 def only_groups(y: Float[Array, "N P"], group_sizes: Int[Array, "G"]) -> Float[Array, "N P"]:
-    """`y` with 0 in the rows past the groups, and so in their gradient.
+    """Set the rows past the groups to 0, and so their gradient.
 
     A kernel may leave there what was in memory, and NaN times a combine weight of 0 is NaN.
     """
@@ -49,11 +49,11 @@ class OnTpu:
         *,
         transposed: bool,
     ) -> Float[Array, "N P"]:
-        """Each row by its group's weights, or by their transpose; rows past the groups give 0."""
-        return multiply(x, jnp.swapaxes(w, 1, 2) if transposed else w, group_sizes)
+        """Multiply each row by its group's weights or their transpose; rows past them give 0."""
+        return ragged_product(x, jnp.swapaxes(w, 1, 2) if transposed else w, group_sizes)
 
     def outer(
         self, x: Float[Array, "N A"], dy: Float[Array, "N P"], group_sizes: Int[Array, "G"]
     ) -> Float[Array, "G A P"]:
-        """The sum over each group's rows of x's row by dy's; 0 of an empty group."""
+        """Sum over each group's rows x's row by dy's; 0 for an empty group."""
         return tpu_kernel.outer(x, dy, group_sizes, interpret=self.interpret)

@@ -15,7 +15,7 @@ _KERNELS = {"tpu": "mosaic_tpu", "cuda": "mosaic_gpu"}
 
 
 def check(platform: str) -> None:
-    """Look whether tokamax can run.
+    """Check that tokamax can run.
 
     Raises:
         UserError: it has no kernel of its own for the platform, or it is not installed.
@@ -29,10 +29,10 @@ def check(platform: str) -> None:
         raise UserError("grouped_product: tokamax is not installed\nfix: pip install tokamax")
 
 
-def multiply(
+def tokamax_product(
     x: Float[Array, "N A"], w: Float[Array, "G A P"], group_sizes: Int[Array, "G"], *, platform: str
 ) -> Float[Array, "N P"]:
-    """Each row by its group's weights, groups of any sizes; rows past the groups give 0.
+    """Multiply each row by its group's weights, of any sizes; rows past the groups give 0.
 
     Raises:
         UserError: tokamax has no kernel for the accelerator of this process, such as one before
@@ -42,8 +42,8 @@ def multiply(
     try:
         y = tokamax.ragged_dot(x, w, group_sizes, implementation=_KERNELS[platform])
     except NotImplementedError as error:
-        said = str(error).splitlines()[0][:100] if str(error) else "not implemented"
+        why = str(error).splitlines()[0][:100] if str(error) else "not implemented"
         raise UserError(
-            f"grouped_product: tokamax has no kernel for this device ({said})\nfix: auto"
+            f"grouped_product: tokamax has no kernel for this device ({why})\nfix: auto"
         ) from error
     return only_groups(y.astype(x.dtype), group_sizes)

@@ -1,4 +1,4 @@
-"""The gradient of the weights as a Pallas kernel for TPU.
+"""Compute the gradient of the weights by a Pallas kernel for TPU.
 
 `lax.ragged_dot` is a grouped kernel on TPU, and so is its gradient of the rows. Its gradient of the
 weights is not: every row meets every group there, masked, as a convolution (read in the compiled
@@ -35,10 +35,10 @@ def outer(
     block: int = _BLOCK,
     interpret: bool = False,
 ) -> Float[Array, "G A P"]:
-    """The sum over each group's rows of x's row by dy's; 0 of an empty group.
+    """Sum over each group's rows x's row by dy's; 0 for an empty group.
 
     Args:
-        x: rows, those of a group behind each other; those past the groups are not looked at.
+        x: rows, those of a group one after another; those past the groups are not read.
         dy: the gradients of their products.
         group_sizes: rows of each group, any numbers.
         block: rows that a step takes.
@@ -116,7 +116,7 @@ def outer(
 def _visits(
     group_sizes: Int[Array, "G"], *, visits: int, blocks: int, block: int
 ) -> tuple[Int[Array, "visits"], Int[Array, "visits"], Int[Array, "G+2"]]:
-    """Which block each visit is to, for which group; groups' bounds, and how many visits count.
+    """List the block and group of each visit; groups' bounds, and how many visits count.
 
     Those that do not count repeat the last one, so that nothing is fetched or written for them.
     """
@@ -134,6 +134,6 @@ def _visits(
 
 
 def _only(tile: Float[Array, "R D"], rows: Array) -> Float[Array, "R D"]:
-    """The tile with zeros in all other rows."""
+    """Set all other rows of the tile to zero."""
     # Through float32: a mask of rows does not fit the packing of narrower elements.
     return jnp.where(rows, tile.astype(jnp.float32), 0).astype(tile.dtype)

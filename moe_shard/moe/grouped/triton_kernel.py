@@ -55,7 +55,7 @@ class Triton:
         *,
         transposed: bool,
     ) -> Float[Array, "N P"]:
-        """Each row by its group's weights, or by their transpose; rows past the groups give 0."""
+        """Multiply each row by its group's weights or their transpose; rows past them give 0."""
         blocks, depth, out = x.shape[0] // self.block, x.shape[1], w.shape[1 if transposed else 2]
         tile, step = _tile(out), _depth(x)
 
@@ -93,7 +93,7 @@ class Triton:
     def outer(
         self, x: Float[Array, "N A"], dy: Float[Array, "N P"], group_sizes: Int[Array, "G"]
     ) -> Float[Array, "G A P"]:
-        """The sum over each group's rows of x's row by dy's; 0 of an empty group."""
+        """Sum over each group's rows x's row by dy's; 0 for an empty group."""
         groups, height, width = group_sizes.shape[0], x.shape[1], dy.shape[1]
         tall, wide, step = _tile(height), _tile(width), min(self.block, _depth(x))
 
@@ -131,7 +131,7 @@ class Triton:
         shape: tuple[int, ...],
         like: Float[Array, "N _"],
     ) -> Callable[..., Array]:
-        """The kernel as a function of arrays, with a result of `like`'s dtype and mesh axes."""
+        """Return the kernel as a function; its result has `like`'s dtype and mesh axes."""
         cpu = self.platform == "cpu"
         varies = ManualAxisType() if cpu else jax.typeof(like).manual_axis_type
         kernel: Callable[..., Array] = pl.pallas_call(
@@ -157,7 +157,7 @@ def _tile(dim: int) -> int:
 
 
 def _depth(x: Float[Array, "N A"]) -> int:
-    """How much of the contracted dim a product in the loop takes."""
+    """Return how much of the contracted dim a product in the loop takes."""
     return max(_SMALLEST, _DEPTH_BYTES // x.dtype.itemsize)
 
 
@@ -168,7 +168,7 @@ def _dot(a: Array, b: Array, contracted: tuple[int, int]) -> Array:
 
 
 def _there(shape: tuple[int, ...], ranges: tuple[_Range, ...]) -> Array | None:
-    """Which elements of a tile are in the array; None where no tile reaches over an edge."""
+    """Return which elements of a tile are in the array; None where no tile crosses an edge."""
     there: Array | None = None
     for axis, each in enumerate(ranges):
         if each is not None and each[2] % each[1]:
@@ -179,7 +179,7 @@ def _there(shape: tuple[int, ...], ranges: tuple[_Range, ...]) -> Array | None:
 
 
 def _load(ref: Any, index: tuple[Any, ...], ranges: tuple[_Range, ...]) -> Array:
-    """A tile of two dims, 0 beyond the edges of the array."""
+    """Load a tile of two dims, 0 beyond the edges of the array."""
     tile = ref.at[index]
     there = _there(tile.shape, ranges)
     return triton.load(tile) if there is None else triton.load(tile, mask=there, other=0)

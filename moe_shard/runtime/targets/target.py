@@ -198,7 +198,7 @@ def _gpu_plugin(target: Target) -> Path:
     for kind in _GPU_PLUGINS[target.platform]:
         try:
             spec = importlib.util.find_spec(f"jax_plugins.xla_{kind}")
-        except ModuleNotFoundError:  # no plugin is installed
+        except ModuleNotFoundError:  # there is no plugin at all
             spec = None
         if spec is not None and spec.origin is not None:
             package = f"jax-{kind}-pjrt"
@@ -233,7 +233,7 @@ def _check_version(package: str, wanted: str, fix: str, parts: int = 2) -> None:
     try:
         found = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return  # built from source: its version tells nothing
+        return  # built from source, whose owner knows
     if found.split(".")[:parts] != wanted.split(".")[:parts]:
         raise UserError(
             f"{package} {found} is not the one that belongs to jax {jax.__version__}\n"

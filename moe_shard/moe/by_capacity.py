@@ -1,4 +1,4 @@
-"""Dispatch with a capacity: every expert has so many slots for a batch row, and so all is static.
+"""Dispatch with a capacity: an expert has so many slots for a sequence, so all shapes are static.
 
 The strategies `gather` and `einsum` differ only in how tokens get into slots and out again. The
 partitioner makes the exchange, from how `Placement` lays slots out before and after.
@@ -6,68 +6,66 @@ partitioner makes the exchange, from how `Placement` lays slots out before and a
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moe_shard.config.moe_config import MoEConfig
-from moe_shard.moe.capacity import Slots, assign_slots, assign_slots_in_turn, row_capacity
-from moe_shard.moe.dispatch.weighing import on_input
+from moe_shard.moe.capacity import sequence_capacity
 from moe_shard.moe.experts import Experts, batched_product, gated_mlp
 from moe_shard.moe.placement import Placement
 from moe_shard.moe.record import MoERecord
 from moe_shard.moe.router import Routing
+from moe_shard.moe.score_on_input import score_on_input
+from moe_shard.moe.slots import Slots, assign_slots, assign_slots_round_robin
 
 
-class Carrier(Protocol):
-    """Tokens to slots and back, row by row, without communication."""
-
-    def dispatch(
-        self, x: Float[Array, "B S M"], slots: Slots, num_experts: int
-    ) -> Float[Array, "E B C M"]:
-        """Copy each token into the slots of its choices; empty slots are zero."""
-        ...
-
-    def combine(
-        self, y: Float[Array, "E B C M"], weights: Float[Array, "B S K"], slots: Slots
-    ) -> Float[Array, "B S M"]:
-        """Sum each token's slots, weighted, in float32; a dropped choice adds nothing."""
-        ...
-
-
-class ByCapacity:
-    """A strategy with capacity slots.
+class ByCapacity(ABC):
+    """A strategy with capacity slots; subclasses say how tokens get into them and out again.
 
     Args:
-        carrier: `dispatch.gather` or `dispatch.einsum`.
         config: of the layer.
         placement: of its arrays.
     """
 
-    def __init__(self, carrier: Carrier, config: MoEConfig, placement: Placement) -> None:
-        self.carrier = carrier
+    def __init__(self, config: MoEConfig, placement: Placement) -> None:
         self.config = config
         self.placement = placement
+
+    @abstractmethod
+    def dispatch(
+        self, x: Float[Array, "B S M"], slots: Slots, num_experts: int
+    ) -> Float[Array, "E B C M"]:
+        """Copy each token into the slots of its choices; empty slots are zero.
+
+        Sequence by sequence, without communication.
+        """
+
+    @abstractmethod
+    def combine(
+        self, y: Float[Array, "E B C M"], weights: Float[Array, "B S K"], slots: Slots
+    ) -> Float[Array, "B S M"]:
+        """Sum each token's slots, weighted, in float32; a dropped choice adds nothing."""
 
     def __call__(
         self, x: Float[Array, "B S M"], routing: Routing, experts: Experts
     ) -> tuple[Float[Array, "B S M"], Int[Array, "B"]]:
-        """See `Strategy`."""
-        self.placement.record(self._record())
+        """Apply the experts, see `Strategy`."""
         with jax.named_scope("router"):
-            slots = self._assign(routing)
-            dropped = jnp.sum(~slots.kept(), axis=(1, 2), dtype=jnp.int32)
+            slots = self.assign(routing)
+            dropped = jnp.sum(~slots.has_slot(), axis=(1, 2), dtype=jnp.int32)
         with jax.named_scope("dispatch"):
-            sent, seats, shares = x, slots, routing.weights
+            sent, sent_slots, combine_weights = x, slots, routing.weights
             if self.config.router.routed_score_on_input:
-                sent, seats, shares = on_input(x, slots, routing.weights)
-            by_row = self.carrier.dispatch(sent, seats, self.config.num_experts)
+                sent, sent_slots, combine_weights = score_on_input(x, slots, routing.weights)
+            by_sequence = self.dispatch(sent, sent_slots, self.config.num_experts)
         with jax.named_scope("experts"):
             weights = self.placement.weights_in_use(experts.weights())
-        answers = []
-        for part in self._parts(by_row):
+        outputs = []
+        for part in self.parts(by_sequence):
             with jax.named_scope("dispatch"):
                 expert_input = self.placement.to_experts(part)
             with jax.named_scope("experts"):
@@ -79,40 +77,43 @@ class ByCapacity:
                     pin_hidden=self.placement.hidden,
                 )
             with jax.named_scope("combine"):
-                answers.append(self.placement.to_rows(expert_output))
+                outputs.append(self.placement.to_sequences(expert_output))
         with jax.named_scope("combine"):
-            together = answers[0] if len(answers) == 1 else jnp.concatenate(answers, axis=2)
-            return self.carrier.combine(together, shares, slots), dropped
+            together = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=2)
+            return self.combine(together, combine_weights, slots), dropped
 
-    def _record(self) -> MoERecord:
+    def record(self, tokens: tuple[int, ...], dtype: DTypeLike) -> MoERecord:
+        """Return what a call takes, see `Strategy`; the same for all shapes."""
+        del tokens, dtype
         placement = self.placement
         if not placement.expert_axes:
-            transport = ("none", placement.why_stay)
+            transport = ("none", placement.why_no_exchange)
         elif placement.moves_tokens:
-            transport = ("all-to-all", "of slots, between the layouts by row and by expert")
+            transport = ("all-to-all", "of slots, between the layouts by sequence and by expert")
         else:
             transport = ("none", "the batch dim keeps the expert axes: weights are gathered")
         return MoERecord.of(
             self.config,
             transport=transport,
             grouped_product=("batched", "every expert has as many slots"),
-            singleton=placement.why_travel,
-            equal_pieces="" if placement.moves_tokens else "nothing travels",
+            singleton=placement.why_exchange,
+            equal_pieces="" if placement.moves_tokens else "nothing is exchanged",
         )
 
-    def _assign(self, routing: Routing) -> Slots:
+    def assign(self, routing: Routing) -> Slots:
+        """Assign the choices of each sequence to slots."""
         batch, tokens, k = routing.indices.shape
-        capacity = row_capacity(self.config, tokens=tokens)
+        capacity = sequence_capacity(self.config, tokens=tokens)
         if self.config.router.force_load_balance:
-            return assign_slots_in_turn(
+            return assign_slots_round_robin(
                 batch, tokens, k, num_experts=self.config.num_experts, capacity=capacity
             )
         return assign_slots(
             routing.indices, routing.probs, capacity=capacity, drop=self.config.drop_policy
         )
 
-    def _parts(self, slots: Float[Array, "E B C M"]) -> list[Float[Array, "E B c M"]]:
-        """The slots in as many chunks as configured, each to be on the wire by itself.
+    def parts(self, slots: Float[Array, "E B C M"]) -> list[Float[Array, "E B c M"]]:
+        """Split the slots into as many chunks as configured, each exchanged by itself.
 
         Slots are divided, not tokens: what is dropped does not depend on the number of chunks.
         """

@@ -1,0 +1,18 @@
+"""The logical axes of an MoE layer's arrays: a name for each dim, or None for one never sharded.
+
+The rule table maps these names to mesh axes. Parameters carry them in their metadata; activations
+are annotated with them in `placement.py`.
+"""
+
+from __future__ import annotations
+
+TOKENS = ("activation_batch_moe", "activation_length_moe", "activation_embed_moe")
+EXPERT_WEIGHT_IN = ("exp", "embed_moe", "mlp_moe")
+EXPERT_WEIGHT_FUSED = ("exp", "embed_moe", None, "mlp_moe")
+EXPERT_WEIGHT_OUT = ("exp", "mlp_moe", "embed_moe")
+EXPERT_BIAS_IN = ("exp", "mlp_moe")
+EXPERT_BIAS_FUSED = ("exp", None, "mlp_moe")
+EXPERT_BIAS_OUT = ("exp", None)
+ROUTER_KERNEL = ("embed_router", "exp_router")
+ROUTER_VECTOR = ("exp_router",)
+SHARED_GATE = ("embed_router",)

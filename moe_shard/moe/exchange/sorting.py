@@ -1,0 +1,98 @@
+"""Sort a device's choices by expert, stably: the order in which its token copies are sent.
+
+Arithmetic on the routing decision of one device's tokens; nothing here communicates.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Int
+
+from moe_shard.moe.exchange.segments import aligned, exclusive_cumsum, gather_indices
+from moe_shard.moe.router import ROUTING
+from moe_shard.moe.slots import Slots, count_experts, positions_in_expert
+
+
+class SortedChoices(NamedTuple):
+    """Choices sorted by expert.
+
+    Attributes:
+        slots: choices and their places in the order, each pointing at the other, as of a batch of
+            one sequence.
+        position: of each choice in its expert.
+        counts: choices of each expert.
+    """
+
+    slots: Slots
+    position: Int[Array, "T K"]
+    counts: Int[Array, "E"]
+
+
+def sort_by_expert(indices: Int[Array, "T K"], num_experts: int) -> SortedChoices:
+    """Sort a device's choices by expert.
+
+    Args:
+        indices: each token's experts.
+        num_experts: E.
+    """
+    expert = indices.reshape(1, -1)
+    order, position = positions_in_expert(expert, num_experts)
+    counts = count_experts(expert, num_experts)[0]
+    sorted_at = exclusive_cumsum(counts)[expert] + position
+    return SortedChoices(
+        Slots(
+            checkpoint_name(sorted_at.reshape(1, *indices.shape), ROUTING),
+            checkpoint_name(order, ROUTING),
+        ),
+        checkpoint_name(position.reshape(indices.shape), ROUTING),
+        checkpoint_name(counts, ROUTING),
+    )
+
+
+def sort_known_choices(indices: Int[np.ndarray, "T K"], num_experts: int) -> SortedChoices:
+    """Sort choices that are known when the program is traced: constants, and no sort in it.
+
+    Args:
+        indices: each token's experts.
+        num_experts: E.
+    """
+    expert = indices.reshape(-1)
+    order = np.argsort(expert, kind="stable").astype(np.int32)
+    sorted_at = np.empty_like(order)
+    sorted_at[order] = np.arange(order.size, dtype=np.int32)
+    counts = np.bincount(expert, minlength=num_experts).astype(np.int32)
+    position = sorted_at - (np.cumsum(counts) - counts).astype(np.int32)[expert]
+    slots = Slots(jnp.asarray(sorted_at.reshape(1, *indices.shape)), jnp.asarray(order[None]))
+    return SortedChoices(slots, jnp.asarray(position.reshape(indices.shape)), jnp.asarray(counts))
+
+
+def align_groups(
+    choices: SortedChoices, indices: Int[Array, "T K"], *, alignment: int, length: int
+) -> tuple[Slots, Int[Array, "L"]]:
+    """Lay out copies that stay on their device: each group starts at a multiple of `alignment`.
+
+    Args:
+        choices: of `sort_by_expert`.
+        indices: each token's experts.
+        alignment: see above.
+        length: R, of the buffer.
+
+    Returns:
+        The slots, and the groups' sizes, their padding included.
+    """
+    sizes = aligned(choices.counts, alignment)
+    starts = exclusive_cumsum(sizes)
+    total = indices.size
+    sorted_at = gather_indices(
+        to=starts,
+        size=choices.counts,
+        source=exclusive_cumsum(choices.counts),
+        length=length,
+        missing=total,
+    )
+    order = jnp.append(choices.slots.choice_of_slot[0], total)
+    return Slots((starts[indices] + choices.position)[None], order[sorted_at][None]), sizes
