@@ -22,6 +22,7 @@ import pytest
 
 from moe_shard import __version__
 from moe_shard.cli import COMMANDS
+from tests.library.expected import check
 from tests.test_train import TINY
 
 pytestmark = pytest.mark.wheel
@@ -169,3 +170,43 @@ def test_it_runs_from_a_folder_of_packages(wheel: Path, tmp_path: Path) -> None:
     done = run(command, tmp_path, PYTHONPATH=str(target))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["totals"]["parameters"] == 3_429_504
+
+
+LIBRARY = ROOT / "tests" / "library"
+EIGHT = "--xla_force_host_platform_device_count=8"
+MESHES = {4: "data=2, expert=4", 8: "expert=8"}
+
+
+@pytest.mark.parametrize("expert", [4, 8])
+@pytest.mark.parametrize("explicit", [False, True])
+def test_models_of_others(commands: Path, tmp_path: Path, expert: int, explicit: bool) -> None:
+    for name in ("placed", "own_model", "linen_model"):
+        shutil.copy(LIBRARY / f"{name}.py", tmp_path)
+    sizes = MESHES[expert].split(", ")
+    command = [str(commands / "python"), "-W", "error", "placed.py", *sizes]
+    done = run([*command, *["explicit"] * explicit], tmp_path, XLA_FLAGS=EIGHT)
+    assert done.returncode == 0, done.stderr
+    check(json.loads(done.stdout), expert=expert)
+
+
+@pytest.mark.parametrize("expert", [4, 8])
+@pytest.mark.parametrize("explicit", [False, True])
+def test_the_readmes_example(commands: Path, tmp_path: Path, expert: int, explicit: bool) -> None:
+    text = (LIBRARY / "readme_example.py").read_text()
+    call = "ms.make_mesh(data=2, expert=4)"
+    assert text.count(call) == 1
+    asked = f"ms.make_mesh({MESHES[expert]}, explicit={explicit})"
+    places = "print(layer.experts.gate.sharding.spec, layer.router.kernel.sharding.spec)"
+    (tmp_path / "example.py").write_text(f"{text.replace(call, asked)}{places}\n")
+    done = run([str(commands / "python"), "-W", "error", "example.py"], tmp_path, XLA_FLAGS=EIGHT)
+    assert done.returncode == 0, done.stderr
+    assert "verdict: expert-parallel" in done.stdout
+    assert done.stdout.endswith("P('expert', None, None) P(None, None)\n")
+
+
+def test_a_test_file_of_others(commands: Path, tmp_path: Path) -> None:
+    shutil.copy(LIBRARY / "test_collectives.py", tmp_path)
+    command = [str(commands / "python"), "-m", "pytest", "-q", "-W", "error", "test_collectives.py"]
+    done = run(command, tmp_path, XLA_FLAGS=EIGHT)
+    assert done.returncode == 0, done.stdout
+    assert "2 passed" in done.stdout

@@ -211,8 +211,11 @@ class Sharding:
 
     @property
     def is_explicit(self) -> bool:
-        """Whether the mesh has Explicit axes: array types then carry shardings."""
-        return self.given_mesh != self.mesh
+        """Whether array types carry shardings here: Explicit axes, and no Auto ones in force."""
+        if self.given_mesh == self.mesh:
+            return False
+        current = jax.sharding.get_abstract_mesh()
+        return current.empty or AxisType.Explicit in current.axis_types
 
     def outside(self, placed: NamedSharding) -> NamedSharding:
         """The same placement on the mesh as it was given, for arrays that layers take and give."""
@@ -238,7 +241,15 @@ class Sharding:
     def __call__(
         self, x: Array, *logical_axes: str | None, name: str, consequence: str = ""
     ) -> Array:
-        """Constrain `x` to the placement of its logical axes.
+        """Constrain `x` to the placement of its logical axes, or reshard it by type.
+
+        >>> import jax.numpy as jnp, moe_shard as ms
+        >>> sharding = ms.Sharding(ms.make_mesh(data=2, expert=4, explicit=True))
+        >>> sharding(jnp.ones((8, 16)), "activation_batch", None, name="x").sharding.spec
+        P(('data', 'expert'), None)
+
+        Where the mesh has Explicit axes, the result has the placement in its type (unless the
+        caller runs under `jax.sharding.auto_axes`, as the body of a `MoELayer` does).
 
         Args:
             x: an array with as many dims as logical axes are given.
@@ -253,6 +264,8 @@ class Sharding:
         sharding = self.named_sharding(
             name, logical_axes, x.shape, dtype=x.dtype, consequence=consequence
         )
+        if self.is_explicit:
+            return jax.sharding.reshard(x, self.outside(sharding))
         return jax.lax.with_sharding_constraint(x, sharding)
 
     def use_weight(self, w: Array, stored: LogicalAxes, used: LogicalAxes, *, name: str) -> Array:

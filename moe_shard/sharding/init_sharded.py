@@ -64,6 +64,7 @@ def init_sharded(
             has no rule; names do not fit the dims; a dim is not divisible; see `Sharding`.
     """
     with nnx.use_eager_sharding(False), _without_explicit_axes():
+        _leave_uncommitted(rngs, only=_has_explicit_type)
         abstract = _shapes_of(build, rngs)
         sharding = _agreed(sharding, list(_held(abstract)))
         if not isinstance(sharding.mesh, Mesh):
@@ -92,7 +93,13 @@ def init_sharded(
         return jax.device_put(value, sharding.outside(places[name]))
 
     model = _map_values(outside, model)
-    _leave_uncommitted(rngs, model)
+    own = {
+        id(node)
+        for part in jax.tree.leaves(model, is_leaf=_is_module)
+        if _is_module(part)
+        for _, node in nnx.iter_graph(part)
+    }
+    _leave_uncommitted(rngs, only=lambda variable: id(variable) not in own)
     return model
 
 
@@ -223,16 +230,27 @@ def _without_explicit_axes() -> Iterator[None]:
         return
     mesh = with_auto_axes(current)
     assert isinstance(mesh, Mesh), mesh
-    with jax.set_mesh(mesh):
-        yield
+    try:
+        with jax.set_mesh(mesh):
+            yield
+    except ValueError as error:
+        if "should match the aval mesh" not in str(error):
+            raise
+        raise UserError(
+            "init_sharded: build uses an array that was made outside of it, on Explicit axes\n"
+            "fix: make arrays inside of build, where the axes are Auto"
+        ) from error
 
 
-def _leave_uncommitted(rngs: nnx.Rngs, model: Any) -> None:
-    """Take random-number state that is not the model's off the mesh, to be used anywhere again."""
-    parts = jax.tree.leaves(model, is_leaf=_is_module)
-    own = {id(node) for part in parts if _is_module(part) for _, node in nnx.iter_graph(part)}
+def _has_explicit_type(variable: nnx.Variable[Any]) -> bool:
+    mesh = jax.typeof(variable.get_value()).sharding.mesh
+    return AxisType.Explicit in mesh.axis_types
+
+
+def _leave_uncommitted(rngs: nnx.Rngs, *, only: Callable[[nnx.Variable[Any]], bool]) -> None:
+    """Take state of random numbers off every mesh, so that it can be used anywhere."""
     for _, variable in nnx.iter_graph(rngs):
-        if isinstance(variable, nnx.Variable) and id(variable) not in own:
+        if isinstance(variable, nnx.Variable) and only(variable):
             variable.set_value(_on_no_device(variable.get_value()))
 
 
