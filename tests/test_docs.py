@@ -18,12 +18,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 import pytest
+from flax import nnx
 
+import moe_shard as ms
 from moe_shard.cli import COMMANDS
 from moe_shard.cli import main as moe_shard
 from moe_shard.config import list_models, load_config
 from moe_shard.config.load import base_settings, maxtext_keys
+from moe_shard.config.strategies import GROUP, VARIABLE, unregister_strategy
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -109,7 +114,7 @@ def test_every_path_and_module_exists(name: str) -> None:
             # The folder of a list such as `heads.py`, and a file in every folder, are globs.
             assert list(ROOT.glob(path.rstrip("./,") or ".")), f"{name}: {path}"
         for dotted in re.findall(r"\b(?:moe_shard|benchmarks)(?:\.\w+)+", piece):
-            assert resolves(dotted), f"{name}: {dotted}"
+            assert dotted == GROUP or resolves(dotted), f"{name}: {dotted}"
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +188,8 @@ def test_every_key_exists_and_takes_the_value(name: str) -> None:
 def test_commands_with_a_known_model_load(name: str) -> None:
     models = set(list_models())
     for words in commands(name):
+        if words[0].startswith("PYTHONPATH=") and words[1].startswith(f"{VARIABLE}="):
+            continue  # with a strategy of the page's own
         given = [word for word in words if word in models]
         pairs = [word for word in words if re.match(r"[a-z]\w*=", word)]
         if given:
@@ -190,10 +197,26 @@ def test_commands_with_a_known_model_load(name: str) -> None:
 
 
 RULE_EXAMPLE = "file: my-model.yml"
+STRATEGY_EXAMPLE = "file: my_strategies.py"
+LIBRARY_EXAMPLE = "library-example"
+
+
+def is_run_as_it_stands(block: Block) -> bool:
+    """Whether a block is Python, and no other test runs it."""
+    elsewhere = {STRATEGY_EXAMPLE, LIBRARY_EXAMPLE}
+    return block.language == "python" and block.comment not in elsewhere
+
+
 PYTHON = [
-    pytest.param(name, "".join(block.body for block in found), id=name)
+    pytest.param(name, "".join(each.body for each in found), id=name)
     for name in NAMES
-    if (found := [block for block in blocks(name) if block.language == "python"])
+    if (
+        found := [
+            block
+            for block in blocks(name)
+            if block.language == "python" and block.comment != STRATEGY_EXAMPLE
+        ]
+    )
 ]
 
 
@@ -215,6 +238,43 @@ def test_the_rule_of_the_extending_page(
     (table,) = (each for each in parameters if each["name"] == "embedding.table")
     assert table["spec"] == [["tensor", "expert"], []]
     assert table["shard_shape"] == [40, 128]
+
+
+def test_the_strategy_of_the_extending_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (body,) = (
+        each.body for each in blocks("docs/extending.md") if each.comment == STRATEGY_EXAMPLE
+    )
+    (tmp_path / "my_strategies.py").write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("my_strategies")
+    x = jax.random.normal(jax.random.key(1), (8, 16, 32))
+    sharding = ms.Sharding(ms.make_mesh(data=2, expert=4), ms.RuleTable.default())
+    found = {}
+    try:
+        for name in ("scatter", "gather"):
+            config = ms.MoEConfig(
+                num_experts=8,
+                num_experts_per_tok=2,
+                moe_mlp_dim=16,
+                capacity_factor=1.0,  # some choices are dropped
+                moe_dispatch=name,
+                moe_dispatch_no_expert_sharding=True,
+            )
+            layer = ms.MoELayer(config, model_dim=32, sharding=sharding, rngs=nnx.Rngs(0))
+            found[name] = jax.jit(layer)(x)
+    finally:
+        unregister_strategy("scatter")
+    y, stats = found["scatter"]
+    assert int(stats.dropped.sum()) > 0
+    np.testing.assert_allclose(y, found["gather"][0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_library_example_is_the_one_that_is_run() -> None:
+    (body,) = (each.body for each in blocks("README.md") if each.comment == LIBRARY_EXAMPLE)
+    assert body == (ROOT / "tests" / "library" / "readme_example.py").read_text(encoding="utf-8")
+    assert len(body.splitlines()) <= 30
 
 
 def test_the_placement_table_is_what_explain_says() -> None:
