@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moe_shard.config.load import load_config
     from moe_shard.config.model_config import GatingConfig
     from moe_shard.config.moe_config import MoEConfig, RouterConfig
+    from moe_shard.config.strategies import register_strategy
     from moe_shard.errors import UserError
     from moe_shard.moe.layer import MoELayer, MoEStats
     from moe_shard.sharding.annotate import Sharding
@@ -40,6 +41,7 @@ __all__ = [
     "load_config",
     "lowering",
     "make_mesh",
+    "register_strategy",
 ]
 
 _HOMES = {
@@ -54,6 +56,7 @@ _HOMES = {
     "init_sharded": "sharding.init_sharded",
     "load_config": "config.load",
     "make_mesh": "sharding.mesh",
+    "register_strategy": "config.strategies",
 }
 """Name -> the file it is in; `lowering` is a package of its own."""
 

@@ -105,8 +105,9 @@ def register_strategy(
         UserError: the name is taken by another strategy, or is no name.
 
     Example:
+        >>> import moe_shard as ms
         >>> from moe_shard.config.strategies import find_strategy, unregister_strategy
-        >>> @register_strategy("mine", has_slots=False, keys=("grouped_product",))
+        >>> @ms.register_strategy("mine", has_slots=False, keys=("grouped_product",))
         ... def make(config, placement): ...
         >>> find_strategy("mine").has_slots
         False

@@ -10,16 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from moe_shard.config.load import load_config
-from moe_shard.config.moe_config import LoadBalanceLoss
+from moe_shard.config.moe_config import LoadBalanceLoss, MoEConfig
 from moe_shard.config.strategies import find_strategy
 from moe_shard.errors import UserError
 from moe_shard.lowering.expect import assert_collectives
 from moe_shard.lowering.reports import report_from_text
 from moe_shard.moe.exchange.equal_pieces import _sum_in_order
+from moe_shard.moe.layer import MoELayer
 from moe_shard.moe.record import MoERecord
 from moe_shard.scopes import FURTHER_ROUNDS
+from moe_shard.sharding.annotate import Sharding
 from tests.moe.build import RULES, BuiltLayer, Outputs, build_layer, mesh_of
 from tests.moe.inputs import random_inputs
 from tests.moe.oracle import moe_layer
@@ -367,3 +370,49 @@ def test_a_table_that_cannot_carry_rows_is_an_error(row: str, axes: list[str], s
     with pytest.raises(UserError, match=says) as caught:
         layer.lower()
     assert len(str(caught.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("dispatch", "route"),
+    [
+        ("gather", {}),
+        ("ragged", {}),
+        ("ragged", {"force_load_balance": True}),
+    ],
+)
+@pytest.mark.parametrize("sizes", [EXPERT_8, {"data": 8}], ids=label)
+def test_a_record_is_what_the_program_does(
+    sizes: dict[str, int], dispatch: str, route: dict[str, Any]
+) -> None:
+    # Nothing of the record is told by the layer: the program is compiled apart from it.
+    layer = build(sizes, dispatch, **route)
+    record = layer.record()
+    text = forward(layer).as_text()
+    found = kinds(in_every_step(text))
+    exchanges = 0 if record.transport == "none" else 2
+    assert found["all-to-all"] == exchanges
+    assert ("singleton" in record.fast_paths) == (not exchanges)
+    # Counts are exchanged where pieces differ, choices sorted where they are not known.
+    assert (found["all-gather"] > 0) == (record.transport == "padded all-to-all")
+    assert (" sort(" in text) == ("forced-balance" not in record.fast_paths)
+    # In a loop over blocks of token copies, or of further rounds.
+    assert (" while(" in text) == (record.grouped_product != "batched")
+
+
+def test_two_layers_of_different_configurations_have_two_records() -> None:
+    sharding = Sharding(mesh_of({"data": 2, "expert": 4}))
+    plain = MoEConfig(num_experts=8, num_experts_per_tok=2, moe_mlp_dim=32)
+    changed = dataclasses.replace(plain, moe_dispatch="ragged", num_moe_token_chunks=2)
+    layers = [
+        nnx.eval_shape(
+            lambda config=config: MoELayer(
+                config, model_dim=16, sharding=sharding, rngs=nnx.Rngs(0)
+            )
+        )
+        for config in (plain, changed)
+    ]
+    first, second = (layer.record((8, 16, 16)) for layer in layers)
+    assert (first.strategy, first.grouped_product) == ("gather", "batched")
+    assert (second.strategy, second.transport) == ("ragged", "padded all-to-all")
+    assert "token-chunks" in second.fast_paths
+    assert layers[0].record((8, 16, 16)) == first
