@@ -178,9 +178,7 @@ class MoELayer(nnx.Module):
         def apply(
             state: nnx.State[Any, Any], x: Float[Array, "B S M"]
         ) -> tuple[Float[Array, "B S M"], MoEStats]:
-            layer = nnx.merge(graph, state)
-            layer.sharding = self.sharding.inside
-            return layer(x)
+            return nnx.merge(graph, state)(x)  # where `is_explicit` is False
 
         out = (outside(y), MoEStats(**stats))  # type: ignore[arg-type]
         return jax.sharding.auto_axes(apply, out_sharding=out)(state, x)

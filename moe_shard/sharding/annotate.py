@@ -6,7 +6,6 @@ kept, so that a report can be written once a program has been traced.
 
 from __future__ import annotations
 
-import copy
 import sys
 import warnings
 from collections.abc import Sequence
@@ -220,13 +219,6 @@ class Sharding:
     def outside(self, placed: NamedSharding) -> NamedSharding:
         """The same placement on the mesh as it was given, for arrays that layers take and give."""
         return NamedSharding(self.given_mesh, placed.spec)
-
-    @property
-    def inside(self) -> Sharding:
-        """The same object for code under `auto_axes`: what it records is recorded here."""
-        inner = copy.copy(self)
-        inner.given_mesh = self.mesh
-        return inner
 
     @property
     def platform(self) -> str:
