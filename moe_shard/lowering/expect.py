@@ -55,6 +55,7 @@ def assert_collectives(
             all-gather x1 over expert, experts ..., 131072 B at ...
         ...
     """
+    __tracebackhide__ = True  # pytest shows the caller's line and the message, not this function
     expected = {
         "all-to-all": all_to_all,
         "all-gather": all_gather,
@@ -100,6 +101,7 @@ def assert_collectives(
 
 def _check_names(scope: str | None, pass_: str | None) -> None:
     """Refuse a misspelt stage or pass, of which every program has 0 collectives."""
+    __tracebackhide__ = True
     for what, given, known in (
         ("stage", scope, (*SCOPES, "other")),
         ("pass", pass_, _PASSES),
@@ -109,6 +111,7 @@ def _check_names(scope: str | None, pass_: str | None) -> None:
 
 
 def _check_axis(axis: str, extraction: Extraction) -> None:
+    __tracebackhide__ = True
     mesh = extraction.mesh
     if axis in mesh.sizes:
         return

@@ -137,6 +137,21 @@ def test_an_assertion_that_cannot_fail_is_refused(
         assert_collectives(names["compiled"], **asked)
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"all_to_all": 17},
+        {"all_to_all": 2, "scope": "dispach"},
+        {"all_to_all": 2, "axis": "experts"},
+    ],
+)
+def test_pytest_shows_the_line_of_the_caller(asked: dict[str, Any], names: dict[str, Any]) -> None:
+    with pytest.raises((AssertionError, UserError)) as raised:
+        assert_collectives(names["compiled"], **asked)
+    shown = [entry.name for entry in raised.traceback.filter(raised)]
+    assert shown == ["test_pytest_shows_the_line_of_the_caller"]
+
+
 STRANGE = """\
 HloModule step, is_scheduled=true, num_partitions=8
 
