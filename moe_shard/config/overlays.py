@@ -107,9 +107,15 @@ def parse_overrides(overrides: Sequence[str], base: Mapping[str, Any]) -> dict[s
         except UserError as error:
             raise UserError(
                 f"{COMMAND_LINE}: {shown(argument)}: {shown(str(error))}\n"
-                f"fix: {shown(name)}={shown(default) if default is not None else 'VALUE'}"
+                f"fix: {shown(name)}={'VALUE' if default is None else _example(default)}"
             ) from error
     return values
+
+
+def _example(default: Any) -> str:
+    """Write a default as an example; of a table, its shortest row, whole."""
+    is_table = isinstance(default, list | tuple) and any(isinstance(x, list) for x in default)
+    return shown([min(default, key=lambda row: len(shown(row)))] if is_table else default)
 
 
 def lay_over(base: Mapping[str, Any], overlays: Sequence[Overlay]) -> dict[str, Any]:
@@ -131,7 +137,8 @@ def lay_over(base: Mapping[str, Any], overlays: Sequence[Overlay]) -> dict[str, 
             except (TypeError, ValueError, OverflowError):
                 raise UserError(
                     f"{overlay.source}: {key}={shown(value)} is not "
-                    f"{TYPES_IN_WORDS[type(base[key])]}\nfix: {key}={shown(base[key])}, for example"
+                    f"{TYPES_IN_WORDS[type(base[key])]}\n"
+                    f"fix: {key}={_example(base[key])}, for example"
                 ) from None
     return {key: _plain(settings[key]) for key in base}
 

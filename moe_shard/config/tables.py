@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -96,6 +97,11 @@ def build_mesh(
         if is_maxtext_table(rules, foreign, keys):
             table, notes = completed(table, own_table, keys)
             warnings += [f"{overlay.source}: {note}" for note in notes]
+        elif unknown := _unknown_names(rules, own_table):
+            warnings.append(
+                f"{overlay.source}: rules of logical axes that this package does not have: "
+                f"{unknown}"
+            )
     explicit = {key for overlay in overlays for key in overlay.values}
     sizes = {level: _sizes(level, settings, explicit, axes, chosen_by) for level in LEVELS}
     whole = (*axes, *(axis for axis in MESH_AXES if axis not in axes))
@@ -108,6 +114,16 @@ def build_mesh(
         num_simulated_devices=settings["num_simulated_devices"],
     )
     return mesh, tuple(warnings)
+
+
+def _unknown_names(rules: Sequence[Rule], own: Sequence[Rule]) -> str:
+    """Name the logical axes of `rules` that `own` lacks, each with the one it may be meant for."""
+    known = list(dict.fromkeys(name for name, _ in own))
+    named = []
+    for name in dict.fromkeys(name for name, _ in rules if name not in known):
+        near = difflib.get_close_matches(name, known, n=1)
+        named.append(f"{name} (did you mean {near[0]}?)" if near else name)
+    return ", ".join(named)
 
 
 def read_table(path: Path, keys: MaxTextKeys, own: Sequence[Rule]) -> tuple[list[Rule], list[str]]:
@@ -208,7 +224,7 @@ def read_rules(value: Any, source: str, foreign: Sequence[str] = ()) -> list[Rul
         if not all(isinstance(part, str) and _NAME.fullmatch(part) for part in parts):
             raise UserError(
                 f"{source}: rule {shown(rule)} of logical_axis_rules is not [name, [mesh axes]]\n"
-                "fix: for example [exp, [expert]]"
+                "fix: logical_axis_rules is a list of rules, for example [[exp, [expert]]]"
             )
         rules.append((name, tuple(axis for axis in axes if axis not in foreign)))
     return rules

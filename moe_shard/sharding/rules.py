@@ -18,6 +18,7 @@ program does not depend on rules that cannot matter.
 
 from __future__ import annotations
 
+import difflib
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -326,13 +327,18 @@ class BoundTable:
             if axis not in self._names:
                 raise UserError(
                     f"logical_axis_rules: no rule for the logical axis '{axis}' of {name}\n"
-                    f"add ['{axis}', []] to leave that dim unsharded, or name mesh axes for it"
+                    f"fix: add ['{axis}', []] to leave that dim unsharded, or name mesh axes for it"
+                    f"{self._near(axis)}"
                 )
             if named.count(axis) > 1:
                 raise UserError(
                     f"{name}: the logical axis '{axis}' stands on two of its dims\n"
                     "give the dims different logical axes: two dims cannot share mesh axes"
                 )
+
+    def _near(self, axis: str) -> str:
+        near = difflib.get_close_matches(axis, sorted(self._names), n=1)
+        return f"; or did you mean '{near[0]}'?" if near else ""
 
     def _indivisible(self, name: str, axis: str, size: int, lost: Sequence[Loss]) -> UserError:
         def product(loss: Loss) -> str:

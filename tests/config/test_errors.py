@@ -72,6 +72,12 @@ from tests.config.helpers import check_message, error_of, load, says, write_mode
         ("logical_axis_rules=[[exp,[experts]]]", ["[exp, [experts]]", "'experts'", "expert"]),
         ("logical_axis_rules=[[exp,[expert,expert]]]", ["[exp, [expert, expert]]", "twice"]),
         ("logical_axis_rules=[exp]", ["rule exp of logical_axis_rules is not [name, [mesh axes]]"]),
+        ("logical_axis_rules=[exp,[fsdp]]", ["rule exp of", "fix: logical_axis_rules is a list"]),
+        (
+            "logical_axis_rules=[[exp,[fsdp]]",
+            ["expected ','", "fix: logical_axis_rules=[[norm, []]]"],
+        ),
+        ("logical_axis_rules=exp", ["is not a list", "fix: logical_axis_rules=[[norm, []]]"]),
         ("logical_axis_rules=[[exp,[[a]]]]", ["is not [name, [mesh axes]]"]),
         ("mesh_axes=[data,stage]", ["mesh_axes names stage", "data, fsdp"]),
         ("mesh_axes=[data,data]", ["mesh_axes=[data, data] names an axis twice"]),

@@ -219,6 +219,17 @@ def test_round_trip(tmp_path: Path, overrides: list[str]) -> None:
     assert again.as_flat_dict() == config.as_flat_dict() == yaml.safe_load(config.to_yaml())
 
 
+def test_a_rule_of_no_logical_axis_of_the_package_is_a_warning(tmp_path: Path) -> None:
+    known = load(tmp_path, "logical_axis_rules=[[vocab,[fsdp]]]")
+    assert known.warnings == ()
+    config = load(tmp_path, "logical_axis_rules=[[vocb,[fsdp]],[zzz,[]]]")
+    assert config.warnings == (
+        "command line: rules of logical axes that this package does not have: "
+        "vocb (did you mean vocab?), zzz",
+    )
+    assert ("vocb", ("fsdp",)) in config.mesh.logical_axis_rules
+
+
 def test_flag_that_changes_nothing_is_said(tmp_path: Path) -> None:
     flag = "moe_dispatch_no_expert_sharding=true"
 

@@ -201,6 +201,9 @@ def test_expert_axes_are_those_of_the_first_row_that_shard() -> None:
             MOE, ("exp", "heads"), (8, 8), ["'heads'", "slots", "add ['heads', []]"], id="unknown"
         ),
         pytest.param(
+            MOE, ("exp", "bacth"), (8, 8), ["'bacth'", "did you mean 'batch'?"], id="misspelt"
+        ),
+        pytest.param(
             MOE,
             ("batch", "mlp"),
             (12, 4),
