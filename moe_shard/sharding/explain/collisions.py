@@ -137,7 +137,10 @@ def _fix_of(
             f"[{', '.join(spare.mesh_axes)}] then serves '{holder.logical_axis}'"
         )
     if rest := [axis for axis in decision.lost[0].mesh_axes if axis not in held]:
-        return f"add ['{rule.logical_axis}', [{', '.join(rest)}]] below rule {last.number}"
+        return (
+            f"add ['{rule.logical_axis}', [{', '.join(rest)}]] below rule {last.number}, or leave "
+            f"{taken} out of rule {holder.number}"
+        )
     return (
         f"leave {taken} out of rule {holder.number}, or move rule {rule.number} above it (then "
         f"'{holder.logical_axis}' stays unsharded)"

@@ -218,8 +218,11 @@ def lint_model(
     used = {axis for array in arrays for axis in array.logical_axes}
     idle = [rule for rule in rules if rule.logical_axis not in used]
     if idle:
+        # The rules that a person adds stand last, so they are named first.
+        names = list(dict.fromkeys(f"'{rule.logical_axis}'" for rule in reversed(idle)))
         text = (
-            f"{len(idle)} of {len(rules)} rules are of logical axes that this model does not have"
+            f"{len(idle)} of {len(rules)} rules are of logical axes that this model does not have: "
+            f"{brief_names(names)}"
         )
         found.append(Lint(NOTE, "idle", tuple(rule.number for rule in idle), text))
     return found

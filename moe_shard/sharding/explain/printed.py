@@ -119,7 +119,8 @@ def _print_conflicts(conflicts: Sequence[Collision], console: Console) -> None:
             ("means", each.consequence),
             (
                 "costs",
-                f"{human_bytes(each.bytes_per_device)} a device where "
+                f"{human_bytes(each.bytes_per_device)} a device in "
+                f"{human_count(len(each.arrays), 'array')} where "
                 f"{human_bytes(each.bytes_if_won)} would do; Flax drops it silently",
             ),
             ("fix", each.fix),

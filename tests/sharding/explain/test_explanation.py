@@ -123,6 +123,7 @@ def test_a_conflict_with_cause_consequence_and_fix() -> None:
     assert (conflict.bytes_per_device, conflict.bytes_if_won) == (2 * 16, 2 * 4)
     text = printed(of(RULES, *pair))
     assert "'exp' of in, out stays unsharded" in text
+    assert "costs: 32 B a device in 2 arrays where 8 B would do" in text
     assert "rule 2 lost expert" in text
 
 
@@ -139,7 +140,7 @@ def test_a_conflict_with_cause_consequence_and_fix() -> None:
         ),
         (
             [("batch", ("data", "expert")), ("exp", ("expert", "tensor"))],
-            "add ['exp', [tensor]] below rule 2",
+            "add ['exp', [tensor]] below rule 2, or leave expert out of rule 1",
         ),
     ],
 )
@@ -155,7 +156,7 @@ def test_a_layers_words_are_of_its_first_dim() -> None:
     (conflict,) = of(rules, array("x", "exp", "batch", said="all is lost; pray")).conflicts
     assert conflict.dim == "batch"
     assert conflict.consequence == "every device holds 8 times as much of it"
-    assert conflict.fix == "add ['batch', [data]] below rule 2"
+    assert conflict.fix == "add ['batch', [data]] below rule 2, or leave expert out of rule 1"
 
 
 def test_the_fix_of_moving_rules_works() -> None:
@@ -198,6 +199,14 @@ def test_a_row_that_does_not_divide_is_told_and_no_conflict() -> None:
         "size": 12,
     }
     assert "rule 1 does not divide" in " ".join(printed(found).split())
+
+
+def test_rules_that_no_array_uses_are_named_the_last_ones_first() -> None:
+    rules: Rules = [("first", ()), *RULES, ("expp", ("expert",)), ("expp", ())]
+    found = of(rules, array("x", "exp", "batch", "mlp"))
+    (idle,) = [lint for lint in found.lint if lint.kind == "idle"]
+    assert idle.rules == (1, len(rules) - 1, len(rules))
+    assert idle.text.endswith("that this model does not have: 'expp', 'first'")
 
 
 def test_a_dim_without_a_row_and_one_that_does_not_divide() -> None:
