@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,15 @@ from moe_shard.config.keys import shown
 from moe_shard.config.load import base_settings
 from moe_shard.config.overlays import TYPES_IN_WORDS
 from moe_shard.errors import UserError
+
+_WITHOUT_EFFECT = frozenset(
+    (
+        *("architectures", "model_type", "auto_map", "_name_or_path", "transformers_version"),
+        *("torch_dtype", "dtype", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"),
+        *("initializer_range", "attention_dropout", "output_router_logits"),
+    )
+)
+"""Attributes that change nothing in what the decoder computes from weights and tokens."""
 
 
 class Attributes:
@@ -46,6 +56,8 @@ class Attributes:
                     "keep one of them",
                 )
         self._values = {**family.attributes, **self.written}
+        self._family = family
+        self._read: set[str] = set()
         self._check_computed(family)
 
     def error(self, what: str, fix: str) -> UserError:
@@ -55,9 +67,41 @@ class Attributes:
     def get(self, name: str) -> Any:
         """Return an attribute's value; None where it is null or missing."""
         value: Any = self._values
+        self._read.add(name.partition(".")[0])
         for part in name.split(".") if name else ():
             value = value.get(part) if isinstance(value, dict) else None
         return value if name else None
+
+    def notes(self) -> list[str]:
+        """Return lines on what `config.json` and the family do not have in common, once it is read.
+
+        Attributes that nothing reads, unless they are null, false, 0 or empty, or change nothing in
+        what is computed; and values of the family because `config.json` lacks them.
+        """
+        at = self._family
+        named = {getattr(at.spans, each.name) for each in fields(at.spans)}
+        named |= {getattr(at.moe_layers, each.name) for each in fields(at.moe_layers)}
+        rules = [*at.settings.values(), at.num_experts_attr, at.top_k_attr, at.route_norm]
+        rules += [at.route_scale, at.num_expert_groups, at.num_limited_groups, at.carried_layers]
+        for rule in rules:
+            named.update(rule.sources, (name for name, _ in rule.when))
+        roots = {str(name).partition(".")[0] for name in named} | self._read | _WITHOUT_EFFECT
+        unread = [
+            f"{name}={shown(value)}"
+            for name, value in self.written.items()
+            if value and name not in roots
+        ]
+        assumed = [
+            f"{name}={shown(value)}"
+            for name, value in at.attributes.items()
+            if name in self._read and name not in self.written and value is not None
+        ]
+        lines = []
+        if unread:
+            lines.append(f"in config.json, and read by nothing: {', '.join(unread)}")
+        if assumed:
+            lines.append(f"not in config.json, as family {at.name} has it: {', '.join(assumed)}")
+        return lines
 
     def as_text(self, name: str) -> str:
         """Return `name=value`, for messages."""
@@ -114,7 +158,11 @@ class Attributes:
         name = self.source(rule)
         if not name:
             if rule.required:
-                raise self.error(f"no {' or '.join(rule.sources)}", "the config.json of the model")
+                wanted = " or ".join(rule.sources)
+                fix = f"the config.json of the model, or what the family's file has for {key}"
+                if type(base_settings()[key]) is str:
+                    fix += f" as {{value: {wanted}}} where that is text, not an attribute"
+                raise self.error(f"no {wanted}, from which {key} is read", fix)
             return rule.default
         value = self.get(name)
         if rule.mapping:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_shard.autoep.attributes import Attributes
-from moe_shard.autoep.family import Family, choose_family, load_family
+from moe_shard.autoep.family import Family, choose_family, list_families, load_family
 from moe_shard.autoep.headers import TensorHeader, read_headers
 from moe_shard.autoep.lines import report_lines
 from moe_shard.autoep.pieces import Pieces
@@ -39,6 +39,20 @@ _QUANTIZED = re.compile(r".*(_blocks|_scales|_scale_inv|_scale|\.qweight|\.qzero
 _MADE_OF = {"head_dim": "base_num_query_heads", "shared_expert_mlp_dim": "base_moe_mlp_dim"}
 """Settings that may be left to others -> one of those."""
 
+_SWITCHES = (
+    (r"attention\.(query|key|value|query_down|latent_down)_bias", "attention_bias"),
+    (r"attention\.out_bias", "attention_out_bias"),
+    (r"attention\.(query|key)_norm\..*", "use_qk_norm"),
+    (r"attention\.sink", "attention_sink"),
+    (r"attention\.(query_down|query_up|latent_.*)", "attention_type"),
+    (r".*norm\.bias", "normalization_type"),
+    (r"embedding\.bias", "logits_bias"),
+    (r"mlp\.router\.bias", "router_bias"),
+    (r"mlp\.shared\..*", "shared_experts"),
+    (r"mlp\..*_bias", "mlp_bias"),
+)
+"""Parameters that not every model has, as regular expressions -> the setting that gives them."""
+
 
 @dataclass(frozen=True)
 class Detected:
@@ -50,6 +64,7 @@ class Detected:
         plan: which tensor fills which part of which parameter.
         headers: all tensors, by name; quantized ones by the names of their decoded tensors.
         lines: what was found, for a person.
+        notes: what to check where the family is a person's own, or one that another model has.
     """
 
     family: str
@@ -57,6 +72,7 @@ class Detected:
     plan: TensorPlan
     headers: dict[str, TensorHeader]
     lines: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 @contextmanager
@@ -126,7 +142,12 @@ def detect(directory: Path, family: str = "") -> Detected:
         fused=pieces.fused,
         dtype=dtype,
     )
-    return Detected(known.name, settings, plan, headers, lines)
+    own = family and (
+        family not in list_families() or written.get("model_type") not in known.model_type
+    )
+    # No test compares such a family with this model.
+    notes = tuple(attributes.notes()) if own else ()
+    return Detected(known.name, settings, plan, headers, lines, notes)
 
 
 def _check_plain(headers: Mapping[str, TensorHeader], names: Names, where: Path) -> None:
@@ -153,9 +174,10 @@ def _layers_beyond(
     found = names.layers()
     missing = next((layer for layer in range(layers) if layer not in found), None)
     if missing is not None:
-        raise attributes.error(
-            f"{text}, but no tensor is of layer {missing}", "the config.json of these tensors"
-        )
+        fix = "the config.json of these tensors"
+        if not found:
+            fix += f", or prefix and layers of family {family.name}"
+        raise attributes.error(f"{text}, but no tensor is of layer {missing}", fix)
     carried = attributes.value("base_num_decoder_layers", family.carried_layers)
     number = re.compile(re.escape(f"{family.prefix}{family.layers}.") + r"([0-9]{1,9})\..*")
     matches = {name: number.fullmatch(name) for name in headers}
@@ -202,7 +224,7 @@ def _check_expert_layers(
             raise attributes.error(
                 f"layer {layer} has {'experts' if kind.moe else 'none'} by {texts or family.name}, "
                 f"and its tensors {'no router' if kind.moe else shown(routers[(layer,)])}",
-                "the config.json of these tensors",
+                f"the config.json of these tensors, or moe_layers of family {family.name}",
             )
 
 
@@ -228,14 +250,16 @@ def _plan(
             carried.add(name)
             continue
         role = next((role for role, at in names.roles.items() if name in at.values()), "")
-        what = (
-            f"is {role}, which by config.json the model has not"
-            if role
-            else f"fits no name or pattern of family {family.name}"
-        )
+        if not role:
+            raise UserError(
+                f"{where}: {shown(name)} fits no name or pattern of family {family.name}\n"
+                "fix: the config.json of these tensors, or hf_family with a name, or with a "
+                "pattern under carried where the model computes nothing with it"
+            )
+        key = next((key for roles, key in _SWITCHES if re.fullmatch(roles, role)), "another value")
         raise UserError(
-            f"{where}: {shown(name)} {what}\n"
-            "fix: the config.json of these tensors, or hf_family with a pattern under carried"
+            f"{where}: {shown(name)} is {role}, which by config.json the model has not\n"
+            f"fix: the config.json of these tensors, or {key} in settings of family {family.name}"
         )
     return TensorPlan(pieces, tuple(name for name in headers if name in carried))
 

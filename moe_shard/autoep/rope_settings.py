@@ -41,10 +41,8 @@ def rope_settings(attributes: Attributes, *, latent: bool) -> dict[str, Any]:
     written = _Parameters(attributes)
     settings = {
         "rope_type": written.type,
-        "rope_max_timescale": written.number("rope_theta", attributes.get("rope_theta")),
-        "partial_rotary_factor": written.number(
-            "partial_rotary_factor", _or(attributes.get("partial_rotary_factor"), 1.0)
-        ),
+        "rope_max_timescale": written.or_attribute("rope_theta"),
+        "partial_rotary_factor": written.or_attribute("partial_rotary_factor", 1.0),
     }
     if written.type == "default":
         return settings
@@ -104,6 +102,12 @@ class _Parameters:
                 f"{self.name}.{key}={shown(value)} is not a number", "as the model has it"
             )
         return float(value)
+
+    def or_attribute(self, key: str, default: Any = None) -> float:
+        """Return a parameter that is a finite number, by default the attribute of that name."""
+        if self.values.get(key) is not None:
+            return self.number(key)
+        return self.number(key, _or(self.attributes.get(key), default))
 
     def numbers(self, key: str) -> list[float]:
         """Return a parameter that is a list of numbers."""

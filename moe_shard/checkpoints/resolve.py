@@ -48,7 +48,7 @@ def load_model(model: str, overrides: Sequence[str] = ()) -> Config:
     detected = detect(directory, family)
     overlay = Overlay(str(directory / CONFIG), directory_settings(directory, detected), {}, ())
     config = load_settings(overlay, overrides, name=directory.resolve().name)
-    return replace(config, detected=detected.lines)
+    return replace(config, detected=detected.lines, warnings=(*config.warnings, *detected.notes))
 
 
 def directory_settings(directory: Path, detected: Detected) -> dict[str, Any]:

@@ -52,7 +52,9 @@ def main(argv: Sequence[str], prog: str = "moe-shard import") -> int:
         # A pipe has no width of its own.
         console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
         console.print(start_devices(config.mesh.num_simulated_devices))
-    sharding, _ = lay_out(config)
+    sharding, changes_nothing = lay_out(config)
+    for line in changes_nothing:
+        print(f"note: {line}", file=sys.stderr)
     import_model(
         arguments.source,
         arguments.target,

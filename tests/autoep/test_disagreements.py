@@ -115,7 +115,10 @@ def put(**new: list[int]) -> Callable[[Shapes], None]:
         (
             "qwen2_moe-0",
             {"qkv_bias": False},
-            ["_proj.bias is attention.", "_bias, which by config.json the model has not"],
+            [
+                "_bias, which by config.json the model has not",
+                "attention_bias in settings of family qw",
+            ],
         ),
         (
             "qwen2_moe-1",
@@ -135,7 +138,7 @@ def put(**new: list[int]) -> Callable[[Shapes], None]:
         (
             "deepseek_v2-0",
             {"first_k_dense_replace": 0},
-            ["layer 0 has experts by first_k_dense_replace=0", "no router"],
+            ["layer 0 has experts by first_k_dense_replace=0", "no router", "or moe_layers of fam"],
         ),
         (
             "deepseek_v2-0",
@@ -164,7 +167,7 @@ def put(**new: list[int]) -> Callable[[Shapes], None]:
         ("deepseek_v3-0", {"moe_layer_freq": 2}, ["moe_layer_freq=2 is not computed here"]),
         ("mixtral-0", {"hidden_act": "mish"}, ["hidden_act=mish is not computed", "silu, swish"]),
         ("mixtral-0", {"hidden_size": "x"}, ["hidden_size=x is not a whole number"]),
-        ("mixtral-0", {"rms_norm_eps": None}, ["no rms_norm_eps"]),
+        ("mixtral-0", {"rms_norm_eps": None}, ["no rms_norm_eps, from which normaliz"]),
         ("mixtral-0", {"rms_norm_eps": -1}, ["config.json: normalization_layer_epsilon=-1"]),
         ("mixtral-0", {"num_experts": 5}, ["num_experts=5 and num_local_experts=4 are one thing"]),
         (

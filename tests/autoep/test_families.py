@@ -10,6 +10,7 @@ import pytest
 
 from moe_shard.autoep.detect import detect
 from moe_shard.autoep.family import choose_family, list_families, load_family
+from moe_shard.checkpoints.resolve import load_model
 from moe_shard.errors import UserError
 from tests.autoep.directory import HERE, small_models, write_model
 
@@ -255,6 +256,61 @@ def test_a_pattern_for_two_tensors(tmp_path: Path) -> None:
     path = own_family(tmp_path, ("router_pattern: route", "router_pattern: router?"))
     with pytest.raises(UserError, match=r"moe\.route\.weight and .*router\.weight have one role"):
         detect(directory, path)
+
+
+def test_attributes_that_config_json_and_a_family_of_ones_own_do_not_share(tmp_path: Path) -> None:
+    config, shapes = own_model()
+    assumed = "not in config.json, as family my_moe has it: "
+    usual = "rope_theta=10000.0, tie_word_embeddings=false, hidden_act=silu"
+    notes = detect(write_model(tmp_path / "all", config, shapes), own_family(tmp_path)).notes
+    assert notes == (assumed + usual,)
+    more = {"sliding_window": 4, "use_cache": True, "rope_scaling": None, "tanh": False}
+    directory = write_model(tmp_path / "more", config | more, shapes)
+    half = ("settings:", "attributes: {partial_rotary_factor: 0.5}\nsettings:")
+    path = own_family(tmp_path, half)
+    notes = detect(directory, path).notes
+    assert notes == (
+        "in config.json, and read by nothing: sliding_window=4",
+        f"{assumed}{usual}, partial_rotary_factor=0.5",
+    )
+    assert set(notes) <= set(load_model(str(directory), [f"hf_family={path}"]).warnings)
+    nested = {"rope_parameters": {"rope_theta": 5.0, "partial_rotary_factor": 1.0}}
+    directory = write_model(tmp_path / "nested", config | nested, shapes)
+    assert detect(directory, path).notes == (assumed + usual.partition(", ")[2],)
+
+
+def test_notes_where_a_family_is_given_for_another_model(tmp_path: Path) -> None:
+    model = SMALL["mixtral-0"]
+    other = model["config"] | {"model_type": "another", "scale": 2}
+    directory = write_model(tmp_path / "other", other, model["saved"])
+    assert "read by nothing: scale=2" in detect(directory, "mixtral").notes[0]
+    directory = write_model(tmp_path / "own", other | {"model_type": "mixtral"}, model["saved"])
+    assert detect(directory, "mixtral").notes == detect(directory).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ([("emb_dim: n_embd", "emb_dim: nembd")], "no nembd, from which base_emb_dim is read"),
+        (
+            [("settings:", "settings:\n  qk_norm_type: head")],
+            r"no head, .*\n.* qk_norm_type as \{value: head\}",
+        ),
+        (
+            [
+                ("transformer.h\ntensors:", "model.h\ntensors:"),
+                ("moe_layer_pattern: transformer", "moe_layer_pattern: model"),
+            ],
+            "no tensor is of layer 0\n.*or prefix and layers of family my_moe",
+        ),
+    ],
+)
+def test_an_error_names_the_key_of_the_family(
+    changes: list[tuple[str, str]], words: str, tmp_path: Path
+) -> None:
+    directory = write_model(tmp_path / "model", *own_model())
+    with pytest.raises(UserError, match=words):
+        detect(directory, own_family(tmp_path, *changes))
 
 
 @pytest.mark.parametrize(
