@@ -59,7 +59,7 @@ class Collision:
             "won": rule_json(self.holder),
             "cause": self.cause,
             "consequence": self.consequence,
-            "fix": self.fix,
+            "cure": self.fix,  # keys of the JSON are published and stay
             "bytes_per_device": self.bytes_per_device,
             "bytes_per_device_if_won": self.bytes_if_won,
             "only_if": self.only_if or None,

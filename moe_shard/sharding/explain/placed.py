@@ -113,7 +113,7 @@ def rule_json(rule: NumberedRule | None) -> dict[str, Any] | None:
     if rule is None:
         return None
     return {
-        "rule": rule.number,
+        "row": rule.number,  # keys of the JSON are published and stay
         "logical_axis": rule.logical_axis,
         "mesh_axes": list(rule.mesh_axes),
     }

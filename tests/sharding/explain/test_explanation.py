@@ -81,7 +81,7 @@ def test_an_array_counted_by_hand() -> None:
                 "size": 8,
                 "shard": 2,
                 "mesh_axes": ["expert"],
-                "won": {"rule": 2, "logical_axis": "exp", "mesh_axes": ["expert"]},
+                "won": {"row": 2, "logical_axis": "exp", "mesh_axes": ["expert"]},
                 "lost": [],
             },
             {
@@ -97,7 +97,7 @@ def test_an_array_counted_by_hand() -> None:
                 "size": 8,
                 "shard": 8,
                 "mesh_axes": [],
-                "won": {"rule": 3, "logical_axis": "mlp", "mesh_axes": ["tensor"]},
+                "won": {"row": 3, "logical_axis": "mlp", "mesh_axes": ["tensor"]},
                 "lost": [],
             },
         ],
@@ -190,7 +190,7 @@ def test_a_row_that_does_not_divide_is_told_and_no_conflict() -> None:
     )
     (lost,) = found.to_json()["parameters"][0]["dims"][0]["lost"]
     assert lost == {
-        "rule": 1,
+        "row": 1,
         "logical_axis": "exp",
         "mesh_axes": ["expert", "data"],
         "contested": [],
@@ -213,7 +213,7 @@ def test_a_dim_without_a_row_and_one_that_does_not_divide() -> None:
     found = of(RULES, array("x", "batch", "heads", size=6), assumed=True)
     assert found.activations[0].shard_shape == (1, 6)
     kinds = {lint.kind: lint for lint in found.lint}
-    assert "no rule for 'heads' (x)" in kinds["no-rule"].text
+    assert "no rule for 'heads' (x)" in kinds["no-row"].text
     assert "size 6 (x) is not divisible by data * expert = 8" in kinds["uneven"].text
     assert found.activations[0].to_json()["dims"][1]["won"] is None
     assert "no rule" in printed(found)
@@ -328,8 +328,8 @@ def test_a_rule_file_of_someone_elses(tmp_path: Path) -> None:
     assert ("shadowed", (7, 6)) in rules
     assert ("repeated-axis", (10,)) in rules
     levels = {lint.kind: lint.level for lint in found.lint}
-    assert (levels["unknown-axis"], levels["no-rule"]) == ("warning", "note")  # as in MaxText
-    bare, flag = [lint.text for lint in found.lint if lint.kind == "no-rule"]
+    assert (levels["unknown-axis"], levels["no-row"]) == ("warning", "note")  # as in MaxText
+    bare, flag = [lint.text for lint in found.lint if lint.kind == "no-row"]
     assert {"heads", "vocab"} <= set(bare.split(":")[0].replace(",", "").split())
     assert "activation_length" not in bare.split(":")[0].replace(",", "").split()
     assert flag.startswith("no rule for activation_batch_no_exp")
