@@ -56,12 +56,14 @@ class Loss:
         mesh_axes: those of its mesh axes that are larger than 1.
         held_by: the dim that already had one of them; empty where they do not divide the dim.
         size: the dim's size.
+        taken: those of `mesh_axes` that other dims already had; empty where they do not divide.
     """
 
     rule: NumberedRule
     mesh_axes: tuple[str, ...]
     held_by: str
     size: int
+    taken: tuple[str, ...]
 
     @property
     def reason(self) -> str:
@@ -70,7 +72,7 @@ class Loss:
 
     def __str__(self) -> str:
         if self.held_by:
-            return f"{self.rule} lost {', '.join(self.mesh_axes)} to '{self.held_by}'"
+            return f"{self.rule} lost {', '.join(self.taken)} to '{self.held_by}'"
         return f"{self.rule} does not divide {self.size}"
 
 
@@ -294,12 +296,12 @@ class BoundTable:
             if rule.logical_axis not in lost or rule.logical_axis in won:
                 continue
             wanted = self._sharding_axes(rule)
-            taken = next((axis for axis in wanted if axis in holder), None)
+            taken = tuple(axis for axis in wanted if axis in holder)
             size = size_of[rule.logical_axis]
-            if taken is not None:
-                lost[rule.logical_axis].append(Loss(rule, wanted, holder[taken], size))
+            if taken:
+                lost[rule.logical_axis].append(Loss(rule, wanted, holder[taken[0]], size, taken))
             elif must_divide and size % self._parts(wanted):
-                lost[rule.logical_axis].append(Loss(rule, wanted, "", size))
+                lost[rule.logical_axis].append(Loss(rule, wanted, "", size, ()))
             else:
                 won[rule.logical_axis] = rule
                 holder.update(dict.fromkeys(wanted, rule.logical_axis))

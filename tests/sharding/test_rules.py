@@ -138,6 +138,14 @@ def test_the_earlier_row_wins_and_the_loser_is_on_record() -> None:
     assert str(loss.rule) == "rule 3 ['exp', [expert]]"
 
 
+def test_a_loser_names_the_axes_that_were_taken_and_no_others() -> None:
+    rules: Rules = [("embed", ("data",)), ("vocab", ("expert", "data"))]
+    (conflict,) = RuleTable(rules).on(SIZES).resolve("x", ("vocab", "embed"), (8, 8)).conflicts
+    (loss,) = conflict.lost
+    assert (loss.mesh_axes, loss.taken) == (("expert", "data"), ("data",))
+    assert str(loss) == "rule 2 ['vocab', [expert, data]] lost data to 'embed'"
+
+
 def test_a_batch_dim_without_the_expert_axis_leaves_it_to_the_experts() -> None:
     found = RuleTable(MOE).on(SIZES).resolve("slots", ("exp", "batch_no_exp", None), (8, 8, 3))
     assert canonical(found.spec) == [("expert",), ("data",), ()]

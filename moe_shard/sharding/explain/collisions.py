@@ -93,7 +93,7 @@ def find_collisions(
         copies = array.parts(loss.mesh_axes)
         holder = next(d.won for d in array.resolution.decisions if d.logical_axis == held_by)
         assert holder is not None, "a dim that holds axes has them by a rule"
-        axes = array.contested(loss)
+        axes = loss.taken
         found.append(
             Collision(
                 dim=dim,
@@ -175,7 +175,7 @@ def find_alternatives(placed: Sequence[PlacedArray]) -> list[Lint]:
         for decision in array.resolution.decisions:
             loss = next((loss for loss in decision.lost if loss.held_by), None)
             if decision.won is not None and loss is not None:
-                key = (loss.rule, decision.won, loss.held_by, array.contested(loss))
+                key = (loss.rule, decision.won, loss.held_by, loss.taken)
                 pairs.setdefault(key, []).append(array.array.name)
     return [
         Lint(

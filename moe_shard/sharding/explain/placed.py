@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from moe_shard.sharding.annotate import AnnotatedArray
-from moe_shard.sharding.rules import Decision, Loss, NumberedRule, Resolution
+from moe_shard.sharding.rules import Decision, NumberedRule, Resolution
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,6 @@ class PlacedArray:
         rule = decision.won
         return rule if rule is not None and rule.number <= self.num_rules else None
 
-    def contested(self, loss: Loss) -> tuple[str, ...]:
-        """Return the axes that a losing rule wanted and that were taken when it was tried."""
-        held = {
-            axis
-            for decision in self.resolution.decisions
-            if decision.won is not None and decision.won.number < loss.rule.number
-            for axis in decision.mesh_axes
-        }
-        return tuple(axis for axis in loss.mesh_axes if axis in held)
-
     def to_json(self) -> dict[str, Any]:
         """Return an object of `moe-shard explain --json`."""
         return {
@@ -95,7 +85,7 @@ class PlacedArray:
                     "lost": [
                         {
                             **(rule_json(loss.rule) or {}),
-                            "contested": list(self.contested(loss)),
+                            "contested": list(loss.taken),
                             "held_by": loss.held_by or None,
                             "reason": loss.reason,
                             "size": loss.size,

@@ -97,7 +97,7 @@ def _dim(array: PlacedArray, decision: Decision, shard: int) -> tuple[str, str, 
     won = array.won(decision)
     text = [escape(", ".join(decision.mesh_axes))] if decision.mesh_axes else []
     for loss in decision.lost:
-        axes = ", ".join(array.contested(loss))
+        axes = ", ".join(loss.taken)
         why = f"lost {axes} to {loss.held_by}" if loss.held_by else f"does not divide {loss.size}"
         text.append(f"[yellow]rule {loss.rule.number} {escape(why)}[/]")
     if decision.is_conflict:
