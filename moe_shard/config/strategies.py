@@ -127,8 +127,8 @@ def register_strategy(
             name in _built_in() and make.__module__ != built_in
         ):
             raise UserError(
-                f"the strategy {name} of {make.__module__} has the name of another\n"
-                "fix: a name of its own"
+                f"the strategy {name} of {make.__module__} has the name of another, of "
+                f"{known.make.__module__ if known else built_in}\nfix: a name of its own"
             )
         _entries[name] = StrategyEntry(name, make, has_slots, always_moves_tokens, keys, copies)
         return make
@@ -207,5 +207,13 @@ def _import(module: str, source: str) -> None:
     except Exception as error:  # whatever a module of somebody else's raises
         raise UserError(
             f"{source}: importing {module} failed: {type(error).__name__}: "
-            f"{first_line(error, 200)}\nfix: a module on the Python path (PYTHONPATH=its folder)"
+            f"{first_line(error, 200)}\nfix: {_fix(module, error)}"
         ) from error
+
+
+def _fix(module: str, error: Exception) -> str:
+    if module.endswith(".py") or "/" in module:
+        return f"a module's name, not a file's: {Path(module).stem}, with PYTHONPATH=its folder"
+    if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
+        return "a module on the Python path (PYTHONPATH=its folder)"
+    return f"what fails in {module} itself"

@@ -96,6 +96,24 @@ def test_a_module_that_fails_is_one_line(
         load_config("mixtral-tiny", ["moe_dispatch=mine"])
 
 
+@pytest.mark.parametrize(
+    ("module", "fix"),
+    [
+        ("nowhere", r"a module on the Python path \(PYTHONPATH=its folder\)"),
+        ("broken_strategy.py", "a module's name, not a file's: broken_strategy, with"),
+        ("./broken_strategy.py", "a module's name, not a file's: broken_strategy, with"),
+        ("broken_strategy", "what fails in broken_strategy itself"),
+    ],
+)
+def test_the_fix_fits_what_failed(
+    module: str, fix: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "broken_strategy.py").write_text("import not_installed")
+    monkeypatch.setenv(VARIABLE, module)
+    with pytest.raises(UserError, match=f"fix: {fix}"):
+        load_config("mixtral-tiny", ["moe_dispatch=mine"])
+
+
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(UserError) as caught:
         load_config("mixtral-tiny", ["moe_dispatch=mine"])
@@ -113,9 +131,10 @@ def test_a_name_that_is_taken_is_refused(name: str) -> None:
     def other(config: object, placement: object) -> None: ...
 
     other.__module__ = "another"
+    owner = "moe_shard.moe.dispatch.gather" if name == "gather" else "another"
     if name != "gather":
         register_strategy(name, has_slots=True)(other)
-    with pytest.raises(UserError, match=f"the strategy {name} of .* has the name of another"):
+    with pytest.raises(UserError, match=f"{name} of .* has the name of another, of {owner}\n"):
         register_strategy(name, has_slots=True)(make)
 
 
