@@ -6,13 +6,15 @@ A strategy is one file in `moe_shard.moe.dispatch`, or one of your own: a class 
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+from typing import Any, NoReturn, Protocol, cast
 
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moe_shard.config.moe_config import MoEConfig
 from moe_shard.config.strategies import find_strategy
+from moe_shard.errors import UserError
 from moe_shard.moe.experts import Experts
 from moe_shard.moe.placement import Placement
 from moe_shard.moe.record import MoERecord
@@ -35,7 +37,8 @@ class Strategy(Protocol):
 
         Returns:
             The weighted sum over each token's experts, summed over k in order and in float32,
-            in `x`'s dtype; and how many choices of each sequence were dropped.
+            in `x`'s dtype, or in the wider one of `x` and the experts' products where these
+            differ; and how many choices of each sequence were dropped, zeros if none can be.
         """
         ...
 
@@ -57,9 +60,58 @@ def make_strategy(config: MoEConfig, placement: Placement) -> Strategy:
         placement: of its arrays.
 
     Raises:
-        UserError: no strategy of that name is registered, or it cannot run on these devices.
+        UserError: no strategy of that name is registered, it cannot run on these devices, or what
+            was made has not the methods of one.
     """
-    return cast(Strategy, find_strategy(config.moe_dispatch).make(config, placement))
+    made = find_strategy(config.moe_dispatch).make(config, placement)
+    missing = [each for each in ("__call__", "record") if not callable(getattr(made, each, None))]
+    if missing:
+        raise UserError(
+            f"moe_dispatch={config.moe_dispatch}: {type(made).__name__} has no "
+            f"{' and no '.join(missing)}\n"
+            "fix: both methods of moe_shard.moe.strategy.Strategy, or ByCapacity as the base class"
+        )
+    return cast(Strategy, made)
+
+
+def apply_strategy(
+    strategy: Strategy, x: Float[Array, "B S M"], routing: Routing, experts: Experts, *, name: str
+) -> tuple[Float[Array, "B S M"], Int[Array, "B"]]:
+    """Call a strategy, and check the shapes and dtypes of what it returns; adds no operation.
+
+    Args:
+        strategy: the one that is called.
+        x: tokens.
+        routing: the router's decision.
+        experts: their parameters.
+        name: the strategy's, for messages.
+
+    Raises:
+        UserError: it returned something else than `Strategy` says.
+    """
+    found: Any = strategy(x, routing, experts)
+    if not isinstance(found, tuple) or len(found) != 2:
+        _refuse(name, f"a {type(found).__name__}", "a tuple of output and dropped choices")
+    y, dropped = found
+    wider = jnp.result_type(x.dtype, experts.dtype)
+    if getattr(y, "shape", None) != x.shape or y.dtype not in (x.dtype, wider):
+        _refuse(name, f"an output {_kind(y)}", f"{_kind(x)}, as its input")
+    is_count = jnp.issubdtype(getattr(dropped, "dtype", jnp.float32), jnp.integer)
+    if not is_count or dropped.shape != x.shape[:1]:
+        wanted = f"{[x.shape[0]]} int32: a number for each sequence, zeros if none can be dropped"
+        _refuse(name, f"dropped choices {_kind(dropped)}", wanted)
+    return y, dropped
+
+
+def _refuse(name: str, returned: str, wanted: str) -> NoReturn:
+    raise UserError(f"moe_dispatch={name} returned {returned}\nfix: {wanted}")
+
+
+def _kind(array: Any) -> str:
+    """Return the shape and dtype of an array in words, or what it is instead."""
+    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        return f"of type {type(array).__name__}"
+    return f"{[*array.shape]} {array.dtype}"
 
 
 def moe_record(

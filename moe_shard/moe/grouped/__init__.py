@@ -136,7 +136,11 @@ def grouped_product(
     Returns:
         the products; rows past the last group are zero.
     """
-    assert x.dtype == w.dtype, (x.dtype, w.dtype)
+    if x.dtype != w.dtype:
+        raise UserError(
+            f"grouped_product: token copies are {x.dtype} and the experts' weights {w.dtype}\n"
+            f"fix: x.astype({w.dtype}) before the layer, or MoELayer(dtype={x.dtype})"
+        )
     assert x.shape[0] % using.alignment == 0, (x.shape, using)
     x, w, group_sizes = vary_alike(x, w, group_sizes)
     match using.name:
