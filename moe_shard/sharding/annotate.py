@@ -126,7 +126,7 @@ class Conflict:
         array: the array's name.
         dim: the logical axis of the dim.
         cause: which rule lost which mesh axes to which other dim.
-        consequence: what that means, and the fix if there is one; may be empty.
+        consequence: what that means, and the fix; the fix alone where the layer states neither.
     """
 
     array: str
@@ -135,8 +135,7 @@ class Conflict:
     consequence: str
 
     def __str__(self) -> str:
-        text = f"{self.array}: dim '{self.dim}' stays unsharded: {self.cause}"
-        return f"{text}; {self.consequence}" if self.consequence else text
+        return f"{self.array}: dim '{self.dim}' stays unsharded: {self.cause}; {self.consequence}"
 
 
 class Sharding:
@@ -308,9 +307,13 @@ class Sharding:
         resolution = self.table.resolve(name, logical_axes, shape)
         self.resolutions[name] = resolution
         for decision in resolution.conflicts:
-            cause = str(decision.lost[0])
-            means = consequence if decision.logical_axis == logical_axes[0] else ""
-            conflict = Conflict(name, decision.logical_axis or "", cause, means)
+            loss, dim = decision.lost[0], decision.logical_axis or ""
+            means = consequence if dim == logical_axes[0] else ""
+            means = means or (
+                f"leave {', '.join(loss.taken)} out of the rule of '{loss.held_by}', or add a rule "
+                f"of '{dim}' with other mesh axes"
+            )
+            conflict = Conflict(name, dim, str(loss), means)
             if self.rule_conflicts == "error":
                 raise UserError(f"rule_conflicts=error: {conflict}")
             known = {replace(each, array="") for each in self.conflicts.values()}

@@ -290,6 +290,20 @@ def test_a_conflict_is_told_with_its_consequence_in_one_line() -> None:
     assert set(sharding.resolutions) == {"slots"}
 
 
+def test_a_conflict_of_which_the_layer_states_nothing_has_a_fix() -> None:
+    rules: Rules = [("embed", ("data",)), ("vocab", ("expert", "data"))]
+    sharding = Sharding(mesh(), RuleTable(rules))
+    with pytest.warns(UserWarning, match="dim 'vocab' stays unsharded") as told:
+        sharding.named_sharding("table", ("vocab", "embed"), (8, 8))
+    line = (
+        "table: dim 'vocab' stays unsharded: "
+        "rule 2 ['vocab', [expert, data]] lost data to 'embed'; "
+        "leave data out of the rule of 'embed', or add a rule of 'vocab' with other mesh axes"
+    )
+    assert [str(each.message) for each in told] == [line]
+    assert sharding.conflict_lines() == [line]
+
+
 def test_without_a_conflict_nothing_is_told() -> None:
     sharding = Sharding(mesh(), RuleTable(MOE), "error")
     placed = annotate_slots(sharding, "batch_no_exp")
