@@ -15,6 +15,7 @@ from moe_shard.errors import UserError
 from tests.autoep.directory import HERE, small_models, write_model
 
 SMALL = small_models()
+Shapes = dict[str, list[int]]
 MADE_OF_OTHERS = {
     ("ernie4_5_moe", "moe_layer_end_index"): 27,
     ("qwen2_moe", "sliding_window"): 0,
@@ -277,6 +278,56 @@ def test_attributes_that_config_json_and_a_family_of_ones_own_do_not_share(tmp_p
     nested = {"rope_parameters": {"rope_theta": 5.0, "partial_rotary_factor": 1.0}}
     directory = write_model(tmp_path / "nested", config | nested, shapes)
     assert detect(directory, path).notes == (assumed + usual.partition(", ")[2],)
+
+
+def test_the_family_of_the_docs(tmp_path: Path) -> None:
+    """The file that docs/extending.md gives, on what transformers saves of a small Dots1."""
+    page = (HERE.parents[1] / "docs" / "extending.md").read_text()
+    path = tmp_path / "dots1.yml"
+    path.write_text(
+        "model_type: dots1" + page.split("```yaml\nmodel_type: dots1")[1].split("```")[0]
+    )
+    config = {
+        **{"model_type": "dots1", "hidden_size": 12, "num_hidden_layers": 2, "vocab_size": 300},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "n_group": 2},
+        **{"intermediate_size": 10, "moe_intermediate_size": 6, "n_shared_experts": 2},
+        **{"n_routed_experts": 4, "num_experts_per_tok": 1, "topk_group": 1, "sliding_window": 3},
+        **{"first_k_dense_replace": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
+        **{"layer_types": ["full_attention", "sliding_attention"], "attention_bias": False},
+        **{"rms_norm_eps": 1e-6, "max_position_embeddings": 64, "tie_word_embeddings": False},
+        **{"rope_parameters": {"rope_theta": 5e4, "rope_type": "default"}, "hidden_act": "silu"},
+    }
+
+    def mlp(at: str, size: int) -> Shapes:
+        return {f"{at}.{name}_proj.weight": [size, 12] for name in ("gate", "up")} | {
+            f"{at}.down_proj.weight": [12, size]
+        }
+
+    shapes: Shapes = {"model.embed_tokens.weight": [300, 12], "lm_head.weight": [300, 12]}
+    shapes["model.norm.weight"] = [12]
+    for layer in range(2):
+        at = f"model.layers.{layer}"
+        for name, size in (("q", 8), ("k", 4), ("v", 4)):
+            shapes[f"{at}.self_attn.{name}_proj.weight"] = [size, 12]
+        shapes[f"{at}.self_attn.o_proj.weight"] = [12, 8]
+        shapes |= {f"{at}.self_attn.{name}_norm.weight": [4] for name in "qk"}
+        shapes |= {f"{at}.{n}_layernorm.weight": [12] for n in ("input", "post_attention")}
+    shapes |= mlp("model.layers.0.mlp", 10) | mlp("model.layers.1.mlp.shared_experts", 12)
+    for expert in range(4):
+        shapes |= mlp(f"model.layers.1.mlp.experts.{expert}", 6)
+    shapes["model.layers.1.mlp.gate.weight"] = [4, 12]
+    shapes["model.layers.1.mlp.gate.e_score_correction_bias"] = [4]
+    detected = detect(write_model(tmp_path / "model", config, shapes), str(path))
+    assert detected.notes == ()
+    assert {piece.tensor for piece in detected.plan.pieces} == set(shapes)
+    wanted = {
+        **{"routed_score_func": "sigmoid", "routed_bias": True, "norm_topk_prob": True},
+        **{"routed_scaling_factor": 2.5, "n_routing_groups": 2, "topk_routing_group": 1},
+        **{"shared_experts": 2, "use_qk_norm": True, "qk_norm_type": "head"},
+        **{"attention_pattern": ["global", "sliding"], "sliding_window_size": 3},
+        **{"first_num_dense_layers": 1, "partial_rotary_factor": 1.0, "rope_max_timescale": 5e4},
+    }
+    assert {key: detected.settings[key] for key in wanted} == wanted
 
 
 def test_notes_where_a_family_is_given_for_another_model(tmp_path: Path) -> None:
