@@ -152,7 +152,7 @@ def whole(command: Command) -> tuple[Path, Done]:
     return command.folder / "outputs" / "whole", done
 
 
-def test_before_step_0_the_lowering_is_told(whole: tuple[Path, Done]) -> None:
+def test_before_step_0_the_lowering_is_reported(whole: tuple[Path, Done]) -> None:
     _, done = whole
     parts = [
         "simulating 8 devices", "collectives per step, 8 devices (cpu): expert 8", "all-to-all",

@@ -28,7 +28,7 @@ def settings(*, family: str = "mixtral", latent: bool = False, **written: Any) -
     return rope_settings(attributes, latent=latent)
 
 
-def test_none_said() -> None:
+def test_without_scaling() -> None:
     assert settings() == PLAIN
     assert settings(rope_scaling=None, rope_parameters=None) == PLAIN
     assert settings(rope_theta=5e5)["rope_max_timescale"] == 5e5

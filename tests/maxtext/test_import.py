@@ -289,7 +289,7 @@ def test_gate_and_up_of_a_dense_mlp_in_one_tensor(tmp_path: Path) -> None:
     assert_are(read(tmp_path, config), expected(tree, "qwen3-dense"))
 
 
-def test_a_narrower_dtype_is_said(mixtral: tuple[Path, Tree]) -> None:
+def test_a_narrower_dtype_is_reported(mixtral: tuple[Path, Tree]) -> None:
     folder, tree = mixtral
     told: list[str] = []
     config = config_of("mixtral", {"expert": 8}, "weight_dtype=bfloat16")

@@ -1,4 +1,4 @@
-"""One MoE layer on a mesh of the eight devices, driven with the oracle's arrays."""
+"""Build one MoE layer on a mesh of the eight devices and run it on the oracle's arrays."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PATHS = {
     "gate_bias": ("experts", "gate_bias"),
     "up_bias": ("experts", "up_bias"),
     "down_bias": ("experts", "down_bias"),
-    # where there are experts that every token passes
+    # where there are shared experts
     **{
         f"shared_{leaf}": ("shared", leaf)
         for leaf in ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
@@ -50,7 +50,7 @@ ROUTER_FIELDS = {field.name for field in dataclasses.fields(RouterConfig)}
 
 
 def mesh_of(sizes: Mapping[str, int], order: Sequence[int] | None = None) -> Mesh:
-    """A mesh of these axis sizes (1 where not given) over the devices, in `order` if given."""
+    """Make a mesh of these axis sizes (default 1) over the devices, in `order` if given."""
     devices = np.array(jax.devices())
     if order is not None:
         devices = devices[list(order)]
@@ -61,10 +61,10 @@ def mesh_of(sizes: Mapping[str, int], order: Sequence[int] | None = None) -> Mes
 def moe_config(
     settings: Settings, *, experts: int, hidden: int, dispatch: Any, flag: bool, **route: Any
 ) -> MoEConfig:
-    """The package's configuration of what the oracle is asked for.
+    """Return the package's configuration of the layer that the oracle's settings describe.
 
     Args:
-        route: further fields of it, or of its router.
+        route: further fields of the MoE configuration, or of its router's.
     """
     base = TINY.model.moe
     assert base is not None
@@ -99,7 +99,7 @@ def moe_config(
 
 
 class Outputs(NamedTuple):
-    """What one step gives; `grads` by the oracle's names."""
+    """Hold the results of one step; `grads` is keyed by the oracle's names."""
 
     total: jax.Array
     load_balance: jax.Array
@@ -110,7 +110,7 @@ class Outputs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class BuiltLayer:
-    """A layer without values, and where its arrays belong."""
+    """Hold an abstract layer, and the placement of its arrays."""
 
     graphdef: Any
     shapes: dict[str, jax.ShapeDtypeStruct]
@@ -122,7 +122,7 @@ class BuiltLayer:
     fused: bool
 
     def apply(self, params: dict[str, jax.Array], x: jax.Array) -> tuple[jax.Array, MoEStats]:
-        """The layer as a function."""
+        """Apply the layer as a pure function of its parameters."""
         state: dict[str, Any] = {}
         for name, param in params.items():
             *modules, leaf = PATHS[name]
@@ -130,7 +130,7 @@ class BuiltLayer:
             for each in modules:
                 module = module.setdefault(each, {})
             module[leaf] = param
-        if self.fused:  # the oracle has them apart
+        if self.fused:  # the oracle stores gate and up separately
             experts = state["experts"]
             for end in ("", "_bias"):
                 if f"gate{end}" in experts:
@@ -145,7 +145,7 @@ class BuiltLayer:
         cotangent: jax.Array,
         wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda apply: apply,
     ) -> Outputs:
-        """The oracle's `total`, and its gradients by the parameters and the tokens."""
+        """Compute the oracle's `total`, and its gradients for the parameters and the tokens."""
 
         def total(
             params: dict[str, jax.Array], x: jax.Array
@@ -170,15 +170,15 @@ class BuiltLayer:
         return Outputs(loss, balance, y, stats, {"x": by_x, **by_params})
 
     def record(self) -> MoERecord:
-        """What the layer takes; nothing is traced."""
+        """Return the layer's record; nothing is traced."""
         return moe_record(self.config, self.sharding, self.tokens.shape, self.tokens.dtype)
 
     def shardings(self) -> tuple[dict[str, NamedSharding], NamedSharding]:
-        """Of the parameters and of the tokens."""
+        """Return the shardings of the parameters and of the tokens."""
         return {name: s.sharding for name, s in self.shapes.items()}, self.tokens.sharding
 
     def jitted(self, **options: Any) -> Any:
-        """`step` compiled for the mesh, gradients sharded as what they are gradients of."""
+        """Jit `step` for the mesh; each gradient is sharded as its parameter."""
         params, tokens = self.shardings()
         places: tuple[Any, ...] = (None, None, tokens, None, {"x": tokens, **params})
         return jax.jit(
@@ -188,11 +188,11 @@ class BuiltLayer:
         )
 
     def lower(self, **options: Any) -> Any:
-        """`step` lowered for arrays that are never allocated."""
+        """Lower `step` for abstract arrays, which are never allocated."""
         return self.jitted(**options).lower(self.shapes, self.tokens, self.tokens)
 
     def run(self, inputs: Inputs) -> Outputs:
-        """`step` on real arrays, the result on the host."""
+        """Run `step` on real arrays and fetch the result to the host."""
         params, tokens = self.shardings()
         arguments = jax.device_put(
             (inputs.params, inputs.x, inputs.cotangent), (params, tokens, tokens)
@@ -205,7 +205,7 @@ _programs: dict[str, Any] = {}
 
 
 def _compiled(lowered: Any, mesh: Mesh) -> Any:
-    """Compile, once for all programs of one text: without an expert axis the flag changes none."""
+    """Compile equal program texts once: without an expert axis the flag does not change them."""
     # The text names the mesh's axes and sizes, not the order of its devices.
     key = f"{[device.id for device in mesh.devices.flat]}\n{lowered.as_text()}"
     if key not in _programs:
@@ -214,7 +214,7 @@ def _compiled(lowered: Any, mesh: Mesh) -> Any:
 
 
 def forget_programs() -> None:
-    """Let go of what was compiled."""
+    """Drop the compiled programs."""
     _programs.clear()
 
 
@@ -237,7 +237,7 @@ def build_layer(
     """Trace the layer's constructor and place what it declares by its logical axes.
 
     Args:
-        biases: of the experts.
+        biases: whether the experts have biases.
     """
     sharding = Sharding(mesh, RuleTable(rules), "record")
     config = moe_config(

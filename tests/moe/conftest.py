@@ -1,4 +1,4 @@
-"""Which strategies a test is run for: those of its module, or all that are registered.
+"""Parametrize tests by dispatch strategy: those that the module names, or all registered ones.
 
 A test that takes `variant`, `strategy`, `strategy_and_flag`, `slotted` (has capacity slots) or
 `flagged` (the flag changes its program) is parametrized here. A module that
@@ -24,8 +24,8 @@ def variants(*more: str, without: str = "") -> Callable[[T], T]:
     """Mark a test that takes `variant`.
 
     Args:
-        more: further variants; the first word of each is the strategy that it is of.
-        without: a strategy that is left out.
+        more: further variants; the first word of each is its strategy.
+        without: a strategy to leave out.
     """
 
     def mark(test: T) -> T:

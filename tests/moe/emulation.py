@@ -1,8 +1,8 @@
-"""`jax.lax.ragged_all_to_all` for backends without it, written from its documentation.
+"""Emulate `jax.lax.ragged_all_to_all` on backends without it, written from its documentation.
 
-Slow, and made of nothing that the package uses: every device gathers every operand and then looks
-up, for each row of its output, the slice that it is in. It lets the transport that TPU and GPU use
-be judged on CPU.
+The emulation is slow and shares nothing with the package: every device gathers every operand and
+then looks up, for each row of its output, the slice that contains it. So the exchange that TPU and
+GPU use can be tested on CPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def ragged_all_to_all(
     *,
     axis_name: Any,
 ) -> jax.Array:
-    """As documented, for slices along the first dim."""
+    """Exchange slices along the first dim, as JAX documents it."""
     del recv_sizes  # redundant: they are the senders' sizes
     size = jax.lax.axis_size(axis_name)
     me = jax.lax.axis_index(axis_name)
@@ -31,7 +31,7 @@ def ragged_all_to_all(
         jax.lax.all_gather(each, axis_name)
         for each in (operand, input_offsets, send_sizes, output_offsets)
     )
-    # Of every sender the slices that are for this device; each row of the output is in one or none.
+    # Each sender's slice for this device; each row of the output is in at most one of them.
     each_device = input_offsets.shape[0] // size
     mine = me * each_device + jnp.arange(each_device)
     start, count, place = (each[:, mine].reshape(-1, 1) for each in (starts, sizes, places))

@@ -1,4 +1,4 @@
-"""Random parameters, tokens and cotangents, float32, the same for the package and the oracle."""
+"""Draw float32 parameters, tokens and cotangents, the same for the package and the oracle."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Dims = dict[str, Any]
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments of one forward and backward pass."""
+    """Hold the arguments of one forward and backward pass."""
 
     x: np.ndarray
     params: dict[str, np.ndarray]
@@ -30,10 +30,10 @@ def random_inputs(
     seed: int = 0,
     biases: tuple[str, ...] = (),
 ) -> Inputs:
-    """Inputs of unit scale; the router's scores differ enough to overfill some experts.
+    """Draw inputs of unit scale; the router's scores differ enough to overfill some experts.
 
     Args:
-        biases: names of `oracle.FURTHER`, drawn too.
+        biases: names of `oracle.FURTHER`, which are drawn too.
     """
     rng = np.random.default_rng(seed)
 

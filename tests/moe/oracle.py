@@ -1,10 +1,10 @@
-"""A Mixture-of-Experts layer in NumPy float64, one choice at a time, with its gradients by hand.
+"""Compute a Mixture-of-Experts layer in NumPy float64, one choice at a time, gradients included.
 
-Written from the papers (GShard, arXiv 2006.16668; Switch, 2101.03961; ST-MoE, 2202.08906; Mixtral,
-2401.04088) and shares no code with the package, so that the two can only agree by both being
-right. `test_oracle.py` holds its gradients against finite differences.
+It is written from the papers (GShard, arXiv 2006.16668; Switch, 2101.03961; ST-MoE, 2202.08906;
+Mixtral, 2401.04088) and has no code in common with the package, so that the two agree only if both
+are right. `test_oracle.py` compares its gradients with finite differences.
 
-Dims: B rows, S tokens of a row, M model, E experts, K experts per token, H hidden.
+Dims: B sequences, S tokens of a sequence, M model, E experts, K experts per token, H hidden.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FURTHER = ("router_bias", "correction", "gate_bias", "up_bias", "down_bias")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a layer is asked to compute; names as in the package's configuration."""
+    """Describe the layer to compute; names are those of the package's configuration."""
 
     k: int = 2
     capacity_factor: float = 1.0
@@ -48,7 +48,7 @@ class Settings:
 
 @dataclass
 class Answer:
-    """Outputs of the layer and, per input, the gradient of `total`."""
+    """Hold the layer's outputs and, per input, the gradient of `total`."""
 
     y: np.ndarray
     load_balance: np.ndarray
@@ -62,7 +62,7 @@ class Answer:
 
 
 def layer_capacity(tokens: int, experts: int, settings: Settings) -> int:
-    """Slots an expert has for one row."""
+    """Return the number of slots that an expert has for one sequence."""
     factor, k = settings.capacity_factor, settings.k
     if factor <= 0:
         return tokens
@@ -75,14 +75,14 @@ def layer_capacity(tokens: int, experts: int, settings: Settings) -> int:
 
 
 def top_k(probs: np.ndarray, k: int) -> list[int]:
-    """The k largest, largest first; of equal ones the first."""
+    """Return the indices of the k largest, largest first; ties go to the lower index."""
     return sorted(range(len(probs)), key=lambda e: (-probs[e], e))[:k]
 
 
 def seat(
     chosen: list[list[int]], probs: np.ndarray, capacity: int, drop_policy: str
 ) -> dict[tuple[int, int], int]:
-    """(token, expert) -> slot, for the choices of one row that are kept."""
+    """Return (token, expert) -> slot for the kept choices of one sequence."""
     slots: dict[tuple[int, int], int] = {}
     for expert in range(probs.shape[1]):
         tokens = [token for token, experts in enumerate(chosen) if expert in experts]
@@ -94,7 +94,7 @@ def seat(
 
 
 def outside_kept_groups(ranked: np.ndarray, settings: Settings) -> list[int]:
-    """The experts of one token that stand in no group it may choose from."""
+    """Return the experts that are in no group that the token may choose from."""
     experts = len(ranked)
     size = experts // settings.groups
     best = [sorted(ranked[g * size : (g + 1) * size])[::-1] for g in range(settings.groups)]
@@ -104,7 +104,7 @@ def outside_kept_groups(ranked: np.ndarray, settings: Settings) -> list[int]:
 
 
 def activation(name: str, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The nonlinearity and its derivative."""
+    """Return the nonlinearity and its derivative."""
     if name == "relu":
         return np.maximum(u, 0.0), (u > 0).astype(u.dtype)
     if name == "silu":
@@ -119,7 +119,7 @@ def activation(name: str, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def load_balance_rows(
     probs: np.ndarray, counts: np.ndarray, k: int, convention: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The loss of each row, and the gradient of its mean over rows by `probs`.
+    """Return the loss of each sequence, and the gradient of their mean for `probs`.
 
     The fraction of choices is a count: it has no gradient.
     """
@@ -140,10 +140,10 @@ def load_balance_rows(
 def moe_layer(
     x: np.ndarray, params: dict[str, np.ndarray], cotangent: np.ndarray, settings: Settings
 ) -> Answer:
-    """Forward and backward.
+    """Compute the forward and the backward pass.
 
-    The gradients are those of `total = sum(y * cotangent) + load_balance_weight * mean over rows
-    of the load-balance loss + z_weight * mean over rows of the z-loss`.
+    The gradients are those of `total = sum(y * cotangent) + load_balance_weight * mean over
+    sequences of the load-balance loss + z_weight * mean over sequences of the z-loss`.
     """
     x, cotangent = x.astype(np.float64), cotangent.astype(np.float64)
     kernel, gate, up, down = (params[name].astype(np.float64) for name in PARAMETERS)
@@ -163,7 +163,7 @@ def moe_layer(
     scores = softmax = np.exp(logits - log_z[..., None])
     if settings.score == "sigmoid":
         scores = 1 / (1 + np.exp(-logits))
-    # Of the load-balance loss: they sum to 1.
+    # The probabilities of the load-balance loss: they sum to 1.
     total_score = np.sum(scores, axis=-1, keepdims=True)
     probs = scores / total_score
     y = np.zeros_like(x)

@@ -1,8 +1,8 @@
-"""A strategy from outside the package: capacity slots, exchanged by an explicit all-to-all.
+"""Define a strategy outside the package: capacity slots, exchanged by an explicit all-to-all.
 
 `gather` leaves the exchange to the partitioner; here it is written out inside shard_map, so that
-tokens move whatever the flag says. Nothing in `moe_shard` knows of this file: importing it is all
-that it takes (`MOE_SHARD_STRATEGIES=outside_strategy moe-shard train ...`).
+tokens move whatever the flag's value. Nothing in `moe_shard` refers to this file: importing it is
+enough (`MOE_SHARD_STRATEGIES=outside_strategy moe-shard train ...`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moe_shard.moe.weights import ExpertWeights
 
 @register_strategy("outside", has_slots=True, always_moves_tokens=True)
 class Outside(Gather):
-    """Capacity slots, whose exchange is an all-to-all of this file's own."""
+    """Use capacity slots, and exchange them by this file's own all-to-all."""
 
     def __call__(
         self, x: Float[Array, "B S M"], routing: Routing, experts: Experts
@@ -85,7 +85,7 @@ class Outside(Gather):
             return self.combine(jnp.concatenate(outputs, axis=2), combine_weights, slots), dropped
 
     def record(self, tokens: tuple[int, ...], dtype: DTypeLike) -> MoERecord:
-        """Return what a call takes, see `moe_shard.moe.strategy.Strategy`."""
+        """Return the record of a call, see `moe_shard.moe.strategy.Strategy`."""
         del tokens, dtype
         moves = bool(self.placement.expert_axes)
         return MoERecord.of(

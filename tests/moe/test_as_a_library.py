@@ -1,4 +1,4 @@
-"""The layer as others call it: Explicit axes against the oracle, and under every transform."""
+"""Call the layer as a library: Explicit axes against the oracle, and under every transform."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMES = {"kernel": ("router", "kernel"), **{n: ("experts", n) for n in ("gate", 
 
 @contextlib.contextmanager
 def mesh_of(sizes: dict[str, Any]) -> Iterator[jax.sharding.Mesh]:
-    """A mesh, in force where its axes are Explicit, as JAX asks for."""
+    """Make a mesh, and set it as the current one where its axes are Explicit, as JAX requires."""
     mesh = ms.make_mesh(**sizes)
     with jax.set_mesh(mesh) if sizes.get("explicit") else contextlib.nullcontext():
         yield mesh
@@ -81,7 +81,7 @@ def test_explicit_axes_against_float64(sizes: dict[str, int], dispatch: Any) -> 
 
 
 class Stack(nnx.Module):
-    """Layers with stacked parameters, then one with another configuration."""
+    """Apply layers with stacked parameters, then one layer with another configuration."""
 
     def __init__(self, sharding: ms.Sharding, rngs: nnx.Rngs) -> None:
         @nnx.split_rngs(splits=2)

@@ -1,7 +1,7 @@
-"""What one layer sends along each mesh axis, forward and backward, counted by hand from shapes.
+"""Count by hand, from shapes, what one layer sends along each mesh axis, forward and backward.
 
-A weight that lives on the wrong dim gives the right numbers and leaves the exchange as it is: the
-partitioner lays the weight out anew in every step. Only the bytes of the axis show it.
+A weight that is sharded along the wrong dim gives the right numbers and does not change the
+exchange: the partitioner reshards the weight in every step. Only the bytes of the axis show it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BATCH, TOKENS, MODEL, HIDDEN, EXPERTS, K = 8, 32, 64, 96, 8, 2
 DIMS: Dims = {
     "rows": BATCH, "tokens": TOKENS, "model": MODEL, "hidden": HIDDEN, "experts": EXPERTS
 }  # fmt: skip
-# Capacity 1 without blocks, in which ragged's buffers have no row too many.
+# Capacity 1 without blocks: here ragged's buffers have no unused row.
 ROUTES: dict[str, dict[str, Any]] = {
     "gather": {},
     "ragged": {"ragged_buffer_factor": 1.0, "grouped_product": "ragged_dot"},
@@ -34,7 +34,7 @@ MESHES = [{"tensor": 2, "expert": 4}, {"fsdp": 2, "tensor": 2, "expert": 2}]
 
 
 class Local(NamedTuple):
-    """Bytes of what one device holds, on a mesh of these axis sizes."""
+    """Compute the bytes of what one device holds, on a mesh of these axis sizes."""
 
     fsdp: int
     tensor: int
@@ -42,38 +42,38 @@ class Local(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """How many: each of the devices along fsdp and expert has sequences of its own."""
+        """Return a device's tokens: each device along fsdp and expert has its own sequences."""
         return BATCH // (self.fsdp * self.expert) * TOKENS
 
     def copies(self, strategy: str) -> int:
-        """Token copies in the buffers of an exchange, at a capacity that drops nothing or 1."""
+        """Return the token copies in an exchange's buffers, with no drops or capacity 1."""
         # A sequence has a slot of each expert for each of its tokens; ragged has no empty ones.
         return self.tokens * (EXPERTS if strategy == "gather" else K)
 
     @property
     def part(self) -> int:
-        """A token copy with its share of the embedding dim."""
+        """Return the bytes of a token copy with a device's part of the embedding dim."""
         return MODEL // self.tensor * FLOAT
 
     @property
     def weight(self) -> int:
-        """One of gate, up and down as it is used: some experts, their share of the hidden dim."""
+        """Return the bytes of gate, up or down in use: some experts, a part of the hidden dim."""
         return EXPERTS // self.expert * MODEL * (HIDDEN // self.tensor) * FLOAT
 
     def of_router(self) -> Counter[tuple[str, str]]:
-        """The router's products are over a split embedding dim, its kernel is whole everywhere."""
+        """Count the router: its products are over a split embedding dim, its kernel replicated."""
         split = "-".join(name for name in ("fsdp", "expert") if getattr(self, name) > 1)
         return Counter(
             {
                 ("all-reduce", "tensor"): self.tokens * EXPERTS * FLOAT  # its logits
                 + self.tokens * K * FLOAT,  # gradients of the combine weights
                 ("all-reduce", split): MODEL // self.tensor * EXPERTS * FLOAT,  # of the kernel
-                ("all-gather", "tensor"): MODEL * EXPERTS * FLOAT,  # which is made whole
+                ("all-gather", "tensor"): MODEL * EXPERTS * FLOAT,  # which is gathered
             }
         )
 
     def of_weights(self, strategy: str) -> Counter[tuple[str, str]]:
-        """Stored over fsdp too: gathered for use once, and their gradients summed."""
+        """Count the weights: stored over fsdp too, gathered once, and their gradients summed."""
         if self.fsdp == 1:
             return Counter()
         # Over fsdp by each device, or by all as `Sharding.use_weight` has it for a batched product.
@@ -85,20 +85,20 @@ class Local(NamedTuple):
         return Counter({("all-gather", "fsdp"): 3 * self.weight, (kind, "fsdp"): size})
 
     def of_experts(self, strategy: str) -> Counter[tuple[str, str]]:
-        """The two products of an expert on a split hidden dim, and the exchanges around them."""
+        """Count the expert's two products on a split hidden dim, and the exchanges around them."""
         part = self.copies(strategy) * self.part
         whole = part * self.tensor
         total = Counter({("all-to-all", "expert"): 4 * part})  # there and back, and their gradients
-        # Made whole: the input of gate and up, and the gradient of what down gives.
+        # Gathered: the input of gate and up, and the gradient of down's output.
         gathered = 2
         if strategy == "ragged":
-            # Summed: what down gives, and the gradient of the input; each device keeps its part.
+            # Summed: down's output, and the gradient of the input; each device keeps its part.
             total["reduce-scatter", "tensor"] = 2 * part
-            total["all-gather", "expert"] = self.expert * EXPERTS * COUNT  # whom each device sends
+            total["all-gather", "expert"] = self.expert * EXPERTS * COUNT  # senders' counts
         else:
-            # Gradients of the input by gate and by up are summed apart, whole, and cut.
+            # The input's gradients through gate and through up are summed separately, then sliced.
             total["all-reduce", "tensor"] = 3 * whole
-            # Beside fsdp XLA makes the input whole again for the gradients of gate and of up.
+            # With fsdp XLA gathers the input again for the gradients of gate and of up.
             gathered += 2 * (self.fsdp > 1)
         total["all-gather", "tensor"] = gathered * whole
         return total

@@ -1,4 +1,4 @@
-"""Capacity and seating against published examples and against a plain loop."""
+"""Check capacity and slot assignment against published examples and a plain loop."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KEPT = {
 
 
 def seated(slots: Slots, indices: np.ndarray, capacity: int) -> list[set[tuple[int, int, int]]]:
-    """Per row, the (token, expert, slot) of each kept choice, by the choices' pointers."""
+    """Return, per sequence, (token, expert, slot) of each kept choice, by the choices' pointers."""
     rows: list[set[tuple[int, int, int]]] = []
     for row, kept in zip(
         np.asarray(slots.slot_of_choice), np.asarray(slots.has_slot()), strict=True
@@ -60,9 +60,9 @@ def test_gshard_capacity(
     [
         (128, 8, 2, 1.0, 32),
         (128, 8, 2, 1.25, 40),
-        (10, 4, 1, 1.5, 4),  # ceil(2.5) = 3, times 1.5 = 4.5, cut
+        (10, 4, 1, 1.5, 4),  # ceil(2.5) = 3, times 1.5 = 4.5, rounded down
         (3, 8, 2, 4.0, 4),  # ceil(0.75) = 1
-        (100, 7, 3, 0.5, 21),  # ceil(42.86) = 43, halved, cut
+        (100, 7, 3, 0.5, 21),  # ceil(42.86) = 43, halved, rounded down
     ],
 )
 def test_maxtext_capacity(tokens: int, experts: int, k: int, factor: float, slots: int) -> None:
@@ -94,7 +94,7 @@ def test_capacity_is_the_oracles(
 
 
 @pytest.mark.parametrize("drop", ["position", "probability"])
-def test_the_published_example_is_seated_as_published(drop: DropPolicy) -> None:
+def test_the_published_example_has_the_published_slots(drop: DropPolicy) -> None:
     indices = np.array([[top_k(p, 2) for p in PROBS]])
     slots = assign_slots(jnp.array(indices), jnp.array(PROBS[None]), capacity=2, drop=drop)
     assert seated(slots, indices, 2) == [KEPT[drop]]
@@ -118,7 +118,7 @@ def routings(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int, DropPolicy]:
 
 @settings(max_examples=150, deadline=None)
 @given(routings())
-def test_seating_is_that_of_a_plain_loop_and_its_pointers_are_inverse(
+def test_slots_are_those_of_a_plain_loop_and_pointers_are_inverse(
     routing: tuple[np.ndarray, np.ndarray, int, DropPolicy],
 ) -> None:
     probs, indices, capacity, drop = routing
@@ -136,7 +136,7 @@ def test_seating_is_that_of_a_plain_loop_and_its_pointers_are_inverse(
         assert len(kept) == len(filled) == len(expected)
         np.testing.assert_array_equal(choice_of_slot[slot_of_choice[kept]], kept)
         np.testing.assert_array_equal(slot_of_choice[choice_of_slot[filled]], filled)
-        # The others point exactly one past the end: an index that reads as zero.
+        # Dropped choices point exactly one past the end: an index that reads as zero.
         assert set(np.delete(slot_of_choice, kept)) <= {places}
         assert set(np.delete(choice_of_slot, filled)) <= {choices}
         assert k * len(indices[row]) == choices

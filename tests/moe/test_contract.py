@@ -1,8 +1,8 @@
-"""One contract for every registered strategy: outputs and gradients are right for any routing.
+"""Check one contract for every strategy: outputs and gradients are right for any routing.
 
-Nothing is dropped here (the capacity strategies have as many slots as a row has tokens), so that
-all strategies are held to the same numbers. Every factorisation of the devices is tried in
-`test_factorisations.py`; here are the routings that go wrong, on meshes of each kind.
+Nothing is dropped here (the capacity strategies have as many slots as a sequence has tokens), so
+that all strategies must give the same numbers. Every factorisation of the devices is tried in
+`test_factorisations.py`; here are the difficult routings, on meshes of each kind.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ DIMS: Dims = {"rows": 8, "tokens": 16, "model": 16, "hidden": 32, "experts": 8}
 WHOLE = Settings(capacity_factor=-1.0, load_balance_weight=3.0, z_weight=0.5)
 MESHES = [{"expert": 8}, {"fsdp": 2, "tensor": 2, "expert": 2}]
 MORE_MESHES = [*MESHES, {"data": 2, "expert": 4}]
-# Without an expert group, and with all kinds of axes but one.
+# One mesh without an expert group, and meshes with all kinds of axes but one.
 SINGLETONS = [{"data": 8}, {"fsdp": 4, "tensor": 2}]
 every_mesh = pytest.mark.parametrize("sizes", MESHES, ids=label)
 
 
 @pytest.fixture
 def ragged_all_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The transport of TPU and GPU, emulated."""
+    """Emulate the ragged all-to-all of TPU and GPU."""
     monkeypatch.setattr(Sharding, "platform", "tpu")
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulation.ragged_all_to_all)
 
 
 def set_check_vma(monkeypatch: pytest.MonkeyPatch, check_vma: bool) -> None:
-    """Have JAX check, or not, what `ragged` declares equal on devices."""
+    """Set whether JAX checks which values `ragged` declares equal on all devices."""
     entry = find_strategy("ragged")
     changed = dataclasses.replace(entry, make=partial(Ragged, check_vma=check_vma))
     monkeypatch.setitem(strategies._entries, "ragged", changed)
@@ -52,11 +52,11 @@ def set_check_vma(monkeypatch: pytest.MonkeyPatch, check_vma: bool) -> None:
 
 @pytest.fixture
 def route(variant: str, request: pytest.FixtureRequest) -> dict[str, Any]:
-    """What a variant sets."""
+    """Return the settings of a variant."""
     settings: dict[str, Any] = {"dispatch": variant.split()[0]}
     if variant == EMULATED:
         request.getfixturevalue("ragged_all_to_all")
-        settings["grouped_product"] = "blocked"  # TPU's own does not run here
+        settings["grouped_product"] = "blocked"  # the TPU kernel does not run here
     elif variant == "ragged without check_vma":
         set_check_vma(request.getfixturevalue("monkeypatch"), False)
     elif variant == "ragged in chunks":
@@ -89,7 +89,7 @@ def check(sizes: dict[str, int], settings: Settings, inputs: Inputs, **route: An
 
 
 def towards(bias: list[float], **dims: Any) -> Inputs:
-    """Random inputs whose router is drawn to some experts."""
+    """Draw random inputs whose router prefers some experts."""
     inputs = random_inputs(**(DIMS | dims))
     x, params = inputs.x.copy(), {name: value.copy() for name, value in inputs.params.items()}
     x[..., 0] = 3.0
@@ -105,7 +105,7 @@ def test_top_k(sizes: dict[str, int], route: dict[str, Any], k: int) -> None:
 
 @every_mesh
 def test_an_odd_number_of_tokens(sizes: dict[str, int], route: dict[str, Any]) -> None:
-    # Of each device 13 times 1 or 2 rows: no power of two, and no multiple of a block.
+    # A device has 1 or 2 sequences of 13 tokens: not a power of two, and not a multiple of a block.
     check(sizes, WHOLE, random_inputs(**(DIMS | {"tokens": 13})), **route)
 
 
@@ -118,7 +118,7 @@ def test_experts_without_a_token(sizes: dict[str, int], route: dict[str, Any]) -
 
 @every_mesh
 def test_all_tokens_to_one_expert(sizes: dict[str, int], route: dict[str, Any]) -> None:
-    # Far beyond the bound of one exchange: rounds follow until all is carried.
+    # Far beyond the bound of one exchange: further rounds run until everything is exchanged.
     inputs = towards([2, 0, 0, 0, 0, 0, 0, 0], tokens=64)
     expected = check(sizes, dataclasses.replace(WHOLE, k=1), inputs, **route)
     assert expected.counts.sum(axis=0)[0] == 8 * 64
@@ -170,7 +170,7 @@ FAMILIES = {
         Settings(limit=0.7, offset=1.0),
         ("router_bias", "gate_bias", "up_bias", "down_bias"),
     ),
-    # as Llama 4, though with two experts a token and biases, which make it harder
+    # as Llama 4, but with two experts a token and biases, which is a harder case
     "on-input": (
         Settings(score="sigmoid", renormalise=False, on_input=True),
         ("gate_bias", "up_bias", "down_bias"),
@@ -190,7 +190,7 @@ def test_what_published_models_have(
     check(sizes, settings, random_inputs(**DIMS, biases=biases), **route)
 
 
-@variants(without="einsum")  # it differs from gather in nothing that matters here
+@variants(without="einsum")  # in this test it does not differ from gather
 @pytest.mark.parametrize("sizes", [SINGLETONS[1], MESHES[1]], ids=label)
 @pytest.mark.parametrize("fast", ["force_load_balance", "prefuse_moe_weights"])
 def test_fast_paths_have_biases_and_weights_on_the_input(

@@ -1,4 +1,4 @@
-"""How far it is from the layer's call to its exchange: what a reader has to follow."""
+"""Limit how many calls a reader must follow from the layer to its exchange."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_CALLS, MOST_FILES = 5, 3
 def test_the_exchange_is_near_the_layer(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The package's calls on the Python stack when the collective is traced, the layer's first."""
+    """Count the package's calls on the Python stack, from the layer's to the collective's."""
     stacks: list[list[str]] = []
     exchange = jax.lax.all_to_all
 
@@ -39,7 +39,7 @@ def test_the_exchange_is_near_the_layer(
         mesh_of({"expert": 8}), WHOLE, dispatch="ragged", flag=True, **DIMS, **settings
     )
     jax.make_jaxpr(layer.apply)(layer.shapes, layer.tokens)
-    # Out and back. Those of further rounds, which are deeper, run only beyond the bound.
+    # To the experts and back. Further rounds, which are deeper, run only beyond the bound.
     exchanges = [stack for stack in stacks if not any("further" in call for call in stack)]
     assert len(exchanges) == 2
     for stack in exchanges:

@@ -1,4 +1,4 @@
-"""Tokens into capacity slots and back, without a mesh."""
+"""Copy tokens into capacity slots and back, without a mesh."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_shard.moe.dispatch.einsum import Einsum
 from moe_shard.moe.dispatch.gather import Gather
 from moe_shard.moe.slots import Slots, assign_slots
 
-# What copies tokens to slots and back needs nothing of the layer's.
+# Dispatch and combine need none of the layer's other attributes.
 STRATEGIES: dict[str, ByCapacity] = {
     "einsum": object.__new__(Einsum),
     "gather": object.__new__(Gather),
@@ -52,7 +52,7 @@ def test_an_empty_slot_is_zero(name: str) -> None:
 
 
 def large_terms() -> tuple[jax.Array, Slots]:
-    """Slots of a token whose three experts answer 1e20, 1 and -1e20, in that order of choice."""
+    """Return expert outputs 1e20, 1, -1e20 in a token's order of choice, and its slots."""
     indices = jnp.array([[[2, 0, 1]]])
     slots = assign_slots(indices, jnp.full((1, 1, 3), 1 / 3), capacity=1)
     return jnp.array([1.0, -1e20, 1e20]).reshape(3, 1, 1, 1), slots

@@ -1,4 +1,4 @@
-"""Where experts are stored and used: FSDP over whole experts where the mesh divides them.
+"""Check where experts are stored and used: FSDP over whole experts where the mesh divides them.
 
 The specs are written by hand, the counts are read from compiled programs, and the numbers are the
 oracle's.
@@ -75,7 +75,7 @@ def test_where_experts_are_stored(experts: int, sizes: Sizes, stored: list[str])
     outward = resolve(RULES, sizes, EXPERT_WEIGHT_OUT, experts)
     assert (placed(inward), placed(outward)) == ([e, m, h], [e, h, m])
     assert not inward.conflicts + outward.conflicts
-    # In use nothing of FSDP is left.
+    # In use the weights are not sharded over FSDP.
     used = resolve(RULES, sizes, ("activation_exp", None, "activation_mlp_moe"), experts)
     names = ["expert" if sizes.get("expert", 1) > 1 else "", "", ""]
     names[2] = "tensor" if "tensor" in sizes else ""
@@ -127,7 +127,7 @@ def built(sizes: Sizes, experts: int) -> BuiltLayer:
 
 @pytest.mark.parametrize(
     ("experts", "shard", "dim"),
-    # Of 4 expert ranks, each of 2 FSDP ranks: a whole expert of 8, half of each of 3 of 12.
+    # 4 expert ranks of 2 FSDP ranks each: of 8 experts one whole, of 12 a half of each of 3.
     [(8, (1, M, H), 0), (12, (3, M // 2, H), 1)],
 )
 def test_weights_are_gathered_over_fsdp_and_tokens_exchanged_over_expert(
@@ -181,7 +181,7 @@ EVERY_AXIS = {"data": 2, "fsdp": 2, "expert": 2}
     ids="-".join,
 )
 def test_gradients_in_every_order_of_the_stored_axes(stored: tuple[str, ...], flag: bool) -> None:
-    """Summed over (data, fsdp) and stored over one of them: what openxla/xla#40034 gets wrong."""
+    """Sum over (data, fsdp) and store over one of them: the case that openxla/xla#40034 breaks."""
     rules = [(name, stored if name == "exp" else axes) for name, axes in RULES]
     expected = moe_layer(INPUTS.x, INPUTS.params, INPUTS.cotangent, DEFAULT)
     layer = build_layer(
@@ -191,7 +191,7 @@ def test_gradients_in_every_order_of_the_stored_axes(stored: tuple[str, ...], fl
 
 
 def test_upstream_is_still_wrong_about_a_batched_products_sums() -> None:
-    """A reminder: when this fails, `Sharding.use_weight` may let gradients go straight home."""
+    """When this fails, `Sharding.use_weight` may sum gradients directly into the stored layout."""
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), tuple(EVERY_AXIS), (AxisType.Auto,) * 3)
     rows, home = (NamedSharding(mesh, P("expert", ("data", "fsdp"))), P(("expert", "fsdp")))
 

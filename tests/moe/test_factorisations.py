@@ -1,8 +1,8 @@
-"""Numbers, not specs: on every way to split eight devices the layer equals the oracle.
+"""Compare numbers, not specs: on every way to split eight devices the layer equals the oracle.
 
 XLA has miscompiled this layer before (see `moe_shard/moe/placement.py`): every spec was right, and
-half of the batch rows were wrong. So each mesh x strategy x flag is one program of its own, run,
-and all its outputs and gradients are compared with float64 NumPy.
+half of the sequences were wrong. So each mesh x strategy x flag is a program that is run, and all
+its outputs and gradients are compared with float64 NumPy.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from tests.moe.oracle import Answer, Settings, moe_layer
 
 DIMS: Dims = {"rows": 8, "tokens": 16, "model": 16, "hidden": 32, "experts": 8}
 INPUTS = random_inputs(**DIMS)
-# Weights of the losses large enough that a wrong one shows in the gradients.
+# The losses' weights are large enough that a wrong loss shows in the gradients.
 DEFAULT = Settings(load_balance_weight=3.0, z_weight=0.5)
 # Largest error of an array over its own largest element. Relative to each element would be no
 # measure: an entry that is a difference of large terms has their rounding error, not its own.
-# float32 leaves about 3e-7 here; a wrong row, weight or factor leaves 1e-2 or more.
+# float32 leaves about 3e-7 here; a wrong sequence, weight or factor leaves 1e-2 or more.
 TOLERANCE = 1e-5
 
 
 def factorisations(devices: int, axes: tuple[str, ...]) -> Iterator[dict[str, int]]:
-    """Every way to write `devices` as an ordered product over `axes`."""
+    """Yield every way to write `devices` as an ordered product over `axes`."""
     if len(axes) == 1:
         yield {axes[0]: devices}
         return
@@ -61,7 +61,7 @@ def label(sizes: Mapping[str, int]) -> str:
 
 
 def assert_equal_to_oracle(found: Outputs, expected: Answer) -> None:
-    # A choice within rounding of another would make the comparison a coin toss.
+    # If two choices differed only by rounding, the comparison would be random.
     assert expected.margin > 1e-5 or expected.margin == 0
     np.testing.assert_array_equal(found.stats.expert_counts, expected.counts)
     np.testing.assert_array_equal(found.stats.dropped, expected.dropped)
@@ -72,7 +72,7 @@ def assert_equal_to_oracle(found: Outputs, expected: Answer) -> None:
         **{f"d{name}": (found.grads[name], grad) for name, grad in expected.grads.items()},
     }
     errors = {
-        # What nothing reaches, such as the bias that only chooses, is zero in both.
+        # A gradient that nothing reaches, such as that of the correction bias, is zero in both.
         name: float(np.max(np.abs(got - want)) / (np.max(np.abs(want)) or 1))
         for name, (got, want) in pairs.items()
     }
@@ -114,7 +114,7 @@ def test_there_are_twenty_factorisations() -> None:
 def test_every_factorisation(sizes: dict[str, int], strategy_and_flag: tuple[str, bool]) -> None:
     dispatch, flag = strategy_and_flag
     expected = check(sizes, dispatch, flag)
-    # Every sequence has drops, so they are tested too; or none, where there is no capacity.
+    # Every sequence drops choices, so drops are tested too; without a capacity, none does.
     assert (expected.dropped > 0).all() == find_strategy(dispatch).has_slots
 
 
@@ -151,7 +151,7 @@ def test_meshes_with_fsdp_transpose_and_context_ragged(sizes: dict[str, int]) ->
 def test_every_setting(sizes: dict[str, int], slotted: str, changes: dict[str, Any]) -> None:
     settings = dataclasses.replace(DEFAULT, **changes)
     expected = check(sizes, slotted, True, settings)
-    if settings.capacity_factor < 0 or settings.k == 8:  # k = E: every expert takes every token
+    if settings.capacity_factor < 0 or settings.k == 8:  # k = E: every expert gets every token
         assert expected.dropped.sum() == 0
     else:
         assert expected.dropped.sum() > 0
@@ -188,6 +188,6 @@ def test_biases_of_empty_slots_and_dropped_choices_reach_nothing(
     inputs = random_inputs(**DIMS, biases=("gate_bias", "up_bias", "down_bias"))
     settings = dataclasses.replace(DEFAULT, on_input=on_input, offset=1.0)
     expected = check(sizes, slotted, True, settings, inputs)
-    # Some experts overflow in rows in which others have room.
+    # Some experts overflow in sequences in which others have room.
     assert expected.dropped.sum() > 0
     assert expected.counts.min() < expected.counts.max()

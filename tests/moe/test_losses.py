@@ -1,4 +1,4 @@
-"""The auxiliary losses against numbers worked out by others, and by hand."""
+"""Check the auxiliary losses against published numbers and numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.moe.test_capacity import LOGITS, PROBS
 def load_balance(
     probs: jax.Array, indices: np.ndarray, convention: LoadBalanceLoss, experts: int
 ) -> jax.Array:
-    """Of routing [L B S E] and choices [L B S K]."""
+    """Return the loss of routing [L B S E] and choices [L B S K]."""
     counts = jnp.stack([expert_counts(jnp.array(layer), experts) for layer in indices])
     tokens, k = indices.shape[-2:]
     means = jnp.mean(probs, axis=2)
@@ -25,7 +25,7 @@ def load_balance(
 
 
 def loss(probs: np.ndarray, k: int, convention: LoadBalanceLoss) -> float:
-    """Of one layer's routing [B S E]."""
+    """Return the loss of one layer's routing [B S E]."""
     indices = np.asarray(top_k_indices(jnp.array(probs), k))
     return float(load_balance(jnp.array(probs[None]), indices[None], convention, probs.shape[-1]))
 
@@ -38,7 +38,7 @@ def one_hot_rows(*experts: int) -> np.ndarray:
 def test_the_published_example(k: int, expected: float) -> None:
     np.testing.assert_allclose(loss(PROBS[None], k, "gshard"), expected, atol=5e-6)
     np.testing.assert_allclose(loss(PROBS[None], k, "huggingface"), k * expected, atol=1e-5)
-    # With one row, the mean over rows is the mean over the batch.
+    # With one sequence, the mean over sequences is the mean over the batch.
     np.testing.assert_allclose(loss(PROBS[None], k, "maxtext"), k * expected, atol=1e-5)
 
 
@@ -51,7 +51,7 @@ def test_balanced_is_one_and_collapsed_is_the_number_of_experts(
 
 
 def test_only_maxtexts_is_local_to_a_row() -> None:
-    # Each row takes one expert for all its tokens; together the rows are balanced.
+    # Each sequence chooses one expert for all its tokens; the whole batch is balanced.
     probs = np.concatenate([one_hot_rows(e, e, e) for e in range(4)])
     np.testing.assert_allclose(loss(probs, 1, "maxtext"), 4)
     np.testing.assert_allclose(loss(probs, 1, "gshard"), 1)
@@ -83,7 +83,7 @@ def test_z_loss_is_the_mean_square_of_log_z() -> None:
 
 
 def test_layers_together_and_one_by_one() -> None:
-    # One layer takes experts 0 and 1 alone, the other 2 and 3: balanced together, and only so.
+    # One layer uses experts 0 and 1 only, the other 2 and 3: only both together are balanced.
     layers = np.stack([one_hot_rows(0, 1, 0, 1), one_hot_rows(2, 3, 2, 3)])
     indices = np.argmax(layers, axis=-1)[..., None]
 

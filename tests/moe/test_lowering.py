@@ -1,4 +1,4 @@
-"""What the compiler makes of the layer: read from the compiled text, at the models' real widths.
+"""Read what the compiler makes of the layer from the compiled text, at the models' real widths.
 
 Programs are compiled for arrays that are never allocated. The regular expressions are this test's
 own, so that a mistake in `moe_shard.lowering` cannot hide one in the layer.
@@ -61,7 +61,7 @@ def kinds(found: list[Collective]) -> Counter[str]:
 
 
 def verdict_of(text: str) -> str | None:
-    """The product's own word on a program, beside the counts made here."""
+    """Return the package's own verdict on a program, to compare with the counts made here."""
     return report_from_text(text, mesh=EXPERT_8).verdict
 
 
@@ -120,7 +120,7 @@ def test_flag_on_moves_tokens_and_nothing_else(name: str, flagged: str) -> None:
     (reduced,) = (c for c in found if c.kind == "all-reduce")
     router = math.prod((size["model"], size["experts"]))
     assert sorted(math.prod(shape) for _, shape in reduced.arrays if shape) == [router]
-    # Forward and backward of each exchange, found again by the scopes that reports go by.
+    # Forward and backward of each exchange, found by the scopes that reports rely on.
     scopes = Counter(
         scope
         for c in found
@@ -165,7 +165,7 @@ def test_without_an_expert_axis_the_flag_changes_no_byte(
     off, on = (program.compile().as_text() for program in lowered)
     assert off == on
     assert "op_name=" in off
-    # Rows split over `context` are exchanged for the seating, which needs whole rows.
+    # Sequences split over `context` are exchanged: assigning slots needs whole sequences.
     assert "context" in sizes or kinds(collectives(off))["all-to-all"] == 0
 
 
@@ -180,7 +180,7 @@ def remat(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def count_primitives(jaxpr: Any) -> Counter[str]:
-    """Of a jaxpr and all jaxprs inside it."""
+    """Count the primitives of a jaxpr and of all jaxprs inside it."""
     total: Counter[str] = Counter()
     for equation in jaxpr.eqns:
         total[equation.primitive.name] += 1
@@ -190,7 +190,7 @@ def count_primitives(jaxpr: Any) -> Counter[str]:
 
 
 def choosing(layer: BuiltLayer, **options: Any) -> dict[str, int]:
-    """How often a step chooses experts and sorts choices: in the trace, and when compiled."""
+    """Count how often a step chooses experts and sorts choices, traced and compiled."""
     step = partial(layer.step, **options)
     traced = count_primitives(jax.make_jaxpr(step)(layer.shapes, layer.tokens, layer.tokens).jaxpr)
     text = layer.lower(**options).compile().as_text()

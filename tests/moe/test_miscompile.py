@@ -1,10 +1,11 @@
-"""openxla/xla#40034 is out of reach: no mesh and no rule table brings it into the layer.
+"""Check that no mesh and no rule table brings openxla/xla#40034 into the layer.
 
-The partitioner forgets part of a sum when partial sums go straight to a layout that mixes sharded
+The partitioner omits part of a sum when partial sums go directly to a layout that mixes sharded
 and replicated axes (https://github.com/openxla/xla/issues/40034, open; found here independently, on
-CPU, with every spec right and half of the rows wrong). The first test shows it in plain JAX, in the
-two shapes an MoE layer has; the others show that the layer's numbers are the oracle's wherever it
-could strike. Placement alone decides it: see `moe/placement.py` and `Sharding.use_weight`.
+CPU, with every spec right and half of the sequences wrong). The first test shows it in plain JAX,
+in the two shapes an MoE layer has; the others show that the layer's numbers are the oracle's
+wherever it could occur. Placement alone decides it: see `moe/placement.py` and
+`Sharding.use_weight`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ STRUCK = (("fsdp", "tensor", "expert"), ("data", "fsdp", "tensor"))
 
 
 def mesh_in_order(axes: tuple[str, ...]) -> Mesh:
-    """Axes of size 2 in this order, the others of size 1 behind them."""
+    """Make a mesh with axes of size 2 in this order, and the others of size 1 after them."""
     order = (*axes, *(axis for axis in AXES if axis not in axes))
     shape = [2 if axis in axes else 1 for axis in order]
     devices = np.array(jax.devices()).reshape(shape)
@@ -35,7 +36,7 @@ def mesh_in_order(axes: tuple[str, ...]) -> Mesh:
 
 
 def wrong_rows(mesh: Mesh) -> int:
-    """Rows that a plain einsum gets wrong when nothing is pinned in between."""
+    """Count the rows that a plain einsum gets wrong without a sharding constraint in between."""
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(8, 4, 32)), rng.normal(size=(32, 16))
 
@@ -58,10 +59,10 @@ def wrong_rows(mesh: Mesh) -> int:
 
 
 def test_upstream_is_still_wrong() -> None:
-    """A reminder: when this fails, see whether the two hops and `use_weight` are still needed."""
+    """When this fails, check whether the two hops and `use_weight` are still needed."""
     found = [wrong_rows(mesh_in_order(axes)) for axes in itertools.permutations(STRUCK[1])]
     assert any(found), "openxla/xla#40034 seems to be fixed in this jaxlib"
-    assert set(found) <= {0, 4}  # half of the rows, where it strikes
+    assert set(found) <= {0, 4}  # half of the rows, where the bug occurs
 
 
 STRUCK_MESHES = [order for axes in STRUCK for order in itertools.permutations(axes)]
@@ -75,7 +76,7 @@ def test_the_layer_is_right_in_every_order_of_the_axes(axes: tuple[str, ...]) ->
 
 
 def random_rules(seed: int) -> list[tuple[str, tuple[str, ...]]]:
-    """The default table with other mesh axes for what the MoE layer annotates."""
+    """Return the default table with random mesh axes for what the MoE layer annotates."""
     chance = random.Random(seed)
 
     def axes(*likely: str) -> tuple[str, ...]:

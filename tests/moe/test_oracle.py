@@ -1,4 +1,4 @@
-"""The oracle judges everything else in this directory, so it is judged here first."""
+"""Check the oracle, which judges everything else in this directory."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def assert_gradients(inputs: Inputs, settings: Settings) -> Answer:
     rng, step = np.random.default_rng(5), 1e-6
     assert found.margin > 100 * step  # no choice flips under the steps below
     for name, array in arrays.items():
-        if name == "correction":  # chooses, and no more
+        if name == "correction":  # it only chooses experts
             assert not found.grads[name].any()
             continue
         for _ in range(6):
@@ -83,7 +83,7 @@ def test_gradients_of_what_few_models_have(settings: Settings) -> None:
 
 
 def test_a_dropped_choice_adds_nothing_and_keeps_its_share_of_the_weights() -> None:
-    # One expert, top-1 of 2, all tokens alike: only the first of the row is seated.
+    # Top-1 of 2, all tokens alike: only the first token of the sequence gets a slot.
     inputs = random_inputs(rows=1, tokens=4, model=3, hidden=5, experts=2)
     x = np.repeat(inputs.x[:, :1], 4, axis=1)
     settings = Settings(k=1, capacity_factor=0.5)

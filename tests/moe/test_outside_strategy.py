@@ -1,4 +1,4 @@
-"""A strategy from one file outside the package, held to all that the package's own are held to.
+"""Hold a strategy from one file outside the package to the contract of the package's own.
 
 The tests are those of the contract, imported; nothing else is edited for it.
 """
@@ -34,7 +34,7 @@ from tests.moe.test_factorisations import (  # noqa: F401  (collected here)
     test_ties_go_to_the_first,
 )
 
-# Every test of the contract that is for all strategies, whatever it grows.
+# Every test of the contract that is for all strategies, also those added later.
 globals().update(
     {
         name: test
@@ -46,7 +46,7 @@ globals().update(
 
 @contextmanager
 def registered() -> Iterator[StrategyEntry]:
-    """Import the file, and forget it afterwards."""
+    """Import the file, and unregister its strategy afterwards."""
     import_module("tests.moe.outside_strategy")
     try:
         yield find_strategy("outside")

@@ -1,4 +1,4 @@
-"""What the layer tells of its placement: the flag's conflict, its consequence and its fix."""
+"""Check the notes of the layer's placement: the flag's conflict, its consequence and its fix."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def traced(sizes: dict[str, int], flag: bool) -> BuiltLayer:
     return layer
 
 
-def test_flag_off_is_told_with_its_consequence_and_cure() -> None:
+def test_flag_off_is_reported_with_its_consequence_and_fix() -> None:
     conflicts = traced({"fsdp": 2, "expert": 4}, flag=False).sharding.conflicts.values()
     assert conflicts
     for conflict in conflicts:
@@ -36,5 +36,5 @@ def test_flag_off_is_told_with_its_consequence_and_cure() -> None:
 @pytest.mark.parametrize(
     ("sizes", "flag"), [({"fsdp": 2, "expert": 4}, True), ({"fsdp": 8}, False), ({"fsdp": 8}, True)]
 )
-def test_no_conflict_is_told_where_there_is_none(sizes: dict[str, int], flag: bool) -> None:
+def test_no_conflict_is_reported_where_there_is_none(sizes: dict[str, int], flag: bool) -> None:
     assert not traced(sizes, flag).sharding.conflicts

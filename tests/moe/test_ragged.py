@@ -1,4 +1,4 @@
-"""What `ragged` compiles to, that it repeats itself, what it drops, and what it records."""
+"""Check what `ragged` compiles to, that it is deterministic, what it drops and records."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def build(sizes: dict[str, int], dispatch: str = "ragged", **route: Any) -> Buil
 
 
 def forward(layer: BuiltLayer) -> Any:
-    """The forward pass alone, compiled."""
+    """Compile the forward pass alone."""
     params, tokens = layer.shardings()
     apply = jax.jit(layer.apply, in_shardings=(params, tokens), out_shardings=(tokens, None))
     return apply.lower(layer.shapes, layer.tokens).compile()
 
 
 def in_every_step(text: str) -> list[Collective]:
-    """The collectives that no loop of further rounds holds."""
+    """Return the collectives that are outside of the loop of further rounds."""
     lines = (line for line in text.splitlines() if COLLECTIVE.search(line))
     return collectives("\n".join(line for line in lines if FURTHER_ROUNDS not in line))
 
@@ -58,7 +58,7 @@ def test_two_exchanges_forward_two_backward_and_one_of_counts() -> None:
     (counts,) = (each for each in found if each.kind == "all-gather")
     assert counts.bytes == 8 * 8 * 4  # of 8 devices, for 8 experts
     both = layer.lower().compile().as_text()
-    # And what any step has: the sum of the router's gradient and of the losses.
+    # And what every step has: the sum of the router's gradient and of the losses.
     assert kinds(in_every_step(both)) == {"all-to-all": 4, "all-gather": 1, "all-reduce": 1}
     count = partial(assert_collectives, both, mesh=EXPERT_8, axis="expert")
     count(scope="dispatch", pass_="forward", all_to_all=1, all_gather=1)
@@ -93,7 +93,7 @@ def test_without_an_expert_group_the_layer_says_nothing(
     sizes: dict[str, int], strategy: str
 ) -> None:
     layer = build(sizes, strategy)
-    # FSDP gathers weights and sums their gradients; tokens, counts and capacities stay at home.
+    # FSDP gathers weights and sums their gradients; tokens, counts and capacities are not sent.
     experts = 8 * 16 * 32
     for each in collectives(forward(layer).as_text()):
         assert each.kind == "all-gather"
@@ -171,8 +171,8 @@ def test_the_sum_over_k_is_in_order(order: tuple[float, ...]) -> None:
 def test_what_is_dropped_is_counted_and_is_the_last_of_a_piece(
     factor: float, biases: tuple[str, ...]
 ) -> None:
-    # One row and one expert a device: a piece of the padded exchange is what one row sends to one
-    # expert, so its bound is the capacity of that expert for that row.
+    # One sequence and one expert a device: a piece of the padded exchange is what one sequence
+    # sends to one expert, so its bound is that expert's capacity for that sequence.
     inputs = towards([0.4 * e for e in range(8)], tokens=64, biases=biases)
     layer = build(EXPERT_8, tokens=64, ragged_buffer_factor=factor, biases=bool(biases))
     settings = dataclasses.replace(WHOLE, capacity_factor=factor)
@@ -191,7 +191,7 @@ def test_what_is_dropped_is_counted_on_every_mesh(sizes: dict[str, int]) -> None
     assert found.stats.dropped.shape == (8,)
     assert found.stats.dropped.sum() > 0
     assert whole.stats.dropped.sum() == 0
-    # A token all of whose choices were dropped is zero; no other is.
+    # The output is zero for a token whose choices were all dropped, and for no other.
     lost = (found.y == 0).all(axis=-1).sum(axis=1)
     assert (2 * lost <= found.stats.dropped).all()
 
@@ -384,7 +384,7 @@ def test_a_table_that_cannot_carry_rows_is_an_error(row: str, axes: list[str], s
 def test_a_record_is_what_the_program_does(
     sizes: dict[str, int], dispatch: str, route: dict[str, Any]
 ) -> None:
-    # Nothing of the record is told by the layer: the program is compiled apart from it.
+    # The layer reports no part of this record: the program is compiled independently of it.
     layer = build(sizes, dispatch, **route)
     record = layer.record()
     text = forward(layer).as_text()

@@ -1,4 +1,4 @@
-"""The router's choice and weights, against sorting and against the definition."""
+"""Check the router's choice against sorting, and its weights against the definition."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_top_k_is_a_stable_sort_ties_included(values: list[float], k: int) -> No
 
 @pytest.mark.parametrize("scores", [[0.0, 0.0, 1.0], [0.0] * 3, [-np.inf, -np.inf, 0.0]])
 def test_top_k_never_chooses_an_expert_twice(scores: list[float]) -> None:
-    # Probabilities of experts far behind underflow to 0; they are still different experts.
+    # Probabilities of unlikely experts underflow to 0; they are still different experts.
     found = top_k_indices(jnp.array([[scores]]), 3)
     assert sorted(np.asarray(found).ravel().tolist()) == [0, 1, 2]
 
@@ -57,7 +57,7 @@ def test_renormalised_weights_sum_to_one_and_keep_their_ratio() -> None:
 
 
 def test_one_renormalised_expert_teaches_the_router_nothing() -> None:
-    # p / p = 1 whatever p is. Switch does not renormalise for that reason.
+    # p / p = 1 for every p. This is why Switch does not renormalise.
     def weight(logits: jax.Array, config: RouterConfig) -> jax.Array:
         return jnp.sum(route(logits, 1, config=config).weights)
 
@@ -73,7 +73,7 @@ def test_scores_are_float32_whatever_comes_in() -> None:
 
 
 def test_the_routers_product_is_at_the_highest_precision() -> None:
-    # On an accelerator the default would round both operands to bfloat16; on CPU no number tells.
+    # On an accelerator the default would round both operands to bfloat16; a CPU's results hide it.
     router = Router(model_dim=4, num_experts=4, k=2, config=NORMED, rngs=nnx.Rngs(0))
     jaxpr = jax.make_jaxpr(lambda x: router(x).logits)(jnp.ones((1, 2, 4), jnp.bfloat16)).jaxpr
     (product,) = (each for each in jaxpr.eqns if each.primitive.name == "dot_general")

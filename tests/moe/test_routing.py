@@ -1,7 +1,7 @@
-"""Routers of published models: which experts, and how they are weighed, one token at a time.
+"""Check the routers of published models, one token at a time: its experts and their weights.
 
 The oracle below is written from the papers (DeepSeek-V2, arXiv 2405.04434, DeepSeek-V3, 2412.19437,
-SparseMixer-v2, 2409.12136), in NumPy float64, and shares no code with the package.
+SparseMixer-v2, 2409.12136), in NumPy float64, and has no code in common with the package.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ every_score = pytest.mark.parametrize("score", SCORES)
 def routed(
     logits: np.ndarray, k: int, correction: np.ndarray | None = None, **router: Any
 ) -> Routing:
-    """Of tokens [T E], as of one batch row, on the host."""
+    """Route tokens [T E] as one sequence, and fetch the result to the host."""
     found = route(
         jnp.array(logits[None], jnp.float32),
         k,
@@ -56,7 +56,7 @@ def scores_of(logits: np.ndarray, config: RouterConfig) -> np.ndarray:
 
 
 def chosen(ranked: np.ndarray, k: int, config: RouterConfig) -> list[int]:
-    """One token's experts, best first, within its groups."""
+    """Return one token's experts, best first, within its groups."""
     groups, kept = config.groups
     size = len(ranked) // groups
     allowed = list(range(len(ranked)))
@@ -69,7 +69,7 @@ def chosen(ranked: np.ndarray, k: int, config: RouterConfig) -> list[int]:
 
 
 def sparse_weights(logits: np.ndarray, experts: list[int], jitter: float) -> np.ndarray:
-    """Phi-3.5-MoE's, of one token: of each chosen expert its share among those near it."""
+    """Return a token's Phi-3.5-MoE weights: for each choice a softmax over the experts near it."""
     left = dict(enumerate(logits))
     weights = []
     for expert in experts:
@@ -101,7 +101,7 @@ def tokens(count: int = 64, experts: int = 8, seed: int = 0) -> np.ndarray:
 def test_choice_and_weights_are_the_oracles(
     score: str, groups: dict[str, Any], normed: bool, k: int
 ) -> None:
-    # So wide a jitter that about half of the experts share a softmax.
+    # The jitter is so wide that about half of the experts are in one softmax.
     fields: dict[str, Any] = {
         "routed_score_func": score, "norm_topk_prob": normed, "routed_scaling_factor": 2.5,
         "sparsemixer_jitter": 0.4, **groups,
@@ -197,7 +197,7 @@ def test_no_gradient_reaches_the_correction_bias() -> None:
 
 
 def test_groups_are_ranked_by_their_best_or_by_their_best_two() -> None:
-    # Group 0 has the best expert and else nothing; of two groups, one can be kept.
+    # Group 0 has the best expert and no other good one; one of the two groups is kept.
     logits = np.array([[3.0, -9, -9, 2, 2, -9]])
     one_of_two: dict[str, Any] = {
         "n_routing_groups": 2,
@@ -206,7 +206,7 @@ def test_groups_are_ranked_by_their_best_or_by_their_best_two() -> None:
     }
     by_best = routed(logits, 2, **one_of_two, routing_group_score="max")
     by_two = routed(logits, 2, **one_of_two, routing_group_score="top2_sum")
-    assert by_best.indices.tolist() == [[0, 1]]  # of equals the first
+    assert by_best.indices.tolist() == [[0, 1]]  # ties go to the first
     assert by_two.indices.tolist() == [[3, 4]]
 
 
@@ -244,10 +244,10 @@ def test_sigmoids_that_are_all_zero_are_no_reason_for_nan(normed: bool) -> None:
 @pytest.mark.parametrize(
     ("logits", "weights"),
     [
-        # Jitter 0.01: those within 2 % of the best share its softmax. 0.99 is, 0.97 is not; once
-        # 1.0 is taken, 0.97 is 2.02 % below 0.99.
+        # Jitter 0.01: scores within 2 % of the best are in its softmax. 0.99 is, 0.97 is not; once
+        # 1.0 is chosen, 0.97 is 2.02 % below 0.99.
         ([1.0, 0.99, 0.97, 0.5], [1 / (1 + np.exp(-0.01)), 1.0]),
-        # Below zero the distance is over the other's size: -1.02 is 1.96 % off, -1.03 is 2.9 %.
+        # Below zero the distance is relative to the other's size: -1.02 is 1.96 % off, -1.03 2.9 %.
         ([-1.03, -1.0, -1.02, -5.0], [1 / (1 + np.exp(-0.02)), 1 / (1 + np.exp(-0.01))]),
     ],
 )

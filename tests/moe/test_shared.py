@@ -1,4 +1,4 @@
-"""Experts that every token passes: beside the oracle's routed ones, a gated MLP in NumPy."""
+"""Check shared experts: the oracle's routed experts and, for every token, a gated MLP in NumPy."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def inputs_of(*, biases: bool, score: bool) -> Inputs:
 
 
 def with_shared(routed: Answer, inputs: Inputs, settings: Settings) -> Answer:
-    """The oracle's answer with the shared experts in it, and their gradients."""
+    """Add the shared experts, and their gradients, to the oracle's outputs."""
     p = {
         name.removeprefix("shared_"): value.astype(np.float64)
         for name, value in inputs.params.items()

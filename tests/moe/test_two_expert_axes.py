@@ -1,4 +1,4 @@
-"""An expert group over two mesh axes: the table `context-as-expert`, under every strategy."""
+"""Split experts over two mesh axes: the table `context-as-expert`, under every strategy."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MESHES = [
 ]
 
 
-# einsum differs from gather in nothing that an axis more could change.
+# An additional axis cannot affect einsum differently from gather.
 @variants(without="einsum")
 @pytest.mark.parametrize("sizes", MESHES, ids=label)
 def test_outputs_and_gradients_are_the_oracles(

@@ -96,7 +96,7 @@ SIZES_OF_DIMS = st.sampled_from([0, 1, 2, 6, 10, 12, 20, 30, 45, 60, 120])
 
 @settings(max_examples=400, deadline=None)
 @given(rows_of(tuple(ALL_LARGE)), arrays, st.data())
-def test_rows_that_do_not_divide_might_as_well_not_stand_in_the_table(
+def test_rules_that_do_not_divide_have_no_effect(
     rules: Rules, names: list[str | None], data: st.DataObject
 ) -> None:
     """Flax, which knows no sizes, on the rules that divide."""
@@ -276,7 +276,7 @@ def annotate_slots(sharding: Sharding, batch: str) -> NamedSharding:
     return slots.sharding
 
 
-def test_a_conflict_is_told_with_its_consequence_in_one_line() -> None:
+def test_a_conflict_is_reported_with_its_consequence_in_one_line() -> None:
     sharding = Sharding(mesh(), RuleTable(MOE), "record")
     placed = annotate_slots(sharding, "batch")
     assert placed.spec == PartitionSpec(None, ("data", "expert"))
@@ -304,7 +304,7 @@ def test_a_conflict_of_which_the_layer_states_nothing_has_a_fix() -> None:
     assert sharding.conflict_lines() == [line]
 
 
-def test_without_a_conflict_nothing_is_told() -> None:
+def test_without_a_conflict_nothing_is_reported() -> None:
     sharding = Sharding(mesh(), RuleTable(MOE), "error")
     placed = annotate_slots(sharding, "batch_no_exp")
     assert placed.spec == PartitionSpec("expert", "data")

@@ -1,4 +1,4 @@
-"""The arithmetic of an exchange, against numbers worked out by hand and against plain loops."""
+"""Check the arithmetic of an exchange against numbers worked out by hand and plain loops."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from moe_shard.moe.router import round_robin
 
 
 def expert_major(counts: list[int], alignment: int = 1) -> tuple[list[int], list[int]]:
-    """Rows in the order in which a device with 2 experts gets them from 2 senders, and groups.
+    """Return token copies by expert on a device with 2 experts and 2 senders, and group sizes.
 
-    The counts are r0e0, r0e1, r1e0, r1e1; rows are numbered as they arrive, sender by sender.
+    The counts are r0e0, r0e1, r1e0, r1e1; copies are numbered as they arrive, sender by sender.
     The senders send as many to the other device, which changes nothing on the first.
     """
     table = jnp.stack([jnp.array(counts).reshape(2, 2)] * 2, axis=1)
@@ -86,7 +86,7 @@ def test_force_balance() -> None:
 
 
 def test_analytic_splits_are_the_counted_ones() -> None:
-    # 36 experts on 12 devices, 5 rows of 31 tokens, top-3: 36 do not divide the 93 of a row.
+    # 36 experts on 12 devices, 5 sequences of 31 tokens, top-3: 36 does not divide 93 = 31 * 3.
     row = round_robin(tokens=31, k=3, num_experts=36)
     known_choices = np.tile(row, (5, 1))
     known, counted = (
@@ -154,7 +154,7 @@ def test_what_is_clipped_fits_and_every_expert_gives_up_the_same_fraction(
     axes = 2 if pieces else (0, 2)
     totals, sums = counts.sum(axis=axes), carried.sum(axis=axes)
     assert (sums == np.minimum(totals, room)).all()
-    # An expert loses less than one row beyond its share.
+    # An expert loses less than one token copy beyond its proportional part.
     shares = counts if pieces else counts.sum(axis=0)
     mine = carried if pieces else carried.sum(axis=0)
     allowed = shares * np.minimum(1, room / np.maximum(totals, 1))[..., None]
@@ -198,6 +198,6 @@ def test_the_limits_of_rounds() -> None:
     )
     assert limits_of(load, padded=False, factor=1.5) == (RoundLimit(12288), None)
     assert limits_of(load, padded=True, factor=1.5) == (RoundLimit(12288, 1536), None)
-    # Where a round can hold all that there may be, there is no other.
+    # Where one round can hold every token copy, there is no second round.
     alone = Load(tokens=4096, k=2, devices=1, experts=8)
     assert limits_of(alone, padded=False, factor=-1) == (RoundLimit(8192), None)

@@ -1,4 +1,4 @@
-"""The grouped product and its gradients by a loop over groups, in float64 NumPy."""
+"""Compute the grouped product and its gradients by a loop over groups, in float64 NumPy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Answer(NamedTuple):
-    """What a routine should say. Rows past the last group are zero, and not to be compared."""
+    """Hold the expected results. Rows past the last group are zero, and must not be compared."""
 
     y: np.ndarray
     dx: np.ndarray

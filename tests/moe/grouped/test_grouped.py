@@ -1,4 +1,4 @@
-"""Every routine that a CPU can run, against a loop over groups in float64."""
+"""Compare every routine that a CPU can run with a loop over groups in float64."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from moe_shard.sharding.varying import vary_alike
 from tests.moe.grouped.oracle import Answer, grouped
 
 IN, OUT = 24, 40
-# `ragged_dot` as it is put together for a TPU, with its kernel in the interpreter.
+# `ragged_dot` as it is composed for a TPU, with its kernel in the interpreter.
 ON_TPU = GroupedProduct("ragged_dot", 1, "a TPU")
 ROUTINES = {
     "ragged_dot on a TPU": ON_TPU,
@@ -74,7 +74,7 @@ def case(
     fillers: int = 0,
     seed: int = 0,
 ) -> Case:
-    """Random arrays. Each group's last `fillers` rows are zero, those past the groups garbage."""
+    """Make random arrays: a group's last `fillers` rows are zero, those past the groups garbage."""
     random = np.random.default_rng(seed)
     x = random.normal(size=(rows, dims[0]))
     dy = random.normal(size=(rows, dims[1]))
@@ -98,7 +98,7 @@ def multiply(x: jax.Array, w: jax.Array, sizes: jax.Array, using: GroupedProduct
 
 
 def outputs(using: GroupedProduct) -> Callable[..., tuple[jax.Array, ...]]:
-    """The product, and the gradients of x and w for a given gradient of the product."""
+    """Return a function of the product, and of x's and w's gradients for a given cotangent."""
 
     def run(x: jax.Array, w: jax.Array, sizes: jax.Array, dy: jax.Array) -> tuple[Any, ...]:
         y, gradients = jax.vjp(partial(multiply, sizes=sizes, using=using), x, w)
@@ -155,7 +155,7 @@ def test_bfloat16(name: str) -> None:
 )
 @pytest.mark.parametrize("block", [16, 256])
 def test_the_gradient_of_a_tpu_takes_groups_of_any_size(sizes: tuple[int, ...], block: int) -> None:
-    """100 rows are no multiple of a block; blocks are shared by up to four groups."""
+    """100 rows are not a multiple of a block, and up to four groups share a block."""
     given = case(sizes, 100)
     outer = partial(tpu_kernel.outer, block=block, interpret=True)
     dw = jax.jit(outer)(given.x, given.dy, given.sizes)
@@ -165,7 +165,7 @@ def test_the_gradient_of_a_tpu_takes_groups_of_any_size(sizes: tuple[int, ...], 
 
 @pytest.mark.parametrize("sizes", [(96, 0), (0, 96), (48, 48, 0), (17, 0, 79), (0, 0, 0)])
 def test_a_tpu_visits_every_group_and_no_block_beyond_the_rows(sizes: tuple[int, ...]) -> None:
-    """The interpreter would clamp what is beyond; a TPU need not."""
+    """The interpreter clamps an index out of bounds; a TPU need not."""
     groups, blocks = len(sizes), 6
     visited, of_group, _ = tpu_kernel._visits(
         jnp.array(sizes, jnp.int32), visits=blocks + groups - 1, blocks=blocks, block=16
@@ -192,7 +192,7 @@ def test_ragged_dot_takes_groups_of_any_size() -> None:
 @pytest.mark.parametrize("dims", [(96, 200), (16, 128), (130, 10)])
 @pytest.mark.parametrize("block", [16, 32])
 def test_the_kernel_where_tiles_reach_over_the_edges(dims: tuple[int, int], block: int) -> None:
-    # 288 rows make more blocks than a band of the grid has, and not a multiple.
+    # 288 rows make more blocks than a band of the grid has, and not a multiple of that number.
     given = case((96, 0, 32, 128), 288, dims=dims)
     found = jax.jit(outputs(GroupedProduct("pallas", block, "a test")))(*given.arrays)
     compare(found, grouped(*given.arrays))
@@ -209,7 +209,7 @@ def test_the_same_bits_every_run(name: str) -> None:
 
 @pytest.mark.parametrize("name", ROUTINES)
 def test_under_checkpoint_in_a_scan(name: str) -> None:
-    """Three layers of one shape, rematerialised, as a decoder stacks them."""
+    """Stack three rematerialised layers of one shape, as a decoder does."""
     given = case((32, 0, 64, 16), 128, dims=(IN, IN))
     weights = jnp.stack([given.w * scale / 5 for scale in (1.0, 0.5, 2.0)])
 
@@ -224,7 +224,7 @@ def test_under_checkpoint_in_a_scan(name: str) -> None:
     kept = [np.asarray(given.x, np.float64)]
     for w in weights:
         kept.append(grouped(kept[-1], w, given.sizes, given.dy).y)
-    # Rows past the groups are zero after a layer, and their gradient stays there.
+    # Rows past the groups are zero after a layer, so their gradient goes no further.
     dy = np.asarray(given.dy, np.float64)
     for layer in (2, 1, 0):
         answer = grouped(kept[layer], weights[layer], given.sizes, dy)
@@ -234,7 +234,7 @@ def test_under_checkpoint_in_a_scan(name: str) -> None:
 
 
 def shares(case: Case, groups: int, rows: int) -> Iterator[Any]:
-    """What each device of a mesh of data 2 x expert 4 holds, and where it stands in the whole."""
+    """Yield each device's part on a mesh of data 2 x expert 4, and its position in the whole."""
     x, w, sizes, dy = (np.asarray(each) for each in case.arrays)
     for data in range(2):
         for expert in range(4):
@@ -287,7 +287,7 @@ def test_inside_shard_map(name: str, check_vma: bool) -> None:
         expected_dx[at_x] += answer.dx
         expected_dw[at_w] += answer.dw
         close(np.asarray(y)[at_y][: answer.rows], answer.y[: answer.rows], 1e-5)
-    # Of every routine, the gradient of a row past the groups is zero, so that sums are whole.
+    # Every routine gives rows past the groups a zero gradient, so that sums are correct.
     close(np.asarray(dx, np.float64), expected_dx, 1e-5)
     close(np.asarray(dw, np.float64), expected_dw, 1e-5)
 
@@ -308,7 +308,7 @@ def test_blocked_multiplies_every_row_once(groups: int, rows: int) -> None:
     flops = sum(flops_by_scope(extract_collectives(program.as_text()).walk).values())
     exact = 3 * 2 * rows * 64 * 96
     assert exact < flops <= 1.15 * exact
-    # One float32 copy of the weights' gradient, and blocks.
+    # One float32 copy of the weights' gradient, and the blocks.
     block = using.alignment * (64 + 96) * 4
     weights = 64 * 96 * 4
     scratch = program.memory_analysis().temp_size_in_bytes

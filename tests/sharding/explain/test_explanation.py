@@ -167,7 +167,7 @@ def test_the_fix_of_moving_rules_works() -> None:
     assert found.activations[0].resolution.spec == PartitionSpec("expert", "data")
 
 
-def test_an_alternative_row_is_told_and_no_conflict() -> None:
+def test_an_alternative_row_is_reported_and_no_conflict() -> None:
     rules: Rules = [*RULES, ("exp", ("tensor",))]
     found = of(rules, array("x", "exp", "batch"), sizes={**SIZES, "tensor": 2})
     assert not found.conflicts
@@ -179,7 +179,7 @@ def test_an_alternative_row_is_told_and_no_conflict() -> None:
     )
 
 
-def test_a_row_that_does_not_divide_is_told_and_no_conflict() -> None:
+def test_a_row_that_does_not_divide_is_reported_and_no_conflict() -> None:
     rules: Rules = [("exp", ("expert", "data")), *RULES]
     found = of(rules, array("w", "exp", None, size=12))
     assert not found.conflicts
