@@ -2,8 +2,9 @@
 
     moe-shard generate MODEL|CHECKPOINT "prompt" ["prompt" ...] [key=value ...] [--json]
 
-MODEL is a name in configs/models/ or a .yml file; CHECKPOINT the folder of a run, or of one of its
-checkpoints. Several prompts are continued at once, each as if it were alone.
+MODEL is a name in configs/models/, a .yml file or a Hugging Face directory; CHECKPOINT is the
+folder of a run, or of one of its checkpoints. Several prompts are continued at
+once, each as if it were alone.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def main(argv: Sequence[str], prog: str = "moe-shard generate") -> int:
     parser.add_argument(
         "model",
         metavar="MODEL|CHECKPOINT",
-        help="a name in configs/models/, a .yml file, the folder of a run or of a checkpoint in it",
+        help="a name in configs/models/, a .yml file, a Hugging Face directory, the folder of a "
+        "run or of a checkpoint in it",
     )
     parser.add_argument("prompts", metavar="prompt", nargs="*", help="a text to continue")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")

@@ -111,7 +111,7 @@ def _without_experts(extraction: Extraction) -> Verdict:
     """Judge a program in which no product of experts was found."""
     axes, flow = extraction.expert_axes, extraction.roles.flow
     if not axes:
-        return Verdict("no-expert-parallelism", (), ("no MoE layer was found",))
+        return Verdict("no-expert-parallelism", (), ("no mesh axis larger than 1 is for experts",))
     hidden = [
         position
         for position in flow.parameters
