@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moe_shard.config.moe_config import MoEConfig
+from moe_shard.errors import UserError
 from moe_shard.moe.capacity import sequence_capacity
 from moe_shard.moe.experts import Experts, batched_product, gated_mlp
 from moe_shard.moe.placement import Placement
@@ -62,6 +63,7 @@ class ByCapacity(ABC):
             if self.config.router.routed_score_on_input:
                 sent, sent_slots, combine_weights = score_on_input(x, slots, routing.weights)
             by_sequence = self.dispatch(sent, sent_slots, self.config.num_experts)
+            self._check_dispatched(by_sequence, x.shape[0], slots, x.shape[2])
         with jax.named_scope("experts"):
             weights = self.placement.weights_in_use(experts.weights())
         outputs = []
@@ -111,6 +113,20 @@ class ByCapacity(ABC):
         return assign_slots(
             routing.indices, routing.probs, capacity=capacity, drop=self.config.drop_policy
         )
+
+    def _check_dispatched(self, found: Array, batch: int, slots: Slots, dim: int) -> None:
+        """Check that what a subclass's `dispatch` returned is [E B C M].
+
+        Raises:
+            UserError: it has another shape.
+        """
+        experts = self.config.num_experts
+        wanted = (experts, batch, slots.choice_of_slot.shape[1] // experts, dim)
+        if found.shape != wanted:
+            raise UserError(
+                f"moe_dispatch={self.config.moe_dispatch}: dispatch returned {[*found.shape]}\n"
+                f"fix: {[*wanted]}: experts, sequences, slots, model dim"
+            )
 
     def parts(self, slots: Float[Array, "E B C M"]) -> list[Float[Array, "E B c M"]]:
         """Split the slots into as many chunks as configured, each exchanged by itself.

@@ -91,7 +91,8 @@ def apply_strategy(
     """
     found: Any = strategy(x, routing, experts)
     if not isinstance(found, tuple) or len(found) != 2:
-        _refuse(name, f"a {type(found).__name__}", "a tuple of output and dropped choices")
+        one = "one array" if hasattr(found, "shape") else f"a {type(found).__name__}"
+        _refuse(name, one, "a tuple of output and dropped choices")
     y, dropped = found
     wider = jnp.result_type(x.dtype, experts.dtype)
     if getattr(y, "shape", None) != x.shape or y.dtype not in (x.dtype, wider):

@@ -62,7 +62,7 @@ def test_a_missing_method_is_named_when_the_layer_is_made(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda y, _: y, "a .*\nfix: a tuple of output and dropped"),
+        (lambda y, _: y, "one array\nfix: a tuple of output and dropped"),
         (
             lambda y, dropped: (y.astype(jnp.bfloat16), dropped),
             r"an output \[8, 16, 32\] bfloat16\nfix: \[8, 16, 32\] float32, as its input",
@@ -87,6 +87,18 @@ def test_a_wrong_result_is_named(
     register(Mine)
     layer = make()
     with pytest.raises(ms.UserError, match=f"moe_dispatch=mine returned {says}"):
+        shapes_of(layer)
+
+
+def test_slots_in_another_order_are_named(register: Callable[[Any], None]) -> None:
+    class Mine(Gather):
+        def dispatch(self, x: Any, slots: Any, num_experts: int) -> Any:
+            return super().dispatch(x, slots, num_experts).swapaxes(1, 2)
+
+    register(Mine)
+    layer = make()
+    expected = r"dispatch returned \[8, 16, 8, 32\]\nfix: \[8, 8, 16, 32\]: experts, sequences"
+    with pytest.raises(ms.UserError, match=expected):
         shapes_of(layer)
 
 
