@@ -74,7 +74,9 @@ class MoELayer(nnx.Module):
         sharding: the mesh and its rules.
         rngs: source of the initial weights (the stream `params`).
         gating: the experts' activation, clamps, offset, biases.
-        dtype: of the experts' products and the layer's output.
+        dtype: the experts' weights are cast to it for their products. Inputs have the same, or
+            the products and the output of `gather` and `einsum` are in the wider one, and
+            `ragged` refuses them.
         weight_dtype: of the experts' parameters; the router is always float32.
 
     Raises:
@@ -148,7 +150,8 @@ class MoELayer(nnx.Module):
         """Apply the layer.
 
         Returns:
-            The weighted sum of the expert outputs, in `x`'s dtype, and the sequences' statistics.
+            The weighted sum of the expert outputs, in the dtype of `x` (see `dtype`), and the
+            sequences' statistics.
         """
         if self.sharding.is_explicit:
             return self._with_auto_axes(x)
