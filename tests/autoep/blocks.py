@@ -1,4 +1,4 @@
-"""Parameters on devices as the blocks that an export takes."""
+"""Turn parameters on devices into the blocks that an export reads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moe_shard.autoep.host_blocks import HostBlock, bounds_of_slices, leaves_of
 
 
 def blocks_of(params: Any) -> Iterator[HostBlock]:
-    """Each distinct shard of each parameter."""
+    """Yield each distinct shard of each parameter."""
     for path, array in leaves_of(params):
         shards = {bounds_of_slices(s.index, array.shape): s.data for s in array.global_shards}
         for bounds, values in shards.items():

@@ -1,4 +1,4 @@
-"""Hugging Face directories made up in NumPy, with plans and parameters written down by hand."""
+"""Write Hugging Face directories in NumPy, with plans and parameters defined by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 from moe_shard.autoep.headers import TensorHeader, read_headers
 from moe_shard.autoep.tensor_plan import Layout, Piece, TensorPlan
 
-# As tests.models.build.SMALL has them, with room for bytes in the vocabulary.
+# The sizes of tests.models.build.SMALL, with a vocabulary that has room for all bytes.
 KEYS = ("vocab_size=320",)
 LAYERS, E, M, H, N, J, D, V = 3, 8, 16, 32, 8, 4, 8, 320
 NAMES = {np.dtype(ml_dtypes.bfloat16): "BF16", np.dtype(np.float16): "F16",
@@ -31,7 +31,7 @@ Tensors = dict[str, np.ndarray]
 
 
 def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """As the safetensors library writes: widest dtypes first, then by name, padded to 8 bytes."""
+    """Write in the safetensors library's order: widest dtypes, then names; padded to 8 bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     data = b""
     for name, tensor in sorted(tensors.items(), key=lambda kv: (-kv[1].itemsize, kv[0])):
@@ -45,7 +45,7 @@ def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def read_file(path: Path) -> Tensors:
-    """All tensors of a safetensors file."""
+    """Read all tensors of a safetensors file."""
     raw = path.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     dtypes = {name: dtype for dtype, name in NAMES.items()}
@@ -59,7 +59,7 @@ def read_file(path: Path) -> Tensors:
 
 
 def headers_of(*files: Path) -> dict[str, TensorHeader]:
-    """Where the tensors of files lie."""
+    """Return the position of each tensor in its file."""
     found = {}
     for path in files:
         raw = path.read_bytes()
@@ -74,12 +74,12 @@ def headers_of(*files: Path) -> dict[str, TensorHeader]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Hugging Face directory and what is in it.
+    """Hold a Hugging Face directory and its expected contents.
 
     Attributes:
-        directory: of its files.
-        tensors: all of them.
-        plan: by hand.
+        directory: path of the files.
+        tensors: all tensors by name.
+        plan: the plan, written by hand.
         params: the parameters as nested dicts, by hand, in the checkpoint's dtype.
     """
 
@@ -155,7 +155,7 @@ def params_of(tensors: Tensors, experts: dict[str, np.ndarray]) -> dict[str, Any
         return np.stack([tensors[f"model.layers.{layer}.{name}.weight"] for layer in range(LAYERS)])
 
     def heads(name: str, count: int) -> np.ndarray:
-        """[L (H D) M] to [L M H D]."""
+        """Reshape [L (H D) M] to [L M H D]."""
         return np.moveaxis(stack(f"self_attn.{name}").reshape(LAYERS, count, D, M), 3, 1)
 
     out = stack("self_attn.o_proj").reshape(LAYERS, M, N, D)
@@ -180,7 +180,7 @@ def params_of(tensors: Tensors, experts: dict[str, np.ndarray]) -> dict[str, Any
 
 
 def one_by_one(random: Any) -> tuple[Tensors, list[Piece], dict[str, np.ndarray]]:
-    """Experts as a list of modules, as Mixtral's files have them."""
+    """Store experts as a list of modules, as in Mixtral's files."""
     tensors: Tensors = {}
     pieces: list[Piece] = []
     experts = {"gate": ("w1", M, H), "up": ("w3", M, H), "down": ("w2", H, M)}
@@ -199,7 +199,7 @@ def one_by_one(random: Any) -> tuple[Tensors, list[Piece], dict[str, np.ndarray]
 
 
 def fused(random: Any) -> tuple[Tensors, list[Piece], dict[str, np.ndarray]]:
-    """Experts as 3-D tensors, gate above up."""
+    """Store experts as 3-D tensors, gate before up."""
     tensors: Tensors = {}
     pieces: list[Piece] = []
     found = {name: np.empty((LAYERS, E, M, H), random(1).dtype) for name in ("gate", "up")}
@@ -224,7 +224,7 @@ def fused(random: Any) -> tuple[Tensors, list[Piece], dict[str, np.ndarray]]:
 
 
 def interleaved(random: Any) -> tuple[Tensors, list[Piece], dict[str, np.ndarray]]:
-    """Experts as 3-D tensors, gate and up in turn along the last dim, nothing transposed."""
+    """Store experts as 3-D tensors, gate and up alternating along the last dim, not transposed."""
     tensors: Tensors = {}
     pieces: list[Piece] = []
     found = {name: np.empty((LAYERS, E, M, H), random(1).dtype) for name in ("gate", "up")}
@@ -250,7 +250,7 @@ KINDS = {"one-by-one": one_by_one, "fused": fused, "interleaved": interleaved}
 
 
 def detect(directory: Path, family: str = "") -> SimpleNamespace:
-    """In the place of autoep's own: the plan by hand of the kind that config.json names."""
+    """Replace autoep's `detect`: return the plan by hand of the kind that config.json names."""
     kind = json.loads((directory / "config.json").read_text())["model_type"]
     assert family in {"", kind}
     _, pieces, _ = KINDS[kind](lambda *shape: np.zeros(shape, BF16))
@@ -272,7 +272,7 @@ def make_checkpoint(
 ) -> Checkpoint:
     """Write a directory: weights in several files, an index, and the small files.
 
-    No two elements of the weights are equal in float32, few are in bfloat16.
+    No two elements of the weights are equal in float32, and few are in bfloat16.
     """
     rng = np.random.default_rng(seed)
 

@@ -1,4 +1,4 @@
-"""Model directories for tests: real headers, data that takes no room on disk."""
+"""Write model directories for tests: real headers, data that takes no space on disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "U8": 1, "I64": 8}
 
 
 def write_file(path: Path, tensors: Mapping[str, tuple[str, list[int]]]) -> None:
-    """A safetensors file of `name -> (dtype, shape)`, its data a hole."""
+    """Write a safetensors file of `name -> (dtype, shape)` whose data is sparse."""
     header, at = {}, 0
     for name, (dtype, shape) in tensors.items():
         size = math.prod(shape) * BYTES[dtype]
@@ -25,7 +25,7 @@ def write_file(path: Path, tensors: Mapping[str, tuple[str, list[int]]]) -> None
 
 
 def write_raw(path: Path, header: bytes, data_bytes: int, length: int | None = None) -> None:
-    """A file with this header, whatever it says, and as much data."""
+    """Write a file with this header, valid or not, and as much data."""
     path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header)
     os.truncate(path, path.stat().st_size + data_bytes)
 
@@ -39,7 +39,7 @@ def write_model(
     dtypes: Mapping[str, str] | None = None,
     files: int = 1,
 ) -> Path:
-    """A model directory; several files have an index."""
+    """Write a model directory; several files get an index."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
     tensors = {name: ((dtypes or {}).get(name, dtype), shape) for name, shape in shapes.items()}
@@ -60,7 +60,7 @@ def write_model(
 
 
 def small_models() -> dict[str, dict[str, Any]]:
-    """The recorded models of transformers, by name."""
+    """Return the recorded models of transformers, by name."""
     return {
         f"{path.stem}-{number}": model
         for path in sorted((HERE / "small").glob("*.json"))

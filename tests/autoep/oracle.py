@@ -1,7 +1,7 @@
-"""What a decoder's parameters are, element by element, written down from the models' own code.
+"""Define a decoder's parameters, element by element, from the models' own code.
 
-A matrix of `nn.Linear` is [out, in]; heads lie one after the other along the rows of queries, keys
-and values, and along the columns of the output. Nothing of the package is used.
+A matrix of `nn.Linear` is [out, in]; heads follow one another along the rows of queries, keys and
+values, and along the columns of the output. Nothing of the package is used.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def numbered(shapes: dict[str, list[int]]) -> Arrays:
-    """Tensors whose elements are all different, over all tensors."""
+    """Make tensors in which all elements differ, across tensors too."""
     arrays, at = {}, 0
     for name, shape in shapes.items():
         size = int(np.prod(shape))
@@ -24,13 +24,13 @@ def numbered(shapes: dict[str, list[int]]) -> Arrays:
 
 
 def by_head(matrix: np.ndarray, heads: int) -> np.ndarray:
-    """[out, in] to [in, heads, out of a head]."""
+    """Reshape [out, in] to [in, heads, out of a head]."""
     size = len(matrix) // heads
     return np.stack([matrix[h * size : (h + 1) * size].T for h in range(heads)], axis=1)
 
 
 def outer(tensors: Arrays, config: dict[str, Any]) -> Arrays:
-    """Parameters outside the layers."""
+    """Return the parameters outside the layers."""
     found = {"embedding.table": tensors["model.embed_tokens.weight"]}
     found["final_norm.scale"] = tensors["model.norm.weight"]
     if not config["tie_word_embeddings"]:
@@ -43,7 +43,7 @@ def outer(tensors: Arrays, config: dict[str, Any]) -> Arrays:
 
 
 def layer(tensors: Arrays, config: dict[str, Any], number: int) -> Arrays:
-    """Parameters of one layer."""
+    """Return the parameters of one layer."""
     start = f"model.layers.{number}."
     t = {name.removeprefix(start): a for name, a in tensors.items() if name.startswith(start)}
     found = {

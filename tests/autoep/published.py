@@ -1,7 +1,7 @@
-"""Published models: what their config.json says, and their tensors, written down family by family.
+"""List published models' config.json and tensors, written family by family.
 
-The numbers are those on Hugging Face, without what says nothing about the decoder; the tensors are
-named here by hand, by none of the package's code.
+The numbers are those on Hugging Face, without the keys that do not concern the decoder; the tensors
+are named by hand, not by the package's code.
 """
 
 from __future__ import annotations
@@ -304,7 +304,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": 4096,
         "rms_norm_eps": 1e-05,
         "rope_scaling": {
-            # Of 64 numbers each, the ends.
+            # Of the 64 published numbers only the first and the last.
             "long_factor": [1.0199999809265137, *[2.0] * 62, 64.05000305175781],
             "long_mscale": 1.243163121016122,
             "original_max_position_embeddings": 4096,
@@ -377,7 +377,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def tensors(model: str) -> dict[str, list[int]]:
-    """Names and shapes of a published model's tensors."""
+    """Return the names and shapes of a published model's tensors."""
     config = CONFIGS[model]
     return dict({"llama4": scout}.get(config["model_type"], plain)(config))
 

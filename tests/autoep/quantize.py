@@ -1,4 +1,4 @@
-"""Quantized model directories, and the numbers that their bits stand for, one by one in float64."""
+"""Write quantized model directories, and decode their bits one by one in float64."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ MXFP4 = {"modules_to_not_convert": ["lm_head"], "quant_method": "mxfp4"}
 
 
 def e4m3(byte: int) -> float:
-    """One number of 1 sign, 4 exponent (bias 7) and 3 mantissa bits; 15 and 7 are NaN."""
+    """Decode 1 sign, 4 exponent (bias 7), 3 mantissa bits; exponent 15 with mantissa 7 is NaN."""
     sign, exponent, mantissa = -1.0 if byte & 128 else 1.0, byte >> 3 & 15, byte & 7
     if exponent == 15 and mantissa == 7:
         return math.nan
@@ -108,13 +108,13 @@ def e4m3(byte: int) -> float:
 
 
 def e2m1(half: int) -> float:
-    """One number of 1 sign, 2 exponent (bias 1) and 1 mantissa bit."""
+    """Decode 1 sign, 2 exponent (bias 1) and 1 mantissa bit."""
     sign, exponent, mantissa = -1.0 if half & 8 else 1.0, half >> 1 & 3, half & 1
     return sign * (mantissa / 2 if exponent == 0 else (1 + mantissa / 2) * 2.0 ** (exponent - 1))
 
 
 def decode_fp8(bits: np.ndarray, scales: np.ndarray, block: tuple[int, int]) -> np.ndarray:
-    """float64, element by element."""
+    """Decode fp8 to float64, element by element."""
     found = np.empty(bits.shape)
     for index in np.ndindex(bits.shape):
         *outer, row, column = index
@@ -124,7 +124,7 @@ def decode_fp8(bits: np.ndarray, scales: np.ndarray, block: tuple[int, int]) -> 
 
 
 def decode_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """[E, I, O] in float64, element by element."""
+    """Decode mxfp4 to [E, I, O] in float64, element by element."""
     experts, rows, groups, _ = blocks.shape
     found = np.empty((experts, groups * 32, rows))
     for e, column, row in np.ndindex(found.shape):
@@ -136,7 +136,7 @@ def decode_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def is_fp8(name: str) -> bool:
-    """Which of DeepSeek-V3's tensors are: the matrices of attention, MLPs and experts."""
+    """Tell whether DeepSeek-V3 stores a tensor in fp8: matrices of attention, MLPs and experts."""
     return name.endswith(("_proj.weight", "_mqa.weight")) and ".eh_proj." not in name
 
 
@@ -149,18 +149,18 @@ def make_quantized(
     files: int = 2,
     seed: int = 0,
 ) -> Tensors:
-    """Write a directory with bits drawn at random: mxfp4 of gpt-oss, fp8 of the others.
+    """Write a directory with random bits: mxfp4 for gpt-oss, fp8 for the others.
 
     Args:
-        directory: to make.
-        config: of the model.
-        block: of fp8.
-        powers_of_two: scales of fp8 are, so that bfloat16 has every product exactly.
-        files: to spread the tensors over; scales are seldom in the file of their bits.
-        seed: of the values.
+        directory: the directory to make.
+        config: the model's config.json.
+        block: the block size of fp8.
+        powers_of_two: whether fp8's scales are, so that every product is exact in bfloat16.
+        files: how many files hold the tensors; scales are often not in the file of their bits.
+        seed: the seed of the values.
 
     Returns:
-        The tensors that the directory stands for, in bfloat16.
+        The dequantized tensors, in bfloat16.
     """
     rng = np.random.default_rng(seed)
     mxfp4 = config["model_type"] == "gpt_oss"
@@ -194,7 +194,7 @@ def make_quantized(
 
 
 def write(directory: Path, config: Mapping[str, Any], tensors: Tensors, files: int) -> None:
-    """Write configuration, index and tensors."""
+    """Write the configuration, the index and the tensors."""
     names = [f"model-{number + 1:05}-of-{files:05}.safetensors" for number in range(files)]
     places = {name: names[at % files] for at, name in enumerate(sorted(tensors))}
     for file in names:

@@ -4,7 +4,7 @@
 
 `classes/<family>.json` is a configuration class without arguments. `small/<family>.json` holds
 small models: `config.json`, and the names and shapes of the tensors as `save_pretrained` writes
-them, experts one by one where the family has them so, and stacked.
+them, with stacked experts and, where the family has that form, with experts one by one.
 """
 
 from __future__ import annotations
@@ -272,7 +272,7 @@ MODELS: dict[str, list[dict[str, Any]]] = {
 
 
 def saved(model: Any, **options: Any) -> dict[str, list[int]]:
-    """Names and shapes of the tensors that a model saves."""
+    """Return the names and shapes of the tensors that a model saves."""
     from safetensors import safe_open
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""What transformers writes for small models of every family: each element in its place, once."""
+"""Map every element that transformers writes for small models of each family, exactly once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_every_element_has_its_place(name: str, form: str, tmp_path: Path) -> No
     assert found.keys() == known.keys()
     for key, array in known.items():
         np.testing.assert_array_equal(found[key], array, err_msg=key)
-    # Each element of each tensor is in one parameter, once.
+    # Each element of each tensor is in exactly one parameter.
     everything = np.concatenate([array.ravel() for array in found.values()])
     carried = [tensors[tensor].ravel() for tensor in detected.plan.carried]
     total = sum(array.size for array in tensors.values())
@@ -49,7 +49,7 @@ def test_every_element_has_its_place(name: str, form: str, tmp_path: Path) -> No
 
 
 def assemble(detected: Detected, tensors: oracle.Arrays) -> dict[tuple[str, int, str], np.ndarray]:
-    """(stack, layer of the stack, parameter) -> its elements, by the plan."""
+    """Return (stack, layer of the stack, parameter) -> its elements, by the plan."""
     params: dict[tuple[str, int, str], np.ndarray] = {}
     experts: dict[tuple[str, int, str], dict[int, np.ndarray]] = defaultdict(dict)
     for piece in detected.plan.pieces:
@@ -71,7 +71,7 @@ def assemble(detected: Detected, tensors: oracle.Arrays) -> dict[tuple[str, int,
 
 
 def layer_numbers(detected: Detected) -> dict[str, list[int]]:
-    """Stack -> numbers of its layers, by the names of the tensors that fill it."""
+    """Return stack -> numbers of its layers, by the names of the tensors that fill it."""
     numbers: dict[str, dict[int, int]] = defaultdict(dict)
     for piece in detected.plan.pieces:
         if piece.index:
@@ -103,7 +103,7 @@ def test_the_parameters_are_those_of_the_decoder(name: str, tmp_path: Path) -> N
 def test_layers_of_several_kinds_are_stacks(tmp_path: Path) -> None:
     model = SMALL["qwen2_moe-0"]
     detected = detect(write_model(tmp_path / "model", model["config"], model["saved"]))
-    # Sliding, sliding+MoE...: layer 0 and 2 slide (0 and 2 are below 3), 1 and 5 have experts.
+    # Sliding, sliding+MoE...: layers 0 and 2 slide (0 and 2 are below 3), 1 and 5 have experts.
     numbers = layer_numbers(detected)
     assert sorted(layer for of in numbers.values() for layer in of) == list(range(6))
     assert all(stack == f"layers_{of[0]}" for stack, of in numbers.items())

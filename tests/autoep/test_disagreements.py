@@ -1,4 +1,4 @@
-"""config.json and tensors that are not of one model, and models that are not computed here."""
+"""Refuse a config.json that disagrees with the tensors, and models that are not supported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Shapes = dict[str, list[int]]
 
 
 def fails(directory: Path, *words: str) -> None:
-    """Detection fails with what, where and a fix, in at most three lines."""
+    """Expect detection to fail with what, where and a fix, in at most three lines."""
     with pytest.raises(UserError) as caught:
         detect(directory)
     text = str(caught.value)
@@ -279,7 +279,7 @@ def test_layers_of_multi_token_prediction_are_carried(tmp_path: Path) -> None:
     carried = detect(directory).plan.carried
     assert len(carried) == 1 + sum(".layers.2." in n for n in SMALL["deepseek_v3-0"]["saved"])
     assert all(name.startswith("model.layers.3.") for name in carried)
-    # config.json says how many there are.
+    # config.json gives their number.
     fails(changed(tmp_path, "deepseek_v3-0", shapes=more, num_nextn_predict_layers=0), "layer 3")
 
 
@@ -295,7 +295,7 @@ def test_a_layer_like_any_other_is_none_of_multi_token_prediction(tmp_path: Path
     [
         ((8, 256, 64), (8, 64, 128), (8, 64, 128, True)),
         ((8, 64, 256), (8, 128, 64), (8, 64, 128, False)),
-        # The model dim is twice the experts': only down tells.
+        # The model dim is twice the experts': only the down projection shows it.
         ((8, 64, 64), (8, 64, 32), (8, 64, 32, True)),
         ((8, 64, 64), (8, 32, 64), (8, 64, 32, False)),
     ],

@@ -1,4 +1,4 @@
-"""Family files: what they say against transformers' classes, and what they may not say."""
+"""Compare family files with transformers' classes, and check what a family file may contain."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_attributes_that_are_left_out_are_those_of_the_class(path: Path) -> None
         elif name == "rope_parameters":
             assert {**value, "rope_theta": 150000.0} == known[name]
         elif name not in known and name in family.require:
-            # Only published files have it.
+            # Only published files have this key.
             assert family.require[name] == value
         elif (path.stem, name) in MADE_OF_OTHERS:
             assert known[name] == MADE_OF_OTHERS[path.stem, name]
@@ -44,7 +44,7 @@ def test_attributes_that_are_left_out_are_those_of_the_class(path: Path) -> None
         else:
             found = known[name] if name in known else known[aliases[name]]
             assert found == value or value is None, name
-    # And the other way: what a setting comes from has a default, or the class has none either.
+    # And the converse: a setting's source has a default here if the class has one.
     rules = [*family.settings.values(), family.num_experts_attr, family.top_k_attr]
     for rule in rules:
         for name in rule.sources:

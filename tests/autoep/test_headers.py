@@ -1,4 +1,4 @@
-"""Headers from strangers: what is read, and each way of being wrong."""
+"""Read headers from untrusted files, and refuse every kind of malformed header."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OTHER = {"b": ("F32", [4])}
 
 
 def fails(directory: Path, *words: str) -> None:
-    """Reading fails with what, where and a fix, in at most three lines."""
+    """Expect reading to fail with what, where and a fix, in at most three lines."""
     with pytest.raises(UserError) as caught:
         read_headers(directory)
     text = str(caught.value)
@@ -61,10 +61,10 @@ def test_several_files_with_and_without_an_index(tmp_path: Path) -> None:
         "a": "x.safetensors",
         "b": "y.safetensors",
     }
-    # Other files lie beside those that the index names.
+    # The directory has other files than those that the index names.
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"b": "y.safetensors"}}))
     assert list(read_headers(tmp_path)) == ["b"]
-    # One file for all comes first, as transformers has it.
+    # A single file for all tensors has priority, as in transformers.
     write_file(tmp_path / NAME, {"c": ("U8", [1])})
     assert list(read_headers(tmp_path)) == ["c"]
 

@@ -1,4 +1,4 @@
-"""MODEL may be a Hugging Face directory: its settings, under those of the command line."""
+"""Accept a Hugging Face directory as MODEL: the command line overrides its settings."""
 
 from __future__ import annotations
 

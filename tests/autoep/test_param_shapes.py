@@ -1,4 +1,4 @@
-"""What checkpoints fill, read from the abstract model, against slots written by hand."""
+"""Compare the slots that checkpoints fill, read from the abstract model, with slots by hand."""
 
 from __future__ import annotations
 

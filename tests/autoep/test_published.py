@@ -1,4 +1,4 @@
-"""Published models at their real sizes: detected from headers alone, in a second or two."""
+"""Detect published models at their real sizes from headers alone, in a second or two."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ PARAMETERS = {
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A published model's directory, made once."""
+    """Make each published model's directory once."""
     made: dict[str, Path] = {}
 
     def get(name: str) -> Path:
@@ -118,7 +118,7 @@ def test_the_same_model_as_the_one_in_configs(name: str, published: Any) -> None
     found = flat(asdict(load_model(str(published(name))).model))
     known = flat(asdict(load_config(SAME[name]).model))
     if known["rope_attention_scaling"]:
-        # Said as a number by what is detected.
+        # The detected settings give it as a number.
         known |= {"rope_attention_factor": 0.1 * math.log(known["rope_factor"]) + 1}
         known["rope_attention_scaling"] = False
     elif known["rope_attention_factor"] == -1 and found["rope_attention_factor"] == 1:

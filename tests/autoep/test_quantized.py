@@ -1,4 +1,4 @@
-"""Models stored as few bits and scales: the numbers of an independent decoder, on every path."""
+"""Check models stored in few bits with scales against an independent decoder, on every path."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ MODELS = {"fp8-one-by-one": DEEPSEEK, "fp8-qwen": QWEN, "mxfp4": GPT_OSS}
 
 
 def one(tmp_path: Path, said: dict[str, Any], stored: Tensors) -> Quantized:
-    """The only tensor of a file, with its scales."""
+    """Return the only tensor of a file, with its scales."""
     write_file(tmp_path / "model.safetensors", stored)
     found = with_scales(read_headers(tmp_path), read_scheme(said, tmp_path), tmp_path)
     (entry,) = found.values()
@@ -69,7 +69,7 @@ def test_every_number_of_fp8(shape: tuple[int, ...], tmp_path: Path) -> None:
     found = numbers(entry)
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, expected.astype(np.float32))
-    # NumPy does not know bfloat16's NaN.
+    # NumPy does not recognise bfloat16's NaN.
     rounded = expected.astype(np.float32).astype(BF16).astype(np.float32)
     np.testing.assert_array_equal(read(entry).astype(np.float32), rounded)
     some = (slice(1, 2), slice(3, 17, 2), slice(5, 40))[-len(shape) :]
@@ -108,7 +108,7 @@ def specs_of(directory: Path, *overrides: str) -> tuple[Any, Params]:
 
 @pytest.fixture(scope="module", params=MODELS)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A quantized directory, the plain one that it stands for, and the tensors of that."""
+    """Make a quantized directory, the equivalent plain one, and the plain one's tensors."""
     folder = tmp_path_factory.mktemp("quantized")
     config = MODELS[request.param]
     stands_for = make_quantized(folder / "quantized", config)
@@ -155,7 +155,7 @@ def test_an_export_is_the_plain_model(made: Any, tmp_path: Path) -> None:
     index = json.loads((exported / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in stands_for.values())
     assert index["weight_map"].keys() == stands_for.keys()
-    # What was exported is a model like any other: there and back it is the same to the byte.
+    # The export is a model like any other: importing and exporting it again gives the same bytes.
     config, specs = specs_of(exported, "ici_expert_parallelism=8")
     import_model(exported, tmp_path / "second", config, specs, console=console)
     export_model(tmp_path / "second", again, console=console)
@@ -173,7 +173,7 @@ def test_the_report_says_how_weights_are_stored(tmp_path: Path) -> None:
 
 
 def published(name: str) -> tuple[dict[str, Any], dict[str, list[int]], dict[str, str]]:
-    """A published model as its authors have it: config.json, shapes and dtypes."""
+    """Return a published model as its authors store it: config.json, shapes and dtypes."""
     shapes: dict[str, list[int]] = {}
     dtypes: dict[str, str] = {}
     mxfp4 = name == "gpt-oss-20b"
@@ -215,7 +215,7 @@ def test_what_is_published(
 
 
 def tiny(change: Callable[[dict[str, Any], Tensors], None], tmp_path: Path) -> Path:
-    """A quantized Qwen, changed."""
+    """Make a quantized Qwen with a change."""
     make_quantized(tmp_path / "model", QWEN, files=1)
     file = tmp_path / "model" / "model-00001-of-00001.safetensors"
     stored = dict(read_file(file))

@@ -1,7 +1,7 @@
-"""One small model of every family against recorded numbers of transformers, without torch.
+"""Compare one small model of every family with recorded numbers of transformers, without torch.
 
 `make record-parity` makes the numbers; four of the families are part of `make test`, the others of
-`make test-recorded`. The weights are drawn anew from the tensors' names.
+`make test-recorded`. The weights are drawn again from the tensors' names.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.parity.families import PROMPT_LENGTH, PROMPTS
 from tests.parity.package import evaluate, greedy, open_model
 
 RECORDED = sorted((Path(__file__).parent / "recorded").glob("*.npz"))
-# These have every kind of attention, router and experts; the others mix them in another way.
+# These have every kind of attention, router and experts; the others combine them differently.
 FIRST = ("deepseek_v3", "gpt_oss", "llama4_text", "mixtral")
 FAMILIES = [
     pytest.param(path, id=path.stem, marks=[] if path.stem in FIRST else pytest.mark.recorded)
@@ -30,7 +30,7 @@ FAMILIES = [
 
 @pytest.fixture(scope="module")
 def rebuilt(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A recorded model's directory, made once, and its numbers."""
+    """Make each recorded model's directory once, and return it with its numbers."""
     made: dict[Path, SimpleNamespace] = {}
 
     def get(path: Path) -> SimpleNamespace:
@@ -70,7 +70,7 @@ def test_twelve_families_are_recorded() -> None:
 
 @pytest.mark.parametrize("path", FAMILIES)
 def test_forward(path: Path, rebuilt: Any) -> None:
-    """Eight ways expert-parallel; other ways are compared live, in `tests/parity`."""
+    """Run with 8-way expert parallelism; `tests/parity` compares other sizes live."""
     known = rebuilt(path)
     opened = open_model(known.directory, 8)
     assert_forward(evaluate(opened, known.inputs, known.targets), known, opened.config)
@@ -78,7 +78,7 @@ def test_forward(path: Path, rebuilt: Any) -> None:
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "llama4_text"])
 def test_greedy(family: str, rebuilt: Any) -> None:
-    """Caches of three kinds: latents; windows and sinks; chunks and layers without positions."""
+    """Use three kinds of caches: latents; windows and sinks; chunks and layers without RoPE."""
     known = rebuilt(next(path for path in RECORDED if path.stem == family))
     opened = open_model(known.directory, 8)
     prompts = known.inputs[:PROMPTS, :PROMPT_LENGTH]

@@ -1,4 +1,4 @@
-"""Positions as config.json has them, old and new, against numbers worked out by hand."""
+"""Check RoPE settings from old and new forms of config.json against numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_without_scaling() -> None:
     assert settings(rope_scaling=None, rope_parameters=None) == PLAIN
     assert settings(rope_theta=5e5)["rope_max_timescale"] == 5e5
     assert settings(rope_parameters={"rope_theta": 7})["rope_max_timescale"] == 7.0
-    # What stands in the dictionary comes first.
+    # A key in the dictionary has priority.
     assert settings(rope_theta=1, rope_parameters={"rope_theta": 7})["rope_max_timescale"] == 7.0
 
 
@@ -135,7 +135,7 @@ def test_longrope_with_factors_of_its_own() -> None:
     assert found["rope_attention_factor"] == 1.25
     found = settings(rope_scaling={"type": "longrope", **LONG, "attention_factor": 2})
     assert found["rope_attention_factor"] == 2.0
-    # Not stretched at all.
+    # No scaling.
     found = settings(rope_scaling={"type": "longrope", **LONG})
     assert found["rope_attention_factor"] == 1.0
 
@@ -145,7 +145,7 @@ def test_the_original_length() -> None:
     key = "original_max_position_embeddings"
     assert settings(rope_scaling=written, max_position_embeddings=99)[key] == 99
     assert settings(rope_scaling={**written, key: 55}, max_position_embeddings=99)[key] == 55
-    # As transformers has it: what stands beside the dictionary comes first.
+    # As in transformers: a key outside the dictionary has priority.
     both: dict[str, Any] = {"rope_scaling": {**written, key: 55}, key: 33}
     assert settings(**both)[key] == 33
 

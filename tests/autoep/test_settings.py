@@ -1,4 +1,4 @@
-"""Settings of published models and of configs that say less or other things, known by hand."""
+"""Check the settings of published models and of unusual configs against values by hand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPAN_KEYS = (
 
 
 def settings(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """Settings by config.json; `...` leaves an attribute out."""
+    """Return the settings from config.json; `...` leaves an attribute out."""
     written = {key: value for key, value in (config | changes).items() if value is not ...}
     where = Path("m/config.json")
     family = choose_family(written, where)
@@ -243,7 +243,7 @@ def test_groups_of_deepseek_v2(method: str, expected: tuple[int, int]) -> None:
     found = settings(CONFIGS["DeepSeek-V2-Lite"], topk_method=method, **groups)
     assert (found["n_routing_groups"], found["topk_routing_group"]) == expected
     assert found["routing_group_score"] == "max"
-    # It is read there and never used.
+    # DeepSeek-V2's code reads norm_topk_prob and never uses it.
     assert found["norm_topk_prob"] is False
 
 

@@ -1,4 +1,4 @@
-"""Weights in and out: each device its own, every bit where it belongs, on every mesh."""
+"""Import and export weights: each device its own shard, bit for bit, on every mesh."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def read(checkpoint: Checkpoint, specs: Params, **more: Any) -> Params:
 
 
 def assert_are(params: Params, expected: dict[str, Any], dtype: Any) -> None:
-    """Bit for bit, each shard on its device."""
+    """Compare bit for bit, each shard on its device."""
 
     def check(array: jax.Array, wanted: np.ndarray) -> None:
         wanted = wanted.astype(dtype)
@@ -98,7 +98,7 @@ def test_each_device_gets_its_own_part_of_each_tensor(
 
 
 def test_the_experts_are_split_as_the_mesh_says_and_each_has_its_own_values() -> None:
-    """So that "each half loads the first half" could not pass above."""
+    """Exclude that the tests above pass while each half loads the first half."""
     for ep in (2, 4, 8):
         spec = specs_on({"expert": ep, "data": 8 // ep})["layers"]["mlp"]["experts"]["gate"]
         assert spec.sharding.shard_shape(spec.shape)[1] == 8 // ep
@@ -150,7 +150,7 @@ def one(
     tmp_path: Path, tensors: dict[str, np.ndarray], pieces: list[Piece], shape: tuple[int, ...],
     dtype: Any = np.float32, carried: tuple[str, ...] = (),
 ) -> jax.Array:  # fmt: skip
-    """A model of one parameter, `p`, split in two along its first dim."""
+    """Import a model of one parameter, `p`, split in two along its first dim."""
     write_file(tmp_path / "one.safetensors", tensors)
     mesh = jax.make_mesh(
         (2,), ("x",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,)
@@ -163,7 +163,7 @@ def one(
 
 
 def test_a_buffer_in_float32_among_bfloat16_is_kept_and_given_back(tmp_path: Path) -> None:
-    """e_score_correction_bias: 1e-3 steps around 10 are lost in bfloat16."""
+    """Use e_score_correction_bias: steps of 1e-3 around 10 are lost in bfloat16."""
     bias = (10 + np.arange(8) / 1000).astype(np.float32)
     param = ("layers", "mlp", "router", "correction_bias")
     plan = TensorPlan((Piece("mlp.gate.e_score_correction_bias", param, (0,)),))

@@ -1,4 +1,4 @@
-"""Imported models as folders: any mesh reads them, and the way back gives the same bytes."""
+"""Save imported models as folders: any mesh reads them, and the export has the same bytes."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def model(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Imported on a mesh of its own."""
+    """Import the model on a mesh of its own, with EP 2."""
     target = tmp_path_factory.mktemp("imported") / "deep" / "model"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(
@@ -168,7 +168,7 @@ def test_one_file_without_an_index_and_a_header_spelt_otherwise(tmp_path: Path) 
     assert files_in(tmp_path / "again") == files_in(tmp_path / "hf")
 
 
-# What goes wrong, and what is left of it then.
+# Failures, and what they leave behind.
 
 
 def assert_short(error: UserError, *parts: str) -> None:
@@ -238,7 +238,7 @@ def test_a_target_that_cannot_be_written(tmp_path: Path, model: Path) -> None:
 
 
 def test_a_disk_without_room(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error before anything is written: a full disk would end who writes to mapped memory."""
+    """Refuse before writing: on a full disk a write to mapped memory kills the process."""
 
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

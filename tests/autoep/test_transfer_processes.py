@@ -1,4 +1,4 @@
-"""Weights in processes of their own: how much memory an import takes, and two that share a mesh."""
+"""Import in separate processes: the memory that it needs, and two processes that share a mesh."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def end(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def test_the_host_holds_no_more_than_a_few_tensors_beside_the_model(tmp_path: Path) -> None:
-    """In float32, as whose shards the host would need most; a tensor is 8 MB, a shard 128 MB."""
+    """Import to float32, whose shards are the largest: a tensor is 8 MB, a shard 128 MB."""
     layers, experts = 16, 4
     tensor = np.ones((1024, 2048), BF16)
     names = [f"{layer}.{expert}" for layer in range(layers) for expert in range(experts)]
@@ -141,7 +141,7 @@ def test_the_host_holds_no_more_than_a_few_tensors_beside_the_model(tmp_path: Pa
     found = end(start(WATCH + MEMORY, *arguments, "float32", tmp_path / "run"))
     assert found["size"] == layers * experts * tensor.size * 4
     assert found["imported"] <= found["size"] + 12 * 8 * 2**20, found
-    # Of a checkpoint: its chunks are shards of 128 MB.
+    # This export reads a checkpoint, whose chunks are shards of 128 MB.
     found = end(start(WATCH + STORED, *arguments, tmp_path / "run"))
     assert found["exported"] <= 2.5 * 128 * 2**20, found
 

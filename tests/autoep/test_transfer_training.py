@@ -1,4 +1,4 @@
-"""Training that begins with imported weights: the right ones, at every EP size, and back again."""
+"""Start training from imported weights at every EP size, and export the result."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def losses(sizes: dict[str, int], state: TrainState) -> list[float]:
 
 @pytest.fixture(scope="module")
 def expected(checkpoint: Checkpoint) -> list[float]:
-    """Losses from the parameters by hand, on a mesh without expert parallelism."""
+    """Return the losses from the hand-made parameters, on a mesh without expert parallelism."""
     program, _ = compiled((("data", 8),))
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), program.abstract_state)
     places = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
@@ -131,7 +131,7 @@ def test_import_train_export_import(checkpoint: Checkpoint, tmp_path: Path) -> N
     model, trained = tmp_path / "model", tmp_path / "run"
     config = small_config({"expert": 8}, *KEYS)
     import_model(checkpoint.directory, model, config, specs_on({"expert": 8}), console=console())
-    # Bytes: the checkpoint's tokenizer.json is a file to be kept, and no tokenizer.
+    # Tokens are bytes: the checkpoint's tokenizer.json is a file to copy, not a real tokenizer.
     keys = ("steps=2", "ici_expert_parallelism=4", "ici_fsdp_parallelism=2", FUSED)
     config = load_config(str(model), arguments(tmp_path, "tokenizer_path=", *keys))
     assert run(config).updates == 2
@@ -152,7 +152,7 @@ def test_import_train_export_import(checkpoint: Checkpoint, tmp_path: Path) -> N
         for name in before.keys() & {*CARRIED}:
             np.testing.assert_array_equal(found[name], before[name])
 
-    # A second start goes on from the checkpoint, whatever has become of the first parameters.
+    # A second start continues from the checkpoint, even if the imported parameters are gone.
     model.rename(tmp_path / "gone")
     config = load_config(str(trained / "config.yml"), ["steps=3"])
     assert config.run.load_parameters_path == str(model)
@@ -174,7 +174,7 @@ def test_parameters_that_are_not_there_are_missed_before_anything_is_compiled(
 
 
 def run_here(name: str, *arguments: object) -> int:
-    """A command in this process: its families are those of the test."""
+    """Run a command in this process, so that its families are those of the test."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_PLATFORMS", "cpu")
         return command(name)([str(each) for each in arguments])
@@ -200,7 +200,7 @@ def test_import_and_export(
     for file in checkpoint.files:
         found = read_file(again / file.name)
         for name, tensor in read_file(file).items():
-            # What is carried is not touched, and a router is in float32 always.
+            # Carried tensors are copied unchanged, and a router is always in float32.
             kept = name in CARRIED or name.endswith("mlp.gate.weight")
             rounded = tensor if kept else tensor.astype(BF16).astype(F32)
             np.testing.assert_array_equal(found[name], rounded)

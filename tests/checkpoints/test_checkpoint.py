@@ -1,4 +1,4 @@
-"""Checkpoints: bit for bit, on any mesh, and errors that a person can act on."""
+"""Save and restore checkpoints bit for bit, on any mesh, with errors that a person can act on."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def build(sizes: dict[str, int]) -> tuple[Config, Program, jax.stages.Compiled]:
 
 
 def made_up(config: Config, program: Program, seed: int = 0) -> TrainState:
-    """A state whose every array differs, the moments included."""
+    """Make a state in which every array differs, the moments included."""
     rng = np.random.default_rng(seed)
 
     def values(leaf: Any) -> np.ndarray:
@@ -186,7 +186,7 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(tmp_path: Path, harm: An
     assert len(message.splitlines()) <= 3
     assert str(tmp_path / "2") in message
     assert "fix: " in message
-    shutil.rmtree(tmp_path / "2")  # what the fix says
+    shutil.rmtree(tmp_path / "2")  # the fix of the message
     restore(tmp_path, config, program)
 
 
@@ -194,6 +194,6 @@ def test_a_save_cut_off_half_way_is_as_if_it_had_not_begun(tmp_path: Path) -> No
     config, program, _ = build(EP8)
     state = made_up(config, program)
     save(tmp_path, config, state, 1, 2)
-    # What a kill leaves: the folder under the name it has until it is whole.
+    # A killed process leaves the folder under its temporary name.
     (tmp_path / "2").rename(tmp_path / "2.orbax-checkpoint-tmp-0")
     assert_bitwise(restore(tmp_path, config, program), state)

@@ -1,4 +1,4 @@
-"""Gate and up as one array or apart: a run may change its mind, and no number changes with it."""
+"""Store gate and up fused or separately: a run may switch, and no number changes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KEYS = (
 FUSED = "prefuse_moe_weights=true"
 BIASES = "mlp_bias=true"
 EP8 = {"expert": 8}
-# Experts on two axes and H on one; then all of E, M and H sharded.
+# E over two axes and H over one; then all of E, M and H sharded.
 MESHES = [EP8, {"fsdp": 2, "expert": 2, "tensor": 2}, {"expert": 2, "context": 2, "tensor": 2}]
 E, M, H = 8, 16, 32
 
@@ -66,12 +66,12 @@ def compiled_step(*overrides: str) -> jax.stages.Compiled:
 
 
 def first_state(*overrides: str) -> TrainState:
-    """Of a run on `EP8`."""
+    """Return the first state of a run on `EP8`."""
     return compiled_init(*overrides)(jax.random.key(3))
 
 
 def made_up(program: Program) -> TrainState:
-    """A state of random numbers, which takes no compilation."""
+    """Make a state of random numbers, which needs no compilation."""
     rng = np.random.default_rng(0)
 
     def values(leaf: Any) -> jax.Array:
@@ -82,7 +82,7 @@ def made_up(program: Program) -> TrainState:
 
 
 def train(state: TrainState, steps: range, *overrides: str) -> tuple[TrainState, list[float]]:
-    """Make these steps on `EP8`, each on its own text."""
+    """Train these steps on `EP8`, each on its own text."""
     program, step = build(EP8, *overrides).program, compiled_step(*overrides)
     losses = []
     for number in steps:
@@ -99,7 +99,7 @@ def save(folder: Path, config: Config, state: TrainState, updates: int = 2) -> N
 
 
 def restore(folder: Path, built: Built) -> tuple[TrainState, list[str]]:
-    """The newest state, and what was said of it."""
+    """Restore the newest state, and return it with the notes about it."""
     said: list[str] = []
     checkpointer = Checkpointer(folder, built.config)
     try:
@@ -113,7 +113,7 @@ def restore(folder: Path, built: Built) -> tuple[TrainState, list[str]]:
 
 
 def arrays(tree: Any) -> dict[str, np.ndarray]:
-    """All arrays by name."""
+    """Return all arrays by name."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -121,7 +121,7 @@ def arrays(tree: Any) -> dict[str, np.ndarray]:
 
 
 def stacked(apart: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """By hand: for each experts' gate, and the up beside it, the one array of both."""
+    """Fuse by hand: replace each gate and its up by the one array of both."""
     made = dict(apart)
     for end in ("", "_bias"):
         gates = [name for name in apart if name.endswith(f".experts.gate{end}")]
@@ -263,7 +263,7 @@ def test_the_loop_says_that_it_converted(tmp_path: Path) -> None:
 
 
 def test_any_tree_of_the_parameters_like_is_converted_and_its_old_arrays_are_freed() -> None:
-    """Momentum, and a tree in containers that no optimizer here makes."""
+    """Convert momentum, and a tree in containers that no optimizer here makes."""
     apart, fused = (build(MESHES[1], *keys) for keys in ((), (FUSED,)))
     places = jax.tree.map(lambda spec: spec.sharding, apart.program.model.specs)
     params = jax.device_put(made_up(apart.program).params, places)
@@ -326,7 +326,7 @@ def test_a_structure_that_cannot_be_read_is_an_error_that_names_the_checkpoint(
 
 
 def test_weights_decay_alike_in_both_layouts() -> None:
-    """Without a gradient, what an update holds is the decay."""
+    """Without a gradient, the update is the decay alone."""
     decay = []
     for keys in ((), (FUSED,)):
         config, program = build(EP8, *keys)

@@ -1,4 +1,4 @@
-"""What the config tests share: a small model on disk, and errors as a person sees them."""
+"""Share helpers of the config tests: a small model on disk, and errors as a person sees them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ num_experts_per_tok: 2
 
 
 def write_model(directory: Path, extra: str = "", text: str = MODEL) -> str:
-    """A model file; `extra` lines come last."""
+    """Write a model file; `extra` lines come last."""
     path = directory / "small.yml"
     path.write_text(text + extra, encoding="utf-8")
     return str(path)
@@ -34,7 +34,7 @@ def load(directory: Path, *overrides: str, extra: str = "", text: str = MODEL) -
 
 
 def error_of(model: str, overrides: Sequence[str] = ()) -> str:
-    """The message of the error that loading ends in; at most three lines, the last one the fix."""
+    """Return the error message of loading; at most three lines, the last of them the fix."""
     with pytest.raises(UserError) as caught:
         load_config(model, overrides)
     return check_message(caught.value)

@@ -1,4 +1,4 @@
-"""base.yml: whole, documented, and the same set of keys as the dataclasses read."""
+"""Check that base.yml is complete, documented, and has exactly the keys of the dataclasses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every way to get a configuration wrong ends in a short message with the keys and a fix."""
+"""Check that every wrong configuration gives a short message with the keys and a fix."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_sizes_that_are_not_the_devices(
             ["num_experts=8", "3 equal parts", "expert=3", "1, 2, 4, 8"],
         ),
         (
-            # The axes that split the experts are those of the row, whatever their names.
+            # The axes that split the experts are those of the rule, whatever their names.
             6,
             [
                 "logical_axis_rules=[[activation_exp,[context,tensor]]]",

@@ -1,4 +1,4 @@
-"""Layers, the -1s, rule tables, MaxText's files, and the way back to YAML."""
+"""Load configurations: layers, -1 sizes, rule tables, MaxText's files, and YAML written back."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_rows_replace_those_of_their_logical_axis(tmp_path: Path) -> None:
     assert mesh.logical_axis_rules[-2:] == (("embed", ("fsdp",)), ("extra", ()))
     assert len(mesh.logical_axis_rules) == len(
         default
-    )  # two rows of embed gave way to one, and one is new
+    )  # one rule replaces the two of embed, and one is new
     assert mesh.axes_of("activation_exp") == ("expert",)
     assert mesh.axes_of("nobody") == ()
 

@@ -1,7 +1,7 @@
-"""MaxText's files: what they say, what they leave out, and what they ask for that is not here.
+"""Load MaxText's files: their keys, their defaults, and what they request that is not supported.
 
-The files are written here, with MaxText's keys; those of the installed package are in
-tests/maxtext. What a key has to come to is written by hand, from reading MaxText's layers.
+The files are written here, with MaxText's keys; tests/maxtext has those of the installed package.
+The expected values are written by hand, from reading MaxText's layers.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ inhomogeneous_layer_cycle_interval: 2
 
 
 def load(folder: Path, text: str, *overrides: str, name: str = "small") -> Config:
-    """A model file's configuration; later lines win over the small model's."""
+    """Load a model file's configuration; later lines override the small model's."""
     content = {**yaml.safe_load(SMALL), **yaml.safe_load(text)}
     path = folder / f"{name}.yml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
@@ -110,7 +110,7 @@ def test_every_key_has_one_class_and_ours_are_among_those_that_are_kept() -> Non
     ]
     assert sum(map(len, classes)) == len(set().union(*classes)) == len(keys.defaults)
     assert keys.same <= set(base)
-    # A key that both have must not be passed over or refused in a file of theirs.
+    # A key that both packages have must not be ignored or refused in a MaxText file.
     assert set(base) & set(keys.defaults) <= keys.same | set(keys.translated)
     assert all(other in keys for other in keys.implied.values() if other.isidentifier())
     assert not keys.logical_axes & {row[0] for row in base["logical_axis_rules"]}
@@ -118,7 +118,7 @@ def test_every_key_has_one_class_and_ours_are_among_those_that_are_kept() -> Non
 
 
 class Recorded(Mapping[str, Any]):
-    """Settings that remember which of them were read."""
+    """Record which settings were read."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._settings = settings
@@ -149,7 +149,7 @@ def test_what_is_called_translated_is_read_by_the_translation() -> None:
             recorded = Recorded({**keys.defaults, **more})
             translate_model(recorded, frozenset(more), "m", is_named=False)
             read |= recorded.read
-    # megablox is the kernel of what sparse_matmul chooses.
+    # megablox is the kernel of the path that sparse_matmul chooses.
     assert set(keys.translated) <= read | RUN_KEYS | {"megablox"}
     assert not RUN_KEYS & read
     assert set(keys.translated) >= RUN_KEYS
@@ -192,7 +192,7 @@ def test_a_configuration_that_a_run_has_written_is_ours(tmp_path: Path) -> None:
     again = load_config(str(written))
     assert dataclasses.replace(again, warnings=()) == dataclasses.replace(config, warnings=())
     assert again.warnings == ()
-    # Also where it names what only MaxText has.
+    # Also where it names a value that only MaxText has.
     written.write_text(config.to_yaml() + "compress_ratios: [0, 4]\n", encoding="utf-8")
     assert load_config(str(written)).not_built == ("compressed attention (compress_ratios=[0, 4])",)
 
@@ -205,7 +205,7 @@ def test_a_configuration_that_a_run_has_written_is_ours(tmp_path: Path) -> None:
     [
         ("", "ragged", -1),
         ("megablox: false", "ragged", -1),
-        ("capacity_factor: 1.5", "ragged", -1),  # of the dense path alone
+        ("capacity_factor: 1.5", "ragged", -1),  # for the dense path only
         ("sparse_matmul: false", "gather", -1),
         ("sparse_matmul: false\ncapacity_factor: 1.25\nmegablox: false", "gather", 1.25),
     ],
@@ -302,7 +302,7 @@ def test_deepseek(tmp_path: Path) -> None:
 
 def test_deepseeks_routing_goes_by_the_models_name(tmp_path: Path) -> None:
     grouped = DEEPSEEK + "n_routing_groups: 4\ntopk_routing_group: 2"
-    config = load(tmp_path, grouped)  # a file's name is nobody's word
+    config = load(tmp_path, grouped)  # the file's name decides nothing
     assert moe_of(config).router.groups == (4, 2)
     says("\n".join(config.warnings), "as under a model_name of deepseek3")
     says(error(tmp_path, grouped + "\nmodel_name: ds"), "routed_bias=true", "deepseek3")
@@ -324,7 +324,7 @@ def test_what_a_latents_scores_are_multiplied_by(tmp_path: Path) -> None:
 
 
 def llama_frequencies(dim: int, theta: float) -> np.ndarray:
-    """Llama 3.1's, one pair after the other: factor 8, 8192 positions, 1 and 4."""
+    """Return Llama 3.1's frequencies, pair by pair: factor 8, 8192 positions, 1 and 4."""
     found = []
     for pair in range(dim // 2):
         frequency = theta ** (-2 * pair / dim)
@@ -383,7 +383,7 @@ def test_gpt_oss(tmp_path: Path) -> None:
     ) == (*("quick_gelu", 7.0, 1.0, True),)
     router = moe_of(config).router
     assert (router.router_bias, router.routed_bias, router.norm_topk_prob) == (True, False, True)
-    # Its experts have the size of a dense MLP, whatever the other key says.
+    # Its experts have the size of a dense MLP, whatever the other key's value.
     assert moe_of(load(tmp_path, GPT_OSS + "base_moe_mlp_dim: 32")).moe_mlp_dim == 96
     says(error(tmp_path, GPT_OSS + "mlp_activations_limit: -1"), "another gate of gpt_oss")
 
@@ -454,7 +454,7 @@ def test_what_maxtext_would_build_otherwise_than_it_says(
 
 
 def away_from(value: Any) -> Any:
-    """Another value of the same kind."""
+    """Return another value of the same kind."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
@@ -466,12 +466,12 @@ def away_from(value: Any) -> Any:
 
 @pytest.mark.parametrize("block", [DEEPSEEK, "decoder_block: mixtral"])
 def test_no_key_is_passed_over_in_silence(tmp_path: Path, block: str) -> None:
-    """Each key away from its default: another configuration, a refusal, or a line that names it."""
+    """Change each key: this gives another configuration, an error, or a line that names the key."""
     content = {**yaml.safe_load(SMALL), **yaml.safe_load(block), "enable_dropout": False}
     plain, silent, keys = load(tmp_path, block, "enable_dropout=false"), [], maxtext_keys()
     path = tmp_path / "small.yml"
     for key, default in keys.defaults.items():
-        # Of the keys that do nothing, one stands for all.
+        # One key stands for all that have no effect.
         if key in {*keys.harmless, *keys.implied, *keys.data} and not key.startswith("enable_"):
             continue
         other = {**content, key: away_from(content.get(key, default))}
@@ -484,7 +484,7 @@ def test_no_key_is_passed_over_in_silence(tmp_path: Path, block: str) -> None:
         same = dataclasses.replace(config, warnings=()) == dataclasses.replace(plain, warnings=())
         if same and not any(key in line for line in new):
             silent.append(key)
-    # What it overrides is not there, and what is already away from its default is set to it.
+    # What it overrides is absent, and a key that already differs is set to its default.
     assert set(silent) <= {"override_logical_axis_rules", *content}
 
 
@@ -541,7 +541,7 @@ def test_no_key_that_would_change_the_run_is_passed_over(
     tmp_path: Path, override: str, parts: list[str]
 ) -> None:
     says(error(tmp_path, MIXTRAL, override), *parts)
-    with pytest.raises(UserError) as caught:  # nor with a model of ours
+    with pytest.raises(UserError) as caught:  # nor with a model of this package
         load_config("mixtral-tiny", [override]).require_built()
     says(str(caught.value), *parts)
 
@@ -608,7 +608,7 @@ def test_their_keys_beside_a_model_of_ours() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """base.yml, models/ and custom_mesh_and_rule/ as MaxText lays them out."""
+    """Write base.yml, models/ and custom_mesh_and_rule/ in MaxText's layout."""
     keys = maxtext_keys()
     table = [
         ["embed_attn", ["fsdp"]], ["exp", "expert"], ["activation_exp", ["expert", "diloco"]],
@@ -646,7 +646,7 @@ def test_base_yml_and_a_models_name(folder: Path) -> None:
     says(notes, "over what models/mixtral-small.yml says", "override_model_config=true", "vocab")
     command[1].append("override_model_config=true")
     assert "over what" not in "\n".join(load_config(*command).warnings)
-    # The table is its own, whole; what has no rule there is not sharded.
+    # The file's table replaces the default; a logical axis without a rule is not sharded.
     assert config.mesh.axes_of("embed") == ("fsdp",)
     assert config.mesh.axes_of("activation_exp") == ("expert",)
     assert config.mesh.axes_of("mlp") == config.mesh.axes_of("layers") == ()
@@ -710,7 +710,7 @@ def test_a_rule_table_of_theirs(folder: Path) -> None:
     assert config.mesh.resolve(8)["fsdp"] == 4
     notes = "\n".join(config.warnings)
     says(notes, "read as size 1: stage, tensor_transpose, sequence", "data_sharding")
-    # The same for a model of ours, by path.
+    # The same for a model of this package, by path.
     table = str(folder / "custom_mesh_and_rule" / "pure-fsdp.yml")
     ours = load_config("mixtral-tiny", [f"custom_mesh_and_rule={table}"])
     assert ours.mesh.logical_axis_rules == config.mesh.logical_axis_rules

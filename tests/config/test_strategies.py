@@ -1,4 +1,4 @@
-"""The registry of dispatch strategies: how one from outside is found, and what is refused."""
+"""Check the strategy registry: how a strategy from outside is found, and what is refused."""
 
 from __future__ import annotations
 

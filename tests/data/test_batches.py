@@ -1,4 +1,4 @@
-"""The data: what is found, how it is packed, and that a step's batch follows from its number."""
+"""Check the data: what is found, how it is packed, and that a step's number gives its batch."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def placed(sizes: tuple[int, ...] = (8,), spec: Spec = (None, "0", None)) -> Nam
 
 
 def take(source: DataConfig, steps: int, **changes: Any) -> list[dict[str, np.ndarray]]:
-    """The first batches, fetched to the host."""
+    """Fetch the first batches to the host."""
     sizes = {"vocab_size": VOCAB_SIZE, "seq_len": 16, "rows": 8, "microbatches": 1}
     made = batches(source, **{**sizes, "sharding": placed(), **changes})
     try:
@@ -92,7 +92,7 @@ def names(found: tuple[Path, ...], root: Path) -> list[str]:
     return [path.relative_to(root).as_posix() for path in found]
 
 
-# What dataset_path finds.
+# The files that dataset_path finds.
 
 TREE = {
     "b.txt": b"b",
@@ -239,11 +239,11 @@ def test_what_cannot_be_read_is_an_error_and_not_passed_over(
     assert_short(raised.value, "/a ", "Permission denied")
 
 
-# How it is packed.
+# How the documents are packed.
 
 
 def plain_rows(documents: list[bytes], seq_len: int) -> list[dict[str, list[int]]]:
-    """What `PackedText` computes, by appending to lists."""
+    """Compute what `PackedText` does, by appending to lists."""
     stream: list[int] = []
     for document in documents:
         stream += [DOCUMENT, *document]
@@ -305,7 +305,7 @@ def test_the_seed_decides_the_order_of_the_documents(tmp_path: Path) -> None:
 
 
 def test_a_corpus_larger_than_memory_costs_no_memory(tmp_path: Path) -> None:
-    size = 1 << 38  # 256 GiB, a hole on disk
+    size = 1 << 38  # 256 GiB, sparse on disk
     path = tmp_path / "huge.txt"
     path.write_bytes(b"text" * 1024)
     os.truncate(path, size)
@@ -363,7 +363,7 @@ def test_a_file_that_changes_under_the_run_is_an_error(tmp_path: Path) -> None:
     assert_short(raised.value, "a.txt", "No such file")
 
 
-# What a step gets.
+# The batch of a step.
 
 
 def test_every_epoch_has_every_row_once_in_another_order(tmp_path: Path) -> None:
@@ -404,7 +404,7 @@ def test_the_mesh_does_not_change_the_batch(tmp_path: Path) -> None:
         placed((2, 4), (None, "1")),
     ):
         assert_same(take(source, 3, rows=8, microbatches=2, sharding=sharding), expected)
-    # Microbatches only cut the same rows in another way.
+    # Microbatches only split the same sequences differently.
     joined = [{k: v.reshape(1, 16, 16) for k, v in batch.items()} for batch in expected]
     assert_same(take(source, 3, rows=16), joined)
     moved = shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}-moved")
@@ -530,7 +530,7 @@ def start(*arguments: object, devices: int, hash_seed: int) -> subprocess.Popen[
 
 
 def saved(folder: Path) -> list[dict[str, np.ndarray]]:
-    """The batches that the children wrote, one file for each device's row."""
+    """Read the batches that the children wrote, one file for each device's sequence."""
 
     def rows(step: int, name: str) -> np.ndarray:
         return np.concatenate([np.load(folder / f"{step}-{name}-{row}.npy") for row in range(8)], 1)
@@ -539,7 +539,7 @@ def saved(folder: Path) -> list[dict[str, np.ndarray]]:
 
 
 def test_other_processes_make_the_same_batches_and_read_only_their_rows(tmp_path: Path) -> None:
-    # Large enough that no row comes twice in all the steps that are read ahead.
+    # Large enough that no sequence comes twice in all the steps that are read ahead.
     root = corpus(tmp_path / "text", documents=40)
     outs = [tmp_path / "alone", tmp_path / "together"]
     for out in outs:
@@ -563,7 +563,7 @@ def test_other_processes_make_the_same_batches_and_read_only_their_rows(tmp_path
     assert_same(saved(outs[0]), expected)
     assert_same(saved(outs[1]), expected)
     assert outputs[2] == ('{"shards": 8}\n', ""), "noise on the terminal"
-    # Gloo greets on standard output first.
+    # Gloo prints to standard output first.
     first, second = (json.loads(stdout.splitlines()[-1]) for stdout, _ in outputs[:2])
     assert first["shards"] == second["shards"] == 4
     for report in (first, second):

@@ -1,4 +1,4 @@
-"""Tokenizers from files: what their tokens are, how documents of them are packed, what is refused.
+"""Load tokenizers from files: their tokens, how their documents are packed, what is refused.
 
 Most are of whole words, so that a test can count tokens with `str.split`.
 """
@@ -48,7 +48,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def words(folder: Path, *, bos: bool = False, eos: Any = EOS, **changes: Any) -> Path:
-    """A model directory whose tokens are words; `bos`: it puts one before each text."""
+    """Write a model directory whose tokens are words; `bos` puts a BOS token before each text."""
     special = [
         {
             "id": number,
@@ -221,7 +221,7 @@ def test_what_changes_is_tokenized_again(tmp_path: Path) -> None:
     assert len(said) == 1
     documents[0].write_text(
         "e f"
-    )  # as long as before, and of the same moment where clocks are coarse
+    )  # the same length, and the same time stamp where clocks are coarse
     os.utime(documents[0], ns=(1, 1))
     assert lengths() == [2, 3]
     assert len(said) == 2
@@ -263,7 +263,7 @@ def test_a_long_document_is_read_in_pieces_that_are_whole_lines_or_characters(
     pieces = list(corpora._pieces(path))
     assert b"".join(pieces).decode() == document
     for piece in pieces:
-        piece.decode()  # raises where a character is cut
+        piece.decode()  # raises if a character is split
     assert all(len(piece) <= 2 * size + 3 for piece in pieces)
     if size > 8:
         assert all(piece.endswith(b"\n") for piece in pieces[:-1])
@@ -283,7 +283,7 @@ def test_bytes() -> None:
 
 
 def byte_level(folder: Path) -> Path:
-    """A BPE over bytes, as GPT-2's, trained on a few lines."""
+    """Train a byte-level BPE, as GPT-2's, on a few lines."""
     made = tokenizers.Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -307,10 +307,10 @@ def test_a_tokenizer_of_bytes_gives_every_text_back_whole(tmp_path: Path) -> Non
     assert (found.before, found.after, found.ends) == ((0,), (), frozenset({0}))
     text = "the cat sat on the mät 𝄞 <|end|> and the rat"
     [tokens] = found.encode_texts([text.encode()])
-    assert 0 not in tokens  # written in a text, the mark is none
+    assert 0 not in tokens  # in a document, its text is not the special token
     assert 3 < len(tokens) < len(text.encode())
     assert found.decode(tokens.tolist()) == text
-    assert found.encode_prompt("the<|end|>the").count(0) == 1  # in a prompt it is
+    assert found.encode_prompt("the<|end|>the").count(0) == 1  # in a prompt, it is
     assert found.encode_prompt("") == [0]
     assert (
         found.encode_texts([b"\xff"])[0].tolist() == found.encode_texts(["�".encode()])[0].tolist()

@@ -1,4 +1,4 @@
-"""Balance without a loss: the bias that chooses, moved after each update and by nothing else."""
+"""Balance without a loss: each update moves the correction bias, and nothing else does."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ STACK = "layers_1"  # of layers 1 and 3, the two that have experts
 
 
 def moved(rate: float, counts: list[list[float]], *overrides: str) -> dict[str, np.ndarray]:
-    """Zero biases after an update with these counts, by stack."""
+    """Return what zero biases become after an update with these counts, by stack."""
     config = small_config(
         {"data": 8}, "routed_bias=true", f"routed_bias_update_rate={rate}", *overrides
     ).model
@@ -62,7 +62,7 @@ def moved(rate: float, counts: list[list[float]], *overrides: str) -> dict[str, 
         (0.2, [0, 10], [0.2, -0.2]),
         (0.5, [5, 5], [0, 0]),
         (0.5, [3, 2, 2, 2, 2], [-0.5, 0.5, 0.5, 0.5, 0.5]),  # the mean is 2.2
-        # Their mean in float32 is another number.
+        # Their mean in float32 is a different number.
         (0.5, [13_421_773] * 3, [0, 0, 0]),
         (0.5, [13_421_773, 13_421_773, 13_421_774], [0.5, 0.5, -0.5]),
     ],
@@ -86,14 +86,14 @@ def test_each_layer_has_the_counts_of_its_own_row() -> None:
 
 
 def start(config: Config) -> Any:
-    """Random parameters whose correction biases are zero."""
+    """Make random parameters with zero correction biases."""
     params = random_params(config)
     biases(params)[:] = 0
     return params
 
 
 def steps(config: Config, batches: Sequence[Mapping[str, np.ndarray]]) -> TrainState:
-    """The state after an update on each batch, on the host."""
+    """Return the state after an update on each batch, on the host."""
     program = make_program(config, annotator(config))
     compiled = program.step.lower(program.abstract_state, program.abstract_batch).compile(QUICK)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), program.abstract_state)
@@ -106,20 +106,20 @@ def steps(config: Config, batches: Sequence[Mapping[str, np.ndarray]]) -> TrainS
 
 
 def biases(params: Any) -> np.ndarray:
-    """[2, E], of both MoE layers."""
+    """Return the biases [2, E] of both MoE layers."""
     found: np.ndarray = params[STACK]["mlp"]["router"]["correction_bias"]
     return found
 
 
 @functools.cache
 def trained(sizes: tuple[tuple[str, int], ...]) -> TrainState:
-    """After two updates."""
+    """Return the state after two updates."""
     batches = [random_batch(seed=seed) for seed in (1, 2)]
     return steps(small_config(dict(sizes), *KEYS), batches)
 
 
 def counted(config: Config, params: Any, batch: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Choices of each expert in each MoE layer, by a call of the model."""
+    """Count the choices of each expert in each MoE layer, by a call of the model."""
     model = make_program(config, annotator(config)).model
     names = ("inputs", "positions", "segment_ids")
     call = jax.jit(lambda p, *text: model.apply(p)(*text)[1], compiler_options=QUICK)

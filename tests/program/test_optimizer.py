@@ -1,4 +1,4 @@
-"""Optimizers against NumPy, step by step; the norm that clips, on every device."""
+"""Compare optimizers with NumPy, step by step; the clipping norm is the same on every device."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_vectors_decay_where_they_are_asked_to() -> None:
     optimizer = make_optimizer(config, named)
     updates, _ = optimizer.update(still, optimizer.init(start), start)
     rate = float(make_schedule(config)(0))
-    for name, update in updates.items():  # a bias that no gradient moves is not moved by decay
+    for name, update in updates.items():  # decay must not move a bias without a gradient
         expected = 0 if name == "bias" else -rate * 0.5 * start[name]
         np.testing.assert_allclose(update, expected, rtol=1e-6, err_msg=name)
 
@@ -174,7 +174,7 @@ def test_schedule_has_its_own_length_where_one_is_given() -> None:
 def test_the_clipping_norm_is_global_on_every_device_at_every_ep_size(parallelism: int) -> None:
     # Four experts' gradients: the first two have norm sqrt(20) together, the others sqrt(100), so
     # that with EP 2 two devices hold these norms. A norm per device, or a mean of them, is not
-    # sqrt(120). For EP 8 each expert is two halves.
+    # sqrt(120). For EP 8 each expert is split in two halves.
     config = small_config(
         {"expert": parallelism, "data": 8 // parallelism},
         "optimizer=sgd", "learning_rate=1.0", "warmup_steps_fraction=0",

@@ -1,4 +1,4 @@
-"""One step of the program that is trained: the same numbers however the experts are spread."""
+"""Run one training step: the numbers are the same however the experts are sharded."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ METRICS = {
 def one_step(
     config: Config, batch: Mapping[str, np.ndarray]
 ) -> tuple[Any, Any, dict[str, jax.Array]]:
-    """The gradient (the step's change of the weights over the rate), new weights, metrics."""
+    """Return the gradient (the weights' change divided by the rate), new weights and metrics."""
     program = make_program(config, annotator(config))
     compiled = program.step.lower(program.abstract_state, program.abstract_batch).compile(QUICK)
     params = random_params(config)
@@ -116,7 +116,7 @@ def test_gradients_and_weights_depend_on_neither_strategy_nor_flag(
 
 
 def test_accumulating_two_microbatches_is_one_batch_of_twice_the_rows() -> None:
-    # The load-balance loss is MaxText's, a mean over rows, so this is exact also with it.
+    # The load-balance loss is MaxText's, a mean over sequences, so this is exact with it too.
     together = random_batch(rows=16)
     apart = {name: a.reshape(2, 8, 16) for name, a in together.items()}
     sizes = {"data": 2, "expert": 4}
@@ -130,7 +130,7 @@ def test_accumulating_two_microbatches_is_one_batch_of_twice_the_rows() -> None:
 def test_microbatches_have_means_of_losses_and_sums_of_counts() -> None:
     def grads(params: Any, batch: Any) -> Any:
         rows = batch["inputs"]
-        # float32 as the step's: the mean of 3 and 4 would be a half, and half a choice no count.
+        # float32 like the step's counts: the mean of 3 and 4 is not an integer.
         counts = jnp.bincount(rows.ravel(), length=4).astype(jnp.float32)[None]
         loss = rows.mean(dtype=jnp.float32)
         return loss, Losses(loss, 2 * loss, 3 * loss, counts), {"w": params["w"] * loss}
