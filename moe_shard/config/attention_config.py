@@ -1,4 +1,4 @@
-"""How a decoder layer attends: heads, masks, the latent form (MLA), and positions (RoPE)."""
+"""Configure how a decoder layer attends: heads, masks, latent attention (MLA), positions (RoPE)."""
 
 from __future__ import annotations
 
@@ -17,27 +17,33 @@ MOST_HEADS = 2**16  # far above any model; keeps the divisors in a fix countable
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary positions, and how they are stretched beyond the length first trained on.
+    """Describe rotary positions, and how they are stretched beyond the original length.
 
     Attributes:
-        rope_type: a `RopeType`; "yarn" is arXiv 2309.00071, "longrope" arXiv 2402.13753.
-        rope_max_timescale: theta, in positions.
-        partial_rotary_factor: the part of a head that turns, its first elements.
-        rope_interleave: pairs are neighbours (2i, 2i + 1), not halves (i, i + D/2).
-        rope_factor: how many times the original length is stretched.
-        original_max_position_embeddings: positions first trained on.
-        max_position_embeddings: positions that the model is made for.
-        beta_fast: yarn: rotations over the original length above which a frequency is kept.
-        beta_slow: yarn: rotations below which a frequency is divided by `factor`.
-        rope_truncate: yarn: the bounds between the two are rounded outwards to whole pairs.
-        rope_attention_scaling: cos and sin are multiplied by 0.1 ln(factor) + 1.
-        rope_attention_factor: what they are multiplied by instead; -1: as `attention_scaling` says.
-        mscale: yarn with MLA: scores are multiplied by (0.1 mscale ln(factor) + 1) squared.
-        rope_low_freq_factor: llama3.1: original lengths over wavelengths below which all is
-            divided.
-        rope_high_freq_factor: llama3.1: the same, above which nothing is.
-        rope_short_factors: longrope: divisors of the frequencies up to the original length.
-        rope_long_factors: longrope: the same for longer sequences.
+        rope_type: how positions are stretched: a `RopeType`; "yarn" is arXiv 2309.00071, "longrope"
+            arXiv 2402.13753.
+        rope_max_timescale: theta, the base of the frequencies, in positions.
+        partial_rotary_factor: the fraction of each head, from its first element, that is rotated.
+        rope_interleave: whether the elements of a rotated pair are neighbours (2i, 2i + 1), rather
+            than in the two halves of a head (i, i + D/2).
+        rope_factor: stretched context length over the original one.
+        original_max_position_embeddings: context length that the model was first trained on.
+        max_position_embeddings: context length that the model supports.
+        beta_fast: yarn: frequencies with more rotations than this over the original length are
+            unchanged.
+        beta_slow: yarn: frequencies with fewer rotations than this are divided by `rope_factor`.
+        rope_truncate: yarn: whether the bounds between the two are rounded outwards to whole pairs.
+        rope_attention_scaling: whether cos and sin are multiplied by 0.1 ln(rope_factor) + 1.
+        rope_attention_factor: factor of cos and sin in place of that; -1: as
+            `rope_attention_scaling` says.
+        mscale: yarn with MLA: attention scores are multiplied by (0.1 mscale ln(rope_factor) + 1)
+            squared.
+        rope_low_freq_factor: llama3.1: frequencies with fewer rotations than this over the original
+            length are divided by `rope_factor`.
+        rope_high_freq_factor: llama3.1: frequencies with more rotations than this are unchanged.
+        rope_short_factors: longrope: divisors of the frequencies, one a pair, up to the original
+            length.
+        rope_long_factors: longrope: divisors of the frequencies, one a pair, for longer sequences.
 
     Raises:
         UserError: on a value out of range, or longrope without its divisors.
@@ -81,39 +87,45 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """One layer's attention. Sizes count elements.
+    """Describe a layer's attention. Sizes count elements.
 
     Attributes:
         attention_type: an `AttentionType`; "mla" is multi-head latent attention (arXiv 2405.04434).
         num_query_heads: N, query heads.
         num_kv_heads: J, key and value heads; divides N. MLA has N of each.
-        head_dim: D, even because RoPE turns pairs; of MLA see the parts below.
-        q_lora_rank: MLA: size of the latent of queries; 0: none, they come from x.
+        head_dim: D, elements of a head; even, because RoPE rotates pairs. MLA has the sizes below
+            instead.
+        q_lora_rank: MLA: size of the latent of queries; 0: queries are projected from x directly.
         kv_lora_rank: MLA: size of the latent of keys and values.
-        qk_nope_head_dim: MLA: elements of a query and key that no position turns.
-        qk_rope_head_dim: MLA: elements that RoPE turns, the keys' shared by all heads.
+        qk_nope_head_dim: MLA: elements of a query and key that RoPE does not rotate.
+        qk_rope_head_dim: MLA: elements that RoPE rotates; those of the keys are shared by all
+            heads.
         v_head_dim: MLA: elements of a value.
-        latent_norm_epsilon: MLA: of the latents' norms.
-        attention_pattern: the span of each layer's attention, repeated over the layers.
-        sliding_window_size: tokens, itself included, that a token of a "sliding" layer sees.
-        chunk_attn_window_size: tokens of a chunk, beyond which a token of a "chunked" layer does
-            not see.
-        nope_layer_interval: every so many layers one has no RoPE; -1: all have.
-        attention_bias: of the projections to queries, keys and values; of MLA, to the latents.
-        attention_out_bias: of the projection back to the model dim.
-        attention_sink: a score for each head that takes its share of the softmax and gives nothing.
-        attn_logits_soft_cap: scores s become cap * tanh(s / cap); 0: they stay.
+        latent_norm_epsilon: MLA: added to the mean square in the latents' norms.
+        attention_pattern: span of each layer's attention ("global", "sliding" or "chunked"),
+            repeated over the layers.
+        sliding_window_size: tokens that a token of a "sliding" layer attends to, itself included.
+        chunk_attn_window_size: tokens of a chunk; a token of a "chunked" layer attends within its
+            own chunk only.
+        nope_layer_interval: the last of every so many layers has no RoPE; -1: all layers have it.
+        attention_bias: whether the projections to queries, keys and values have biases; in MLA,
+            those to the latents.
+        attention_out_bias: whether the projection back to the model dim has a bias.
+        attention_sink: whether each head has a learned score that takes part in the softmax and has
+            no value.
+        attn_logits_soft_cap: scores s become cap * tanh(s / cap); 0: no cap.
         attention_scale: factor of the scores; -1: one over the root of a key's size. Where it is 1,
-            queries begin smaller by that root instead, as in T5 and MaxText.
-        use_qk_norm: queries and keys are normalised.
-        qk_norm_type: a `QKNorm`: RMSNorm of each head before RoPE; of all heads together before
-            they are split; or after RoPE, without a scale, in the layers that have RoPE.
-        clip_qkv: largest magnitude in queries, keys and values; -1: any.
-        temperature_tuning: in layers without RoPE queries grow with the position p, times
-            1 + temperature_scale * ln(1 + floor((p + 1) / temperature_floor)).
-        temperature_tuning_scale: see there.
-        temperature_tuning_floor: see there, in positions.
-        rope: positions.
+            queries are initialised smaller by that root instead, as in T5 and MaxText.
+        use_qk_norm: whether queries and keys are normalised.
+        qk_norm_type: how they are normalised, a `QKNorm`: RMSNorm of each head before RoPE; of all
+            heads together before they are split; or after RoPE, without a scale, in the layers that
+            have RoPE.
+        clip_qkv: largest magnitude of queries, keys and values; -1: no clipping.
+        temperature_tuning: whether queries of layers without RoPE grow with the position p, by the
+            factor 1 + temperature_tuning_scale * ln(1 + floor((p + 1) / temperature_tuning_floor)).
+        temperature_tuning_scale: see `temperature_tuning`.
+        temperature_tuning_floor: see `temperature_tuning`; in positions.
+        rope: rotary positions.
 
     Raises:
         UserError: on a value out of range or a contradiction between keys.
@@ -206,6 +218,6 @@ class AttentionConfig:
 
     @property
     def turned_dim(self) -> int:
-        """Elements of a query or key that RoPE turns."""
+        """Return how many elements of a query or key RoPE rotates."""
         of = self.qk_rope_head_dim if self.attention_type == "mla" else self.head_dim
         return int(of * self.rope.partial_rotary_factor)

@@ -42,7 +42,7 @@ def check_against_mesh(config: Config, sizes: Mapping[str, int]) -> tuple[str, .
         Notes, one line each, about settings that change nothing on this mesh.
 
     Raises:
-        UserError: experts or batch rows that their mesh axes do not divide.
+        UserError: experts or sequences that their mesh axes do not divide.
     """
     batch_axes = ["activation_batch"]
     if config.model.moe is not None:

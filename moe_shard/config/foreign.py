@@ -1,7 +1,7 @@
-"""Read rule files that were not written for this package: any mesh axes, any rules, none refused.
+"""Read rule files that were not written for this package: any mesh axes, any logical axes.
 
-For looking at a table, not for training with one (`custom_mesh_and_rule` does that, see
-`tables.py`).
+Such a table can be explained but not trained with; for that there is `custom_mesh_and_rule`, see
+`tables.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SIZE_KEY = re.compile(r"(ici|dcn)_(\w+)_parallelism=(.*)", re.DOTALL)
 
 @dataclass(frozen=True)
 class ForeignTable:
-    """A table with the axes of its own mesh.
+    """Hold a rule table with the axes of its own mesh.
 
     Attributes:
         rules: the rules as written.
@@ -37,7 +37,7 @@ class ForeignTable:
 
 
 def read_foreign_table(path: Path) -> ForeignTable:
-    """Read `mesh_axes` and `logical_axis_rules` of a YAML file; its other keys are passed over.
+    """Read `mesh_axes` and `logical_axis_rules` of a YAML file; its other keys are ignored.
 
     Raises:
         UserError: it cannot be read, has no rules, or `mesh_axes` is no list of names, each once.
@@ -73,8 +73,8 @@ def take_sizes(
     """Return sizes for the axes of a foreign mesh: those given, `ASSUMED_SIZE` for the others.
 
     Args:
-        overrides: `key=value` arguments; `ici_<axis>_parallelism` and `dcn_<axis>_parallelism`
-            are taken, an axis on both levels has the product.
+        overrides: `key=value` arguments; `ici_<axis>_parallelism` and `dcn_<axis>_parallelism` are
+            read from them, and the size of an axis is the product of its two.
         mesh_axes: the axes.
 
     Returns:

@@ -15,13 +15,13 @@ from moe_shard.errors import UserError
 def sift(
     source: str, written: Mapping[str, Any], base: Mapping[str, Any], keys: MaxTextKeys
 ) -> Overlay:
-    """Sort what a source sets into our keys, and MaxText's by what they would mean here.
+    """Sort the keys that a source sets into ours and MaxText's, the latter by their meaning here.
 
     Args:
         source: a file's name or `COMMAND_LINE`.
         written: key -> value as written.
-        base: `base.yml`.
-        keys: MaxText's.
+        base: defaults of `base.yml`, by key.
+        keys: what becomes of MaxText's keys.
 
     Raises:
         UserError: an unknown key, one given twice, or a value that is not supported.
@@ -61,10 +61,10 @@ def sift(
 
 
 def _in_our_words(source: str, name: str, value: Any, keys: MaxTextKeys) -> tuple[str, Any]:
-    """Translate one of MaxText's keys; no key where it asks for what is there anyway.
+    """Translate one of MaxText's keys; the name is empty where nothing has to change.
 
     Raises:
-        UserError: it means something only together with a model file of MaxText's.
+        UserError: it has a meaning only together with one of MaxText's model files.
     """
     if name in RENAMED:
         return RENAMED[name], value

@@ -1,4 +1,4 @@
-"""Configure how text is written: which tokens may come next, and how one of them is chosen."""
+"""Configure generation: which tokens may come next, and how one of them is chosen."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ SamplingStrategy = Literal["greedy", "weighted", "nucleus", "topk", "composite"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """The next token of a text.
+    """Describe how the next token of a text is chosen.
 
     Attributes:
-        decode_sampling_strategy: a `SamplingStrategy`. `greedy` takes the most probable token; the
-            others draw: `weighted` from all, `nucleus` from the most probable that make up
-            `nucleus_p` (arXiv 1904.09751), `topk` from the `top_k` most probable, `composite` from
-            both.
+        decode_sampling_strategy: a `SamplingStrategy`. `greedy` picks the most probable token; the
+            others sample: `weighted` from all tokens, `nucleus` from the most probable ones whose
+            probabilities add up to `decode_sampling_nucleus_p` (arXiv 1904.09751), `topk` from the
+            `decode_sampling_top_k` most probable ones, `composite` from those that both admit.
         decode_sampling_temperature: logits are divided by it before anything else.
-        decode_sampling_nucleus_p: share of the probability; -1: not set.
-        decode_sampling_top_k: tokens; 0: not set.
-        max_new_tokens: after the prompt; the end of the document ends a text earlier.
-        seed: of what is drawn.
+        decode_sampling_nucleus_p: cumulative probability of the tokens to sample from; -1: not set.
+        decode_sampling_top_k: number of tokens to sample from; 0: not set.
+        max_new_tokens: tokens to generate after the prompt, at most; an end-of-document token ends
+            a text earlier.
+        seed: seed of the sampling.
 
     Raises:
         UserError: a value out of range, or a strategy whose size is not set.

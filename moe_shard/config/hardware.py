@@ -1,4 +1,4 @@
-"""Read what is known of accelerators: one YAML each in `configs/hardware/`."""
+"""Read the specifications of accelerators, one YAML file each in `configs/hardware/`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from moe_shard.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class CompileTarget:
-    """How XLA compiles for an accelerator that is not there; see `runtime/targets/target.py`.
+    """Describe how XLA compiles for an absent accelerator; see `runtime/targets/target.py`.
 
     Attributes:
         platform: "tpu", "cuda", "rocm" or "cpu".
-        topology: what libtpu calls the family; "" but for TPUs.
-        topology_dims: dims of the network between a TPU's chips; 0 but for TPUs.
-        chip_config: libtpu's name of the way a chip's cores form devices; "" for its default.
-        target_config: a `GpuTargetConfigProto` as text; "" but for GPUs.
+        topology: libtpu's name of the TPU family; empty for other platforms.
+        topology_dims: dims of the network between a TPU's chips; 0 for other platforms.
+        chip_config: libtpu's name of how a chip's cores form devices; empty for its default.
+        target_config: a `GpuTargetConfigProto` as text; empty for other platforms than GPUs.
     """
 
     platform: str
@@ -33,16 +33,16 @@ class CompileTarget:
 
 @dataclass(frozen=True)
 class Hardware:
-    """One JAX device of an accelerator.
+    """Describe one JAX device of an accelerator.
 
     Attributes:
-        name: for people.
-        device_kinds: its values of `jax.Device.device_kind`.
-        peak_flops: dtype -> operations per second, dense.
-        hbm_bytes: memory; None where devices have none of their own (simulated ones).
-        hbm_bandwidth: bytes per second, or None.
-        compile: how to compile for it without having it.
-        link_bandwidth: bytes per second it sends to devices of its slice or host, over all its
+        name: the name shown to people.
+        device_kinds: values of `jax.Device.device_kind` that it goes by.
+        peak_flops: dtype -> dense operations per second.
+        hbm_bytes: bytes of memory; None where devices have none of their own (simulated ones).
+        hbm_bandwidth: bytes per second; None where unknown.
+        compile: how to compile for it where it is absent.
+        link_bandwidth: bytes per second that it sends to devices of its slice or host, over all its
             links together; None where devices are simulated.
         network_bandwidth: bytes per second it sends to other hosts, or None where the links reach
             them too.
@@ -59,7 +59,7 @@ class Hardware:
 
 
 def find_hardware(device_kind: str) -> Hardware | None:
-    """Find an accelerator by its own name for itself; None if it is not known."""
+    """Find an accelerator by its `device_kind`; None if it is not known."""
     for path in sorted((configs_dir() / "hardware").glob("*.yml")):
         if device_kind in read_mapping(path)["device_kinds"]:
             return _read(path)

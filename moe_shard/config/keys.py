@@ -11,7 +11,7 @@ from moe_shard.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """The YAML key of a leaf, for `Annotated[type, Key(...)]`.
+    """Describe the YAML key of a leaf and its values, for `Annotated[type, Key(...)]`.
 
     Attributes:
         name: as written in YAML; the attribute's own name unless given. Only MaxText's `base_`

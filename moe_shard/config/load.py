@@ -30,7 +30,7 @@ from moe_shard.errors import UserError
 T = TypeVar("T")
 
 LOADER_KEYS = ("custom_mesh_and_rule", "override_logical_axis_rules")
-"""Keys of `base.yml` for how to load; what they lead to stands in `MeshConfig`."""
+"""Keys of `base.yml` that steer loading; `MeshConfig` holds what results from them."""
 
 
 @functools.cache
@@ -68,7 +68,7 @@ def load_config(model: str, overrides: Sequence[str] = ()) -> Config:
     Args:
         model: a name in `configs/models/`, the path of a YAML file, or the folder of an imported
             model.
-        overrides: `key=value` arguments, the strongest overlay.
+        overrides: `key=value` arguments, which override all else.
 
     Raises:
         UserError: anything that a person got wrong, with the fix, in at most three lines.
@@ -95,7 +95,7 @@ def load_config(model: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def _complete_imported(values: dict[str, Any], folder: Path) -> None:
-    """Fill in where an imported model's parts are; it records no places, as it may be moved."""
+    """Fill in the paths of an imported model's parts; it records none, as it may be moved."""
     if not values.get("load_parameters_path"):
         values["load_parameters_path"] = str(folder)
     if not values.get("tokenizer_path") and (folder / "hf" / "tokenizer.json").is_file():
@@ -106,9 +106,9 @@ def load_settings(overlay: Overlay, overrides: Sequence[str] = (), *, name: str)
     """Lay a model's settings over `base.yml`, and arguments over both.
 
     Args:
-        overlay: the model's settings, wherever they come from.
-        overrides: `key=value` arguments, the strongest overlay.
-        name: the model's, where `model_name` is not among the settings.
+        overlay: the model's settings, whatever their source.
+        overrides: `key=value` arguments, which override all else.
+        name: the model's name, where `model_name` is not among the settings.
 
     Raises:
         UserError: as `load_config`.
@@ -121,13 +121,13 @@ def load_settings(overlay: Overlay, overrides: Sequence[str] = (), *, name: str)
 def _assemble(
     overlays: Sequence[Overlay], *, name: str, may_settle_dispatch: bool = False
 ) -> Config:
-    """Lay sources over `base.yml` and build what the code reads.
+    """Lay sources over `base.yml` and build the configuration from the result.
 
     Args:
         overlays: from the weakest to the strongest.
-        name: the model's, where `model_name` is not among the settings.
-        may_settle_dispatch: `moe_dispatch` comes from a file of MaxText's, in other words, and
-            gives way to a table that it cannot serve.
+        name: the model's name, where `model_name` is not among the settings.
+        may_settle_dispatch: whether `moe_dispatch` was translated from a MaxText file, in which
+            case it is changed where the rule table does not allow it.
     """
     base, known = base_settings(), maxtext_keys()
     settings = lay_over(base, overlays)
@@ -179,15 +179,15 @@ def list_names(kind: str) -> list[str]:
 
 
 def find_file(kind: str, given: str, what: str) -> Path:
-    """Find the file that a name in `configs/<kind>/` or a path stands for.
+    """Find the file that a name in `configs/<kind>/`, or a path, refers to.
 
     Args:
-        kind: directory below `configs/`.
-        given: a name there or the path of a YAML file.
-        what: a person calls it, for messages.
+        kind: a directory below `configs/`.
+        given: a name there, or the path of a YAML file.
+        what: what messages call the file.
 
     Raises:
-        UserError: neither.
+        UserError: there is no such name and no such file.
     """
     directory = configs_dir() / kind
     names = list_names(kind)
@@ -209,7 +209,7 @@ def find_file(kind: str, given: str, what: str) -> Path:
 
 
 def _derive(settings: dict[str, Any], name: str) -> None:
-    """Fill what a default leaves to other keys."""
+    """Fill in the keys whose default is derived from other keys."""
     if settings["model_name"] in {"", "default"}:
         settings["model_name"] = name
     settings["run_name"] = settings["run_name"] or settings["model_name"]
@@ -227,7 +227,7 @@ def _derive(settings: dict[str, Any], name: str) -> None:
 
 def _build_model(settings: Mapping[str, Any]) -> ModelConfig:
     """Build the decoder's configuration; its MoE layer is None for one expert."""
-    # Built in any case, so that a dense model's keys are checked like everyone's.
+    # Built in any case, so that these keys are checked for a dense model too.
     moe = _build(MoEConfig, settings, router=_build(RouterConfig, settings))
     return _build(
         ModelConfig,
@@ -251,7 +251,7 @@ def _frozen(value: Any) -> Any:
 
 
 def _unbuilt(overlays: Sequence[Overlay]) -> tuple[tuple[str, Any, str], ...]:
-    """Return what is asked for and not built; a stronger overlay may take a request back."""
+    """Return what is requested and not built; a stronger overlay may withdraw a request."""
     asked: dict[str, tuple[Any, str] | None] = {}
     for overlay in overlays:
         asked |= overlay.unbuilt

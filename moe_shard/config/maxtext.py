@@ -1,8 +1,9 @@
 """Read a run from MaxText's files: its model file alone, or its base.yml with `model_name=NAME`.
 
-Such a file means here what it means there. What it leaves out has MaxText's default, what it sets
-is put into our keys (`maxtext_model.py` for the model, here for the run), and what cannot be had is
-refused. A file is MaxText's if it has a key that only MaxText has, such as `decoder_block`.
+Such a file means the same here as in MaxText. Keys that it leaves out have MaxText's defaults, keys
+that it sets are translated to ours (`maxtext_model.py` for the model, here for the run), and what
+is not supported is refused. A file is MaxText's if it has a key that only MaxText has, such as
+`decoder_block`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _NOTED = (
     *("steps", "per_device_batch_size", "load_balance_loss_weight", "head_dim"),
     *("remat_policy", "checkpoint_period"),
 )
-"""Keys whose default there is another than ours, so that a note names the default."""
+"""Keys whose default in MaxText differs from ours, so that a note names the default."""
 
 
 def is_maxtext(written: Mapping[str, Any], base: Mapping[str, Any], keys: MaxTextKeys) -> bool:
@@ -61,7 +62,7 @@ def read_run(
     base: Mapping[str, Any],
     keys: MaxTextKeys,
 ) -> tuple[list[Overlay], str]:
-    """Put a run by MaxText's files into our keys.
+    """Translate a run described by MaxText's files to our keys.
 
     Args:
         path: the file that was named.
@@ -74,7 +75,7 @@ def read_run(
         The overlays over `base.yml`, and the model's name.
 
     Raises:
-        UserError: a file that is not found or read, an unknown key, or what cannot be had here.
+        UserError: a file that cannot be found or read, an unknown key, or something unsupported.
     """
     theirs = {key: value for key, value in arguments.items() if key in keys}
     files, notes = _files(path, written, theirs)
@@ -131,7 +132,7 @@ def read_run(
 def _files(
     path: Path, written: Mapping[str, Any], arguments: Mapping[str, Any]
 ) -> tuple[list[tuple[str, Mapping[str, Any]]], list[str]]:
-    """Read a run's files, the weakest first: what a file inherits from, itself, its model's."""
+    """Read a run's files, the weakest first: those it inherits from, itself, its model's."""
     chain = _inherited(path, written, ())
     notes: list[str] = []
     named = _model_name(path, chain, arguments)
@@ -190,7 +191,7 @@ def _inherited(
         parent = folder / named
         if parent.is_file() and not parent.samefile(path):
             return _inherited(parent, read_mapping(parent), (*above, path)) + own
-    if Path(named).name == "base.yml":  # its defaults stand below any file in any case
+    if Path(named).name == "base.yml":  # its defaults are below every file in any case
         return own
     raise UserError(
         f"{path}: base_config={shown(named)} is not beside it\nfix: the path of that file"
@@ -203,7 +204,7 @@ def _above(path: Path) -> tuple[Path, ...]:
 
 
 def _laid(table: list[Any], rows: list[Any]) -> list[Any]:
-    """Lay unchecked rules of a stronger source over a table; they replace those of a name."""
+    """Lay unchecked rules of a stronger source over a table; they replace those of their names."""
     names = [row[0] for row in rows if isinstance(row, list) and row]
     return [row for row in table if not (isinstance(row, list) and row and row[0] in names)] + rows
 
@@ -236,7 +237,7 @@ def _checked(
         if key not in keys:
             if key not in base:
                 raise unknown_key(source, key, list(base), list(keys.defaults))
-            continue  # ours, in a file of theirs
+            continue  # a key of ours in a MaxText file
         if key in keys.refused:
             explicit[key] = value
         elif key in keys.same or key in keys.translated:
@@ -247,7 +248,7 @@ def _checked(
         else:
             explicit[key] = value
     if source == "base.yml":
-        # Its values as shipped are defaults and not a person's choice, except for its table.
+        # MaxText's shipped values are defaults, not a choice of the user's, except for its table.
         return {k: v for k, v in explicit.items() if k in _TABLE or v != keys.defaults[k]}
     return explicit
 
@@ -272,7 +273,7 @@ def _idle(
     is_named: bool,
     keys: MaxTextKeys,
 ) -> list[str]:
-    """Find keys whose default would come to the same, by trying it, so that none is forgotten."""
+    """Find keys that change nothing, by translating again with their defaults."""
     told = {*translation.unread, *translation.unbuilt}
     idle = []
     for key in explicit:
@@ -297,8 +298,8 @@ def _idle(
 def why_tokens_cannot_move(mesh: MeshConfig) -> str:
     """Return why a strategy that always moves tokens cannot serve a table; empty where it can.
 
-    MaxText's sparse path can have the tokens whole on every device of an expert group; here a
-    token is sent by the one device that has it.
+    MaxText's sparse path accepts tokens that are replicated over the devices of an expert group;
+    here a token is sent by the one device that holds it.
     """
     sizes = zip(mesh.mesh_axes, mesh.ici, mesh.dcn, strict=True)
     split = {axis for axis, ici, dcn in sizes if (ici, dcn) != (1, 1)}
@@ -319,7 +320,7 @@ def _same(
     base: Mapping[str, Any],
     keys: MaxTextKeys,
 ) -> dict[str, Any]:
-    """Return the keys of one name and meaning, MaxText's default included, then the model's."""
+    """Return the keys of the same name and meaning, with MaxText's defaults, then the model's."""
     values = {
         key: given[key]
         for key in sorted(keys.same)
@@ -333,7 +334,7 @@ def _same(
 
 
 def _rules_beside(path: Path, name: Any) -> Any:
-    """Return a rule table's name as a path where MaxText's folder of them is beside the file."""
+    """Return a rule table's name as a path where MaxText's folder of tables is near the file."""
     for folder in _above(path):
         place = folder / "custom_mesh_and_rule" / f"{name}.yml"
         if place.is_file():

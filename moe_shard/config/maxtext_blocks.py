@@ -1,8 +1,8 @@
 """List MaxText's decoder blocks: which can be built here, and which keys each of them reads.
 
-MaxText has one flat configuration and a class for each decoder block, and a class reads what it
-wants: Mixtral's layers do not look at `use_qk_norm`, and scale no scores. What is stated of each
-block is from reading its layers in release 0.2.5.
+MaxText has one flat configuration and a class for each decoder block, and each class reads only
+some of the keys: Mixtral's layers ignore `use_qk_norm` and do not scale attention scores. What is
+stated of each block is from reading its layers in release 0.2.5.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 BIASED_CHOICE = ("deepseek3", "deepseek4", "kimi-k2")
-"""How the names of models begin whose router chooses by biased scores and within groups."""
+"""Prefix of the names of models whose router chooses by biased scores and within groups."""
 
 LLAMA31 = {
     "rope_factor": 8.0,
@@ -20,18 +20,19 @@ LLAMA31 = {
     "rope_low_freq_factor": 1.0,
     "rope_high_freq_factor": 4.0,
 }
-"""Numbers that are written into MaxText's class of Llama 3.1's positions."""
+"""Constants of MaxText's class for the positions of Llama 3.1."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder block.
+    """Describe a decoder block.
 
     Attributes:
-        has_experts: its layers have routed experts; the others' have one MLP whatever
+        has_experts: whether its layers have routed experts; other blocks have one MLP whatever
             `num_experts` is.
-        scales: scores are divided by the root of a key's size. Where not, queries begin smaller.
-        reads: those of `OPTIONAL` that it looks at.
+        scales: whether scores are divided by the root of a key's size; if not, queries are
+            initialised smaller.
+        reads: the keys of `OPTIONAL` that it reads.
     """
 
     has_experts: bool = False
@@ -55,7 +56,7 @@ OPTIONAL: Mapping[str, Any] = {
     "chunk_attn_window_size": 0,
     "partial_rotary_factor": 1.0,
 }
-"""Keys that only some blocks read, and what a block has that does not."""
+"""Keys that only some blocks read, and their values in blocks that do not."""
 
 _DEEPSEEK = frozenset(
     (
@@ -85,7 +86,7 @@ BLOCKS: Mapping[str, Block] = {
 """The decoder blocks that can be built here."""
 
 FOR_LOOKING_AT = frozenset(OPTIONAL) - {"routed_bias_update_rate"}
-"""What is kept of a block that cannot be built, for looking at its shapes."""
+"""Keys that are read for a block that cannot be built, so that its shapes can be explained."""
 
 OTHER_BLOCKS: Mapping[str, str] = {
     "default": "attention and MLP side by side",

@@ -10,22 +10,22 @@ from typing import Any, Literal
 
 import yaml
 
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ours is slow, and this file is known
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the strict loader is slow
 
 UNSET: tuple[Any, ...] = (None, "", "None", "none", [])
-"""Values by which MaxText's files leave a key open, whatever its default."""
+"""Values that mean "not set" in MaxText's files, whatever a key's default."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A key with one value that can be had here.
+    """Describe a key of which only one value is supported.
 
     Attributes:
-        kind: "model": a model that asks for it is read and explained, but not trained; "run": the
+        kind: "model": a model with another value is read and explained, but not trained; "run": the
             command ends.
-        what: any other value asks for.
-        default: the value.
-        fix: what to write instead; empty: leave it out.
+        what: what any other value requests.
+        default: the supported value.
+        fix: what to write instead; empty: leave the key out.
     """
 
     kind: Literal["model", "run"]
@@ -34,7 +34,7 @@ class Refusal:
     fix: str = ""
 
     def admits(self, value: Any) -> bool:
-        """Return whether a value asks for nothing beyond what is here."""
+        """Return whether a value requests nothing beyond what is supported."""
         if value in UNSET:
             return True
         # True == 1 in Python, and `mtp_num_layers: true` is not `mtp_num_layers: 1`.
@@ -45,18 +45,18 @@ class Refusal:
 
 @dataclass(frozen=True)
 class MaxTextKeys:
-    """Every key of MaxText, by what becomes of it here.
+    """Hold every key of MaxText, by what becomes of it here.
 
     Attributes:
-        defaults: of all keys, as its base.yml has them.
+        defaults: key -> its default in MaxText's base.yml, for all keys.
         same: keys of ours with the same name and meaning.
         translated: key -> the keys here that it is translated to.
-        implied: key -> the key without which it does nothing.
-        harmless: key -> what it is about; nothing of the model or of what it learns.
+        implied: key -> the key without which it has no effect.
+        harmless: key -> its subject; these affect neither the model nor what it learns.
         data: keys about how text is read.
-        refused: key -> why.
-        mesh_axes: axes of its meshes that ours does not have.
-        logical_axes: logical axes of its rule tables that ours does not have.
+        refused: key -> the one supported value, and why others are refused.
+        mesh_axes: axes of MaxText's meshes that ours does not have.
+        logical_axes: logical axes of MaxText's rule tables that ours does not have.
     """
 
     defaults: Mapping[str, Any]
@@ -75,7 +75,7 @@ class MaxTextKeys:
 
 @functools.cache
 def read_maxtext_keys(path: Path) -> MaxTextKeys:
-    """Read the file, once."""
+    """Read the file; the result is cached."""
     content = yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)
     translated, refused = content["translated"], dict(_refusals(content["refused"]))
     by_text = {kind: dict(_ungrouped(content[kind])) for kind in ("implied", "harmless")}

@@ -23,13 +23,13 @@ from moe_shard.errors import UserError
 
 @dataclass
 class Translation:
-    """What came of the model keys.
+    """Hold the result of translating the model keys.
 
     Attributes:
-        values: key of ours -> value.
-        words: what was expressed by other keys, one phrase each.
-        unread: keys that the block does not look at.
-        unbuilt: key of MaxText's -> value and what it asks for that is not here.
+        values: our key -> value.
+        words: notes on what is expressed by other keys, one phrase each.
+        unread: keys that the block ignores.
+        unbuilt: MaxText's key -> its value, and what it requests that is not built here.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -41,13 +41,13 @@ class Translation:
 def translate_model(
     given: Mapping[str, Any], explicit: frozenset[str], name: str, *, is_named: bool
 ) -> Translation:
-    """Put a model of MaxText's into our keys.
+    """Translate a MaxText model to our keys.
 
     Args:
-        given: every translated key, with MaxText's default where none is set.
-        explicit: keys that a file or a person has set.
-        name: the model's.
-        is_named: it was given by `model_name`, not taken from a file's name.
+        given: every translated key, with its default in MaxText where it is not set.
+        explicit: keys that a file or the command line sets.
+        name: the model's name.
+        is_named: whether the name is from `model_name`, rather than from the name of a file.
 
     Raises:
         UserError: MaxText itself would refuse it, or build fewer layers than it states.
@@ -96,7 +96,7 @@ def _experts(
     if experts == 1:
         return
     if kind in {"mixtral", "gpt_oss"}:
-        # Their experts are of the size of a dense MLP; Mixtral's file has to set it twice.
+        # Their experts have the size of a dense MLP; Mixtral's files have to set it twice.
         if kind == "mixtral" and own not in {-1, dense}:
             raise UserError(
                 f"decoder_block=mixtral with base_mlp_dim={shown(dense)} and base_moe_mlp_dim="
@@ -151,7 +151,7 @@ def _router(
         )
         found.words.append("decoder_block=llama4: sigmoid weights on the experts' input")
     elif "norm_topk_prob" in explicit and not given["norm_topk_prob"]:
-        # A softmax over the chosen logits is the normalised softmax over all, whatever the key.
+        # A softmax over the chosen logits equals the normalised softmax over all, whatever the key.
         found.unread.append("norm_topk_prob")
     if biased:
         found.words.append("routed_bias=true: router_bias=true, a bias in the logits")
@@ -181,7 +181,7 @@ def _deepseek_router(
         norm_topk_prob=normed,
         routed_bias=biased,
         router_bias=False,
-        # Its dense path takes the bias into the loss, its sparse path does not.
+        # MaxText's dense path includes the bias in the loss, its sparse path does not.
         load_balance_probs="ranked" if biased and not given["sparse_matmul"] else "softmax",
     )
     if not biased:
@@ -225,7 +225,7 @@ def _mlp(found: Translation, given: Mapping[str, Any], kind: str) -> None:
     if kind == "deepseek" and values["mlp_activations_limit"] > 0 and _other_mlps(values):
         limit = given["mlp_activations_limit"]
         found.unbuilt["mlp_activations_limit"] = (limit, "a clamp of routed experts alone")
-    # Only routed experts have biases there, and all of the layer's MLPs here.
+    # In MaxText only routed experts have these biases; here all MLPs of the layer do.
     alone = values["num_experts"] == 1 or _other_mlps(values)
     values["mlp_bias"] = given["mlp_bias"] and not alone
     if given["mlp_bias"] and alone:
@@ -236,7 +236,7 @@ def _mlp(found: Translation, given: Mapping[str, Any], kind: str) -> None:
 
 
 def _other_mlps(values: Mapping[str, Any]) -> bool:
-    """Return whether there are MLPs besides the routed experts: shared ones, or of dense layers."""
+    """Return whether there are MLPs besides the routed experts: shared or in dense layers."""
     dense = values["first_num_dense_layers"] > 0 or values["interleave_moe_layer_step"] > 1
     return dense or values["shared_experts"] > 0
 
@@ -302,7 +302,7 @@ def _positions(found: Translation, given: Mapping[str, Any], name: str, kind: st
 
 
 def _latent_scale(found: Translation, given: Mapping[str, Any]) -> None:
-    """Return what MLA multiplies scores by: with the stretch wherever a key claims it."""
+    """Translate the factor of MLA's scores: stretched wherever a key says that positions are."""
     values, factor = found.values, given["rope_factor"]
     is_yarn = values.get("rope_type") == "yarn"
     stretched = given["max_position_embeddings"] > given["original_max_position_embeddings"]
@@ -315,7 +315,7 @@ def _latent_scale(found: Translation, given: Mapping[str, Any]) -> None:
 
 
 def _ends(found: Translation, given: Mapping[str, Any]) -> None:
-    """Translate the keys of the logits: only a tied table's are normalised and capped there."""
+    """Translate the keys of the logits; MaxText normalises and caps only those of a tied table."""
     tied, dim = given["logits_via_embedding"], given["base_emb_dim"]
     cap = given["final_logits_soft_cap"]
     found.values["final_logits_soft_cap"] = cap if tied else 0.0
@@ -330,10 +330,10 @@ def _ends(found: Translation, given: Mapping[str, Any]) -> None:
 
 
 def _layers(found: Translation, given: Mapping[str, Any], kind: str) -> None:
-    """Refuse a scan in which MaxText would build other layers than their numbers state.
+    """Refuse a scan in which MaxText would build other layers than the keys state.
 
-    It scans blocks of `inhomogeneous_layer_cycle_interval` layers, counts the layers of each block
-    from 0, and leaves out what is no whole block.
+    MaxText scans blocks of `inhomogeneous_layer_cycle_interval` layers, numbers the layers of each
+    block from 0, and leaves out layers that do not fill a whole block.
     """
     values, cycle = found.values, given["inhomogeneous_layer_cycle_interval"]
     if kind == "deepseek" or not given["scan_layers"]:

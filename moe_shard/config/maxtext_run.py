@@ -18,7 +18,7 @@ _REMAT = {
     "save_dot_except_mlpwi": "dots",
     "save_dot_except_mlp": "dots",
 }
-"""MaxText's policy -> the nearest here; memory and time, not what is learned."""
+"""MaxText's policy -> the nearest here; it affects memory and time, not what is learned."""
 
 
 KEYS = frozenset(
@@ -29,7 +29,7 @@ KEYS = frozenset(
         "cosine_learning_rate_final_fraction",
     )
 )
-"""Translated keys that the run's translation reads, and the model's does not."""
+"""Translated keys that only the translation of the run reads, not that of the model."""
 
 
 def run_values(
@@ -40,18 +40,18 @@ def run_values(
     given: Mapping[str, Any],
     arguments: Mapping[str, Any],
 ) -> None:
-    """Put the keys of a run into ours.
+    """Translate the keys of a run to ours.
 
     Args:
-        values: ours so far, to be added to.
-        unbuilt: what cannot be had, to be added to.
-        translation: of the model, whose words are added to.
-        explicit: keys that a file or a person has set.
-        given: all translated keys, with MaxText's default where none is set.
+        values: our values so far; the results are added to them.
+        unbuilt: unsupported requests so far; more are added to them.
+        translation: the translation of the model; notes are added to it.
+        explicit: keys that a file or the command line sets.
+        given: all translated keys, with their defaults in MaxText where they are not set.
         arguments: the command line's `key=value`.
 
     Raises:
-        UserError: what cannot be had at all.
+        UserError: an unsupported value.
     """
     values.update(learning_rate_rule="maxtext", adam_decay_vectors=True)
     if "cosine_learning_rate_final_fraction" in explicit:
@@ -86,7 +86,7 @@ def run_values(
 
 
 def _seeds(values: dict[str, Any], explicit: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Derive one seed from MaxText's two; its synthetic data have one of their own."""
+    """Derive one seed from MaxText's two; its synthetic data have a seed of their own."""
     first, data = given["init_weights_seed"], given["data_shuffle_seed"]
     if first != data and "init_weights_seed" in explicit and "data_shuffle_seed" in explicit:
         raise UserError(
@@ -106,7 +106,7 @@ def _data(
     kind, path = given["dataset_type"], given["dataset_path"]
     here = arguments.get("dataset_path")
     if here not in UNSET and arguments.get("dataset_type", "text") == "text":
-        kind = "text"  # text that a person has named here is to be read
+        kind = "text"  # the command line names text to read
     if kind not in {"text", "synthetic"}:
         raise UserError(
             f"dataset_type={shown(kind)} is a pipeline of MaxText's, which is not built here\n"
@@ -127,7 +127,7 @@ def _data(
 
 
 def check_data(explicit: Mapping[str, Any], kind: str, keys: MaxTextKeys, source: str) -> None:
-    """Refuse another way to read text than ours, where text is read."""
+    """Refuse keys of another text pipeline than ours, where text is read."""
     for key in sorted(keys.data & set(explicit)):
         if kind == "text" and explicit[key] not in (*UNSET, keys.defaults[key]):
             raise UserError(

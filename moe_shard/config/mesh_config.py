@@ -1,4 +1,4 @@
-"""The mesh as configured: axes, sizes on both levels, and the rule table. Plain arithmetic, no jax.
+"""Configure the mesh: axes, sizes on both levels, and the rule table. Plain arithmetic, no jax.
 
 ICI is the network inside a slice (or node group), DCN the one between slices. Every axis has a
 size on each level; the size of a mesh axis is the product of the two.
@@ -27,13 +27,13 @@ Rule = tuple[str, tuple[str, ...]]
 
 
 def expert_rule(logical_axes: Iterable[str]) -> str:
-    """Return the logical axis whose first rule names the axes that split experts at work.
+    """Return the logical axis whose first rule names the axes that split computing experts.
 
-    Their weights may be stored over more axes than these (FSDP over the experts dim), so the rule
-    of the activations speaks, and that of the weights only in a table without one.
+    Weights may be stored over more axes than these (FSDP over the experts dim), so the rule of the
+    activations decides; that of the weights is used only in a table that has no such rule.
 
     Args:
-        logical_axes: those that a table has rules for.
+        logical_axes: the logical axes that a table has rules for.
     """
     known = set(logical_axes)
     return next((name for name in EXPERT_RULES if name in known), EXPERT_RULES[0])
@@ -46,15 +46,17 @@ def parallelism_key(level: str, axis: str) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Axes, sizes and rule table.
+    """Describe the mesh: its axes, their sizes, and the rule table.
 
     Attributes:
         mesh_axes: mesh axes in order, slowest first; always all of `MESH_AXES`.
-        ici: size of each axis inside a slice, in the order of `axes`; at most one is -1 (the rest).
-        dcn: size of each axis across slices, in the order of `axes`; at most one is -1.
+        ici: size of each axis inside a slice, in the order of `mesh_axes`; at most one is -1 (what
+            the others leave).
+        dcn: size of each axis across slices, in the order of `mesh_axes`; at most one is -1.
         logical_axis_rules: rules (logical axis, mesh axes); several rules of one logical axis are
             alternatives.
-        rule_conflicts: whether two dims that want one mesh axis are a warning or an error.
+        rule_conflicts: "warn" or "error": what happens where two dims of a tensor want the same
+            mesh axis.
         num_simulated_devices: CPU devices to simulate where there is no accelerator.
 
     Raises:
@@ -143,7 +145,7 @@ class MeshConfig:
             num_slices: groups of devices joined by DCN.
 
         Returns:
-            Mesh axis -> size, in the order of `axes`; the sizes multiply to `num_devices`.
+            Mesh axis -> size, in the order of `mesh_axes`; the sizes multiply to `num_devices`.
 
         Raises:
             UserError: as `resolve_levels`.

@@ -1,4 +1,4 @@
-"""The decoder: what its layers are made of, and which layer is of which kind."""
+"""Configure the decoder: what its layers consist of, and which kind each layer is."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ DType = Literal["bfloat16", "float16", "float32"]
 RematPolicy = Literal["none", "dots", "full", "save_exchanged"]
 Normalization = Literal["rms", "layer"]
 GATE_ACTIVATIONS = ("silu", "gelu", "gelu_exact", "quick_gelu", "relu")
-"""First entry of `mlp_activations`; the second is `linear`. `gelu` is the tanh form, as in JAX;
-`quick_gelu` is x * sigmoid(1.702 x)."""
+"""Values of the first entry of `mlp_activations`; the second is `linear`. `gelu` is the tanh form,
+as in JAX; `quick_gelu` is x * sigmoid(1.702 x)."""
 
 
 class LayerKind(NamedTuple):
-    """What tells one decoder layer from another.
+    """Describe what distinguishes one decoder layer from another.
 
     Attributes:
-        moe: routed experts, not one dense MLP.
-        span: of its attention.
-        rope: its queries and keys are rotated by their positions.
+        moe: whether it has routed experts rather than one dense MLP.
+        span: span of its attention.
+        rope: whether its queries and keys are rotated by their positions.
     """
 
     moe: bool
@@ -34,18 +34,18 @@ class LayerKind(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GatingConfig:
-    """The gated MLP, dense, shared or of an expert: down(act(gate(x)) * (up(x) + offset)).
+    """Describe the gated MLP of dense layers and experts: down(act(gate(x)) * (up(x) + offset)).
 
     >>> import moe_shard as ms
     >>> ms.GatingConfig(mlp_activations=("gelu", "linear"), mlp_bias=True).activation
     'gelu'
 
     Attributes:
-        mlp_activations: the gate's activation, then "linear".
-        mlp_activations_limit: gate is clamped from above and up on both sides, before all else; -1:
-            neither.
-        mlp_linear_offset: added to up.
-        mlp_bias: of all three projections.
+        mlp_activations: activation of the gate, then "linear".
+        mlp_activations_limit: before all else, gate is clamped from above and up on both sides to
+            this magnitude; -1: no clamp.
+        mlp_linear_offset: number added to up.
+        mlp_bias: whether the three projections have biases.
 
     Raises:
         UserError: on a value out of range.
@@ -72,29 +72,30 @@ class GatingConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The decoder. Sizes count elements.
+    """Describe the decoder. Sizes count elements.
 
     Attributes:
         emb_dim: M, the model dim.
-        num_decoder_layers: L.
+        num_decoder_layers: L, decoder layers.
         mlp_dim: hidden size of a dense MLP.
-        vocab_size: V.
-        normalization_type: a `Normalization`; "layer" has a mean and a bias as well.
-        normalization_layer_epsilon: added to the mean square.
-        logits_via_embedding: the output projection is the embedding table, transposed.
-        logits_bias: of the output projection.
-        embedding_multiplier: of what is looked up.
-        residual_multiplier: of what a layer's attention and MLP add to the residual stream.
-        logits_scaling: what logits are divided by.
-        final_logits_soft_cap: logits l become cap * tanh(l / cap); 0: they stay.
+        vocab_size: V, tokens of the vocabulary.
+        normalization_type: a `Normalization`: "rms" is RMSNorm, "layer" LayerNorm with a bias.
+        normalization_layer_epsilon: number added to the mean square.
+        logits_via_embedding: whether the output projection is the embedding table, transposed.
+        logits_bias: whether the output projection has a bias.
+        embedding_multiplier: factor of the token embeddings.
+        residual_multiplier: factor of what attention and MLP add to the residual stream.
+        logits_scaling: number that logits are divided by.
+        final_logits_soft_cap: logits l become cap * tanh(l / cap); 0: no cap.
         first_num_dense_layers: layers before the first MoE layer.
-        interleave_moe_layer_step: every so many layers one has experts, the last of them.
-        dense_layers: numbers of further layers that have a dense MLP, from 0.
-        dtype: of activations and matrix products.
-        weight_dtype: of the stored parameters.
-        remat_policy: what the backward pass finds saved; a `RematPolicy`.
-        gating: the MLPs.
-        attention: of each layer.
+        interleave_moe_layer_step: the last of every so many layers has experts, the others are
+            dense.
+        dense_layers: numbers, from 0, of further layers that are dense.
+        dtype: dtype of activations and matrix products.
+        weight_dtype: dtype of the stored parameters.
+        remat_policy: what the forward pass saves for the backward pass: a `RematPolicy`.
+        gating: the gated MLPs.
+        attention: attention of every layer.
         moe: the MoE layer, or None for a dense model (`num_experts: 1`).
 
     Raises:

@@ -1,4 +1,4 @@
-"""The MoE layer: its router, its experts, and how tokens get to them."""
+"""Configure the MoE layer: its router, its experts, and how tokens are dispatched to them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOST_EXPERTS = 2**16  # far above any model; keeps the divisors in a fix countab
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """How a token's experts are chosen and weighed.
+    """Describe how a token's experts are chosen and weighted.
 
     >>> import moe_shard as ms
     >>> router = ms.RouterConfig(  # as in DeepSeek-V3
@@ -36,29 +36,29 @@ class RouterConfig:
     (8, 4)
 
     Attributes:
-        routed_score_func: a `ScoreFunction` of the logits, over all experts. "sparsemixer" takes
-            one expert after the other, each weighed by a softmax over those near it (Phi-3.5-MoE,
-            SparseMixer-v2, arXiv 2409.12136).
-        router_bias: a learned bias in the logits.
-        routed_bias: a bias that is added to the scores where experts are chosen, and never
-            where they are weighed (arXiv 2408.15664); no gradient reaches it.
-        routed_bias_update_rate: by how much it is moved after each update, up for experts with
-            less than the mean load and down for those with more; 0: it stays.
+        routed_score_func: scores of the logits over all experts: a `ScoreFunction`. "sparsemixer"
+            chooses one expert after the other, each weighted by a softmax over the logits near it
+            (Phi-3.5-MoE, SparseMixer-v2, arXiv 2409.12136).
+        router_bias: whether the logits have a learned bias.
+        routed_bias: whether a bias is added to the scores by which experts are chosen, but not to
+            the combine weights (arXiv 2408.15664); no gradient reaches it.
+        routed_bias_update_rate: how much that bias is moved after each update: up for experts below
+            the mean load, down for those above it; 0: not at all.
         n_routing_groups: groups of consecutive experts; -1: one group.
-        topk_routing_group: groups that a token may choose from; -1: all.
-        routing_group_score: a `GroupScore`; what a group is chosen by: its best expert
-            (DeepSeek-V2) or the sum of its best two (DeepSeek-V3).
-        norm_topk_prob: the K weights of a token are divided by their sum.
-        routed_scaling_factor: of the weights, after that.
-        routed_score_on_input: the weights multiply what experts take in, not what they give (Llama
-            4).
-        load_balance_probs: a `BalanceProbs`; what the load-balance loss takes for probabilities:
-            each score over the sum of its token's, or a softmax: of the scores, of the scores with
-            the bias that experts are chosen by, or of the logits.
-        sparsemixer_jitter: how near the best logit others must be to share its softmax: within
-            twice this part of it.
-        force_load_balance: experts are assigned round-robin, for benchmarks.
-        use_random_routing: experts are chosen at random; for benchmarks.
+        topk_routing_group: groups that a token may choose experts from; -1: all.
+        routing_group_score: how groups are ranked, a `GroupScore`: by their best expert
+            (DeepSeek-V2) or by the sum of their best two (DeepSeek-V3).
+        norm_topk_prob: whether a token's K combine weights are divided by their sum.
+        routed_scaling_factor: factor of the combine weights, after that.
+        routed_score_on_input: whether the combine weights multiply the experts' input, not their
+            output (Llama 4).
+        load_balance_probs: probabilities in the load-balance loss, a `BalanceProbs`: each score
+            over the sum of its token's scores, or a softmax of the scores, of the scores with
+            `routed_bias`, or of the logits.
+        sparsemixer_jitter: sparsemixer: logits within twice this fraction of the best one take part
+            in its softmax.
+        force_load_balance: whether experts are assigned round-robin, for benchmarks.
+        use_random_routing: whether experts are chosen at random, for benchmarks.
 
     Raises:
         UserError: on a value out of range or a contradiction between keys.
@@ -94,14 +94,14 @@ class RouterConfig:
 
     @property
     def groups(self) -> tuple[int, int]:
-        """Groups of experts, and how many of them a token may choose from."""
+        """Return the number of expert groups, and how many of them a token may choose from."""
         groups = max(self.n_routing_groups, 1)
         return groups, groups if self.topk_routing_group == -1 else self.topk_routing_group
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """The MoE layer of a model; attributes are keys of the YAML (MaxText's, without `base_`).
+    """Describe a model's MoE layer; attributes are keys of the YAML (MaxText's, without `base_`).
 
     >>> import moe_shard as ms
     >>> config = ms.MoEConfig(num_experts=8, num_experts_per_tok=2, moe_mlp_dim=512)
@@ -113,29 +113,32 @@ class MoEConfig:
 
     Attributes:
         num_experts: E, experts in each MoE layer.
-        num_experts_per_tok: K, experts each token is sent to.
+        num_experts_per_tok: K, experts that each token is routed to.
         moe_mlp_dim: H, hidden size of one expert.
-        shared_experts: further experts that every token passes, as one MLP.
+        shared_experts: number of experts that process every token; they are one MLP.
         shared_expert_mlp_dim: hidden size of that MLP; -1: `shared_experts` times H.
-        shared_expert_gate: its output is weighed by a sigmoid of a learned score of the token.
-        capacity_factor: slots per expert over the slots of a perfect balance; 0 or less: as many
-            slots as the row has tokens, so that nothing is dropped.
-        capacity_rule: a `CapacityRule`; how the factor is rounded.
-        min_capacity: fewest slots of an expert for a batch row.
-        drop_policy: a `DropPolicy`; which choices an overfull expert keeps.
-        moe_dispatch: a registered strategy, see `config.strategies`.
-        ragged_transport: a `RaggedTransport`; how `ragged` moves rows.
-        ragged_buffer_factor: rows `ragged` can take in over those of a balanced load, beyond which
-            it drops; -1: it never drops.
-        grouped_product: a `GroupedProductName`; how `ragged` multiplies rows by experts' weights.
-        num_moe_token_chunks: parts of a layer's tokens that travel one by one.
-        prefuse_moe_weights: gate and up are one parameter and one product.
-        moe_dispatch_no_expert_sharding: the flag: the dispatched batch dim leaves the expert axes
-            alone.
+        shared_expert_gate: whether that MLP's output is multiplied by the sigmoid of a learned
+            score of the token.
+        capacity_factor: slots per expert over those of a balanced load; 0 or less: as many slots as
+            the sequence has tokens, so that nothing is dropped.
+        capacity_rule: how the number of slots is rounded, a `CapacityRule`.
+        min_capacity: fewest slots that an expert has for a sequence.
+        drop_policy: which choices an overfull expert keeps, a `DropPolicy`.
+        moe_dispatch: name of a registered strategy, see `config.strategies`.
+        ragged_transport: how `ragged` exchanges token copies, a `RaggedTransport`.
+        ragged_buffer_factor: token copies that `ragged` can receive, over those of a balanced load;
+            it drops what is beyond. -1: it never drops.
+        grouped_product: how `ragged` multiplies token copies by their experts' weights, a
+            `GroupedProductName`.
+        num_moe_token_chunks: chunks that a layer's tokens are exchanged in, so that one chunk's
+            exchange is overlapped with another's experts.
+        prefuse_moe_weights: whether gate and up are one parameter and one product.
+        moe_dispatch_no_expert_sharding: the flag: the dispatched batch dim is not sharded over the
+            expert axes (rule `activation_batch_no_exp`), so that tokens move by AllToAll.
         load_balance_loss_weight: factor of the load-balance loss in the training loss.
-        load_balance_loss_type: a `LoadBalanceLoss`.
+        load_balance_loss_type: normalisation of that loss, a `LoadBalanceLoss`.
         router_z_loss_weight: factor of the mean squared log-sum-exp of the router's logits.
-        router: how experts are chosen and weighed.
+        router: how experts are chosen and weighted.
 
     Raises:
         UserError: on a value out of range or a contradiction between keys.
@@ -209,7 +212,7 @@ class MoEConfig:
 
     @property
     def shared_dim(self) -> int:
-        """Hidden size of the shared experts' MLP; 0 where there is none."""
+        """Return the hidden size of the shared experts' MLP; 0 where there is none."""
         if self.shared_experts and self.shared_expert_mlp_dim != -1:
             return self.shared_expert_mlp_dim
         return self.shared_experts * self.moe_mlp_dim

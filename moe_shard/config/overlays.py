@@ -1,8 +1,8 @@
 """Lay one source of settings over another and keep the types of `base.yml`.
 
 ml_collections is used for this and nothing else: a locked `ConfigDict` takes each value in the type
-of its default and refuses keys that `base.yml` lacks. What its check would let through (null, true
-for a number) is refused before. The rest of the package reads the frozen dataclasses of
+of its default and refuses keys that `base.yml` lacks. What its check would accept (null, true
+for a number) is refused before it. The rest of the package reads the frozen dataclasses of
 `schema.py`, never a `ConfigDict`.
 """
 
@@ -30,7 +30,7 @@ TYPES_IN_WORDS = {
 }
 """Type of a key -> what a value of it is called in messages."""
 _NULL_MEANS: Mapping[str, Any] = {
-    # MaxText's None keeps all checkpoints and names no file.
+    # In MaxText None means all checkpoints, and no file.
     "max_num_checkpoints_to_keep": -1,
     "tokenizer_path": "",
     "dataset_path": [],
@@ -42,19 +42,19 @@ _LISTS_OF: Mapping[str, type] = {
     "rope_short_factors": float,
     "rope_long_factors": float,
 }
-"""Keys whose lists hold numbers; the others' hold names."""
+"""Keys whose lists hold numbers; other lists hold names."""
 _LARGEST_INT = 2**63
 
 
 @dataclasses.dataclass(frozen=True)
 class Overlay:
-    """One source of settings, by key of `base.yml`.
+    """Hold one source of settings, by key of `base.yml`.
 
     Attributes:
         source: a file's name or `COMMAND_LINE`, for messages.
         values: key -> value as written.
-        unbuilt: key -> value of what is not computed here and what that is, or None where a key is
-            given a value that is.
+        unbuilt: key -> its value and what it requests that is not built here; None where a key is
+            given a value that is supported.
         notes: one line each on what became of MaxText's keys.
     """
 
@@ -76,7 +76,7 @@ def unknown_key(
 
 
 def parse_overrides(overrides: Sequence[str], base: Mapping[str, Any]) -> dict[str, Any]:
-    """Read `key=value` arguments; of a key that is given twice, the last one counts.
+    """Read `key=value` arguments; of a key that is given twice, the last value counts.
 
     Args:
         overrides: arguments of a command line.
@@ -113,13 +113,13 @@ def parse_overrides(overrides: Sequence[str], base: Mapping[str, Any]) -> dict[s
 
 
 def _example(default: Any) -> str:
-    """Write a default as an example; of a table, its shortest row, whole."""
+    """Write a default as an example; for a rule table, its shortest rule."""
     is_table = isinstance(default, list | tuple) and any(isinstance(x, list) for x in default)
     return shown([min(default, key=lambda row: len(shown(row)))] if is_table else default)
 
 
 def lay_over(base: Mapping[str, Any], overlays: Sequence[Overlay]) -> dict[str, Any]:
-    """Lay sources over `base.yml`, each value in the type that its key has there.
+    """Lay sources over `base.yml`, converting each value to the type of its default.
 
     Args:
         base: `base.yml`.
@@ -144,13 +144,13 @@ def lay_over(base: Mapping[str, Any], overlays: Sequence[Overlay]) -> dict[str, 
 
 
 def coerced(source: str, key: str, value: Any, default: Any) -> Any:
-    """Convert a value to the type of its key's default; lists are taken as they are.
+    """Convert a value to the type of its key's default; lists are kept as they are.
 
     Args:
         source: for messages.
         key: the key.
         value: as written.
-        default: of the key.
+        default: the key's default.
 
     Raises:
         UserError: a value of another type.
@@ -181,7 +181,7 @@ def coerced(source: str, key: str, value: Any, default: Any) -> Any:
 
 
 def _prepared(key: str, value: Any, default: Any) -> Any:
-    """Convert a value as far as ConfigDict's own check does not: it lets null and true through.
+    """Convert or refuse what ConfigDict's own check would accept as it is: null and true.
 
     Raises:
         TypeError: null, or a bool where a number is wanted.
@@ -229,5 +229,5 @@ def _plain(value: Any) -> Any:
 
 
 def short_name(path: Path) -> str:
-    """Return what messages call a file: its name, which never spans lines."""
+    """Return what messages call a file: its name, on one line."""
     return shown(path.name)

@@ -1,7 +1,7 @@
-"""Frozen dataclasses that the code reads: they refuse contradictions and name the fix.
+"""Define the frozen dataclasses that the code reads; they refuse contradictions and name the fix.
 
 An attribute has the name and the default of its key in `configs/base.yml`, which has units and a
-line on each as well; tests hold the two together. Only MaxText's `base_` is left out of attributes.
+line on each as well; tests compare the two. Only MaxText's `base_` is left out of attributes.
 Sizes that depend on how many devices there are live in `MeshConfig.resolve` and `checks.py`.
 """
 
@@ -26,36 +26,37 @@ DatasetType = Literal["text", "synthetic"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Batch, schedule, optimizer, and what a run leaves behind.
+    """Describe the batch, the schedule, the optimizer, and what a run writes.
 
     Attributes:
-        per_device_batch_size: sequences a device holds in one microbatch; may be a fraction.
+        per_device_batch_size: sequences per device in one microbatch; may be a fraction.
         max_target_length: tokens in a sequence.
         steps: optimizer updates.
         gradient_accumulation_steps: microbatches in one update.
-        optimizer: a `Optimizer`.
-        learning_rate: peak.
-        warmup_steps_fraction: of the schedule, rising linearly from 0.
-        learning_rate_final_fraction: of the peak, at the end of the cosine.
-        learning_rate_rule: a `LearningRateRule`; "plain" begins at one part of the warm-up and
-            stays at the end's rate, "maxtext" begins at 0 and is 0 once the schedule is over.
+        optimizer: an `Optimizer`.
+        learning_rate: peak learning rate.
+        warmup_steps_fraction: fraction of the schedule over which the learning rate rises linearly
+            from 0.
+        learning_rate_final_fraction: learning rate at the end of the cosine, over its peak.
+        learning_rate_rule: a `LearningRateRule`; "plain" starts at one step of the warm-up and
+            stays at the final rate, "maxtext" starts at 0 and is 0 once the schedule is over.
         learning_rate_schedule_steps: length of the schedule in updates; -1: `steps`.
-        gradient_clipping_threshold: largest global norm of the gradient; 0: no clipping.
+        gradient_clipping_threshold: global norm that the gradient is clipped to; 0: no clipping.
         adam_b1: decay of the first moment.
         adam_b2: decay of the second moment.
-        adam_eps: added to the root of the second moment.
-        adam_weight_decay: decoupled decay per unit of learning rate.
-        adam_decay_vectors: it takes in scales of norms and biases too.
-        seed: of the initial parameters and of the order of the data.
+        adam_eps: number added to the root of the second moment.
+        adam_weight_decay: decoupled weight decay per unit of learning rate.
+        adam_decay_vectors: whether weight decay includes the scales of norms and biases.
+        seed: seed of the initial parameters and of the order of the data.
         log_period: updates between two lines on the terminal.
-        enable_checkpointing: save, and resume from what is there.
+        enable_checkpointing: whether to save checkpoints, and to resume from those that are there.
         checkpoint_period: updates between two checkpoints.
-        max_num_checkpoints_to_keep: the newest; -1: all.
-        async_checkpointing: train on while a checkpoint is written.
-        save_checkpoint_on_completion: save after the last update as well.
-        enable_tensorboard: write `tensorboard/`.
-        dump_hlo: write the compiled step to `hlo/`.
-        profile: write a profile of a few updates.
+        max_num_checkpoints_to_keep: number of newest checkpoints to keep; -1: all.
+        async_checkpointing: whether training continues while a checkpoint is written.
+        save_checkpoint_on_completion: whether to save after the last update as well.
+        enable_tensorboard: whether to write `tensorboard/`.
+        dump_hlo: whether to write the compiled step to `hlo/`.
+        profile: whether to write a profile of a few updates.
         skip_first_n_steps_for_profiler: updates before the profile starts.
         profiler_steps: updates in the profile.
 
@@ -136,13 +137,15 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the text comes from.
+    """Describe where the text comes from.
 
     Attributes:
         dataset_type: a `DatasetType`; "synthetic" is one batch of random tokens, the same in every
-            step, for measuring.
-        dataset_path: files or directories of text; empty: the standard library's own source text.
-        tokenizer_path: a Hugging Face model directory or a tokenizer.json; empty: bytes.
+            step, for benchmarks.
+        dataset_path: files or directories of text; empty: the source text of Python's standard
+            library.
+        tokenizer_path: a Hugging Face model directory or a tokenizer.json; empty: each byte is a
+            token.
         seed: as in `TrainConfig`.
     """
 
@@ -162,17 +165,17 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Names and places.
+    """Describe the names and paths of a run.
 
     Attributes:
-        base_output_directory: runs are written below it.
+        base_output_directory: directory that runs are written into.
         run_name: directory of this run; by default the model's name, so that the same command
             resumes the same run.
         model_name: the model YAML's name without `.yml`.
-        load_parameters_path: where the first parameters of a new run come from: a Hugging Face
-            directory, an imported model or a run; empty: they are drawn from `seed`.
-        hf_family: name or file of the family that a Hugging Face directory is read by; empty: as
-            its config.json says.
+        load_parameters_path: source of the initial parameters: a Hugging Face directory, an
+            imported model or a run; empty: they are initialised from `seed`.
+        hf_family: name or file of the family by which a Hugging Face directory is read; empty: the
+            one that its config.json names.
 
     Raises:
         UserError: `run_name` is not the name of a directory, or a path is an address.
@@ -204,18 +207,18 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """One run, resolved.
+    """Hold the resolved configuration of one run.
 
     Attributes:
-        run: names and places.
+        run: names and paths.
         model: the decoder.
-        mesh: axes, sizes, rule table.
+        mesh: axes, their sizes, and the rule table.
         train: batch, schedule, optimizer.
         data: where the text comes from.
-        generate: how text is written.
+        generate: how text is generated.
         warnings: one line each, for standard error.
-        unbuilt: key and value of what the model asks for and this version does not compute, and
-            what that is.
+        unbuilt: key, value, and what it requests, for what the model needs and this version does
+            not build.
         detected: what was found where the model is a Hugging Face directory, one line each.
     """
 
@@ -235,7 +238,7 @@ class Config:
         return tuple(f"{what} ({key}={shown(value)})" for key, value, what in self.unbuilt)
 
     def require_built(self) -> None:
-        """Refuse to go on with a model that this version would compute differently.
+        """Refuse a model that this version would compute differently.
 
         Raises:
             UserError: `not_built` is not empty.
@@ -248,7 +251,7 @@ class Config:
             )
 
     def as_flat_dict(self) -> dict[str, Any]:
-        """Return every key with its value in plain YAML types, which load to the same again.
+        """Return every key with its value in plain YAML types; loading them gives the same again.
 
         Sizes of -1 stay -1, so that the file is good for another number of devices.
         """
@@ -262,7 +265,7 @@ class Config:
         for part in (*parts, self.mesh, self.train, self.data, self.generate):
             flat |= keyed_values(part)
         flat |= self.mesh.flat_sizes()
-        # The table is whole: rows that it lacks must not come back from base.yml.
+        # The table is complete: rules that it lacks must not come back from base.yml.
         flat["override_logical_axis_rules"] = True
         return flat | {key: to_plain(value) for key, value, _ in self.unbuilt}
 

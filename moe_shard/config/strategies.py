@@ -1,4 +1,4 @@
-"""The registry of dispatch strategies: what the rest of the package asks of each, in one entry.
+"""Register dispatch strategies: all that the rest of the package asks of one is in its entry.
 
 A strategy is one file whose class carries its entry:
 
@@ -11,7 +11,7 @@ A strategy is one file whose class carries its entry:
         def record(self, tokens, dtype): ...
 
 The value of `moe_dispatch` is then "mine", and checks, notes, bounds, reports and the contract
-tests know of it what the entry says. The package's own strategies are the files in
+tests read its properties from the entry. The package's own strategies are the files in
 `moe_shard/moe/dispatch/`, named as they are and imported when first asked for. One from outside is
 found where its module has been imported; for the commands of this package that is done for
 
@@ -54,18 +54,18 @@ _FOLDER = Path(__file__).parent.parent / "moe" / "dispatch"
 
 @dataclass(frozen=True)
 class StrategyEntry:
-    """What the rest of the package asks of a strategy.
+    """Describe what the rest of the package needs to know of a strategy.
 
     Attributes:
         name: the value of `moe_dispatch`.
-        make: makes one for a layer, from its configuration and the placement of its arrays.
-        has_slots: an expert has capacity slots for each sequence, and what is beyond is dropped;
-            the strategy reads `CAPACITY_KEYS`.
-        always_moves_tokens: tokens are exchanged over the expert axes whether or not
-            `moe_dispatch_no_expert_sharding` is set, each sent by the one device that has it.
-        keys: the further YAML keys that this strategy reads and not every one does.
-        copies: token copies that it brings to all experts together for one sequence, from the
-            configuration and the sequence's length; None: its slots, or a copy for each choice.
+        make: makes the strategy of a layer, from its configuration and the placement of its arrays.
+        has_slots: whether an expert has capacity slots for each sequence and drops what is beyond;
+            such a strategy reads `CAPACITY_KEYS`.
+        always_moves_tokens: whether tokens are exchanged over the expert axes whatever
+            `moe_dispatch_no_expert_sharding` is, each sent by the one device that holds it.
+        keys: further YAML keys that this strategy reads and others need not.
+        copies: from the configuration and the length of a sequence, the token copies brought to all
+            experts together; None: one for each slot, or for each choice where there are no slots.
     """
 
     name: str
@@ -77,7 +77,7 @@ class StrategyEntry:
 
     @property
     def own_keys(self) -> frozenset[str]:
-        """Every YAML key that this strategy reads and not all do."""
+        """Return every YAML key that this strategy reads and others need not."""
         return frozenset(self.keys) | frozenset(CAPACITY_KEYS if self.has_slots else ())
 
 
@@ -102,7 +102,7 @@ def register_strategy(
         copies: see there.
 
     Raises:
-        UserError: the name is taken by another strategy, or is no name.
+        UserError: the name belongs to another strategy, or is not a valid name.
 
     Example:
         >>> import moe_shard as ms
@@ -120,7 +120,7 @@ def register_strategy(
 
     def register(make: F) -> F:
         known = _entries.get(name)
-        # A module that is imported again, as a notebook does, replaces its own entry.
+        # A module that is imported again, as in a notebook, replaces its own entry.
         same = known is not None and known.make.__module__ == make.__module__
         built_in = f"{_PACKAGE}.{name}"
         if (known is not None and not same) or (
@@ -137,7 +137,7 @@ def register_strategy(
 
 
 def unregister_strategy(name: str) -> None:
-    """Forget a strategy that was registered from outside; for tests and notebooks."""
+    """Remove a strategy that was registered from outside; for tests and notebooks."""
     del _entries[name]
 
 
@@ -204,7 +204,7 @@ def _import(module: str, source: str) -> None:
         importlib.import_module(module)
     except UserError:
         raise
-    except Exception as error:  # whatever a module of somebody else's raises
+    except Exception as error:  # a module of someone else may raise anything
         raise UserError(
             f"{source}: importing {module} failed: {type(error).__name__}: "
             f"{first_line(error, 200)}\nfix: {_fix(module, error)}"

@@ -19,10 +19,10 @@ _FLOAT = re.compile(
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader without duplicate keys and aliases; reads 1e-5 as a number and 1:30 as text."""
+    """Refuse duplicate keys and aliases; read 1e-5 as a number and 1:30 as text."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        # An alias can make a value contain itself, or a short file unfold to gigabytes.
+        # An alias can make a value contain itself, or a short file expand to gigabytes.
         if self.check_event(yaml.AliasEvent):
             event = self.get_event()
             raise yaml.composer.ComposerError(
@@ -42,7 +42,7 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-# YAML 1.1 as PyYAML reads it takes 1e-5 for text, 1:30 for ninety and 2024-01-01 for a date.
+# PyYAML, which follows YAML 1.1, reads 1e-5 as text, 1:30 as ninety and 2024-01-01 as a date.
 _REPLACED_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp")}
 _StrictLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED_TAGS]
@@ -56,7 +56,7 @@ def parse_yaml(text: str) -> Any:
     """Parse a YAML text.
 
     Raises:
-        UserError: not YAML, or a key stands twice; one line, without the file's name.
+        UserError: not YAML, or a key is given twice; one line, without the file's name.
     """
     try:
         return yaml.load(text, Loader=_StrictLoader)

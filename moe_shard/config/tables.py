@@ -30,7 +30,7 @@ def read_rules_file(path: Path, keys: MaxTextKeys) -> Overlay:
 
     Args:
         path: the file.
-        keys: MaxText's; the others of a rule file of theirs mean nothing here.
+        keys: MaxText's keys; those in its rule files that concern something else are ignored.
 
     Raises:
         UserError: the file cannot be read, has no table, or has something else in it.
@@ -64,11 +64,11 @@ def build_mesh(
         settings: the flat settings with all overlays applied.
         base: `base.yml`.
         overlays: the model file's and the command line's, in this order.
-        rules_file: what `custom_mesh_and_rule` names, if anything.
+        rules_file: the file that `custom_mesh_and_rule` names, if any.
         keys: MaxText's, for the axes of its meshes and the rules of its tables.
 
     Raises:
-        UserError: a rule or an axis that makes no sense, or a size for an axis that is left out.
+        UserError: an invalid rule or axis, or a size for an axis that `mesh_axes` leaves out.
     """
     own_table = table = read_rules(base["logical_axis_rules"], "base.yml")
     axes, chosen_by = MESH_AXES, "base.yml"
@@ -117,7 +117,7 @@ def build_mesh(
 
 
 def _unknown_names(rules: Sequence[Rule], own: Sequence[Rule]) -> str:
-    """Name the logical axes of `rules` that `own` lacks, each with the one it may be meant for."""
+    """Name the logical axes of `rules` that `own` lacks, each with the nearest known one."""
     known = list(dict.fromkeys(name for name, _ in own))
     named = []
     for name in dict.fromkeys(name for name, _ in rules if name not in known):
@@ -127,10 +127,10 @@ def _unknown_names(rules: Sequence[Rule], own: Sequence[Rule]) -> str:
 
 
 def read_table(path: Path, keys: MaxTextKeys, own: Sequence[Rule]) -> tuple[list[Rule], list[str]]:
-    """Read the rules of a file for a mesh that is not in it, and notes on what was changed.
+    """Read the rules of a file for a given mesh, and notes on what was changed.
 
-    Its other keys are not read, nor are its `mesh_axes`. Without MaxText's names in it, the rules
-    are as they are written.
+    Its other keys, `mesh_axes` among them, are not read. A table without names that only MaxText
+    has is returned as it is written.
 
     Args:
         path: a YAML file with `logical_axis_rules`.
@@ -160,7 +160,7 @@ def read_table(path: Path, keys: MaxTextKeys, own: Sequence[Rule]) -> tuple[list
 def is_maxtext_table(
     rules: Sequence[tuple[str, Sequence[str]]], axes: Sequence[str], keys: MaxTextKeys
 ) -> bool:
-    """Return whether rules are of a MaxText table: they name what only its tables have.
+    """Return whether rules are of a MaxText table: they use names that only its tables have.
 
     Args:
         rules: of the table.
@@ -176,8 +176,8 @@ def completed(
 ) -> tuple[list[Rule], list[str]]:
     """Complete a MaxText table with a rule for every logical axis here, and note what was added.
 
-    A dim without a rule is not sharded there. `activation_batch_no_exp` has no rule there: what its
-    flag takes off the batch is the axis of the experts, in code.
+    In MaxText a dim without a rule is not sharded. It has no rule `activation_batch_no_exp` either:
+    its code takes the expert axes off the batch dim.
 
     Args:
         table: the rules.
@@ -231,11 +231,11 @@ def read_rules(value: Any, source: str, foreign: Sequence[str] = ()) -> list[Rul
 
 
 def lay_rules(table: Sequence[Rule], rules: Sequence[Rule]) -> list[Rule]:
-    """Lay rules over a table: they replace all of their logical axes and stand last, as in MaxText.
+    """Lay rules over a table: they replace all rules of their logical axes and stand last.
 
     Args:
         table: the rules so far.
-        rules: the rules that a stronger source gives.
+        rules: the rules of a source with precedence over it, as in MaxText.
     """
     replaced = {name for name, _ in rules}
     return [rule for rule in table if rule[0] not in replaced] + list(rules)
@@ -279,7 +279,7 @@ def _foreign_axes(overlay: Overlay, keys: MaxTextKeys) -> tuple[str, ...]:
 def _sizes(
     level: str, settings: Mapping[str, Any], explicit: set[str], axes: Sequence[str], chosen_by: str
 ) -> dict[str, int]:
-    """Return the sizes of one level; a default -1 gives way to one that a person wrote."""
+    """Return the sizes of one level; a default -1 yields to one that the user sets."""
     sizes = {axis: settings[parallelism_key(level, axis)] for axis in MESH_AXES}
     own = {axis for axis in MESH_AXES if parallelism_key(level, axis) in explicit}
     taken_over = any(sizes[axis] == -1 for axis in own)

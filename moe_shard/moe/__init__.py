@@ -1,4 +1,4 @@
-"""The Mixture-of-Experts layer: router, dispatch, experts, combine, and their losses.
+"""Provide the Mixture-of-Experts layer: router, dispatch, experts, combine, and their losses.
 
 Dims, in this package's shapes:
 

@@ -1,4 +1,4 @@
-"""The logical axes of an MoE layer's arrays: a name for each dim, or None for one never sharded.
+"""Name the dims of an MoE layer's arrays: a logical axis each, or None for one never sharded.
 
 The rule table maps these names to mesh axes. Parameters carry them in their metadata; activations
 are annotated with them in `placement.py`.

@@ -1,7 +1,8 @@
-"""Dispatch with a capacity: an expert has so many slots for a sequence, so all shapes are static.
+"""Dispatch with a capacity: each expert has a fixed number of slots for a sequence.
 
-The strategies `gather` and `einsum` differ only in how tokens get into slots and out again. The
-partitioner makes the exchange, from how `Placement` lays slots out before and after.
+So all shapes are static. The strategies `gather` and `einsum` differ only in how tokens get into
+slots and out again. The partitioner makes the exchange, from how `Placement` lays slots out before
+and after it.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from moe_shard.moe.slots import Slots, assign_slots, assign_slots_round_robin
 
 
 class ByCapacity(ABC):
-    """A strategy with capacity slots; subclasses say how tokens get into them and out again.
+    """Share what strategies with capacity slots have in common; subclasses fill and read slots.
 
     Args:
-        config: of the layer.
-        placement: of its arrays.
+        config: the layer's configuration.
+        placement: the placement of the layer's arrays.
     """
 
     def __init__(self, config: MoEConfig, placement: Placement) -> None:
@@ -85,7 +86,7 @@ class ByCapacity(ABC):
             return self.combine(together, combine_weights, slots), dropped
 
     def record(self, tokens: tuple[int, ...], dtype: DTypeLike) -> MoERecord:
-        """Return what a call takes, see `Strategy`; the same for all shapes."""
+        """Return the record of a call, see `Strategy`; the same for all shapes."""
         del tokens, dtype
         placement = self.placement
         if not placement.expert_axes:

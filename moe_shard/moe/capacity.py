@@ -24,12 +24,12 @@ def expert_capacity(
 
     Args:
         tokens: S, tokens of the sequence.
-        num_experts: E.
-        k: experts per token.
-        factor: slots relative to a perfectly balanced load. 0 or less: as many slots as the
+        num_experts: E, experts of the layer.
+        k: K, experts per token.
+        factor: slots over those of a perfectly balanced load. 0 or less: as many slots as the
             sequence has tokens, which drops nothing, since a token chooses an expert at most once.
         rule: "maxtext": int(max(ceil(S*k/E) * factor, factor)); "gshard": ceil(S/E * factor * k).
-        minimum: a floor on the result (GShard's `min_capacity`).
+        minimum: fewest slots to return (GShard's `min_capacity`).
     """
     if factor <= 0:
         return tokens
@@ -59,7 +59,8 @@ def sequence_capacity(config: MoEConfig, *, tokens: int) -> int:
 def copies_per_sequence(config: MoEConfig, *, tokens: int) -> int:
     """Return how many token copies the strategy brings to all experts together for one sequence.
 
-    As its entry says; else its slots, or a copy for each choice where it has none.
+    The strategy's entry gives the number; by default it is one copy for each slot, or for each
+    choice where there are no slots.
     """
     entry = find_strategy(config.moe_dispatch)
     if entry.copies is not None:

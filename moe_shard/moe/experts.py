@@ -1,11 +1,11 @@
-"""The experts: E gated MLPs, `down(act(gate(x)) * up(x))`. Arithmetic only; no mesh.
+"""Compute the experts: E gated MLPs, `down(act(gate(x)) * up(x))`. Arithmetic only; no mesh.
 
-What multiplies token copies with experts' weights is an argument: batched products over capacity
-slots, or a grouped product over copies that are sorted by expert. So is what places the arrays in
-between.
+The product of token copies and experts' weights is an argument: a batched product over capacity
+slots, or a grouped product over copies that are sorted by expert. So is the placement of the arrays
+in between.
 
-Where experts have biases, an empty slot or a filler comes out as something other than zero. Nothing
-reads it, so no gradient comes back to it either.
+Where experts have biases, the output of an empty slot or of padding is not zero. Nothing reads it,
+so it gets no gradient either.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from moe_shard.sharding.rules import LogicalAxes
 
 
 class Product(Protocol):
-    """Token copies, each times the weights of its own expert."""
+    """Multiply token copies, each by the weights of its own expert."""
 
     def __call__(
         self,
@@ -55,13 +55,13 @@ def gated_mlp(
     gating: GatingConfig,
     pin_hidden: Callable[[Float[Array, "*R H"]], Float[Array, "*R H"]] = lambda h: h,
 ) -> Float[Array, "*R M"]:
-    """Apply to each token copy its expert.
+    """Apply each token copy's expert to it.
 
     Args:
         x: token copies; `product` knows which expert each belongs to.
-        weights: of the experts at hand, in the dtype of the products.
+        weights: weights of the experts on this device, in the dtype of the products.
         product: see `Product`.
-        gating: what stands between the products.
+        gating: activation, clamps and offset between the products.
         pin_hidden: places the hidden activations.
     """
     biases = weights.inward_bias or (None,) * len(weights.inward)
@@ -86,16 +86,16 @@ def batched_product(
 
 
 class Experts(nnx.Module):
-    """The parameters of the experts.
+    """Hold the parameters of the experts.
 
     Args:
-        num_experts: E.
-        model_dim: M.
-        hidden_dim: H.
+        num_experts: E, experts of the layer.
+        model_dim: M, the model dim.
+        hidden_dim: H, hidden size of one expert.
         gating: activation, clamps, offset, biases.
-        fused: keep gate and up in one parameter `gate_up`, [E M 2 H], and so their biases.
-        dtype: of the products.
-        weight_dtype: of the parameters.
+        fused: whether gate and up are one parameter `gate_up`, [E M 2 H], and so their biases.
+        dtype: dtype of the products.
+        weight_dtype: dtype of the parameters.
         rngs: source of the initial weights, the same fused or not.
     """
 
@@ -128,7 +128,7 @@ class Experts(nnx.Module):
         self.dtype = dtype
 
     def weights(self) -> ExpertWeights:
-        """Return the parameters in the dtype of the products, where they are stored.
+        """Return the parameters in the dtype of the products, placed as they are stored.
 
         Cast here, on the shards, so that FSDP gathers weights in the narrow dtype.
         """

@@ -1,7 +1,7 @@
-"""The MoE layer: route; then dispatch, exchange, experts, exchange and combine by a strategy.
+"""Build the MoE layer: route; then dispatch, exchange, experts, exchange, combine by a strategy.
 
-The outputs of shared experts, through which every token goes, are added to the sum. The named
-scopes `router`, `dispatch`, `experts` and `combine` are those by which reports label collectives.
+The output of shared experts, which process every token, is added to the sum. Reports label
+collectives by the named scopes `router`, `dispatch`, `experts` and `combine`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from moe_shard.sharding.parameter import parameter
 
 
 class MoEStats(NamedTuple):
-    """Statistics of each sequence; unreduced, so that they cost no collective here.
+    """Hold statistics of each sequence; unreduced, so that they cost no collective here.
 
     Attributes:
-        mean_probs: the router's scores, summing to 1, as means over the sequence's tokens.
+        mean_probs: the router's scores, summing to 1, averaged over the sequence's tokens.
         router_z_loss: see `losses.router_z_loss`; not yet weighted.
-        expert_counts: choices of each expert, before drops.
-        dropped: choices beyond the capacity.
+        expert_counts: number of choices of each expert, before drops.
+        dropped: number of choices beyond the capacity.
     """
 
     mean_probs: Float[Array, "B E"]
@@ -45,7 +45,7 @@ class MoEStats(NamedTuple):
 
 
 class MoELayer(nnx.Module):
-    """A routed mixture of gated MLPs, in place of a dense MLP.
+    """Apply a routed mixture of gated MLPs, in place of a dense MLP.
 
     >>> import jax, jax.numpy as jnp, moe_shard as ms
     >>> from flax import nnx
@@ -62,22 +62,20 @@ class MoELayer(nnx.Module):
     >>> int(stats.expert_counts.sum()) == 8 * 16 * 2
     True
 
-    Inputs may be laid out in any way; the layer reshards them as the table places `[B S M]`
-    (`activation_batch_moe`, `activation_length_moe`, `activation_embed_moe`), and so its outputs.
-    Where the mesh has Explicit axes, the body runs under `jax.sharding.auto_axes`, and outputs
-    have these placements in their types. Parameters keep the logical axes of their dims in
+    Inputs may have any layout; the layer reshards them as the table places `[B S M]`
+    (`activation_batch_moe`, `activation_length_moe`, `activation_embed_moe`), as it does its
+    outputs. Where the mesh has Explicit axes, the body runs under `jax.sharding.auto_axes`, and
+    outputs have these placements in their types. Parameters keep the logical axes of their dims in
     `out_sharding`, see `init_sharded`.
 
     Args:
         config: experts, capacity, strategy, the flag.
-        model_dim: M.
+        model_dim: M, the model dim.
         sharding: the mesh and its rules.
         rngs: source of the initial weights (the stream `params`).
-        gating: the experts' activation, clamps, offset, biases.
-        dtype: the experts' weights are cast to it for their products. Inputs have the same, or
-            the products and the output of `gather` and `einsum` are in the wider one, and
-            `ragged` refuses them.
-        weight_dtype: of the experts' parameters; the router is always float32.
+        gating: the experts' activation, clamps, offset and biases.
+        dtype: dtype of the experts' products and the layer's output.
+        weight_dtype: dtype of the experts' parameters; the router is always float32.
 
     Raises:
         UserError: the strategy cannot run on this mesh.
@@ -129,20 +127,20 @@ class MoELayer(nnx.Module):
         self.shared_gate = (
             _shared_gate(model_dim, weight_dtype, rngs) if config.shared_expert_gate else None
         )
-        _ = self.strategy  # for its errors: here, not in the midst of a trace
+        _ = self.strategy  # raises its errors here rather than during tracing
 
     @property
     def placement(self) -> Placement:
-        """Where the layer's arrays live."""
+        """Return the placement of the layer's arrays."""
         flag = self.config.moe_dispatch_no_expert_sharding
         return Placement(self.sharding, no_expert_sharding=flag)
 
     @property
     def strategy(self) -> Strategy:
-        """How tokens reach their experts.
+        """Return the strategy that brings tokens to their experts.
 
-        Made anew each time: attributes of a module are compared by `nnx.jit`, which would compile
-        again for a layer that is equal but for the object here.
+        It is made on each access: `nnx.jit` compares the attributes of a module, and would compile
+        again for an equal layer that holds another strategy object.
         """
         return make_strategy(self.config, self.placement)
 
@@ -173,7 +171,7 @@ class MoELayer(nnx.Module):
 
     def _with_auto_axes(self, x: Float[Array, "B S M"]) -> tuple[Float[Array, "B S M"], MoEStats]:
         """Apply the layer where the mesh has Explicit axes; within the call they are Auto."""
-        # Parameters go in as arguments: closed over, they would keep their Explicit types.
+        # Parameters are arguments: closed over, they would keep their Explicit types.
         graph, state = nnx.split(self)
         y, each = self.placement.of_tokens(x.shape), self.placement.of_batch(x.shape[0])
         outside = self.sharding.outside
@@ -193,7 +191,7 @@ class MoELayer(nnx.Module):
             return self.router(x)
 
     def record(self, tokens: tuple[int, ...]) -> MoERecord:
-        """Return what a call takes: the exchange, the product, fast paths, and why.
+        """Return how a call exchanges and multiplies, which fast paths it takes, and why.
 
         Nothing is traced or run.
 
@@ -203,7 +201,7 @@ class MoELayer(nnx.Module):
         return self.strategy.record(tokens, self.experts.dtype)
 
     def _of_shared(self, x: Float[Array, "B S M"]) -> Float[Array, "B S M"] | None:
-        """Apply the shared experts; None where there are none."""
+        """Apply the shared experts; return None where there are none."""
         if self.shared is None:
             return None
         y = self.shared(x)

@@ -1,7 +1,8 @@
-"""Auxiliary losses of the router.
+"""Compute the auxiliary losses of the router.
 
-A layer returns sums over each sequence, and the losses are formed once for all layers where the
-training loss is, so that a layer adds no collective. Fractions count choices before any is dropped.
+A layer returns statistics of each sequence, and the losses are computed once for all layers, next
+to the training loss, so that a layer adds no collective. Fractions count choices before any is
+dropped.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from moe_shard.config.moe_config import LoadBalanceLoss
 
 
 def expert_counts(indices: Int[Array, "B S K"], num_experts: int) -> Int[Array, "B E"]:
-    """Count the choices of each sequence that fell on each expert."""
+    """Count the choices of each sequence for each expert."""
     return jnp.sum(jax.nn.one_hot(indices, num_experts, dtype=jnp.int32), axis=(1, 2))
 
 
@@ -28,21 +29,21 @@ def load_balance_loss(
 ) -> Float[Array, ""]:
     """Sum over experts the mean probability times the fraction of choices.
 
-    - "maxtext": of each sequence of each layer, times E, the fractions summing to K: K when
-      balanced, E when k = 1 and all tokens take one expert; then the mean. MaxText's, and the only
-      one local to a sequence.
-    - "sequence": the same over K, 1 when balanced: MaxText's from 0.2.5 on.
-    - "gshard": of each layer over the whole batch, normalised to 1 when balanced (GShard, arXiv
+    - "maxtext": for each sequence of each layer, times E, the fractions summing to K: K when
+      balanced, E when k = 1 and all tokens choose one expert; then the mean. As in MaxText until
+      0.2.5; local to a sequence.
+    - "sequence": the same divided by K, 1 when balanced; as in MaxText from 0.2.5 on.
+    - "gshard": for each layer over the whole batch, normalised to 1 when balanced (GShard, arXiv
       2006.16668; Switch Transformer, arXiv 2101.03961, for k = 1); then the mean over layers.
     - "huggingface": over the whole batch and all layers together, K when balanced, as
       transformers' `load_balancing_loss_func` computes it.
 
     Args:
-        mean_probs: of each sequence, the mean over its tokens.
-        counts: choices of each expert, see `expert_counts`.
-        tokens: S, of a sequence.
-        k: K.
-        convention: see above.
+        mean_probs: mean probabilities over the tokens of each sequence.
+        counts: number of choices of each expert, see `expert_counts`.
+        tokens: S, tokens of a sequence.
+        k: K, experts per token.
+        convention: one of the above.
     """
     num_experts = mean_probs.shape[-1]
     fraction = counts.astype(jnp.float32) / tokens

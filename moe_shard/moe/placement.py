@@ -1,15 +1,15 @@
-"""Place the arrays of an MoE layer: the one file in moe/ that annotates, and that reads the flag.
+"""Place the arrays of an MoE layer: the one file in moe/ that annotates and reads the flag.
 
 The exchange is a change of layout of one array. By sequence: every device has all experts' slots
 of its own sequences. By expert: every device has its own experts' slots of all sequences of its
 group. The partitioner turns the step from one to the other into an all-to-all over the expert axis,
-provided that the batch dim gives that axis up, which is what `moe_dispatch_no_expert_sharding`
-selects (`activation_batch_no_exp` instead of `activation_batch_moe`). If the batch dim keeps it,
+provided that the batch dim gives up that axis, as it does under `moe_dispatch_no_expert_sharding`
+(rule `activation_batch_no_exp` instead of `activation_batch_moe`). If the batch dim keeps it,
 the expert dim stays unsharded and the weights of all experts are gathered instead.
 
-Both layouts are always pinned, in both directions. A direct step from the down projection's partial
-sums over `tensor` to the layout by sequence is miscompiled by XLA (jax 0.8.3 to 0.10.2, both
-partitioners) on some meshes with fsdp, tensor and expert axes: half of the sequences come out
+Both layouts are always constrained, in both directions. A direct step from the down projection's
+partial sums over `tensor` to the layout by sequence is miscompiled by XLA (jax 0.8.3 to 0.10.2,
+both partitioners) on some meshes with fsdp, tensor and expert axes: half of the sequences come out
 wrong.
 """
 
@@ -37,11 +37,11 @@ from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.rules import LogicalAxes
 
 EXCHANGED = "exchanged"
-"""Name of the arrays that an exchange has just produced, for the remat policy `save_exchanged`."""
+"""Name of the arrays that an exchange produces, for the remat policy `save_exchanged`."""
 
 
 class Placement:
-    """Places the arrays of one MoE layer.
+    """Place the arrays of one MoE layer.
 
     Args:
         sharding: the mesh and its rules.
@@ -51,10 +51,10 @@ class Placement:
     def __init__(self, sharding: Sharding, *, no_expert_sharding: bool) -> None:
         self.sharding = sharding
         self.expert_axes = sharding.table.expert_axes
-        # Read here and nowhere else.
+        # The flag is read here and nowhere else.
         self.batch = "activation_batch_no_exp" if no_expert_sharding else "activation_batch_moe"
-        # Weights are used where the activations' experts are, so what FSDP adds to the experts dim
-        # is gathered; where that dim stays whole in the activations, once, not twice.
+        # Weights are used where the activations' experts are, so the axes that FSDP adds to the
+        # experts dim are gathered; all at once where that dim is unsharded in the activations.
         batch_axes = set(sharding.table.sharding_axes(self.batch))
         self.moves_tokens = bool(self.expert_axes) and batch_axes.isdisjoint(self.expert_axes)
         self._exp_in_use = "activation_exp" if batch_axes.isdisjoint(self.expert_axes) else None
@@ -66,23 +66,23 @@ class Placement:
 
     @property
     def why_exchange(self) -> str:
-        """Why tokens have to leave their devices; empty where every device has all experts."""
+        """Return why tokens have to leave their devices; empty if every device has all experts."""
         sizes = self.sharding.table.axis_sizes
         return " x ".join(f"{axis} axis of {sizes[axis]}" for axis in self.expert_axes)
 
     @property
     def why_no_exchange(self) -> str:
-        """Why no token leaves its device; no axis for experts is not the same as one of size 1."""
+        """Return why no token leaves its device: expert axes of size 1, or none at all."""
         named = self.sharding.table.named_expert_axes
         return f"the {', '.join(named)} axis has size 1" if named else "no axis is for experts"
 
     @property
     def expert_parallelism(self) -> int:
-        """D, devices of an expert group."""
+        """Return D, devices of an expert group."""
         return math.prod(self.sharding.table.axis_sizes[axis] for axis in self.expert_axes)
 
     def token_parts(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Return into how many parts the batch and the length of tokens [B S M] are split."""
+        """Return how many parts the batch and the length of tokens [B S M] are split into."""
         resolution = self.sharding.table.resolve("moe tokens", TOKENS, shape)
         sizes = self.sharding.table.axis_sizes
         batch, length, _ = (
@@ -100,11 +100,11 @@ class Placement:
         return self.sharding.named_sharding("moe tokens", TOKENS, shape)
 
     def of_batch(self, batch: int) -> NamedSharding:
-        """Return the sharding of an array with a number, or a vector, for each sequence."""
+        """Return the sharding of an array that has a number, or a vector, for each sequence."""
         return self.sharding.named_sharding("moe statistics", TOKENS[:1], (batch,))
 
     def by_sequence(self, x: Float[Array, "E B C M"]) -> Float[Array, "E B C M"]:
-        """Place slots where their tokens are: all experts' slots of a device's own sequences."""
+        """Place slots with their tokens: all experts' slots of a device's own sequences."""
         return self.sharding(
             x,
             None,
@@ -135,7 +135,7 @@ class Placement:
         )
 
     def weights_in_use(self, weights: ExpertWeights) -> ExpertWeights:
-        """Bring the weights from where they are stored to where slots are multiplied with them."""
+        """Bring the weights from where they are stored to where they are multiplied with slots."""
         use = self.sharding.use_weight
         exp, hidden = self._exp_in_use, "activation_mlp_moe"
         stored: LogicalAxes = EXPERT_WEIGHT_IN
@@ -154,12 +154,12 @@ class Placement:
         return ExpertWeights(inward, down, biases, bias)
 
     def shards(self, x: Float[Array, "B S M"], weights: ExpertWeights, *, strategy: str) -> Shards:
-        """Return how the layer's arrays are split, for code that runs on each device by itself.
+        """Return how the layer's arrays are split, for code that runs per device.
 
         Args:
             x: the layer's input; only its shape and dtype are read.
-            weights: as stored; likewise.
-            strategy: the name of the one that asks, for messages.
+            weights: the weights as stored; only their shapes and dtypes are read.
+            strategy: the calling strategy's name, for messages.
 
         Raises:
             UserError: see `Shards`.

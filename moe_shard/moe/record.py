@@ -1,4 +1,4 @@
-"""What an MoE layer takes and why not otherwise: printed before step 0, asserted on in tests.
+"""Record how an MoE layer runs, and why not otherwise: printed before step 0, used in tests.
 
 A record follows from configuration, mesh and shapes alone (`moe_shard.moe.strategy.moe_record`);
 nothing has to be traced for it.
@@ -14,20 +14,20 @@ from moe_shard.config.moe_config import MoEConfig
 
 @dataclass(frozen=True)
 class MoERecord:
-    """What one layer takes.
+    """Describe how one layer runs.
 
     Attributes:
-        strategy: `moe_dispatch`.
+        strategy: the value of `moe_dispatch`.
         transport: how tokens reach their experts: "ragged-all-to-all", "padded all-to-all",
             "equal all-to-all", "all-to-all" (of slots, by the partitioner) or "none".
         grouped_product: the routine that multiplies token copies with their experts' weights: a
             name of `moe.grouped`, or "batched" where experts have equally many.
-        fast_paths: those taken, of "singleton", "forced-balance", "equal-pieces", "fused-gate-up"
-            and "token-chunks".
+        fast_paths: those that it takes, of "singleton", "forced-balance", "equal-pieces",
+            "fused-gate-up" and "token-chunks".
         router: how experts are chosen and what is added to them, such as
             "sigmoid, top 8 in 4 of 8 groups, correction bias, 1 shared expert".
-        reasons: {a choice: why}.
-        not_taken: {a fast path: why not}.
+        reasons: choice -> why.
+        not_taken: fast path -> why not.
     """
 
     strategy: str
@@ -51,11 +51,11 @@ class MoERecord:
         """Make the record of a layer.
 
         Args:
-            config: of the layer.
-            transport: the transport, and why that one.
-            grouped_product: the routine, and why that one.
-            singleton: why tokens leave their devices; empty where none does.
-            equal_pieces: why peers do not all get as much; empty where they do.
+            config: the layer's configuration.
+            transport: the transport, and the reason for it.
+            grouped_product: the routine, and the reason for it.
+            singleton: why tokens leave their devices; empty where they do not.
+            equal_pieces: why peers do not get equal pieces; empty where they do.
         """
         chunks = config.num_moe_token_chunks
         forced = config.router.force_load_balance
@@ -80,10 +80,10 @@ class MoERecord:
         )
 
     def lines(self, layers: str) -> list[str]:
-        """Return the record in lines for a person.
+        """Return the record as lines for people.
 
         Args:
-            layers: which layers this is of, such as "layers 0-31".
+            layers: the layers that this is about, such as "layers 0-31".
         """
         return [
             f"MoE in {layers}: dispatch {self.strategy}, transport {self.transport}, "

@@ -1,6 +1,6 @@
-"""The router: scores for every expert, the top-k choice, and the combine weights of the chosen.
+"""Route: score every expert, choose the top k, and weight the chosen ones.
 
-Arithmetic only: no mesh, and nothing here needs one, because every step is local to a token.
+This is arithmetic only: it needs no mesh, because every step is local to a token.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from moe_shard.moe.axes import ROUTER_KERNEL, ROUTER_VECTOR
 from moe_shard.sharding.parameter import parameter
 
 ROUTING = "routing"
-"""Name under which every remat policy saves the choice, so that recomputation repeats it."""
+"""Name under which every remat policy saves the routing decision, so that it is not recomputed."""
 
 
 class Routing(NamedTuple):
-    """The routing decision. All floats are float32.
+    """Hold the routing decision. All floats are float32.
 
     Attributes:
         logits: raw scores, a learned bias included.
@@ -39,9 +39,9 @@ class Routing(NamedTuple):
 
 
 def top_k_indices(scores: Float[Array, "B S E"], k: int) -> Int[Array, "B S K"]:
-    """Return the positions of the k largest scores, largest first; of equal scores the first.
+    """Return the indices of the k largest scores, largest first; of equal scores the first.
 
-    Repeated argmax and mask, because for `lax.top_k` over a batch-sharded array the partitioner
+    It repeats argmax and mask, because for `lax.top_k` over a batch-sharded array the partitioner
     gathers the whole batch on CPU, and on TPU it reads four times the bytes.
     """
     # Above the mask's -inf, so that an expert that was masked before is not chosen twice.
@@ -59,21 +59,21 @@ def _without(scores: Float[Array, "*B E"], index: Int[Array, "*B"]) -> Float[Arr
 
 
 def _at(values: Float[Array, "B S E"], index: Int[Array, "B S"]) -> Float[Array, "B S"]:
-    """Pick one value of each token. By a mask: its gradient is a product, not a scatter."""
+    """Pick one value of each token by a mask, whose gradient is a product and not a scatter."""
     return jnp.sum(values * jax.nn.one_hot(index, values.shape[-1]), axis=-1)
 
 
 def _normalised(scores: Float[Array, "B S N"]) -> Float[Array, "B S N"]:
-    """Divide each score by the sum of its token's; scores that are all 0 stay 0."""
-    # Sigmoids of logits far below 0 may all be 0. The derivative has the square of what is divided
-    # by, which must not be 0 either.
+    """Divide each score by the sum of its token's scores; if all are 0 they stay 0."""
+    # Sigmoids of logits far below 0 may all be 0. The derivative divides by the square of the sum,
+    # which must not be 0 either.
     return scores / jnp.maximum(jnp.sum(scores, axis=-1, keepdims=True), 1e-15)
 
 
 def round_robin(*, tokens: int, k: int, num_experts: int) -> Int[np.ndarray, "S K"]:
-    """Assign experts round-robin to the choices of a sequence: forced balance.
+    """Assign experts round-robin to the choices of a sequence, for forced balance.
 
-    With at most E choices a token, no token has an expert twice.
+    As K is at most E, no token has an expert twice.
     """
     return np.arange(tokens * k, dtype=np.int32).reshape(tokens, k) % num_experts
 
@@ -92,10 +92,10 @@ def shuffled(logits: Float[Array, "B S E"]) -> Float[Array, "B S E"]:
 
 
 def mask_groups(scores: Float[Array, "B S E"], config: RouterConfig) -> Float[Array, "B S E"]:
-    """Mask the scores with -inf outside the groups of experts that a token may choose from.
+    """Mask with -inf the scores outside the groups that a token may choose from.
 
     Sources: DeepSeek-V2 (arXiv 2405.04434, section 2.2.2), which ranks groups by their best
-    expert, and DeepSeek-V3 (arXiv 2412.19437), which does by the sum of their best two.
+    expert, and DeepSeek-V3 (arXiv 2412.19437), which ranks them by the sum of their best two.
     """
     groups, allowed = config.groups
     if allowed == groups:
@@ -129,7 +129,7 @@ def _balance_probs(
     correction: Float[Array, "E"] | None,
     config: RouterConfig,
 ) -> Float[Array, "B S E"]:
-    """Return what the load-balance loss takes for probabilities."""
+    """Return the probabilities in the load-balance loss."""
     match config.load_balance_probs:
         case "softmax":
             return jax.nn.softmax(scores, axis=-1)
@@ -139,14 +139,14 @@ def _balance_probs(
         case "logits":
             return jax.nn.softmax(logits, axis=-1)
         case "scores":
-            # A softmax sums to 1 as it is.
+            # A softmax already sums to 1.
             return _normalised(scores) if config.routed_score_func == "sigmoid" else scores
 
 
 def _sparsemixer_weights(
     logits: Float[Array, "B S E"], indices: Int[Array, "B S K"], *, jitter: float
 ) -> Float[Array, "B S K"]:
-    """Weigh each chosen expert by a softmax over the logits near it, those before it left out.
+    """Weight each chosen expert by a softmax over the logits near it, without earlier choices.
 
     As Phi-3.5-MoE computes it at evaluation (SparseMixer-v2, arXiv 2409.12136). Its training form
     draws experts at random and corrects the gradient for that; here the best are taken, and the
@@ -170,13 +170,13 @@ def route(
     config: RouterConfig,
     correction: Float[Array, "E"] | None = None,
 ) -> Routing:
-    """Score all experts, choose the k best ones, and weigh them.
+    """Score all experts, choose the k best, and compute their combine weights.
 
     Args:
         logits: the router's raw scores.
-        k: experts per token.
+        k: K, experts per token.
         config: score function, groups, normalisation and scaling of the weights.
-        correction: added to the scores where experts are chosen, and only there.
+        correction: added to the scores by which experts are chosen, not to the combine weights.
     """
     logits = logits.astype(jnp.float32)
     if config.routed_score_func == "sigmoid":
@@ -200,13 +200,13 @@ def route(
 
 
 class Router(nnx.Module):
-    """A float32 linear map from the model dim to one score per expert, then `route`.
+    """Map the model dim to one score per expert, in float32, then `route`.
 
     Args:
-        model_dim: M.
-        num_experts: E.
-        k: experts per token.
-        config: see `route`; and which biases there are.
+        model_dim: M, the model dim.
+        num_experts: E, experts of the layer.
+        k: K, experts per token.
+        config: see `route`; also states which biases there are.
         rngs: source of the initial kernel.
     """
 

@@ -1,8 +1,8 @@
-"""Apply combine weights to what experts take in, not to what they give (Llama 4).
+"""Apply combine weights to the experts' input instead of their output (Llama 4).
 
-Each choice then has an array of its own before it is dispatched, so choices take the tokens' place:
-a token's K choices become K tokens with one choice each, numbered as they were. Dispatch does not
-see the difference, and expert outputs are summed with weights of one.
+Each choice then has a vector of its own before it is dispatched, so choices replace tokens: the K
+choices of a token become K tokens with one choice each, in the same order. Dispatch need not know,
+and expert outputs are summed with weights of one.
 """
 
 from __future__ import annotations
@@ -30,5 +30,5 @@ def slots_of_copies(slots: Slots) -> Slots:
 def score_on_input(
     x: Float[Array, "B S M"], slots: Slots, weights: Float[Array, "B S K"]
 ) -> tuple[Float[Array, "B S*K M"], Slots, Float[Array, "B S K"]]:
-    """Return what to dispatch, its slots, and the combine weights that are left."""
+    """Return what to dispatch, its slots, and the combine weights still to apply."""
     return scaled_copies(x, weights), slots_of_copies(slots), jnp.ones_like(weights)

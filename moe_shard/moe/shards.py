@@ -1,7 +1,7 @@
 """Split the arrays of an MoE layer for code that runs on each device by itself, in shard_map.
 
-The partitioner has no part here: what FSDP gathers and what tensor parallelism sums is written out,
-along the mesh axes of the rule table. Dims as in `moe_shard.moe.exchange`.
+The partitioner is not involved: the gathers of FSDP and the sums of tensor parallelism are written
+out, over the mesh axes of the rule table. Dims as in `moe_shard.moe.exchange`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def axes_of(entry: str | Axes | None) -> Axes:
 
 
 class WeightSpecs(NamedTuple):
-    """The specs of an `ExpertWeights`, field by field."""
+    """Hold the specs of an `ExpertWeights`, field by field."""
 
     inward: tuple[PartitionSpec, ...]
     down: PartitionSpec
@@ -39,10 +39,10 @@ class WeightSpecs(NamedTuple):
 
 @dataclass(frozen=True)
 class Shards:
-    """Where the arrays of one layer are, and how a device makes what it needs from its shards.
+    """Describe how one layer's arrays are split, and make what a device needs from its shards.
 
     Attributes:
-        mesh: the devices.
+        mesh: the mesh of the devices.
         tokens: spec of the layer's input and output, [B S M].
         weights: specs of `ExpertWeights`, as stored.
         expert_axes: the mesh axes that split the experts; their devices are an expert group.
@@ -77,36 +77,36 @@ class Shards:
 
     @property
     def token_axes(self) -> Axes:
-        """The mesh axes over which tokens are split: of sequences, then of positions in them."""
+        """Return the mesh axes over which tokens are split: first sequences, then positions."""
         return self.batch_axes + self.length_axes
 
     @property
     def batch_axes(self) -> Axes:
-        """The mesh axes over which sequences are distributed."""
+        """Return the mesh axes over which sequences are distributed."""
         return axes_of(self.tokens[0])
 
     @property
     def length_axes(self) -> Axes:
-        """The mesh axes over which the tokens of one sequence are split."""
+        """Return the mesh axes over which the tokens of one sequence are split."""
         return axes_of(self.tokens[1])
 
     @property
     def embed_axes(self) -> Axes:
-        """The mesh axes over which M is split between the experts' products."""
+        """Return the mesh axes over which M is split between the experts' products."""
         return axes_of(self.tokens[2])
 
     @property
     def hidden_axes(self) -> Axes:
-        """The mesh axes over which H stays split in use: those that split no tokens."""
+        """Return the mesh axes over which H stays split in use: those that split no tokens."""
         return tuple(axis for axis in axes_of(self.weights.down[1]) if axis not in self.token_axes)
 
     @property
     def expert_parallelism(self) -> int:
-        """D, devices of an expert group."""
+        """Return D, devices of an expert group."""
         return self.size(self.expert_axes)
 
     def size(self, axes: Axes) -> int:
-        """Devices along these mesh axes."""
+        """Return the number of devices along these mesh axes."""
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
     def map(
@@ -115,8 +115,8 @@ class Shards:
         """Map `local(x, indices, weights, expert_weights) -> (y, dropped)` over the devices.
 
         Args:
-            local: takes [b s M], [b s K], [b s K] and the stored weights; gives [b s M] and [b].
-            check_vma: have JAX check that what is declared equal on devices is.
+            local: maps [b s M], [b s K], [b s K] and the stored weights to [b s M] and [b].
+            check_vma: whether JAX checks that values declared equal on devices are equal.
         """
         sequences = PartitionSpec(self.tokens[0])
         weights: Any = ExpertWeights(*self.weights)  # type: ignore[arg-type]
@@ -130,10 +130,10 @@ class Shards:
         )
 
     def weights_in_use(self, stored: ExpertWeights) -> ExpertWeights:
-        """Gather what FSDP splits: this device's experts, whole but for what tensor axes split.
+        """Gather what FSDP splits: this device's experts, split over tensor axes only.
 
-        The gradient is scattered the same way back. Over axes that split tokens but not weights
-        (data) it is summed after that, when it is a shard: hence the cast to varying at first.
+        The gradient is scattered along the same axes. Over axes that split tokens but not weights
+        (data) it is summed after that, as a shard: hence the cast to varying comes first.
         """
 
         def inward(
@@ -155,7 +155,7 @@ class Shards:
         )
 
     def _once(self, bias: Float[Array, "E M"]) -> Float[Array, "E M"]:
-        """Keep a bias with one of the parts of H that are summed, 0 with the others."""
+        """Keep a bias with one of the parts of H that are summed, and set it to 0 with others."""
         if not self.hidden_axes:
             return bias
         first = jax.lax.axis_index(self.hidden_axes) == 0

@@ -1,6 +1,6 @@
 """Assign the choices of each sequence to capacity slots.
 
-Arithmetic on the routing decision only; every sequence is handled by itself, so nothing here
+This is arithmetic on the routing decision; every sequence is handled by itself, so nothing here
 communicates. Source: GShard (arXiv 2006.16668).
 """
 
@@ -18,7 +18,7 @@ from moe_shard.moe.router import ROUTING
 
 
 class Slots(NamedTuple):
-    """The assignment of one batch: choices and slots, each pointing at the other.
+    """Hold the assignment of one batch: choices and slots, each pointing at the other.
 
     A choice is a pair (token, one of its k experts), numbered `token * K + k` within its sequence;
     a slot is a pair (expert, position in it), numbered `expert * C + position`. A dropped choice
@@ -47,7 +47,7 @@ def assign_slots(
         probs: their probabilities; read only by drop="probability".
         capacity: C, slots of an expert for one sequence.
         drop: which choices an overfull expert keeps: the first ones of the sequence ("position"),
-            or the most probable ones ("probability", of equal ones the first).
+            or the most probable ones ("probability"; of equal ones the first).
     """
     num_experts = probs.shape[-1]
     batch, tokens, k = indices.shape
@@ -57,7 +57,7 @@ def assign_slots(
         chosen = jnp.take_along_axis(jax.lax.stop_gradient(probs), indices, axis=-1)
         preference = jnp.argsort(-chosen.reshape(batch, choices), axis=-1, stable=True)
         _, position = positions_in_expert(expert, num_experts, order_first=preference)
-        # Dropped choices form an extra, last expert, so that the others keep token order below.
+        # Dropped choices form an extra, last expert, so that the others stay in token order below.
         expert = jnp.where(position < capacity, expert, num_experts)
     order, position = positions_in_expert(expert, num_experts + 1)
     fits = (position < capacity) & (expert < num_experts)
@@ -79,16 +79,16 @@ def assign_slots(
 def assign_slots_round_robin(
     batch: int, tokens: int, k: int, *, num_experts: int, capacity: int
 ) -> Slots:
-    """Assign slots to choices that go to the experts round-robin (`router.round_robin`).
+    """Assign slots to choices made round-robin (`router.round_robin`).
 
-    They follow from the number of a choice, so nothing is sorted.
+    A slot follows from the number of its choice, so nothing is sorted.
 
     Args:
-        batch: B.
-        tokens: S.
-        k: K.
-        num_experts: E.
-        capacity: C.
+        batch: B, sequences.
+        tokens: S, tokens of a sequence.
+        k: K, experts per token.
+        num_experts: E, experts of the layer.
+        capacity: C, slots of an expert for one sequence.
     """
     choices = tokens * k
     choice = jnp.arange(choices, dtype=jnp.int32)
@@ -108,7 +108,7 @@ def count_experts(expert: Int[Array, "B N"], num_experts: int) -> Int[Array, "B 
 def positions_in_expert(
     expert: Int[Array, "B N"], num_experts: int, order_first: Int[Array, "B N"] | None = None
 ) -> tuple[Int[Array, "B N"], Int[Array, "B N"]]:
-    """Return the stable order of the choices by expert, and each choice's position in its expert.
+    """Return the stable order of choices by expert, and each choice's position in its expert.
 
     Sorting keeps this at O(N log N) a sequence; counting by a one-hot cumsum needs [N, E].
 

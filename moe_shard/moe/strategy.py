@@ -1,4 +1,4 @@
-"""The interface of a dispatch strategy, and how a layer gets the one that its config names.
+"""Define the interface of a dispatch strategy, and make the one that a config names.
 
 A strategy is one file in `moe_shard.moe.dispatch`, or one of your own: a class registered with
 `moe_shard.config.strategies.register_strategy`, whose instances are called as `Strategy` says.
@@ -23,7 +23,7 @@ from moe_shard.sharding.annotate import Sharding
 
 
 class Strategy(Protocol):
-    """A way to bring tokens to their experts and the expert outputs back."""
+    """Bring tokens to their experts and the expert outputs back."""
 
     def __call__(
         self, x: Float[Array, "B S M"], routing: Routing, experts: Experts
@@ -43,11 +43,11 @@ class Strategy(Protocol):
         ...
 
     def record(self, tokens: tuple[int, ...], dtype: DTypeLike) -> MoERecord:
-        """Return what a call with such tokens takes, and why not otherwise; nothing is traced.
+        """Return how a call with such tokens runs, and why not otherwise; nothing is traced.
 
         Args:
             tokens: [B S M], the shape of the layer's input on all devices together.
-            dtype: of the experts' products.
+            dtype: dtype of the experts' products.
         """
         ...
 
@@ -56,8 +56,8 @@ def make_strategy(config: MoEConfig, placement: Placement) -> Strategy:
     """Make the strategy that `moe_dispatch` names.
 
     Args:
-        config: of the layer.
-        placement: of its arrays.
+        config: the layer's configuration.
+        placement: the placement of the layer's arrays.
 
     Raises:
         UserError: no strategy of that name is registered, it cannot run on these devices, or what
@@ -118,13 +118,13 @@ def _kind(array: Any) -> str:
 def moe_record(
     config: MoEConfig, sharding: Sharding, tokens: tuple[int, ...], dtype: DTypeLike
 ) -> MoERecord:
-    """Return what a layer takes, from configuration, mesh, rules and shapes; nothing is traced.
+    """Return how a layer runs, from configuration, mesh, rules and shapes; nothing is traced.
 
     Args:
-        config: of the layer.
+        config: the layer's configuration.
         sharding: the mesh and its rules.
         tokens: [B S M], the shape of the layer's input on all devices together.
-        dtype: of the experts' products.
+        dtype: dtype of the experts' products.
 
     Raises:
         UserError: as the layer's call.

@@ -1,4 +1,4 @@
-"""The experts' weights as arrays: gate and up separate, or fused."""
+"""Hold the experts' weights as arrays: gate and up separate, or fused."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from jaxtyping import Array, Float
 
 
 class ExpertWeights(NamedTuple):
-    """The weights of the experts at hand.
+    """Hold the weights of the experts on a device.
 
     Attributes:
         inward: gate and up, [E M H] each; or, fused, the one array [E M 2 H] of both.
         down: the second projection.
-        inward_bias: of gate and up, [E H] each, or of both, [E 2 H]; empty where there are none.
-        down_bias: None where there are none.
+        inward_bias: biases of gate and up, [E H] each, or of both, [E 2 H]; empty where there are
+            none.
+        down_bias: the second projection's bias; None where there is none.
     """
 
     inward: tuple[Float[Array, "E M *GH"], ...]
@@ -25,7 +26,7 @@ class ExpertWeights(NamedTuple):
 
     @property
     def fused(self) -> bool:
-        """Whether gate and up are one array, and so one product."""
+        """Return whether gate and up are one array, and so one product."""
         return len(self.inward) == 1
 
 

@@ -1,1 +1,1 @@
-"""Mesh, rule table and annotation: which mesh axes each dim of each array lives on, and why."""
+"""Resolve by mesh, rule table and annotations which mesh axes shard each dim, and record why."""

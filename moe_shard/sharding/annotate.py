@@ -1,7 +1,7 @@
-"""The one object through which layers place arrays: made once from a mesh and a rule table.
+"""Place the arrays of layers: `Sharding` is made once, from a mesh and a rule table.
 
-Layers speak of logical axes; only the table knows the mesh. What was decided for each array is
-kept, so that a report can be written once a program has been traced.
+Layers name logical axes; only the table knows the mesh. What was decided for each array is
+recorded, so that a report can be written once a program has been traced.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ RuleConflicts = Literal["warn", "record", "error"]
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gather(w: Array, stored: NamedSharding, used: NamedSharding, _sum_where_used: bool) -> Array:
-    """`w` where it is used. Its gradient is pinned where `w` is stored, and nowhere before.
+    """Lay `w` out as it is used; lay its gradient out as `w` is stored, with no step in between.
 
-    The gradient of two constraints would pin the partial sums whole first, and where a cast stands
-    between, GPUs then reduce all of it on every device instead of scattering it. With
-    `_sum_where_used` it is pinned so all the same, here where no cast can stand between.
+    The gradient of two constraints would constrain the partial sums to the layout of use first, and
+    where a cast comes in between, GPUs then all-reduce them instead of scattering them. With
+    `_sum_where_used` that step is made nevertheless, here, where no cast can come in between.
     """
     constrain = jax.lax.with_sharding_constraint
     return constrain(constrain(w, stored), used)
@@ -65,7 +65,7 @@ _gather.defvjp(_gather_fwd, _gather_bwd)
 
 
 def with_auto_axes(mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh:
-    """Return the mesh with Auto axes, which is what annotations are of.
+    """Return the mesh with Auto axes, which annotations need.
 
     Raises:
         UserError: it has Manual axes.
@@ -84,7 +84,7 @@ def with_auto_axes(mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh:
 
 
 def _outside_of_package() -> int:
-    """How many frames up the first one is that is neither of this package nor of a library."""
+    """Count the frames up to the first that is neither in this package nor in a library."""
     frame, level = sys._getframe(1), 1
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _LIBRARIES:
         frame, level = frame.f_back, level + 1
@@ -95,16 +95,16 @@ _LIBRARIES = ("moe_shard", "jax", "flax")
 
 
 def _axes(entry: str | tuple[str, ...] | None) -> set[str]:
-    """The mesh axes of one dim of a PartitionSpec."""
+    """Return the mesh axes of one dim of a PartitionSpec."""
     return set() if entry is None else {entry} if isinstance(entry, str) else set(entry)
 
 
 @dataclass(frozen=True)
 class AnnotatedArray:
-    """What was declared of an array when it was placed.
+    """Hold what was declared of an array when it was placed.
 
     Attributes:
-        name: what reports call it.
+        name: the name in reports.
         logical_axes: a name per dim, or None for a dim that is never sharded.
         shape: the dims' sizes on all devices together.
         dtype: None where it was not declared.
@@ -120,7 +120,7 @@ class AnnotatedArray:
 
 @dataclass(frozen=True)
 class Conflict:
-    """A dim that the table wanted sharded and that stays unsharded.
+    """Describe a dim that the table would shard and that stays unsharded.
 
     Attributes:
         array: the array's name.
@@ -139,7 +139,7 @@ class Conflict:
 
 
 class Sharding:
-    """A mesh and a rule table: places arrays by the logical axes of their dims.
+    """Place arrays on a mesh by the logical axes of their dims, as a rule table maps them.
 
     >>> import jax, moe_shard as ms
     >>> sharding = ms.Sharding(ms.make_mesh(data=2, expert=4), ms.RuleTable.default())
@@ -149,19 +149,19 @@ class Sharding:
     >>> same.named_sharding("w", ("exp", "embed_moe", "mlp_moe"), (8, 32, 64)).spec
     P('expert', None, None)
 
-    Axes of `make_mesh` that the mesh lacks count as size 1, so a table that names them serves
-    smaller meshes too. A mesh with Explicit axes is served likewise: layers then annotate the same
+    Axes of `make_mesh` that the mesh lacks count as size 1, so a table that names them works
+    on smaller meshes too. A mesh with Explicit axes works as well: layers then annotate the same
     mesh with Auto axes inside `jax.sharding.auto_axes`, see `MoELayer`.
 
-    Two are equal where mesh, rules and `rule_conflicts` are; what they record while programs are
-    traced (`arrays`, `resolutions`, `conflicts`) has no part in it.
+    Two are equal if their mesh, rules and `rule_conflicts` are; what they record while programs are
+    traced (`arrays`, `resolutions`, `conflicts`) is not compared.
 
     Args:
-        mesh: the device mesh; an abstract one will do for what is only traced.
+        mesh: the device mesh; an abstract one is enough for programs that are only traced.
         rules: the rule table; the default one if not given.
-        rule_conflicts: what becomes of a dim that the table wants sharded and that another dim of
-            its array leaves unsharded. "warn": it is recorded, and a `UserWarning` the first time.
-            "record": it is recorded, for whoever reports `conflict_lines`. "error": it is raised.
+        rule_conflicts: what happens where the table would shard a dim that another dim of its array
+            leaves unsharded. "warn": it is recorded, with a `UserWarning` the first time. "record":
+            it is only recorded, for reports of `conflict_lines`. "error": a `UserError` is raised.
 
     Raises:
         UserError: the table names a mesh axis that neither the mesh nor `make_mesh` has, or an
@@ -209,19 +209,19 @@ class Sharding:
 
     @property
     def is_explicit(self) -> bool:
-        """Whether array types carry shardings here: Explicit axes, and no Auto ones in force."""
+        """Return whether array types carry shardings: Explicit axes, and no Auto ones in force."""
         if self.given_mesh == self.mesh:
             return False
         current = jax.sharding.get_abstract_mesh()
         return current.empty or AxisType.Explicit in current.axis_types
 
     def outside(self, placed: NamedSharding) -> NamedSharding:
-        """The same placement on the mesh as it was given, for arrays that layers take and give."""
+        """Return the same placement on the mesh as given, for inputs and outputs of layers."""
         return NamedSharding(self.given_mesh, placed.spec)
 
     @property
     def platform(self) -> str:
-        """What the devices are: "cpu", "tpu", "cuda", "rocm", or "unknown" of an abstract mesh."""
+        """Return "cpu", "tpu", "cuda" or "rocm"; "unknown" for an abstract mesh."""
         if isinstance(self.mesh, AbstractMesh):
             return "unknown"
         device = self.mesh.devices.flat[0]
@@ -245,8 +245,8 @@ class Sharding:
         Args:
             x: an array with as many dims as logical axes are given.
             logical_axes: a name per dim, or None for a dim that is never sharded.
-            name: what reports call the array.
-            consequence: what it means if the first dim cannot be sharded, and, after a semicolon,
+            name: the name of the array in reports.
+            consequence: what follows if the first dim cannot be sharded, and, after a semicolon,
                 the fix.
 
         Raises:
@@ -262,20 +262,20 @@ class Sharding:
     def use_weight(self, w: Array, stored: LogicalAxes, used: LogicalAxes, *, name: str) -> Array:
         """Bring a parameter from where it is stored to where a product needs it.
 
-        What FSDP does, said rather than left to the partitioner. Pinned where it is stored, a
-        cast before this call is made on the shards, and the narrow dtype is what is gathered.
-        Pinned where it is used, a product never meets a weight that is sharded over the axes of
-        its own batch dim: XLA miscompiles that where the batch dim is on two axes (data, fsdp),
+        This is FSDP, written out rather than left to the partitioner. Constrained as it is stored,
+        a cast before this call runs on the shards, and the narrow dtype is what is gathered.
+        Constrained as it is used, a weight in a product is never sharded over the axes of the
+        product's batch dim: XLA miscompiles that where the batch dim is on two axes (data, fsdp),
         the contracted dim on a third (tensor), the weight's other dim on fsdp and the result's on
-        tensor. Half of the rows come out wrong, without a word, for an einsum of two matrices
+        tensor. Half of the rows come out wrong, without an error, for an einsum of two matrices
         too; seen on CPU with jax 0.10.2 and 0.12.0, in every order of the axes.
 
         Args:
             w: the parameter, cast to the dtype of the product.
             stored: its logical axes as a parameter.
-            used: those it is used with: the embedding dim whole, the others as the activations
-                they meet.
-            name: what reports call the parameter.
+            used: the logical axes it is used with: the embedding dim unsharded, the others as in
+                the activations it is multiplied with.
+            name: the name of the parameter in reports.
 
         Raises:
             UserError: see `RuleTable.resolve`.
@@ -284,7 +284,7 @@ class Sharding:
         use = self.named_sharding(f"{name} in use", used, w.shape, dtype=w.dtype)
         # Experts stored over (expert, fsdp) and used over expert: straight from partial sums, the
         # partitioner would gather all experts' gradients over expert, and with a data axis leave
-        # half of the sum out (openxla/xla#40034). From where they are used it has but to slice.
+        # half of the sum out (openxla/xla#40034). From the layout of use it only slices.
         extended = any(
             axis in EXPERT_RULES and set() < _axes(by_use) < _axes(by_store)
             for axis, by_store, by_use in zip(used, where.spec, use.spec, strict=False)
@@ -300,7 +300,7 @@ class Sharding:
         dtype: DTypeLike | None = None,
         consequence: str = "",
     ) -> NamedSharding:
-        """The sharding of an array of this shape; for what is not yet there, such as parameters."""
+        """Return the sharding of an array that may not exist yet, such as a parameter."""
         self.arrays[name] = AnnotatedArray(
             name, tuple(logical_axes), tuple(shape), dtype, consequence
         )
@@ -323,7 +323,7 @@ class Sharding:
         return NamedSharding(self.mesh, resolution.spec)
 
     def conflict_lines(self) -> list[str]:
-        """The conflicts, a line for all arrays that share cause and consequence."""
+        """Return the conflicts, one line for all arrays that share cause and consequence."""
         arrays: dict[Conflict, list[str]] = {}
         for conflict in self.conflicts.values():
             arrays.setdefault(replace(conflict, array=""), []).append(conflict.array)

@@ -1,4 +1,4 @@
-"""Creating a model's variables where the rule table puts them, whoever wrote the model."""
+"""Create a model's variables where the rule table places them, whoever wrote the model."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def init_sharded(
 ) -> M:
     """Build a model whose parameters are created on the devices that the rule table names.
 
-    Nothing is allocated whole: `build` is traced, each variable is placed by the logical axes of
-    its dims, and one compiled program makes the shards, each device its own.
+    No array is allocated whole: `build` is traced, each variable is placed by the logical axes of
+    its dims, and one compiled program creates the shards, each device its own.
 
     >>> import jax, moe_shard as ms
     >>> from flax import nnx
@@ -52,10 +52,10 @@ def init_sharded(
     variables (`nnx.use_eager_sharding`) is off, and the axes of the mesh are Auto.
 
     Args:
-        build: makes the model; traced twice, so it must not keep what it makes elsewhere. It
-            returns an `nnx.Module` (or an `nnx.Optimizer`, or a tuple of such), or variables of a
+        build: makes the model; it is traced twice, so it must not store what it makes elsewhere. It
+            returns an `nnx.Module` (or an `nnx.Optimizer`, or a tuple of them), or variables of a
             Linen model: `lambda rngs: model.init(rngs.params(), x)`.
-        rngs: given to `build`, and left as it leaves them.
+        rngs: passed to `build`, and left in the state in which it leaves them.
         sharding: the mesh and its rules. By default the one that the modules hold, such as a
             `MoELayer`.
 
@@ -88,7 +88,7 @@ def init_sharded(
 
         model: M = nnx.jit(placed)(rngs)
 
-    # The same shards, on the mesh as the person gave it, with the specs as the table has them.
+    # The same shards, on the mesh as it was given, with the specs of the table.
     def outside(name: str, _variable: Any, value: Any) -> Any:
         return jax.device_put(value, sharding.outside(places[name]))
 
@@ -104,9 +104,9 @@ def init_sharded(
 
 
 def _shapes_of(build: Callable[[nnx.Rngs], M], rngs: nnx.Rngs) -> M:
-    """Trace `build` and return the model with shapes for values; `rngs` stay as they are.
+    """Trace `build` and return the model with shapes for values; `rngs` are unchanged.
 
-    `nnx.eval_shape` will not do: in a mesh context it takes the names of dims for mesh axes.
+    `nnx.eval_shape` cannot be used: in a mesh context it reads the names of dims as mesh axes.
     """
     graph, state = nnx.split(rngs)
     graphs = []
@@ -122,12 +122,12 @@ def _shapes_of(build: Callable[[nnx.Rngs], M], rngs: nnx.Rngs) -> M:
 
 
 def place(name: str, variable: Any, value: Any, sharding: Sharding) -> NamedSharding:
-    """Resolve where a variable is to live; without names for its dims it is replicated.
+    """Resolve the placement of a variable; without names for its dims it is replicated.
 
     Args:
-        name: what messages and reports call it.
+        name: its name in messages and reports.
         variable: an `nnx.Variable` or a Linen box, which may name the dims; or any array.
-        value: its value, or what describes it.
+        value: its value, or a description of it.
         sharding: the mesh and its rules.
 
     Raises:
@@ -177,7 +177,7 @@ def _map_values(change: _Change, model: M) -> M:
 
 
 def _of_value(change: _Change, name: str, variable: Any, value: Any) -> Any:
-    """Change a value; where it is a tree of arrays, each of them, which then have no names."""
+    """Change a value; in a tree of arrays change each of them, without names for its dims."""
     if hasattr(value, "shape"):
         return change(name, variable, value)
     return jax.tree_util.tree_map_with_path(
@@ -190,7 +190,7 @@ def _is_module(part: Any) -> bool:
 
 
 def _held(model: Any) -> Iterator[Sharding]:
-    """The shardings that the modules of a model hold as attributes."""
+    """Yield the shardings that the modules of a model hold as attributes."""
     for part in jax.tree.leaves(model, is_leaf=_is_module):
         for _, node in nnx.iter_graph(part) if _is_module(part) else ():
             if isinstance(node, nnx.Pytree):
@@ -198,7 +198,7 @@ def _held(model: Any) -> Iterator[Sharding]:
 
 
 def _agreed(given: Sharding | None, held: Sequence[Sharding]) -> Sharding:
-    """The one sharding of a model.
+    """Return the one sharding of a model.
 
     Raises:
         UserError: there is none, or they differ.
@@ -219,10 +219,10 @@ def _agreed(given: Sharding | None, held: Sequence[Sharding]) -> Sharding:
 
 @contextmanager
 def _without_explicit_axes() -> Iterator[None]:
-    """Within the block, no Explicit axes are in force.
+    """Make the Explicit axes in force Auto within the block.
 
-    Where they are, every array has a sharding by type, random numbers too, and until they are
-    resharded that is none: each device would make all of them.
+    Under Explicit axes every array has a sharding in its type, random numbers too, and until they
+    are resharded they are replicated: each device would make all of them.
     """
     current = jax.sharding.get_mesh()
     if current.empty or AxisType.Explicit not in current.axis_types:
@@ -248,7 +248,7 @@ def _has_explicit_type(variable: nnx.Variable[Any]) -> bool:
 
 
 def _leave_uncommitted(rngs: nnx.Rngs, *, only: Callable[[nnx.Variable[Any]], bool]) -> None:
-    """Take state of random numbers off every mesh, so that it can be used anywhere."""
+    """Take the state of random numbers off every mesh, so that it can be used anywhere."""
     for _, variable in nnx.iter_graph(rngs):
         if isinstance(variable, nnx.Variable) and only(variable):
             variable.set_value(_on_no_device(variable.get_value()))

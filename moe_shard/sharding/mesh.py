@@ -1,4 +1,4 @@
-"""The device mesh: from sizes of its axes, or from a configuration, to a `jax.sharding.Mesh`."""
+"""Make the device mesh, a `jax.sharding.Mesh`, from sizes of its axes or a configuration."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def make_mesh(
 
     Args:
         data: size of the axis over which only batches are split.
-        fsdp: size of the axis over which parameters are split too, and gathered where they are
-            used.
-        fsdp_transpose: size of the axis that splits the other dim of parameters likewise.
+        fsdp: size of the axis over which batches and parameters are split; parameters are gathered
+            where they are used.
+        fsdp_transpose: size of the axis that splits the other dim of parameters in the same way.
         tensor: size of the axis over which products are split.
         context: size of the axis over which the positions of a sequence are split.
         expert: size of the axis over which experts are split.
-        dcn: sizes across slices that a slower network joins, by axis; the size of an axis is then
-            its own, inside a slice, times this one.
-        devices: those to use, all of them; by default all of the default backend's.
-        explicit: make the axes Explicit (shardings are part of array types) instead of Auto.
+        dcn: axis -> size across slices, which a slower network joins; the axis's size in the mesh
+            is its size inside a slice times this one.
+        devices: the devices, all of which are used; by default all of the default backend's.
+        explicit: whether the axes are Explicit (shardings are part of array types) instead of Auto.
 
     Raises:
         UserError: the sizes do not multiply to the number of devices, two of them are -1, or they
@@ -75,7 +75,7 @@ def _filled(sizes: dict[str, int], total: int) -> dict[str, int]:
     """Replace the -1 so that the sizes multiply to `total`.
 
     Raises:
-        UserError: they do not, whatever it is replaced by.
+        UserError: no size makes them do so.
     """
     asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1)
     for axis, size in sizes.items():
@@ -113,9 +113,9 @@ def mesh_from_config(
 
     Args:
         config: the axes and their `ici_*` and `dcn_*` parallelism, -1 to fill.
-        devices: the devices to use; all of the default backend's by default.
-        explicit: make the axes Explicit. By default they are Auto: the partitioner decides what
-            the annotations leave open.
+        devices: the devices to use; by default all of the default backend's.
+        explicit: whether the axes are Explicit. By default they are Auto: the partitioner decides
+            what the annotations leave open.
 
     Raises:
         UserError: the sizes do not multiply to the number of devices, or the sizes cannot be laid
@@ -158,7 +158,7 @@ def _lay_out(
 def _interleave(
     devices: np.ndarray, ici_shape: tuple[int, ...], dcn_shape: tuple[int, ...]
 ) -> np.ndarray:
-    """Lay slices of consecutive devices out as `create_hybrid_device_mesh` does: DCN outermost."""
+    """Lay out slices of consecutive devices as `create_hybrid_device_mesh` does: DCN outermost."""
     rank = len(ici_shape)
     order = [axis for pair in zip(range(rank), range(rank, 2 * rank), strict=True) for axis in pair]
     shape = tuple(d * i for d, i in zip(dcn_shape, ici_shape, strict=True))

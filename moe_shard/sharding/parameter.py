@@ -1,10 +1,10 @@
-"""Parameters that carry the logical axis of each dim, in the metadata that Flax's own tools read.
+"""Make parameters that carry the logical axis of each dim, in the metadata that Flax reads.
 
 Flax calls a variable's dims `out_sharding`: `nnx.get_partition_spec` reads it, `nnx.vmap` adds the
-name of a stacked dim to it, an optimizer hands it on to its moments, and `nnx.bridge` makes of it
-the `names` of a Linen box. Flax would also take the names for mesh axes and place the value as
-soon as it is made (`eager_sharding`). That is off here: which mesh axes a name stands for is in a
-rule table, which Flax does not see.
+name of a stacked dim to it, an optimizer copies it to its moments, and `nnx.bridge` turns it into
+the `names` of a Linen box. Flax would also read the names as mesh axes and place the value as soon
+as it is made (`eager_sharding`). That is off here: names are mapped to mesh axes by a rule table,
+which Flax does not see.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from moe_shard.sharding.rules import LogicalAxes
 
 
 def parameter(value: Array, axes: LogicalAxes) -> nnx.Param[Array]:
-    """Make a parameter of `value` whose dims have these logical axes; None is never sharded."""
+    """Make a parameter of `value` whose dims have these logical axes; None: never sharded."""
     return nnx.Param(
         value,
         out_sharding=tuple(axes),
         eager_sharding=False,
-        # The box that a Linen model finds it in, whose names are logical axes too, with no rules
+        # The box in which a Linen model finds it; its names are logical axes too, with no rules
         # of its own: without this one, `nn.get_partition_spec` fails on newer versions of Flax.
         linen_meta_type=linen.LogicallyPartitioned,
         sharding_rules=(),
@@ -36,15 +36,15 @@ def parameter(value: Array, axes: LogicalAxes) -> nnx.Param[Array]:
 
 
 def logical_axes_of(variable: Any, name: str) -> tuple[str | None, ...] | None:
-    """Return the logical axes that a variable declares, or None without any.
+    """Return the logical axes that a variable declares; None if it declares none.
 
     Args:
-        variable: an `nnx.Variable` or a Linen box of any module, a person's own too, whose dims
-            are named as Flax does; anything else has no names.
-        name: what messages call it.
+        variable: an `nnx.Variable` or a Linen box of any module, users' own included, whose dims
+            are named by Flax's means; anything else has no names.
+        name: its name in messages.
 
     Raises:
-        UserError: it brings its own rules or its own placement, beside the table's.
+        UserError: it has rules or a placement of its own, besides the table's.
     """
     if isinstance(variable, nnx.Variable):
         metadata = variable.get_metadata()

@@ -1,16 +1,16 @@
-"""The rule table: logical axis names to mesh axes, with every decision on record.
+"""Map logical axes to mesh axes by a rule table, and record every decision.
 
 A table is a list of rules `(logical axis, mesh axes)`. Resolving an array walks the rules from the
-first to the last, as Flax's resolver does: a rule applies to the dim that bears its logical axis if
+first to the last, as Flax's resolver does: a rule applies to the dim that has its logical axis if
 that dim has no placement yet and none of the rule's mesh axes is already taken by another dim of
 the same array. A later rule of the same logical axis is therefore an alternative for when an
-earlier one collides. Unlike Flax's resolver nothing is dropped in silence: each rule that lost is
+earlier one collides. Unlike in Flax's resolver nothing is dropped silently: each rule that lost is
 recorded with the dim that beat it.
 
-A rule whose mesh axes do not divide the dim is passed over for a later rule of its logical axis, as
-one that collides is, and recorded likewise; where no later rule serves it is an error. So `[exp,
-[expert, fsdp]]` above `[exp, [expert]]` says: over both where both divide the experts. Where every
-rule divides, placements are Flax's, which knows no sizes.
+A rule whose mesh axes do not divide the dim is passed over for a later rule of its logical axis,
+like one that collides, and is recorded too; if no later rule divides it, that is an error. So
+`[exp, [expert, fsdp]]` above `[exp, [expert]]` means: over both axes where both divide the experts.
+Where every rule divides its dim, placements equal those of Flax, which ignores sizes.
 
 Mesh axes of size 1 shard nothing and are ignored, so a collision over one is no collision, and a
 program does not depend on rules that cannot matter.
@@ -32,12 +32,12 @@ from moe_shard.config.mesh_config import Rule, expert_rule
 from moe_shard.errors import UserError
 
 LogicalAxes = Sequence[str | None]
-"""One logical axis name per dim of an array; None for a dim that is never sharded."""
+"""One logical axis per dim of an array; None for a dim that is never sharded."""
 
 
 @dataclass(frozen=True)
 class NumberedRule:
-    """One rule and its position in the table, counted from 1."""
+    """Hold one rule and its number in the table, counted from 1."""
 
     number: int
     logical_axis: str
@@ -49,7 +49,7 @@ class NumberedRule:
 
 @dataclass(frozen=True)
 class Loss:
-    """A rule that could not be used for a dim.
+    """Describe a rule that could not be used for a dim.
 
     Attributes:
         rule: the rule.
@@ -67,7 +67,7 @@ class Loss:
 
     @property
     def reason(self) -> str:
-        """For scripts: "taken" by another dim, or "does not divide"."""
+        """Return a word for scripts: "taken" by another dim, or "does not divide"."""
         return "taken" if self.held_by else "does not divide"
 
     def __str__(self) -> str:
@@ -78,14 +78,14 @@ class Loss:
 
 @dataclass(frozen=True)
 class Decision:
-    """How one dim of an array was placed.
+    """Describe how one dim of an array was placed.
 
     Attributes:
         logical_axis: the dim's name, or None for a dim that is never sharded.
         size: the dim's size.
         mesh_axes: the mesh axes (all larger than 1) it is sharded over; empty if unsharded.
         won: the rule that placed it, or None where no rule could.
-        lost: the rules that were tried before, each with what kept it from serving.
+        lost: the rules that were tried before, each with the reason why it could not be used.
     """
 
     logical_axis: str | None
@@ -96,31 +96,31 @@ class Decision:
 
     @property
     def is_conflict(self) -> bool:
-        """True where rules wanted to shard this dim and every one of them lost to other dims."""
+        """Return whether rules would shard this dim and every one of them lost to other dims."""
         return self.won is None and bool(self.lost) and all(loss.held_by for loss in self.lost)
 
 
 @dataclass(frozen=True)
 class Resolution:
-    """The placement of one array: a decision per dim."""
+    """Hold the placement of one array: a decision per dim."""
 
     name: str
     decisions: tuple[Decision, ...]
 
     @property
     def spec(self) -> PartitionSpec:
-        """The decisions as JAX spells them."""
+        """Return the decisions as a PartitionSpec."""
         entries = [d.mesh_axes if len(d.mesh_axes) != 1 else d.mesh_axes[0] for d in self.decisions]
         return PartitionSpec(*(entry or None for entry in entries))
 
     @property
     def conflicts(self) -> tuple[Decision, ...]:
-        """The dims left unsharded although the table wanted them sharded."""
+        """Return the dims left unsharded although the table would shard them."""
         return tuple(d for d in self.decisions if d.is_conflict)
 
 
 class RuleTable:
-    """The rules by which logical axes become mesh axes. It knows no mesh; a `Sharding` has one.
+    """Map logical axes to mesh axes by rules. A table has no mesh; a `Sharding` has one.
 
     >>> import moe_shard as ms
     >>> table = ms.RuleTable.default()
@@ -163,14 +163,14 @@ class RuleTable:
         >>> ms.RuleTable.from_yaml(file).rules
         (('exp', ('expert',)), ('embed', ()))
 
-        A table that was written for MaxText is completed as MaxText would read it: logical axes
+        A table that was written for MaxText is completed to mean what it means there: logical axes
         without a rule are not sharded, and mesh axes that only MaxText has count as size 1. What
         was changed is in a warning (`UserWarning`).
 
         Raises:
             UserError: the file cannot be read, or has no rules of this form.
         """
-        # Only where it is needed: MaxText's keys come with the reader of whole configurations.
+        # Imported only here: MaxText's keys come with the reader of whole configurations.
         from moe_shard.config.load import maxtext_keys
         from moe_shard.config.tables import read_table
 
@@ -221,7 +221,7 @@ def _checked(rule: tuple[str, str | Sequence[str] | None]) -> Rule:
 
 
 class BoundTable:
-    """A rule table over the axes of one mesh.
+    """Resolve arrays by a rule table on the axes of one mesh.
 
     Args:
         table: the rules.
@@ -248,7 +248,7 @@ class BoundTable:
         self._names = {rule.logical_axis for rule in self.rules}
 
     def sharding_axes(self, logical_axis: str) -> tuple[str, ...]:
-        """Mesh axes larger than 1 in the first rule of a logical axis; empty if it has none."""
+        """Return the mesh axes larger than 1 in the first rule of a logical axis, if any."""
         for rule in self.rules:
             if rule.logical_axis == logical_axis:
                 return self._sharding_axes(rule)
@@ -256,12 +256,12 @@ class BoundTable:
 
     @property
     def expert_axes(self) -> tuple[str, ...]:
-        """The mesh axes larger than 1 that split the experts while they compute."""
+        """Return the mesh axes larger than 1 that split the experts while they compute."""
         return self.sharding_axes(expert_rule(self._names))
 
     @property
     def named_expert_axes(self) -> tuple[str, ...]:
-        """The mesh axes that are for experts, whatever their sizes."""
+        """Return the mesh axes that are for experts, whatever their sizes."""
         wanted = expert_rule(self._names)
         return next((rule.mesh_axes for rule in self.rules if rule.logical_axis == wanted), ())
 
@@ -276,11 +276,11 @@ class BoundTable:
         """Place one array.
 
         Args:
-            name: what messages call the array.
-            logical_axes: one name, or None, per dim.
+            name: the array's name in messages.
+            logical_axes: one logical axis, or None, per dim.
             shape: the dims' sizes.
             must_divide: False where the mesh's sizes are only assumed: no rule is then passed over
-                for them, and none is an error.
+                because of a size, and no size is an error.
 
         Raises:
             UserError: a logical axis without a rule, the same logical axis on two dims, or a dim

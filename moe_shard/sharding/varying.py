@@ -1,6 +1,6 @@
-"""Arrays inside `jax.shard_map(check_vma=True)`, whose types say over which mesh axes they vary.
+"""Declare over which mesh axes arrays vary inside `jax.shard_map(check_vma=True)`.
 
-JAX adds such types up by itself in most places, but not for the first carry of a loop or the
+JAX joins such types by itself in most places, but not for the first carry of a loop or the
 gradient of a custom_vjp. Without check_vma, and outside shard_map, all of this does nothing.
 """
 
@@ -15,22 +15,22 @@ from jaxtyping import Array
 
 
 def varying_axes(*arrays: Array) -> frozenset[str]:
-    """Mesh axes over which any of the arrays varies."""
+    """Return the mesh axes over which any of the arrays varies."""
     return frozenset[str]().union(*(jax.typeof(each).manual_axis_type.varying for each in arrays))
 
 
 def vary_over(array: Array, axes: Iterable[str]) -> Array:
-    """The array, said to vary over these axes too; its gradient is the sum over them."""
+    """Declare that the array varies over these axes too; its gradient is the sum over them."""
     missing = tuple(sorted(frozenset(axes) - varying_axes(array)))
     return jax.lax.pcast(array, missing, to="varying") if missing else array
 
 
 def vary_alike(*arrays: Array) -> tuple[Array, ...]:
-    """The arrays, each varying over every mesh axis that any of them varies over."""
+    """Return the arrays, each varying over every mesh axis that any of them varies over."""
     axes = varying_axes(*arrays)
     return tuple(vary_over(array, axes) for array in arrays)
 
 
 def zeros(shape: tuple[int, ...], dtype: DTypeLike, *like: Array) -> Array:
-    """Zeros that vary over the mesh axes that any of `like` varies over."""
+    """Return zeros that vary over the mesh axes that any of `like` varies over."""
     return vary_over(jnp.zeros(shape, dtype), varying_axes(*like))

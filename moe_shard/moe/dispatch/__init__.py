@@ -1,4 +1,4 @@
-"""The package's dispatch strategies: one file each, named as `moe_dispatch` names it.
+"""Hold the package's dispatch strategies: one file each, named by its value of `moe_dispatch`.
 
 A file here is imported when its strategy is first asked for, and registers it. What strategies
 share is in `moe_shard.moe`, and what dropless ones share in `moe_shard.moe.exchange`.

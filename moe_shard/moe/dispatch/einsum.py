@@ -1,7 +1,7 @@
-"""The strategy `einsum`: one-hot masks, as in GShard (arXiv 2006.16668) and MaxText's dense path.
+"""Dispatch by one-hot masks, as in GShard (arXiv 2006.16668) and MaxText's dense path.
 
-Two products with a [B, S, E*C] mask. With C near S*K/E their cost grows with S squared; kept for
-comparison, and for hardware on which a gather is slow.
+The strategy `einsum` makes two products with a [B, S, E*C] mask. With C near S*K/E their cost grows
+with S squared; it is for comparison, and for hardware on which a gather is slow.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moe_shard.moe.slots import Slots
 
 @register_strategy("einsum", has_slots=True)
 class Einsum(ByCapacity):
-    """Capacity slots, filled and read by products with a mask."""
+    """Fill and read capacity slots by products with a mask."""
 
     def dispatch(
         self, x: Float[Array, "B S M"], slots: Slots, num_experts: int
@@ -35,7 +35,7 @@ class Einsum(ByCapacity):
 
 
 def _mask(values: Float[Array, "B S K"], slots: Slots, num_experts: int) -> Float[Array, "B S E C"]:
-    """Put `values` at each choice's slot, zero elsewhere; a dropped choice is nowhere."""
+    """Put `values` at each choice's slot and zero elsewhere; a dropped choice has no slot."""
     batch, tokens, k = values.shape
     all_slots = slots.choice_of_slot.shape[-1]
     mask = sum(

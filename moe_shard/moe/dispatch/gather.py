@@ -1,6 +1,7 @@
-"""The strategy `gather`: tokens are gathered into slots and slots back into tokens, by index.
+"""Dispatch by index: gather tokens into slots, and slots back into tokens.
 
-The same arrays and the same exchange as `einsum`, without its product over S * E * C.
+The strategy `gather` has the same arrays and the same exchange as `einsum`, without its product
+over S * E * C.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from moe_shard.moe.slots import Slots
 
 @register_strategy("gather", has_slots=True)
 class Gather(ByCapacity):
-    """Capacity slots, filled and read by gathers."""
+    """Fill and read capacity slots by gathers."""
 
     def dispatch(
         self, x: Float[Array, "B S M"], slots: Slots, num_experts: int

@@ -1,18 +1,18 @@
-"""The strategy `ragged`: dropless, each choice a token copy that is sent to its expert and back.
+"""Dispatch without a capacity: each choice is a token copy, sent to its expert and back.
 
 Sort a device's choices by expert, exchange counts within the expert group, exchange the copies,
 apply the experts, exchange the outputs back, combine: `Ragged.exchanged` and `Ragged.one_round` are
 these steps in order, inside shard_map.
 
-What is static is a limit on the copies of one round, somewhat above a balanced load. A router that
-exceeds it somewhere costs further, smaller rounds, in a loop that otherwise does not run
-(`moe_shard.moe.exchange.overflow`): the result is exact whatever the routing. Who would rather drop
-sets `ragged_buffer_factor`; then there is one round, and what is beyond it is counted. The sum over
-a token's experts runs over k in order, after all rounds, so that a result does not depend on the
-round that a copy was in.
+Shapes are static: one round holds a limited number of copies, somewhat more than a balanced load
+has. If the routing exceeds the limit anywhere, further, smaller rounds follow, in a loop that
+otherwise does not run (`moe_shard.moe.exchange.overflow`), so the result is exact whatever the
+routing. With `ragged_buffer_factor` there is one round instead, and the choices beyond it are
+dropped and counted. The sum over a token's experts runs over k in order, after all rounds, so that
+a result does not depend on the round that a copy was in.
 
-There are two shorter ways: without an expert group nothing is exchanged, and with forced balance
-nothing has to be found out. Dims as in `moe_shard.moe.exchange`.
+There are two fast paths: without an expert group nothing is exchanged, and with forced balance the
+routing is known when the program is traced. Dims as in `moe_shard.moe.exchange`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ from moe_shard.moe.weights import ExpertWeights
 from moe_shard.sharding.varying import vary_alike, zeros
 
 Local = tuple[Float[Array, "b s m"], Int[Array, "b"]]
-"""The layer's output on one device, and the dropped choices of each of its sequences."""
+"""The layer's output on one device, and how many choices of each sequence were dropped."""
 
 
 @register_strategy(
@@ -81,15 +81,15 @@ Local = tuple[Float[Array, "b s m"], Int[Array, "b"]]
     keys=("ragged_transport", "ragged_buffer_factor", "grouped_product"),
 )
 class Ragged:
-    """The strategy `ragged`; see the module.
+    """Send each choice as a token copy to its expert and back; see the module.
 
     Args:
-        config: of the layer.
-        placement: of its arrays.
-        check_vma: have JAX check that what is declared equal on devices is.
+        config: the layer's configuration.
+        placement: the placement of the layer's arrays.
+        check_vma: whether JAX checks that values declared equal on devices are equal.
 
     Raises:
-        UserError: a transport that does not run on these devices.
+        UserError: the transport does not run on these devices.
     """
 
     def __init__(self, config: MoEConfig, placement: Placement, *, check_vma: bool = True) -> None:
@@ -120,21 +120,21 @@ class Ragged:
         return on_shards(x, routing.indices, routing.weights, stored)
 
     def record(self, tokens: tuple[int, ...], dtype: DTypeLike) -> MoERecord:
-        """Return what a call takes, see `Strategy`."""
+        """Return the record of a call, see `Strategy`."""
         plan = plan_ragged(self.config, self.placement, tokens, dtype)
         return plan.record(self.config, self.placement)
 
 
 @dataclass(frozen=True, eq=False)
 class _Device:
-    """The layer on the tokens of one device, inside shard_map.
+    """Apply the layer to the tokens of one device, inside shard_map.
 
     Attributes:
-        config: of the layer.
-        shards: of its arrays.
-        plan: what was decided for this shape.
-        gating: what stands between the experts' products.
-        platform: of the devices.
+        config: the layer's configuration.
+        shards: how the layer's arrays are split.
+        plan: what was decided for these shapes.
+        gating: activation, clamps, offset and biases between the experts' products.
+        platform: platform of the devices.
     """
 
     config: MoEConfig
@@ -234,7 +234,7 @@ class _Device:
         weights: Float[Array, "b s K"],
         stored: ExpertWeights,
     ) -> Local:
-        """Exchange equal pieces: forced balance that comes out even."""
+        """Exchange pieces of equal size, for forced balance that divides evenly."""
         with jax.named_scope("experts"):
             in_use = self.shards.weights_in_use(stored)
         tokens, _, scales = map(self._chunks, (x, indices, weights))
@@ -264,10 +264,10 @@ class _Device:
         return sort_by_expert(chosen, self.config.num_experts)
 
     def _exchange_counts(self, sorted_choices: list[SortedChoices]) -> tuple[Counts, ...]:
-        """Gather what every device of the group sends to every expert, of all chunks at once."""
+        """Gather how much every device of the group sends to every expert, in each chunk."""
         load = self.plan.load
         mine = jnp.stack([each.counts for each in sorted_choices])
-        if self.plan.known is not None:  # alike on every device
+        if self.plan.known is not None:  # the same on every device
             every = jnp.broadcast_to(mine, (load.devices, *mine.shape))
         else:
             every = jax.lax.all_gather(mine, self.shards.expert_axes)
@@ -279,7 +279,7 @@ class _Device:
     def _sent(
         self, tokens: Chunks, sorted_choices: list[SortedChoices], scales: Chunks
     ) -> tuple[Chunks, tuple[Slots, ...], Chunks]:
-        """Return what is sent of every chunk, its slots, and the combine weights left."""
+        """Return what is sent of every chunk, its slots, and the combine weights still to apply."""
         each = zip(tokens, sorted_choices, scales, strict=True)
         sent = [self._copies(chunk, order.slots, scale) for chunk, order, scale in each]
         return tuple(zip(*sent, strict=True))  # type: ignore[return-value]
@@ -300,7 +300,7 @@ class _Device:
         counts: tuple[Counts, ...],
         indices: Int[Array, "b s K"],
     ) -> Int[Array, "b"]:
-        """Count the choices of each sequence that the one round does not hold."""
+        """Count the choices of each sequence that the single round does not hold."""
         with jax.named_scope("router"):
             me = jax.lax.axis_index(self.shards.expert_axes)
             beyond: list[Bool[Array, "T K"]] = []
@@ -316,7 +316,7 @@ class _Device:
     def _grouped(
         self, weights: ExpertWeights, copies: Float[Array, "R m"], sizes: Int[Array, "L"]
     ) -> Float[Array, "R m"]:
-        """Apply the experts to copies that are by expert, in groups of these sizes."""
+        """Apply the experts to copies that are sorted by expert, in groups of these sizes."""
 
         def product(
             x: Float[Array, "R A"],
@@ -338,9 +338,9 @@ class _Device:
         return self.shards.summed_hidden(y)
 
 
-# The exchange of one round and the exchange back are each other's transpose, so that one pair of
-# functions serves both passes: nothing is ever scattered, and every exchange is made once forward
-# and once backward.
+# The exchange of one round and the exchange back are each other's transpose, so one pair of
+# functions is enough for both passes: nothing is ever scattered, and every exchange is made once
+# forward and once backward.
 
 
 def _send(
@@ -370,7 +370,7 @@ def _send(
 def _send_back(
     sizes: RoundSizes, outputs: Float[Array, "R M"], layout: RoundLayout
 ) -> Float[Array, "N M"]:
-    """Exchange a round back to where its copies came from; places of other rounds are zero."""
+    """Exchange outputs of a round back to where its copies came from; other places are zero."""
     into = zeros((sizes.copies, outputs.shape[1]), outputs.dtype, outputs)
     me = jax.lax.axis_index(sizes.axes)
     if not sizes.padded:

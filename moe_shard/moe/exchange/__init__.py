@@ -1,4 +1,4 @@
-"""The parts of a dropless exchange: sort, lay out, pad, and what happens beyond the bound.
+"""Exchange token copies without a capacity: sort, lay out, pad, and handle what exceeds a round.
 
 Dims, besides those of `moe_shard.moe`:
 
@@ -6,10 +6,10 @@ Dims, besides those of `moe_shard.moe`:
     D  devices of an expert group (the expert axes' size), as senders or as receivers
     L  experts of one device, E / D
     Q  segments: runs of token copies that stay together
-    R  token copies that a buffer of the experts' device holds; DP in D padded pieces
+    R  token copies that the buffer of the experts' device holds; D * P for D padded pieces
 
 A device sorts its token copies by expert, and experts are numbered in the order of the devices that
 own them, so what goes from one device to one expert is one segment. A receiver wants its copies by
-expert, and under one expert by sender; groups may be aligned, so that a kernel meets one expert a
-block.
+expert, and for one expert by sender; groups may be aligned, so that each block of a kernel has one
+expert.
 """

@@ -1,6 +1,6 @@
-"""Exchange equal pieces: forced balance, where the routing is known when the program is traced.
+"""Exchange pieces of equal size: forced balance, where routing is known at tracing time.
 
-Round-robin choices give every expert the same number of token copies wherever the number of experts
+Round-robin choices give every expert the same number of token copies if the number of experts
 divides that of the choices. Sorting by expert is then a transposition, every peer gets an equal
 piece by a plain all-to-all, and equal groups are one batched product: no sort, no counts, no index.
 """
@@ -21,19 +21,19 @@ from moe_shard.moe.score_on_input import scaled_copies
 from moe_shard.moe.weights import ExpertWeights
 
 BatchedCompute = Callable[[ExpertWeights, Float[Array, "L C M"]], Float[Array, "L C M"]]
-"""The experts of this device, each on as many token copies as the others."""
+"""Applies the experts of this device, each to equally many token copies."""
 
 
 @dataclass(frozen=True)
 class EqualPieces:
-    """How round-robin choices are exchanged, where the number of experts divides theirs.
+    """Exchange round-robin choices, where the number of experts divides theirs.
 
     Attributes:
         axes: mesh axes of the expert group; empty where there is nothing to exchange.
         devices: D, devices of the group.
         experts: L, experts of one device.
         compute: applies the experts to [L C M].
-        score_on_input: combine weights multiply what experts take in.
+        score_on_input: whether combine weights multiply the experts' input.
     """
 
     axes: tuple[str, ...]
@@ -51,7 +51,7 @@ class EqualPieces:
         """Return the weighted sum of each token's experts."""
         count, k = combine_weights.shape
         dim = tokens.shape[1]
-        each = count * k // (self.devices * self.experts)  # copies to an expert from one device
+        each = count * k // (self.devices * self.experts)  # copies from one device to one expert
         with jax.named_scope("dispatch"):
             if self.score_on_input:
                 copies = scaled_copies(tokens, combine_weights)
@@ -77,7 +77,7 @@ class EqualPieces:
 
 
 def _sum_in_order(y: Float[Array, "T K M"], weights: Float[Array, "T K"]) -> Float[Array, "T M"]:
-    """Sum over k, weighted, one after the other, in float32."""
+    """Sum over k in order, weighted, in float32."""
     total = jnp.zeros((), jnp.float32)
     for k in range(weights.shape[1]):
         total = total + weights[:, k, None] * y[:, k].astype(jnp.float32)
@@ -86,7 +86,7 @@ def _sum_in_order(y: Float[Array, "T K M"], weights: Float[Array, "T K"]) -> Flo
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _repeated(tokens: Float[Array, "T M"], k: int) -> Float[Array, "T K M"]:
-    """Repeat every token k times; its gradient is summed as expert outputs are, in order."""
+    """Repeat every token k times; its gradient is summed over k in order, as expert outputs are."""
     return jnp.broadcast_to(tokens[:, None], (tokens.shape[0], k, tokens.shape[1]))
 
 

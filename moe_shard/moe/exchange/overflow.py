@@ -1,8 +1,8 @@
-"""Complete an exchange whose first round does not hold every token copy, and its gradient.
+"""Complete an exchange whose first round does not hold every token copy, with its gradient.
 
 The first round is plain: JAX differentiates it. Further rounds, which a balanced router never
-needs, run in a loop of as many iterations as it takes. Such a loop has no derivative of its own,
-so it gets one here: backward, another loop repeats each round and adds up its gradients.
+needs, run in a loop of as many iterations as it takes. JAX cannot differentiate such a loop, so its
+derivative is written here: backward, another loop repeats each round and adds up its gradients.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from moe_shard.sharding.varying import vary_alike
 
 
 class ChunkRouting(NamedTuple):
-    """Where the choices of a chunk of tokens go.
+    """Describe where the choices of a chunk of tokens go.
 
     Attributes:
         sent_slots: what is sent and its places in the order by expert, each pointing at the other.
-        output_slots: the same of choices and their expert outputs.
-        counts: what every device of the group sends to every expert.
+        output_slots: choices and their expert outputs, each pointing at the other.
+        counts: how much every device of the group sends to every expert.
     """
 
     sent_slots: Slots
@@ -49,7 +49,7 @@ ChunkRoutings = tuple[ChunkRouting, ...]
 
 
 class OneRound(Protocol):
-    """Dispatch, experts and combine for one round of one chunk."""
+    """Dispatch, apply the experts and combine, for one round of one chunk."""
 
     def __call__(
         self,
@@ -66,11 +66,11 @@ class OneRound(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Rounds:
-    """How the token copies of a chunk reach their experts, however many they are.
+    """Describe in which rounds the token copies of a chunk reach their experts.
 
     Attributes:
         first: sizes of the first round.
-        further: sizes of each further one.
+        further: sizes of each further round.
         one_round: makes a round.
     """
 
@@ -87,8 +87,8 @@ class Rounds:
         sent_before: Counts,
     ) -> Float[Array, "N M"]:
         """Make a round of one chunk after its first."""
-        # As if they changed from round to round: else a compiler moves what it makes of them alone,
-        # such as a transposed copy of the weights, out of the loop, where it is made every time.
+        # Made to look different in each round: else the compiler moves what is computed from them
+        # alone, such as a transposed copy of the weights, out of the loop, where it always runs.
         tokens, weights, size = jax.lax.optimization_barrier((tokens, weights, size))
         return self.one_round(self.further, tokens, weights, routing, size, sent_before)
 
@@ -109,7 +109,7 @@ def combine_chunks(outputs: Chunks, combine_weights: Chunks, routings: ChunkRout
 
 
 def name_exchanged(outputs: Chunks) -> Chunks:
-    """Name expert outputs once all rounds are in: recomputation then repeats none of them."""
+    """Name the expert outputs once all rounds are done, so that recomputation repeats none."""
     return tuple(checkpoint_name(each, EXCHANGED) for each in outputs)
 
 
@@ -124,12 +124,12 @@ def all_rounds(
     """Return each token's weighted sum of expert outputs [T M], whatever the number of rounds.
 
     Args:
-        rounds: how.
-        tokens: chunks, each of which makes its rounds, so that one can be exchanged while another
-            is multiplied.
-        weights: of this device's experts.
-        routings: of each chunk.
-        combine_weights: [T K] of each choice in its token's sum.
+        rounds: the rounds to make.
+        tokens: the chunks, each with rounds of its own, so that one's exchange is overlapped with
+            another's products.
+        weights: weights of this device's experts.
+        routings: the routing of each chunk.
+        combine_weights: [T K], the weight of each choice in its token's sum.
     """
     outputs = []
     for chunk, routing in zip(tokens, routings, strict=True):
@@ -166,13 +166,13 @@ def _add_further_rounds(
 def _loop(
     rounds: Rounds, routing: ChunkRouting, body: Callable[[Counts, Counts, Any], Any], first: Any
 ) -> Any:
-    """Loop over the further rounds of a chunk; the devices of a group run equally many.
+    """Loop over the further rounds of a chunk, equally many on all devices of a group.
 
     Args:
-        rounds: how.
-        routing: of the chunk.
-        body: from what a round sends, what those before it have sent, and a state to the next
-            state.
+        rounds: the rounds to make.
+        routing: the routing of the chunk.
+        body: computes the next state from what a round sends, what the rounds before it have sent,
+            and a state.
         first: the state after the first round.
     """
 
@@ -189,7 +189,7 @@ def _loop(
 
 
 class _Residuals(NamedTuple):
-    """What the gradient needs of a forward pass."""
+    """Hold what the gradient needs from the forward pass."""
 
     pullback: Callable[[Chunks], tuple[Chunks, ExpertWeights]]
     outputs: Chunks

@@ -1,7 +1,7 @@
-"""Pad segments to pieces of equal size for a plain all-to-all, and compact them on arrival.
+"""Pad segments to pieces of equal size for a plain all-to-all, and remove padding on arrival.
 
-For backends without XLA's ragged-all-to-all (CPU). Dims as in `moe_shard.moe.exchange`; P, copies
-of a piece.
+This is for backends without XLA's ragged-all-to-all (CPU). Dims as in `moe_shard.moe.exchange`, and
+P, copies of a piece.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from moe_shard.moe.exchange.segments import exclusive_cumsum, gather_indices
 def pad(
     copies: Float[Array, "N M"], start: Int[Array, "Q"], size: Int[Array, "D L"], piece: int
 ) -> Float[Array, "DP M"]:
-    """Lay segments out in pieces, L segments one after another, each piece padded with zeros.
+    """Lay segments out in pieces, L segments one after another, and fill each piece with zeros.
 
     Args:
-        copies: where the segments are.
-        start: first copy of each of the D * L segments.
-        size: copies of each.
-        piece: P.
+        copies: the token copies.
+        start: index of the first copy of each of the D * L segments.
+        size: number of copies of each.
+        piece: P, copies of a piece.
     """
     index = gather_indices(
         to=_start_in_pieces(size, piece).reshape(-1),
@@ -40,7 +40,7 @@ def compact(
     piece: int,
     into: Float[Array, "N M"],
 ) -> Float[Array, "N M"]:
-    """Invert `pad`; what no segment covers of `into` stays as it is."""
+    """Invert `pad`; elements of `into` that no segment covers are unchanged."""
     index = gather_indices(
         to=start,
         size=size.reshape(-1),
@@ -54,12 +54,12 @@ def compact(
 def by_expert_index(
     put_at: Int[Array, "D L"], size: Int[Array, "D L"], piece: int, length: int
 ) -> Int[Array, "R"]:
-    """Return, for every place of the experts' buffer, its place in the pieces that arrived.
+    """Return, for every place of the experts' buffer, its index in the pieces that arrived.
 
     Args:
-        put_at: (sender, expert) -> first place of the segment in the buffer.
-        size: copies of the segment.
-        piece: P.
+        put_at: (sender, expert) -> index of the segment's first copy in the buffer.
+        size: number of copies of each segment.
+        piece: P, copies of a piece.
         length: R, of the buffer.
     """
     return gather_indices(
@@ -77,6 +77,6 @@ def gather_or_zero(x: Float[Array, "N M"], index: Int[Array, "R"]) -> Float[Arra
 
 
 def _start_in_pieces(size: Int[Array, "D L"], piece: int) -> Int[Array, "D L"]:
-    """Return the first place of each segment in an array of padded pieces."""
+    """Return the index of each segment's first copy in an array of padded pieces."""
     first = jnp.arange(size.shape[0], dtype=jnp.int32)[:, None] * piece
     return first + exclusive_cumsum(size)

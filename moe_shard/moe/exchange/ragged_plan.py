@@ -1,4 +1,4 @@
-"""Decide how `ragged` exchanges: from configuration, mesh and shapes, before anything is traced.
+"""Decide how `ragged` exchanges, from configuration, mesh and shapes, before tracing.
 
 The layer executes a `RaggedPlan` and the record reports it, so that they cannot disagree.
 """
@@ -22,22 +22,22 @@ from moe_shard.moe.record import MoERecord
 from moe_shard.moe.router import round_robin
 
 _HEADROOM = 1 / 32
-"""Copies of the first round above a balanced load, as a part of it."""
+"""Copies of the first round beyond a balanced load, as a fraction of it."""
 _FURTHER = 1 / 8
-"""Copies of a further round, as a part of a balanced load."""
+"""Copies of a further round, as a fraction of a balanced load."""
 
 ExchangeKind = Literal["local", "equal", "padded", "ragged"]
 
 
 @dataclass(frozen=True)
 class Load:
-    """Sizes of the routing of one chunk of a device's tokens, all static.
+    """Hold the sizes of the routing of one chunk of a device's tokens, all static.
 
     Attributes:
-        tokens: T.
-        k: K.
-        devices: D, of the expert group.
-        experts: L, on one device.
+        tokens: T, tokens of the chunk.
+        k: K, experts per token.
+        devices: D, devices of the expert group.
+        experts: L, experts on one device.
     """
 
     tokens: int
@@ -47,20 +47,21 @@ class Load:
 
     @property
     def copies(self) -> int:
-        """N, choices of a device's tokens; under balance, also the copies that it receives."""
+        """Return N, choices of a device's tokens; if balanced, also the copies that it receives."""
         return self.tokens * self.k
 
 
 @dataclass(frozen=True)
 class RoundSizes:
-    """How one round is exchanged; sizes that are static.
+    """Hold the static sizes by which one round is exchanged.
 
     Attributes:
         axes: mesh axes of the expert group.
-        copies: N, of a device's choices.
+        copies: N, choices of a device's tokens.
         limit: what the round holds.
         buffer: R, copies that the experts' buffer holds.
-        padded: in padded pieces of equal size, rather than by XLA's ragged-all-to-all.
+        padded: whether it is exchanged in padded pieces of equal size, rather than by XLA's
+            ragged-all-to-all.
     """
 
     axes: tuple[str, ...]
@@ -72,19 +73,20 @@ class RoundSizes:
 
 @dataclass(frozen=True, eq=False)
 class RaggedPlan:
-    """What `ragged` does for one layer and shape.
+    """Describe what `ragged` does for one layer and shape.
 
     Attributes:
-        exchange: "local" where nothing is exchanged; "equal" pieces, of forced balance; "padded"
-            pieces; or XLA's "ragged" all-to-all.
+        exchange: "local": nothing is exchanged; "equal": pieces of equal size, for forced balance;
+            "padded": padded pieces; "ragged": XLA's ragged-all-to-all.
         why: the reason for that exchange.
-        load: of a chunk.
-        known: [C T K] the experts of the chunks' choices where forced balance makes them known
-            before tracing and alike on every device; else None.
-        product: how token copies are multiplied with their experts' weights.
+        load: sizes of a chunk.
+        known: [C T K] experts of the chunks' choices, where forced balance makes them known at
+            tracing time and equal on every device; else None.
+        product: how token copies are multiplied by their experts' weights.
         first: what the first round holds.
-        further: what each further one holds; None where there is none.
-        drops: what is beyond the first round is dropped, the same fraction of every expert's.
+        further: what each further round holds; None where there is none.
+        drops: whether choices beyond the first round are dropped, the same fraction for every
+            expert.
     """
 
     exchange: ExchangeKind
@@ -97,7 +99,7 @@ class RaggedPlan:
     drops: bool
 
     def buffer(self, copies: int) -> int:
-        """Return R of the experts' buffer for so many copies."""
+        """Return R, the size of the experts' buffer for this many copies."""
         return buffer_size(copies, self.load.experts, self.product.alignment, self.product.multiple)
 
     def round_sizes(self, axes: tuple[str, ...], limit: RoundLimit) -> RoundSizes:
@@ -131,10 +133,10 @@ def plan_ragged(
     """Decide how a layer of this configuration exchanges tokens of this shape.
 
     Args:
-        config: of the layer.
-        placement: of its arrays.
+        config: the layer's configuration.
+        placement: the placement of the layer's arrays.
         tokens: [B S M], the shape of the layer's input on all devices together.
-        dtype: of the experts' products.
+        dtype: dtype of the experts' products.
 
     Raises:
         UserError: chunks that do not divide the tokens of a device, or a transport or product that
@@ -153,7 +155,7 @@ def plan_ragged(
     devices = placement.expert_parallelism
     load = Load(on_device // chunks, k, devices, config.num_experts // devices)
     known = None
-    # Of a sequence that is split over devices, each part starts at another expert.
+    # If a sequence is split over devices, each part starts at another expert.
     if config.router.force_load_balance and (
         length_parts == 1 or length * k % config.num_experts == 0
     ):
@@ -200,20 +202,20 @@ def _exchange(
 
 
 def _is_even(known: Int[np.ndarray, "C T K"], load: Load, num_experts: int) -> bool:
-    """Return whether every chunk's choices are the experts round-robin, equally many times each."""
+    """Return whether every chunk's choices are round-robin, the same number for each expert."""
     even = round_robin(tokens=load.tokens, k=load.k, num_experts=num_experts)
     return load.copies % num_experts == 0 and bool(np.all(known == even))
 
 
 def limits_of(load: Load, *, padded: bool, factor: float) -> tuple[RoundLimit, RoundLimit | None]:
-    """Return what the first round holds, and what each further one; None where there is no other.
+    """Return what the first round holds, and what each further one does; None if there is none.
 
-    Without a factor the first round holds a balanced load, 1/32 more, and what chance adds
-    (four standard deviations of as many random choices); or all that there can be.
+    Without a factor the first round holds a balanced load plus 1/32 of it plus four standard
+    deviations of as many random choices, but never more than there can be.
 
     Args:
-        load: sizes.
-        padded: pieces have a size too.
+        load: the sizes of a chunk.
+        padded: whether pieces have a size of their own.
         factor: copies over those of a balanced load, beyond which to drop; 0 or less: never.
     """
     most = load.tokens * min(load.k, load.experts)  # of one piece
@@ -234,7 +236,7 @@ def limits_of(load: Load, *, padded: bool, factor: float) -> tuple[RoundLimit, R
 
 
 def longest_piece(known: Int[np.ndarray, "C T K"], load: Load) -> int:
-    """Return the most copies that one device sends to another, all having the same choices."""
+    """Return the most copies that one device sends to another, if all have the same choices."""
     owners = known.reshape(known.shape[0], -1) // load.experts
     return max(int(np.bincount(chunk).max()) for chunk in owners)
 

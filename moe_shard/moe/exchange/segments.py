@@ -1,7 +1,7 @@
-"""Compute where each token copy goes in a dropless exchange: arithmetic on a table of counts.
+"""Compute where each token copy goes in a dropless exchange, from a table of counts.
 
 Every device of an expert group knows how many copies each of them sends to each expert (one small
-exchange of counts); all that follows from that table is computed here, alike on every device, so
+exchange of counts). What follows from that table is computed here, the same on every device, so
 that no further communication is needed. Dims as in `moe_shard.moe.exchange`.
 """
 
@@ -14,18 +14,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 Counts = Int[Array, "D D L"]
-"""Copies from each sender (first dim) to each expert (its device, its number there)."""
+"""Copies from each sender (first dim) to each expert (device, and number on it)."""
 
 
 class RoundLayout(NamedTuple):
-    """Where the copies of one round are and belong.
+    """Describe where the copies of one round are and where they go.
 
     Arrays of type `Counts` have a number for (sender, receiver, expert).
 
     Attributes:
-        size: copies of the segment.
-        sent_from: its first copy among the sender's, which are sorted by expert.
-        put_at: its first copy among the receiver's, which are by expert, then by sender.
+        size: number of copies of the segment.
+        sent_from: index of its first copy among the sender's, which are sorted by expert.
+        put_at: index of its first copy among the receiver's, which are sorted by expert, then by
+            sender.
         group_sizes: (receiver, expert) -> copies of the expert's group, its padding included.
     """
 
@@ -37,11 +38,11 @@ class RoundLayout(NamedTuple):
 
 @dataclass(frozen=True)
 class RoundLimit:
-    """What one round holds; sizes that are static.
+    """Hold the static limits of one round.
 
     Attributes:
-        copies: of all copies that a device receives.
-        piece: of those that one device sends to one other; None where pieces have no size.
+        copies: copies that a device receives in all.
+        piece: copies that one device sends to another; None where pieces have no size.
     """
 
     copies: int
@@ -54,16 +55,16 @@ def exclusive_cumsum(x: Int[Array, "*dims"], axis: int = -1) -> Int[Array, "*dim
 
 
 def aligned(sizes: Int[Array, "*dims"], alignment: int) -> Int[Array, "*dims"]:
-    """Round sizes up to whole blocks, at least one block, so that every group has its own."""
+    """Round sizes up to whole blocks, at least one, so that every group has a block of its own."""
     if alignment == 1:
         return sizes
     return jnp.maximum(-(-sizes // alignment), 1) * alignment
 
 
 def buffer_size(copies: int, groups: int, alignment: int, multiple: int = 1) -> int:
-    """Return R of a buffer that holds `copies` in `groups` aligned groups, however they fall.
+    """Return R for `copies` in `groups` aligned groups, however they are distributed.
 
-    A multiple of `multiple`, itself one of the alignment.
+    It is a multiple of `multiple`, which is a multiple of the alignment.
     """
     if alignment > 1:
         copies = -(-copies // alignment) * alignment + groups * alignment
@@ -71,10 +72,9 @@ def buffer_size(copies: int, groups: int, alignment: int, multiple: int = 1) -> 
 
 
 def clip_to_round(remaining: Counts, limit: RoundLimit) -> Counts:
-    """Clip what remains to one round: every piece, and then all that a device receives.
+    """Clip the remaining copies to one round: first each piece, then all that a device receives.
 
-    What comes first goes first: of a receiver's copies those of its first expert, and of an
-    expert's those of the first sender.
+    The first copies go first: a receiver's are ordered by expert, and an expert's by sender.
     """
     size = remaining
     if limit.piece is not None:
@@ -86,10 +86,10 @@ def clip_to_round(remaining: Counts, limit: RoundLimit) -> Counts:
 
 
 def clip_to_capacity(counts: Counts, limit: RoundLimit) -> Counts:
-    """Clip all that is to be sent to the one round there is; the rest is dropped.
+    """Clip the copies to the capacity of the single round; the rest is dropped.
 
-    Every expert gives up the same fraction. Under one expert the first senders keep theirs, and of
-    one sender's copies the first.
+    Every expert drops the same fraction. It keeps the copies of the first senders, and the first
+    ones of a sender.
     """
     if limit.piece is not None:
         counts = jnp.minimum(counts, _capacities(counts, limit.piece))
@@ -98,7 +98,7 @@ def clip_to_capacity(counts: Counts, limit: RoundLimit) -> Counts:
 
 
 def _capacities(wanted: Int[Array, "*D L"], room: int) -> Int[Array, "*D L"]:
-    """Divide the room among experts in proportion to what each wants."""
+    """Divide the capacity among experts in proportion to what is sent to each."""
     upto = jnp.cumsum(wanted, axis=-1, dtype=jnp.int32)
     total = upto[..., -1:]
     fraction = room / jnp.maximum(total, 1).astype(jnp.float32)
@@ -112,13 +112,13 @@ def _capacities(wanted: Int[Array, "*D L"], room: int) -> Int[Array, "*D L"]:
 def lay_out_round(
     counts: Counts, size: Counts, sent_before: Counts | int, *, alignment: int
 ) -> RoundLayout:
-    """Compute where the copies of a round are and belong.
+    """Compute where the copies of a round are and where they go.
 
     Args:
-        counts: all copies of each segment.
-        size: those that this round sends.
-        sent_before: those that rounds before it sent; they precede them in the segment.
-        alignment: groups start at multiples of it.
+        counts: number of copies of each segment in all rounds.
+        size: number of copies that this round sends.
+        sent_before: number of copies that earlier rounds sent; they precede these in the segment.
+        alignment: groups start at multiples of this.
     """
     sorted_at = exclusive_cumsum(counts.reshape(counts.shape[0], -1)).reshape(counts.shape)
     group_sizes = aligned(jnp.sum(size, axis=0), alignment)
@@ -138,12 +138,12 @@ def gather_indices(
     length: int,
     missing: int,
 ) -> Int[Array, "R"]:
-    """Return, for every place of a new layout, the place in the old one that fills it.
+    """Return, for every place of a new layout, the index in the old one that fills it.
 
     Args:
-        to: first place of each segment in the new layout, ascending.
-        size: copies of each segment.
-        source: its first place in the old layout.
+        to: index of each segment's first copy in the new layout, ascending.
+        size: number of copies of each segment.
+        source: index of its first copy in the old layout.
         length: R, of the new layout.
         missing: the index for a place that belongs to no segment.
     """

@@ -1,6 +1,6 @@
-"""Sort a device's choices by expert, stably: the order in which its token copies are sent.
+"""Sort a device's choices stably by expert: the order in which its token copies are sent.
 
-Arithmetic on the routing decision of one device's tokens; nothing here communicates.
+This is arithmetic on the routing decision of one device's tokens; nothing here communicates.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from moe_shard.moe.slots import Slots, count_experts, positions_in_expert
 
 
 class SortedChoices(NamedTuple):
-    """Choices sorted by expert.
+    """Hold choices sorted by expert.
 
     Attributes:
-        slots: choices and their places in the order, each pointing at the other, as of a batch of
+        slots: choices and their places in the order, each pointing at the other, as for a batch of
             one sequence.
-        position: of each choice in its expert.
-        counts: choices of each expert.
+        position: position of each choice in its expert.
+        counts: number of choices of each expert.
     """
 
     slots: Slots
@@ -37,7 +37,7 @@ def sort_by_expert(indices: Int[Array, "T K"], num_experts: int) -> SortedChoice
 
     Args:
         indices: each token's experts.
-        num_experts: E.
+        num_experts: E, experts of the layer.
     """
     expert = indices.reshape(1, -1)
     order, position = positions_in_expert(expert, num_experts)
@@ -54,11 +54,11 @@ def sort_by_expert(indices: Int[Array, "T K"], num_experts: int) -> SortedChoice
 
 
 def sort_known_choices(indices: Int[np.ndarray, "T K"], num_experts: int) -> SortedChoices:
-    """Sort choices that are known when the program is traced: constants, and no sort in it.
+    """Sort choices that are known at tracing time; the program has constants and no sort.
 
     Args:
         indices: each token's experts.
-        num_experts: E.
+        num_experts: E, experts of the layer.
     """
     expert = indices.reshape(-1)
     order = np.argsort(expert, kind="stable").astype(np.int32)
@@ -76,9 +76,9 @@ def align_groups(
     """Lay out copies that stay on their device: each group starts at a multiple of `alignment`.
 
     Args:
-        choices: of `sort_by_expert`.
+        choices: the result of `sort_by_expert`.
         indices: each token's experts.
-        alignment: see above.
+        alignment: groups start at multiples of this.
         length: R, of the buffer.
 
     Returns:

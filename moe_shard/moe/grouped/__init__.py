@@ -1,12 +1,12 @@
-"""Grouped products: each row of a matrix times the weights of the group that it belongs to.
+"""Compute grouped products: each row of a matrix times the weights of its own group.
 
 Dims, in this package's shapes:
 
-    N  rows, those of a group one after another    A  dim of a row that goes in
-    G  groups (the experts of one device)          P  dim of a row that comes out
+    N  rows, those of a group one after another    A  elements of an input row
+    G  groups (the experts of one device)          P  elements of an output row
 
-A routine may want groups to start at multiples of a number of rows; `choose` says which, and the
-caller leaves rows of zeros after each group that does not fill its last block.
+A routine may need groups to start at multiples of a number of rows; `choose` returns it, and the
+caller adds rows of zeros after each group that does not fill its last block.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ _TPU_TILE = 512
 
 @dataclass(frozen=True)
 class GroupedProduct:
-    """A routine, as chosen for one shape on one platform.
+    """Describe a routine, as chosen for one shape on one platform.
 
     Attributes:
         name: "single", "ragged_dot", "tokamax", "pallas" or "blocked".
-        alignment: groups start at multiples of so many rows.
-        reason: why this one, a clause for a printed record.
-        multiple: the number of all rows should be one of it. TPU's ragged_dot multiplies every row
-            by every group's weights where its tiles do not divide the rows.
+        alignment: groups start at multiples of this many rows.
+        reason: why it was chosen, a clause for a printed record.
+        multiple: the number of all rows should be a multiple of this. TPU's ragged_dot multiplies
+            every row by every group's weights if its tiles do not divide the rows.
     """
 
     name: str
@@ -73,15 +73,15 @@ def choose(
     """Choose the routine for a grouped product, and how its groups are aligned.
 
     Args:
-        requested: a routine's name; "auto" takes what is best on the platform.
+        requested: name of a routine; "auto": the best on the platform.
         platform: "cpu", "tpu", "cuda" or "rocm"; on "unknown", where nothing will run, every
             routine is accepted.
-        groups: G.
-        rows: how many rows of all groups together to expect; sizes the blocks.
-        dtype: of rows and weights.
+        groups: G, number of groups.
+        rows: expected number of rows of all groups together; sizes the blocks.
+        dtype: dtype of rows and weights.
 
     Raises:
-        UserError: the routine that was asked for does not run there.
+        UserError: the requested routine does not run on the platform.
     """
     name: str = _AUTO.get(platform, "ragged_dot") if requested == "auto" else requested
     if requested == "auto" and groups == 1:
@@ -120,21 +120,21 @@ def grouped_product(
 ) -> Float[Array, "N P"]:
     """Multiply each row by its group's weights, summed in float32, in the dtype of the rows.
 
-    Gradients reach `x` and `w` by the same routine. Inside `jax.shard_map` each device multiplies
-    what it holds; with `check_vma=False` the sum of `w`'s gradient over axes on which `w` is the
-    same is shard_map's own, as of any product.
+    The gradients of `x` and `w` use the same routine. Inside `jax.shard_map` each device multiplies
+    what it holds; with `check_vma=False` shard_map sums `w`'s gradient over axes on which `w` is
+    equal, as for any product.
 
     Args:
-        x: rows. Groups follow each other from row 0; a row that only fills a group's last block is
-            zero; a row past the last group is anything finite.
+        x: rows. Groups follow each other from row 0; rows that pad a group's last block are zero;
+            rows past the last group have any finite values.
         w: weights of each group, in `x`'s dtype.
-        group_sizes: rows of each group, fillers included: multiples of `using.alignment`, which
-            N is too. Their sum is at most N; any may be 0.
+        group_sizes: rows of each group, padding included: multiples of `using.alignment`, as is N.
+            Their sum is at most N; any may be 0.
         using: the routine, from `choose`.
-        platform: the one that it was chosen for.
+        platform: the platform that it was chosen for.
 
     Returns:
-        the products; rows past the last group are zero.
+        The products; rows past the last group are zero.
     """
     if x.dtype != w.dtype:
         raise UserError(

@@ -14,13 +14,13 @@ def of_groups(
 ) -> Float[Array, "N *P"]:
     """Return the bias of each row's group; zero past the last group.
 
-    By a product with a mask, N * G against the N * A * P of the rows' own: its gradient is a
+    It is a product with a mask, of cost N * G against N * A * P for the rows: its gradient is a
     product too, the sum over a group's rows in float32, the same on every run.
 
     Args:
-        bias: of each group.
+        bias: bias of each group.
         group_sizes: rows of each group; groups follow each other from row 0.
-        rows: N.
+        rows: N, number of rows.
     """
     bias, group_sizes = vary_alike(bias, group_sizes)
     ends = jnp.cumsum(group_sizes)

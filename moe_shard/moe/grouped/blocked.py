@@ -1,8 +1,8 @@
 """Multiply block by block of rows, in a loop: the fastest on a CPU, which has no grouped kernels.
 
-A block meets the weights of its own group only, so the FLOPs are those of one product over the
-rows. What is lost against that product is the copy of a group's weights for each block, hence
-blocks as large as the padding allows (`GroupedProduct.alignment`).
+A block is multiplied by the weights of its own group only, so the FLOPs are those of one product
+over the rows. The overhead is a copy of a group's weights for each block, hence blocks are as large
+as the padding allows (`GroupedProduct.alignment`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moe_shard.sharding import varying
 
 @dataclass(frozen=True)
 class Blocked:
-    """Products of `block` rows each, by `lax.scan`.
+    """Multiply `block` rows at a time, by `lax.scan`.
 
     Attributes:
         block: rows of a block; a divisor of the rows and of every group's size.
@@ -35,7 +35,7 @@ class Blocked:
         *,
         transposed: bool,
     ) -> Float[Array, "N P"]:
-        """Multiply each row by its group's weights or their transpose; rows past them give 0."""
+        """Multiply rows by their group's weights or the transpose; rows past the groups give 0."""
         contracted = 1 if transposed else 0
 
         def step(_: None, each: tuple[Array, Array]) -> tuple[None, Array]:
@@ -55,7 +55,7 @@ class Blocked:
     def outer(
         self, x: Float[Array, "N A"], dy: Float[Array, "N P"], group_sizes: Int[Array, "G"]
     ) -> Float[Array, "G A P"]:
-        """Sum over each group's rows x's row by dy's; 0 for an empty group."""
+        """Sum the outer products of x's and dy's rows over each group; 0 for an empty group."""
 
         def step(dw: Array, each: tuple[Array, Array, Array]) -> tuple[Array, None]:
             rows, dy_rows, owner = each

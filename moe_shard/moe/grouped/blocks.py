@@ -1,6 +1,6 @@
-"""Grouped products by blocks of rows, each of one group, and the derivative that they share.
+"""Compute grouped products by blocks of rows, each of one group, with a common derivative.
 
-A routine of blocks needs two products: rows by their group's weights (the forward, and with the
+A routine by blocks needs two products: rows by their group's weights (the forward, and with the
 weights transposed the gradient of the rows), and rows by rows within a group (the gradient of the
 weights). Where the groups are aligned, no block straddles two of them and no row is masked.
 """
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 
 class Routine(Protocol):
-    """One way to compute the two products. Hashable: equal ones are one program."""
+    """Compute the two products. Hashable: equal routines are one program."""
 
     def multiply(
         self,
@@ -26,13 +26,13 @@ class Routine(Protocol):
         *,
         transposed: bool,
     ) -> Float[Array, "N P"]:
-        """Multiply each row by its group's weights or their transpose; rows past them give 0."""
+        """Multiply rows by their group's weights or the transpose; rows past the groups give 0."""
         ...
 
     def outer(
         self, x: Float[Array, "N A"], dy: Float[Array, "N P"], group_sizes: Int[Array, "G"]
     ) -> Float[Array, "G A P"]:
-        """Sum over each group's rows x's row by dy's; 0 for an empty group."""
+        """Sum the outer products of x's and dy's rows over each group; 0 for an empty group."""
         ...
 
 
@@ -47,8 +47,8 @@ def product(
 
     Args:
         x: rows, those of a group one after another.
-        w: weights of the groups. Varies over the same mesh axes as `x` and `group_sizes`: the
-            gradient's sum over axes that it does not vary over is `vary_alike`'s business.
+        w: weights of the groups. They vary over the same mesh axes as `x` and `group_sizes`;
+            `vary_alike` sums the gradient over axes that they did not vary over.
         group_sizes: rows of each group.
         routine: computes the products.
     """
@@ -83,8 +83,8 @@ def owners(group_sizes: Int[Array, "G"], *, blocks: int, block: int) -> Int[Arra
 
     Args:
         group_sizes: multiples of `block`.
-        blocks: how many blocks there are.
-        block: rows of one.
+        blocks: number of blocks.
+        block: rows of a block.
     """
     ends = jnp.cumsum(group_sizes) // block
     index = jnp.arange(blocks)

@@ -1,9 +1,9 @@
-"""Run Pallas's interpreter inside `jax.shard_map(check_vma=True)`, which refuses it by itself.
+"""Run Pallas's interpreter inside `jax.shard_map(check_vma=True)`, which refuses it otherwise.
 
-The interpreter evaluates a kernel on arrays that vary over mesh axes with indices of its own that
-do not, and the check refuses the mixture. Exported first, the kernel is a program without a mesh;
-what it returns is then declared to vary. It is for reading numbers where the accelerator is absent,
-so that the time of an export does not matter.
+The interpreter evaluates a kernel on arrays that vary over mesh axes and on indices of its own that
+do not, and the check refuses to mix them. Exported first, the kernel is a program without a mesh;
+its results are then declared to vary. It is for checking numbers where the accelerator is absent,
+so the time of an export does not matter.
 """
 
 from __future__ import annotations

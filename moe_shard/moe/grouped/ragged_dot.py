@@ -1,4 +1,4 @@
-"""`jax.lax.ragged_dot`: grouped kernels on TPU; elsewhere every row meets every group's weights."""
+"""Multiply by `jax.lax.ragged_dot`: grouped kernels on TPU, masked products elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def ragged_product(
     x: Float[Array, "N A"], w: Float[Array, "G A P"], group_sizes: Int[Array, "G"]
 ) -> Float[Array, "N P"]:
     """Multiply each row by its group's weights, of any sizes; rows past the groups give 0."""
-    # A narrower dtype asks for its own: float32 sums are the hardware's, and a float32 result
+    # A narrow dtype is its own result dtype: the hardware sums in float32, and a float32 result
     # would be an array of twice the size that only waits for its cast.
     wide = jnp.float32 if x.dtype == jnp.float32 else None
     y = lax.ragged_dot(x, w, group_sizes, preferred_element_type=wide)
@@ -23,9 +23,9 @@ def ragged_product(
 
 
 def only_groups(y: Float[Array, "N P"], group_sizes: Int[Array, "G"]) -> Float[Array, "N P"]:
-    """Set the rows past the groups to 0, and so their gradient.
+    """Set the rows past the groups to 0, and their gradients too.
 
-    A kernel may leave there what was in memory, and NaN times a combine weight of 0 is NaN.
+    A kernel may leave uninitialised memory there, and NaN times a combine weight of 0 is NaN.
     """
     inside = jnp.arange(y.shape[0]) < jnp.sum(group_sizes)
     return jnp.where(inside[:, None], y, 0)
@@ -33,10 +33,10 @@ def only_groups(y: Float[Array, "N P"], group_sizes: Int[Array, "G"]) -> Float[A
 
 @dataclass(frozen=True)
 class OnTpu:
-    """`lax.ragged_dot` for the rows, a kernel of this package for the gradient of the weights.
+    """Use `lax.ragged_dot` for the rows, and a kernel here for the gradient of the weights.
 
     Attributes:
-        interpret: run that kernel in Pallas's interpreter, on a CPU.
+        interpret: whether that kernel runs in Pallas's interpreter, on a CPU.
     """
 
     interpret: bool = False
@@ -49,11 +49,11 @@ class OnTpu:
         *,
         transposed: bool,
     ) -> Float[Array, "N P"]:
-        """Multiply each row by its group's weights or their transpose; rows past them give 0."""
+        """Multiply rows by their group's weights or the transpose; rows past the groups give 0."""
         return ragged_product(x, jnp.swapaxes(w, 1, 2) if transposed else w, group_sizes)
 
     def outer(
         self, x: Float[Array, "N A"], dy: Float[Array, "N P"], group_sizes: Int[Array, "G"]
     ) -> Float[Array, "G A P"]:
-        """Sum over each group's rows x's row by dy's; 0 for an empty group."""
+        """Sum the outer products of x's and dy's rows over each group; 0 for an empty group."""
         return tpu_kernel.outer(x, dy, group_sizes, interpret=self.interpret)

@@ -1,4 +1,4 @@
-"""`tokamax.ragged_dot`, where that package is installed: kernels for TPU and newer NVIDIA GPUs."""
+"""Multiply by `tokamax.ragged_dot`, if installed: kernels for TPU and newer NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from moe_shard.errors import UserError
 from moe_shard.moe.grouped.ragged_dot import only_groups
 
-# tokamax's names of its own kernels; its "xla" is lax.ragged_dot, which has a name of its own here.
+# tokamax's names of its own kernels; its "xla" is lax.ragged_dot, which is "ragged_dot" here.
 _KERNELS = {"tpu": "mosaic_tpu", "cuda": "mosaic_gpu"}
 
 
@@ -36,7 +36,7 @@ def tokamax_product(
 
     Raises:
         UserError: tokamax has no kernel for the accelerator of this process, such as one before
-            Hopper, or for one that is compiled for and not there: it asks the device.
+            Hopper, or the accelerator is only compiled for: tokamax needs the device.
     """
     tokamax = importlib.import_module("tokamax")  # optional, and takes seconds
     try:

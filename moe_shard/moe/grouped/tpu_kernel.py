@@ -1,9 +1,9 @@
 """Compute the gradient of the weights by a Pallas kernel for TPU.
 
 `lax.ragged_dot` is a grouped kernel on TPU, and so is its gradient of the rows. Its gradient of the
-weights is not: every row meets every group there, masked, as a convolution (read in the compiled
-program of v5e and v6e, libtpu 0.0.42). Here a program visits the blocks of rows of one group after
-the other, adds up one tile of that group's gradient, and leaves for the next group's.
+weights is not: it multiplies every row for every group, masked, as a convolution (read in the
+compiled program of v5e and v6e, libtpu 0.0.42). Here a program visits the blocks of rows of one
+group after the other, adds up one tile of that group's gradient, and goes on to the next group.
 
 Tiles are estimates from the sizes of on-chip memory: they compile for v5e to TPU7x, and were never
 timed, as there was no TPU to time them on.
@@ -35,21 +35,21 @@ def outer(
     block: int = _BLOCK,
     interpret: bool = False,
 ) -> Float[Array, "G A P"]:
-    """Sum over each group's rows x's row by dy's; 0 for an empty group.
+    """Sum the outer products of x's and dy's rows over each group; 0 for an empty group.
 
     Args:
         x: rows, those of a group one after another; those past the groups are not read.
         dy: the gradients of their products.
         group_sizes: rows of each group, any numbers.
-        block: rows that a step takes.
-        interpret: run in Pallas's interpreter, on a CPU.
+        block: rows of one step.
+        interpret: whether to run in Pallas's interpreter, on a CPU.
     """
     rows, groups = x.shape[0], group_sizes.shape[0]
     height, width = x.shape[1], dy.shape[1]
     block = min(block, rows)
     tall, wide = (min(dim, _TILE_BYTES // x.dtype.itemsize) for dim in (height, width))
-    # A block that two groups share is visited for both; of an empty group, one is visited to write
-    # its zeros. What is not visited is not written, and to clear it afterwards would take a copy.
+    # A block that two groups share is visited for both; for an empty group one is visited to write
+    # its zeros. What is not visited is not written, and clearing it afterwards would take a copy.
     blocks = pl.cdiv(rows, block)
     visits = blocks + groups - 1
     visited, of_group, bounds = _visits(group_sizes, visits=visits, blocks=blocks, block=block)
@@ -69,7 +69,7 @@ def outer(
             row = visited[at] * block + lax.broadcasted_iota(jnp.int32, (block, 1), 0)
             ours = (row >= bounds[group]) & (row < bounds[group + 1])
             a = _only(x_ref[...], ours)
-            # Beyond the end of the arrays may be anything, and anything by 0 may be NaN.
+            # Past the end of the arrays there may be any value, and any value times 0 may be NaN.
             b = _only(dy_ref[...], ours) if rows % block else dy_ref[...]
             dims = (((0,), (0,)), ((), ()))
             sums[...] += lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
@@ -116,9 +116,9 @@ def outer(
 def _visits(
     group_sizes: Int[Array, "G"], *, visits: int, blocks: int, block: int
 ) -> tuple[Int[Array, "visits"], Int[Array, "visits"], Int[Array, "G+2"]]:
-    """List the block and group of each visit; groups' bounds, and how many visits count.
+    """List the block and group of each visit, the bounds of groups, and how many visits count.
 
-    Those that do not count repeat the last one, so that nothing is fetched or written for them.
+    Visits that do not count repeat the last one, so that nothing is fetched or written for them.
     """
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
     starts = ends - group_sizes
@@ -127,7 +127,7 @@ def _visits(
     done = jnp.cumsum(each, dtype=jnp.int32)
     at = jnp.minimum(jnp.arange(visits, dtype=jnp.int32), done[-1] - 1)
     group = jnp.sum(done[None, :] <= at[:, None], axis=1, dtype=jnp.int32)
-    # An empty group may begin where the last block has ended.
+    # An empty group may begin where the last block ends.
     visited = jnp.minimum(first[group] + at - (done - each)[group], blocks - 1)
     bounds = jnp.concatenate([jnp.zeros_like(ends[:1]), ends, done[-1:]])
     return visited.astype(jnp.int32), group, bounds
@@ -135,5 +135,5 @@ def _visits(
 
 def _only(tile: Float[Array, "R D"], rows: Array) -> Float[Array, "R D"]:
     """Set all other rows of the tile to zero."""
-    # Through float32: a mask of rows does not fit the packing of narrower elements.
+    # In float32: a mask of rows does not fit the packing of narrower elements.
     return jnp.where(rows, tile.astype(jnp.float32), 0).astype(tile.dtype)

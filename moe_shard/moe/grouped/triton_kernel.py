@@ -1,9 +1,10 @@
-"""Grouped products as Pallas kernels on the Triton backend, for NVIDIA and AMD.
+"""Compute grouped products by Pallas kernels on the Triton backend, for NVIDIA and AMD.
 
-Three kernels, whose names a reader of HLO finds: `grouped_forward`, `grouped_dx` (the same with the
-weights read transposed) and `grouped_dw`. One program of the first two computes a tile of one block
-of rows, which knows its group from a table; one program of the third a tile of one group's
-gradient, for which it walks that group's rows. Every sum has one order: same bits every run.
+There are three kernels, under these names in HLO: `grouped_forward`, `grouped_dx` (the same with
+the weights read transposed) and `grouped_dw`. One program of the first two computes a tile of one
+block of rows, whose group is read from a table; one program of the third a tile of one group's
+gradient, for which it loops over that group's rows. Every sum has a fixed order: same bits every
+run.
 
 Tiles, warps and stages are estimates from the sizes of shared memory and of the matrix units: they
 compile for Hopper and CDNA, and were never timed, as there was no GPU to time them on.
@@ -26,17 +27,17 @@ from jaxtyping import Array, Float, Int
 from moe_shard.moe.grouped.blocks import owners
 from moe_shard.moe.grouped.interpreted import interpreted
 
-# Blocks of rows whose tiles run side by side, so that they find each other's weights in the cache.
+# Blocks of rows whose tiles run next to each other, so that they share weights in the cache.
 _BAND = 8
 _TILE = 128
-_SMALLEST = 16  # what a Triton product takes at least, in every dim
+_SMALLEST = 16  # the least that a Triton product accepts, in every dim
 _DEPTH_BYTES = 128  # of one row of a tile that is being contracted: a cache line
 _STAGES = {"cuda": 4, "rocm": 2, "cpu": 1}
 
 
 @dataclass(frozen=True)
 class Triton:
-    """Products by kernels.
+    """Multiply by the kernels of this file.
 
     Attributes:
         block: rows of a block, a power of two from 16 on; a divisor of the rows and of every
@@ -55,7 +56,7 @@ class Triton:
         *,
         transposed: bool,
     ) -> Float[Array, "N P"]:
-        """Multiply each row by its group's weights or their transpose; rows past them give 0."""
+        """Multiply rows by their group's weights or the transpose; rows past the groups give 0."""
         blocks, depth, out = x.shape[0] // self.block, x.shape[1], w.shape[1 if transposed else 2]
         tile, step = _tile(out), _depth(x)
 
@@ -76,7 +77,7 @@ class Triton:
                     b = _load(w_ref, (owner, *slices), dims)
                     return total + _dot(a, b, (1, 1 if transposed else 0))
 
-                # A block past the groups takes no step, and stores zeros.
+                # A block past the groups makes no step, and stores zeros.
                 steps = lax.select(owner >= 0, jnp.int32(pl.cdiv(depth, step)), jnp.int32(0))
                 y = lax.fori_loop(0, steps, add, jnp.zeros((self.block, tile), jnp.float32))
                 there = _there(y.shape, (None, (column, tile, out)))
@@ -93,7 +94,7 @@ class Triton:
     def outer(
         self, x: Float[Array, "N A"], dy: Float[Array, "N P"], group_sizes: Int[Array, "G"]
     ) -> Float[Array, "G A P"]:
-        """Sum over each group's rows x's row by dy's; 0 for an empty group."""
+        """Sum the outer products of x's and dy's rows over each group; 0 for an empty group."""
         groups, height, width = group_sizes.shape[0], x.shape[1], dy.shape[1]
         tall, wide, step = _tile(height), _tile(width), min(self.block, _depth(x))
 
@@ -148,7 +149,7 @@ class Triton:
         return interpreted(kernel) if cpu else kernel
 
 
-# Of one dim of an array: where a tile starts, its size, and the dim's own; None where tiles fit.
+# For one dim of an array: start and size of a tile, and size of the dim; None where tiles fit.
 _Range = tuple[Any, int, int] | None
 
 
@@ -157,7 +158,7 @@ def _tile(dim: int) -> int:
 
 
 def _depth(x: Float[Array, "N A"]) -> int:
-    """Return how much of the contracted dim a product in the loop takes."""
+    """Return how much of the contracted dim one step of the loop multiplies."""
     return max(_SMALLEST, _DEPTH_BYTES // x.dtype.itemsize)
 
 
@@ -168,7 +169,7 @@ def _dot(a: Array, b: Array, contracted: tuple[int, int]) -> Array:
 
 
 def _there(shape: tuple[int, ...], ranges: tuple[_Range, ...]) -> Array | None:
-    """Return which elements of a tile are in the array; None where no tile crosses an edge."""
+    """Return which elements of a tile are inside the array; None where no tile crosses an edge."""
     there: Array | None = None
     for axis, each in enumerate(ranges):
         if each is not None and each[2] % each[1]:

@@ -1,1 +1,1 @@
-"""Explain where a model's arrays lie on a mesh, and what is wrong with a rule table."""
+"""Explain where a model's arrays are placed on a mesh, and what is wrong with a rule table."""

@@ -1,4 +1,4 @@
-"""Find dims that want one mesh axis: which stays unsharded, what that means, and the fix."""
+"""Find dims that want the same mesh axis: which stays unsharded, the consequence, and the fix."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from moe_shard.sharding.rules import Decision, Loss, NumberedRule
 
 @dataclass(frozen=True)
 class Collision:
-    """A dim that wanted mesh axes another dim had, and got none; the same for several arrays.
+    """Describe a dim left unsharded because another has its axes; the same for several arrays.
 
     Attributes:
-        dim: the logical axis that stays unsharded; what Flax drops without a word.
+        dim: the logical axis that stays unsharded; Flax drops it silently.
         rule: the first rule that was tried for it; those below it lost as well.
         axes: the mesh axes that were taken.
         held_by: the logical axis that has them.
         holder: the rule by which it has them.
-        consequence: what it means.
+        consequence: what follows from that.
         fix: what to do about it.
-        arrays: the arrays it happens to.
-        bytes_per_device: of these arrays, as they are.
-        bytes_if_won: the same, had the rule won.
-        only_if: the setting under which it happens, where that is not the one asked about.
+        arrays: the arrays that it concerns.
+        bytes_per_device: bytes of these arrays, as they are placed.
+        bytes_if_won: bytes of these arrays if the rule had won.
+        only_if: the setting under which it happens, where that is not the one explained.
     """
 
     dim: str
@@ -43,7 +43,7 @@ class Collision:
 
     @property
     def cause(self) -> str:
-        """Return which rule lost what to which."""
+        """Return which rule lost which axes to which other dim."""
         return (
             f"{self.rule} lost {', '.join(self.axes)} to '{self.held_by}', placed by {self.holder}"
         )
@@ -69,7 +69,7 @@ class Collision:
 def find_collisions(
     placed: Sequence[PlacedArray], rules: Sequence[NumberedRule]
 ) -> list[Collision]:
-    """Collect the conflicts of all arrays; those with one cause and one consequence are one.
+    """Collect the conflicts of all arrays, merging those with the same cause and consequence.
 
     Args:
         placed: the arrays.
@@ -87,7 +87,7 @@ def find_collisions(
     for (dim, _, held_by, stated), members in groups.items():
         array, decision = members[0]
         loss = decision.lost[0]
-        # Layers give "consequence; fix"; where they do not, sizes and rules tell.
+        # Layers give "consequence; fix"; without it, both are derived from sizes and rules.
         consequence, _, fix = stated.partition("; ")
         now = sum(each.bytes_per_device for each, _ in members)
         copies = array.parts(loss.mesh_axes)
@@ -121,7 +121,7 @@ def _fix_of(
     rule, last = decision.lost[0].rule, decision.lost[-1].rule
     held = {axis for other in array.resolution.decisions for axis in other.mesh_axes}
     taken = ", ".join(axes)
-    # Were the loser's rule above, the holder would need a rule that leaves its axes alone.
+    # With the loser's rule first, the holder would need a rule without these axes.
     spare = next(
         (
             other
@@ -148,7 +148,7 @@ def _fix_of(
 
 
 def find_uneven(placed: Sequence[PlacedArray]) -> list[Lint]:
-    """Find dims that the mesh does not divide; there are some only where sizes are assumed."""
+    """Find dims that their mesh axes do not divide, possible only where sizes are assumed."""
     arrays: dict[tuple[NumberedRule, int, tuple[str, ...], int], list[str]] = {}
     for array in placed:
         for decision in array.resolution.decisions:
@@ -169,7 +169,7 @@ def find_uneven(placed: Sequence[PlacedArray]) -> list[Lint]:
 
 
 def find_alternatives(placed: Sequence[PlacedArray]) -> list[Lint]:
-    """Find pairs of dims that want one axis where a later rule of the loser was used."""
+    """Find pairs of dims that want one axis, where a later rule of the loser was used."""
     pairs: dict[tuple[NumberedRule, NumberedRule, str, tuple[str, ...]], list[str]] = {}
     for array in placed:
         for decision in array.resolution.decisions:
@@ -191,7 +191,7 @@ def find_alternatives(placed: Sequence[PlacedArray]) -> list[Lint]:
 
 
 def find_passed_over(placed: Sequence[PlacedArray]) -> list[Lint]:
-    """Find rules that do not divide a dim which a later rule then placed."""
+    """Find rules that do not divide a dim, where a later rule then placed it."""
     arrays: dict[tuple[Loss, NumberedRule], list[str]] = {}
     for array in placed:
         for decision in array.resolution.decisions:

@@ -1,6 +1,6 @@
-"""Explain where every array of a model lies on a mesh, which rule placed it, and what it lost.
+"""Explain where every array of a model is placed on a mesh, by which rule, and which rules lost.
 
-Works on what was recorded while the step was traced; nothing is compiled, no device is needed.
+The input is what was recorded while the step was traced; nothing is compiled, no device is needed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Rules = Sequence[tuple[str, Sequence[str]]]
 class Recorder(Sharding):
     """Record the arrays that a model places, without placing any.
 
-    For tables that may not fit the model: nothing about them can stop the trace.
+    This is for tables that may not fit the model: nothing in them can stop the trace.
 
     Args:
         mesh: the mesh that the table is for.
@@ -58,7 +58,7 @@ class Recorder(Sharding):
         dtype: DTypeLike | None = None,
         consequence: str = "",
     ) -> NamedSharding:
-        """Return the replicated sharding, whatever the array."""
+        """Return the replicated sharding for any array."""
         self.arrays[name] = AnnotatedArray(
             name, tuple(logical_axes), tuple(shape), dtype, consequence
         )
@@ -67,19 +67,19 @@ class Recorder(Sharding):
 
 @dataclass(frozen=True)
 class Explanation:
-    """Hold all that is explained.
+    """Hold the explanation of one model, mesh and table.
 
     Attributes:
-        model: its name.
-        table: where the rules are from.
-        sizes: the mesh.
-        rules: the table as written.
-        parameters: in the order of their names.
-        activations: in the order in which the step makes them.
+        model: the model's name.
+        table: the source of the rules.
+        sizes: mesh axis -> size.
+        rules: the rules of the table, as written.
+        parameters: the placed parameters, sorted by name.
+        activations: the placed activations, in the order in which the step makes them.
         conflicts: dims that stay unsharded although the table wanted them sharded.
         lint: what is wrong with the table itself.
-        notes: what was assumed.
-        state_bytes: bytes a device of parameters, moments and step; None where not asked for.
+        notes: lines on what was assumed.
+        state_bytes: bytes per device of parameters, moments and step; None where not requested.
     """
 
     model: str
@@ -107,7 +107,7 @@ class Explanation:
 
     @property
     def is_strict(self) -> bool:
-        """Return whether there is no conflict under these settings and no error in the table."""
+        """Return whether these settings have no conflict and the table has no error."""
         return all(c.only_if for c in self.conflicts) and all(
             lint.level != ERROR for lint in self.lint
         )
@@ -154,17 +154,18 @@ def explain(
 
     Args:
         model: the model's name.
-        table: what to call the table.
-        rules: its rules, as they were written.
+        table: the name of the table.
+        rules: rules of the table, as they were written.
         mesh_axes: the axes that the rules may name.
         sizes: the size of each of them.
         arrays: what was recorded while the step was traced.
-        parameters: names of those that are parameters.
-        sizes_are_assumed: the mesh is made up, so rules are applied as Flax does, whatever divides,
-            and a dim that the mesh does not divide is a warning.
+        parameters: names of the recorded arrays that are parameters.
+        sizes_are_assumed: whether the sizes of the mesh are assumed; rules are then applied as Flax
+            does, whatever they divide, and a dim that the mesh does not divide is a warning.
         notes: see `Explanation`.
         state_bytes: see `Explanation`.
-        is_maxtexts: the table is one of MaxText's, which passes over what a mesh does not have.
+        is_maxtexts: whether the table is one of MaxText's, where mesh axes that do not exist are
+            ignored.
 
     Raises:
         UserError: a dim that its mesh axes do not divide, unless the sizes are assumed.
@@ -208,9 +209,9 @@ def explain(
 def usable_rules(
     rules: Rules, mesh_axes: Sequence[str], arrays: Iterable[AnnotatedArray] = ()
 ) -> list[tuple[str, tuple[str, ...]]]:
-    """Return a table that can be resolved: known axes, each once, a rule for every logical axis.
+    """Return a table that can be resolved: known axes, each once, every logical axis with a rule.
 
-    The rules keep their numbers; what is missing is added behind, as what Flax makes of it.
+    The rules keep their numbers; missing ones are added at the end, as Flax would treat them.
     """
     kept = [
         (name, tuple(dict.fromkeys(axis for axis in axes if axis in mesh_axes)))

@@ -1,4 +1,4 @@
-"""Find what is wrong with a rule table by itself, whatever its mesh and whoever wrote it.
+"""Find what is wrong with a rule table itself, whatever its mesh and whoever wrote it.
 
 A rule is judged as Flax reads it, with every mesh axis larger than 1. It is tried on a dim that has
 no placement yet and applies if none of its mesh axes is held by another dim. So an earlier rule of
@@ -13,9 +13,9 @@ by a dim that a still earlier rule placed, and what is held stays held. Hence R 
 
 Both are proofs that a rule is dead. A rule that passes both may still be dead for subtler reasons.
 
-Training here also passes a rule over whose axes do not divide the dim. The first proof stands: what
-P does not divide for, R does not either. By the second R is not dead then: it serves where P does
-not divide, and nowhere else.
+Training here also passes over a rule whose axes do not divide the dim. The first proof still holds:
+a dim that P does not divide, R does not divide either. The second no longer does: R is used where P
+does not divide the dim, and nowhere else.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Lint:
     Attributes:
         level: "error" (nothing can be placed by this table as it stands), "warning" (it does not
             do what it seems to do), or "note".
-        kind: a name for scripts, such as "duplicate".
-        rules: numbers of the rules in question, counted from 1.
+        kind: its name in scripts, such as "duplicate".
+        rules: numbers of the rules concerned, counted from 1.
         text: one sentence.
     """
 
@@ -76,10 +76,10 @@ def lint_rules(
 
     Args:
         rules: the table.
-        mesh_axes: those that its rules may name.
+        mesh_axes: the axes that its rules may name.
         by_flax: see `dead_rules`.
-        is_maxtexts: the table is one of MaxText's, where an axis that the mesh does not have is
-            no error: it is taken to have size 1, in silence.
+        is_maxtexts: whether the table is one of MaxText's, where an axis that the mesh does not
+            have is no error: it silently counts as size 1.
     """
     found = [lint for rule in rules for lint in _lint_axes(rule, mesh_axes, is_maxtexts)]
     found += dead_rules(rules, by_flax=by_flax)
@@ -109,8 +109,9 @@ def dead_rules(rules: Sequence[NumberedRule], *, by_flax: bool = True) -> list[L
 
     Args:
         rules: the table.
-        by_flax: whether it is applied as Flax does, which knows no sizes. If not, a rule found by
-            the second proof is a note, as it serves where an earlier one does not divide.
+        by_flax: whether the table is applied as Flax does, which ignores sizes. If not, a rule
+            found by the second proof is a note, as it is used where an earlier one does not divide
+            the dim.
     """
     found = []
     alive: list[NumberedRule] = []
@@ -150,7 +151,7 @@ def _shadowed(rule: NumberedRule, rivals: Sequence[NumberedRule]) -> Lint | None
 def _unbeaten(
     rule: NumberedRule, rivals: Sequence[NumberedRule], alive: Sequence[NumberedRule]
 ) -> NumberedRule | None:
-    """Return the first rival that no collision takes out of the way of `rule`."""
+    """Return the first rival that no collision can keep from winning before `rule`."""
     own = set(rule.mesh_axes)
     return next((rival for rival in rivals if not _can_lose(rival, own, alive)), None)
 
@@ -203,7 +204,7 @@ def missing_rules(
 def lint_model(
     arrays: Sequence[AnnotatedArray], rules: Sequence[NumberedRule], *, is_maxtexts: bool = False
 ) -> list[Lint]:
-    """Find what a table lacks for a model, and how much of it the model has no use for."""
+    """Find what a table lacks for a model, and how many of its rules the model does not use."""
     found = []
     missing = missing_rules(arrays, rules)
     if missing and is_maxtexts:
@@ -218,7 +219,7 @@ def lint_model(
     used = {axis for array in arrays for axis in array.logical_axes}
     idle = [rule for rule in rules if rule.logical_axis not in used]
     if idle:
-        # The rules that a person adds stand last, so they are named first.
+        # Rules added by the user are the last of the table, so they are named first.
         names = list(dict.fromkeys(f"'{rule.logical_axis}'" for rule in reversed(idle)))
         text = (
             f"{len(idle)} of {len(rules)} rules are of logical axes that this model does not have: "

@@ -1,4 +1,4 @@
-"""Describe where one array lies: the shard on each device, and the rule behind each dim."""
+"""Describe how one array is placed: the shard on each device, and the rule behind each dim."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from moe_shard.sharding.rules import Decision, NumberedRule, Resolution
 
 @dataclass(frozen=True)
 class PlacedArray:
-    """An array and its placement.
+    """Hold an array and its placement.
 
     Attributes:
         array: its name, logical axes, shape and dtype.
         resolution: a decision per dim.
-        sizes: the mesh.
-        num_rules: rules of the table as it was written; later ones stand for missing ones.
+        sizes: mesh axis -> size.
+        num_rules: number of rules in the table as written; higher numbers stand for missing rules.
     """
 
     array: AnnotatedArray
@@ -56,11 +56,11 @@ class PlacedArray:
         return name.replace("float", "f").replace("uint", "u").replace("int", "i")
 
     def parts(self, mesh_axes: Iterable[str]) -> int:
-        """Return into how many parts these axes split a dim."""
+        """Return how many parts these axes split a dim into."""
         return math.prod(self.sizes[axis] for axis in mesh_axes)
 
     def won(self, decision: Decision) -> NumberedRule | None:
-        """Return the rule that placed a dim; None too where the table has no rule for it."""
+        """Return the rule that placed a dim; None also where the table has no rule for it."""
         rule = decision.won
         return rule if rule is not None and rule.number <= self.num_rules else None
 

@@ -1,4 +1,4 @@
-"""Print an explanation as a person reads it, 100 columns wide."""
+"""Print an explanation for people, 100 columns wide."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _table(title: str, arrays: Sequence[PlacedArray]) -> Table:
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
-    # 96 columns with the gaps: rich would crop the last one before it narrows the others.
+    # 96 columns with the gaps: rich would crop the last column before narrowing the others.
     table.add_column("array", width=_NAME_WIDTH, overflow="fold")
     table.add_column("dim", width=23, overflow="fold")
     table.add_column("size", justify="right", width=10, overflow="fold")
@@ -84,7 +84,7 @@ def _table(title: str, arrays: Sequence[PlacedArray]) -> Table:
 
 
 def _shard(array: PlacedArray) -> list[str]:
-    """Write dtype, shape and bytes of one device's part, on one line where they fit."""
+    """Write dtype, shape and bytes of one device's shard, on one line if they fit."""
     shape = f"  {array.dtype_name}[{','.join(map(str, array.shard_shape))}]"
     size = human_bytes(array.bytes_per_device)
     return [shape + f" {size}"] if len(shape) + len(size) < _NAME_WIDTH else [shape, f"  {size}"]
