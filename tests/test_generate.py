@@ -203,7 +203,7 @@ def test_parameters_alone_equal_those_of_the_state_in_both_layouts(trained: Path
         (["mixtral-tiny", "a", "max_tokens=3"], ["unknown key max_tokens"]),
         (
             ["mixtral-tiny", "a", "capacity_factor=1.25"],
-            ["capacity_factor=1.25", "nothing is drop"],
+            ["capacity_factor=1.25", "generation drops nothing"],
         ),
         (["mixtral-tiny", "a", "ragged_buffer_factor=2"], ["ragged_buffer_factor=2 drops"]),
         (
