@@ -35,8 +35,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 OTHERS_KEYS = {"num_local_experts", "model_name", "hf_family"}
-OTHERS_NAMES = {"train_compile", "X_blocks", "X_scales", "X_scale_inv"}
-"""A command of MaxText's, and suffixes of tensors' names."""
+OTHERS_NAMES = {"train_compile", "X_blocks", "X_scales", "X_scale_inv", "JAXTYPING_DISABLE"}
+"""A command of MaxText's, suffixes of tensors' names, and a variable that jaxtyping reads."""
 TEXT = {".py", ".yml", ".json"}
 LONGEST_README = 130
 
