@@ -1,4 +1,4 @@
-"""MaxText's models made small: what is said to MaxText and here alike, and what only to one."""
+"""Define small versions of MaxText's models: the keys for both packages, and those for one."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ OURS = ("num_simulated_devices=8", "per_device_batch_size=1", "remat_policy=none
 
 
 class Case(NamedTuple):
-    """One model of MaxText's.
+    """Describe one of MaxText's models.
 
     Attributes:
         model: name of its file.
-        sizes: key=value pairs for both.
-        updates: to make; 0: only logits; -1: nothing but a checkpoint.
-        layouts: of checkpoints to write, see `reference.save`.
+        sizes: key=value pairs for both packages.
+        updates: how many to make; 0: only logits; -1: only a checkpoint.
+        layouts: layouts of the checkpoints to write, see `reference.save`.
     """
 
     model: str
@@ -42,7 +42,7 @@ class Case(NamedTuple):
 
     @property
     def keys(self) -> dict[str, str]:
-        """What is said of the model and its training to both, by key."""
+        """Return the settings of the model and its training that both packages get, by key."""
         return dict(pair.split("=", 1) for pair in (*BOTH, *self.sizes.split()))
 
 
@@ -66,7 +66,7 @@ MOE = {
         "mixtral-8x7b", _HEADS + _EXPERTS + "base_num_decoder_layers=2", layouts=("state", "decode")
     ),
     "deepseek2": Case("deepseek2-16b", _LATENT + "base_num_decoder_layers=3"),
-    # By MaxText's default path, which on a CPU is for one device; the flat one by the dense path.
+    # MaxText's default path, which on a CPU is for one device; the flat model uses the dense path.
     "deepseek3": Case("deepseek3-671b", _DEEPSEEK3 + " sparse_matmul=true megablox=false"),
     "deepseek3-flat": Case("deepseek3-671b", _DEEPSEEK3 + _FLAT),
     "qwen3": Case("qwen3-30b-a3b", _HEADS + _EXPERTS + "base_num_decoder_layers=2"),

@@ -1,7 +1,7 @@
 """Count the collectives of a step with XLA's own parser, without a line of this package.
 
-What is counted is what runs in one step: a loop over layers runs its body as often as there are
-layers, and what a compiler for TPUs writes several times in the text for one transfer is one.
+The count is of what runs in one step: a loop over layers runs its body as often as there are
+layers, and a transfer that a TPU compiler writes several times in the text counts once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CALLED = re.compile(
 
 
 class Step:
-    """One module as XLA's parser has it."""
+    """Wrap one module from XLA's parser."""
 
     def __init__(self, text: str) -> None:
         module = hlo.hlo_module_from_text(text)
@@ -43,7 +43,7 @@ class Step:
         self.entry = entry[1]
 
     def counts(self, layers: int) -> dict[str, int]:
-        """How often a step runs each kind, where every loop with a collective is over layers."""
+        """Count how often a step runs each kind, if every loop with a collective is over layers."""
         outside, loops = self._inside(self.entry)
         total = Counter(outside)
         for body in loops:
@@ -54,11 +54,11 @@ class Step:
         return dict(total)
 
     def loops(self) -> list[dict[str, int]]:
-        """What one pass over each loop's body runs, of the loops that ENTRY runs."""
+        """Count what one pass over a loop's body runs, for each loop that ENTRY runs."""
         return [dict(Counter(self._inside(body)[0])) for body in self._inside(self.entry)[1]]
 
     def _inside(self, name: str) -> tuple[list[str], list[str]]:
-        """Kinds that one execution runs outside of loops, and the bodies of loops with some."""
+        """Return the kinds that one execution runs outside of loops, and loop bodies with some."""
         once: dict[object, str] = {}
         bodies: list[str] = []
         self._collect(name, once, bodies, fused=False)
@@ -78,7 +78,7 @@ class Step:
                     kind = "reduce-scatter"
                 channel = re.search(r"channel_id=(\d+)", text)
                 # shard_map gives all of its collectives channel 1; the compiler's own have one each
-                # and stand again, with it, in every piece of work that overlaps with the transfer.
+                # and appear again, with it, in every piece of work overlapped with the transfer.
                 own = channel[1] if channel is not None and channel[1] != "1" else None
                 once[(name, each.name) if own is None else (opcode, own)] = kind
                 continue

@@ -1,4 +1,4 @@
-"""MaxText's side of the comparison: a subprocess in MaxText's own interpreter.
+"""Run MaxText's side of the comparison: a subprocess in MaxText's own interpreter.
 
     python tests/maxtext/reference.py JOB.json
 
@@ -46,7 +46,7 @@ FIELDS = {
 
 
 def main() -> None:
-    """Do one job: a JSON file of cases, the batch they are asked about, and where to write."""
+    """Do one job: a JSON file with cases, their batch, and the output folder."""
     job = json.loads(Path(sys.argv[1]).read_text())
     batch = dict(np.load(job["batch"]))
     for name, case in job["cases"].items():
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def run_case(case: dict[str, Any], batch: dict[str, np.ndarray], out: Path) -> None:
-    """One model: its checkpoints in every layout that is asked for, and what it answers."""
+    """Run one model: write its checkpoints in every requested layout, and its outputs."""
     config = pyconfig.initialize(["", base_file(), *case["keys"], f"base_output_directory={out}"])
     made = train_utils.setup_train_loop(config, None)
     manager, shardings, mesh, train_state = made[1], made[2], made[4], made[10]
@@ -76,7 +76,7 @@ def run_case(case: dict[str, Any], batch: dict[str, np.ndarray], out: Path) -> N
 
 
 def shapes(tree: Any) -> dict[str, list[int]]:
-    """Path of each array of a checkpoint -> its shape."""
+    """Return the path of each array of a checkpoint -> its shape."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape)
@@ -85,14 +85,14 @@ def shapes(tree: Any) -> dict[str, list[int]]:
 
 
 def base_file() -> str:
-    """MaxText's own defaults."""
+    """Return the path of MaxText's own defaults."""
     return os.path.join(os.path.dirname(pyconfig.__file__), "base.yml")
 
 
 def unsettled(state: State) -> State:
-    """The state with what begins as a constant (norms, biases, sinks) moved off it.
+    """Perturb what is initialised to a constant (norms, biases, sinks).
 
-    Two norms that are all ones could be exchanged, and a bias of zeros be forgotten, unseen.
+    Otherwise no test would see that two norms of ones are swapped, or that a zero bias is missing.
     """
     random = np.random.default_rng(0)
 
@@ -114,7 +114,7 @@ def unsettled(state: State) -> State:
 def save(
     layouts: list[str], config: Any, manager: Any, graph: Any, state: State, out: Path
 ) -> None:
-    """Write the checkpoints: of the whole state, of the parameters by either of MaxText's ways."""
+    """Write the checkpoints: the whole state, and the parameters in both of MaxText's forms."""
     if "state" in layouts:
         saved = checkpointing.save_checkpoint(manager, 0, state, config, None, force=True)
         assert saved
@@ -128,7 +128,7 @@ def save(
 
 
 def logits(graph: Any, state: State, data: dict[str, jax.Array]) -> jax.Array:
-    """What the model says of a batch, called as MaxText's `loss_fn` calls it."""
+    """Return the logits of a batch, calling the model as MaxText's `loss_fn` does."""
 
     @jax.jit
     def forward(state: State, data: dict[str, jax.Array]) -> jax.Array:
@@ -147,7 +147,7 @@ def logits(graph: Any, state: State, data: dict[str, jax.Array]) -> jax.Array:
 def updates(
     config: Any, graph: Any, state: State, shardings: Any, mesh: Any, data: Any, count: int
 ) -> dict[str, np.ndarray]:
-    """Losses of updates, all on one batch."""
+    """Return the losses of updates on one batch."""
     params_shardings, shardings = sharding.maybe_update_params_sharding_with_opt(config, shardings)
     step, _ = train_utils.jit_train_and_eval_step(
         config, graph, mesh, state, shardings, train.train_step, params_shardings=params_shardings
@@ -164,7 +164,7 @@ def updates(
 
 
 def timescales(model: nnx.Module) -> dict[str, np.ndarray]:
-    """What Llama's rotary embeddings divide positions by, of each element of a head."""
+    """Return the divisors of positions in Llama's rotary embeddings, per element of a head."""
     return {
         ".".join(map(str, path)): np.asarray(node.timescale).ravel()
         for path, node in nnx.iter_graph(model)

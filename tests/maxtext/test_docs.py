@@ -1,4 +1,4 @@
-"""docs/maxtext.md: every command is run as it stands and prints what the page says."""
+"""Run every command of docs/maxtext.md unchanged, and compare its output with the page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ANYTHING = "..."
 
 
 class Example(NamedTuple):
-    """Commands of the page, and what it says that they print: lines in order, with gaps."""
+    """Hold commands of the page, and the output that it shows: lines in order, with gaps."""
 
     commands: str
     printed: list[str]
@@ -45,7 +45,7 @@ EXAMPLES = examples()
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
-    """What each example prints, both streams together."""
+    """Return what each example prints, both streams together."""
     mark = "=== end of example"
     script = "set -e\n" + "".join(f"{each.commands}\necho '{mark}'\n" for each in EXAMPLES)
     inherited = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}

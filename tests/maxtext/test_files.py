@@ -1,7 +1,7 @@
-"""The files of the installed MaxText: every key of it, its MoE models, and its rule tables.
+"""Load the files of the installed MaxText: every key, its MoE models, and its rule tables.
 
-What a model has to come to is written out by hand, from reading its YAML and MaxText's layers: no
-code here is that of the loader. MODELS names every YAML with experts, with its verdict.
+The expected configurations are written by hand, from reading each YAML and MaxText's layers; no
+code of the loader is used. MODELS names every YAML with experts, with its verdict.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.maxtext
 
 
 def _configs() -> Path | None:
-    """`configs/` of the installed package, or of the one that MAXTEXT_CONFIGS names."""
+    """Return `configs/` of the installed package, or the folder that MAXTEXT_CONFIGS names."""
     if named := os.environ.get("MAXTEXT_CONFIGS"):
         return Path(named)
     found = importlib.util.find_spec("maxtext")
@@ -46,7 +46,7 @@ def test_every_key_of_base_yml_is_known_with_its_default() -> None:
     keys = maxtext_keys()
     base = yaml.safe_load((CONFIGS / "base.yml").read_text(encoding="utf-8"))
     assert len(base) > 700
-    base["logical_axis_rules"] = []  # not repeated in our file
+    base["logical_axis_rules"] = []  # not repeated in the file that the test writes
     assert {key: keys.defaults.get(key, "missing") for key in base} == base
 
 
@@ -86,26 +86,27 @@ def test_every_axis_and_row_of_its_tables_is_known() -> None:
 
 @dataclass(frozen=True)
 class Model:
-    """A model by hand. Sizes count elements; lists have one entry a layer, repeated.
+    """Describe a model by hand. Sizes count elements; lists have one entry a layer, repeated.
 
     Attributes:
         dims: M, layers, hidden size of a dense MLP, of an expert and of the shared experts,
             vocabulary.
-        heads: of queries, of keys and values, and a head's size; for MLA the latent of queries
-            and of keys, and a key's parts that do not and that do turn, and a value's.
+        heads: heads of queries, heads of keys and values, and a head's size; for MLA the latent
+        sizes of queries and of keys, the sizes of a key without and with RoPE, and a value's.
         experts: E and K.
-        score: function, divided by their sum, factor, on the experts' input.
-        biases: in the logits; where experts are chosen.
-        groups: of experts, and those kept.
-        spans: of attention.
+        score: the function, whether weights are divided by their sum, a factor, and whether the
+        weights scale the experts' input.
+        biases: whether the logits have a bias, and whether the choice of experts has one.
+        groups: the number of expert groups, and of those kept.
+        spans: the spans of attention.
         rope: whether a layer has positions.
         moe: whether a layer has experts.
-        theta: of the positions.
+        theta: the base of the frequencies.
         stretch: "" or "llama3.1" or (factor, beta_fast, beta_slow, truncate).
-        neighbours: pairs are neighbours, not halves.
-        scale: of the scores.
-        norm: "", "head" or "l2" of queries and keys.
-        epsilon: of all norms.
+        neighbours: whether rotated pairs are adjacent elements, not halves.
+        scale: the scale of the attention scores.
+        norm: the norm of queries and keys: "", "head" or "l2".
+        epsilon: the epsilon of all norms.
         extra: other keys of the resolved configuration.
     """
 
@@ -278,7 +279,7 @@ MODELS: dict[str, Model | tuple[str, ...]] = {
 
 
 def moe_files() -> Iterator[str]:
-    """Names of the model files with more than one expert."""
+    """Yield the names of the model files with more than one expert."""
     for path in sorted((CONFIGS / "models").glob("*.yml")):
         if yaml.safe_load(path.read_text(encoding="utf-8")).get("num_experts", 1) > 1:
             yield path.stem
@@ -391,7 +392,7 @@ def _check_attention(config: Config, model: Model) -> None:
 
 
 def frequencies(model: Model, dim: int) -> np.ndarray:
-    """Pair by pair, by the formulas of MaxText's embeddings: a class a kind of stretching."""
+    """Compute pair by pair, by the formulas of MaxText's embeddings: one class per kind of scaling."""
     plain = np.array([model.theta ** (-2 * pair / dim) for pair in range(dim // 2)])
     if model.stretch == "":
         return plain
@@ -432,7 +433,7 @@ def test_frequencies_are_those_of_maxtexts_own_classes(name: str) -> None:
 
 
 def maxtexts_frequencies(name: str) -> np.ndarray:
-    """Of the class that MaxText's attention would make for a YAML, at position 1."""
+    """Return the frequencies of MaxText's embedding class for a YAML, read at position 1."""
     os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
     import jax
 
@@ -543,7 +544,7 @@ def test_a_step_is_placed_by_a_table(table: str) -> None:
             assert expected in [
                 axes for known, axes in config.mesh.logical_axis_rules if known == name
             ]
-    # Judged by itself: warned of are axes that its mesh does not have, in ep-as-dp and one more.
+    # Checked alone: ep-as-dp and one other warn of axes that their mesh does not have.
     judged = explain_table("mixtral-tiny", ["per_device_batch_size=8"], path).lint
     warned = {lint.kind for lint in judged if lint.level in {"warning", "error"}} - {"uneven"}
     expected_kinds = {"unknown-axis"} if table in {"ep-as-dp", "fsdp-as-dp-for-attn"} else set()

@@ -1,4 +1,4 @@
-"""MaxText's checkpoints read without MaxText: what each tensor fills, and what is refused."""
+"""Read MaxText's checkpoints without MaxText: what each tensor fills, and what is refused."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ MODELS = {
 }  # fmt: skip
 MESHES = {"expert": 8}, {"fsdp": 2, "expert": 4}, {"tensor": 2, "expert": 2, "fsdp": 2}
 
-# What a layer has, ours -> MaxText's, spelt out for each block: no pattern that both could share.
+# A layer's names, the package's -> MaxText's, written out for each block without a pattern.
 _NORMS = {
     "attention_norm.scale": "pre_self_attention_layer_norm/scale",
     "mlp_norm.scale": "post_self_attention_layer_norm/scale",
@@ -117,7 +117,7 @@ PLACES: dict[str, list[tuple[str, int | None]]] = {
     "llama4-128e": [(f"layers/layers_{i % 4}", i // 4) for i in range(8)],
     "qwen3-dense": [("layers", 0), ("layers", 1)],
 }
-# Stacks here -> their layers.
+# Stacks of the package -> their layers.
 STACKS: dict[str, dict[str, list[int]]] = {
     "mixtral": {"layers": [0, 1]},
     "deepseek3": {"layers_0": [0], "layers_1": [1, 2, 3]},
@@ -139,7 +139,7 @@ def read(folder: Path, config: Config, say: Callable[[str], object] = lambda _: 
 
 
 def expected(tree: Tree, name: str) -> dict[str, np.ndarray]:
-    """The parameters here, each layer's cut out of its tensor and stacked first."""
+    """Return the package's parameters: each layer is sliced from its tensor, then stacked."""
     model = name.removesuffix("-flat")
     found = {
         "embedding.table": tree["params/params/token_embedder/embedding"],
@@ -154,7 +154,7 @@ def expected(tree: Tree, name: str) -> dict[str, np.ndarray]:
                 folder, at = PLACES[name][number]
                 array = tree.get(f"params/params/decoder/{folder}/{theirs}")
                 axis = 1
-                if array is None:  # a variable that is no parameter
+                if array is None:  # a variable that is not a parameter
                     array, axis = tree[f"nnx_aux/model/decoder/{folder}/{theirs}"], 0
                 layers.append(array if at is None else np.take(array, at, axis))
             found[f"{stack}.{ours}"] = np.stack(layers)
@@ -162,7 +162,7 @@ def expected(tree: Tree, name: str) -> dict[str, np.ndarray]:
 
 
 def assert_are(params: Any, wanted: dict[str, np.ndarray], dtype: Any = np.float32) -> None:
-    """Bit for bit, each shard on its device; nothing more and nothing less."""
+    """Compare all arrays bit for bit, each shard on its device, with no array extra or missing."""
     arrays = {".".join(path): array for path, array in leaves_of(params)}
     assert arrays.keys() == wanted.keys()
     for path, array in arrays.items():
@@ -213,7 +213,7 @@ def test_chunks_of_a_run_on_many_devices(
     wi = chunks["params"]["params"]["decoder"]["layers"]["MoeBlock_0"]["wi_0"]
     assert wi.storage.chunk_shape == (2, 2, 32, 96)
     assert_are(read(tmp_path, config_of("mixtral", {"expert": 8})), expected(tree, "mixtral"))
-    # Of the experts only, whose shards are of two chunks there.
+    # Only the experts, whose shards are two chunks there.
     monkeypatch.setattr("moe_shard.maxtext.read._LARGE", 100_000)
     cut = read(tmp_path, config_of("mixtral", {"expert": 2, "data": 4}))
     assert_are(cut, expected(tree, "mixtral"))
@@ -229,7 +229,7 @@ def test_gate_and_up_as_one_array_here(mixtral: tuple[Path, Tree]) -> None:
 
 
 def _unwrapped(tree: Tree) -> Tree:
-    """As MaxText writes parameters alone: NNX's tree, in bfloat16."""
+    """Convert to MaxText's form of parameters alone: NNX's tree, in bfloat16."""
     start = "params/params/"
     return {
         f"{path.removeprefix(start)}/value": array.astype(ml_dtypes.bfloat16)
@@ -246,7 +246,7 @@ def _stacked_first(tree: Tree) -> Tree:
 
 
 def _joined(tree: Tree) -> Tree:
-    """As with fused_qkv and prefuse_moe_weights."""
+    """Convert to the form of fused_qkv and prefuse_moe_weights."""
     new = dict(tree)
     layer = "params/params/decoder/layers"
     qkv = [new.pop(f"{layer}/self_attention/{x}/kernel") for x in ("query", "key", "value")]

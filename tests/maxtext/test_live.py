@@ -1,4 +1,4 @@
-"""MaxText's own step under `moe-shard watch`: the right verdict, an exact count, and the reason."""
+"""Watch MaxText's own step with `moe-shard watch`: verdict, exact count, and the reason."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.maxtext
 
 
 class Watched(NamedTuple):
-    """A case, what `watch` said of its step, and the step's text as XLA left it."""
+    """Hold a case, the report of `watch` on its step, and the step's text as XLA dumped it."""
 
     case: Case
     step: dict[str, Any]
@@ -39,7 +39,7 @@ class Watched(NamedTuple):
 def watched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Watched:
     case = CASES[request.param]
     folder = tmp_path_factory.mktemp("maxtext")
-    # Flags of one's own are kept, and their dumps left where they are: for the count beside it.
+    # The user's flags are kept and their dumps are not removed: they serve the oracle's count.
     flags = f"--xla_dump_to={folder}/hlo --xla_dump_hlo_as_text"
     if case.where == "cpu":
         flags += " --xla_force_host_platform_device_count=8"

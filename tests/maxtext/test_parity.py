@@ -1,6 +1,6 @@
-"""MaxText itself: the same file, the same parameters, the same batch, the same numbers.
+"""Compare with MaxText: the same file, parameters and batch must give the same numbers.
 
-MaxText makes the parameters, writes the checkpoints and answers in a process of its own
+MaxText makes the parameters, writes the checkpoints and computes its outputs in its own process
 (`reference.py`), once for all tests. Here the same YAML, made small, and its checkpoint are read.
 """
 
@@ -39,7 +39,7 @@ cuts chunks by the place in the row, this package by that in the document."""
 
 
 class Answers(NamedTuple):
-    """What MaxText wrote and said of one model."""
+    """Hold what MaxText wrote and computed for one model."""
 
     folder: Path
     found: dict[str, np.ndarray]
@@ -81,7 +81,7 @@ def maxtext(
     (folder / "job.json").write_text(json.dumps(job))
     done = subprocess.run(
         [sys.executable, str(Path(__file__).parent / "reference.py"), str(folder / "job.json")],
-        # One device, and no time spent on machine code that runs five times.
+        # One device, and no optimisation of machine code that runs only five times.
         env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONWARNINGS": ""},
         capture_output=True,
         text=True,
@@ -94,7 +94,7 @@ def maxtext(
 
 
 def config_of(case: Case, folder: Path, experts: int) -> Config:
-    """The model's own YAML with the small sizes in it, as a person would write them there."""
+    """Load the model's own YAML with the small sizes in it, as a person would write them there."""
     package = importlib.util.find_spec("maxtext")
     assert package is not None
     assert package.submodule_search_locations
@@ -129,7 +129,7 @@ def logits(config: Config, model: AbstractModel, params: Params, batch: Any) -> 
 
 
 def train(config: Config, params: Params, batch: Any) -> dict[str, np.ndarray]:
-    """Metrics of updates by the training step; uses the parameters up."""
+    """Return the metrics of updates by the training step, which donates the parameters."""
     program = make_program(config, annotator(config))
     fields = {
         name: jax.device_put(array[None], program.batch_sharding) for name, array in batch.items()
@@ -221,7 +221,7 @@ def test_llama4_turns_by_maxtexts_frequencies(maxtext: dict[str, Answers], name:
     found = [array for key, array in theirs.items() if key.startswith("timescale")]
     assert found
     for timescale in found:
-        # MaxText has the two elements of a pair beside each other.
+        # In MaxText the two elements of a pair are adjacent.
         np.testing.assert_allclose(np.repeat(ours, 2), 1 / timescale, rtol=1e-6)
     stretched = config.rope.rope_max_timescale ** (
         -np.arange(0, config.head_dim, 2) / config.head_dim

@@ -1,4 +1,4 @@
-"""The update and the load-balance loss of a MaxText file against MaxText's own functions."""
+"""Compare a MaxText file's update and load-balance loss with MaxText's own functions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.maxtext
 
 
 def load(folder: Path, **said: Any) -> Config:
-    """A small MaxText file's configuration."""
+    """Load a small MaxText file's configuration."""
     small = {"base_emb_dim": 64, "num_experts": 8, "num_experts_per_tok": 2, "steps": 40}
     path = folder / "deepseek3-small.yml"
     path.write_text(yaml.safe_dump({**small, **said}), encoding="utf-8")
@@ -39,7 +39,7 @@ def maxtexts(module: str) -> Any:
 
 
 def settings(**said: Any) -> SimpleNamespace:
-    """A configuration as MaxText's functions read it."""
+    """Make a configuration that MaxText's functions can read."""
     defaults = {key: value for key, value in maxtext_keys().defaults.items() if value != "None"}
     return SimpleNamespace(**{**defaults, **said})
 
@@ -131,7 +131,7 @@ def test_the_load_balance_loss_is_maxtexts(tmp_path: Path, block: str, score: st
         k=k,
         convention=moe.load_balance_loss_type,
     )
-    # What its gate gives: the scores, where it has a function of its own, else the logits.
+    # The gate's output: the scores if it has its own score function, else the logits.
     function = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}[score]
     gate = function(logits) if block == "deepseek" else logits
     layer = SimpleNamespace(

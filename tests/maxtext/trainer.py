@@ -1,4 +1,4 @@
-"""MaxText's own commands made small, and what is known of their steps by reading them by hand.
+"""Define small runs of MaxText's own commands, with facts of their steps read by hand.
 
 The steps were read in the text of jax 0.12.0.1 and libtpu 0.0.50 (`constraints-maxtext.txt`): the
 operands of every collective over the expert axis were followed to the parameter or to the tokens
@@ -56,16 +56,16 @@ TPU = {
 
 
 class Case(NamedTuple):
-    """One step.
+    """Describe one step.
 
     Attributes:
         where: "cpu", where MaxText trains, or "v5e", for which it compiles.
         mesh: one of `MESHES`.
-        keys: key=value pairs beside `SMALL`.
-        verdict: what is right.
-        exchanges: of a layer, how often tokens are sent to experts or back: forward, backward.
-        exchanged_by: the kind of collective that does.
-        gathered: of a layer, how often each expert weight is gathered over the expert axis.
+        keys: key=value pairs in addition to `SMALL`.
+        verdict: the right verdict.
+        exchanges: how often a layer sends tokens to experts or back: forward, backward.
+        exchanged_by: the kind of collective that sends them.
+        gathered: how often a layer gathers each expert weight over the expert axis.
     """
 
     where: str
@@ -77,7 +77,7 @@ class Case(NamedTuple):
     gathered: Mapping[str, int] = MappingProxyType({})
 
 
-# Forward and again where the backward pass recomputes the layer.
+# Forward, and again where the backward pass recomputes the layer.
 _ALL_WEIGHTS = {"wi_0": 2, "wi_1": 2, "wo": 2}
 # To the experts and back; then both again, and the gradients of both.
 _EXCHANGES = (2, 4)
@@ -93,8 +93,8 @@ CASES = {
         ("off", "expert8", _GATHERED),
         ("off", "fsdp2-expert4", _GATHERED),
         ("on", "expert8", _SENT),
-        # MaxText lays the down projection's result out by batch rows with `expert` still among
-        # them, so that what its experts hold goes back to the rows, and `wo` goes there whole.
+        # MaxText shards the down projection's result by sequences with `expert` among the axes,
+        # so that the experts' activations return to the sequences, and `wo` is gathered there.
         ("on", "fsdp2-expert4", _SENT | {"verdict": "mixed", "gathered": {"wo": 2}}),
     ]
 }
@@ -102,7 +102,7 @@ CASES["cpu-dense-on-fsdp2-expert4-unscanned"] = CASES["cpu-dense-on-fsdp2-expert
     keys=[*DENSE, FLAG, "scan_layers=false"]
 )
 for _mesh in MESHES:
-    # The flag does nothing here, as MaxText says: it is on in one of the two.
+    # The flag has no effect here, as MaxText documents: it is on in one of the two.
     CASES[f"v5e-sparse-{_mesh}"] = Case(
         "v5e",
         _mesh,
@@ -114,7 +114,7 @@ for _mesh in MESHES:
 
 
 def command(case: Case, folder: Path) -> list[str]:
-    """MaxText's command for a case."""
+    """Return MaxText's command for a case."""
     keys = [*SMALL, *MESHES[case.mesh], *case.keys, "run_name=run"]
     if case.where == "cpu":
         module, own = "train", ["hardware=cpu", "steps=1"]
@@ -125,7 +125,7 @@ def command(case: Case, folder: Path) -> list[str]:
 
 
 def environment(flags: str) -> dict[str, str]:
-    """The environment of MaxText on a machine that has nothing but CPUs."""
+    """Return the environment of MaxText on a machine with only CPUs."""
     root = str(Path(__file__).parents[2])
     inherited = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     maxtext = {"DECOUPLE_GCLOUD": "TRUE", "JAX_PLATFORMS": "cpu", "PYTHONPATH": root}
@@ -133,7 +133,7 @@ def environment(flags: str) -> dict[str, str]:
 
 
 def package() -> Path:
-    """The folder of the installed MaxText."""
+    """Return the folder of the installed MaxText."""
     found = find_spec("maxtext")
     assert found is not None, "MaxText is not installed: make test-maxtext"
     assert found.origin is not None
@@ -141,5 +141,5 @@ def package() -> Path:
 
 
 def base_file() -> str:
-    """MaxText's base.yml."""
+    """Return the path of MaxText's base.yml."""
     return str(package() / "configs" / "base.yml")

@@ -1,4 +1,4 @@
-"""Checkpoints with MaxText's names and shapes, written by Orbax without MaxText.
+"""Write checkpoints with MaxText's names and shapes by Orbax, without MaxText.
 
 `recorded.json` has the names and shapes that MaxText wrote; `make test-maxtext` compares it with
 what it writes today.
@@ -22,7 +22,7 @@ Tree = dict[str, np.ndarray]
 
 
 def tree_of(name: str, seed: int = 0) -> Tree:
-    """Random arrays in the shapes of a recorded checkpoint."""
+    """Draw random arrays in the shapes of a recorded checkpoint."""
     random = np.random.default_rng(seed)
 
     def array(path: str, shape: list[int]) -> np.ndarray:
@@ -37,8 +37,8 @@ def write(folder: Path, tree: Tree, *, zarr3: bool = True, ocdbt: bool = True) -
     """Write a checkpoint of one step.
 
     Args:
-        folder: gets `0/items/`.
-        tree: what is in it.
+        folder: the folder in which `0/items/` is written.
+        tree: the arrays.
         zarr3: as MaxText's checkpoint_storage_use_zarr3.
         ocdbt: as MaxText's checkpoint_storage_use_ocdbt.
 

@@ -1,4 +1,4 @@
-"""How near the package has to come, for what is computed now and for what was recorded."""
+"""Define how close the package must be to live and to recorded results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.parity.package import Answer
 
 
 class Known(Protocol):
-    """What transformers said; fields as of `reference.Reference`."""
+    """Hold the results of transformers; the fields are those of `reference.Reference`."""
 
     logits: np.ndarray
     router_logits: np.ndarray
@@ -20,7 +20,7 @@ class Known(Protocol):
 
 
 def assert_forward(found: Answer, known: Known, config: Config) -> None:
-    """Logits to 1e-4, router logits to 1e-5 of their largest, losses to 1e-5."""
+    """Compare logits to 1e-4, router logits to 1e-5 of their largest, and losses to 1e-5."""
     np.testing.assert_allclose(found.logits, known.logits, rtol=1e-4, atol=1e-4)
     assert_near(found.router_logits, known.router_logits, 1e-5)
     np.testing.assert_allclose(found.ce_loss, known.ce_loss, rtol=1e-5)
@@ -34,7 +34,7 @@ def assert_forward(found: Answer, known: Known, config: Config) -> None:
 
 
 def assert_near(found: Any, known: Any, tolerance: float) -> None:
-    """The largest error is at most `tolerance` of the largest value."""
+    """Check that the largest error is at most `tolerance` times the largest value."""
     assert found.shape == known.shape
     error = np.max(np.abs(found - known)) / np.max(np.abs(known))
     assert error <= tolerance, f"relative error {error:.1e}"

@@ -1,4 +1,4 @@
-"""The references that the tests compare with, each made once a session."""
+"""Make the references that the tests compare with, each once a session."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Shape], Reference]:
-    """Reference of a shape. Torch is imported where the first one is asked for."""
+    """Return the reference of a shape; torch is imported when the first one is requested."""
     made: dict[str, Reference] = {}
 
     def get(shape: Shape) -> Reference:

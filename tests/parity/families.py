@@ -1,4 +1,4 @@
-"""The small models that both sides compute, by `shapes.yml`."""
+"""Read the small models that both sides compute from `shapes.yml`."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ LEARNING_RATE = 0.02
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """One small model.
+    """Describe one small model.
 
     Attributes:
         family: `model_type` of its configuration class.
-        name: of the shape, unique in the family.
-        about: what it is for.
-        settings: of the configuration class, beyond `COMMON`.
-        seed: of its weights and tokens.
+        name: the shape's name, unique in the family.
+        about: what it tests.
+        settings: arguments of the configuration class, in addition to `COMMON`.
+        seed: the seed of its weights and tokens.
     """
 
     family: str
@@ -42,16 +42,16 @@ class Shape:
 
     @property
     def id(self) -> str:
-        """Name in test ids and file names."""
+        """Return the name in test ids and file names."""
         return f"{self.family}-{self.name}"
 
     @property
     def config(self) -> dict[str, Any]:
-        """Keyword arguments of the configuration class."""
+        """Return the keyword arguments of the configuration class."""
         return COMMON | self.settings
 
     def tokens(self) -> np.ndarray:
-        """Ids [B, S + 1]: inputs are all but the last of a row, targets all but the first."""
+        """Draw ids [B, S + 1]: of a sequence, inputs omit the last token and targets the first."""
         seed = zlib.crc32(f"{self.id} tokens {self.seed}".encode())
         rng = np.random.Generator(np.random.PCG64(seed))
         return rng.integers(0, VOCAB, (ROWS, LENGTH + 1))
@@ -60,7 +60,7 @@ class Shape:
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "max_position_embeddings": 64,
-    # No token ends a text, and none is left out of the gradient as padding.
+    # No token is EOS, and none is excluded from the gradient as padding.
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,

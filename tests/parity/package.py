@@ -1,4 +1,4 @@
-"""The package's side of the comparison: a model's directory in, NumPy arrays out. No torch."""
+"""Run the package's side of the comparison, from a model's directory to NumPy, without torch."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ OVERRIDES = (
 
 
 class Opened(NamedTuple):
-    """A model on a mesh."""
+    """Hold a model on a mesh."""
 
     config: Config
     sharding: Sharding
@@ -54,7 +54,7 @@ class Opened(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What the package says of a batch; the auxiliary loss with its weight."""
+    """Hold the package's results for a batch; the auxiliary loss includes its weight."""
 
     logits: np.ndarray
     router_logits: np.ndarray
@@ -66,9 +66,9 @@ def open_model(directory: Path, experts: int, *overrides: str) -> Opened:
     """Load a directory's model onto the eight devices.
 
     Args:
-        directory: of transformers.
-        experts: size of the expert axis; FSDP has the other devices.
-        overrides: settings beyond `OVERRIDES`.
+        directory: the directory that transformers wrote.
+        experts: size of the expert axis; FSDP gets the other devices.
+        overrides: settings in addition to `OVERRIDES`.
     """
     mesh = f"ici_expert_parallelism={experts}"
     config = load_model(str(directory), [*OVERRIDES, mesh, *overrides])
@@ -80,7 +80,7 @@ def open_model(directory: Path, experts: int, *overrides: str) -> Opened:
 
 
 def batch_of(opened: Opened, inputs: np.ndarray, targets: np.ndarray) -> dict[str, jax.Array]:
-    """One microbatch, each row one document, placed on the mesh."""
+    """Place one microbatch on the mesh; each sequence is one document."""
     fields = {
         "inputs": inputs,
         "targets": targets,
@@ -94,7 +94,7 @@ def batch_of(opened: Opened, inputs: np.ndarray, targets: np.ndarray) -> dict[st
 
 
 def evaluate(opened: Opened, inputs: np.ndarray, targets: np.ndarray) -> Answer:
-    """Logits, router logits and losses, by one program."""
+    """Compute logits, router logits and losses in one program."""
     moe = opened.config.model.moe
     assert moe is not None
 
@@ -115,7 +115,7 @@ def evaluate(opened: Opened, inputs: np.ndarray, targets: np.ndarray) -> Answer:
 
     batch = batch_of(opened, inputs, targets)
     with pytest.MonkeyPatch.context() as patch:
-        # The one statistic that a layer takes of its logits becomes the logits themselves.
+        # A layer computes one statistic from its logits; it is replaced by the logits themselves.
         patch.setattr("moe_shard.moe.layer.router_z_loss", lambda logits: logits)
         lowered = jax.jit(forward).lower(opened.params, batch)
     answer = jax.device_get(lowered.compile(QUICK)(opened.params, batch))
@@ -125,14 +125,14 @@ def evaluate(opened: Opened, inputs: np.ndarray, targets: np.ndarray) -> Answer:
 def gradients(
     opened: Opened, inputs: np.ndarray, targets: np.ndarray, directory: Path
 ) -> tuple[float, dict[str, np.ndarray]]:
-    """The training loss and its gradients, by the names of the checkpoint.
+    """Compute the training loss and its gradients, by the checkpoint's names.
 
     Args:
         opened: the model.
         inputs: ids [B, S].
         targets: the token after each.
-        directory: a copy of the model's, whose weights are overwritten: gradients go back to the
-            checkpoint's tensors by the way that parameters go.
+        directory: a copy of the model's directory, whose weights are overwritten: gradients are
+        exported to the checkpoint's tensors as parameters are.
     """
     grad_fn = jax.jit(step.make_grad(opened.config, opened.model))
     batch = batch_of(opened, inputs, targets)
@@ -149,7 +149,7 @@ def overwrite(directory: Path, params: Params) -> None:
 
 
 def train(opened: Opened, inputs: np.ndarray, targets: np.ndarray) -> list[float]:
-    """Losses of updates by the training step, all on one batch; uses the parameters up."""
+    """Return the losses of updates on one batch; the training step donates the parameters."""
     program = step.make_program(opened.config, opened.sharding)
     batch = {name: each[None] for name, each in batch_of(opened, inputs, targets).items()}
     batch = jax.device_put(batch, program.batch_sharding)
@@ -165,7 +165,7 @@ def train(opened: Opened, inputs: np.ndarray, targets: np.ndarray) -> list[float
 
 
 def greedy(opened: Opened, prompts: np.ndarray, *, cached: bool) -> np.ndarray:
-    """The likeliest tokens after prompts of one length."""
+    """Generate the most probable tokens after prompts of one length."""
     generator = Generator(
         opened.model,
         opened.sharding,

@@ -22,7 +22,7 @@ LONG_AGO = (1980, 1, 1, 0, 0, 0)
 
 
 def record(shape: Shape, reference: Reference) -> bytes:
-    """One shape's fixture, a zip of NumPy arrays as `np.savez` makes it, the same every time."""
+    """Return one shape's fixture: a zip of NumPy arrays as `np.savez` makes it, reproducible."""
     (path,) = reference.directory.glob("*.safetensors")
     model = {
         "config": json.loads((reference.directory / "config.json").read_text()),

@@ -1,4 +1,4 @@
-"""What transformers computes for one of the small models: float32, eager attention, on the CPU.
+"""Compute a small model's results with transformers: float32, eager attention, on the CPU.
 
 Nothing here is of the package. The module imports torch, so tests reach it through the fixture in
 `conftest.py`, which makes each shape's reference once.
@@ -27,34 +27,34 @@ from tests.parity.families import (
     Shape,
 )
 
-# More threads than one cost time on arrays this small.
+# On arrays this small, more than one thread is slower.
 torch.set_num_threads(1)
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-# Where a router's answer has its logits; the others give them first.
+# The position of the logits in a router's output; the other routers return them first.
 ROUTER_LOGITS_AT = {"llama4_text": 1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reference:
-    """One shape's numbers.
+    """Hold one shape's numbers.
 
     Attributes:
-        directory: what `save_pretrained` writes: experts one by one, where that is the family's.
+        directory: what `save_pretrained` writes, with experts one by one if the family does so.
         fused: the same weights as the model holds them, experts stacked.
         inputs: ids [B, S].
         targets: the token after each.
         logits: [B, S, V].
-        router_logits: [L, B, S, E], of the layers that have experts.
+        router_logits: [L, B, S, E], for the layers that have experts.
         ce_loss: mean cross entropy, in nats a token.
         aux_loss: load-balance loss before its weight; None where the family has none.
-        loss: of training, the auxiliary loss weighed in.
+        loss: the training loss, which includes the weighted auxiliary loss.
         gradients: of `loss`, by the tensor's name in `directory`.
-        losses: before each of some updates of plain SGD.
+        losses: the loss before each of some updates of plain SGD.
         greedy: ids [prompts, new tokens].
-        greedy_without_cache: the same, every step from the start.
-        margin: least gap between what is chosen and what is not, of experts and groups.
+        greedy_without_cache: the same, recomputed from the start in every step.
+        margin: least gap between chosen and not chosen experts, and groups.
         greedy_margin: the same over the generated texts, next tokens included.
     """
 
@@ -80,7 +80,7 @@ def make(shape: Shape, folder: Path) -> Reference:
 
     Args:
         shape: the model.
-        folder: gets the model's directories.
+        folder: where the model's directories are written.
     """
     directory, fused = folder / "unfused", folder / "fused"
     write(shape, directory)
@@ -125,22 +125,22 @@ def write(shape: Shape, directory: Path) -> None:
 
 
 def load(shape: Shape, directory: Path) -> Any:
-    """The model of a directory, in evaluation mode; every tensor must be taken and be there."""
+    """Load a directory's model in evaluation mode; no tensor may be missing or unused."""
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         directory, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
     )
     assert not any(report.values()), report
     rope = shape.config["rope_parameters"]
     if rope["rope_type"] == "longrope" and rope["original_max_position_embeddings"] < LENGTH:
-        # In 5.24 this family's rotary module asks for its frequencies without saying how long the
-        # row is, and so never uses the long factors. The model's authors do.
+        # In 5.24 this family's rotary module computes its frequencies without the sequence length,
+        # and so never uses the long factors. The model's authors do.
         rotary = model.model.rotary_emb
         rotary.rope_init_fn = functools.partial(rotary.rope_init_fn, seq_len=LENGTH)
     return model.eval()
 
 
 def forward(shape: Shape, model: Any, inputs: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
-    """Logits, router logits and losses of a batch."""
+    """Compute logits, router logits and losses of a batch."""
     routers = [m for m in model.modules() if type(m).__name__.lower().endswith("router")]
     at = ROUTER_LOGITS_AT.get(shape.family, 0)
     seen: list[torch.Tensor] = []
@@ -173,16 +173,16 @@ def forward(shape: Shape, model: Any, inputs: np.ndarray, targets: np.ndarray) -
 
 
 def _correction_biases(model: Any) -> list[torch.Tensor]:
-    """Of each layer with experts, where the family has them."""
+    """Return the correction bias of each layer with experts, if the family has them."""
     state = model.state_dict()
     return [bias.reshape(-1) for name, bias in state.items() if name.endswith("correction_bias")]
 
 
 def _balance_of_choices(model: Any, router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """The auxiliary loss by the experts that tokens go to.
+    """Compute the auxiliary loss from the experts that tokens really go to.
 
-    transformers takes the k most probable, though the router adds its correction bias first: with a
-    bias it balances a load that is not there.
+    transformers counts the k most probable experts, though the router adds its correction bias
+    first: with a bias it balances a load that does not occur.
     """
     probs = torch.stack(router_logits).softmax(dim=-1)
     biases = torch.stack(_correction_biases(model))
@@ -193,7 +193,7 @@ def _balance_of_choices(model: Any, router_logits: tuple[torch.Tensor, ...]) -> 
 
 
 def generate(model: Any, prompts: np.ndarray, *, use_cache: bool) -> np.ndarray:
-    """The likeliest token, again and again."""
+    """Generate the most probable token repeatedly."""
     ids = model.generate(
         torch.tensor(prompts),
         attention_mask=torch.ones(prompts.shape, dtype=torch.int64),
@@ -205,10 +205,10 @@ def generate(model: Any, prompts: np.ndarray, *, use_cache: bool) -> np.ndarray:
 
 
 def margin(shape: Shape, model: Any, router_logits: np.ndarray) -> float:
-    """Least gap between what is chosen and what is not, over layers and tokens.
+    """Return the least gap between chosen and not chosen experts, over layers and tokens.
 
-    In the logits where nothing but the softmax comes between them and the choice, which keeps their
-    order, else in the scores. A gap far above rounding makes the choice the same everywhere.
+    The gap is between logits if only the softmax, which keeps their order, is between them and the
+    choice; else between scores. A gap far above rounding makes the choice the same everywhere.
     """
     config = model.config
     biases = _correction_biases(model)
@@ -250,7 +250,7 @@ def _model(config: Any) -> Any:
 
 
 def _gradients(model: Any, folder: Path) -> dict[str, np.ndarray]:
-    """By the names of the checkpoint: they are saved as if they were weights."""
+    """Return the gradients by the checkpoint's names: they are saved as if they were weights."""
     twin = _model(model.config)
     given = {name: value.grad for name, value in model.named_parameters()}
     with torch.no_grad():

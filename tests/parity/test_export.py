@@ -1,4 +1,4 @@
-"""A directory of transformers, imported and exported: the same bytes, and transformers reads it."""
+"""Import and export a directory of transformers: same bytes, and transformers reads it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_there_and_back(shape: Shape, reference: Callable[[Shape], Any], tmp_pat
 def test_stacked_experts_are_the_same_model(
     shape: Shape, reference: Callable[[Shape], Any], tmp_path: Path
 ) -> None:
-    """What `save_original_format=False` writes is read as the same parameters, and written back."""
+    """Import what `save_original_format=False` writes as equal parameters, and export it back."""
     known = reference(shape)
     one_by_one, stacked = (open_model(at, 4) for at in (known.directory, known.fused))
     jax.tree.map(np.testing.assert_array_equal, one_by_one.params, stacked.params)

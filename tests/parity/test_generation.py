@@ -1,4 +1,4 @@
-"""Greedy tokens of every shape, with and without a cache."""
+"""Compare greedy tokens of every shape, with and without a cache."""
 
 from __future__ import annotations
 

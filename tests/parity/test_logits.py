@@ -1,4 +1,4 @@
-"""Every shape on every size of the expert axis: logits, router logits, losses."""
+"""Compare logits, router logits and losses of every shape on every size of the expert axis."""
 
 from __future__ import annotations
 

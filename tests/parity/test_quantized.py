@@ -1,4 +1,4 @@
-"""Models as their authors publish them, in fp8 and mxfp4, against transformers' own reading."""
+"""Compare published fp8 and mxfp4 models with transformers' own reading of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.parity.package import evaluate, open_model
 
 pytestmark = pytest.mark.parity
 
-# What comes after the last layer is not of the model, and transformers says so.
+# Tensors after the last layer do not belong to the model, and transformers reports them.
 MODELS = {
     "deepseek_v3": DEEPSEEK | {"num_nextn_predict_layers": 0},
     "gpt_oss": GPT_OSS,
@@ -25,7 +25,7 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits(name: str, tmp_path: Path) -> None:
-    # transformers divides the blocks of a matrix evenly, and rounds to bfloat16 in between.
+    # transformers divides a matrix evenly into blocks, and rounds to bfloat16 in between.
     make_quantized(tmp_path / "model", MODELS[name], block=(8, 8), powers_of_two=True)
     rng = np.random.default_rng(1)
     inputs = rng.integers(0, VOCAB, (ROWS, LENGTH))
@@ -36,7 +36,7 @@ def test_logits(name: str, tmp_path: Path) -> None:
 
 
 def logits(directory: Path, inputs: np.ndarray) -> np.ndarray:
-    """By transformers, in float32."""
+    """Compute the logits with transformers, in float32."""
     import torch
     from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 

@@ -1,4 +1,4 @@
-"""The references themselves: every feature acts, nothing is near a tie, the caches agree."""
+"""Check the references: every feature has an effect, nothing is near a tie, caches agree."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.parity
 
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.id)
 
-# What a setting becomes where the thing it sets is off, or another. The tensors stay the same.
+# The value of a setting that turns its feature off or changes it. The tensors stay the same.
 OFF: dict[str, Callable[[Any], Any]] = {
     "attention_chunk_size": lambda _: 64,
     "attention_multiplier": lambda _: 0.35,
@@ -109,7 +109,7 @@ def test_two_shapes_or_more_of_every_family() -> None:
 
 
 def test_the_first_family_in_float64(reference: Callable[[Shape], Any]) -> None:
-    """Mixtral once more, head by head in NumPy, which shares no code with anything here."""
+    """Compute Mixtral again in NumPy, head by head, by code that nothing else here uses."""
     shape = SHAPES[0]
     known, settings = reference(shape), shape.config
     heads, size = settings["num_attention_heads"], settings["hidden_size"]

@@ -1,4 +1,4 @@
-"""Every parameter's gradient, and a few updates of plain SGD."""
+"""Compare every parameter's gradient, and a few updates of plain SGD."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ each_trained = pytest.mark.parametrize(
 def test_gradients(
     shape: Shape, experts: int, reference: Callable[[Shape], Any], tmp_path: Path
 ) -> None:
-    """To 1e-5 of each gradient's norm; one that is nothing but rounding, of all gradients'."""
+    """Compare to 1e-5 of each gradient's norm; if it is only rounding, of all gradients' norm."""
     known = reference(shape)
     directory = tmp_path / "gradients"
     shutil.copytree(known.directory, directory)
@@ -45,7 +45,7 @@ def test_gradients(
 
 @each_trained
 def test_updates(shape: Shape, reference: Callable[[Shape], Any]) -> None:
-    """By the training step itself, eight ways expert-parallel."""
+    """Run the training step itself, with 8-way expert parallelism."""
     known = reference(shape)
     losses = train(open_model(known.directory, 8), known.inputs, known.targets)
     assert known.losses[-1] < known.losses[0] - 0.1

@@ -1,14 +1,14 @@
-"""Weights that anyone can make again without torch, and safetensors files by a few lines of NumPy.
+"""Make reproducible weights without torch, and safetensors files by a few lines of NumPy.
 
 The rule: the values of a tensor are drawn by NumPy's PCG64, seeded by the crc32 of its name and the
-model's seed, and scaled by what the name and the shape say it is:
+model's seed, and scaled by its kind, which follows from its name and shape:
 
 - a norm's weight: uniform from 0.5 to 1.5;
 - a bias, a sink, a correction bias, an embedding table: normal, times 0.3;
-- a router's matrix: normal, times 2 over the root of the elements it takes in, so that tokens
-  differ in the experts they choose and the chosen stand clear of the others;
+- a router's matrix: normal, times 2 over the root of its input dim, so that tokens differ in the
+  experts they choose, and the chosen scores are well above the others;
 - any other matrix, or stack of them: normal, over the fourth root of the product of its last two
-  dims, which is the same whichever of them comes in.
+  dims, which does not depend on which of them is the input.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ ROUTERS = (".gate.weight", ".router.weight", ".router.layer.weight")
 
 
 def tensor(name: str, shape: Iterable[int], seed: int) -> np.ndarray:
-    """The float32 values of one tensor, by the rule above.
+    """Return the float32 values of one tensor, by the rule above.
 
     Args:
-        name: in the checkpoint.
-        shape: of the tensor.
-        seed: of the model.
+        name: the tensor's name in the checkpoint.
+        shape: the tensor's shape.
+        seed: the model's seed.
     """
     shape = tuple(shape)
     rng = np.random.Generator(np.random.PCG64(zlib.crc32(f"{name} {seed}".encode())))
@@ -63,7 +63,7 @@ def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def read(directory: Path) -> dict[str, np.ndarray]:
-    """All tensors of a directory's safetensors files, which are float32."""
+    """Read all tensors of a directory's safetensors files, which are float32."""
     found = {}
     for path in sorted(directory.glob("*.safetensors")):
         content = path.read_bytes()
