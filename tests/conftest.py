@@ -1,4 +1,4 @@
-"""Every test runs on eight CPU devices; without them the suite fails, it never skips."""
+"""Run every test on eight CPU devices; without them the suite fails, it never skips."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def _eight_cpu_devices() -> None:
     assert {device.platform for device in devices} == {"cpu"}, devices
 
 
-# A program holds some of its process's memory maps, of which Linux allows 65,530: a worker that
-# keeps the programs of all modules dies of a segmentation fault in LLVM. No module needs as many
-# as the rest of them.
+# A program uses some of its process's memory maps, of which Linux allows 65,530: a worker that
+# keeps the programs of all modules dies of a segmentation fault in LLVM. No single module needs as
+# many as this limit leaves.
 MAPS_KEPT = 15_000
 MAPS = Path("/proc/self/maps")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _programs_are_freed() -> Iterator[None]:
-    """Let go of all programs once they are many; to compile anew in every module costs a minute."""
+    """Drop all programs once there are many; dropping them after every module costs a minute."""
     yield
     if not MAPS.exists() or MAPS.read_bytes().count(b"\n") > MAPS_KEPT:
         forget_programs()

@@ -1,11 +1,11 @@
-"""How the tests let XLA:CPU compile: quickly, where no test is about the machine code.
+"""Set XLA:CPU's options to compile quickly in tests that are not about the machine code.
 
-The partitioner, on trial in most tests, runs before any of these and is the same: a program's
+The partitioner, which most tests check, runs before any of these and is the same: a program's
 collectives, their order and their bytes are those of XLA's defaults. LLVM's optimisation is a third
-of the time to compile. The fusion emitters, which take each fusion through MLIR, are half of the
-rest; without them XLA forms other fusions, so a test that reads those from the compiled text asks
-for the default. One piece of machine code, not one a core, is a tenth, and half of the memory maps.
-What a person runs, with XLA's defaults, is what `tests/test_train.py` runs.
+of the compile time. The fusion emitters, which compile each fusion through MLIR, are half of the
+rest; without them XLA forms other fusions, so a test that reads fusions from compiled text asks
+for the default. One module of machine code, not one a core, saves a tenth and half the memory maps.
+`tests/test_train.py` runs with XLA's defaults, as users do.
 """
 
 from __future__ import annotations

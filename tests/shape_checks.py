@@ -1,8 +1,8 @@
 """Check the shapes and dtypes of arrays while the suite runs.
 
-`moe_shard` writes them into its annotations (`Float[Array, "B S M"]`). jaxtyping's import hook has
-beartype compare them with the arrays of every call: at tracing inside a program, at once outside.
-`JAXTYPING_DISABLE=1` turns the comparison off. Tests that start a process run it unchecked.
+`moe_shard` annotates them (`Float[Array, "B S M"]`). jaxtyping's import hook makes beartype compare
+them with the arrays of every call: at trace time inside a program, directly outside of one.
+`JAXTYPING_DISABLE=1` turns the comparison off. Processes that tests start are not checked.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxtyping import AbstractArray
 PACKAGE = "moe_shard"
 ROOT = Path(__file__).parents[1]
 SHAPE = re.compile(r"^from jaxtyping import .*(Bool|Float|Int|Shaped)", re.MULTILINE)
-# An int passes where a float is asked for, as mypy has it.
+# An int is accepted as a float, as in mypy.
 _checked: Callable[[Any], Any] = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
@@ -28,7 +28,7 @@ def check(function: Callable[..., Any]) -> Callable[..., Any]:
     """Check the arguments and the result that hold arrays; all other types are mypy's.
 
     Args:
-        function: jaxtyping's stand-in for one of the package, which has its signature, evaluated.
+        function: jaxtyping's wrapper of a package function, with the same signature, evaluated.
     """
     hints = function.__annotations__
     of_arrays = {name: hint for name, hint in hints.items() if _has_array(hint)}
@@ -50,8 +50,8 @@ def _has_array(hint: Any) -> bool:
 def modules_with_shapes() -> list[str]:
     """List the modules that annotate arrays.
 
-    The hook slows every call of a module down, and the others, such as the HLO parser, make
-    millions of calls that have no array to check.
+    The hook slows down every call of a module, and modules without arrays, such as the HLO
+    parser, make millions of calls.
     """
     files = sorted((ROOT / PACKAGE).rglob("*.py"))
     annotated = [file for file in files if SHAPE.search(file.read_text("utf-8"))]
@@ -60,7 +60,7 @@ def modules_with_shapes() -> list[str]:
 
 
 def install() -> None:
-    """Have these modules checked. Call this before any of them is imported."""
-    # Programs and their source lines are to be those that users see.
+    """Enable the checks in these modules. Call this before any of them is imported."""
+    # Programs and their source lines must be those that users see.
     source_info_util.register_exclusion(str(Path(jaxtyping.__file__).parent))
     jaxtyping.install_import_hook(modules_with_shapes(), f"{__name__}.check")

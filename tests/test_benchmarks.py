@@ -1,4 +1,4 @@
-"""The scripts behind docs/results.md, at tiny sizes, and that the package does not need them."""
+"""Run the scripts behind docs/results.md at tiny sizes; the package must not need them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _programs: dict[bool, TargetReport] = {}
 
 @pytest.fixture(autouse=True)
 def _each_program_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two scripts compile the same two programs; here each is compiled once."""
+    """Compile each program once, though two scripts compile the same two."""
 
     def compile_once(config: Config, target: Target) -> TargetReport:
         assert config.model.moe is not None
@@ -57,7 +57,7 @@ _start = subprocess.run
 
 
 def run_here(command: Sequence[str], **how: Any) -> Any:
-    """What `python -m moe_shard ...` prints and returns, without a process of its own."""
+    """Run `python -m moe_shard ...` without a new process; return its output and exit code."""
     if list(command[1:3]) != ["-m", "moe_shard"]:
         return _start(command, **how)
     printed, errors, code = io.StringIO(), "", 0
@@ -70,14 +70,14 @@ def run_here(command: Sequence[str], **how: Any) -> Any:
 
 
 def cells(printed: str) -> list[dict[str, str]]:
-    """The lines of the first Markdown table, by the names of its columns."""
+    """Return the lines of the first Markdown table, by the names of its columns."""
     lines = [line for line in printed.split("\n\n")[0].splitlines() if line.startswith("|")]
     head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     return [dict(zip(head, row, strict=True)) for row in rows]
 
 
 def says_where_it_is_from(printed: str, kind: str, module: str) -> None:
-    """Kind, hardware, versions, date and command stand below the table."""
+    """Check that kind, hardware, versions, date and command are below the table."""
     below = printed.partition("\n\n")[2]
     assert below.startswith(f"**{kind}**; ")
     assert re.search(r"CPU.*; jax \d+\.\d+\.\d+, .*; 20\d\d-\d\d-\d\d\.$", below, re.M)

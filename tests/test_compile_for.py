@@ -1,6 +1,7 @@
-"""The command compiles Mixtral's layers for four machines that are not there, and leaves nothing.
+"""Compile Mixtral's layers for four absent machines, and check that no files are left.
 
-Needs the compilers of `make targets`, and minutes: `make test-targets`. A missing one is a failure.
+This needs the compilers of `make targets`, and minutes: run `make test-targets`. A missing compiler
+is a failure.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ CONTRACT = {
     "target", "hardware", "compile_time_s", "fits", "compiled_with", "rematerializations",
     "estimate", "moe",
 }  # fmt: skip
-# What libtpu leaves behind where it is left to.
+# Files that libtpu leaves behind unless prevented.
 SHARED_PLACES = [Path("/tmp/libtpu_lockfile"), Path("/tmp/tpu_logs")]
 
 
 @dataclass(frozen=True)
 class Done:
-    """A process that has ended, and the files it left in its home and for temporaries."""
+    """Hold a process that has ended, and the files it left in its home and temporary folders."""
 
     code: int
     out: str
@@ -49,14 +50,14 @@ Run = Callable[..., Done]
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Runs the command in a home of its own and looks for what it leaves."""
+    """Run the command with a home directory of its own and list the files that it leaves."""
 
     def run(*arguments: str) -> Done:
         places = [tmp_path / name for name in ("home", "temporary", "here")]
         for place in places:
             place.mkdir()
         home, temporary, here = places
-        # As a person's shell is: nothing says that jax should keep to the CPU.
+        # As in a user's shell: no variable restricts jax to the CPU.
         environment = {
             name: value
             for name, value in os.environ.items()
@@ -75,7 +76,7 @@ def run(tmp_path: Path) -> Run:
             start_new_session=True,
         )
         out, err = process.communicate(timeout=600)
-        with pytest.raises(ProcessLookupError):  # no process of its session is left
+        with pytest.raises(ProcessLookupError):  # no process of its session remains
             os.killpg(process.pid, 0)
         assert _shared() == before
         left = {
@@ -141,7 +142,7 @@ def test_the_flag_decides_what_moves(target: str, run: Run, tmp_path: Path) -> N
 def test_without_the_flag_weights_are_gathered(target: str, run: Run) -> None:
     off = run("mixtral-8x7b", target, *SHORT, FLAG_OFF, "--expect", "expert-parallel")
     assert off.code == 1
-    # The rule conflict and its cure may be said as well.
+    # The rule conflict and its fix may be reported as well.
     backend = "tpu" if target.startswith("v") else "gpu"
     found = f"found weight-gathered (as compiled for {backend})"
     assert off.err.splitlines()[-1] == f"expected expert-parallel, {found}"

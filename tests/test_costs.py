@@ -1,7 +1,7 @@
-"""CONTRIBUTING's table "what a change costs": each change is made in a copy of the package.
+"""Make each change of CONTRIBUTING's table "what a change costs" in a copy of the package.
 
-The copy is edited in exactly the files that the table names, and then used by a process that sees
-nothing else.
+The copy is edited in exactly the files that the table names, and then used by a process that can
+import nothing else.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def replace_once(path: Path, old: str, new: str) -> None:
 
 @pytest.fixture(scope="module")
 def used(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a copy with a key, a rule, hardware and a family more makes of them."""
+    """Return what a copy with an added key, rule, hardware and family makes of them."""
     copy = tmp_path_factory.mktemp("copy")
     for name in ("moe_shard", "configs"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -57,7 +57,7 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     attribute = "    dataset_path: Annotated"
     key = "    data_repeats: Annotated[int, Key(least=1)] = 1\n"
     replace_once(schema, attribute, f"{key}{attribute}")
-    # A rule: a row of base.yml.
+    # A rule: a line of base.yml.
     replace_once(
         base, "  - [norm, []]", "  - [beam, [context, tensor]]  # a new dim\n  - [norm, []]"
     )

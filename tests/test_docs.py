@@ -1,7 +1,7 @@
-"""README, CONTRIBUTING and docs/: what they name exists, and their Python runs.
+"""Check README, CONTRIBUTING and docs/: what they name exists, and their Python runs.
 
-Commands are looked up, not run: the command, each of its flags and each key=value. docs/maxtext.md
-is run as it stands by tests/maxtext/test_docs.py.
+Commands are checked, not run: the command, each of its flags and each key=value. The commands of
+docs/maxtext.md are run unchanged by tests/maxtext/test_docs.py.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LONGEST_README = 130
 
 
 class Block(NamedTuple):
-    """A block of code: its language, its text, and the comment in the line above it."""
+    """Hold a block of code: its language, its text, and the comment in the line above it."""
 
     language: str
     body: str
@@ -57,14 +57,14 @@ def blocks(name: str) -> list[Block]:
 
 
 def code(name: str) -> list[str]:
-    """Lines of blocks, and pieces of inline code."""
+    """Return the lines of blocks, and pieces of inline code."""
     lines = [line for block in blocks(name) for line in block.body.splitlines()]
     inline = re.sub(r"^```.*?^```$", "", TEXTS[name], flags=re.MULTILINE | re.DOTALL)
     return lines + [" ".join(piece.split()) for piece in re.findall(r"`([^`]+)`", inline)]
 
 
 def commands(name: str) -> Iterator[list[str]]:
-    """The words of each command of a shell block."""
+    """Yield the words of each command of a shell block."""
     for block in blocks(name):
         if block.language == "sh":
             for line in block.body.replace("\\\n", " ").splitlines():
@@ -74,7 +74,7 @@ def commands(name: str) -> Iterator[list[str]]:
 
 @pytest.fixture(scope="module")
 def flags() -> dict[str, set[str]]:
-    """The flags of every command, from its --help."""
+    """Return the flags of every command, from its --help."""
     found = {}
     for name in COMMANDS:
         told = io.StringIO()
@@ -86,7 +86,7 @@ def flags() -> dict[str, set[str]]:
 
 
 def anchors(text: str) -> set[str]:
-    """The anchors that a Markdown page has: its headings, as sites write them."""
+    """Return the anchors of a Markdown page: its headings, as sites write them."""
     heads = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S), re.M)
     return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
 
@@ -119,7 +119,7 @@ def test_every_path_and_module_exists(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def sources() -> str:
-    """All text in which a name that the pages mention can be defined."""
+    """Return all text in which a name that the pages mention can be defined."""
     folders = (ROOT / "moe_shard", ROOT / "configs", ROOT / "tests" / "autoep")
     files = [path for folder in folders for path in folder.rglob("*") if path.suffix in TEXT]
     return "\n".join(path.read_text(encoding="utf-8") for path in files)
@@ -128,13 +128,13 @@ def sources() -> str:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_is_one_of_the_sources(name: str, sources: str) -> None:
     known = set(re.findall(r"\w+", sources))
-    # Keys, attributes, functions: what is in inline code and has an underscore.
+    # Keys, attributes, functions: inline code with an underscore.
     named = {word for piece in code(name) for word in re.findall(r"^\w*_\w+(?=$|[=(])", piece)}
     assert not {word for word in named - known - OTHERS_NAMES if not word.startswith("JAX_")}
 
 
 def resolves(dotted: str) -> bool:
-    """Whether a dotted name is a module, or an attribute of one."""
+    """Tell whether a dotted name is a module, or an attribute of one."""
     module, *rest = dotted.split(".")
     found: Any = importlib.import_module(module)
     for part in rest:

@@ -1,4 +1,4 @@
-"""What errors say to a person."""
+"""Check the error messages that users see."""
 
 from __future__ import annotations
 

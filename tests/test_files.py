@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all."""
+"""Check that files and folders are written completely or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The library as it is imported: few names, each with an example that runs, all loaded late."""
+"""Check the library's public names: few, each with an example that runs, all loaded lazily."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_mesh_by_keyword() -> None:
     assert set(explicit.axis_types) == {jax.sharding.AxisType.Explicit}
     four = ms.make_mesh(expert=4, devices=jax.devices()[4:])
     assert [device.id for device in four.devices.flat] == [4, 5, 6, 7]
-    # Slices are outermost, as they are where a network joins them.
+    # Slices are outermost, as a network joins them.
     slices = ms.make_mesh(expert=4, dcn={"data": 2})
     assert slices.shape["data"] == 2
     assert [device.id for device in slices.devices.reshape(2, 4)[1]] == [4, 5, 6, 7]

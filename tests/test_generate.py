@@ -1,4 +1,4 @@
-"""The command line of generation: a run that is trained and then writes; texts, JSON, errors."""
+"""Train a run and generate from it on the command line: texts, JSON, errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 TRAINED = (*TINY, "steps=60", "run_name=tiny")
 LITTLE = ("enable_tensorboard=false", "async_checkpointing=false")
 QUICK = "moe_dispatch=gather"  # compiles in half the time
-REPEATED = "abcdefghijklm. "  # a token tells the next, which a few steps teach
+REPEATED = "abcdefghijklm. "  # each token determines the next, which a few steps can learn
 
 
 def command(module: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -59,7 +59,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that has learned one sentence."""
+    """Return the folder of a run that has learned one sentence."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "text.txt").write_text(REPEATED * 400)
     more = ("dataset_path=text.txt", "checkpoint_period=30", "learning_rate=0.02", *LITTLE)
@@ -173,7 +173,7 @@ def test_a_watched_text_comes_piece_by_piece(
         seen.append(capsys.readouterr().out)
     shown.rest()
     seen.append(capsys.readouterr().out)
-    assert seen == ["caf", "", "é", " ", "x", "\n", "\n"]  # and nothing that commands a terminal
+    assert seen == ["caf", "", "é", " ", "x", "\n", "\n"]  # and no terminal control characters
 
 
 def test_parameters_alone_equal_those_of_the_state_in_both_layouts(trained: Path) -> None:

@@ -1,6 +1,6 @@
-"""The grouped products compile for accelerators that are not there, and waste nothing there.
+"""Compile the grouped products for absent accelerators, and check FLOPs and memory there.
 
-Needs the compilers of `make targets`: `make test-targets`. A missing one is a failure.
+This needs the compilers of `make targets`: run `make test-targets`. A missing one is a failure.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ pytestmark = pytest.mark.targets
 DEVICES = 8
 ROWS, IN, HIDDEN, GROUPS = 16384, 1024, 2048, 16
 ONE_PRODUCT = 2 * ROWS * IN * HIDDEN
-# Bytes of the hidden rows. Two such arrays are needed beside arguments and results: what the up
-# product gave, for the derivative of the activation, and what the activation made of it.
+# Bytes of the hidden rows. Two such arrays are needed besides arguments and results: the output
+# of the up product, for the derivative of the activation, and the output of the activation.
 HIDDEN_ROWS = ROWS * HIDDEN * 2
 GPUS = ["h100:8", "mi355x:8"]
 TPUS = ["v5e:2x4", "v6e:2x4"]
@@ -42,7 +42,7 @@ def two_products(
     rows: int = ROWS,
     dtype: str = "bfloat16",
 ) -> Any:
-    """An MLP of two grouped products with its gradients, 16 experts on each of 8 devices."""
+    """Compile an MLP of two grouped products and its gradients, 16 experts on each of 8 devices."""
     parsed = parse_target(target)
     devices = np.array(devices_for(parsed))
     assert devices.size == DEVICES
@@ -77,7 +77,7 @@ def two_products(
 
 
 def most_flops(program: Any) -> int:
-    """FLOPs of the largest product that XLA itself computes, wherever it stands."""
+    """Return the FLOPs of the largest product that XLA itself computes, in any computation."""
     module = extract_collectives(program.as_text()).walk.module
     products = [
         product_flops(computation, computation.instruction(name))
@@ -99,7 +99,7 @@ def kernels(program: Any) -> list[str]:
 def test_a_gpu_multiplies_in_six_kernels_and_no_more(target: str, check_vma: bool) -> None:
     program = two_products(target, check_vma=check_vma)
     assert kernels(program) == ["grouped_dw"] * 2 + ["grouped_dx"] * 2 + ["grouped_forward"] * 2
-    # No product of XLA's own, let alone one of 16 times the FLOPs.
+    # No product is XLA's own, in particular none with 16 times the FLOPs.
     assert most_flops(program) == 0
     assert program.memory_analysis().temp_size_in_bytes <= 1.2 * 2 * HIDDEN_ROWS
 
@@ -119,7 +119,7 @@ def test_a_tpu_multiplies_each_row_once_in_the_gradient_too(target: str) -> None
     assert kernels(program) == ["grouped_dw"] * 2 + ["ragged-dot-none"] * 4
     told = re.findall(r'"cost_estimate":\{"flops":"(\d+)"', program.as_text())
     assert [int(each) for each in told] == [ONE_PRODUCT] * 6
-    # On TPU the gradient of the rows that come out lives then too.
+    # On TPU the gradient of the output rows is live at that point too.
     needed = 2 * HIDDEN_ROWS + ROWS * IN * 2
     assert program.memory_analysis().temp_size_in_bytes <= 1.2 * needed
 

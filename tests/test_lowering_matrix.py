@@ -23,7 +23,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run the tool on goldens of its own, which stand in for compilation."""
+    """Run the tool on its own goldens, which replace compilation."""
     spec = importlib.util.spec_from_file_location("matrix", ROOT / "tools" / "lowering_matrix.py")
     assert spec
     assert spec.loader
@@ -106,7 +106,7 @@ def test_a_refresh_keeps_what_is_found_and_nothing_else(run: Run, matrix: Any) -
     assert list(cells) == matrix._cells()
     assert cells["h100:8 on"].memory_bytes == 1
     assert cells["cpu:8 on"].memory_bytes > 2  # was not asked for
-    # All of them at once mend a file that cannot be read.
+    # Recording all cells at once repairs a file that cannot be read.
     matrix._file("mixtral-tiny").write_text("<<<<<<< HEAD")
     code, _, err = run("--refresh", "--target", "h100:8")
     assert (code, err.splitlines()[-1]) == (2, "fix: make goldens")
@@ -124,7 +124,7 @@ def test_other_compilers_are_said_and_the_differences_still_shown(run: Run, matr
     assert code == 1
     assert "expert-parallel -> mixed" in out
     assert err.splitlines()[-1].startswith("note: other compilers than those of the goldens (libtp")
-    # Cells of two compilers in one file would be recorded as made by one.
+    # Otherwise cells of two compilers in one file would be recorded as from one compiler.
     code, _, err = run("--refresh", "--target", "h100:8", "--model", "mixtral-tiny")
     assert (code, len(err.splitlines())) == (2, 2)
 
@@ -215,7 +215,7 @@ def test_a_compilation_that_fails(
     assert found == exit_code
     assert said in told
     assert len(told.splitlines()) == 2
-    assert len(calls) == times  # a killed compilation is tried again
+    assert len(calls) == times  # a killed compilation is retried
     assert matrix._file("mixtral-tiny").read_text() == before
 
 

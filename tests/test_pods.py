@@ -1,4 +1,4 @@
-"""Every published model at its real size, compiled for a pod that holds it; nothing is run."""
+"""Compile every published model at its real size for a pod that holds it; nothing is run."""
 
 from __future__ import annotations
 

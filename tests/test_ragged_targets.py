@@ -1,7 +1,7 @@
-"""`ragged` compiled for TPUs and GPUs that are not there: what is on the wire, multiplied and held.
+"""Compile `ragged` for absent TPUs and GPUs: count bytes sent, FLOPs and memory.
 
-Needs the compilers of `make targets`, and minutes: `make test-targets`. Nothing is run. A TPU's
-compiler takes minutes a program: `make test-targets-slow` has all of its cases but one.
+This needs the compilers of `make targets`, and minutes: run `make test-targets`. Nothing is run. A
+TPU's compiler takes minutes a program: `make test-targets-slow` has all of its cases but one.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.targets
 
 GPUS = ["h100:8", "mi355x:8"]
 TPUS = [pytest.param(name, marks=pytest.mark.slow) for name in ("v5e:2x4", "v6e:2x4")]
-LAYERS = 2  # of one, GPU's compiler merges the exchange of counts with the logits' gather
-M, H, S, ROWS = 1024, 2048, 1024, 4  # model dim, hidden dim, tokens and rows of a device
+LAYERS = 2  # with one, GPU's compiler merges the exchange of counts with the logits' gather
+M, H, S, ROWS = 1024, 2048, 1024, 4  # model dim, hidden dim, tokens and sequences of a device
 SIZE = (
     f"base_num_decoder_layers={LAYERS}",
     f"base_emb_dim={M}",
@@ -32,7 +32,7 @@ SIZE = (
     f"max_target_length={S}",
     f"per_device_batch_size={ROWS}",
     "capacity_factor=1",
-    "remat_policy=save_exchanged",  # as trained: what is recomputed is not held
+    "remat_policy=save_exchanged",  # as in training: what is recomputed is not stored
 )
 MANY_EXPERTS = ("num_experts=128", "num_experts_per_tok=8")  # 16 on each of 8 devices
 
@@ -44,7 +44,7 @@ def compiled(target: str, *overrides: str) -> TargetReport:
 
 
 def payloads(report: TargetReport) -> dict[tuple[str, str, str], int]:
-    """How often rows are exchanged, by kind, stage and pass."""
+    """Count the exchanges of token copies, by kind, stage and pass."""
     return {
         (each.kind, each.scope, each.pass_): each.count
         for each in report.lowering.collectives
@@ -61,10 +61,10 @@ def moe_wire_bytes(report: TargetReport) -> int:
 
 
 def peak_temp(report: TargetReport) -> int:
-    """What is held at most beside the arguments.
+    """Return the peak of memory besides the arguments.
 
-    A GPU's temporaries are one allocation. A TPU's add up space that is used twice: its compiler
-    says its peak, by which it also refuses.
+    A GPU's temporaries are one allocation. A TPU's sum counts reused space twice: its compiler
+    reports a peak, by which it also refuses programs.
     """
     memory = report.lowering.memory
     assert memory is not None

@@ -1,4 +1,4 @@
-"""The rooms of the package: who may import whom, and that a name has one owner.
+"""Check the rooms of the package: which may import which, and that a name has one owner.
 
 Imports are read with `ast`, those inside functions and under TYPE_CHECKING included, so that no
 import is missed because no test runs it.
@@ -36,7 +36,7 @@ WITHOUT_JAX = {
 
 
 class Source:
-    """A file of the package."""
+    """Wrap a file of the package."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -45,7 +45,7 @@ class Source:
         self.tree = ast.parse(path.read_text())
 
     def imports(self, tree: ast.AST | None = None) -> Iterator[tuple[int, str]]:
-        """Every (line, module) that is imported anywhere in the file, or in a part of it."""
+        """Yield every (line, module) that is imported anywhere in the file, or in a part of it."""
         for node in ast.walk(tree or self.tree):
             if isinstance(node, ast.Import):
                 yield from ((node.lineno, alias.name) for alias in node.names)
@@ -59,20 +59,20 @@ class Source:
                     yield node.lineno, module
 
     def rooms(self) -> Iterator[tuple[int, str]]:
-        """Every (line, room) that is imported."""
+        """Yield every (line, room) that is imported."""
         for line, module in self.imports():
             package, _, rest = module.partition(".")
             if package == PACKAGE:
                 yield line, rest.partition(".")[0]
 
     def at_load(self) -> Iterator[tuple[int, str]]:
-        """Every (line, module) that is imported when the file is loaded."""
+        """Yield every (line, module) that is imported when the file is loaded."""
         for statement in self.tree.body:
             if isinstance(statement, (ast.Import, ast.ImportFrom, ast.Try)):
                 yield from self.imports(statement)
 
     def public_names(self) -> set[str]:
-        """The functions, classes and constants of the module without a leading underscore."""
+        """Return the module's functions, classes and constants without a leading underscore."""
         found = set()
         for node in self.tree.body:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -89,7 +89,7 @@ SOURCES = [Source(path) for path in sorted(ROOT.rglob("*.py"))]
 
 
 def forbidden(source: Source) -> list[str]:
-    """The imports of a file that go down the list of rooms, or out of what its room may use."""
+    """List a file's imports that go down the list of rooms, or that its room may not use."""
     if source.room in ENTRIES:
         return []
     found = []
@@ -145,7 +145,7 @@ def test_rooms_for_a_shell_load_no_jax() -> None:
 
 
 def test_no_two_files_have_one_name() -> None:
-    """Files of cli/ are named after commands; __init__ and the entries of the contract stay."""
+    """Except cli/, whose files are named after commands, __init__, and the contract's entries."""
     files = defaultdict(list)
     for source in SOURCES:
         if source.path.stem not in ENTRIES and source.room != "cli":

@@ -1,4 +1,4 @@
-"""The checker of array shapes is on, for arguments, results and dtypes."""
+"""Check that the checker of array shapes is on, for arguments, results and dtypes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_dtypes_are_checked() -> None:
 
 
 def test_every_module_that_annotates_arrays_is_checked() -> None:
-    """A module that something imported before the hook was installed would not be."""
+    """A module that was imported before the hook was installed would not be checked."""
     found = modules_with_shapes()
     assert {"moe_shard.layers.attention", "moe_shard.moe.grouped"} <= set(found)
     loaders = {name: importlib.import_module(name).__loader__ for name in found}

@@ -1,4 +1,4 @@
-"""Lines taken out of file descriptor 2: which, in what order, and nothing left behind."""
+"""Check the lines removed from file descriptor 2, their order, and that nothing is left."""
 
 from __future__ import annotations
 

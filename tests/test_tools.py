@@ -1,4 +1,4 @@
-"""The tools as a person starts them: exit codes, one JSON object, short errors, no traceback."""
+"""Start the tools as a person does: exit codes, one JSON object, short errors, no traceback."""
 
 from __future__ import annotations
 

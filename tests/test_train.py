@@ -1,4 +1,4 @@
-"""The command line as a person and a script meet it: real processes, files, signals, exit codes."""
+"""Use the command line as a person or a script does: processes, files, signals, exit codes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ WAIT_S = 300  # a busy machine takes its time; what hangs is killed all the same
 
 @dataclass(frozen=True)
 class Done:
-    """A process that has ended."""
+    """Hold a process that has ended."""
 
     code: int
     out: str
@@ -58,7 +58,7 @@ class Done:
 
 
 class Command:
-    """The command line, with one compilation cache for all of its processes.
+    """Run the command line, with one compilation cache for all of its processes.
 
     The devices are those that `num_simulated_devices` asks for, not those of the other tests.
     """
@@ -101,7 +101,7 @@ class Command:
         """Run until a step has been recorded and a checkpoint is whole, then send a signal."""
         process = self.start(*arguments)
         deadline = time.monotonic() + WAIT_S
-        whole = run / "checkpoints" / str(checkpoint)  # the name it has from then on
+        whole = run / "checkpoints" / str(checkpoint)  # its final name
         while not (whole.is_dir() and records(run, partial=True)[-1]["step"] >= step):
             assert process.poll() is None, self.end(process)
             assert time.monotonic() < deadline
@@ -111,7 +111,7 @@ class Command:
 
 
 def records(run: Path, partial: bool = False) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, as strict JSON; `partial`: while it is being written."""
+    """Read the lines of metrics.jsonl as strict JSON; `partial`: while it is being written."""
     path = run / "metrics.jsonl"
     if partial and not path.exists():
         return []
@@ -144,7 +144,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
 
 @pytest.fixture(scope="module")
 def whole(command: Command) -> tuple[Path, Done]:
-    """A run that nobody interrupts."""
+    """Return a run that is not interrupted."""
     done = command.run(
         "mixtral-tiny", *LONG, "run_name=whole", "dump_hlo=true", "profile=true", "profiler_steps=2"
     )
@@ -215,7 +215,7 @@ def test_metrics_jsonl_has_the_contracts_keys_and_the_loss_falls(whole: tuple[Pa
         assert 1 <= record["expert_load_max_over_mean"] <= 8
         seconds = record["step_time_s"]
         assert record["tokens_per_sec_per_device"] == pytest.approx(32 / seconds)
-    assert found[0]["loss"] == pytest.approx(5.7, abs=0.3)  # log 320, and the auxiliary loss
+    assert found[0]["loss"] == pytest.approx(5.7, abs=0.3)  # log 320 plus the auxiliary loss
     assert found[-1]["loss"] < found[0]["loss"] - 1
 
 

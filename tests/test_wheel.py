@@ -1,8 +1,8 @@
-"""The package as it is installed: a wheel in an environment without a checkout.
+"""Test the package as it is installed: a wheel in an environment without a checkout.
 
-`make test-wheel`. The wheel is built from the source distribution, so both are whole. The libraries
-are those of the interpreter that runs the tests, by a path file; the package itself is the wheel's,
-which is checked first.
+Run `make test-wheel`. The wheel is built from the source distribution, so both are complete. The
+libraries are those of the interpreter that runs the tests, by a path file; the package itself is
+the wheel's, which is checked first.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ BUILD_SDIST = "import sys; from setuptools import build_meta; build_meta.build_s
 
 
 def run(command: list[str] | str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
-    """Run a command away from the checkout; a string as a person pastes it."""
+    """Run a command outside the checkout; a string runs in a shell, as a person pastes it."""
     kept = {name: value for name, value in os.environ.items() if name not in REMOVED}
     return subprocess.run(
         command,
@@ -65,7 +65,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sdist")
     source = folder / "source"
     source.mkdir()
-    for name in BUILT_OF:  # a copy: building writes beside what it builds
+    for name in BUILT_OF:  # a copy: building writes into the source folder
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, source / name)
     done = run([sys.executable, "-c", BUILD_SDIST, str(folder)], source)
@@ -86,7 +86,7 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def commands(wheel: Path) -> Path:
-    """The folder of commands of an environment that has the wheel."""
+    """Return the folder of commands of an environment that has the wheel."""
     made = wheel.parent / "environment"
     done = run([sys.executable, "-m", "venv", "--without-pip", str(made)], wheel.parent)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The workflow of public CI: it calls targets that the Makefile has, on both ends of jax."""
+"""Check public CI's workflow: its Makefile targets exist, and it tests oldest and newest jax."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def jobs() -> dict[str, dict[str, Any]]:
 
 
 def commands() -> list[str]:
-    """Every `run` of the workflow, with each value of its matrix filled in."""
+    """Return every `run` of the workflow, with each value of its matrix filled in."""
     found = []
     for job in jobs().values():
         matrix = job.get("strategy", {}).get("matrix", {})

@@ -1,4 +1,4 @@
-"""The commands as they are installed: found by name, quick to answer, pastable."""
+"""Check the installed commands: found by name, quick to start, and easy to paste."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ HEAVY = ("jax", "jaxlib", "flax", "numpy", "yaml", "rich", "moe_shard.lowering.c
 
 @pytest.mark.parametrize("name", ["report", "watch", "diff"])
 def test_help_of_a_reader_loads_next_to_nothing(name: str) -> None:
-    """A quarter of a second, most of it Python itself: what is loaded is asserted, not time."""
+    """Check the loaded modules rather than the time, a quarter of a second, mostly Python's."""
     code = (
         "import sys\nfrom moe_shard.cli import main\n"
         f"try:\n    main([{name!r}, '--help'])\nexcept SystemExit:\n    pass\n"

@@ -1,4 +1,4 @@
-"""`moe-shard watch`: a command runs as it would alone."""
+"""Check that under `moe-shard watch` a command runs as it would alone."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_arguments_descriptors_and_dispositions_are_passed_on(tmp_path: Path) ->
             )
         head, *masks = re.split(r"Sig(?:Blk|Ign):\s+", done.stdout)
         assert head == f"{number};--;a b;;through"
-        # Beyond 31 there are those that libc keeps for itself.
+        # Above 31 there are signals that libc reserves.
         return [int(mask, 16) & 0x7FFFFFFF for mask in masks]
 
     alone = outcome()

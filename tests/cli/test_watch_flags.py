@@ -1,4 +1,4 @@
-"""`moe-shard watch`: the flags that XLA reads, whatever a program does to them."""
+"""Check the flags that XLA reads under `moe-shard watch`, whatever a program does to them."""
 
 from __future__ import annotations
 

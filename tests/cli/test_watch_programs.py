@@ -1,4 +1,4 @@
-"""`moe-shard watch`: what is shown of what a command compiles, and what is expected of it."""
+"""Check what `moe-shard watch` shows of a command's programs, and its expectations of them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_mesh_of_other_size_is_not_used(tmp_path: Path) -> None:
 
 
 def test_half_a_program_is_waited_for(tmp_path: Path) -> None:
-    # Cut behind a computation, where the half looks like a text that has ended.
+    # Cut after a computation, where the first half looks like a complete text.
     code = WRITER + (
         f"text = open({str(MOE)!r}).read(); at = text.index('\\n}}', len(text) // 2) + 3\n"
         "name = 'module_0001.jit_step.cpu_after_optimizations.txt'\n"
@@ -178,7 +178,7 @@ def test_small_programs_are_counted(tmp_path: Path) -> None:
     assert "watch: 2 programs shown; 1 had the text of an earlier one" in err
 
 
-# A plain JAX program, which sets its own flags: tokens to experts, a product, tokens back.
+# A plain JAX program that sets its own flags: tokens to experts, a product, tokens back.
 STEP = """
 import os
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"

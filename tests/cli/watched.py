@@ -1,7 +1,7 @@
-"""Commands to watch, and watching them.
+"""Define commands to watch, and watch them.
 
-Most commands only write as XLA writes, into the folder that XLA_FLAGS name: a whole text, a half,
-the same name twice. Under `-S` Python runs no sitecustomize and sees XLA_FLAGS as C does.
+Most commands only write files as XLA does, into the folder that XLA_FLAGS names: a whole text, half
+of one, the same name twice. Under `-S` Python runs no sitecustomize and sees XLA_FLAGS as C does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MESH = ("--mesh", "data=1,fsdp=1,expert=8")
 WATCH = (sys.executable, "-m", "moe_shard", "watch")
 PLAIN = (sys.executable, "-S", "-c")
 
-# What a command finds: FOLDER, write(name, text), compiled(fixture, name).
+# Names that a command can use: FOLDER, write(name, text), compiled(fixture, name).
 WRITER = """
 import os, pathlib, re, signal, sys, time
 FOLDER = pathlib.Path(re.search("--xla_dump_to=([^ ]*)", os.environ["XLA_FLAGS"])[1])
@@ -61,7 +61,7 @@ def started(
         env=environment(folder, **more),
         start_new_session=True,
     )
-    # What does not come is a failure, not a wait without end.
+    # If the output never comes, the test fails instead of waiting forever.
     too_long = threading.Timer(60, os.killpg, (process.pid, signal.SIGKILL))
     too_long.start()
     try:
@@ -80,7 +80,7 @@ def watch(folder: Path, *arguments: str, stdin: str = "", **more: str) -> tuple[
 
 
 def read_until(process: subprocess.Popen[str], wanted: str) -> str:
-    """Standard error up to a line with the words that are wanted."""
+    """Read standard error up to a line with the wanted words."""
     assert process.stderr is not None
     lines = []
     for line in process.stderr:

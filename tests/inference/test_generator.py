@@ -1,4 +1,4 @@
-"""Tokens that a model writes, against NumPy writing the same alone, on meshes of every kind."""
+"""Compare generated tokens with those that NumPy generates, on meshes of every kind."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def writing(sizes: dict[str, int], *overrides: str) -> Config:
 
 @functools.cache
 def parameters() -> Params:
-    """As the oracle reads them: gate and up apart."""
+    """Return the parameters as the oracle reads them: gate and up separate."""
     return random_params(small_config({"data": 8}, NO_DROPS, *KEYS))
 
 
@@ -79,7 +79,7 @@ def write(
 
 @functools.cache
 def by_numpy() -> list[list[int]]:
-    """Each prompt alone, without padding and cache, in float64."""
+    """Generate for each prompt alone, without padding or cache, in float64."""
     told = architecture(small_config({"data": 8}, NO_DROPS, *KEYS))
     texts = []
     for prompt in PROMPTS:

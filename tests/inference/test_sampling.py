@@ -1,4 +1,4 @@
-"""What is drawn, against NumPy: which tokens may be, how often each is, and for which row."""
+"""Compare sampling with NumPy: which tokens are allowed, how often, and for which sequence."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def config(strategy: str, temperature: float = 1.0, **sizes: float) -> GenerateC
 
 
 def kept_top_k(logits: np.ndarray, k: float) -> list[int]:
-    """Token by token: one stays unless k tokens are more probable."""
+    """Return the kept tokens, one by one: one is kept unless k tokens are more probable."""
     return [t for t in range(len(logits)) if sum(logits > logits[t]) < k]
 
 
 def kept_nucleus(logits: np.ndarray, p: float) -> list[int]:
-    """Token by token: one stays unless those more probable make up p already."""
+    """Return the kept tokens, one by one: one is kept unless the more probable ones sum to p."""
     share = np.exp(logits - logits.max())
     share /= share.sum()
     return [t for t in range(len(logits)) if share[logits > logits[t]].sum() < p]
@@ -63,7 +63,7 @@ def test_how_often_each_token_is_drawn(strategy: str, temperature: float) -> Non
     found = np.bincount(np.asarray(drawn), minlength=len(LOGITS))
     assert (found[expected == 0] == 0).all()
     likely = expected > 0
-    # Chi-squared; 99.9 % of true draws over at most 5 degrees of freedom stay below 20.5.
+    # Chi-squared; with at most 5 degrees of freedom 99.9 % of correct draws are below 20.5.
     assert np.sum((found - expected)[likely] ** 2 / expected[likely]) < 20.5
 
 

@@ -392,7 +392,7 @@ def _check_attention(config: Config, model: Model) -> None:
 
 
 def frequencies(model: Model, dim: int) -> np.ndarray:
-    """Compute pair by pair, by the formulas of MaxText's embeddings: one class per kind of scaling."""
+    """Compute pair by pair, by the formulas of MaxText's embeddings: a class a kind of scaling."""
     plain = np.array([model.theta ** (-2 * pair / dim) for pair in range(dim // 2)])
     if model.stretch == "":
         return plain

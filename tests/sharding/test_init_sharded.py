@@ -1,4 +1,4 @@
-"""Creating variables where they live: whose they are, what survives, and what is refused."""
+"""Create variables on their devices: their shardings, what is preserved, what is refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def moe(rngs: nnx.Rngs, sharding: ms.Sharding = SHARDING) -> ms.MoELayer:
 
 
 class Stateful(nnx.Module):
-    """Statistics, counters of random numbers, and the very rngs it is given."""
+    """Hold statistics, random-number counters, and the same rngs object that it gets."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.norm = nnx.BatchNorm(8, rngs=rngs)
@@ -99,7 +99,7 @@ def test_a_sharding_that_differs_from_the_models_is_refused() -> None:
     linear = ms.init_sharded(
         lambda rngs: nnx.Linear(4, 4, rngs=rngs), rngs=nnx.Rngs(0), sharding=OTHER
     )
-    assert linear.kernel[...].sharding.is_fully_replicated  # it has no names
+    assert linear.kernel[...].sharding.is_fully_replicated  # it has no logical axes
 
 
 def test_arrays_from_outside_on_explicit_axes_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Meshes: every factorisation of the devices, and slices laid out as JAX lays them out."""
+"""Make meshes: every factorisation of the devices, and slices in JAX's own layout."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_devices_can_be_chosen_and_keep_their_order() -> None:
 
 
 def test_slices_lie_outside_the_devices_of_a_slice() -> None:
-    # Two slices of four consecutive devices. On `data` (dcn 2, ici 2) the slice turns slowest.
+    # Two slices of four consecutive devices. On `data` (dcn 2, ici 2) the slice varies slowest.
     mesh = mesh_from_config(config({"data": 2, "expert": 2}, {"data": 2}))
     assert mesh.shape["data"] == 4
     assert mesh.devices.reshape(4, 2)[:, 0].tolist() == [jax.devices()[i] for i in (0, 2, 4, 6)]
@@ -75,7 +75,7 @@ def test_slices_lie_outside_the_devices_of_a_slice() -> None:
 
 @dataclass(frozen=True)
 class SlicedDevice:
-    """As much of a device of a multi-slice system as JAX's own layout reads."""
+    """Imitate a device of a multi-slice system, with the attributes that JAX's layout reads."""
 
     id: int
     slice_index: int

@@ -1,4 +1,4 @@
-"""The rule table, with Flax's own resolver as judge, and what a person is told."""
+"""Compare the rule table with Flax's own resolver, and check what it reports."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Rules = list[tuple[str, tuple[str, ...]]]
 
 
 def canonical(spec: PartitionSpec | None) -> list[tuple[str, ...]]:
-    """One tuple of mesh axes per dim, however the spec spells it."""
+    """Return one tuple of mesh axes per dim, for any form of the spec."""
     return [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec or ()]
 
 
 def rows_of(axes: Sequence[str]) -> st.SearchStrategy[Rules]:
     mesh_axes = st.lists(st.sampled_from(axes), unique=True, max_size=3).map(tuple)
     random_rows = st.lists(st.tuples(st.sampled_from(LOGICAL), mesh_axes), max_size=8)
-    # Every logical axis has a rule, as the resolver demands; it stands last, so it decides little.
+    # Every logical axis has a rule, as the resolver requires; it is last, so it decides little.
     return random_rows.map(lambda rules: rules + [(name, ()) for name in LOGICAL])
 
 
@@ -72,7 +72,7 @@ def test_axes_of_size_one_might_as_well_not_stand_in_the_table(
 @settings(max_examples=200, deadline=None)
 @given(rows_of(tuple(ALL_LARGE)), arrays)
 def test_nothing_is_lost_without_a_record(rules: Rules, names: list[str | None]) -> None:
-    """Each rule of each dim won, lost to the dim that held its axis, or came after the winner."""
+    """Each rule of each dim won, lost to the dim that has its axis, or came after the winner."""
     found = RuleTable(rules).on(ALL_LARGE).resolve("array", names, [120] * len(names))
     held = {a: d.logical_axis for d in found.decisions for a in d.mesh_axes}
     used = list(itertools.chain.from_iterable(d.mesh_axes for d in found.decisions))
@@ -99,7 +99,7 @@ SIZES_OF_DIMS = st.sampled_from([0, 1, 2, 6, 10, 12, 20, 30, 45, 60, 120])
 def test_rules_that_do_not_divide_have_no_effect(
     rules: Rules, names: list[str | None], data: st.DataObject
 ) -> None:
-    """Flax, which knows no sizes, on the rules that divide."""
+    """Compare with Flax, which ignores sizes, on only the rules that divide."""
     shape = [data.draw(SIZES_OF_DIMS) for _ in names]
     size_of = dict(zip(names, shape, strict=True))
 
@@ -114,7 +114,7 @@ def test_rules_that_do_not_divide_have_no_effect(
             axes = rules[loss.rule.number - 1][1]
             assert loss.held_by or not divides(loss.rule.logical_axis, axes)
             assert (loss.reason == "does not divide") == (not loss.held_by)
-    # Where the sizes are only assumed none is passed over for them.
+    # Where the sizes are only assumed, no rule is skipped because of them.
     assumed = RuleTable(rules).on(ALL_LARGE).resolve("array", names, shape, must_divide=False)
     assert canonical(assumed.spec) == canonical(spmd.logical_to_mesh_axes(names, rules))
 

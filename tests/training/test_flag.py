@@ -1,4 +1,4 @@
-"""What the flag does to the whole training step where it must do nothing: not a byte."""
+"""Check that the flag changes no byte of the training step where it must have no effect."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FLAG = "moe_dispatch_no_expert_sharding"
 
 
 def texts(config: Config) -> tuple[str, str]:
-    """The step as it is lowered and as it is compiled."""
+    """Return the text of the step as lowered and as compiled."""
     program = make_program(config, annotator(config))
     lowered = program.step.lower(program.abstract_state, program.abstract_batch)
     return lowered.as_text(debug_info=True), lowered.compile(QUICK).as_text() or ""

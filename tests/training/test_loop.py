@@ -1,4 +1,4 @@
-"""The loop's order of events, with a step that computes nothing."""
+"""Check the loop's order of events, with a step that computes nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.models.build import small_config
 def make_steps(
     monkeypatch: pytest.MonkeyPatch, *overrides: str, stop_during: int | None = None
 ) -> tuple[list[str], int]:
-    """Events of a run, and the updates it made; a stop is asked for while one step runs."""
+    """Return a run's events and its updates; a stop is requested while one step runs."""
     events: list[str] = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda _: events.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop"))

@@ -1,4 +1,4 @@
-"""`metrics.jsonl` holds each step once, whatever happened to the processes that wrote it."""
+"""Check that `metrics.jsonl` has each step once, even if the processes writing it were killed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def write_steps(folder: Path, steps: range, loss: float = 0.0, tensorboard: bool
 
 
 def steps_of(folder: Path) -> list[int]:
-    """Read without the package's help."""
+    """Read the steps without the package's code."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["step"] for line in lines]
 
@@ -55,7 +55,7 @@ def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "metrics.jsonl"
     text = path.read_bytes()
     path.write_bytes(text[:-cut])
-    # A line that only lacks its end is whole.
+    # A line without only its newline is complete.
     whole = 4 if cut == 1 else 3
     assert [record["step"] for record in read_metrics(path)] == list(range(whole))
     write_steps(tmp_path, range(3, 6))

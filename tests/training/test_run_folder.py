@@ -1,4 +1,4 @@
-"""A run's folder: one process at a time, and no folder elsewhere."""
+"""Check a run's folder: one process at a time, and no folder elsewhere."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_two_processes_in_one_folder_are_refused_until_the_first_ends(tmp_path: 
         assert "another process" in message_of(run_config(tmp_path))
         with open_run(run_config(tmp_path, "other")):  # another run is free
             pass
-        holder.kill()  # without a chance to tidy up
+        holder.kill()  # without a chance to clean up
     with open_run(run_config(tmp_path)):
         pass
 
@@ -111,7 +111,7 @@ def test_a_run_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
 def test_a_run_name_never_leaves_the_output_directory(name: str) -> None:
     with pytest.raises(UserError, match="run_name"):
         load_config("mixtral-tiny", [f"run_name={name}"])
-    # And again where the folder is made, for whoever calls with another configuration.
+    # It is checked again where the folder is made, for callers with another configuration.
     config = run_config(Path("unused"))
     object.__setattr__(config, "run_name", name)
     assert "run_name" in message_of(config)

@@ -1,4 +1,4 @@
-"""Which programs are shown, and when an expectation does not hold."""
+"""Check which programs are shown, and when an expectation does not hold."""
 
 from __future__ import annotations
 

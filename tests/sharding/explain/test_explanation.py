@@ -1,4 +1,4 @@
-"""Explanations of placements, judged by hand counts and by jax's own shards."""
+"""Compare explanations of placements with hand counts and with jax's own shards."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_conflict_with_cause_consequence_and_fix() -> None:
     )
     assert conflict.consequence == "weights will be gathered"
     assert conflict.fix == "flag=true moves tokens"
-    # Two arrays of 8 x 8 bfloat16, of which batch splits one dim in 8; exp would split in 4 more.
+    # Two arrays of 8 x 8 bfloat16: batch splits one dim in 8; exp would split them in 4 more.
     assert (conflict.bytes_per_device, conflict.bytes_if_won) == (2 * 16, 2 * 4)
     text = printed(of(RULES, *pair))
     assert "'exp' of in, out stays unsharded" in text
@@ -333,7 +333,7 @@ def test_a_rule_file_of_someone_elses(tmp_path: Path) -> None:
     assert {"heads", "vocab"} <= set(bare.split(":")[0].replace(",", "").split())
     assert "activation_length" not in bare.split(":")[0].replace(",", "").split()
     assert flag.startswith("no rule for activation_batch_no_exp")
-    # With the flag that the model sets, no rule serves the batch dim; without it dims collide.
+    # With the flag that the model sets, no rule shards the batch dim; without it dims collide.
     (conflict,) = found.conflicts
     assert conflict.only_if == "moe_dispatch_no_expert_sharding=false"
     assert (conflict.dim, conflict.held_by, conflict.axes) == (
@@ -341,7 +341,7 @@ def test_a_rule_file_of_someone_elses(tmp_path: Path) -> None:
         "activation_batch_moe",
         ("expert",),
     )
-    assert not found.is_strict  # a rule cannot be used by anybody
+    assert not found.is_strict  # a rule can never be used
     gate = next(p for p in found.parameters if p.array.name == "layers.mlp.experts.gate")
     assert gate.shard_shape == (2, 1, 64, 256)
     text = printed(found)

@@ -1,4 +1,4 @@
-"""Lint of rule tables, judged by trying every array; the resolver itself is judged by Flax's."""
+"""Check the lint of rule tables by trying every array; the resolver is compared with Flax's."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_axes_that_are_wrong() -> None:
             [("b", ("data", "fsdp")), ("a", ("data", "fsdp")), ("a", ("data",))],
             [("unreachable", (3, 2))],
         ),
-        # b stands too low.
+        # b is too late in the table.
         (
             [("a", ("data", "fsdp")), ("b", ("fsdp",)), ("a", ("data",))],
             [("unreachable", (3, 1))],
@@ -58,7 +58,7 @@ def test_axes_that_are_wrong() -> None:
             [("b", ()), ("b", ("fsdp",)), ("a", ("data", "fsdp")), ("a", ("data",))],
             [("shadowed", (2, 1)), ("unreachable", (4, 3))],
         ),
-        # MaxText's embed_moe below mlp_moe.
+        # MaxText's embed_moe after mlp_moe.
         ([("mlp", ("fsdp", "tensor")), ("emb", ("data", "fsdp")), ("emb", ("data",))], []),
     ],
 )
@@ -87,7 +87,7 @@ tables = st.lists(
 
 
 def winners(rules: Rules, sizes: dict[str, int], size: int = 64 * 81) -> set[int]:
-    """Every rule that wins for some array, by trying all arrays."""
+    """Return every rule that wins for some array, by trying all arrays."""
     table = RuleTable(rules).on(sizes)
     known = [name for name in NAMES if any(name == rule for rule, _ in rules)]
     won = set[int]()
@@ -95,7 +95,7 @@ def winners(rules: Rules, sizes: dict[str, int], size: int = 64 * 81) -> set[int
         for dims in itertools.combinations(known, count):
             try:
                 decisions = table.resolve("x", dims, [size] * count).decisions
-            except UserError:  # a dim that no rule divides
+            except UserError:  # no rule divides the dim
                 continue
             won |= {decision.won.number for decision in decisions if decision.won}
     return won
@@ -116,7 +116,7 @@ def test_nor_where_rows_are_passed_over_for_their_sizes(rules: Rules, size: int)
     by_size = {lint.rules[0] for lint in found if lint.kind == "by-size"}
     sizes = {"data": 2, "fsdp": 3, "tensor": 2, "expert": 3}
     assert not dead & winners(rules, sizes, size)
-    # Where everything divides they do not serve either.
+    # Where every rule divides they are not used either.
     assert not by_size & winners(rules, sizes)
 
 
