@@ -35,8 +35,8 @@ def _eight_cpu_devices() -> None:
 
 
 # A program uses some of its process's memory maps, of which Linux allows 65,530: a worker that
-# keeps the programs of all modules dies of a segmentation fault in LLVM. No single module needs as
-# many as this limit leaves.
+# keeps the programs of all modules dies of a segmentation fault in LLVM. No single module needs the
+# 50,000 maps that MAPS_KEPT leaves.
 MAPS_KEPT = 15_000
 MAPS = Path("/proc/self/maps")
 

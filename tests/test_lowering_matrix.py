@@ -105,7 +105,7 @@ def test_a_refresh_keeps_what_is_found_and_nothing_else(run: Run, matrix: Any) -
     cells = read_golden(matrix._file("mixtral-tiny")).cells
     assert list(cells) == matrix._cells()
     assert cells["h100:8 on"].memory_bytes == 1
-    assert cells["cpu:8 on"].memory_bytes > 2  # was not asked for
+    assert cells["cpu:8 on"].memory_bytes > 2  # was not requested
     # Recording all cells at once repairs a file that cannot be read.
     matrix._file("mixtral-tiny").write_text("<<<<<<< HEAD")
     code, _, err = run("--refresh", "--target", "h100:8")

@@ -45,7 +45,7 @@ COLLECTIVE = {
     "kind", "axes", "scope", "pass", "count", "bytes", "wire_bytes", "async", "spmd_generated",
     "op_name", "source", "role", "parameter",
 }  # fmt: skip
-WAIT_S = 300  # a busy machine takes its time; what hangs is killed all the same
+WAIT_S = 300  # a busy machine is slow; a process that hangs is still killed
 
 
 @dataclass(frozen=True)

@@ -281,7 +281,7 @@ def test_attributes_that_config_json_and_a_family_of_ones_own_do_not_share(tmp_p
 
 
 def test_the_family_of_the_docs(tmp_path: Path) -> None:
-    """The file that docs/extending.md gives, on what transformers saves of a small Dots1."""
+    """Load the file of docs/extending.md on what transformers saves of a small Dots1."""
     page = (HERE.parents[1] / "docs" / "extending.md").read_text()
     path = tmp_path / "dots1.yml"
     path.write_text(

@@ -98,7 +98,7 @@ def test_each_device_gets_its_own_part_of_each_tensor(
 
 
 def test_the_experts_are_split_as_the_mesh_says_and_each_has_its_own_values() -> None:
-    """Exclude that the tests above pass while each half loads the first half."""
+    """Otherwise the tests above would pass even if each half loaded the first half."""
     for ep in (2, 4, 8):
         spec = specs_on({"expert": ep, "data": 8 // ep})["layers"]["mlp"]["experts"]["gate"]
         assert spec.sharding.shard_shape(spec.shape)[1] == 8 // ep

@@ -94,7 +94,7 @@ def test_ctrl_c_at_a_terminal_reaches_the_command_once(tmp_path: Path) -> None:
         "say('ready ' + str(os.isatty(0)))\n"
         "say(f'first {take(20)}'); say(f'second {take(1)}'); sys.exit(3)"
     )
-    # What a terminal's shell does: a session of its own, whose terminal it is.
+    # As a terminal's shell does: start a session, and make the terminal its own.
     at_terminal = (
         "import fcntl, os, sys, termios\nos.setsid()\nfcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
         "os.execv(sys.argv[1], sys.argv[1:])"
@@ -110,7 +110,7 @@ def test_ctrl_c_at_a_terminal_reaches_the_command_once(tmp_path: Path) -> None:
     os.close(theirs)
     try:
         assert "ready True" in read_terminal(ours, "ready")
-        # Passed on late, it would not be one with that of the terminal.
+        # If watch passed its own signal on late, the command would see it as a second one.
         process.send_signal(signal.SIGSTOP)
         os.write(ours, b"\x03")
         assert "first True" in read_terminal(ours, "first ")

@@ -78,7 +78,7 @@ def test_an_entry_point_of_an_installed_package(folder: Path) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: somebodys\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(f"[{GROUP}]\ninstalled = installed_strategy\n")
     assert "installed" in strategy_names()
-    assert "installed_strategy" not in sys.modules  # not before it is asked for
+    assert "installed_strategy" not in sys.modules  # not before it is used
     assert find_strategy("installed").name == "installed"
 
 

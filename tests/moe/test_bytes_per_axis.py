@@ -76,7 +76,7 @@ class Local(NamedTuple):
         """Count the weights: stored over fsdp too, gathered once, and their gradients summed."""
         if self.fsdp == 1:
             return Counter()
-        # Over fsdp by each device, or by all as `Sharding.use_weight` has it for a batched product.
+        # `Sharding.use_weight` has a batched product's gradient summed by an all-reduce.
         summed = {
             "gather": ("all-reduce", 3 * self.weight),
             "ragged": ("reduce-scatter", 3 * self.weight // self.fsdp),
@@ -88,7 +88,7 @@ class Local(NamedTuple):
         """Count the expert's two products on a split hidden dim, and the exchanges around them."""
         part = self.copies(strategy) * self.part
         whole = part * self.tensor
-        total = Counter({("all-to-all", "expert"): 4 * part})  # there and back, and their gradients
+        total = Counter({("all-to-all", "expert"): 4 * part})  # to and from, and gradients
         # Gathered: the input of gate and up, and the gradient of down's output.
         gathered = 2
         if strategy == "ragged":

@@ -1,4 +1,4 @@
-"""Check the routers of published models, one token at a time: its experts and their weights.
+"""Check the routers of published models, one token at a time: experts and combine weights.
 
 The oracle below is written from the papers (DeepSeek-V2, arXiv 2405.04434, DeepSeek-V3, 2412.19437,
 SparseMixer-v2, 2409.12136), in NumPy float64, and has no code in common with the package.

@@ -1,4 +1,4 @@
-"""A wrong strategy of somebody else's is one error that names it, before anything runs."""
+"""Report a wrong third-party strategy in one error that names it, before anything runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOKENS = (8, 16, 32)
 
 @pytest.fixture
 def register() -> Iterator[Callable[[Any], None]]:
-    """Register a class as `mine`, and forget it afterwards."""
+    """Register a class as `mine`, and unregister it afterwards."""
     yield lambda made: ms.register_strategy("mine", has_slots=True)(made) and None
     unregister_strategy("mine")
 
@@ -41,7 +41,7 @@ def shapes_of(layer: ms.MoELayer, dtype: Any = jnp.float32) -> Any:
 
 
 class NoRecord:
-    """Has no `record`."""
+    """Omit `record`."""
 
     def __init__(self, config: Any, placement: Any) -> None: ...
 
