@@ -1,4 +1,4 @@
-"""Read a model's attributes from `config.json`, with the family's defaults for those it lacks."""
+"""Read a model's attributes from `config.json`, with the family's defaults for missing ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WITHOUT_EFFECT = frozenset(
         *("initializer_range", "attention_dropout", "output_router_logits"),
     )
 )
-"""Attributes that change nothing in what the decoder computes from weights and tokens."""
+"""Attributes that do not affect what the decoder computes from weights and tokens."""
 
 
 class Attributes:
@@ -28,12 +28,12 @@ class Attributes:
 
     Args:
         written: the content of `config.json`.
-        family: has other names and defaults of attributes.
+        family: provides other names and defaults of attributes.
         where: the file, for messages.
 
     Raises:
-        UserError: an attribute under two names with two values, the family's section is missing,
-            or a value that this package does not compute.
+        UserError: an attribute has two names with two values, the family's section is missing, or a
+            value is not supported by this package.
     """
 
     def __init__(self, written: Mapping[str, Any], family: Family, where: Path) -> None:
@@ -73,10 +73,10 @@ class Attributes:
         return value if name else None
 
     def notes(self) -> list[str]:
-        """Return lines on what `config.json` and the family do not have in common, once it is read.
+        """Return lines on how `config.json` and the family differ; call it once all is read.
 
-        Attributes that nothing reads, unless they are null, false, 0 or empty, or change nothing in
-        what is computed; and values of the family because `config.json` lacks them.
+        They name attributes that nothing reads, except those that are null, false, 0 or empty or
+        that do not affect the computation, and values of the family that `config.json` lacks.
         """
         at = self._family
         named = {getattr(at.spans, each.name) for each in fields(at.spans)}
@@ -111,11 +111,11 @@ class Attributes:
         """Return an attribute that is a whole number of 0 or more, or -1.
 
         Args:
-            name: the attribute; "": the default.
-            default: where it is null.
+            name: the attribute; empty: the default.
+            default: the value where it is null.
 
         Raises:
-            UserError: something else.
+            UserError: it is something else.
         """
         value = self.get(name)
         if value is None:
@@ -128,7 +128,7 @@ class Attributes:
         """Return an attribute that is a list of whole numbers from 0; None where it is null.
 
         Raises:
-            UserError: something else.
+            UserError: it is something else.
         """
         value = self.get(name)
         if value is None:
@@ -140,7 +140,7 @@ class Attributes:
         return value
 
     def source(self, rule: SettingRule) -> str:
-        """Return the attribute that a rule's value comes from; "" where none counts."""
+        """Return the attribute that a rule's value comes from; empty where none applies."""
         if any(self.get(name) != value for name, value in rule.when):
             return ""
         return next((name for name in rule.sources if self.get(name) is not None), "")
@@ -149,11 +149,11 @@ class Attributes:
         """Return a setting's value.
 
         Args:
-            key: of `base.yml`, whose default there has the type.
-            rule: where the value comes from.
+            key: a key of `base.yml`; its default has the type of the value.
+            rule: the source of the value.
 
         Raises:
-            UserError: there is none, or it is of another type or not among those that are known.
+            UserError: there is none, it has another type, or it is not a known value.
         """
         name = self.source(rule)
         if not name:
@@ -173,7 +173,7 @@ class Attributes:
                 )
             return known[shown(value)]
         kind = type(base_settings()[key])
-        # Attributes that switch something are sometimes numbers; lists and text never are.
+        # Attributes that switch something may be numbers, but not lists or text.
         accepted = {bool: (bool, int), float: (int, float)}.get(kind, (kind,))
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
             raise self.error(

@@ -1,4 +1,4 @@
-"""Decode quantized tensors to float32: bits times scales, as `quantized` explains them.
+"""Decode quantized tensors to float32: bits times scales, as `quantized` describes them.
 
 Where a scale is a power of two, float32 holds the product exactly; otherwise it is rounded once.
 """
@@ -16,18 +16,18 @@ from moe_shard.autoep.tensors import DTYPES, copy, view
 _BYTES = np.arange(256, dtype=np.uint8)
 _E4M3 = _BYTES.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 _E8M0 = _BYTES.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
-"""What each byte stands for; 255 is NaN."""
+"""The number that each byte encodes; 255 is NaN."""
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 _HALVES = np.concatenate([_E2M1, -_E2M1])
 _E2M1_PAIRS = np.stack([_HALVES[_BYTES & 15], _HALVES[_BYTES >> 4]], axis=1).view(np.uint64)[:, 0]
-"""The two numbers of each byte, side by side in one element: a lookup then finds both at once."""
+"""The two numbers of each byte in one element, so that one lookup finds both."""
 
 
 def read(tensor: TensorHeader) -> np.ndarray:
     """Return a tensor in its own dtype: a view of its file, or the decoded numbers.
 
     Args:
-        tensor: from a header that was checked.
+        tensor: from a checked header.
 
     Raises:
         UserError: its file cannot be read.
@@ -40,10 +40,10 @@ def read(tensor: TensorHeader) -> np.ndarray:
 
 
 def numbers(tensor: Quantized, take: Take = ()) -> np.ndarray:
-    """Decode a part of a quantized tensor to float32, and hardly more than the part.
+    """Decode a part of a quantized tensor to float32, and little more than that part.
 
     Args:
-        tensor: from a header that was checked.
+        tensor: from a checked header.
         take: the part, a slice for each of the first dims.
 
     Raises:

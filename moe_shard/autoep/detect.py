@@ -1,7 +1,7 @@
 """Detect what a Hugging Face model directory holds, from `config.json` and the tensors' headers.
 
-No weight is read, no device is started and torch is not imported: the largest models take a second
-or two.
+No weight is read, no device is started and torch is not imported, so that even the largest models
+take only a second or two.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from moe_shard.errors import UserError
 CONFIG = "config.json"
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _QUANTIZED = re.compile(r".*(_blocks|_scales|_scale_inv|_scale|\.qweight|\.qzeros|\.scales)")
-"""Names of tensors that others are multiplied by, or made of, before they are weights."""
+"""Names of tensors from which weights are still to be computed, such as scales."""
 
 
 _MADE_OF = {"head_dim": "base_num_query_heads", "shared_expert_mlp_dim": "base_moe_mlp_dim"}
-"""Settings that may be left to others -> one of those."""
+"""Settings that may be derived -> one that they are derived from."""
 
 _SWITCHES = (
     (r"attention\.(query|key|value|query_down|latent_down)_bias", "attention_bias"),
@@ -51,20 +51,20 @@ _SWITCHES = (
     (r"mlp\.shared\..*", "shared_experts"),
     (r"mlp\..*_bias", "mlp_bias"),
 )
-"""Parameters that not every model has, as regular expressions -> the setting that gives them."""
+"""Optional parameters, as regular expressions -> the setting that adds them."""
 
 
 @dataclass(frozen=True)
 class Detected:
-    """What a directory holds.
+    """Describe what a directory holds.
 
     Attributes:
-        family: its name.
-        settings: key of `base.yml` -> value, of the model.
+        family: the family's name.
+        settings: key of `base.yml` -> value, for the model.
         plan: which tensor fills which part of which parameter.
         headers: all tensors, by name; quantized ones by the names of their decoded tensors.
-        lines: what was found, for a person.
-        notes: what to check where the family is a person's own, or one that another model has.
+        lines: what was found, one line each, for people.
+        notes: what to check where the family is the user's own, or belongs to another model.
     """
 
     family: str
@@ -79,7 +79,7 @@ class Detected:
 def _nothing_is_garbage() -> Iterator[None]:
     """Turn off Python's garbage collector while the block runs.
 
-    It would scan a hundred thousand names and headers again and again, for a third of the time.
+    It would scan a hundred thousand names and headers repeatedly, and take a third of the time.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -92,14 +92,15 @@ def _nothing_is_garbage() -> Iterator[None]:
 
 @_nothing_is_garbage()
 def detect(directory: Path, family: str = "") -> Detected:
-    """Read a model directory.
+    """Read and describe a model directory.
 
     Args:
-        directory: with `config.json` and safetensors files.
-        family: a name in `configs/families/` or the path of a YAML file; "": by `config.json`.
+        directory: a directory with `config.json` and safetensors files.
+        family: a name in `configs/families/` or the path of a YAML file; empty: the family that
+            `config.json` names.
 
     Raises:
-        UserError: something is missing, wrong, or not computed here, or `config.json` and the
+        UserError: something is missing, wrong, or unsupported, or `config.json` and the
             tensors disagree.
     """
     where = directory / CONFIG
@@ -145,7 +146,7 @@ def detect(directory: Path, family: str = "") -> Detected:
     own = family and (
         family not in list_families() or written.get("model_type") not in known.model_type
     )
-    # No test compares such a family with this model.
+    # No test compares models of such a family with this one.
     notes = tuple(attributes.notes()) if own else ()
     return Detected(known.name, settings, plan, headers, lines, notes)
 
@@ -163,7 +164,7 @@ def _check_plain(headers: Mapping[str, TensorHeader], names: Names, where: Path)
 def _layers_beyond(
     headers: Mapping[str, TensorHeader], names: Names, family: Family, attributes: Attributes
 ) -> set[str]:
-    """Return the tensors of layers after the model's last, which the family carries.
+    """Return the tensors of layers after the model's last, which are carried along unread.
 
     Raises:
         UserError: the layers are not those of `config.json`.
@@ -237,7 +238,7 @@ def _plan(
     beyond: set[str],
     where: Path,
 ) -> TensorPlan:
-    """Make the plan once every tensor has its place."""
+    """Make the plan once every tensor has been assigned."""
     used = {piece.tensor for piece in pieces}
     carried = set(beyond)
     if model.logits_via_embedding:

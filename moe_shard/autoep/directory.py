@@ -1,4 +1,4 @@
-"""Use a Hugging Face directory as a source of weights, and keep what writing it again needs."""
+"""Read weights from a Hugging Face directory, and keep what is needed to write it again."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from moe_shard.files import new_folder
 
 @dataclass(frozen=True)
 class HfSource:
-    """What is in a Hugging Face directory.
+    """Describe the content of a Hugging Face directory.
 
     Attributes:
-        family: its name.
-        plan: of its tensors.
-        headers: where they are.
+        family: the family's name.
+        plan: which tensor fills which parameter.
+        headers: where the tensors are.
         attention_scale: the model's value of that key.
     """
 
@@ -43,16 +43,16 @@ class HfSource:
 
 
 def read_hf_source(directory: Path, family: str = "") -> HfSource:
-    """Look at a Hugging Face directory; of its weights only the headers are read.
+    """Describe a Hugging Face directory; of its weights only the headers are read.
 
     Args:
-        directory: with config.json and safetensors files.
-        family: name or file of its family; empty: as config.json has it.
+        directory: a directory with config.json and safetensors files.
+        family: name or file of its family; empty: the one that config.json names.
 
     Raises:
-        UserError: it is of no known family, or not whole.
+        UserError: its family is unknown, or something is missing.
     """
-    # Here, not above: what only copies files needs no family.
+    # Imported here: copying files needs no family.
     from moe_shard.autoep.detect import detect
 
     found = detect(directory, family)
@@ -61,12 +61,12 @@ def read_hf_source(directory: Path, family: str = "") -> HfSource:
 
 
 def keep_hf(source: str, folder: Path, family: str = "") -> None:
-    """Make `hf/` in a folder, so that its parameters can be exported; once.
+    """Make `hf/` in a folder, once, so that its parameters can be exported.
 
     Args:
-        source: of its first parameters: a Hugging Face directory, an imported model, or a run.
-            For a run that began without one, nothing is kept.
-        folder: an imported model or a run, held by this process.
+        source: source of its first parameters: a Hugging Face directory, an imported model, or a
+            run. Nothing is kept of a run that started without one.
+        folder: an imported model or a run, locked by this process.
         family: as in `read_hf_source`.
 
     Raises:
@@ -77,7 +77,7 @@ def keep_hf(source: str, folder: Path, family: str = "") -> None:
     kept = directory / "hf"
     if target.exists() or not (kept.is_dir() or (directory / "config.json").is_file()):
         return
-    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(aside, ignore_errors=True)  # left by a process that was killed
     with new_folder(target, aside):
         if kept.is_dir():
             copy_small_files(kept, aside)
@@ -98,17 +98,17 @@ def keep_hf(source: str, folder: Path, family: str = "") -> None:
 
 
 def lay_out_again(hf: Path, directory: Path) -> HfSource:
-    """Make a Hugging Face directory again; only the weights of its parameters are still zero.
+    """Make a Hugging Face directory again, with zeros for the weights of parameters.
 
     Args:
-        hf: what `keep_hf` made.
-        directory: empty.
+        hf: the folder that `keep_hf` made.
+        directory: an empty folder.
 
     Returns:
-        The directory; its headers are where the weights belong.
+        A description of the directory; its headers tell where the weights go.
 
     Raises:
-        UserError: `hf` is not whole.
+        UserError: `hf` is incomplete.
     """
     manifest = Manifest.load(hf)
     copy_small_files(hf, directory)

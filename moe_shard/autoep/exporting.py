@@ -1,7 +1,7 @@
 """Write parameters into the tensors of a checkpoint, a block at a time; the reverse of `importing`.
 
-Blocks may come in any order. Each is written to its place in the files at once, so that no more
-than a block of the model is ever held.
+Blocks may come in any order. Each is written to its place in the files immediately, so that no more
+than one block is held in memory.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ def export_params(
     *,
     progress: Callable[[int, int], object] = lambda _done, _all: None,
 ) -> None:
-    """Write parameters into the files of a checkpoint, which have their full lengths.
+    """Write parameters into a checkpoint's files, which have their full lengths.
 
-    Each tensor is in its own dtype, so that what was imported is written bit for bit. Tensors
-    that the plan only carries are left to the caller.
+    Each tensor keeps its own dtype, so that what was imported is written bit for bit. The caller
+    writes the tensors that the plan only carries.
 
     Args:
-        plan: of the checkpoint's tensors.
-        headers: where each tensor belongs.
+        plan: which tensor takes which part of which parameter.
+        headers: where each tensor goes.
         blocks: all parts of all parameters.
-        progress: called with bytes written and bytes in all.
+        progress: called with the bytes written and all bytes.
 
     Raises:
-        UserError: a tensor or parameter is not of the plan, or not filled by it; a number is too
-            large for its dtype.
-        OSError: there is no room for the files.
+        UserError: a tensor or parameter is not in the plan, or is left incomplete by it; a number
+            is too large for its dtype.
+        OSError: the disk is too small for the files.
     """
     pieces = pieces_by_param(plan, headers)
     used = {piece.tensor for piece in plan.pieces}
@@ -68,7 +68,7 @@ def export_params(
             size = _write(piece, entry, block, at)
             filled[piece.tensor] += size
             done += size * DTYPE_BYTES[entry.dtype]
-        # Otherwise it would be held while the next one is read.
+        # Otherwise it would stay in memory while the next one is read.
         del block
         progress(done, total)
     for name in used:
@@ -90,7 +90,7 @@ def _piece(of_param: Mapping[Index, Piece], index: Index, block: HostBlock) -> P
 
 
 def _write(piece: Piece, entry: TensorHeader, block: HostBlock, at: Index) -> int:
-    """Put a part of a block where it belongs in its tensor; how many elements it has."""
+    """Write a part of a block to its place in the tensor; return the number of its elements."""
     here: Any = (*at, ...)
     part = block.values[here]
     within: Any = (*(slice(*bound) for bound in block.bounds[len(piece.index) :]), ...)
@@ -101,9 +101,9 @@ def _write(piece: Piece, entry: TensorHeader, block: HostBlock, at: Index) -> in
 
 
 def _reserve(file: Path) -> None:
-    """Take the room that a file needs.
+    """Reserve the disk space that a file needs.
 
-    The file is written through a memory map, where a full disk would be a signal and not an error.
+    The file is written through a memory map, where a full disk causes a signal and not an error.
     """
     if not hasattr(os, "posix_fallocate"):  # macOS
         return

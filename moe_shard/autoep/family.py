@@ -1,7 +1,7 @@
-"""Describe families of models as data: what their `config.json` and their tensors are called.
+"""Describe families of models as data: the names in their `config.json` and of their tensors.
 
-A family is a file of `configs/families/` or of a person's own. It is laid over another one, and
-last over `defaults.yml`, which lists every key with its meaning.
+A family is a file in `configs/families/` or the user's own. It is laid over the one that it is
+based on, if any, and that over `defaults.yml`, which lists every key with its meaning.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _MOST_BASES = 8
 
 @dataclass(frozen=True)
 class SettingRule:
-    """Where a setting's value comes from.
+    """Describe where the value of a setting comes from.
 
     Attributes:
-        sources: attributes of `config.json`, of which the first that is not null counts; dots
-            lead into objects.
+        sources: attributes of `config.json`, the first of which that is not null applies; dots lead
+            into objects.
         default: the value where all are null; without sources, always.
-        required: all null is an error.
-        mapping: attribute's value as text -> the setting's; empty: as it is.
-        when: attributes and the values that they must have for the sources to count.
+        required: whether it is an error if all are null.
+        mapping: the attribute's value as text -> the setting's value; empty: the same value.
+        when: attribute -> the value that it must have for the sources to apply.
     """
 
     sources: tuple[str, ...] = ()
@@ -45,14 +45,14 @@ class SettingRule:
 
 @dataclass(frozen=True)
 class LayersWithExperts:
-    """Attributes for which layers have experts; empty: there is none.
+    """Name the attributes that state which layers have experts; empty: no such attribute.
 
     Attributes:
-        list: their numbers, where it is not null; then the others do not count.
-        first: number of the first one.
-        last: number of the last one; -1: the model's last.
-        step: the last of every so many has them.
-        excluded: numbers of layers that have none.
+        list: numbers of these layers; unless it is null, the other attributes are ignored.
+        first: number of the first such layer.
+        last: number of the last such layer; -1: the model's last layer.
+        step: the last of every so many layers has experts.
+        excluded: numbers of layers without experts.
     """
 
     list: str = ""
@@ -64,17 +64,17 @@ class LayersWithExperts:
 
 @dataclass(frozen=True)
 class Spans:
-    """Attributes for what layers attend to; empty: there is none.
+    """Name the attributes that state what layers attend to; empty: no such attribute.
 
     Attributes:
-        types: a name for each layer, where it is not null; then `every` and `below` do not count.
-        window: tokens that a layer with a window sees; null: no layer has one.
+        types: a name for each layer; unless it is null, `every` and `below` are ignored.
+        window: tokens that a layer with a window attends to; null: no layer has one.
         switch: false: no layer has a window.
-        every: the first of every so many has the window. A number.
-        below: layers from this number on have none.
-        chunk: tokens of a chunk; null: no chunks. Layers with RoPE have them.
-        rope_flags: 0 for each layer without RoPE, 1 for the others, where it is not null or empty.
-        nope_interval: the last of every so many layers has no RoPE, where the flags do not tell.
+        every: the first of every so many layers has the window; a number, not an attribute.
+        below: layers from this number on have no window.
+        chunk: tokens of a chunk; null: no chunks. The layers with RoPE are chunked.
+        rope_flags: 0 for each layer without RoPE, 1 for the others; ignored if null or empty.
+        nope_interval: the last of every so many layers has no RoPE, unless the flags apply.
     """
 
     types: str = ""
@@ -89,7 +89,7 @@ class Spans:
 
 @dataclass(frozen=True)
 class Family:
-    """One family; the keys of its file, see `configs/families/defaults.yml`."""
+    """Hold the keys of one family file, see `configs/families/defaults.yml`."""
 
     model_type: tuple[str, ...]
     architectures: tuple[str, ...]
@@ -150,7 +150,7 @@ def load_family(given: str) -> Family:
         given: a name in `configs/families/` or the path of a YAML file.
 
     Raises:
-        UserError: the file cannot be read or has something that no family has.
+        UserError: the file cannot be read or has an unknown key or value.
     """
     path = find_file("families", given, "hf_family")
     merged = _merged(path)
@@ -170,7 +170,7 @@ def choose_family(config: Mapping[str, Any], where: Path) -> Family:
         where: the file, for messages.
 
     Raises:
-        UserError: none, or several.
+        UserError: it names none, or several.
     """
     families = [_shipped(name) for name in list_families()]
     model_type, named = config.get("model_type"), config.get("architectures")
@@ -196,7 +196,7 @@ def _shipped(name: str) -> Family:
 
 
 def _merged(path: Path) -> dict[str, Any]:
-    """Lay a family's file over those that it is based on, `defaults.yml` last."""
+    """Lay a family's file over those that it is based on; `defaults.yml` is the last."""
     chain = [path]
     contents = [_checked(path)]
     while chain[-1] != configs_dir() / "families" / f"{DEFAULTS}.yml":
@@ -214,7 +214,7 @@ def _merged(path: Path) -> dict[str, Any]:
 
 
 def _is_open(key: str) -> bool:
-    """Return whether a key's mapping is added to, not replaced."""
+    """Return whether entries are added to a key's mapping instead of replacing it."""
     return _KINDS[key] is not SettingRule
 
 
@@ -234,7 +234,7 @@ def _check_known(path: Path, inside: str, key: Any, known: Collection[str]) -> N
 
 
 def _read(path: Path, key: str, value: Any) -> Any:
-    """Convert one key's value to what `Family` has."""
+    """Convert one key's value to the type in `Family`."""
 
     def wrong(what: str) -> UserError:
         return UserError(
@@ -288,19 +288,19 @@ def _read(path: Path, key: str, value: Any) -> Any:
 
 @functools.cache
 def _default_tensors() -> dict[str, str]:
-    """Return the parameters whose tensors a family may name one by one: those of `defaults.yml`."""
+    """Return the parameters whose tensors a family may name: those of `defaults.yml`."""
     content = read_mapping(configs_dir() / "families" / f"{DEFAULTS}.yml")
     tensors: dict[str, str] = content["tensors"]
     return tensors
 
 
 def read_rule(path: Path, key: str, value: Any) -> SettingRule:
-    """Read a rule in the form that it has in YAML.
+    """Read a rule in its YAML form.
 
     Args:
         path: the family's file, for messages.
         key: the setting, for messages.
-        value: text: an attribute; a mapping: see `defaults.yml`; anything else: itself.
+        value: text: an attribute; a mapping: see `defaults.yml`; anything else: the value itself.
 
     Raises:
         UserError: a mapping of another form.

@@ -1,4 +1,4 @@
-"""Check that tensors and parameters fit together as a plan says."""
+"""Check that tensors and parameters fit together as planned."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def pieces_by_param(
     """Group the pieces of each parameter by their index.
 
     Args:
-        plan: of a checkpoint.
-        tensors: names of those that are there.
+        plan: the plan of a checkpoint.
+        tensors: names of the tensors in it.
 
     Raises:
-        UserError: the plan is of other tensors, or fills a part twice.
+        UserError: the plan has other tensors, or fills a part twice.
     """
     same_names("tensor", tensors, {piece.tensor for piece in plan.pieces} | {*plan.carried})
     found: dict[ParamPath, dict[Index, Piece]] = {}
@@ -38,7 +38,7 @@ def pieces_by_param(
 
 
 def same_names(what: str, here: Iterable[str], planned: Iterable[str]) -> None:
-    """Refuse a plan of other tensors or parameters.
+    """Refuse a plan with other tensors or parameters.
 
     Raises:
         UserError: a name is here or planned, but not both.
@@ -53,12 +53,12 @@ def same_names(what: str, here: Iterable[str], planned: Iterable[str]) -> None:
 
 
 def seen(piece: Piece, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Return a view of a tensor, or of the room for one, in its parameter's layout.
+    """Return a view of a tensor, or of the memory for one, in its parameter's layout.
 
     Args:
-        piece: the part of it, and the parameter.
-        tensor: as in its file.
-        shape: of the parameter.
+        piece: the part of the tensor, and the parameter.
+        tensor: the tensor as in its file.
+        shape: shape of the parameter.
 
     Raises:
         UserError: it has another shape.
@@ -81,7 +81,7 @@ def seen(piece: Piece, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray
 
 @contextmanager
 def naming(piece: Piece) -> Iterator[None]:
-    """Name the tensor and the parameter in errors of numbers that the block raises.
+    """Name the tensor and the parameter in errors about numbers that the block raises.
 
     Raises:
         UserError: a number is too large for its dtype.

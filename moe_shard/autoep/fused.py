@@ -1,4 +1,4 @@
-"""Tell which dim is which where a layer's experts are one tensor, gate and up in one."""
+"""Tell the dims apart where a layer's experts are one tensor, with gate and up in one."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from moe_shard.errors import UserError
 
 
 class Fused(NamedTuple):
-    """How a layer's experts are stored.
+    """Describe how a layer's experts are stored.
 
     Attributes:
-        experts: E.
-        model_dim: M.
-        hidden_dim: H, of one expert.
-        gate_up_first: [E, 2H, M] and [E, M, H], as of `nn.Linear`; else [E, M, 2H] and [E, H, M].
-        interleaved: even entries of the fused dim are gate, odd ones up; else halves.
+        experts: E, number of experts.
+        model_dim: M, the model dim.
+        hidden_dim: H, hidden size of one expert.
+        gate_up_first: whether the layout is [E, 2H, M] and [E, M, H], as in `nn.Linear`; else [E,
+            M, 2H] and [E, H, M].
+        interleaved: whether even entries of the fused dim are gate and odd ones up; else it has two
+            halves.
     """
 
     experts: int
@@ -28,18 +30,18 @@ class Fused(NamedTuple):
 
     @property
     def words(self) -> str:
-        """Return the dims, for a report."""
+        """Return the dims in words, for a report."""
         order = "[E 2H M] and [E M H]" if self.gate_up_first else "[E M 2H] and [E H M]"
         return f"{order}, {'gate and up in turn' if self.interleaved else 'gate, then up'}"
 
     def part(self, name: str) -> slice:
-        """Return the part of the fused dim that is gate or up."""
+        """Return the part of the fused dim that holds gate or up."""
         if self.interleaved:
             return slice(int(name == "up"), None, 2)
         return slice(0, self.hidden_dim) if name == "gate" else slice(self.hidden_dim, None)
 
     def layout(self, name: str) -> Layout:
-        """Return the layout of gate, up or down in [E in out]."""
+        """Return the layout of gate, up or down as [E in out]."""
         order = (0, 2, 1) if self.gate_up_first else ()
         if name == "down":
             return Layout(order=order)
@@ -47,19 +49,19 @@ class Fused(NamedTuple):
         return Layout(take=(*(slice(None),) * before, self.part(name)), order=order)
 
     def bias_layout(self, name: str) -> Layout:
-        """Return the layout of the bias of gate, up or down in [E out]."""
+        """Return the layout of the bias of gate, up or down as [E out]."""
         return Layout() if name == "down" else Layout(take=(slice(None), self.part(name)))
 
 
 def read_fused(
     gate_up: tuple[int, ...], down: tuple[int, ...], *, interleaved: bool, where: str
 ) -> Fused:
-    """Tell the layout by the two shapes.
+    """Tell the layout from the two shapes.
 
     Args:
-        gate_up: of the tensor with gate and up.
-        down: of the tensor with the projections back.
-        interleaved: of the family.
+        gate_up: shape of the tensor with gate and up.
+        down: shape of the tensor with the down projections.
+        interleaved: the family's setting.
         where: the tensors, for messages.
 
     Raises:

@@ -1,8 +1,8 @@
 """Read the names, dtypes and shapes in a directory's safetensors files, without the weights.
 
 A file is eight bytes with the length of its header, the header as JSON, then the tensors, one after
-the other (https://github.com/huggingface/safetensors). Files are untrusted: nothing in them
-is believed before it is checked against the file's size.
+the other (https://github.com/huggingface/safetensors). Files are untrusted: everything in them
+is checked against the file's size before it is used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DTYPE_BYTES: Mapping[str, int] = {
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64"), 8),
 }
-"""Bytes of one element, by the name that a header has for its dtype."""
+"""Name of a dtype in a header -> bytes of one element."""
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LENGTH_BYTES = 8
@@ -35,14 +35,14 @@ _AGAIN = "fix: download or save the file again"
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """One tensor of a file, not read.
+    """Describe one tensor of a file without reading it.
 
     Attributes:
-        file: where it is.
+        file: the file that holds it.
         dtype: a name in `DTYPE_BYTES`.
         shape: as stored.
-        begin: of its bytes in the file.
-        end: the byte after its last one.
+        begin: offset of its first byte in the file.
+        end: offset of the byte after its last one.
     """
 
     file: Path
@@ -53,7 +53,7 @@ class TensorHeader:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of the elements in this dtype."""
+        """Return the bytes that elements of this shape and dtype take."""
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
@@ -64,10 +64,10 @@ def read_headers(directory: Path) -> dict[str, TensorHeader]:
     `model.safetensors.index.json` names; without either, every file that ends in `.safetensors`.
 
     Args:
-        directory: of the model.
+        directory: the directory of the model.
 
     Raises:
-        UserError: no such files, or one that is not whole or contradicts itself or the index.
+        UserError: there are no such files, or one is incomplete or contradicts itself or the index.
     """
     index = directory / INDEX
     if (directory / SINGLE).exists():
@@ -84,7 +84,7 @@ def read_file(path: Path) -> dict[str, TensorHeader]:
     """Read the headers of all tensors of one file, by name.
 
     Raises:
-        UserError: the file cannot be read, or its header is not what its size allows.
+        UserError: the file cannot be read, or its header does not fit its size.
     """
     try:
         with path.open("rb") as file:
@@ -141,7 +141,7 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _check_cover(path: Path, tensors: Mapping[str, TensorHeader], start: int, size: int) -> None:
-    """Check that each byte after the header belongs to one tensor."""
+    """Check that each byte after the header belongs to exactly one tensor."""
     at, before = start, "the header"
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if tensor.begin != at:
@@ -177,8 +177,8 @@ def _merged(directory: Path, files: Mapping[str, str]) -> dict[str, TensorHeader
     """Merge the tensors of several files.
 
     Args:
-        directory: of the model.
-        files: name of a file -> what names it.
+        directory: the directory of the model.
+        files: name of a file -> the file or index that names it.
     """
     tensors: dict[str, TensorHeader] = {}
     for name, named_by in files.items():
@@ -194,7 +194,7 @@ def _merged(directory: Path, files: Mapping[str, str]) -> dict[str, TensorHeader
 
 
 def _inside(directory: Path, name: str, named_by: str) -> Path:
-    """Return the path of a file in the directory, or where the hub's cache keeps its files.
+    """Return the path of a file in the directory, or where the hub's cache stores it.
 
     In that cache `snapshots/<revision>/` has links to `blobs/` beside `snapshots/`.
     """

@@ -1,4 +1,4 @@
-"""Describe parts of parameters on the host, which come one after the other, never all at once."""
+"""Describe parts of parameters on the host, which are processed one at a time."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ ParamPath = tuple[str, ...]
 """Path of a parameter, such as ("layers", "mlp", "experts", "gate")."""
 Index = tuple[int, ...]
 Bounds = tuple[tuple[int, int], ...]
-"""First and one past the last element along each dim."""
+"""Index of the first element and one past the last, along each dim."""
 
 _LARGE, _SMALL = 16 * 2**20, 2**20
-"""Bytes: a block is no larger where its parts would not be smaller."""
+"""Bytes of a block at most, if it can be split that far."""
 
 
 class HostBlock(NamedTuple):
-    """A part of a parameter.
+    """Hold a part of a parameter.
 
     Attributes:
         param: the parameter's path.
-        shape: the parameter's.
-        bounds: of the part in it.
-        values: of the part.
+        shape: the parameter's shape.
+        bounds: the part's bounds in the parameter.
+        values: the part's values.
     """
 
     param: ParamPath
@@ -42,6 +42,6 @@ def leaves_of(tree: Any) -> list[tuple[ParamPath, Any]]:
 
 
 def bounds_of_slices(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
-    """Return the bounds of what slices take of a shape."""
+    """Return the bounds that slices select in a shape."""
     cut = (part.indices(size) for part, size in zip(index, shape, strict=True))
     return tuple((low, high) for low, high, _ in cut)

@@ -1,7 +1,7 @@
 """Read tensors of a checkpoint into parameters that are sharded over a mesh.
 
-A plan says which part of which parameter each tensor fills. Tensors are read in parts: of a stack
-of layers the host holds one layer's part of one shard, never the stack.
+A plan says which part of which parameter each tensor fills. Tensors are read in parts: for a
+stack of layers the host holds one layer's part of one shard, never the stack.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from moe_shard.errors import UserError
 from moe_shard.models.params import Params
 
 _BLOCK = 16 * 2**20
-"""Bytes that are put together on the host and sent at once, where a tensor's part is no larger."""
+"""Bytes that are assembled on the host and sent at once, unless a tensor's part is larger."""
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
@@ -37,21 +37,21 @@ def import_params(
     say: Callable[[str], object] = lambda _: None,
     progress: Progress = lambda _done, _all: None,
 ) -> Params:
-    """Read parameters, each device its own shards; of several processes, each those of its devices.
+    """Read parameters onto this process's devices, each device its own shards.
 
     The values are the checkpoint's in the parameters' dtypes. A wider dtype holds them exactly; a
     narrower one is reported.
 
     Args:
-        plan: of the checkpoint's tensors.
+        plan: which tensor fills which part of which parameter.
         headers: where the tensors are.
-        specs: of the parameters: leaves with a shape, a dtype and a sharding.
-        say: called with a line on numbers that are rounded.
+        specs: the parameters' specs: leaves with a shape, a dtype and a sharding.
+        say: receives a line on numbers that are rounded.
         progress: called as bytes arrive on this process's devices.
 
     Raises:
-        UserError: the plan does not fill each element of each parameter once, a tensor is missing,
-            of another shape or of integers, or its file cannot be read.
+        UserError: the plan does not fill each element of each parameter once, a tensor is missing
+            or has another shape or an integer dtype, or its file cannot be read.
     """
     leaves = dict(leaves_of(specs))
     pieces = _by_param(plan, headers, leaves)
@@ -62,7 +62,7 @@ def import_params(
 def _by_param(
     plan: TensorPlan, headers: Mapping[str, TensorHeader], leaves: Mapping[ParamPath, Any]
 ) -> dict[ParamPath, dict[Index, Piece]]:
-    """Group the pieces of each parameter by index; together they fill all of it, once."""
+    """Group the pieces of each parameter by index; together they fill it, each part once."""
     found = pieces_by_param(plan, headers)
     same_names("parameter", map(".".join, leaves), map(".".join, found))
     for path, of_param in found.items():
@@ -105,8 +105,8 @@ class _Reader:
     """Read the shards of one parameter.
 
     Args:
-        leaf: its spec.
-        pieces: that fill it, by index.
+        leaf: the parameter's spec.
+        pieces: the pieces that fill it, by index.
         headers: where their tensors are.
     """
 
@@ -121,7 +121,7 @@ class _Reader:
         """Read one shard in blocks.
 
         Args:
-            bounds: of the shard in the parameter.
+            bounds: the shard's bounds in the parameter.
         """
         shape = tuple(high - low for low, high in bounds)
         outer = self._outer_dims(shape)
@@ -131,13 +131,13 @@ class _Reader:
             yield within, self._block(bounds, index)[(None,) * outer]
 
     def _outer_dims(self, shape: tuple[int, ...]) -> int:
-        """Return how many of the first dims are iterated over, so that a block is small."""
+        """Return how many leading dims are iterated over to keep blocks small."""
         size = self.dtype.itemsize
         fits = (d for d in range(self.depth) if math.prod(shape[d:]) * size <= _BLOCK)
         return next(fits, self.depth)
 
     def _block(self, bounds: Bounds, outer: Index) -> np.ndarray:
-        """Read a shard's part at an index of its first dims, on the host."""
+        """Read a shard's part at an index of its leading dims, on the host."""
         lows = [low for low, _ in bounds]
         shape = tuple(high - low for low, high in bounds)[len(outer) :]
         block = np.empty(shape, self.dtype)
@@ -151,17 +151,17 @@ class _Reader:
         return block
 
     def _parts(self, piece: Piece, within: Take) -> Iterator[tuple[Index, np.ndarray]]:
-        """Read what a shard has of a piece, in the parameter's layout.
+        """Read the part of a piece that a shard holds, in the parameter's layout.
 
-        A plain tensor is viewed in its file, all at once. Quantized numbers are decoded, and of a
-        tensor with all experts one expert's at a time.
+        A plain tensor is viewed in its file, all at once. Quantized numbers are decoded, one expert
+        at a time if the tensor holds all experts.
 
         Args:
-            piece: of the parameter.
-            within: what the shard has of it.
+            piece: a piece of the parameter.
+            within: the part of it that the shard holds.
 
         Yields:
-            Where the part belongs in the shard's first dims, and the part.
+            The part's indices in the shard's leading dims, and the part.
         """
         entry = self.headers[piece.tensor]
         whole: Any = (*within, ...)

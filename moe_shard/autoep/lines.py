@@ -1,4 +1,4 @@
-"""Write what was found in a model directory, for a person."""
+"""Describe in lines, for people, what was found in a model directory."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def report_lines(
     """Write lines about family, layers, experts, router, shared experts, biases and tensors.
 
     Args:
-        family: its name.
+        family: the family's name.
         model: the decoder.
-        names: its tensors, sorted.
-        headers: its tensors.
-        plan: what becomes of them.
-        fused: how experts are stored; None: one by one.
-        dtype: of the weights.
+        names: its tensors by role, sorted.
+        headers: its tensors' headers.
+        plan: which tensor fills which parameter.
+        fused: how fused experts are stored; None: experts are stored one by one.
+        dtype: dtype of the weights.
     """
     moe = model.moe
     assert moe is not None, "a model of a family has experts"
@@ -111,7 +111,7 @@ def _weights(headers: Mapping[str, TensorHeader], plan: TensorPlan, dtype: str) 
 
 
 def _example(names: Names, *roles: str) -> str:
-    """Return what the tensors of the first role that has any are called."""
+    """Return the names of the tensors of the first role that has any."""
     places: Mapping[tuple[int, ...], str] = next(
         (names.roles[role] for role in roles if names.roles.get(role)), {}
     )

@@ -1,7 +1,7 @@
 """Keep enough of a Hugging Face directory to write it again byte for byte, without its weights.
 
 The folder `hf/` of an imported model, or of a run that began with one, holds the small files of the
-directory (configuration, tokenizer, chat templates), the tensors that no parameter takes, and
+directory (configuration, tokenizer, chat templates), the tensors that fill no parameter, and
 `manifest.json`: the header of each of its safetensors files. A folder is untrusted:
 what its manifest lists is checked before a file is made.
 """
@@ -31,7 +31,7 @@ _LENGTH_BYTES = 8
 
 
 def header_text(file: Path) -> str:
-    """Return the header of a safetensors file, as it is, once it has been checked."""
+    """Return the header of a safetensors file, unchanged, once it has been checked."""
     with file.open("rb") as data:
         return data.read(int.from_bytes(data.read(_LENGTH_BYTES), "little")).decode()
 
@@ -40,8 +40,8 @@ def new_header(tensors: Mapping[str, TensorHeader], metadata: Mapping[str, str] 
     """Return the header of a file with these tensors, one after the other.
 
     Args:
-        tensors: of which the dtypes and shapes count.
-        metadata: a writer's notes.
+        tensors: tensors whose dtypes and shapes are used.
+        metadata: notes of the file's writer.
     """
     entries: dict[str, Any] = {"__metadata__": {**metadata}} if metadata else {}
     end = 0
@@ -57,11 +57,11 @@ def new_header(tensors: Mapping[str, TensorHeader], metadata: Mapping[str, str] 
 
 
 def make_file(file: Path, header: str) -> None:
-    """Make a safetensors file at its full length, the tensors' bytes zero.
+    """Make a safetensors file at its full length, with zeros for the tensors.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError, IndexError: the header is none. What else
-            may be wrong with it is found by the reader of headers.
+        ValueError, KeyError, TypeError, AttributeError, IndexError: the header is malformed. The
+            reader of headers finds whatever else is wrong with it.
     """
     tensors = json.loads(header)
     tensors.pop("__metadata__", None)
@@ -74,11 +74,11 @@ def make_file(file: Path, header: str) -> None:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The weights' files of a Hugging Face directory.
+    """Describe the weight files of a Hugging Face directory.
 
     Attributes:
-        family: that it is of.
-        files: name of each -> its header, the spaces that fill it up included.
+        family: the family's name.
+        files: name of each file -> its header, including the spaces that pad it.
     """
 
     family: str
@@ -86,7 +86,7 @@ class Manifest:
 
     @classmethod
     def of(cls, family: str, files: Collection[Path]) -> Manifest:
-        """Make the manifest of files that are there."""
+        """Make the manifest of existing files."""
         return cls(family, {file.name: header_text(file) for file in sorted(files)})
 
     def save(self, folder: Path) -> None:
@@ -99,7 +99,7 @@ class Manifest:
         """Read `manifest.json` of an untrusted folder.
 
         Raises:
-            UserError: it is missing or is none, or names a file outside of the folder.
+            UserError: it is missing or malformed, or names a file outside of the folder.
         """
         path = folder / MANIFEST
         try:
@@ -117,7 +117,7 @@ class Manifest:
         """Make all files at their full lengths; a reader of their headers checks the rest.
 
         Raises:
-            UserError: a header is none.
+            UserError: a header is malformed.
         """
         try:
             for name, header in self.files.items():
@@ -131,10 +131,10 @@ def copy_small_files(source: Path, folder: Path) -> None:
 
     Args:
         source: the directory.
-        folder: where to; it exists.
+        folder: an existing folder to copy them to.
 
     Raises:
-        UserError: a file is a link to somewhere else.
+        UserError: a file is a link that leads elsewhere.
     """
     for file in sorted(source.iterdir()):
         if file.suffix in _SMALL and file.name != MANIFEST and file.is_file():
@@ -142,10 +142,10 @@ def copy_small_files(source: Path, folder: Path) -> None:
 
 
 def copy_file(file: Path, folder: Path) -> None:
-    """Copy one file, which may be a link within its directory or into the hub's cache around it.
+    """Copy one file, which may be a link within its directory or into the hub's cache.
 
     Raises:
-        UserError: it is a link to somewhere else.
+        UserError: it is a link that leads elsewhere.
     """
     directory, real = file.parent.resolve(), file.resolve()
     allowed = [directory]
@@ -164,8 +164,8 @@ def save_carried(headers: Mapping[str, TensorHeader], names: Collection[str], fo
 
     Args:
         headers: where the tensors are.
-        names: of those to copy; if there are none there is no file.
-        folder: gets `carried.safetensors`.
+        names: names of those to copy; without any, no file is written.
+        folder: the folder that gets `carried.safetensors`.
     """
     if not names:
         return
@@ -180,7 +180,7 @@ def carried_in(folder: Path) -> dict[str, TensorHeader]:
     """Return the headers of the carried tensors.
 
     Args:
-        folder: with or without `carried.safetensors`.
+        folder: a folder with or without `carried.safetensors`.
 
     Raises:
         UserError: the file is not a safetensors file.

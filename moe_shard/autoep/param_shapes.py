@@ -1,8 +1,8 @@
-"""Read from the abstract model which parameters there are, in the terms of checkpoints.
+"""Read from the abstract model which parameters it has, as checkpoints divide them.
 
 The modules in `models/` and `moe/` define which parameters a model has. Here they are described
-without a device or an array, and taken apart as checkpoints have them: layer by layer, expert by
-expert, with gate and up apart. Describing a model takes about a tenth of a second.
+without a device or an array, and divided as in checkpoints: layer by layer, expert by expert, with
+gate and up separate. Describing a model takes about a tenth of a second.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from moe_shard.models.params import ParamSpec
 
 EXPERTS = "mlp.experts."
-"""Paths of parameters that have a dim of experts begin with it."""
+"""Prefix of the paths of parameters that have a dim of experts."""
 
 _MODEL_DIM = "base_emb_dim"
 _KEYS = {
@@ -39,7 +39,7 @@ _KEYS = {
     "mlp": ("base_mlp_dim",),
     "mlp_moe": ("base_moe_mlp_dim",),
 }
-"""Logical axis -> the settings that its dim's size comes from."""
+"""Logical axis -> the settings that determine the size of its dim."""
 
 _SHARED_KEYS = {"mlp": ("shared_experts", "shared_expert_mlp_dim", "base_moe_mlp_dim")}
 _QUERY_KEYS = ("qk_nope_head_dim", "qk_rope_head_dim")
@@ -60,12 +60,12 @@ _LATENT_KEYS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 class Slot(NamedTuple):
-    """One parameter of one layer (of one expert, in `mlp.experts`), or of the whole model.
+    """Describe one parameter of one layer (of one expert, in `mlp.experts`) or the whole model.
 
     Attributes:
-        shape: of the parameter, without the dims of layers and experts.
-        inputs: how many of its first dims a product sums over; 0: it is no matrix.
-        keys: the settings that the sizes come from.
+        shape: the parameter's shape without the dims of layers and experts.
+        inputs: number of its leading dims that a product sums over; 0: it is not a matrix.
+        keys: the settings that determine its sizes.
     """
 
     shape: tuple[int, ...]
@@ -75,11 +75,11 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True)
 class ParamSlots:
-    """What the tensors of a checkpoint fill.
+    """Hold the parameters that the tensors of a checkpoint fill.
 
     Attributes:
         outer: parameters outside the layers, by dotted path.
-        layers: name of a stack of layers -> parameters of one of its layers, by dotted path.
+        layers: name of a stack of layers -> parameters of one layer of it, by dotted path.
     """
 
     outer: Mapping[str, Slot]
@@ -89,12 +89,12 @@ class ParamSlots:
 def slots_of(model: ModelConfig) -> ParamSlots:
     """List the parameters of a model.
 
-    No device is started, so that devices may still be chosen afterwards.
+    No device is started, so devices may still be chosen afterwards.
 
     Args:
-        model: whose parameters; how it computes does not matter.
+        model: the model; only what determines its parameters is read.
     """
-    # Here, not above: what only reads families and headers does so without jax.
+    # Imported here: reading families and headers does not need jax.
     with hide_accelerator_warnings():
         import jax
         from jax.sharding import AbstractMesh
@@ -121,7 +121,7 @@ def slots_of(model: ModelConfig) -> ParamSlots:
 
 
 def _slot(path: str, spec: ParamSpec, stacked: int, latent: bool) -> Slot:
-    """Describe one parameter without its first dims, which are of layers and experts."""
+    """Describe one parameter without its leading dims of layers and experts."""
     shape, axes = spec.shape[stacked:], spec.logical_axes[stacked:]
     own: Mapping[str, tuple[str, ...]] = {}
     if path.startswith("mlp.shared."):
@@ -130,7 +130,7 @@ def _slot(path: str, spec: ParamSpec, stacked: int, latent: bool) -> Slot:
         own = _LATENT_KEYS.get(path.removesuffix(".scale").removesuffix("_bias"), {})
     keys: list[str] = []
     for axis in axes:
-        # A dim without a name is of a head's elements in attention, else the model dim.
+        # In attention a dim without a name holds a head's elements, elsewhere it is the model dim.
         name = axis or ("head_dim" if path.startswith("attention.") else "embed")
         keys += own.get(name, _KEYS[name])
     ordered = sorted(dict.fromkeys(keys), key=_MODEL_DIM.__eq__)
@@ -138,10 +138,10 @@ def _slot(path: str, spec: ParamSpec, stacked: int, latent: bool) -> Slot:
 
 
 def _inputs(axes: tuple[str | None, ...]) -> int:
-    """Return how many of the first dims a product sums over.
+    """Return how many of the leading dims a product sums over.
 
-    A weight sums over a model dim or a latent that comes first, or over all other dims where the
-    model dim comes last. An embedding table is only looked up in.
+    A product with a weight sums over a leading model dim or latent, or over all other dims where
+    the model dim is the last. An embedding table is only looked up.
     """
     if len(axes) > 1 and axes[-1] in ("embed", "embed_moe"):
         return len(axes) - 1

@@ -1,4 +1,4 @@
-"""Find the tensor of every parameter and check its shape."""
+"""Find the tensor that fills each parameter, and check its shape."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from moe_shard.models.cycles import stacks_of
 _FUSED = ("gate_up", "down")
 
 Explain = Callable[[tuple[str, ...]], str]
-"""Settings -> the attributes of `config.json` that they come from, as `name=value, ...`."""
+"""Maps settings to the attributes of `config.json` behind them, as `name=value, ...`."""
 
 
 class Pieces:
     """Find the tensor of every parameter of one model.
 
     Args:
-        model: what the parameters are of.
+        model: the model that has the parameters.
         family: names and patterns.
-        names: the tensors, sorted.
-        headers: the tensors.
+        names: the tensors by role, sorted.
+        headers: the tensors' headers.
         where: the directory, for messages.
-        explain: for messages about sizes.
+        explain: names the attributes behind settings, for messages about sizes.
     """
 
     def __init__(
@@ -48,13 +48,13 @@ class Pieces:
         self.model, self.family, self.names = model, family, names
         self.headers, self.where, self.explain = headers, where, explain
         self.fused: Fused | None = None
-        """How experts are stored, of the last layer seen; None: one by one."""
+        """How experts of the last layer seen are stored if fused; None: one by one."""
 
     def find(self) -> Iterator[Piece]:
         """Yield a piece for each part of each parameter.
 
         Raises:
-            UserError: a tensor is missing, or its shape or the number of experts is another.
+            UserError: a tensor is missing, or its shape or the number of experts differs.
         """
         slots = slots_of(self.model)
         for role, slot in slots.outer.items():
@@ -131,7 +131,7 @@ class Pieces:
     def _half(
         self, role: str, place: Place, slot: Slot, path: tuple[str, ...], index: Place
     ) -> Piece:
-        """Return gate or up of one expert, where the two are one tensor, gate first."""
+        """Return gate or up of one expert where both are one tensor, gate first."""
         both = role.replace(".gate", ".gate_up").replace(".up", ".gate_up")
         tensor = self._tensor(both, place)
         hidden, *rest = (slot.shape[-1], *slot.shape[:-1])
@@ -144,11 +144,11 @@ class Pieces:
     def _piece(
         self, role: str, place: Place, slot: Slot, path: tuple[str, ...], index: Place
     ) -> Piece:
-        """Return the piece of a tensor that fills a parameter, or one layer's or expert's part."""
+        """Return the piece of a tensor that fills a parameter, or a layer's or expert's part."""
         tensor = self._tensor(role, place)
         stored = self.headers[tensor].shape
         allowed = _stored(role, slot)
-        # Vectors of some routers and gates have a dim of size 1 before them.
+        # Vectors of some routers and gates have a leading dim of size 1.
         if stored != allowed and not (len(allowed) == 1 and stored == (1, *allowed)):
             raise self._other_shape(tensor, slot.keys, shown(allowed))
         return Piece(tensor, path, index, _layout(slot, stored))
@@ -181,7 +181,7 @@ class Pieces:
 
 
 def _stored(role: str, slot: Slot) -> tuple[int, ...]:
-    """Return the shape that a checkpoint has: [out, in] of a matrix, heads flattened."""
+    """Return the shape in a checkpoint: [out, in] for a matrix, heads flattened."""
     ins, outs = slot.shape[: slot.inputs], slot.shape[slot.inputs :]
     if slot.inputs:
         return math.prod(outs), math.prod(ins)

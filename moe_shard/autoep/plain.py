@@ -1,4 +1,4 @@
-"""Make a quantized model's directory plain: the same files with decoded weights in them."""
+"""Turn a quantized model's directory into a plain one: the same files with decoded weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moe_shard.autoep.strict_json import read_object
 
 _CONFIG = "config.json"
 _METADATA = {"format": "pt"}
-"""Without it transformers refuses a file."""
+"""Metadata without which transformers refuses a file."""
 
 
 def is_quantized(headers: Mapping[str, TensorHeader]) -> bool:
@@ -23,14 +23,15 @@ def is_quantized(headers: Mapping[str, TensorHeader]) -> bool:
 
 
 def plain_files(headers: Mapping[str, TensorHeader], folder: Path) -> dict[str, str]:
-    """Return the headers that the weights' files would have if their tensors were plain.
+    """Return the headers of the weight files with plain tensors.
 
     Args:
-        headers: all tensors, by the names of what they stand for.
-        folder: with copies of the model's `config.json` and index, which are changed likewise.
+        headers: all tensors, by the names of their decoded tensors.
+        folder: a folder with copies of the model's `config.json` and index, which are changed to
+            match.
 
     Returns:
-        Name of each file -> its header. A file that had nothing but scales is gone.
+        Name of each file -> its header. A file with nothing but scales is left out.
     """
     _change(folder / _CONFIG, _without_scheme)
     if (folder / INDEX).is_file():

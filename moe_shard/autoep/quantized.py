@@ -1,14 +1,14 @@
 """Find weights that are stored as few bits and scales.
 
-Two ways are read, both those of the files that the models' authors publish:
+Two formats are read, both as published by the models' authors:
 
 - `fp8` (DeepSeek-V3, arXiv 2412.19437): a matrix in float8_e4m3, [..., O, I], and, under its
   name and `_scale_inv`, a factor for each block of `weight_block_size`.
 - `mxfp4` (gpt-oss; OCP Microscaling Formats 1.0): `<name>_blocks`, bytes of two e2m1 numbers each,
   the low half first, [E, O, I / 32, 16], and `<name>_scales`, an exponent of two for every 32
-  numbers. They stand for `<name>`, [E, I, O].
+  numbers. Together they encode `<name>`, [E, I, O].
 
-They are read as bfloat16 and written again as bfloat16: there is no quantizer here.
+Weights are read as bfloat16 and exported as bfloat16: this package does not quantize.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from moe_shard.errors import UserError
 
 CONFIG_KEY = "quantization_config"
 DTYPE = "BF16"
-"""Of what quantized tensors stand for."""
+"""Dtype of decoded tensors."""
 
 _SCALE, _BLOCKS, _SCALES = "_scale_inv", "_blocks", "_scales"
 _DEFAULT_BLOCK = [128, 128]
@@ -34,7 +34,7 @@ _SCALE_DTYPES = frozenset({"F32", "BF16", "F16", "F8_E8M0"})
 
 @dataclass(frozen=True)
 class Scheme:
-    """What `quantization_config` states.
+    """Describe what `quantization_config` states.
 
     Attributes:
         method: `fp8` or `mxfp4`.
@@ -52,12 +52,12 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Quantized(TensorHeader):
-    """A tensor that is stored as few bits and scales; dtype and shape are those of the weights.
+    """Describe a tensor stored as bits and scales; dtype and shape are those of the weights.
 
     Attributes:
-        bits: its numbers, as stored; `file`, `begin` and `end` are theirs.
-        scales: what they are multiplied by.
-        scheme: how.
+        bits: its numbers, as stored; `file`, `begin` and `end` refer to them.
+        scales: the factors of the numbers.
+        scheme: how they are quantized.
     """
 
     bits: TensorHeader
@@ -73,7 +73,7 @@ def read_scheme(content: Any, where: Path) -> Scheme | None:
         where: the file, for messages.
 
     Raises:
-        UserError: it states what is not read here.
+        UserError: it states an unsupported scheme.
     """
     if content is None:
         return None
@@ -99,13 +99,13 @@ def _is_block(value: Any) -> bool:
 
 
 class _Found(NamedTuple):
-    """Bits and scales that belong together.
+    """Describe bits and scales that belong together.
 
     Attributes:
-        name: of what they stand for.
+        name: name of the decoded tensor.
         bits: name of the tensor with them.
         scales: name of the tensor with their scales.
-        shape: of what they stand for.
+        shape: shape of the decoded tensor.
     """
 
     name: str
@@ -121,12 +121,12 @@ def with_scales(
 
     Args:
         headers: as stored.
-        scheme: of `config.json`; None: nothing is changed.
+        scheme: the scheme in `config.json`; None: nothing is changed.
         where: the directory, for messages.
 
     Raises:
-        UserError: bits without scales, of shapes or dtypes that do not belong together, or a
-            scheme of which there is nothing.
+        UserError: bits have no scales, shapes or dtypes do not match, or no tensor is stored by
+            the scheme.
     """
     found = dict(headers)
     if scheme is None:

@@ -1,4 +1,4 @@
-"""Read rotary positions from `config.json`: the older `rope_scaling`, the newer `rope_parameters`.
+"""Read rotary positions from `config.json`: the older `rope_scaling` or `rope_parameters`.
 
 The factors are applied as transformers does: yarn's `attention_factor` multiplies cosines and
 sines, and `mscale_all_dim` multiplies the scores of latent attention, twice.
@@ -32,11 +32,11 @@ def rope_settings(attributes: Attributes, *, latent: bool) -> dict[str, Any]:
     """Return the keys of `base.yml` for rotary positions.
 
     Args:
-        attributes: of the model.
-        latent: its attention is MLA.
+        attributes: the model's attributes.
+        latent: whether its attention is MLA.
 
     Raises:
-        UserError: positions that are stretched in a way that is not computed here.
+        UserError: positions are stretched in an unsupported way.
     """
     written = _Parameters(attributes)
     settings = {
@@ -62,7 +62,7 @@ def rope_settings(attributes: Attributes, *, latent: bool) -> dict[str, Any]:
 
 
 class _Parameters:
-    """Read the one dictionary of parameters, of whichever form."""
+    """Read the one dictionary of parameters, whichever form it has."""
 
     def __init__(self, attributes: Attributes) -> None:
         self.attributes = attributes
@@ -104,7 +104,7 @@ class _Parameters:
         return float(value)
 
     def or_attribute(self, key: str, default: Any = None) -> float:
-        """Return a parameter that is a finite number, by default the attribute of that name."""
+        """Return a parameter that is a finite number; by default the attribute of that name."""
         if self.values.get(key) is not None:
             return self.number(key)
         return self.number(key, _or(self.attributes.get(key), default))
@@ -170,5 +170,5 @@ def _is_number(value: Any) -> bool:
 
 
 def _or(*values: Any) -> Any:
-    """Return the first that is not None; None if all are."""
+    """Return the first value that is not None; None if all are."""
     return next((value for value in values if value is not None), None)

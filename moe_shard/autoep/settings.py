@@ -16,18 +16,18 @@ _SPANS = {
     "sliding_attention": "sliding",
     "chunked_attention": "chunked",
 }
-"""Name in `layer_types` -> in `attention_pattern`."""
+"""Name in `layer_types` -> name in `attention_pattern`."""
 
 
 def model_settings(attributes: Attributes, family: Family) -> dict[str, Any]:
     """Return the settings of the model, by key of `base.yml`.
 
     Args:
-        attributes: of the model.
-        family: where each setting is found.
+        attributes: the model's attributes.
+        family: states where each setting is found.
 
     Raises:
-        UserError: an attribute is missing, of another type, or not computed here.
+        UserError: an attribute is missing, has another type, or is not supported.
     """
     settings = {key: attributes.value(key, rule) for key, rule in setting_rules(family).items()}
     layers = settings["base_num_decoder_layers"]
@@ -38,7 +38,7 @@ def model_settings(attributes: Attributes, family: Family) -> dict[str, Any]:
 
 
 def setting_rules(family: Family) -> dict[str, SettingRule]:
-    """Return the rule of every setting that is one attribute or a value, as AutoEP's keys are."""
+    """Return the rule of every setting that is one attribute or value, like AutoEP's keys."""
     rules = {
         **family.settings,
         "num_experts": family.num_experts_attr,
@@ -59,7 +59,7 @@ def setting_rules(family: Family) -> dict[str, SettingRule]:
 
 
 def _expert_layers(attributes: Attributes, family: Family, layers: int) -> dict[str, Any]:
-    """Return the keys for which layers have experts."""
+    """Return the keys that state which layers have experts."""
     at = family.moe_layers
     numbers = attributes.numbers(at.list)
     if numbers is None:
@@ -82,13 +82,13 @@ def _expert_layers(attributes: Attributes, family: Family, layers: int) -> dict[
             f"no layer has experts: {', '.join(map(attributes.as_text, names))}",
             "a model with experts",
         )
-    # Of two descriptions, the one with fewer exceptions; of equals, without a step.
+    # Prefer the description with fewer exceptions; of equals, the one without a step.
     ways = [_with_step(numbers, layers, step) for step in (1, math.gcd(*(n + 1 for n in numbers)))]
     return min(ways, key=lambda way: len(way["dense_layers"]))
 
 
 def _with_step(numbers: Sequence[int], layers: int, step: int) -> dict[str, Any]:
-    """Return those keys where the last of every `step` layers has experts, except some."""
+    """Return those keys if the last of every `step` layers has experts, with exceptions."""
     first = min(numbers) if min(numbers) >= step else 0
     have = set(numbers)
     regular = [layer for layer in range(first, layers) if (layer + 1) % step == 0]
@@ -100,7 +100,7 @@ def _with_step(numbers: Sequence[int], layers: int, step: int) -> dict[str, Any]
 
 
 def _spans(attributes: Attributes, family: Family, layers: int) -> dict[str, Any]:
-    """Return the keys for what each layer attends to and whether it has positions."""
+    """Return the keys that state what each layer attends to and which layers have RoPE."""
     at = family.spans
     flags = _rope_flags(attributes, family, layers)
     window, chunk = attributes.number(at.window, 0), attributes.number(at.chunk, 0)
@@ -161,7 +161,7 @@ def _named_spans(attributes: Attributes, name: str, types: Any, layers: int) -> 
 
 
 def _nope_interval(flags: Sequence[bool]) -> int | None:
-    """Return n where every nth layer lacks RoPE; -1: none does; None: there is no such number."""
+    """Return n if every nth layer lacks RoPE; -1 if none does; None if there is no such n."""
     without = [layer for layer, rope in enumerate(flags) if not rope]
     if not without:
         return -1
@@ -171,7 +171,7 @@ def _nope_interval(flags: Sequence[bool]) -> int | None:
 
 
 def _shortest(spans: list[str]) -> list[str]:
-    """Return the shortest list that, repeated, gives these."""
+    """Return the shortest list whose repetition gives these spans."""
     for period in range(1, len(spans)):
         if all(span == spans[layer % period] for layer, span in enumerate(spans)):
             return spans[:period]

@@ -1,6 +1,6 @@
-"""Read parameters from the host to where they live, each device its own shards.
+"""Read parameters from the host onto devices, each device its own shards.
 
-A reader of Hugging Face's or of MaxText's files decides what is read, and in what parts.
+A reader of Hugging Face's or MaxText's files decides what is read, and in which parts.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from moe_shard.autoep.host_blocks import Bounds, ParamPath, bounds_of_slices, le
 from moe_shard.models.params import Params
 
 Progress = Callable[[int, int], object]
-"""Called with bytes done and bytes in all."""
+"""Called with the bytes done and all bytes."""
 
 
 class BlockReader(Protocol):
-    """Reads one parameter."""
+    """Read one parameter."""
 
     def blocks(self, bounds: Bounds) -> Iterable[tuple[Bounds, np.ndarray]]:
-        """Yield the parts of a shard, each with its bounds in the parameter, read as asked for."""
+        """Yield the parts of a shard, each with its bounds in the parameter, read when needed."""
 
 
 def read_sharded(
@@ -37,8 +37,8 @@ def read_sharded(
     A shard that several devices hold is read once.
 
     Args:
-        specs: of the parameters: leaves with a shape, a dtype and a sharding.
-        reader_of: the reader of a parameter, from its path and its leaf.
+        specs: the parameters' specs: leaves with a shape, a dtype and a sharding.
+        reader_of: makes the reader of a parameter, from its path and its leaf.
         progress: called as bytes arrive.
     """
     leaves = leaves_of(specs)
@@ -57,7 +57,7 @@ def read_sharded(
             for within, block in reader.blocks(bounds):
                 shards = _send(block, within, bounds, devices, shards)
                 done += block.nbytes
-                del block  # otherwise it would be held while the next one is read
+                del block  # otherwise it would stay in memory while the next one is read
                 progress(done, total)
             parts += shards
         arrays.append(jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts))
@@ -71,7 +71,7 @@ def size_of(bounds: Bounds) -> int:
 
 
 def rounding_lines(rounded: Mapping[tuple[str, str], Collection[str]]) -> list[str]:
-    """Name the tensors whose numbers are rounded, a line for each pair of dtypes.
+    """Name the tensors whose numbers are rounded, one line for each pair of dtypes.
 
     Args:
         rounded: (dtype in the checkpoint, dtype here) -> names of tensors.
@@ -84,7 +84,7 @@ def rounding_lines(rounded: Mapping[tuple[str, str], Collection[str]]) -> list[s
 
 
 def _shards_of(leaf: Any) -> dict[Bounds, list[jax.Device]]:
-    """Return the distinct shards of an array on this process's devices, and which hold each."""
+    """Return an array's distinct shards on this process's devices, and the devices of each."""
     found: dict[Bounds, list[jax.Device]] = {}
     for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
         found.setdefault(bounds_of_slices(index, leaf.shape), []).append(device)
@@ -103,9 +103,9 @@ def _send(
     Args:
         block: the part.
         within: its bounds in the parameter.
-        bounds: those of the shard.
-        devices: that hold the shard.
-        shards: the shard on each device as it has come so far; empty: nothing has.
+        bounds: the bounds of the shard.
+        devices: the devices that hold the shard.
+        shards: the shard on each device, as received so far; empty: not yet started.
     """
     sent = [jax.device_put(block, device) for device in devices]
     if within == bounds:
@@ -117,13 +117,13 @@ def _send(
             [low - first for (low, _), (first, _) in zip(within, bounds, strict=True)], np.int32
         )
         shards = [_put(*pair, starts) for pair in zip(shards, sent, strict=True)]
-    # The host's copies are not needed after this; without the wait they would pile up.
+    # The host's copies are not needed after this; without waiting they would accumulate.
     jax.block_until_ready(sent)
     return shards
 
 
 def _zeros_on(shape: tuple[int, ...], dtype: np.dtype[Any], device: jax.Device) -> jax.Array:
-    """Make zeros on one device; `jnp.zeros` makes them on the first device, then copies them."""
+    """Make zeros on one device; `jnp.zeros` makes them on the first device and copies them."""
     place = SingleDeviceSharding(device)
     zeros: jax.Array = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=place)()
     return zeros

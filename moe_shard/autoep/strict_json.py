@@ -1,4 +1,4 @@
-"""Read JSON from untrusted sources: objects without duplicate keys, errors of one line."""
+"""Read JSON from untrusted sources: no duplicate keys in objects, errors in one line."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from moe_shard.config.keys import shown
 from moe_shard.errors import UserError, first_line
 
-_LARGEST_FILE = 100_000_000  # bytes; an index of a hundred thousand tensors has a tenth
+_LARGEST_FILE = 100_000_000  # bytes; an index of a hundred thousand tensors takes a tenth
 
 
 def parse_json(text: bytes) -> Any:
     """Parse a JSON text.
 
     Raises:
-        UserError: not JSON in UTF-8, or a key stands twice; one line, without the file's name.
+        UserError: not JSON in UTF-8, or a key is given twice; one line, without the file's name.
     """
     try:
         return json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)

@@ -1,4 +1,4 @@
-"""Tell which parameter a tensor's name stands for, by the names and patterns of a family."""
+"""Tell which parameter a tensor fills from its name, by the names and patterns of a family."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from moe_shard.config.keys import shown
 from moe_shard.errors import UserError
 
 Place = tuple[int, ...]
-"""Where a tensor stands: (), (layer,) or (layer, expert)."""
+"""Layer and expert of a tensor: (), (layer,) or (layer, expert)."""
 
 FUSED, LISTED = "mlp.fused.", EXPERTS
-"""Roles of tensors with all experts of a layer in them, and of those with one."""
+"""Roles of tensors that hold all experts of a layer, and of those that hold one."""
 
 _OUTSIDE = ("embedding.", "final_norm.")
-"""What the paths of parameters outside the layers begin with."""
+"""Prefixes of the paths of parameters outside the layers."""
 
 _DIGITS = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 
 
 @dataclass
 class Names:
-    """The tensors of a checkpoint by what they are.
+    """Hold the tensors of a checkpoint by role.
 
     Attributes:
         roles: dotted path of a parameter -> place -> tensor. A fused tensor of experts has the
             path `mlp.fused.gate_up` or `mlp.fused.down`, one expert's fused gate and up
             `mlp.experts.gate_up`.
-        others: those that no name or pattern of the family fits.
+        others: tensors that match no name or pattern of the family.
     """
 
     roles: dict[str, dict[Place, str]] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class Names:
 
 
 def sort_names(tensors: Iterable[str], family: Family, where: Path) -> Names:
-    """Sort tensors by what they are.
+    """Sort tensors by role.
 
     Args:
         tensors: their names.
@@ -72,7 +72,7 @@ def sort_names(tensors: Iterable[str], family: Family, where: Path) -> Names:
         where: the directory, for messages.
 
     Raises:
-        UserError: two tensors, or two patterns, for one thing.
+        UserError: two tensors, or two patterns, have one role and place.
     """
     names = Names()
     exact = dict(_exact(family))
@@ -80,7 +80,7 @@ def sort_names(tensors: Iterable[str], family: Family, where: Path) -> Names:
     known: dict[str, str] = {}
     for tensor in tensors:
         name = tensor.removeprefix(family.prefix)
-        # Names that differ in their numbers alone are one case: a checkpoint has tens of thousands
+        # Names that differ only in their numbers are one case: a checkpoint has tens of thousands
         # of tensors and a few dozen cases.
         case = _DIGITS.sub("0", name)
         if case not in known:
@@ -102,12 +102,12 @@ def sort_names(tensors: Iterable[str], family: Family, where: Path) -> Names:
 
 
 def expected(role: str, family: Family, place: Place) -> str:
-    """Return what a tensor would be called, for messages.
+    """Return the expected name of a tensor, for messages.
 
     Args:
-        role: what it is.
+        role: the tensor's role.
         family: its names and patterns.
-        place: where it stands.
+        place: its layer and expert.
     """
     if role in family.tensors:
         below = "".join(f"{family.layers}.{layer}." for layer in place)
@@ -117,7 +117,7 @@ def expected(role: str, family: Family, place: Place) -> str:
 
 
 def _exact(family: Family) -> Iterator[tuple[str, str]]:
-    """Yield (name with 0 for each number, role)."""
+    """Yield (name with each number replaced by 0, role)."""
     for role, name in family.tensors.items():
         yield name if role.startswith(_OUTSIDE) else f"{family.layers}.0.{name}", role
 
@@ -144,7 +144,7 @@ def _patterns(family: Family) -> Iterator[tuple[str, str]]:
             yield f"mlp.shared.{part}_bias", of(family.shared_experts_pattern, name, end=bias)
         if family.shared_experts_gate_pattern:
             yield "mlp.shared_gate", of(family.shared_experts_gate_pattern)
-    # Where gate and up are one tensor, expert_w1 is its name, also for all experts in one.
+    # Where gate and up are one tensor, expert_w1 names it, also for all experts in one tensor.
     inward, fused = ("gate", family.expert_fused_w1), family.expert_fused_w2
     if not family.expert_w3:
         inward, fused = ("gate_up", family.expert_w1), family.expert_w2

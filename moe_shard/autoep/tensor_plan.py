@@ -12,17 +12,17 @@ from dataclasses import dataclass, field
 import numpy as np
 
 Take = tuple[slice, ...]
-"""The part that is taken of a tensor: a slice for each of its first dims; empty: all of it."""
+"""A part of a tensor: a slice for each of its leading dims; empty: all of it."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tensor's elements are ordered in a parameter: a part of it, reshaped, transposed.
+    """Describe how a tensor's elements are ordered in a parameter: a part, reshaped, transposed.
 
     Attributes:
-        take: the part, a slice for each of the tensor's first dims; empty: all of it.
-        split: the shape that the part is seen in; empty: its own.
-        order: of the dims then, as in `numpy.transpose`; empty: as they are.
+        take: the part, a slice for each of the tensor's leading dims; empty: all of it.
+        split: the shape that the part is reshaped to; empty: its own.
+        order: the order of these dims, as in `numpy.transpose`; empty: unchanged.
     """
 
     take: Take = ()
@@ -31,7 +31,7 @@ class Layout:
 
     @property
     def keeps_first(self) -> bool:
-        """Return whether the tensor's first dim is the part's, all of it."""
+        """Return whether the whole first dim of the tensor is the first dim of the part."""
         is_whole = self.take[:1] in ((), (slice(None),))
         return is_whole and not self.split and self.order[:1] in ((), (0,))
 
@@ -44,7 +44,7 @@ class Layout:
         return self.arrange(tensor[self.take])
 
     def arrange(self, part: np.ndarray) -> np.ndarray:
-        """Do the same with elements that have been taken already.
+        """Reorder elements of a part that is already selected.
 
         Raises:
             ValueError: they cannot be reshaped without a copy.
@@ -56,13 +56,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor, or a part of it, and the part of a parameter that it fills.
+    """Describe one tensor, or a part of it, and the part of a parameter that it fills.
 
     Attributes:
         tensor: its name in the checkpoint.
         param: the parameter's path, such as ("layers_1", "mlp", "experts", "gate").
-        index: of the part in the parameter's first dims: (layer of the stack,) or (layer, expert).
-        layout: of the tensor's elements in that part.
+        index: indices of the part in the parameter's leading dims: (layer of the stack,) or (layer,
+            expert).
+        layout: order of the tensor's elements in that part.
     """
 
     tensor: str
@@ -73,11 +74,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """All of a checkpoint's tensors.
+    """Hold the plan of all tensors of a checkpoint.
 
     Attributes:
-        pieces: those that fill parameters; together they fill each, and use up each tensor.
-        carried: names of tensors that no parameter takes and an export gives back as they were.
+        pieces: pieces that together fill each parameter and use up each tensor.
+        carried: names of tensors that fill no parameter and are exported unchanged.
     """
 
     pieces: tuple[Piece, ...]

@@ -1,4 +1,4 @@
-"""View and write the bytes of tensors in safetensors files, in place."""
+"""View and write the bytes of tensors in safetensors files in place."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def view(entry: TensorHeader) -> np.ndarray:
     """View a tensor in its file: mapped, not read, and read-only.
 
     Args:
-        entry: from a header that was checked.
+        entry: the entry of a checked header.
 
     Raises:
         UserError: the file is gone, or shorter than its header states.
@@ -57,12 +57,12 @@ def view(entry: TensorHeader) -> np.ndarray:
             f"{entry.file}: bytes {entry.begin} to {entry.end} cannot be read: {error}\n"
             "fix: the file is damaged or was cut short; download it again"
         ) from error
-    # A plain array: what is cut out of it needs no memmap's bookkeeping, and keeps the map alive.
+    # A plain array: slices of it lack memmap's overhead, and keep the map alive.
     return np.frombuffer(data, dtype).reshape(entry.shape)
 
 
 def writable(entry: TensorHeader) -> np.ndarray:
-    """View a tensor's place in a file that has its full length; assigning to it writes the file.
+    """View a tensor's place in a file of full length; assigning to it writes the file.
 
     Args:
         entry: the place.
@@ -76,11 +76,11 @@ def writable(entry: TensorHeader) -> np.ndarray:
 
 
 def write(entry: TensorHeader, tensor: np.ndarray) -> None:
-    """Write a tensor into its place in a file that has its full length.
+    """Write a tensor to its place in a file of full length.
 
     Args:
         entry: the place.
-        tensor: of its shape and dtype, in C order.
+        tensor: an array of the entry's shape and dtype, in C order.
     """
     assert tensor.flags.c_contiguous, entry
     assert (tensor.shape, tensor.dtype) == (entry.shape, DTYPES[entry.dtype]), entry
@@ -90,26 +90,26 @@ def write(entry: TensorHeader, tensor: np.ndarray) -> None:
 
 
 def is_exact(source: np.dtype[Any], target: np.dtype[Any]) -> bool:
-    """Return whether every number of one floating-point dtype is one of another."""
+    """Return whether every number of one floating-point dtype exists in another."""
     a, b = ml_dtypes.finfo(source), ml_dtypes.finfo(target)
     return a.nmant <= b.nmant and a.maxexp <= b.maxexp and a.minexp >= b.minexp
 
 
 def copy(target: np.ndarray, source: np.ndarray) -> None:
-    """Copy elements into an array, rounding to its dtype; bit for bit where that is the same.
+    """Copy elements into an array, rounding to its dtype; bit for bit if the dtype is the same.
 
-    A transposed source is copied in stripes: along one dim the bytes of a cache line would be
-    fetched anew for each element, which is several times slower.
+    A transposed source is copied in stripes: otherwise a cache line would be fetched again for each
+    of its elements along one dim, which is several times slower.
 
     Raises:
         FloatingPointError: a number is too large for float16 (bfloat16 has float32's range).
     """
     if target.itemsize < source.itemsize:
-        # In the order of memory, whichever dim that is: a cast in stripes takes twice the time.
+        # In memory order, whichever dim that is: a cast in stripes takes twice the time.
         with np.errstate(over="raise"):
             source = source.astype(target.dtype, order="K")
     if target.dtype == source.dtype:
-        # As integers: without the lock that a cast of the narrow dtypes holds.
+        # As integers: casts of the narrow dtypes hold a lock.
         bits = np.dtype(f"u{target.itemsize}")
         target, source = target.view(bits), source.view(bits)
 
@@ -117,7 +117,7 @@ def copy(target: np.ndarray, source: np.ndarray) -> None:
         with np.errstate(over="raise"):
             target[..., stripe] = source[..., stripe]
 
-    # As the target lies in memory: what is written in order may be read out of it.
+    # In the memory order of the target: sequential writes matter more than sequential reads.
     order = np.argsort([-abs(stride) for stride in target.strides], kind="stable")
     target, source = target.transpose(order), source.transpose(order)
     flat = not source.ndim or source.strides[-1] == source.itemsize

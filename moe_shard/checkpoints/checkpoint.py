@@ -1,4 +1,4 @@
-"""Save and restore checkpoints with Orbax: committed whole, restored onto any mesh."""
+"""Save and restore checkpoints with Orbax: complete when committed, restored onto any mesh."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ _SHAPING_KEYS = (
     *("shared_experts", "shared_expert_mlp_dim", "shared_expert_gate"),
     *("mlp_bias", "logits_bias", "router_bias", "routed_bias", "normalization_type"),
 )
-"""Keys that decide which arrays a state holds; a checkpoint fits no other values of them."""
+"""Keys that determine which arrays a state holds; a checkpoint fits only equal values of them."""
 
 
 class Checkpointer:
     """Save and restore the state of one run.
 
-    A checkpoint is named by the number of updates made. Nothing of the mesh is kept in it: each
-    array is whole, and is read in the shards that the restoring mesh wants. Nor does it matter
-    whether the run that saved it kept the experts' gate and up as one array.
+    A checkpoint is named by the number of updates made. It does not depend on the mesh: each array
+    is whole, and is read in the shards that the restoring mesh needs. Nor does it matter whether
+    the run that saved it had the experts' gate and up as one array.
 
     Args:
-        folder: `checkpoints/` of the run.
-        config: how often, how many, and what shapes the state.
+        folder: the run's `checkpoints/`.
+        config: states how often to save, how many to keep, and the shapes of the state.
     """
 
     def __init__(self, folder: Path, config: Config) -> None:
@@ -74,7 +74,7 @@ class Checkpointer:
                 enable_async_checkpointing=train.async_checkpointing,
                 create=True,
             ),
-            # Without them what was saved cannot be asked for its structure, only be read.
+            # Without them the structure of a checkpoint cannot be read separately from its arrays.
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
                 "config": ocp.JsonCheckpointHandler(),
@@ -82,11 +82,11 @@ class Checkpointer:
         )
 
     def latest(self) -> int | None:
-        """Return the updates made in the newest whole checkpoint, or None if there is none."""
+        """Return the updates made in the newest complete checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def save(self, state: TrainState, *, updates: int) -> None:
-        """Save, in the background where the configuration has it so; a second time does nothing."""
+        """Save, in the background if so configured; do nothing if it is saved already."""
         if updates == self.latest():
             return
         self._manager.save(
@@ -98,10 +98,10 @@ class Checkpointer:
         )
 
     def check_fits(self, updates: int) -> None:
-        """Refuse a checkpoint that holds other arrays than this run's state.
+        """Refuse a checkpoint with other arrays than this run's state.
 
         Raises:
-            UserError: it is of another model or optimizer, or cannot be read.
+            UserError: it belongs to another model or optimizer, or cannot be read.
         """
         saved = self._read(updates, config=ocp.args.JsonRestore()).config
         keys = dict.fromkeys((*self._shaping, *saved))
@@ -123,19 +123,19 @@ class Checkpointer:
     ) -> TrainState:
         """Read a checkpoint, each device its own shards.
 
-        Where it keeps the experts' gate and up apart and the state wants them as one, or the other
-        way round, it is read as it is stored and converted, once.
+        If it has the experts' gate and up separate and the state has them as one, or the reverse,
+        it is read as it is stored and converted, once.
 
         Args:
-            updates: which one.
+            updates: the number of updates that names the checkpoint.
             abstract_state: shapes, dtypes and shardings to restore to.
-            say: called with a line on a conversion.
+            say: receives a line on a conversion.
 
         Raises:
             UserError: it cannot be read.
         """
         fused = is_fused(abstract_state.params)
-        # None is a model without experts; or a structure that is missing, which reading will tell.
+        # None: a model without experts, or a missing structure, which reading will report.
         converts = (self._is_fused(updates), fused) in ((False, True), (True, False))
         stored = other_layout(abstract_state) if converts else abstract_state
         wanted = ocp.args.StandardRestore(stored._asdict())
@@ -148,7 +148,7 @@ class Checkpointer:
         return converted
 
     def _is_fused(self, updates: int) -> bool | None:
-        """Return whether a checkpoint keeps gate and up as one; only its structure is read."""
+        """Return whether a checkpoint has gate and up as one; only its structure is read."""
         with reading(self._folder / str(updates)):
             return is_fused(self._manager.metadata(updates).item_metadata.get("state"))
 
@@ -173,17 +173,17 @@ def restore_params(
     updates: int | None = None,
     say: Callable[[str], object] = lambda _: None,
 ) -> Params:
-    """Read the parameters of a run and nothing else of its state, each device its own shards.
+    """Read only the parameters of a run, each device its own shards.
 
     Args:
-        folder: `checkpoints/` of the run; nothing in it is written.
-        abstract_params: shapes, dtypes and shardings to restore to. The dtype may be another than
-            the run's, and the experts' gate and up be one array where the run kept two.
-        updates: which checkpoint; None: the newest.
-        say: called with a line on which one was read.
+        folder: `checkpoints/` of the run; nothing is written there.
+        abstract_params: shapes, dtypes and shardings to restore to. The dtype may differ from the
+            run's, and the experts' gate and up may be one array where the run had two.
+        updates: the number of updates that names the checkpoint; None: the newest.
+        say: receives a line on which one was read.
 
     Raises:
-        UserError: there is none, it is another model's, or it cannot be read.
+        UserError: there is none, it belongs to another model, or it cannot be read.
     """
     manager = ocp.CheckpointManager(
         folder,
@@ -228,7 +228,7 @@ def _require_same_shapes(checkpoint: Path, found: Any, wanted: Params) -> None:
 
 @contextmanager
 def reading(checkpoint: Path) -> Iterator[None]:
-    """Turn errors of reading in the block into ones that name what is read.
+    """Turn errors of reading in the block into errors that name what is read.
 
     Raises:
         UserError: the checkpoint cannot be read.

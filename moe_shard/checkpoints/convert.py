@@ -1,9 +1,9 @@
-"""Convert states whose experts keep gate and up apart to states that keep them as one, and back.
+"""Convert states between the layouts of the experts: gate and up separate, or as one array.
 
-A run may be continued with the other value of `prefuse_moe_weights`. Nothing but the experts' gate
-and up differs, their biases included, in the parameters and in each tree that an optimizer keeps of
-their like; so trees are searched for experts, and what kind of tree it is does not matter. A model
-that is loaded to be used is converted here too, once, and not in each call.
+A run may be continued with the other value of `prefuse_moe_weights`. Only the experts' gate and up
+and their biases differ, in the parameters and in the trees of the same form that an optimizer
+keeps; so any tree is searched for experts, whatever it holds. A model that is loaded for generation
+is converted here too, once, and not in each call.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from moe_shard.moe.weights import fuse, unfuse
 Tree = TypeVar("Tree")
 Abstract = jax.ShapeDtypeStruct
 ExpertArrays = dict[str, Any]
-"""`gate_up` or `gate` and `up`, and `down`, the like of their biases: arrays, or what describes
+"""`gate_up` or `gate` and `up`, and `down`, and likewise their biases: arrays or descriptions of
 arrays."""
 
 _EXPERTS = "experts"
 
 
 class _Pair(NamedTuple):
-    """Names of what is one array in the one layout and two in the other."""
+    """Hold the names of what is one array in one layout and two in the other."""
 
     both: str
     gate: str
@@ -38,10 +38,10 @@ _PAIRS = (_Pair("gate_up", "gate", "up"), _Pair("gate_up_bias", "gate_bias", "up
 
 
 def is_fused(tree: Any) -> bool | None:
-    """Return whether a tree keeps gate and up as one; None where it has no experts.
+    """Return whether a tree has gate and up as one; None if it has no experts.
 
     Args:
-        tree: parameters or what holds them, of leaves of any kind.
+        tree: parameters or a tree that contains them, with leaves of any kind.
     """
     for node in jax.tree.leaves(tree, is_leaf=_has_experts):
         if _has_experts(node):
@@ -50,7 +50,7 @@ def is_fused(tree: Any) -> bool | None:
 
 
 def other_layout(abstract: Tree) -> Tree:
-    """Describe the same state in the other layout, each shard of it on the same device.
+    """Describe the same state in the other layout, with each shard on the same device.
 
     Args:
         abstract: a tree of `ShapeDtypeStruct`s, all placed by `NamedSharding`s.
@@ -70,14 +70,14 @@ def other_layout(abstract: Tree) -> Tree:
 
 
 def to_layout(tree: Tree, wanted: Any) -> Tree:
-    """Bring arrays into the layout that is wanted, bit for bit; those that fit it are untouched.
+    """Convert arrays to the layout of `wanted`, bit for bit; those that have it are untouched.
 
-    The arrays that are converted are freed as soon as they have been read, so that beside the state
-    no more than one tree's gate and up is held, not a second state.
+    Converted arrays are freed as soon as they have been read, so that besides the state memory
+    holds the gate and up of one tree at most, not a second state.
 
     Args:
-        tree: of arrays, in either layout.
-        wanted: a tree of `ShapeDtypeStruct`s with shardings, in the layout to be had.
+        tree: a tree of arrays, in either layout.
+        wanted: a tree of `ShapeDtypeStruct`s with shardings, in the target layout.
     """
 
     def change(experts: ExpertArrays, wanted: ExpertArrays) -> ExpertArrays:
@@ -95,7 +95,7 @@ def to_layout(tree: Tree, wanted: Any) -> Tree:
                 new[pair.gate], new[pair.up] = jax.jit(unfuse, out_shardings=places)(whole)
                 old.append(whole)
         assert all(array.shape == wanted[name].shape for name, array in new.items()), (new, wanted)
-        # Donated, they would be kept, with a warning: no output has their shape.
+        # Donating them would free nothing and warn: no output has their shape.
         for array in old:
             array.delete()
         return new
@@ -104,10 +104,10 @@ def to_layout(tree: Tree, wanted: Any) -> Tree:
 
 
 def apart(block: HostBlock) -> Iterator[HostBlock]:
-    """Split a part of a parameter as the layout does that keeps gate and up apart.
+    """Split a part of a parameter as in the layout with gate and up separate.
 
     Args:
-        block: of any parameter, in either layout.
+        block: a part of any parameter, in either layout.
     """
     *outer, name = block.param
     pair = next((pair for pair in _PAIRS if outer[-1:] == [_EXPERTS] and name == pair.both), None)
@@ -122,7 +122,7 @@ def apart(block: HostBlock) -> Iterator[HostBlock]:
 
 
 def _map_experts(change: Callable[..., ExpertArrays], tree: Tree, *others: Any) -> Tree:
-    """Return a tree with all its experts changed, wherever in it they are."""
+    """Return a tree with all its experts changed, wherever they are in it."""
 
     def at(node: Any, *nodes: Any) -> Any:
         if not _has_experts(node):
@@ -139,7 +139,7 @@ def _has_experts(node: Any) -> bool:
 
 
 def _with_pair(part: Abstract) -> Abstract:
-    """Describe [*E H] as [*E 2 H], the new dim whole on every device."""
+    """Describe [*E H] as [*E 2 H], the new dim unsharded."""
     *outer, last = _entries(part)
     shape = (*part.shape[:-1], 2, part.shape[-1])
     return _placed(part, shape, (*outer, None, last))
@@ -152,7 +152,7 @@ def _without_pair(whole: Abstract) -> Abstract:
 
 
 def _entries(leaf: Abstract) -> list[Any]:
-    """Return the spec's entry of each dim of a leaf; a spec may leave out the last ones."""
+    """Return the spec's entry for each dim of a leaf; a spec may omit the last ones."""
     spec = leaf.sharding.spec
     return [*spec, *[None] * (len(leaf.shape) - len(spec))]
 

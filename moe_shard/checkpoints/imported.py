@@ -1,7 +1,7 @@
 """Import and export models that were trained elsewhere.
 
-An imported model is a folder: `config.yml`, the parameters in `params/`, and, where they came from
-a Hugging Face directory, `hf/`, what is needed to write it again. Nothing of the mesh is in it.
+An imported model is a folder: `config.yml`, the parameters in `params/`, and, if they came from a
+Hugging Face directory, `hf/` with what is needed to write it again. It does not depend on the mesh.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from moe_shard.terminal import bytes_line
 
 _PARAMS, _HF_CONFIG = "params", "config.json"
 _CHUNK = 2**28
-"""Bytes of an array that are written, and can later be read, by themselves."""
+"""Bytes of an array that are written, and can be read, as one chunk."""
 
 
 def load_params(
@@ -49,16 +49,16 @@ def load_params(
     """Read a model's parameters, each device its own shards.
 
     Args:
-        path: a Hugging Face directory, an imported model, a MaxText checkpoint, or a run here or of
-            MaxText's, of which the newest checkpoint is taken.
-        specs: of the parameters: leaves with a shape, a dtype and a sharding.
-        model: of the parameters; None will do for what is neither MaxText's nor Hugging Face's.
-        family: of a Hugging Face directory, as in `read_hf_source`.
-        say: called with lines on where they come from and what is converted; None: printed.
-        console: shows how far reading has come; None: nowhere.
+        path: a Hugging Face directory, an imported model, a MaxText checkpoint, or a run of this
+            package or of MaxText, whose newest checkpoint is read.
+        specs: the parameters' specs: leaves with a shape, a dtype and a sharding.
+        model: the model that has the parameters; needed only for MaxText and Hugging Face.
+        family: family of a Hugging Face directory, as in `read_hf_source`.
+        say: receives lines on the source and on conversions; None: they are printed.
+        console: shows the progress of reading; None: no progress is shown.
 
     Raises:
-        UserError: the path is none of these, is of another model, or cannot be read.
+        UserError: the path is none of these, belongs to another model, or cannot be read.
     """
     console = console or Console(quiet=True)
     say = say or _plainly(console)
@@ -85,9 +85,9 @@ def load_params(
 
 
 def _check_factor(directory: Path, there: float, model: ModelConfig | None) -> None:
-    """Refuse a model whose scores have another factor: queries would be too large or too small.
+    """Refuse a model whose scores have another factor: it would scale queries wrongly.
 
-    A MaxText file of some models has attention_scale=1, the factor being in the queries' weights.
+    MaxText files of some models have attention_scale=1, with the factor in the queries' weights.
     """
     if model is not None and model.attention.attention_scale != there:
         raise UserError(
@@ -99,10 +99,10 @@ def _check_factor(directory: Path, there: float, model: ModelConfig | None) -> N
 
 
 def find_weights(path: str) -> Path:
-    """Find what holds the weights of a folder: `checkpoints`, `params`, `items` or `config.json`.
+    """Find what holds the weights in a folder: `checkpoints`, `params`, `items`, `config.json`.
 
     Raises:
-        UserError: it holds none.
+        UserError: there is none of them.
     """
     folder = Path(path).expanduser().resolve()
     if (items := find_items(folder)) is not None:
@@ -121,14 +121,14 @@ def find_weights(path: str) -> Path:
 def import_model(
     source: Path, target: Path, config: Config, specs: Params, *, family: str = "", console: Console
 ) -> None:
-    """Import a model trained elsewhere into a folder that is there whole or not at all.
+    """Import a model trained elsewhere into a folder, completely or not at all.
 
     Args:
         source: a Hugging Face directory or a MaxText checkpoint.
-        target: the folder; new, or empty.
-        config: the model's, resolved.
-        specs: of its parameters on a mesh.
-        family: as in `read_hf_source`.
+        target: the folder; new or empty.
+        config: the resolved configuration of the model.
+        specs: its parameters' specs on a mesh.
+        family: see `read_hf_source`.
         console: shows the progress.
 
     Raises:
@@ -148,7 +148,7 @@ def import_model(
 
 
 def _movable(config: Config, source: Path) -> Config:
-    """Return a configuration without its places, which `load_config` sets wherever it lies."""
+    """Return a configuration without paths, which `load_config` fills in wherever it lies."""
     run = dataclasses.replace(config.run, load_parameters_path="")
     data = config.data
     if data.tokenizer_path == str(source):
@@ -159,16 +159,16 @@ def _movable(config: Config, source: Path) -> Config:
 def export_model(source: Path, target: Path, *, console: Console) -> None:
     """Write the Hugging Face directory of an imported model, or of a run that began with one.
 
-    The parameters are read a chunk at a time, which is a shard of the run that saved them, and go
-    straight into the files; no device holds them.
+    The parameters are read a chunk at a time, which is a shard of the run that saved them, and are
+    written directly into the files, without a device.
 
     Args:
-        source: the folder; of a run the newest checkpoint is taken.
-        target: the directory; new, or empty.
+        source: the folder; the newest checkpoint of a run is read.
+        target: the directory; new or empty.
         console: shows the progress.
 
     Raises:
-        UserError: the source did not come from a Hugging Face directory or cannot be read, or the
+        UserError: the source does not come from a Hugging Face directory or cannot be read, or the
             target is not empty or cannot be written.
     """
     source = source.expanduser()
@@ -187,16 +187,16 @@ def export_model(source: Path, target: Path, *, console: Console) -> None:
 
 @contextmanager
 def written_aside(target: Path) -> Iterator[Path]:
-    """Create a folder that has its name once the block has ended, on all processes together.
+    """Create a folder on all processes together; it gets its name when the block ends.
 
     Args:
-        target: the name; nothing may be there but an empty folder.
+        target: the name; only an empty folder may have it already.
 
     Yields:
         `<target>.partial`.
 
     Raises:
-        UserError: something is there, or it cannot be written.
+        UserError: the name is in use, or the folder cannot be written.
     """
     target = target.expanduser().absolute()
     aside = target.with_name(f"{target.name}.partial")
@@ -222,7 +222,7 @@ def _meet(where: str) -> None:
 
 
 def _manager(folder: Path) -> ocp.CheckpointManager:
-    """Make a manager that keeps parameters as a run keeps its state; both are read alike."""
+    """Make a manager that stores parameters as a run stores its state; both are read alike."""
     return ocp.CheckpointManager(
         folder,
         options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
@@ -240,7 +240,7 @@ def _plainly(console: Console) -> Callable[[str], object]:
 
 @contextmanager
 def _fix(what: str) -> Iterator[None]:
-    """Give errors of a checkpoint the fix for one that is of no run."""
+    """Replace the fix in errors of a checkpoint, for one that does not belong to a run."""
     try:
         yield
     except UserError as error:

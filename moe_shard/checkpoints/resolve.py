@@ -1,4 +1,4 @@
-"""Load MODEL of a command line: a name, a YAML file, or a Hugging Face model directory."""
+"""Load the MODEL of a command: a name, a YAML file, or a Hugging Face model directory."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from moe_shard.errors import UserError
 from moe_shard.maxtext.folders import find_items
 
 MODEL_HELP = "a name in configs/models/, a .yml file, or a Hugging Face model directory"
-"""For command lines."""
+"""The help text of MODEL on command lines."""
 
 
 def load_model(model: str, overrides: Sequence[str] = ()) -> Config:
     """Load one run's configuration.
 
     Args:
-        model: as `load_config`, or a directory with `config.json`, from where the first
-            parameters then come too.
-        overrides: `key=value` arguments, the strongest overlay.
+        model: see `load_config`; or a directory with `config.json`, which then also provides the
+            initial parameters.
+        overrides: `key=value` arguments, which override all else.
 
     Raises:
         UserError: anything that a person got wrong, with the fix, in at most three lines.
@@ -55,8 +55,8 @@ def directory_settings(directory: Path, detected: Detected) -> dict[str, Any]:
     """Return the settings of a Hugging Face directory: its model, parameters and tokenizer.
 
     Args:
-        directory: of the model.
-        detected: what it holds.
+        directory: the directory of the model.
+        detected: what `detect` found in it.
     """
     settings = {**detected.settings, "load_parameters_path": str(directory)}
     if (directory / "tokenizer.json").is_file():

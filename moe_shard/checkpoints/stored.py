@@ -1,8 +1,8 @@
-"""Read the parameters of a checkpoint a chunk at a time, as they lie on disk.
+"""Read the parameters of a checkpoint a chunk at a time, as they are stored on disk.
 
-Orbax restores arrays whole, onto devices. To copy them elsewhere neither is needed: each
-array is a zarr in the checkpoint's OCDBT store, and its chunks are the shards of the run that saved
-it. tensorstore reads both, as it does for Orbax.
+Orbax restores whole arrays onto devices. Copying them elsewhere needs neither: each array is a zarr
+in the checkpoint's OCDBT store, and its chunks are the shards of the run that saved it. tensorstore
+reads them, as it does for Orbax.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from moe_shard.errors import UserError
 def stored_blocks(
     folder: Path, *, say: Callable[[str], object] = lambda _: None
 ) -> Iterator[HostBlock]:
-    """Yield the newest parameters of a folder, the experts' gate and up apart.
+    """Yield the newest parameters of a folder, with the experts' gate and up separate.
 
     Args:
-        folder: `checkpoints/` of a run, or `params/` of an imported model; nothing is written.
-        say: called with a line on which checkpoint is read.
+        folder: `checkpoints/` of a run, or `params/` of an imported model; it is only read.
+        say: receives a line on which checkpoint is read.
 
     Raises:
         UserError: there is none, or it cannot be read.

@@ -1,8 +1,8 @@
-"""Plan what in a MaxText checkpoint fills which part of which parameter, from names and shapes.
+"""Plan which part of a MaxText checkpoint fills which part of which parameter.
 
-Only the names tell how a checkpoint was made: layer by layer, in a scan over layers, or in a
-scan over turns of a cycle of layers. A plan uses each tensor and fills each parameter;
-anything else is refused.
+A plan is made from names and shapes. Only the names tell how a checkpoint was made: layer by layer,
+in a scan over layers, or in a scan over turns of a cycle of layers. A plan uses each tensor and
+fills each parameter; anything else is refused.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _QUERY = ("query", "query_bias")
 
 
 class Part(NamedTuple):
-    """What fills a parameter, of one layer of its stack or as a whole.
+    """Describe what fills a parameter, for one layer of its stack or as a whole.
 
     Attributes:
-        tensor: path in the checkpoint.
-        axis: the tensor's dim of layers; None: it is of one layer.
-        at: index along it.
-        take: the part of the other dims; empty: all.
+        tensor: path of the tensor in the checkpoint.
+        axis: the tensor's dim of layers; None: it belongs to one layer.
+        at: index along that dim.
+        take: the part of the other dims; empty: all of them.
     """
 
     tensor: str
@@ -50,13 +50,13 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class CheckpointPlan:
-    """All of a checkpoint's weights.
+    """Hold the plan of all weights of a checkpoint.
 
     Attributes:
         parts: path of a parameter -> its part for each layer of its stack.
-        outer: paths of the parameters outside the layers, which have one part and no such dim.
-        factors: path of a parameter -> what its tensors are multiplied by, where that is not 1.
-        lines: what a person should know of the reading.
+        outer: paths of the parameters outside the layers, which have one part and no dim of layers.
+        factors: path of a parameter -> factor of its tensors, where that is not 1.
+        lines: notes for people on how it is read.
     """
 
     parts: Mapping[Path, tuple[Part, ...]]
@@ -66,13 +66,13 @@ class CheckpointPlan:
 
 
 class _Stored(NamedTuple):
-    """A tensor of layers.
+    """Describe a tensor of layers.
 
     Attributes:
-        path: in the checkpoint.
-        shape: of all of it.
-        at: of the layer along the dim of layers; None: the tensor is the layer's own.
-        layers: along it.
+        path: its path in the checkpoint.
+        shape: its whole shape.
+        at: index of the layer along the dim of layers; None: the tensor has one layer only.
+        layers: number of layers along that dim.
         variable: see `tensor_paths.Weight`.
     """
 
@@ -84,15 +84,15 @@ class _Stored(NamedTuple):
 
 
 def make_plan(tensors: Mapping[str, Shape], model: ModelConfig, where: str) -> CheckpointPlan:
-    """Find every parameter's tensors.
+    """Find the tensors that fill every parameter.
 
     Args:
         tensors: path in the checkpoint, parts joined by "/" -> shape.
-        model: of the parameters.
+        model: the model that has the parameters.
         where: the checkpoint, for messages.
 
     Raises:
-        UserError: a tensor is missing, of another shape, or of no parameter.
+        UserError: a tensor is missing, has another shape, or fills no parameter.
     """
     return _Planner(tensors, model, where).plan()
 
@@ -237,7 +237,7 @@ class _Planner:
         return (*shape[:axis], *shape[axis + 1 :])
 
     def _axis(self) -> int:
-        """Return the dim along which parameters are stacked; MaxText's default is 1."""
+        """Return the dim along which layers are stacked; MaxText's default is 1."""
         common = set.intersection({0, 1}, *self.axes.values())
         if common:
             return max(common)
@@ -263,10 +263,10 @@ class _Planner:
     def _query_factors(
         self, found: Mapping[Path, list[tuple[_Stored, Candidate]]]
     ) -> tuple[dict[Path, float], list[str]]:
-        """Return what queries are multiplied by where MaxText's scores have another factor.
+        """Return the factors of queries, where MaxText's scores have another factor.
 
-        Its Llama-2, Mistral and Mixtral blocks have none: one over the root of a head's size is in
-        the query's weights. `attention_scale` is the factor here.
+        MaxText's Llama-2, Mistral and Mixtral blocks do not scale scores: one over the root of a
+        head's size is part of the query's weights. Here the factor is `attention_scale`.
         """
         attention = self.model.attention
         usual = 1 / math.sqrt(attention.head_dim)
@@ -287,7 +287,7 @@ class _Planner:
         return dict.fromkeys(paths, 1 / here), [line]
 
     def _factor_in_query(self) -> bool:
-        """Return whether the block's queries' weights have the factor in them."""
+        """Return whether the block's query weights include the factor."""
         rests = {match["rest"] for name in self.weights if (match := STACKS.fullmatch(name))}
         experts = any(rest.startswith("MoeBlock_0/") for rest in rests)
         others = any("Block_0/" in rest or rest.startswith("moe_block/") for rest in rests)

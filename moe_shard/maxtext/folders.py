@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 ITEMS = "items"
-"""What MaxText calls the state in a checkpoint."""
+"""MaxText's name for the state in a checkpoint."""
 
 
 def find_items(folder: Path) -> Path | None:
-    """Find a MaxText checkpoint's arrays; None: the folder is none of MaxText's.
+    """Find a MaxText checkpoint's arrays; return None if the folder has none.
 
     Args:
-        folder: a run, its `checkpoints/`, one checkpoint in it, or the `items/` of one. Of several
-            checkpoints the newest is taken.
+        folder: a run, its `checkpoints/`, one checkpoint in it, or the `items/` of one. The newest
+            checkpoint is found if there are several.
     """
     if folder.name == ITEMS and (folder / "_METADATA").is_file():
         return folder

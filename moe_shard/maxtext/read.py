@@ -1,7 +1,7 @@
 """Read MaxText's checkpoints into parameters that are sharded over a mesh.
 
-tensorstore reads them, as it does for Orbax. Each device's shard is read by itself, a large one in
-parts: a whole tensor is never on the host, nor on a device that does not hold it.
+tensorstore reads them, as it does for Orbax. Each device's shard is read separately, a large one in
+parts: a whole tensor is never on the host, nor on a device that does not need it.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from moe_shard.maxtext.tensor_paths import weight
 from moe_shard.models.params import Params
 
 _LARGE = 2**28
-"""Bytes of a shard that are read at once, where its chunks are no larger."""
+"""Bytes of a shard that are read at once, unless its chunks are larger."""
 _CACHE = 2**29
-"""Bytes of chunks that are kept, for what has to be read of them again: the next device's shard."""
+"""Bytes of chunks that are cached, because the next device's shard may be in the same ones."""
 _FLOATS = frozenset(
     np.dtype(dtype) for dtype in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
 )
@@ -46,15 +46,15 @@ def read_params(
     """Read a model's parameters, each device its own shards.
 
     Args:
-        items: of `find_items`.
-        specs: of the parameters, the experts' gate and up apart: leaves with a shape, a dtype and
-            a sharding.
-        model: that they are of.
-        say: called with lines for a person.
+        items: the result of `find_items`.
+        specs: the parameters' specs, with the experts' gate and up separate: leaves with a shape, a
+            dtype and a sharding.
+        model: the model that has the parameters.
+        say: receives lines for people.
         progress: called as bytes arrive on this process's devices.
 
     Raises:
-        UserError: it is another model's checkpoint, is none, or cannot be read.
+        UserError: it belongs to another model, is not a checkpoint, or cannot be read.
     """
     stores = _open(items)
     plan = make_plan({path: _shape(each) for path, each in stores.items()}, model, str(items))
@@ -82,12 +82,12 @@ class _Reader:
     """Read the shards of one parameter.
 
     Args:
-        leaf: its spec.
-        parts: that fill it.
+        leaf: the parameter's spec.
+        parts: the parts that fill it.
         stores: the parts' tensors, by path.
-        items: where they are, for messages.
-        stacked: its first dim is of layers, each of which has its part.
-        factor: that numbers are multiplied by.
+        items: the folder of the tensors, for messages.
+        stacked: whether its first dim is of layers, each of which has a part.
+        factor: factor of its numbers.
     """
 
     def __init__(
@@ -108,15 +108,15 @@ class _Reader:
         """Read one shard in blocks.
 
         Args:
-            bounds: of the shard in the parameter.
+            bounds: the shard's bounds in the parameter.
         """
         for cut in self._cuts(bounds):
             yield cut, self._block(cut)
 
     def _cuts(self, bounds: Bounds) -> Iterator[Bounds]:
-        """Cut a shard along its first dim besides that of layers, at the bounds of its chunks.
+        """Cut a shard along its first dim other than that of layers, at the bounds of its chunks.
 
-        All its layers are read together: they are often in the same chunks.
+        All layers are read together: they are often in the same chunks.
         """
         dim = int(self.stacked)
         low, high = bounds[dim]
@@ -126,7 +126,7 @@ class _Reader:
         step = max(_LARGE // each // chunk * chunk, chunk)
         first = low
         while first < high:
-            # Up to a bound of chunks, so that none is read for two parts.
+            # Cut at bounds of chunks, so that none is read for two parts.
             last = min((first // step + 1) * step, high)
             yield (*bounds[:dim], (first, last), *bounds[dim + 1 :])
             first = last
@@ -146,7 +146,7 @@ class _Reader:
         return block
 
     def _fill(self, block: np.ndarray, parts: tuple[Part, ...], within: Bounds) -> None:
-        """Read layers that are in one tensor, or one that has a tensor of its own."""
+        """Read layers that share one tensor, or one layer that has its own."""
         part = parts[0]
         kept = iter(within)
         index: list[Any] = []
@@ -179,7 +179,7 @@ class _Reader:
 
 
 def _along(numbers: list[int]) -> slice | list[int]:
-    """Return indices as a slice where they can be one."""
+    """Return indices as a slice if they can be one."""
     step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
     if step > 0 and numbers == list(range(numbers[0], numbers[-1] + 1, step)):
         return slice(numbers[0], numbers[-1] + 1, step)
@@ -187,7 +187,7 @@ def _along(numbers: list[int]) -> slice | list[int]:
 
 
 def _open(items: Path) -> dict[str, Any]:
-    """Open the tensors of a checkpoint by path, without reading a number; None: no weight.
+    """Open the tensors of a checkpoint by path, without reading them; None: not a weight.
 
     `_METADATA` is Orbax's list of what it wrote, and how.
     """
@@ -229,7 +229,7 @@ def _dtypes(
     """Return the dtypes of all tensors that are read.
 
     Raises:
-        UserError: one is of integers or of narrow floats that need scales.
+        UserError: one holds integers or narrow floats that need scales.
     """
     used = sorted({part.tensor for parts in plan.parts.values() for part in parts})
     dtypes = {path: np.dtype(stores[path].dtype.numpy_dtype) for path in used}
@@ -261,7 +261,7 @@ def _report_rounding(
 
 @contextmanager
 def _reading(items: Path, path: str = "") -> Iterator[None]:
-    """Turn errors of reading in the block into ones that name what is read.
+    """Turn errors of reading in the block into errors that name what is read.
 
     Raises:
         UserError: the checkpoint cannot be read.

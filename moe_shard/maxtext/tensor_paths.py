@@ -1,7 +1,7 @@
-"""List where MaxText keeps each parameter: the names of its modules, as data.
+"""List where MaxText stores each parameter: the names of its modules, as data.
 
-Its tensors have their dims in the same order as the parameters here, except the dim of layers. They
-differ in their names, and three of them may hold what is several parameters here.
+Its tensors have their dims in the same order as the parameters here, except the dim of layers.
+Their names differ, and three of them may hold several parameters of this package.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ INNER: dict[str, tuple[tuple[str, ...], str]] = {
     "mlp.router.bias": (_EXPERTS, "gate/bias"),
     "mlp.router.correction_bias": (_EXPERTS, "gate/bias"),
 }
-"""Role of a layer's parameter -> what may stand before the tensor's name, and the name."""
+"""Role of a layer's parameter -> possible prefixes of the tensor's name, and the name."""
 
 for _ours, _theirs in {"gate": "wi_0", "up": "wi_1", "down": "wo"}.items():
     INNER[f"{EXPERTS}{_ours}"] = (_EXPERTS, _theirs)
@@ -68,7 +68,7 @@ STACKS = re.compile(
     r"(?:_(?P<number>\d+))?/(?:layers_(?P<place>\d+)/)?(?P<rest>.+)"
 )
 """A layer's tensor: of one layer by its number, or of a scan over layers, or over turns of a cycle
-of layers that has places."""
+of layers with several places."""
 
 _WEIGHTS = re.compile(
     r"(?:params/(?P<collection>\w+)/|(?P<aux>nnx_aux)/model/|params/|model_params/|model/|)"
@@ -79,12 +79,12 @@ _RANDOM = ("rngs", "rng", "dropout")
 
 
 class Weight(NamedTuple):
-    """A tensor of the model.
+    """Describe a tensor of the model.
 
     Attributes:
-        name: without what its checkpoint puts before and after it.
-        variable: it is none of flax's `Param`s, such as a bias that no gradient moves; a scan
-            stacks those along dim 0 whatever it does with the others.
+        name: its name without the prefix and suffix of its checkpoint.
+        variable: whether it is not one of flax's `Param`s, such as a bias that no gradient moves; a
+            scan stacks those along dim 0 whatever it does with the others.
     """
 
     name: str
@@ -92,11 +92,11 @@ class Weight(NamedTuple):
 
 
 def weight(path: str) -> Weight | None:
-    """Return the weight at a path of a checkpoint; None: it is none, as the optimizer's state.
+    """Return the weight at a path of a checkpoint; None: not a weight, like optimizer state.
 
-    MaxText has written a whole training state (`params/params/...`, and variables that are no
-    parameters in `nnx_aux/model/...` or `params/<kind>/...`), parameters alone in the same places,
-    and parameters alone as flax NNX has them (`.../value`).
+    MaxText has three formats: a whole training state (`params/params/...`, and variables other than
+    parameters in `nnx_aux/model/...` or `params/<kind>/...`), parameters alone at the same paths,
+    and parameters alone as in flax NNX (`.../value`).
     """
     parts = path.split("/")
     if parts[0] in _NOT_OF_THE_MODEL or any(part in _RANDOM for part in parts):
@@ -108,12 +108,12 @@ def weight(path: str) -> Weight | None:
 
 
 class Candidate(NamedTuple):
-    """A tensor that may hold a parameter.
+    """Describe a tensor that may hold a parameter.
 
     Attributes:
-        name: of the tensor, within a layer or the whole model.
-        shape: of the tensor, without the dim of layers.
-        take: the parameter's part of it; empty: all.
+        name: the tensor's name, within a layer or the whole model.
+        shape: the tensor's shape, without the dim of layers.
+        take: the parameter's part of it; empty: all of it.
     """
 
     name: str
@@ -122,12 +122,12 @@ class Candidate(NamedTuple):
 
 
 def candidates(role: str, shape: tuple[int, ...], model: ModelConfig) -> Iterator[Candidate]:
-    """Yield the tensors in which a layer's parameter may be, the usual ones first.
+    """Yield the tensors that may hold a layer's parameter, the usual ones first.
 
     Args:
-        role: such as "attention.query".
-        shape: of the parameter of one layer.
-        model: that it is of.
+        role: the role of the parameter, such as "attention.query".
+        shape: shape of the parameter of one layer.
+        model: the model that has the parameter.
     """
     if role not in INNER:
         return
@@ -143,7 +143,7 @@ def candidates(role: str, shape: tuple[int, ...], model: ModelConfig) -> Iterato
 def _joined(
     start: str, role: str, shape: tuple[int, ...], model: ModelConfig
 ) -> Iterator[Candidate]:
-    """Yield tensors of several parameters: fused_qkv, fused_mlp and prefuse_moe_weights."""
+    """Yield tensors that hold several parameters: fused_qkv, fused_mlp, prefuse_moe_weights."""
     outer, _, last = role.rpartition(".")
     heads = model.attention.num_query_heads, model.attention.num_kv_heads
     first = {"query": 0, "key": heads[0], "value": sum(heads)}
