@@ -1,7 +1,7 @@
-"""Mixture-of-Experts in JAX whose expert parallelism is AllToAll, with the evidence.
+"""Provide Mixture-of-Experts in JAX whose expert parallelism is AllToAll, with the evidence.
 
-The front door: what is exported here is the library. Names are imported when they are first used,
-so that `import moe_shard` loads neither jax nor flax.
+This is the front door: what is exported here is the library. Names are imported when they are first
+used, so that `import moe_shard` loads neither jax nor flax.
 
 >>> import moe_shard as ms
 >>> mesh = ms.make_mesh(data=2, expert=4)
@@ -58,7 +58,7 @@ _HOMES = {
     "make_mesh": "sharding.mesh",
     "register_strategy": "config.strategies",
 }
-"""Name -> the file it is in; `lowering` is a package of its own."""
+"""Name -> the file that defines it; `lowering` is a package."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Write files and folders that a reader sees whole or not at all.
+"""Write files and folders so that a reader sees them complete or not at all.
 
 What is written gets its name only when it is complete, by a rename within its folder, which the
 file system does in one step. A crash of the machine itself may still lose it: nothing here waits

@@ -1,4 +1,4 @@
-"""Write on after prompts, as `moe-shard generate` does."""
+"""Continue prompts, as `moe-shard generate` does."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Show how far something has come: a live line, or plain lines where output is a file."""
+"""Show the progress of long work: a live line, or plain lines where output is a file."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def live_line(
     """Return a live line that ends with the time left; on no terminal it shows nothing.
 
     Args:
-        console: where to.
-        what: is counted or done, in front.
-        amount: how much of it is done.
+        console: where to print.
+        what: what is counted or done, shown first.
+        amount: the amount that is done.
         more: what stands between the bar and the time left.
-        transient: the line goes away when it ends.
+        transient: whether the line disappears when it ends.
     """
     return Progress(
         TextColumn(what),
@@ -51,14 +51,14 @@ def live_line(
 def bytes_line(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
     """Show how many bytes have been read or written, and the time left.
 
-    What takes less than `PLAIN_SECONDS` writes no plain line.
+    Work that takes less than `PLAIN_SECONDS` writes no plain line.
 
     Args:
-        console: where to.
-        what: is done, such as "reading parameters".
+        console: where to print.
+        what: what is done, such as "reading parameters".
 
     Yields:
-        A function to call with bytes done and bytes in all.
+        A function to call with the bytes done and all bytes.
     """
     started = shown = time.monotonic()
     live = live_line(console, what, DownloadColumn(), transient=True)

@@ -1,4 +1,4 @@
-"""The front door of reading programs: `moe_shard.lowering.{report, verdict, diff}`.
+"""Report, judge and compare compiled programs: `moe_shard.lowering.{report, verdict, diff}`.
 
 Each function takes a program in any form (`inputs.ProgramLike`); the examples continue that of
 `moe_shard.lowering`, which compiles a small MoE layer.

@@ -1,7 +1,8 @@
 """Summarize what a compiled step does between devices, short enough for version control.
 
 A fingerprint holds the verdict, the mesh and the collectives added up by stage, pass, kind and mesh
-axes: what a person would call the same program. Names, order, source lines and schedules are left
+axes: equal for what a person would call the same program. Names, order, source lines and schedules
+    are left
 out, and so is whether a collective is asynchronous, which the scheduler decides. Memory is compared
 with a tolerance: the packing of temporaries changes a little with every release of a compiler; an
 additional weight or activation changes it more.

@@ -1,4 +1,4 @@
-"""Accept a program in any form that a caller has it in: compiled, lowered, as text, in a file."""
+"""Accept a program in any form: compiled, lowered, as text, or in a file."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from moe_shard.lowering.sources import (
 
 
 class HasText(Protocol):
-    """A `jax.stages.Compiled` or `jax.stages.Lowered`; jax itself is not needed to read texts."""
+    """Stand for a `jax.stages.Compiled` or `Lowered`; jax is not needed to read texts."""
 
     def as_text(self) -> str | None:
         """Return the program's text."""
 
 
 class HasShape(Protocol):
-    """A `jax.sharding.Mesh` or `AbstractMesh`."""
+    """Stand for a `jax.sharding.Mesh` or `AbstractMesh`."""
 
     @property
     def shape(self) -> Mapping[str, int]:
-        """The axes and their sizes."""
+        """Return the axes and their sizes."""
 
 
 ProgramLike: TypeAlias = HasText | str | os.PathLike[str]
@@ -44,7 +44,7 @@ MeshLike: TypeAlias = HasShape | Mapping[str, int]
 
 @dataclass(frozen=True)
 class ProgramText:
-    """What is known of a program before its text is parsed.
+    """Hold what is known of a program before its text is parsed.
 
     Attributes:
         text: HLO after optimization.

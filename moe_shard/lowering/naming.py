@@ -11,7 +11,7 @@ from moe_shard.lowering.sites import Site, outputs
 
 _OP_NAME_HOPS = 6
 _LEAST_SHARE = 0.01
-"""An operand with a smaller part of a merged collective's bytes does not decide its stage."""
+"""An operand with a smaller fraction of a merged collective's bytes does not decide its stage."""
 
 
 def dominant_op_names(op_name: str, site: Site) -> str:

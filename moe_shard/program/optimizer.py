@@ -89,5 +89,5 @@ def _is_decayed(spec: ParamSpec, vectors: bool) -> bool:
     if vectors:
         # This bias has no gradient; decay must not move it either.
         return not spec.name.endswith("correction_bias")
-    # Stacking by layer or expert, or a dim without a logical axis, makes no matrix of a vector.
+    # Stacking by layer or expert, or a dim without a logical axis, does not make a vector a matrix.
     return len(set(spec.logical_axes) - {"layers", "exp", None}) > 1

@@ -1,10 +1,10 @@
-"""Compute the least that the MoE layers of a training step must do, whatever program does it.
+"""Compute the least work of the MoE layers in a training step, whatever program does it.
 
 The bounds are counted from the configuration and the rule table, for one device and one step
-(forward, backward, all layers, all microbatches). Two counts: for the capacity that is configured,
-padded slots included, since a capacity strategy exchanges and multiplies them; and dropless, for
-the tokens alone, routed evenly over the experts, with one copy for each choice. Shared experts,
-which are a dense MLP, and the experts' biases are part of neither.
+(forward, backward, all layers, all microbatches). There are two counts: for the configured
+capacity, empty slots included, since a capacity strategy exchanges and multiplies them; and
+dropless, for the tokens alone, routed evenly over the experts, with one copy for each choice.
+Shared experts, which are a dense MLP, and the experts' biases are in neither.
 """
 
 from __future__ import annotations
@@ -23,23 +23,25 @@ from moe_shard.sharding.rules import BoundTable
 from moe_shard.units import human_bytes, human_flops
 
 LAYER_EXCHANGES = 4
-"""Tokens to experts and back, in the forward and in the backward pass."""
+"""Exchanges of a layer: to the experts and back, in the forward and in the backward pass."""
 PRODUCTS = 3 * 3
-"""Gate, up and down; each once forward and twice backward."""
+"""Products of an expert: gate, up and down, each once forward and twice backward."""
 
 
 @dataclass(frozen=True)
 class MoEBounds:
-    """The least work of one device in one step, in all MoE layers together.
+    """Hold the least work of one device in one step, for all MoE layers together.
 
     Attributes:
-        wire_bytes: to be sent along the expert axes at the configured capacity.
-        dropless_wire_bytes: the same for the tokens alone.
-        flops: of the experts' products at the configured capacity.
-        dropless_flops: the same for the tokens alone.
-        weight_bytes: the device's experts read forward and backward, their gradients written.
-        memory_bytes: these, and what must be read and written of the configured slots: their
-            vectors before and after both layers of the experts' MLP, once forward, twice backward.
+        wire_bytes: bytes to send along the expert axes at the configured capacity.
+        dropless_wire_bytes: bytes to send along the expert axes for the tokens alone.
+        flops: FLOPs of the experts' products at the configured capacity.
+        dropless_flops: FLOPs of the experts' products for the tokens alone.
+        weight_bytes: bytes to read the device's experts forward and backward, and to write their
+            gradients.
+        memory_bytes: `weight_bytes`, and the bytes to read and write for the configured slots:
+            their vectors before and after both layers of the experts' MLP, once forward, twice
+            backward.
     """
 
     wire_bytes: int
@@ -50,7 +52,7 @@ class MoEBounds:
     memory_bytes: int
 
     def lines(self, extraction: Extraction, expert_axes: Iterable[str]) -> list[str]:
-        """Write the bounds for a person, each with what a program does.
+        """Write the bounds for people, each next to the work of a program.
 
         Args:
             extraction: the program.
@@ -59,7 +61,7 @@ class MoEBounds:
         sent = moe_wire_bytes(extraction.collectives, expert_axes)
         done = flops_by_scope(extraction.walk, extraction.roles.flow)["experts"]
         moved = memory_by_scope(extraction.walk)["experts"]
-        # TPU multiplies float32 as bfloat16, and then exchanges no more than that.
+        # TPU multiplies float32 as bfloat16, and then exchanges only bfloat16.
         narrower = "; in a narrower dtype than the model's" if sent < self.wire_bytes else ""
         return [
             f"MoE exchange per device: {human_bytes(sent)} on the wire"
@@ -74,7 +76,7 @@ class MoEBounds:
 
 
 def _known(done: int, shown: Callable[[int], str]) -> str:
-    """Write a measure of work; 0 means that the text does not tell whose work it is."""
+    """Write a measure of work; 0 means that it cannot be read from the text."""
     return shown(done) if done else "unknown, the text does not tell the experts' work apart;"
 
 
@@ -87,9 +89,9 @@ def moe_bounds(config: Config, table: BoundTable, *, copies_per_sequence: int) -
 
     Args:
         config: model and batch.
-        table: the rules over the mesh.
-        copies_per_sequence: token copies, or slots, that all experts together get for one sequence,
-            see `moe.capacity.copies_per_sequence`.
+        table: the rules on the mesh.
+        copies_per_sequence: token copies, or slots, of all experts together for one sequence, see
+            `moe.capacity.copies_per_sequence`.
     """
     moe = config.model.moe
     if moe is None:
@@ -103,7 +105,7 @@ def moe_bounds(config: Config, table: BoundTable, *, copies_per_sequence: int) -
     experts = math.prod(sizes[axis] for axis in table.expert_axes)
     token_bytes = config.model.emb_dim * jnp.dtype(config.model.dtype).itemsize
     layers = sum(kind.moe for kind in config.model.layer_kinds)
-    # Of the sequences that one device holds, over all layers.
+    # For the sequences that one device holds, over all layers.
     sequences = layers * rows / shards("activation_batch_moe")
     slots = sequences * copies_per_sequence
     choices = sequences * config.train.max_target_length * moe.num_experts_per_tok

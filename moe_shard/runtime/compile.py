@@ -41,14 +41,14 @@ _NO_OPTIONS: Mapping[str, bool] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """The training step, compiled.
+    """Hold the compiled training step.
 
     Attributes:
-        executable: what runs.
+        executable: the executable.
         hlo: its text, after optimization.
-        options: given to the compiler besides its defaults, see `compiler_options`.
+        options: options given to the compiler in addition to its defaults, see `compiler_options`.
         partitioner_log: warnings of the partitioner while compiling.
-        seconds: it took, tracing included.
+        seconds: time to trace and compile, in seconds.
     """
 
     executable: jax.stages.Compiled
@@ -65,7 +65,7 @@ def lay_out(
 
     Args:
         config: the run.
-        devices: present or absent; all of the default backend's by default.
+        devices: present or absent devices; by default all of the default backend's.
 
     Returns:
         The mesh with its rules, and notes of one line each about settings that change nothing.
@@ -75,20 +75,20 @@ def lay_out(
     """
     mesh = mesh_from_config(config.mesh, devices)
     notes = (*config.warnings, *check_against_mesh(config, dict(mesh.shape)))
-    # What is only warned of is in the report, in a line for all arrays that share a cause.
+    # Warnings are in the report, one line for all arrays that share a cause.
     conflicts: RuleConflicts = "error" if config.mesh.rule_conflicts == "error" else "record"
     return Sharding(mesh, RuleTable(config.mesh.logical_axis_rules), conflicts), notes
 
 
 def compiler_options(config: Config, platform: str) -> dict[str, bool]:
-    """Return the compiler's options where a layer's tokens travel in chunks.
+    """Return the compiler's options for layers that exchange tokens in chunks.
 
-    Chunks are there so that one is exchanged while another is multiplied. By default TPU's compiler
-    waits for every all-to-all, and GPU's schedules ragged ones as if they took no time.
+    Chunks serve to overlap the exchange of one with the products of another. By default TPU's
+    compiler waits for every all-to-all, and GPU's schedules ragged ones as if they took no time.
 
     Args:
         config: the run.
-        platform: of the devices, see `Sharding.platform`.
+        platform: platform of the devices, see `Sharding.platform`.
     """
     moe = config.model.moe
     if moe is None or moe.num_moe_token_chunks == 1:
@@ -99,11 +99,11 @@ def compiler_options(config: Config, platform: str) -> dict[str, bool]:
 def compile_step(program: Program, options: Mapping[str, bool] = _NO_OPTIONS) -> CompiledStep:
     """Compile the step for the devices of the program's mesh; nothing is allocated.
 
-    The partitioner's warnings do not reach standard error: they are in the report.
+    The partitioner's warnings are kept from standard error: they are in the report.
 
     Args:
-        program: of `make_program`.
-        options: of `compiler_options`.
+        program: the result of `make_program`.
+        options: the result of `compiler_options`.
 
     Raises:
         Finding: the compiler reports that the step does not fit in memory.
@@ -118,10 +118,10 @@ def compile_step(program: Program, options: Mapping[str, bool] = _NO_OPTIONS) ->
 
 
 def report_step(step: CompiledStep, sharding: Sharding, backend: str) -> LoweringReport:
-    """Report what the compiled step does between devices.
+    """Report the collectives of the compiled step.
 
     Args:
-        step: of `compile_step`.
+        step: the result of `compile_step`.
         sharding: the mesh and its rules, from which the expert axes follow.
         backend: "cpu", "tpu" or "gpu".
     """
@@ -136,15 +136,15 @@ def report_step(step: CompiledStep, sharding: Sharding, backend: str) -> Lowerin
 
 
 def option_lines(step: CompiledStep) -> list[str]:
-    """Write the compiler's options besides its defaults: a line, or none."""
+    """Write the compiler's options in addition to its defaults: one line, or none."""
     options = ", ".join(f"{name}={str(value).lower()}" for name, value in step.options.items())
     return [f"compiler options, for num_moe_token_chunks: {options}"] if options else []
 
 
 def bound_lines(config: Config, sharding: Sharding, report: LoweringReport) -> list[str]:
-    """Write the least work of the MoE layers and what the program sends, for a person.
+    """Write the least work of the MoE layers and what the program sends, for people.
 
-    There is none for a dense model.
+    A dense model has no such lines.
     """
     if config.model.moe is None:
         return []
@@ -157,9 +157,9 @@ def bound_lines(config: Config, sharding: Sharding, report: LoweringReport) -> l
 
 
 def moe_records(config: Config, sharding: Sharding) -> dict[str, MoERecord]:
-    """Return what the MoE layers of the training step take: {the layers: their record}.
+    """Return {layers: their record} for the MoE layers of the training step.
 
-    From configuration, mesh and shapes alone; the layers execute what the same function decides.
+    It follows from configuration, mesh and shapes; the layers run what the same function decides.
     """
     if config.model.moe is None:
         return {}
@@ -182,11 +182,11 @@ def estimate_step(
 
 
 def rates_of(hardware: Hardware, dtype: str) -> Rates | None:
-    """Return what an accelerator can do at most, per second; None where its peaks are not known.
+    """Return an accelerator's peak rates per second; None where they are not known.
 
     Args:
         hardware: one device.
-        dtype: of the products; bfloat16's peak stands in for one that is not listed.
+        dtype: dtype of the products; bfloat16's peak is used for one that is not listed.
     """
     peak = hardware.peak_flops.get(dtype) or hardware.peak_flops.get("bfloat16")
     if peak is None or hardware.hbm_bandwidth is None or hardware.link_bandwidth is None:
@@ -195,7 +195,7 @@ def rates_of(hardware: Hardware, dtype: str) -> Rates | None:
 
 
 def estimate_lines(config: Config, found: Timeline | None, num_devices: int) -> list[str]:
-    """Write the estimate for a person, or a line on why there is none."""
+    """Write the estimate for people, or one line on why there is none."""
     if found is None:
         return ["no estimate of time: the peaks of this hardware are not known"]
     rows = config.train.global_batch_rows(num_devices)
@@ -207,7 +207,7 @@ def out_of_memory_is_a_finding(fix: str = _LESS_MEMORY) -> Iterator[None]:
     """Raise a `Finding` where a compiler or device runs out of memory in the block.
 
     Args:
-        fix: what helps.
+        fix: the suggested fix.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Compile the training step for hardware that is not there, and check that it fits."""
+"""Compile the training step for absent hardware, and check that it fits."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ from moe_shard.runtime.targets.target import Target, compiled_with, devices_for
 from moe_shard.sharding.annotate import Sharding
 from moe_shard.units import human_bytes
 
-# What jax takes of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION is set.
+# The fraction of a GPU's memory that jax uses unless XLA_PYTHON_CLIENT_MEM_FRACTION is set.
 _GPU_FRACTION = 0.75
 
 
 @dataclass(frozen=True)
 class TargetReport:
-    """What the step of a configuration does on a target.
+    """Describe what the step of a configuration does on a target.
 
     Attributes:
         target: the hardware.
-        lowering: its collectives and memory; without either where the compiler refused.
-        compiled_with: whose compiler it was, and that nothing ran.
-        compile_time_s: seconds, tracing included.
+        lowering: its collectives and memory; empty where the compiler refused.
+        compiled_with: the compiler, and that nothing ran.
+        compile_time_s: time to trace and compile, in seconds.
         num_params: parameters of the model.
         hlo: the optimized HLO; None where the compiler refused.
-        refusal: the compiler's own out-of-memory message, or None.
-        notes: settings that change nothing, and what a target leaves out; one line each.
+        refusal: the compiler's out-of-memory message, or None.
+        notes: settings without effect, and what the target's devices leave out; one line each.
         conflicts: rule conflicts, one line each.
-        moe: what the MoE layers decided, by layers.
+        moe: records of the MoE layers, by layers.
         bounds: the least work of the MoE layers, one line each.
-        estimate: of the step's time; None where the peaks of the target are not known.
-        estimate_lines: the same for a person.
+        estimate: estimate of the step's time; None where the peaks of the target are not known.
+        estimate_lines: the estimate as lines for people.
     """
 
     target: Target
@@ -70,10 +70,10 @@ class TargetReport:
 
     @property
     def needed_bytes(self) -> int | None:
-        """Return the memory that a device has to have; None where it is not known.
+        """Return the memory that a device must have; None where it is not known.
 
-        A GPU's temporaries are one allocation, whether all are live or not. On TPU the peak is what
-        its compiler goes by: it accepts steps whose temporaries add up to more than there is.
+        A GPU's temporaries are one allocation, whether all are live or not. On TPU the compiler
+        checks the peak: it accepts steps whose temporaries add up to more than the memory.
         """
         memory = self.lowering.memory
         if memory is None:
@@ -83,14 +83,14 @@ class TargetReport:
 
     @property
     def fits(self) -> bool | None:
-        """Return whether the step fits in a device's memory; None where neither side is known."""
+        """Return whether the step fits in a device's memory; None where that is not known."""
         if self.refusal is not None:
             return False
         needed, available = self.needed_bytes, self.target.hardware.hbm_bytes
         return None if needed is None or available is None else needed <= available
 
     def memory_line(self) -> str:
-        """Write what the step holds, what a device has, and whether that fits, on one line."""
+        """Write what the step needs, what a device has, and whether it fits, on one line."""
         hardware, needed = self.target.hardware, self.needed_bytes
         if needed is None:
             return "memory per device: unknown"
@@ -125,7 +125,7 @@ def compile_for_target(config: Config, target: Target) -> TargetReport:
 
     Args:
         config: the run.
-        target: of `parse_target`.
+        target: the result of `parse_target`.
 
     Raises:
         UserError: the target's compiler is not installed, or the configuration does not fit the
@@ -161,7 +161,7 @@ def compile_for_target(config: Config, target: Target) -> TargetReport:
 
 
 def _nothing(sharding: Sharding, target: Target) -> LoweringReport:
-    """Return the report on a step that was not compiled."""
+    """Return the report of a step that was not compiled."""
     return LoweringReport(
         backend=target.backend,
         num_devices=sharding.mesh.size,

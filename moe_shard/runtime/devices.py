@@ -1,4 +1,4 @@
-"""Start the devices of a command: the accelerators there are, or simulated CPU devices."""
+"""Start the devices of a command: real accelerators, or simulated CPU devices."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ _NUMPY: dict[str, tuple[object, ...]] = {
     "jax_numpy_rank_promotion": ("allow", "warn"),
     "jax_numpy_dtype_promotion": ("standard",),
 }
-"""Settings of jax that change what numbers do, and what this package is written for."""
+"""Settings of jax that change arithmetic -> the values that this package is written for."""
 _COUNT_FLAG = "--xla_force_host_platform_device_count"
 
 
 def start_devices(num_simulated: int) -> str:
-    """Start the backend; to be called before anything else asks jax for devices.
+    """Start the backend; call this before anything else asks jax for devices.
 
-    Several processes are joined where the environment names them: by
-    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, or as Slurm and TPU pods
-    do, whose variables jax reads by itself. Simulated devices are divided among the processes.
+    Several processes are joined if the environment describes them: by
+    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, or by the variables of
+    Slurm and TPU pods, which jax reads itself. Simulated devices are divided among the processes.
 
     Args:
-        num_simulated: CPU devices to make if there is no accelerator; `XLA_FLAGS` that give a
-            count of their own win.
+        num_simulated: number of CPU devices to simulate if there is no accelerator; a count in
+            `XLA_FLAGS` takes precedence.
 
     Returns:
         One line on what the command runs on.
 
     Raises:
-        UserError: an accelerator's runtime is installed and does not start, or jax is set to
-            compute otherwise than this package does.
+        UserError: an accelerator's runtime is installed and does not start, or jax has settings
+            that this package does not support.
     """
     _refuse_other_numpy()
     sharing = _join_processes()
@@ -43,7 +43,7 @@ def start_devices(num_simulated: int) -> str:
     try:
         with hide_accelerator_warnings():
             devices = jax.devices()
-    # jax asserts so when a platform is asked for by name and none of its devices exist.
+    # jax fails an assertion when a platform is requested by name and has no devices.
     except (RuntimeError, AssertionError) as error:
         asked = os.environ.get("JAX_PLATFORMS")
         why = first_line(error, 200) if str(error) else f"there is none of JAX_PLATFORMS={asked}"
@@ -60,7 +60,7 @@ def start_devices(num_simulated: int) -> str:
 
 
 def _refuse_other_numpy() -> None:
-    """Refuse settings of jax under which the layers, Flax or Optax would not trace."""
+    """Refuse settings of jax under which the layers, Flax or Optax cannot be traced."""
     for name, normal in _NUMPY.items():
         found = getattr(jax.config, name)
         if found in normal:
@@ -76,7 +76,7 @@ def _join_processes() -> int:
     """Join the processes of this run.
 
     Returns:
-        How many share the simulated devices: those that the three variables name.
+        The number of processes that share the simulated devices, from the three variables.
     """
     if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
         try:

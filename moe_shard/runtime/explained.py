@@ -1,4 +1,4 @@
-"""Explain the placement of the very step that is trained, without compiling or running it.
+"""Explain the placement of the step that is trained, without compiling or running it.
 
 The step is traced on an abstract mesh, which needs no device, real or simulated.
 """
@@ -38,11 +38,11 @@ def explain_config(config: Config) -> Explanation:
     Raises:
         UserError: the sizes do not multiply to the devices, or do not divide a dim.
     """
-    # As on simulated devices, no hardware limits the number of slices.
+    # As with simulated devices, no hardware limits the number of slices.
     slices = math.prod(size for size in config.mesh.dcn if size != -1)
     sizes = config.mesh.resolve(config.mesh.num_simulated_devices, slices)
     notes = (*config.warnings, *check_against_mesh(config, sizes))
-    # Conflicts are what is asked about here, so they never end the trace.
+    # Conflicts are to be reported here, so they never end the trace.
     rules = RuleTable(config.mesh.logical_axis_rules)
     sharding = Sharding(_abstract_mesh(sizes), rules, rule_conflicts="record")
     program = _trace(config, sharding)
@@ -60,17 +60,18 @@ def explain_config(config: Config) -> Explanation:
 
 
 def explain_table(model: str, overrides: Sequence[str], path: Path) -> Explanation:
-    """Explain what a rule file would do to a model, on the file's own mesh.
+    """Explain how a rule file would place a model, on the file's own mesh.
 
-    Conflicts that only the other setting of the flag meets are reported as well.
+    Conflicts that occur only under the other setting of the flag are reported too.
 
     Args:
         model: a name in `configs/models/` or the path of a YAML file.
-        overrides: `key=value`; parallelism is of the file's axes, each 2 where it is not given.
-        path: the file.
+        overrides: `key=value` arguments; parallelism refers to the file's axes, each of size 2 by
+            default.
+        path: the rule file.
 
     Raises:
-        UserError: the file cannot be read, or an override makes no sense.
+        UserError: the file cannot be read, or an override is invalid.
     """
     table = read_foreign_table(path)
     sizes, assumed, others = take_sizes(overrides, table.mesh_axes)
@@ -125,7 +126,7 @@ def _abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
 
 
 def _trace(config: Config, sharding: Sharding) -> Program:
-    """Trace the step for the sake of what `sharding` records."""
+    """Trace the step so that `sharding` records its arrays."""
     program = make_program(config, sharding)
     jax.eval_shape(program.step, program.abstract_state, program.abstract_batch)
     return program

@@ -1,4 +1,4 @@
-"""Measure one MoE layer: every dispatch strategy in one run, on two kinds of routing.
+"""Measure one MoE layer: every dispatch strategy in one run, under two kinds of routing.
 
 Times are shown as ratios and measured round-robin (A B C D, A B C D, ...), so that a machine that
 slows down slows all of them. Counts, bytes and FLOPs are read from the compiled program and do not
@@ -37,12 +37,12 @@ from moe_shard.sharding.rules import RuleTable
 
 RoutingKind = Literal["balanced", "skewed"]
 _SKEW = 0.1
-"""By how many standard deviations each expert's score is above that of the one before."""
+"""Difference between the mean scores of consecutive experts, in standard deviations."""
 
 
 @dataclass(frozen=True)
 class LayerSize:
-    """The layer measured: B rows, S tokens a row, model dim M, expert dim H, E experts, top-K."""
+    """The layer measured: B sequences of S tokens, model dim M, expert dim H, E experts, top-K."""
 
     rows: int = 8
     tokens: int = 128
@@ -56,11 +56,11 @@ class LayerSize:
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to compute the layer.
+    """Describe one way to compute the layer.
 
     Attributes:
-        name: what tables call it.
-        changes: fields of `MoEConfig`.
+        name: the name in tables.
+        changes: fields of `MoEConfig` that it changes.
     """
 
     name: str
@@ -70,13 +70,13 @@ class Variant:
 
 _FLAG = "moe_dispatch_no_expert_sharding"
 _BASELINE = "gather"
-"""What times are shown relative to; it is measured first."""
+"""The variant that times are relative to; it is measured first."""
 
 
 def variants() -> tuple[Variant, ...]:
-    """List the ways to compute the layer: every registered strategy, with the flag on and off.
+    """List the ways to compute the layer: every registered strategy, with flag on and off.
 
-    Where the flag changes nothing, with chunks, fused weights and forced balance instead.
+    Strategies that ignore the flag have chunks, fused weights and forced balance instead.
     """
     found = []
     for name in sorted(strategy_names(), key=lambda each: (each != _BASELINE, each)):
@@ -95,25 +95,26 @@ def variants() -> tuple[Variant, ...]:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One program on one routing: `value_and_grad` of the layer over its parameters and its input.
+    """Hold one program on one routing: `value_and_grad` over parameters and input.
 
     Attributes:
-        strategy: a `Variant`'s name.
-        routing: "balanced": a random router's; "skewed": some experts are chosen much more often.
-        tokens: S.
-        verdict: of the lowering.
-        collectives: how many run, further rounds of `ragged` not counted.
-        wire_bytes: sent per device along the expert axis.
-        wire_over_bound: these over the least for the tokens routed; None without an expert axis.
-        temp_bytes: scratch memory per device.
-        gflops: of the experts' products on one device, padding and all.
-        flops_over_ideal: these over those of the tokens routed.
-        dropped: share of the choices that found no slot.
+        strategy: the variant's name.
+        routing: "balanced": that of a random router; "skewed": some experts are chosen much more
+            often.
+        tokens: S, tokens of a sequence.
+        verdict: verdict on the lowering.
+        collectives: executed collectives, further rounds of `ragged` not counted.
+        wire_bytes: bytes sent per device along the expert axis.
+        wire_over_bound: `wire_bytes` over the least for the tokens routed; None without an expert
+            axis.
+        temp_bytes: bytes of temporaries per device.
+        gflops: GFLOPs of the experts' products on one device, padding included.
+        flops_over_ideal: these over the FLOPs of the tokens routed.
+        dropped: fraction of the choices that were dropped.
         seconds: median time of a call.
-        ratio: the median, over rounds, of its time over that of the first program of its S and
-            routing.
-        tokens_per_second: of one device.
-        fraction_of_peak: ideal FLOPs over time, over the device's peak; None where that is unknown.
+        ratio: median over rounds of its time over that of the first program with its S and routing.
+        tokens_per_second: tokens per second of one device.
+        fraction_of_peak: ideal FLOPs per second over the device's peak; None where that is unknown.
     """
 
     strategy: str
@@ -160,9 +161,9 @@ def measure(
 
     Args:
         mesh: the devices; `expert` is the axis of interest.
-        size: the layer.
-        rounds: how often each program is timed, after one call to warm up.
-        progress: called with what is being done.
+        size: the size of the layer.
+        rounds: number of timed calls of each program, after one warm-up call.
+        progress: called with a description of the current step.
     """
     candidates = []
     for variant in variants():
@@ -185,7 +186,7 @@ def measure(
 
 
 def _makes_a_difference(variant: Variant, mesh: Mesh) -> bool:
-    """Return whether the flag changes the program, which it does not without an expert group."""
+    """Return whether the flag changes the program; it does not without an expert group."""
     return mesh.shape["expert"] > 1 or "flag off" not in variant.name
 
 
@@ -230,7 +231,7 @@ def _prepare(mesh: Mesh, size: LayerSize, variant: Variant) -> _Candidate:
 
     def init(skew: float) -> Any:
         params = nnx.to_pure_dict(nnx.state(build()))
-        # The first element of every token is one, and its row in the kernel a bias.
+        # The first element of every token is one, so its row of the kernel acts as a bias.
         bias = skew * jnp.arange(size.experts, dtype=jnp.float32)
         params["router"]["kernel"] = params["router"]["kernel"].at[0].set(bias)
         return params

@@ -16,7 +16,7 @@ from moe_shard.lowering.sources import before_optimization, dumped_memory, read_
 from moe_shard.lowering.work import flops_by_scope
 
 SMALLER = 100
-"""A program with less than this part of the FLOPs of the largest so far is not shown."""
+"""A program with less than this fraction of the FLOPs of the largest so far is not shown."""
 
 NO_EXPERTS = "no-expert-parallelism"
 _NAME = re.compile(r"HloModule ([^\s,]+)")

@@ -1,1 +1,1 @@
-"""Name hardware that is not there, and find its compiler."""
+"""Name absent hardware, and find its compiler."""

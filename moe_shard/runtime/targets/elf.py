@@ -1,8 +1,8 @@
-"""Read and write just enough of ELF (64-bit, x86-64) to list and supply what a library misses.
+"""Read and write as much of ELF (64-bit, x86-64) as it takes to replace missing libraries.
 
-`Imports.read` lists the libraries and functions that a shared library wants from others;
-`placeholder` writes a shared library that exports functions of given names, each of which does
-nothing but fail. Neither needs a compiler or binutils.
+`Imports.read` lists the libraries and functions that a shared library needs from others;
+`placeholder` writes a shared library that exports functions of given names, all of which fail.
+Neither needs a compiler or binutils.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _NAMES_AN_ERROR = re.compile(r"(error|status)_?(string|name)|LastError", re.IGNO
 
 @dataclass(frozen=True)
 class Function:
-    """A function that a library imports.
+    """Describe a function that a library imports.
 
     Attributes:
-        name: mangled.
-        version: its symbol version, or "".
-        library: the library whose version that is, or "" where any may define it.
+        name: its mangled name.
+        version: its symbol version; may be empty.
+        library: the library with that version; empty where any may define it.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Function:
 
 @dataclass(frozen=True)
 class Imports:
-    """What a shared library wants from others: libraries by name, and functions."""
+    """Hold what a shared library needs from others: libraries by name, and functions."""
 
     libraries: tuple[str, ...]
     functions: tuple[Function, ...]
@@ -57,7 +57,7 @@ class Imports:
         """Read the dynamic symbol table of a library.
 
         Raises:
-            UserError: the file is no x86-64 library, or a damaged one.
+            UserError: the file is not an x86-64 library, or is damaged.
         """
         try:
             with (
@@ -120,8 +120,8 @@ def placeholder(library: str, functions: Sequence[Function]) -> bytes:
     """Make a shared library whose functions fail when called.
 
     Args:
-        library: its name as others ask for it, such as "librccl.so.1".
-        functions: what it exports, each with its version.
+        library: the name by which others load it, such as "librccl.so.1".
+        functions: the functions that it exports, each with its version.
 
     Returns:
         The file: one segment to read and execute, one to write (the loader patches the table in
@@ -194,7 +194,7 @@ def placeholder(library: str, functions: Sequence[Function]) -> bytes:
 
 
 class _Strings:
-    """A string table."""
+    """Build a string table."""
 
     def __init__(self) -> None:
         self.data = bytearray(b"\0")

@@ -1,13 +1,13 @@
 """Load ROCm's compiler on a machine without ROCm.
 
-Why: jax's ROCm plugin holds the whole compiler, but links against the ROCm runtime, which the
-compiler never calls. Where the runtime is missing, placeholder libraries stand in for it: they
-export the names that the plugin's own symbol table asks for, and every one of them fails when
-called. `elf.py` reads that table and writes the libraries.
+jax's ROCm plugin contains the whole compiler, but links against the ROCm runtime, which the
+compiler never calls. Where the runtime is missing, placeholder libraries replace it: they export
+the names that the plugin's symbol table imports, and all of them fail when called. `elf.py` reads
+that table and writes the libraries.
 
-With ROCm installed none of this is used: the plugin loads against the real libraries, nothing is
-written to the cache, and `compile` for an AMD target runs the same compiler. Where only some of the
-libraries are missing, only those are replaced.
+With ROCm installed none of this is used: the plugin loads the real libraries, nothing is written to
+the cache, and `compile` for an AMD target runs the same compiler. If only some of the libraries are
+missing, only those are replaced.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from moe_shard.files import cache_folder, write_bytes
 from moe_shard.runtime.targets.elf import Function, Imports, placeholder
 
-# Loaded for the life of the process, as any library is.
+# Loaded for the lifetime of the process, as any library is.
 _loaded: list[ctypes.CDLL] = []
 
 
@@ -33,10 +33,10 @@ def make_loadable(plugin: Path) -> bool:
         plugin: the shared library of jax's ROCm plugin.
 
     Returns:
-        Whether placeholders stand in for libraries of ROCm.
+        Whether placeholders replace libraries of ROCm.
 
     Raises:
-        UserError: the plugin is no shared library for x86-64.
+        UserError: the plugin is not a shared library for x86-64.
     """
     if _load(plugin) is not None:
         return False
@@ -46,7 +46,7 @@ def make_loadable(plugin: Path) -> bool:
     files = placeholders(missing, imports.functions, [each for each in present.values() if each])
     with tempfile.TemporaryDirectory(prefix="moe_shard-") as temporary:
         folder = _cached(files) or _write(files, Path(temporary))
-        # The loader now finds each by the name that the plugin asks for.
+        # The loader now finds each by the name that the plugin imports.
         _loaded.extend(ctypes.CDLL(str(folder / name)) for name in files)
     return True
 
@@ -54,13 +54,13 @@ def make_loadable(plugin: Path) -> bool:
 def placeholders(
     libraries: Iterable[str], functions: Iterable[Function], present: Iterable[ctypes.CDLL] = ()
 ) -> dict[str, bytes]:
-    """Make libraries that supply functions and fail when called.
+    """Make libraries that export functions, all of which fail when called.
 
     Args:
-        libraries: the names to supply; not empty.
-        functions: what is wanted of them and of others. One without a version is looked for in
+        libraries: names of the libraries to make; not empty.
+        functions: functions that they and others must define. One without a version is looked up in
             every library, so all of these go into the first.
-        present: libraries that are there; what these define is left out.
+        present: libraries that exist; the functions that they define are left out.
 
     Returns:
         Name -> content of the file.
@@ -82,20 +82,20 @@ def _load(path: Path) -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        # Only absence is made up for; the error of a broken library is passed on.
+        # Only missing libraries are replaced; the error of a broken one is passed on.
         if re.search(r"cannot open shared object|No such file", str(error)):
             return None
         raise
 
 
 def _cached(files: dict[str, bytes]) -> Path | None:
-    """Write these files to a folder of the cache; None where nothing can be written."""
+    """Write these files to a folder of the cache; return None where nothing can be written."""
     digest = hashlib.sha256(b"".join(name.encode() + files[name] for name in sorted(files)))
     folder = cache_folder() / f"rocm-placeholders-{digest.hexdigest()[:16]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return _write(files, folder)
-    except (OSError, RuntimeError):  # RuntimeError: there is no home
+    except (OSError, RuntimeError):  # RuntimeError: there is no home directory
         return None
 
 

@@ -1,8 +1,8 @@
-"""Make devices of a TARGET such as `v5e:2x4`, to compile for accelerators that are not there.
+"""Make devices of a TARGET such as `v5e:2x4`, to compile for absent accelerators.
 
-The devices can be put in a mesh and compiled for, as real ones; nothing can be placed on them. Each
-family's own compiler does the work: libtpu, and the GPU plugins of jax. Nothing here opens an
-accelerator, and what libtpu wants in the environment stays there only while its topology is made.
+The devices can be put in a mesh and compiled for like real ones; nothing can be placed on them.
+Each family's own compiler does the work: libtpu, and the GPU plugins of jax. Nothing here opens an
+accelerator, and the variables that libtpu needs are set only while its topology is made.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _GPU_PLUGINS = {"cuda": ("cuda13", "cuda12"), "rocm": ("rocm7",)}
 
 @dataclass(frozen=True)
 class Target:
-    """Hardware to compile for.
+    """Describe hardware to compile for.
 
     Attributes:
-        text: as it was given, such as "v5e:2x4".
-        name: the file in `configs/hardware/`.
+        text: the argument, such as "v5e:2x4".
+        name: the name of its file in `configs/hardware/`.
         hardware: one device of it.
-        shape: chips along each dim of a TPU slice; (devices,) of anything else.
+        shape: chips along each dim of a TPU slice; (devices,) for other hardware.
     """
 
     text: str
@@ -59,7 +59,7 @@ class Target:
 
     @property
     def note(self) -> str | None:
-        """Return what the devices leave out of the real network, or None."""
+        """Return what the devices leave out of the real network; None if nothing."""
         if self.backend != "gpu" or self.shape[0] <= GPUS_PER_HOST:
             return None
         return (
@@ -72,10 +72,11 @@ def parse_target(text: str) -> Target:
     """Read a TARGET.
 
     Args:
-        text: a file in `configs/hardware/`, a colon, and a TPU topology or a number of devices.
+        text: the name of a file in `configs/hardware/`, a colon, and a TPU topology or a number of
+            devices.
 
     Raises:
-        UserError: it is not of that form, or the hardware is not known.
+        UserError: it does not have that form, or the hardware is not known.
     """
     name, colon, rest = text.strip().partition(":")
     if not colon:
@@ -115,7 +116,7 @@ def _example(name: str) -> str:
 def devices_for(target: Target) -> Sequence[jax.Device]:
     """Return devices of the target, to compile for.
 
-    The process keeps to the CPU from here on: no accelerator that it has is opened.
+    The process uses only the CPU from here on: it opens no accelerator.
 
     Raises:
         UserError: the target's compiler is not installed or is not the one of the installed jax,
@@ -138,7 +139,7 @@ def devices_for(target: Target) -> Sequence[jax.Device]:
 
 
 def compiled_with(target: Target) -> str:
-    """Return whose compiler it was, and that nothing ran."""
+    """Return which compiler was used, and that nothing ran."""
     if target.platform == "cpu":
         return "CPU's XLA, not run"
     if target.platform == "tpu":
@@ -150,7 +151,7 @@ def _simulated(count: int) -> Sequence[jax.Device]:
     try:
         jax.config.update("jax_num_cpu_devices", count)
         devices = jax.devices("cpu")
-    except RuntimeError:  # the backend has started, with a count of its own
+    except RuntimeError:  # the backend has started with another number of devices
         devices = jax.devices("cpu")
     if len(devices) < count:
         raise UserError(
@@ -169,12 +170,12 @@ def _tpu_devices(target: Target) -> Sequence[jax.Device]:
     options: dict[str, Any] = {"chip_config_name": how.chip_config} if how.chip_config else {}
     name = f"{how.topology}:{'x'.join(map(str, target.shape))}"
     with _environment(
-        TPU_SKIP_MDS_QUERY="1",  # asks no metadata server whether this is a TPU host
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # no lock file: several compilations may go on at once
-        TPU_LOG_DIR="disabled",  # makes no /tmp/tpu_logs
+        TPU_SKIP_MDS_QUERY="1",  # do not ask a metadata server whether this is a TPU host
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # no lock file: several compilations may run at once
+        TPU_LOG_DIR="disabled",  # do not make /tmp/tpu_logs
         # No log files either: neither TPU_LOG_DIR nor a log level keeps all of them from TMPDIR.
         LIBTPU_INIT_ARGS=f"{os.environ.get('LIBTPU_INIT_ARGS', '')} --logtostderr=1".strip(),
-        TPU_ACCELERATOR_TYPE="v5litepod-8",  # any: it is about the host, not the target
+        TPU_ACCELERATOR_TYPE="v5litepod-8",  # any value: it describes the host, not the target
         TPU_WORKER_HOSTNAMES="localhost",
     ):
         return topologies.get_topology_desc(name, platform="tpu", **options).devices
