@@ -1,6 +1,6 @@
 """Define the exceptions that are shown to a person, and how every command reports them.
 
-A command answers bad input with one to three lines on standard error (what, where, the fix) and
+A command reports bad input with one to three lines on standard error (what, where, the fix) and
 exit code 2. Anything else that escapes is a bug and keeps its traceback.
 """
 
@@ -19,7 +19,7 @@ EXIT_INTERRUPTED = 130
 
 
 class Finding(Exception):
-    """Report that what was asked for was checked and does not hold, in at most three lines."""
+    """Report that a requested check does not hold, in at most three lines."""
 
 
 class UserError(ValueError):
@@ -33,7 +33,7 @@ def first_line(error: BaseException, limit: int = 160) -> str:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Answer bad usage with one line instead of the whole usage text."""
+    """Report bad usage in one line instead of the whole usage text."""
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing.

@@ -21,7 +21,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file, as UTF-8, so that a reader sees all of it or what was there before.
 
     Raises:
-        OSError: it cannot be written; nothing is left beside it.
+        OSError: it cannot be written; no partial file is left.
     """
     write_bytes(path, text.encode())
 
@@ -30,7 +30,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees all of it or what was there before.
 
     Raises:
-        OSError: it cannot be written; nothing is left beside it.
+        OSError: it cannot be written; no partial file is left.
     """
     aside = _aside(path)
     try:

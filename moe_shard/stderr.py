@@ -33,7 +33,7 @@ def collect_lines(mark: str) -> Iterator[list[str]]:
     changed.
 
     Args:
-        mark: what a line contains to be collected.
+        mark: text that the collected lines contain.
 
     Yields:
         A list, filled by the end of the block.
@@ -59,7 +59,7 @@ def drop_lines(unwanted: Pattern[str]) -> Iterator[None]:
     """Hold back file descriptor 2 while the block runs, then print the lines that do not match.
 
     Args:
-        unwanted: what is searched for in a line to drop it.
+        unwanted: pattern that is searched for in a line to drop it.
     """
     original = os.dup(2)
     try:
@@ -114,7 +114,7 @@ class _Tap:
         _write(self._writable, self._end)
         os.close(self._writable)
         self._drained.wait()
-        if raised is not None:  # nobody will report them
+        if raised is not None:  # nothing will report them otherwise
             _write(2, "".join(f"{line}\n" for line in self._lines).encode())
 
     def _forward(self, readable: int) -> None:

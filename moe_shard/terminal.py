@@ -31,7 +31,7 @@ def live_line(
         console: where to print.
         what: what is counted or done, shown first.
         amount: the amount that is done.
-        more: what stands between the bar and the time left.
+        more: columns between the bar and the time left.
         transient: whether the line disappears when it ends.
     """
     return Progress(

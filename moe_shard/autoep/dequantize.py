@@ -27,7 +27,7 @@ def read(tensor: TensorHeader) -> np.ndarray:
     """Return a tensor in its own dtype: a view of its file, or the decoded numbers.
 
     Args:
-        tensor: from a checked header.
+        tensor: a tensor from a checked header.
 
     Raises:
         UserError: its file cannot be read.
@@ -43,7 +43,7 @@ def numbers(tensor: Quantized, take: Take = ()) -> np.ndarray:
     """Decode a part of a quantized tensor to float32, and little more than that part.
 
     Args:
-        tensor: from a checked header.
+        tensor: a tensor from a checked header.
         take: the part, a slice for each of the first dims.
 
     Raises:

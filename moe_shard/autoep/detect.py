@@ -164,7 +164,7 @@ def _check_plain(headers: Mapping[str, TensorHeader], names: Names, where: Path)
 def _layers_beyond(
     headers: Mapping[str, TensorHeader], names: Names, family: Family, attributes: Attributes
 ) -> set[str]:
-    """Return the tensors of layers after the model's last, which are carried along unread.
+    """Return the tensors of layers after the model's last, which are carried unchanged.
 
     Raises:
         UserError: the layers are not those of `config.json`.

@@ -67,7 +67,7 @@ def keep_hf(source: str, folder: Path, family: str = "") -> None:
         source: source of its first parameters: a Hugging Face directory, an imported model, or a
             run. Nothing is kept of a run that started without one.
         folder: an imported model or a run, locked by this process.
-        family: as in `read_hf_source`.
+        family: see `read_hf_source`.
 
     Raises:
         UserError: the source cannot be read, or has a link to a file outside of it.

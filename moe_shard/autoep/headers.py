@@ -40,7 +40,7 @@ class TensorHeader:
     Attributes:
         file: the file that holds it.
         dtype: a name in `DTYPE_BYTES`.
-        shape: as stored.
+        shape: the shape as stored.
         begin: offset of its first byte in the file.
         end: offset of the byte after its last one.
     """
@@ -196,7 +196,7 @@ def _merged(directory: Path, files: Mapping[str, str]) -> dict[str, TensorHeader
 def _inside(directory: Path, name: str, named_by: str) -> Path:
     """Return the path of a file in the directory, or where the hub's cache stores it.
 
-    In that cache `snapshots/<revision>/` has links to `blobs/` beside `snapshots/`.
+    In that cache `snapshots/<revision>/` has links to `blobs/` next to `snapshots/`.
     """
     if name != Path(name).name or not name.isprintable():
         raise UserError(

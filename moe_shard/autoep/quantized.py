@@ -120,7 +120,7 @@ def with_scales(
     """Join the bits of quantized tensors with their scales.
 
     Args:
-        headers: as stored.
+        headers: the tensors as stored.
         scheme: the scheme in `config.json`; None: nothing is changed.
         where: the directory, for messages.
 

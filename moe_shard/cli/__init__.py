@@ -2,7 +2,7 @@
 
     moe-shard COMMAND ...        python -m moe_shard COMMAND ...
 
-Each file has `main(argv, prog)`, which returns the exit code, and which answers `--help` and bad
+Each file has `main(argv, prog)`, which returns the exit code, and which handles `--help` and bad
 usage before it loads what its command needs. The files of `tools/` in a checkout call the same
 functions.
 """

@@ -67,7 +67,7 @@ def main(argv: Sequence[str], prog: str = "moe-shard compile") -> int:
 
 
 def _write_page(path: Path, config: Config, report: TargetReport) -> None:
-    """Write the page, flag off beside flag on; one of them is compiled already."""
+    """Write the page, flag off next to flag on; one of them is compiled already."""
     from moe_shard.cli.page_file import write_page
     from moe_shard.lowering.page import Panel
     from moe_shard.runtime.compile_target import compile_for_target

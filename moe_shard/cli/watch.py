@@ -208,7 +208,7 @@ def _as_json(
 
 
 def _say(text: str) -> None:
-    """Write to standard error at once; ignore that nobody reads any more."""
+    """Write to standard error at once; ignore a closed pipe."""
     if sys.stderr is not None:  # None where the caller has closed it
         with suppress(OSError, ValueError):
             sys.stderr.write(text)

@@ -17,12 +17,12 @@ _FLAG = "moe_dispatch_no_expert_sharding=true"
 
 
 def expert_axes(config: Config) -> tuple[str, ...]:
-    """Return the mesh axes that split the experts while they compute, whatever they are called."""
+    """Return the mesh axes that split the experts while they compute, whatever their names."""
     return config.mesh.expert_axes
 
 
 def expert_parallelism(config: Config, sizes: Mapping[str, int]) -> int:
-    """Return into how many parts the experts are split.
+    """Return the number of parts that the experts are split into.
 
     Args:
         config: the run.
@@ -101,7 +101,7 @@ def _notes(config: Config, sizes: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def _idle_spans(attention: AttentionConfig) -> Iterator[tuple[str, str]]:
-    """Find sizes of spans that no layer has, each with the reason."""
+    """Find sizes of spans that no layer has, with the reason for each."""
     for span, key, size in (
         ("sliding", "sliding_window_size", attention.sliding_window_size),
         ("chunked", "chunk_attn_window_size", attention.chunk_attn_window_size),
@@ -127,7 +127,7 @@ def _flag_is_idle(config: Config, moe: MoEConfig, sizes: Mapping[str, int]) -> s
 
 
 def _idle_keys(moe: MoEConfig) -> Iterator[tuple[str, str]]:
-    """Find keys that are set and that only other strategies read, each with the reason."""
+    """Find keys that are set but only other strategies read, with the reason for each."""
     entry = find_strategy(moe.moe_dispatch)
     others = (each.own_keys for each in imported_strategies())
     foreign = frozenset[str]().union(*others) - entry.own_keys

@@ -14,8 +14,8 @@ class Key:
     """Describe the YAML key of a leaf and its values, for `Annotated[type, Key(...)]`.
 
     Attributes:
-        name: as written in YAML; the attribute's own name unless given. Only MaxText's `base_`
-            is left out of an attribute, as MaxText leaves it out of what its code reads.
+        name: the key as written in YAML; by default the attribute's own name. Only MaxText's
+            `base_` is left out of an attribute, as MaxText leaves it out of what its code reads.
         least: smallest value.
         above: values are larger than this.
         most: largest value.

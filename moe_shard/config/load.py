@@ -37,7 +37,7 @@ LOADER_KEYS = ("custom_mesh_and_rule", "override_logical_axis_rules")
 def configs_dir() -> Path:
     """Return the directory with `base.yml`.
 
-    It is `configs/` inside an installed package, and beside the package in a checkout.
+    It is `configs/` inside an installed package, and next to the package in a checkout.
 
     Raises:
         UserError: it is in neither place.
@@ -124,7 +124,7 @@ def _assemble(
     """Lay sources over `base.yml` and build the configuration from the result.
 
     Args:
-        overlays: from the weakest to the strongest.
+        overlays: the sources, from the weakest to the strongest.
         name: the model's name, where `model_name` is not among the settings.
         may_settle_dispatch: whether `moe_dispatch` was translated from a MaxText file, in which
             case it is changed where the rule table does not allow it.

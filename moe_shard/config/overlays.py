@@ -95,7 +95,7 @@ def parse_overrides(overrides: Sequence[str], base: Mapping[str, Any]) -> dict[s
             )
         default = base.get(name)
         if isinstance(default, str):
-            # Text is taken as it stands, so that run_name=12 and run_name=yes are names.
+            # Text is used as it is written, so that run_name=12 and run_name=yes are names.
             quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
             values[name] = text[1:-1] if quoted else text
             continue
@@ -123,7 +123,7 @@ def lay_over(base: Mapping[str, Any], overlays: Sequence[Overlay]) -> dict[str, 
 
     Args:
         base: `base.yml`.
-        overlays: from the weakest to the strongest.
+        overlays: the sources, from the weakest to the strongest.
 
     Raises:
         UserError: a value of another type.
@@ -147,9 +147,9 @@ def coerced(source: str, key: str, value: Any, default: Any) -> Any:
     """Convert a value to the type of its key's default; lists are kept as they are.
 
     Args:
-        source: for messages.
+        source: the source, for messages.
         key: the key.
-        value: as written.
+        value: the value as written.
         default: the key's default.
 
     Raises:

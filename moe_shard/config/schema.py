@@ -2,7 +2,7 @@
 
 An attribute has the name and the default of its key in `configs/base.yml`, which has units and a
 line on each as well; tests compare the two. Only MaxText's `base_` is left out of attributes.
-Sizes that depend on how many devices there are live in `MeshConfig.resolve` and `checks.py`.
+Sizes that depend on the number of devices are in `MeshConfig.resolve` and `checks.py`.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class DataConfig:
             library.
         tokenizer_path: a Hugging Face model directory or a tokenizer.json; empty: each byte is a
             token.
-        seed: as in `TrainConfig`.
+        seed: see `TrainConfig`.
     """
 
     dataset_type: Annotated[DatasetType, Key(choices=get_args(DatasetType))] = "text"

@@ -1,6 +1,6 @@
 """Register dispatch strategies: all that the rest of the package asks of one is in its entry.
 
-A strategy is one file whose class carries its entry:
+A strategy is one file whose class registers its entry:
 
     import moe_shard
 
@@ -12,7 +12,7 @@ A strategy is one file whose class carries its entry:
 
 The value of `moe_dispatch` is then "mine", and checks, notes, bounds, reports and the contract
 tests read its properties from the entry. The package's own strategies are the files in
-`moe_shard/moe/dispatch/`, named as they are and imported when first asked for. One from outside is
+`moe_shard/moe/dispatch/`, named as they are and imported when first used. One from outside is
 found where its module has been imported; for the commands of this package that is done for
 
 - modules named by the environment variable `MOE_SHARD_STRATEGIES` (`my_strategies`, or several
@@ -96,10 +96,10 @@ def register_strategy(
 
     Args:
         name: lower-case letters, digits and underscores.
-        has_slots: see `StrategyEntry`, as the others.
-        always_moves_tokens: see there.
-        keys: see there.
-        copies: see there.
+        has_slots: see `StrategyEntry`.
+        always_moves_tokens: see `StrategyEntry`.
+        keys: see `StrategyEntry`.
+        copies: see `StrategyEntry`.
 
     Raises:
         UserError: the name belongs to another strategy, or is not a valid name.

@@ -163,7 +163,7 @@ def is_maxtext_table(
     """Return whether rules are of a MaxText table: they use names that only its tables have.
 
     Args:
-        rules: of the table.
+        rules: the rules of the table.
         axes: mesh axes that it names.
         keys: MaxText's.
     """
@@ -181,7 +181,7 @@ def completed(
 
     Args:
         table: the rules.
-        own: those of `base.yml`, for the names.
+        own: the rules of `base.yml`, for the names.
         keys: MaxText's.
     """
     rules = [rule for rule in table if rule[0] not in keys.logical_axes]
@@ -210,7 +210,7 @@ def read_rules(value: Any, source: str, foreign: Sequence[str] = ()) -> list[Rul
 
     Args:
         value: the list.
-        source: for messages.
+        source: the source, for messages.
         foreign: mesh axes to leave out of the rules.
 
     Raises:
@@ -231,7 +231,7 @@ def read_rules(value: Any, source: str, foreign: Sequence[str] = ()) -> list[Rul
 
 
 def lay_rules(table: Sequence[Rule], rules: Sequence[Rule]) -> list[Rule]:
-    """Lay rules over a table: they replace all rules of their logical axes and stand last.
+    """Lay rules over a table: they replace all rules of their logical axes and come last.
 
     Args:
         table: the rules so far.

@@ -44,9 +44,10 @@ DeviceBatch = dict[str, Int32[jax.Array, "A R S"]]
 class PackedText:
     """Cut documents, as one token stream, into sequences: a random-access source for Grain.
 
-    Sequence i holds the tokens [i*S, (i+1)*S] of the stream: neighbours share one token, so that
-    every token after the first is a target exactly once. The last tokens of the stream, fewer than
-    a sequence, are left out. Sequences are read from the files on demand; many threads may read.
+    Sequence i holds the tokens [i*S, (i+1)*S] of the stream: consecutive ones overlap by one token,
+    so that every token after the first is a target exactly once. The last tokens of the stream,
+    fewer than a sequence, are left out. Sequences are read from the files on demand; many threads
+    may read.
 
     Attributes:
         paths: the documents, shuffled by seed.

@@ -66,7 +66,7 @@ def synthetic_tokens(
         rows: numbers of the sequences.
         count: tokens of each.
         vocab_size: V.
-        seed: in [0, 2**32).
+        seed: a seed in [0, 2**32).
     """
     row = rows.astype(np.uint64)[..., None]
     place = np.arange(count, dtype=np.uint64)

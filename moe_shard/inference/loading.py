@@ -38,7 +38,7 @@ class ModelSource:
     Attributes:
         model: argument of `load_model`.
         checkpoints: folder of a run's checkpoints; None if MODEL is no run.
-        updates: which checkpoint; None for the newest.
+        updates: number of updates that names the checkpoint; None for the newest.
     """
 
     model: str

@@ -20,7 +20,7 @@ class Padded(NamedTuple):
 
     Attributes:
         tokens: ids; 0 in the padding.
-        positions: from 0 at a prompt's first token; 0 before it.
+        positions: positions from 0 at a prompt's first token; 0 before it.
         segment_ids: `TEXT_SEGMENT`, or 0 before a prompt.
     """
 

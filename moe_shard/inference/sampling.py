@@ -18,7 +18,7 @@ def next_tokens(
     size, nor on the mesh.
 
     Args:
-        logits: in float32.
+        logits: logits in float32.
         key: random key of this step.
         config: the strategy and its sizes.
     """

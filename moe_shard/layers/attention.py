@@ -33,10 +33,10 @@ class Attention(Heads):
     Args:
         config: heads, norms, positions.
         kind: the layer's span, and whether it has RoPE.
-        model_dim: M.
-        norm_epsilon: of the norms of queries and keys.
-        dtype: of the products.
-        weight_dtype: of the parameters.
+        model_dim: M, the model dim.
+        norm_epsilon: epsilon of the norms of queries and keys.
+        dtype: dtype of the products.
+        weight_dtype: dtype of the parameters.
         sharding: the mesh and its rules.
         rngs: source of the initial weights.
     """

@@ -73,7 +73,7 @@ class Heads(nnx.Module):
     Args:
         config: heads, norms, positions.
         kind: the layer's span, and whether it has RoPE.
-        dtype: of the products.
+        dtype: dtype of the products.
         sharding: the mesh and its rules.
     """
 

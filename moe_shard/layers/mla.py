@@ -31,9 +31,9 @@ class LatentAttention(Heads):
     Args:
         config: ranks, heads, positions.
         kind: the layer's span, and whether it has RoPE.
-        model_dim: M.
-        dtype: of the products.
-        weight_dtype: of the parameters.
+        model_dim: M, the model dim.
+        dtype: dtype of the products.
+        weight_dtype: dtype of the parameters.
         sharding: the mesh and its rules.
         rngs: source of the initial weights.
     """

@@ -21,11 +21,11 @@ class MLP(nnx.Module):
     """Apply a gated MLP.
 
     Args:
-        model_dim: M.
-        hidden_dim: F.
+        model_dim: M, the model dim.
+        hidden_dim: F, the hidden dim.
         gating: activation, clamps, offset, biases.
-        dtype: of the products.
-        weight_dtype: of the parameters.
+        dtype: dtype of the products.
+        weight_dtype: dtype of the parameters.
         sharding: the mesh and its rules.
         rngs: source of the initial weights.
     """

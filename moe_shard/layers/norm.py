@@ -15,9 +15,9 @@ def normalise(x: Float[Array, "*B M"], *, epsilon: float, dims: int = 1) -> Floa
     """Divide by the root mean square.
 
     Args:
-        x: in float32.
-        epsilon: added to the mean square.
-        dims: how many of the last dims the mean is over, together.
+        x: activations in float32.
+        epsilon: number added to the mean square.
+        dims: number of last dims that the mean is over, together.
     """
     over = tuple(range(-dims, 0))
     mean_square = jnp.mean(jnp.square(x), axis=over, keepdims=True)
@@ -29,8 +29,8 @@ class RMSNorm(nnx.Module):
 
     Args:
         dim: size of the last dim, or of the last dims.
-        epsilon: added to the mean square.
-        weight_dtype: of the scale.
+        epsilon: number added to the mean square.
+        weight_dtype: dtype of the scale.
         axis: logical axis of each of the scale's dims.
     """
 
@@ -58,8 +58,8 @@ class LayerNorm(nnx.Module):
 
     Args:
         dim: size of the last dim.
-        epsilon: added to the variance.
-        weight_dtype: of scale and bias.
+        epsilon: number added to the variance.
+        weight_dtype: dtype of scale and bias.
     """
 
     def __init__(self, *, dim: int, epsilon: float, weight_dtype: DTypeLike) -> None:

@@ -52,16 +52,16 @@ class Collective:
         count: executions per step.
         bytes: output bytes per device of one execution.
         wire_bytes: bytes one device must send in one execution.
-        is_async: other work can run while it is on the wire.
-        spmd_generated: the partitioner inserted it; it is not in the source.
+        is_async: whether other work can run while it is on the wire.
+        spmd_generated: whether the partitioner inserted it; it is not in the source.
         op_name: its op_name, or that of the nearest producer when it has none of its own.
         source: "file:line", or None.
         group: devices that take part in one exchange; of a permute a sender and its receiver.
         implements: "all-gather" or "reduce-scatter" for a permute or an all-reduce that implements
             one, see `spellings`; else "".
-        role: what it is for, one of `roles.ROLES`.
+        role: its purpose, one of `roles.ROLES`.
         parameter: paths of the parameters that it moves, or whose gradients it sums; None for data.
-        of_experts: these are weights of experts, or it moves tokens of experts.
+        of_experts: whether these are weights of experts, or it moves tokens of experts.
     """
 
     kind: str
@@ -116,10 +116,10 @@ class Extraction:
 
     Attributes:
         module: the program.
-        walk: how often it executes its computations.
+        walk: how often each computation is executed.
         at: {(computation, instruction): the collective it starts}, in the order of the text.
         warnings: one sentence each.
-        mesh: the program's, and where its names are from.
+        mesh: the program's mesh, and the source of its names.
         roles: what the program's values derive from.
         expert_axes: the mesh axes of the experts, those of size 1 left out.
     """

@@ -62,7 +62,7 @@ class Lowering:
     """Hold what is compared of a lowering.
 
     Attributes:
-        source: where it was read from.
+        source: the name of what it was read from.
         backend: "cpu", "tpu", "gpu" or "unknown".
         num_devices: devices that run the program.
         mesh: {axis: size}; empty where it is not known.
@@ -245,10 +245,10 @@ def load_pair(
 
     Args:
         a: a run folder, a dump folder, an HLO file, a `lowering.json`, or "-".
-        b: the same.
+        b: see `a`.
         mesh: {axis: size} in device order, for HLO text whose mesh is not recorded.
-        mesh_a: of A alone.
-        mesh_b: of B alone.
+        mesh_a: mesh of A alone.
+        mesh_b: mesh of B alone.
 
     Raises:
         UserError: one cannot be read, both are "-", or one records a different mesh than the one
@@ -284,7 +284,7 @@ def with_shared_mesh(
 
     Args:
         read_a: reads the first with the mesh it is given, or, given None, with what it knows.
-        read_b: the same for the second.
+        read_b: reads the second in the same way.
     """
     first, second = read_a(None), read_b(None)
     if first.num_devices == second.num_devices:

@@ -68,10 +68,11 @@ def reshaped(dims: Dims, before: str, after: str, *, in_memory: bool) -> Dims | 
     """Return the dims after a `reshape`, or, in the order of memory, after a `bitcast`.
 
     Args:
-        dims: of the operand.
+        dims: the operand's dims.
         before: the operand's shape.
         after: the result's shape.
-        in_memory: a bitcast keeps the bytes in place, a reshape keeps the order of the elements.
+        in_memory: whether the bytes keep their places, as in a bitcast, rather than the order of
+            the elements.
 
     Returns:
         None where the two shapes do not hold the same number of elements.

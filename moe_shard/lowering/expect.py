@@ -44,7 +44,7 @@ def assert_collectives(
     Raises:
         AssertionError: with the collectives found and the source lines of the offending ones. A
             collective whose axes cannot be read from its groups fails an assertion along `axis`.
-        UserError: the program cannot be read, the mesh is not of its size, or what is asked names
+        UserError: the program cannot be read, the mesh is not of its size, or the arguments name
             an axis, a stage or a pass that does not exist, or no kind of collective.
 
     Example:

@@ -32,7 +32,7 @@ class Fingerprint:
         verdict: one of `verdict_names.VERDICTS`; None where the compiler refused.
         mesh: {axis: size}, axes of size 1 left out.
         sums: the collectives; never marked asynchronous.
-        memory_bytes: what a device must hold; 0 where that is unknown.
+        memory_bytes: bytes that a device must hold; 0 where that is unknown.
     """
 
     verdict: str | None

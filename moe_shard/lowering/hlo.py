@@ -131,9 +131,9 @@ class _Unfinished:
     """Hold the lines of an instruction that may continue on the next line.
 
     Attributes:
-        number: of the first line.
-        lines: so far.
-        start: what `INSTRUCTION` matched in the first line.
+        number: number of the first line.
+        lines: the lines so far.
+        start: the match of `INSTRUCTION` in the first line.
         open: brackets that are open; None until it is needed.
     """
 

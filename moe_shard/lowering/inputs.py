@@ -84,7 +84,8 @@ def read_program(
     """Read the text of a program, with the mesh and the memory where its form includes them.
 
     Args:
-        program: in one of the forms of `ProgramLike`. A `jax.stages.Lowered` is compiled.
+        program: the program in one of the forms of `ProgramLike`. A `jax.stages.Lowered` is
+            compiled.
         mesh: the mesh of the program, where its form does not name it.
         before: the text of the module before optimization, where the caller has it.
 

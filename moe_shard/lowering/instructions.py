@@ -192,9 +192,9 @@ class Computation:
         """Add the text of one instruction.
 
         Args:
-            number: of its first line.
+            number: number of its first line.
             line: its text; attributes may continue over several lines.
-            start: what `INSTRUCTION` matches in it.
+            start: the match of `INSTRUCTION` in it.
 
         Raises:
             HloParseError: when its brackets do not match, or it repeats a name or a root.
@@ -224,7 +224,7 @@ class Computation:
         """Check what only the whole computation can show.
 
         Args:
-            number: of the line that closes it.
+            number: number of the line that closes it.
             line: its text.
 
         Raises:

@@ -25,8 +25,8 @@ class Panel:
     """Describe one program on the page.
 
     Attributes:
-        title: what it is, such as "flag on".
-        report: what it lowers to.
+        title: a title, such as "flag on".
+        report: the report on the program.
         lines: more about it, a sentence each (bounds, estimates).
         hbm_bytes: memory that a device has; None where it is not known.
         refusal: why there is no program, in the compiler's words.

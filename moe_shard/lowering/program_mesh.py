@@ -45,7 +45,7 @@ def program_mesh(
 
     Args:
         module: the program.
-        text: what it was parsed from.
+        text: the text that it was parsed from.
         given: {axis: size} as the caller knows it; it is used as it is.
         device_ids: the device at each position of `given`.
         before: the text of the module before optimization, where there is one.

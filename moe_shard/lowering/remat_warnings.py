@@ -130,7 +130,8 @@ def summarize(lines: Sequence[str], module: Module | None = None) -> list[str]:
     """Write one readable line for each stage of the model, the most expensive first.
 
     Args:
-        lines: of standard error while the program compiled; those without the mark are ignored.
+        lines: lines of standard error while the program compiled; those without the mark are
+            ignored.
         module: the compiled module, for source lines.
     """
     scopes: dict[str, list[RematWarning]] = {}

@@ -45,13 +45,13 @@ class LoweringReport:
         num_devices: devices that run the program.
         mesh: {axis: size} in device order; axis_0, axis_1, ... where no names are known.
         verdict: one of `verdict_names.VERDICTS`; None for a step that was not compiled.
-        collectives: in the order of the program text.
+        collectives: the collectives, in the order of the program text.
         totals: {kind: {"count", "bytes"}} per step, bytes being output bytes per device.
         memory: bytes per device as of `memory_from_compiled`, or None.
         warnings: what is unknown or not counted, one sentence each.
         rematerializations: how often the partitioner replicated a tensor to re-shard it.
         extraction: what the table was read from; None for a step that was not compiled.
-        reasons: what the verdict is based on, a line each.
+        reasons: the reasons for the verdict, a line each.
     """
 
     backend: str

@@ -67,8 +67,8 @@ class Role:
     Attributes:
         name: one of `ROLES`.
         parameters: positions of the parameters that it moves, or whose gradients; () for data.
-        of_experts: these are weights of experts, or it moves tokens of experts.
-        after_experts: the tokens are expert outputs.
+        of_experts: whether these are weights of experts, or it moves tokens of experts.
+        after_experts: whether the tokens are expert outputs.
     """
 
     name: str
@@ -119,7 +119,7 @@ class Roles:
             module: the program.
             axes: its mesh.
             expert_axes: the axes of the experts, where they are known by name.
-            shardings: of the ENTRY parameters by position, where the text has none.
+            shardings: shardings of the ENTRY parameters by position, where the text has none.
 
         Raises:
             HloParseError: the text is damaged.
@@ -245,7 +245,7 @@ class Roles:
         Args:
             site: the computation and the name of the instruction.
             kind: one of `walk.KINDS`.
-            shapes: of its operands.
+            shapes: shapes of its operands.
         """
         states = self.flow.sites.get(site)
         if not states or len(states) > len(shapes):

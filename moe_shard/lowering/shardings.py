@@ -65,7 +65,7 @@ class Split:
     """Describe into how many parts each dim of an array is split, and over which devices.
 
     Attributes:
-        parts: of each dim.
+        parts: number of parts of each dim.
         device_groups: for each dim, groups of devices whose shards together cover that dim; empty
             for a dim that is whole.
     """
@@ -78,8 +78,8 @@ def parse_split(sharding: str, rank: int) -> Split | None:
     """Read the value of a `sharding=` attribute.
 
     Args:
-        sharding: with its braces.
-        rank: of the array.
+        sharding: the value with its braces.
+        rank: rank of the array.
 
     Returns:
         None where it is replicated, of another kind (manual, maximal), or does not fit the rank.
@@ -202,7 +202,7 @@ def mesh_of_shardings(shardings: Iterable[str], num_devices: int) -> NamedMesh |
 
     Args:
         shardings: values of `sharding=`.
-        num_devices: of the module; a mesh of another size is ignored.
+        num_devices: devices of the module; a mesh of another size is ignored.
     """
     for sharding in shardings:
         if match := _MESH_SHARDING.match(sharding):
@@ -238,7 +238,7 @@ def mesh_before_optimization(text: str, num_devices: int) -> NamedMesh | None:
 
     Args:
         text: the module, of which only the header is read.
-        num_devices: of the program; a mesh of another size is ignored.
+        num_devices: devices of the program; a mesh of another size is ignored.
 
     Raises:
         HloParseError: the text is no HLO module.

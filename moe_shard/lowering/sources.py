@@ -69,13 +69,13 @@ def read_text(path: Path | None) -> str:
 
 
 def dumped_memory(path: Path | None) -> dict[str, int] | None:
-    """Read the bytes per device of a dumped module from the files that XLA wrote beside it.
+    """Read the bytes per device of a dumped module from the files that XLA wrote next to it.
 
     The memory usage report has the total, constants included; the buffer assignment, where there is
     one, has the parts: arguments, outputs and temporaries.
 
     Args:
-        path: of the module; None for standard input.
+        path: path of the module; None for standard input.
 
     Returns:
         As `memory.memory_from_compiled`, as far as it is known; None where there is no such file.
@@ -137,17 +137,17 @@ def recorded_mesh(path: Path | None) -> dict[str, int] | None:
 
 
 def before_optimization(path: Path | None) -> str | None:
-    """Read the text before optimization that XLA dumped beside an optimized module.
+    """Read the text before optimization that XLA dumped next to an optimized module.
 
     Args:
-        path: of the optimized module; None for standard input.
+        path: path of the optimized module; None for standard input.
     """
     before = None if path is None else file_before(path)
     return None if before is None else _read_if_there(before) or None
 
 
 def file_before(path: Path) -> Path | None:
-    """Return the file of the module before optimization that is beside an optimized one.
+    """Return the file of the module before optimization that is next to an optimized one.
 
     Args:
         path: of the optimized module. Its name continues the other's, as in
@@ -186,7 +186,7 @@ def parse_mesh(text: str, option: str = "--mesh") -> dict[str, int]:
     """Parse a mesh as a person types it: `data=1,fsdp=1,expert=8`.
 
     Args:
-        text: as it was typed.
+        text: the text as typed.
         option: the option that it was given to.
 
     Raises:
@@ -205,8 +205,8 @@ def parse_expert_axes(text: str | None, mesh: dict[str, int] | None = None) -> l
     """Parse --expert-axes; return None where it is not given.
 
     Args:
-        text: as it was typed.
-        mesh: that of --mesh, if given.
+        text: the text as typed.
+        mesh: the mesh of --mesh, if given.
 
     Raises:
         UserError: the mesh has no such axis.

@@ -73,9 +73,9 @@ class Exchange:
     """Sum up the executions of one collective of the text in a step.
 
     Attributes:
-        collective: which.
-        seconds: on the wire.
-        waited: of these, while nothing else ran.
+        collective: the collective.
+        seconds: time on the wire, in seconds.
+        waited: the part of it in which nothing else ran.
         overlapped: {stage: seconds of its work that ran meanwhile}, the most first; with `waited`
             they add up to `seconds`.
     """
@@ -91,8 +91,8 @@ class Timeline:
     """Describe one step of one device in time.
 
     Attributes:
-        seconds: of the step, computing and waiting.
-        computing: of these, in the device's own work.
+        seconds: time of the step, computing and waiting.
+        computing: the part of it in the device's own work.
         exchanges: the collectives, in the order of the schedule.
         cycles: the sum of the TPU compiler's own estimates; None where it made none.
     """
@@ -116,7 +116,7 @@ class Timeline:
         """Write the estimate for a person.
 
         Args:
-            tokens: of one device and step.
+            tokens: tokens of one device and step.
         """
         lines = [
             f"estimate: {human_seconds(self.seconds)} per step, "

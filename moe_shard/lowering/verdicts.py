@@ -24,7 +24,7 @@ class Verdict:
     Attributes:
         name: one of `verdict_names.VERDICTS`.
         axes: the mesh axes of the experts.
-        reasons: what it is based on, a line each.
+        reasons: the reasons for it, a line each.
     """
 
     name: str
@@ -63,7 +63,7 @@ def weigh(collectives: Iterable[Collective], axes: tuple[str, ...], split: set[s
     """Judge the collectives of a program that has experts.
 
     Args:
-        collectives: those of the whole step.
+        collectives: the collectives of the whole step.
         axes: the mesh axes of the experts, at least one.
         split: paths of the experts' weights that are split over them.
     """

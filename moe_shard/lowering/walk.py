@@ -45,7 +45,7 @@ class Executions:
     """Visit what the entry reaches, callers before callees, adding up executions.
 
     Attributes:
-        module: what is visited.
+        module: the module.
         stages: {a word in a scope: the stage it stands for}, in addition to the known ones.
         order: the computations the entry reaches, each after all that call it.
         counts: {name of a computation: executions per step}.
@@ -67,7 +67,7 @@ class Executions:
         """Visit a module.
 
         Args:
-            module: what is visited.
+            module: the module.
             count_further_rounds: count the loops that run only where routing exceeds a bound as
                 running once; otherwise as not running.
             stages: {a word in a scope: the stage it stands for}, in addition to the known ones.

@@ -20,11 +20,11 @@ class TimeSums:
     """Add up one execution of a computation, in seconds, including what it calls.
 
     Attributes:
-        seconds: from its beginning to its end.
+        seconds: time from its beginning to its end.
         work: {stage: seconds of the device's own work}.
-        on_wire: seconds of each collective.
-        waited: of these, while the device was idle.
-        overlapped: of these, {stage: while the device worked on it}.
+        on_wire: seconds on the wire of each collective.
+        waited: the part of these in which the device was idle.
+        overlapped: {stage: the part in which the device worked on it}, for each collective.
         cycles: the compiler's own estimate.
     """
 
@@ -76,7 +76,7 @@ class Wire:
 
     Attributes:
         now: seconds since the beginning.
-        sums: of what has happened until now.
+        sums: the sums up to now.
     """
 
     def __init__(self) -> None:

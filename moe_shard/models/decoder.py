@@ -156,7 +156,7 @@ class Decoder(nnx.Module):
             tokens: ids below the vocabulary size.
             positions: position of each token in its document.
             segment_ids: equal for tokens of one document, across calls too.
-            cache: from `empty_cache` or the previous call, with S places left.
+            cache: the result of `empty_cache` or of the previous call, with S places left.
 
         Returns:
             Logits for the token after the last one, in float32, and the cache with these tokens.

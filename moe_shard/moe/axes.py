@@ -1,6 +1,6 @@
 """Name the dims of an MoE layer's arrays: a logical axis each, or None for one never sharded.
 
-The rule table maps these names to mesh axes. Parameters carry them in their metadata; activations
+The rule table maps these names to mesh axes. Parameters have them in their metadata; activations
 are annotated with them in `placement.py`.
 """
 

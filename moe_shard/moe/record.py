@@ -22,7 +22,7 @@ class MoERecord:
             "equal all-to-all", "all-to-all" (of slots, by the partitioner) or "none".
         grouped_product: the routine that multiplies token copies with their experts' weights: a
             name of `moe.grouped`, or "batched" where experts have equally many.
-        fast_paths: those that it takes, of "singleton", "forced-balance", "equal-pieces",
+        fast_paths: fast paths that it takes, of "singleton", "forced-balance", "equal-pieces",
             "fused-gate-up" and "token-chunks".
         router: how experts are chosen and what is added to them, such as
             "sigmoid, top 8 in 4 of 8 groups, correction bias, 1 shared expert".

@@ -19,7 +19,7 @@ _COUNT_FLAG = "--xla_force_host_platform_device_count"
 
 
 def start_devices(num_simulated: int) -> str:
-    """Start the backend; call this before anything else asks jax for devices.
+    """Start the backend; call this before anything else uses jax's devices.
 
     Several processes are joined if the environment describes them: by
     `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, or by the variables of

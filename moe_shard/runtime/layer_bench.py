@@ -42,7 +42,7 @@ _SKEW = 0.1
 
 @dataclass(frozen=True)
 class LayerSize:
-    """The layer measured: B sequences of S tokens, model dim M, expert dim H, E experts, top-K."""
+    """Describe the measured layer: B sequences of S tokens, dims M and H, E experts, top-K."""
 
     rows: int = 8
     tokens: int = 128

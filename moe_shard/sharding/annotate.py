@@ -23,8 +23,8 @@ from moe_shard.config.mesh_config import EXPERT_RULES, MESH_AXES
 from moe_shard.errors import UserError
 from moe_shard.sharding.rules import LogicalAxes, Resolution, RuleTable
 
-# A collective's source line should be where a tensor was annotated, not the line here that asks
-# JAX for it; this is how jax keeps its own files out of tracebacks, and there is no public way.
+# A collective's source line should be where a tensor was annotated, not the line here that
+# calls JAX; this is how jax keeps its own files out of tracebacks, and there is no public way.
 source_info_util.register_exclusion(__file__)
 
 RuleConflicts = Literal["warn", "record", "error"]

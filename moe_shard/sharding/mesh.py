@@ -109,7 +109,7 @@ def mesh_from_config(
     *,
     explicit: bool = False,
 ) -> Mesh:
-    """Build the mesh that a configuration asks for.
+    """Build the mesh that a configuration describes.
 
     Args:
         config: the axes and their `ici_*` and `dcn_*` parallelism, -1 to fill.

@@ -17,8 +17,8 @@ def open_run(config: RunConfig, *, writer: bool = True) -> Iterator[Path]:
 
     Args:
         config: names and places.
-        writer: this process writes the run's files, as one of each run does, and holds the folder
-            against other runs.
+        writer: whether this process writes the run's files, as one of each run does, and locks the
+            folder against other runs.
 
     Yields:
         `<base_output_directory>/<run_name>`, absolute.

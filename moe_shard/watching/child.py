@@ -52,12 +52,12 @@ class Child:
 
     Args:
         command: the program and its arguments.
-        environment: of the program.
+        environment: environment of the program.
         mask: the result of `hold_signals`.
-        stdout_to_stderr: send its standard output to standard error.
+        stdout_to_stderr: whether its standard output is sent to standard error.
 
     Attributes:
-        interrupted: a signal asked for its end while it ran.
+        interrupted: whether a signal requested its end while it ran.
 
     Raises:
         CannotStart: there is no such program, or it is not executable.
@@ -156,7 +156,7 @@ def end_as(code: int) -> int:
     """End this process by the signal that ended its program, so that a caller sees no difference.
 
     Args:
-        code: as `Child.wait` returns it.
+        code: the result of `Child.wait`.
 
     Returns:
         The code, where no signal ended it or this process survives the signal.

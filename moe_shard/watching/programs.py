@@ -32,11 +32,11 @@ class WatchedProgram:
     """Describe a compiled program.
 
     Attributes:
-        name: of the module, such as "jit_train_step".
+        name: name of the module, such as "jit_train_step".
         file: the file that XLA wrote.
         report: its collectives and verdict.
-        flops: of its products on one device, in one execution.
-        trains: it has a backward pass.
+        flops: FLOPs of its products on one device, in one execution.
+        trains: whether it has a backward pass.
     """
 
     name: str
@@ -65,10 +65,11 @@ class Programs:
         mesh: {axis: size} as given, or None.
         expert_axes: the mesh axes of the experts, as given, or None.
         stages: {a word in a scope: the stage it stands for}, or None.
-        everything: show all of them.
-        shown: those that were shown.
-        passed_over: how many were not.
-        repeated: how many had the text of an earlier one, from another process or compiled again.
+        everything: whether all of them are shown.
+        shown: the programs that were shown.
+        passed_over: number of programs that were not shown.
+        repeated: number of programs with the text of an earlier one, from another process or
+            compiled again.
         unread: {file: why it could not be read}.
     """
 

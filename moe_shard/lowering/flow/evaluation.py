@@ -32,14 +32,14 @@ class Parameter:
     """Describe an ENTRY parameter.
 
     Attributes:
-        position: among the arguments.
-        path: as in the source, `state.params['layers']['wo']`; "" where unknown.
-        shape: of one device's shard, as HLO writes it.
+        position: its position among the arguments.
+        path: its path in the source, `state.params['layers']['wo']`; "" where unknown.
+        shape: shape of one device's shard, as HLO writes it.
         sizes: its dims.
-        bytes: of one device's shard.
-        is_data: it holds integers: tokens, counters or keys, never weights.
+        bytes: bytes of one device's shard.
+        is_data: whether it holds integers: tokens, counters or keys, never weights.
         split: how it is split over devices; None where it is not, or where that is unknown.
-        sharding_known: the text states its sharding.
+        sharding_known: whether the text states its sharding.
     """
 
     position: int
@@ -70,7 +70,8 @@ class ExpertProduct:
         expert_dims: the dims of the parameter that count experts.
         tokens_via: collectives that the data came through, as bits.
         weights_via: collectives that the weights came through.
-        after: the data has passed through a product of experts before, as for a down projection.
+        after: whether the data has passed through a product of experts before, as for a down
+            projection.
     """
 
     computation: str
@@ -101,7 +102,7 @@ class Flow:
     """Hold the outcome of the evaluation.
 
     Attributes:
-        parameters: of the ENTRY computation, by position.
+        parameters: parameters of the ENTRY computation, by position.
         sites: {(computation, instruction): the states of a collective's operands}.
         products: the products of experts.
         gradients: (computation, instruction) of products that make the gradients of experts'
@@ -114,7 +115,7 @@ class Flow:
         opaque: positions of operands of kernels whose arithmetic is not in the text.
         indices: {collective: its position in `State.via`}.
         outputs: the states of what the program returns, with their shapes.
-        assumed: experts were looked for without a router (see `opcode_rules.evaluate`).
+        assumed: whether experts were looked for without a router (see `opcode_rules.evaluate`).
         scored: sizes of the last dim of each input of an exponential or a sigmoid.
         gathered: {an all-gather: (parameter, dim) that it gathers}.
     """
@@ -147,7 +148,7 @@ def entry_parameters(
 
     Args:
         module: the program.
-        shardings: of the same program before optimization, where its own text has none.
+        shardings: shardings in the same program before optimization, where its own text has none.
     """
     found: dict[int, Parameter] = {}
     for instruction in module.entry.parameters():
@@ -361,7 +362,7 @@ class Evaluation:
         return self.computation(self.module.called_by(instruction, *roles), arguments)
 
     def loop(self, instruction: Instruction, begin: Value) -> Value:
-        """Evaluate a `while`: its body once on the initial value, then on what it carries."""
+        """Evaluate a `while`: its body once on the initial value, then on its carry."""
         body = self.module.called_by(instruction, "body")
         first = self.computation(body, [begin])
         again = carried(begin, first)

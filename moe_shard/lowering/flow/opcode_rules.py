@@ -24,9 +24,9 @@ def evaluate(
 
     Args:
         module: the program.
-        assumed: for a program without a router, which dims count experts; with None, products of
+        assumed: which dims count experts, for a program without a router; with None, products of
             experts are those of routed data.
-        shardings: of the ENTRY parameters by position, where the text has none.
+        shardings: shardings of the ENTRY parameters by position, where the text has none.
 
     Raises:
         HloParseError: the text is damaged.

@@ -9,7 +9,7 @@ Dims, besides those of `moe_shard.moe`:
     R  token copies that the buffer of the experts' device holds; D * P for D padded pieces
 
 A device sorts its token copies by expert, and experts are numbered in the order of the devices that
-own them, so what goes from one device to one expert is one segment. A receiver wants its copies by
+own them, so what goes from one device to one expert is one segment. A receiver orders its copies by
 expert, and for one expert by sender; groups may be aligned, so that each block of a kernel has one
 expert.
 """

@@ -21,7 +21,8 @@ def interpreted(kernel: Callable[..., Array]) -> Callable[..., Array]:
     """Return a kernel that may be called inside any shard_map.
 
     Args:
-        kernel: of arrays, with `interpret=True` and a result declared to vary over no mesh axis.
+        kernel: a function of arrays, with `interpret=True` and a result declared to vary over no
+            mesh axis.
     """
 
     def call(*operands: Array) -> Array:
