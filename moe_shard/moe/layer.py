@@ -23,7 +23,7 @@ from moe_shard.moe.losses import expert_counts, router_z_loss
 from moe_shard.moe.placement import Placement
 from moe_shard.moe.record import MoERecord
 from moe_shard.moe.router import Router, Routing
-from moe_shard.moe.strategy import Strategy, apply_strategy, make_strategy
+from moe_shard.moe.strategy import Strategy, checked_results, make_strategy
 from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.parameter import parameter
 
@@ -158,7 +158,8 @@ class MoELayer(nnx.Module):
         x = placement.tokens(x)
         routing = self.route(x)
         name = self.config.moe_dispatch
-        y, dropped = apply_strategy(self.strategy, x, routing, self.experts, name=name)
+        results = self.strategy(x, routing, self.experts)
+        y, dropped = checked_results(results, x, self.experts.dtype, name=name)
         with jax.named_scope("router"):
             stats = MoEStats(
                 jnp.mean(routing.probs, axis=1),

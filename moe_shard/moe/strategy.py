@@ -74,27 +74,27 @@ def make_strategy(config: MoEConfig, placement: Placement) -> Strategy:
     return cast(Strategy, made)
 
 
-def apply_strategy(
-    strategy: Strategy, x: Float[Array, "B S M"], routing: Routing, experts: Experts, *, name: str
+def checked_results(
+    found: Any, x: Float[Array, "B S M"], dtype: DTypeLike, *, name: str
 ) -> tuple[Float[Array, "B S M"], Int[Array, "B"]]:
-    """Call a strategy, and check the shapes and dtypes of what it returns; adds no operation.
+    """Check the shapes and dtypes of what a strategy returned; adds no operation.
+
+    The strategy is called by the layer and not here, where it would be a call further away.
 
     Args:
-        strategy: the one that is called.
-        x: tokens.
-        routing: the router's decision.
-        experts: their parameters.
+        found: what the strategy returned.
+        x: the tokens that it was given.
+        dtype: of the experts' products.
         name: the strategy's, for messages.
 
     Raises:
-        UserError: it returned something else than `Strategy` says.
+        UserError: it is something else than `Strategy` says.
     """
-    found: Any = strategy(x, routing, experts)
     if not isinstance(found, tuple) or len(found) != 2:
         one = "one array" if hasattr(found, "shape") else f"a {type(found).__name__}"
         _refuse(name, one, "a tuple of output and dropped choices")
     y, dropped = found
-    wider = jnp.result_type(x.dtype, experts.dtype)
+    wider = jnp.result_type(x.dtype, dtype)
     if getattr(y, "shape", None) != x.shape or y.dtype not in (x.dtype, wider):
         _refuse(name, f"an output {_kind(y)}", f"{_kind(x)}, as its input")
     is_count = jnp.issubdtype(getattr(dropped, "dtype", jnp.float32), jnp.integer)

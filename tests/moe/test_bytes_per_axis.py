@@ -104,19 +104,19 @@ class Local(NamedTuple):
         return total
 
 
-@pytest.mark.parametrize("strategy", ROUTES)
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("sizes", MESHES, ids=label)
-def test_bytes_of_every_axis_and_kind(sizes: dict[str, int], strategy: str) -> None:
+def test_bytes_of_every_axis_and_kind(sizes: dict[str, int], route: str) -> None:
     layer = build_layer(
-        mesh_of(sizes), Settings(capacity_factor=-1.0), dispatch=strategy, flag=True,
-        **DIMS, **ROUTES[strategy],
+        mesh_of(sizes), Settings(capacity_factor=-1.0), dispatch=route, flag=True,
+        **DIMS, **ROUTES[route],
     )  # fmt: skip
     text = layer.lower().compile().as_text()
     found: Counter[tuple[str, str]] = Counter()
     for each in extract_collectives(text, sizes).collectives:
         found[each.kind, "-".join(each.axes)] += each.count * each.bytes
     local = Local(sizes.get("fsdp", 1), sizes["tensor"], sizes["expert"])
-    expected = local.of_router() + local.of_weights(strategy) + local.of_experts(strategy)
+    expected = local.of_router() + local.of_weights(route) + local.of_experts(route)
     wrong = {
         key: (found[key], expected[key])
         for key in found.keys() | expected.keys()
