@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 import jax
 from jax._src import source_info_util
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -304,6 +304,12 @@ class Sharding:
         self.arrays[name] = AnnotatedArray(
             name, tuple(logical_axes), tuple(shape), dtype, consequence
         )
+        return NamedSharding(self.mesh, self._resolve(name, logical_axes, shape, consequence))
+
+    def _resolve(
+        self, name: str, logical_axes: LogicalAxes, shape: Sequence[int], consequence: str, /
+    ) -> PartitionSpec:
+        """Resolve one array by the table, and record what it decided."""
         resolution = self.table.resolve(name, logical_axes, shape)
         self.resolutions[name] = resolution
         for decision in resolution.conflicts:
@@ -320,7 +326,7 @@ class Sharding:
             self.conflicts[name, conflict.dim] = conflict
             if self.rule_conflicts == "warn" and replace(conflict, array="") not in known:
                 warnings.warn(str(conflict), UserWarning, stacklevel=_outside_of_package())
-        return NamedSharding(self.mesh, resolution.spec)
+        return resolution.spec
 
     def conflict_lines(self) -> list[str]:
         """Return the conflicts, one line for all arrays that share cause and consequence."""

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from moe_shard.config.mesh_config import expert_rule
 from moe_shard.sharding.annotate import AnnotatedArray, Sharding
@@ -31,7 +30,7 @@ from moe_shard.sharding.explain.lint import (
     number_rules,
 )
 from moe_shard.sharding.explain.placed import PlacedArray
-from moe_shard.sharding.rules import LogicalAxes, NumberedRule, RuleTable
+from moe_shard.sharding.rules import NumberedRule, RuleTable
 
 Rules = Sequence[tuple[str, Sequence[str]]]
 
@@ -49,20 +48,9 @@ class Recorder(Sharding):
     def __init__(self, mesh: AbstractMesh, rules: Rules) -> None:
         super().__init__(mesh, RuleTable(rules))
 
-    def named_sharding(
-        self,
-        name: str,
-        logical_axes: LogicalAxes,
-        shape: Sequence[int],
-        *,
-        dtype: DTypeLike | None = None,
-        consequence: str = "",
-    ) -> NamedSharding:
-        """Return the replicated sharding for any array."""
-        self.arrays[name] = AnnotatedArray(
-            name, tuple(logical_axes), tuple(shape), dtype, consequence
-        )
-        return NamedSharding(self.mesh, PartitionSpec())
+    def _resolve(self, *_: object) -> PartitionSpec:
+        """Leave every array whole."""
+        return PartitionSpec()
 
 
 @dataclass(frozen=True)
