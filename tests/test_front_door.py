@@ -83,7 +83,7 @@ def test_mesh_by_keyword() -> None:
         ({"data": -1, "expert": -1}, ["only one axis", "give expert a size"]),
         ({"data": -1, "expert": 3}, ["multiply to 3"]),
         ({"expert": 0}, ["make_mesh(expert=0)", "from 1, or -1"]),
-        ({"expert": 16}, ["multiply to 16", "product is 8"]),
+        ({"expert": 16}, ["multiply to 16", "product is 8", "device_count=16"]),
         ({"expert": 4, "dcn": {"pod": 2}}, ["'pod'", "one of data"]),
         ({"expert": 4, "dcn": {"data": 3}}, ["slices", "divides the devices"]),
     ],

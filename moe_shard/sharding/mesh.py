@@ -66,12 +66,12 @@ def make_mesh(
             f"make_mesh: dcn={dict(dcn or {})} does not split {len(devices)} devices into slices\n"
             "fix: sizes from 1 whose product divides the devices"
         )
-    sizes = _filled(sizes, len(devices) // slices)
+    sizes = _filled(sizes, len(devices) // slices, slices)
     config = MeshConfig(ici=tuple(sizes.values()), dcn=tuple(across[axis] for axis in MESH_AXES))
     return mesh_from_config(config, devices, explicit=explicit)
 
 
-def _filled(sizes: dict[str, int], total: int) -> dict[str, int]:
+def _filled(sizes: dict[str, int], total: int, slices: int) -> dict[str, int]:
     """Replace the -1 so that the sizes multiply to `total`.
 
     Raises:
@@ -93,9 +93,19 @@ def _filled(sizes: dict[str, int], total: int) -> dict[str, int]:
         rest = rest or f"sizes whose product is {total}"
         raise UserError(
             f"make_mesh({asked}): the sizes multiply to {fixed}, and there are {total} devices"
-            f"\nfix: {rest}" + (f", or devices=jax.devices()[:{fixed}]" if fixed < total else "")
+            f"\nfix: {rest}{_other_devices(fixed, total, slices)}"
         )
     return {axis: total // fixed if size == -1 else size for axis, size in sizes.items()}
+
+
+def _other_devices(wanted: int, total: int, slices: int) -> str:
+    """Name the way to as many devices as wanted, where there is one."""
+    if wanted < total:
+        return f", or devices=jax.devices()[:{wanted}]"
+    if jax.default_backend() == "cpu":
+        count = wanted * slices
+        return f", or simulate {count}: XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+    return ""
 
 
 def count_slices(devices: Sequence[jax.Device]) -> int:
