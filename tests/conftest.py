@@ -6,9 +6,10 @@ import os
 
 from tests.quick import FLAGS
 
-# Both are read once, when jax starts its backend, so they are set before anything imports jax.
+# All are read once, when jax starts its backend, so they are set before anything imports jax.
 DEVICES = 8
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # a test compiles, in a folder of nobody's
 os.environ["XLA_FLAGS"] = " ".join(
     [f"--xla_force_host_platform_device_count={DEVICES}", FLAGS, os.environ.get("XLA_FLAGS", "")]
 ).strip()

@@ -68,6 +68,7 @@ class Command:
         self.env = {
             **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
             "JAX_PLATFORMS": "cpu",
+            "JAX_ENABLE_COMPILATION_CACHE": "true",
             "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONPATH": os.pathsep.join(

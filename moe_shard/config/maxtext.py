@@ -32,7 +32,12 @@ RENAMED = {
 }
 """MaxText's name -> the name here, where the values are the same."""
 
-_OURS_UNLESS_SET = ("run_name", "base_output_directory", "log_period", "load_parameters_path")
+_OURS_UNLESS_SET = (
+    *("run_name", "base_output_directory", "log_period", "load_parameters_path"),
+    "jax_cache_dir",
+)
+_EMPTY_IS_OFF = ("jax_cache_dir",)
+"""Keys for which an empty value is a choice, not "not set"."""
 _TABLE = ("mesh_axes", "logical_axis_rules")
 _PLACES = ("mesh_axes", "logical_axis_rules", "override_logical_axis_rules", "custom_mesh_and_rule")
 _NOTED = (
@@ -242,7 +247,8 @@ def _checked(
             explicit[key] = value
         elif key in keys.same or key in keys.translated:
             default = keys.defaults[key]
-            if value in UNSET and not (value == [] and isinstance(default, list)):
+            empty = (value == [] and isinstance(default, list)) or key in _EMPTY_IS_OFF
+            if value in UNSET and not empty:
                 continue
             explicit[key] = coerced(source, key, value, base.get(key, default))
         else:

@@ -176,6 +176,8 @@ class RunConfig:
             imported model or a run; empty: they are initialised from `seed`.
         hf_family: name or file of the family by which a Hugging Face directory is read; empty: the
             one that its config.json names.
+        jax_cache_dir: directory that compiled programs are kept in for later starts; "auto":
+            `moe_shard/jax` in the user's cache directory; empty: none are kept.
 
     Raises:
         UserError: `run_name` is not the name of a directory, or a path is an address.
@@ -186,6 +188,7 @@ class RunConfig:
     model_name: Annotated[str, Key()]
     load_parameters_path: Annotated[str, Key()] = ""
     hf_family: Annotated[str, Key()] = ""
+    jax_cache_dir: Annotated[str, Key()] = "auto"
 
     def __post_init__(self) -> None:
         check_leaves(self)
@@ -197,6 +200,7 @@ class RunConfig:
         for key, path in (
             ("base_output_directory", self.base_output_directory),
             ("load_parameters_path", self.load_parameters_path),
+            ("jax_cache_dir", self.jax_cache_dir),
         ):
             if "://" in path:
                 raise UserError(

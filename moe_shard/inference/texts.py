@@ -21,6 +21,7 @@ from moe_shard.inference.loading import ModelSource, load_parameters
 from moe_shard.inference.prompts import rows_for
 from moe_shard.models.params import describe
 from moe_shard.runtime.compile import lay_out, out_of_memory_is_a_finding
+from moe_shard.runtime.compile_cache import cache_problems, count_cached, start_compile_cache
 from moe_shard.runtime.devices import start_devices
 
 _LESS_MEMORY = "fewer prompts, a smaller max_new_tokens, weight_dtype=bfloat16, or more devices"
@@ -74,11 +75,12 @@ class Timings:
     decode_s: float
     tokens_per_s: float | None
 
-    def line(self, texts: int) -> str:
-        """Format the timings as a line."""
+    def line(self, texts: int, in_cache: str) -> str:
+        """Format the timings as a line, with what the compilation cache did."""
         speed = "" if self.tokens_per_s is None else f", {self.tokens_per_s:,.1f} tokens/s"
         of = "" if texts == 1 else f" of {texts} prompts"
-        return f"compiled in {self.compile_s:.1f} s, prefill{of} {self.prefill_ms:,.1f} ms{speed}"
+        prefill = f"prefill{of} {self.prefill_ms:,.1f} ms"
+        return f"compiled in {self.compile_s:.1f} s{in_cache}, {prefill}{speed}"
 
 
 def generate(
@@ -105,8 +107,13 @@ def generate(
     device_line = start_devices(config.mesh.num_simulated_devices)
     notes.quiet = jax.process_index() > 0
     notes.print(device_line, markup=False)
-    for line in config.warnings:
+    cache = start_compile_cache(config.run.jax_cache_dir)
+
+    def note(line: str) -> None:
         notes.print(f"note: {line}", markup=False, style="yellow")
+
+    for line in (*config.warnings, *cache.notes):
+        note(line)
     sharding, _ = lay_out(config)
     sizes = dict(sharding.mesh.shape)
     _require_whole_texts(config, sizes)
@@ -118,9 +125,9 @@ def generate(
         style = "yellow" if line.startswith("random") else None
         notes.print(f"parameters: {line}", markup=False, style=style)
 
-    with out_of_memory_is_a_finding(fix=_LESS_MEMORY):
+    with out_of_memory_is_a_finding(fix=_LESS_MEMORY), cache_problems(note):
         params = load_parameters(source, config, model, say=say, console=notes)
-        with notes.status("compiling"):
+        with notes.status("compiling"), count_cached() as counted:
             generator = Generator(
                 model,
                 sharding,
@@ -145,7 +152,7 @@ def generate(
             print(json.dumps(_as_json(texts, tokenizer, sources[-1], timings)))
         else:
             shown.rest()
-    notes.print(timings.line(len(texts)), markup=False)
+    notes.print(timings.line(len(texts), cache.words(counted)), markup=False)
 
 
 def _require_whole_texts(config: Config, sizes: dict[str, int]) -> None:

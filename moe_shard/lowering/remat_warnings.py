@@ -121,6 +121,22 @@ def _source(line: str, module: Module | None) -> str | None:
         return None  # the frame belongs to another module
 
 
+def with_source(line: str, module: Module) -> str:
+    """Write the source into a line instead of its stack frame's number in this module.
+
+    A program that is stored and loaded again numbers its stack frames anew.
+
+    Args:
+        line: the line of standard error.
+        module: the compiled module that the partitioner was making.
+    """
+    source = _source(line, module)
+    if source is None:
+        return line
+    file, _, number = source.rpartition(":")
+    return _FRAME.sub(lambda _: f'source_file="{file}" source_line={number}', line)
+
+
 def count_lines(lines: Sequence[str]) -> int:
     """Count the lines that are such warnings, whether or not their wording is known."""
     return sum(MARK in line for line in lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import jax
@@ -13,8 +13,9 @@ import jax
 from moe_shard.config import Config, check_against_mesh
 from moe_shard.config.hardware import Hardware
 from moe_shard.errors import Finding
+from moe_shard.lowering.hlo import parse_module
 from moe_shard.lowering.memory import memory_from_compiled
-from moe_shard.lowering.remat_warnings import MARK
+from moe_shard.lowering.remat_warnings import MARK, with_source
 from moe_shard.lowering.reports import LoweringReport, report_from_text
 from moe_shard.lowering.timeline import Rates, Timeline, timeline
 from moe_shard.moe.capacity import copies_per_sequence
@@ -22,6 +23,13 @@ from moe_shard.moe.record import MoERecord
 from moe_shard.moe.strategy import moe_record
 from moe_shard.program.step import Program
 from moe_shard.runtime.bounds import moe_bounds
+from moe_shard.runtime.compile_cache import (
+    Counted,
+    count_cached,
+    keep_warnings,
+    kept_warnings,
+    program_key,
+)
 from moe_shard.sharding.annotate import RuleConflicts, Sharding
 from moe_shard.sharding.mesh import mesh_from_config
 from moe_shard.sharding.rules import RuleTable
@@ -49,6 +57,8 @@ class CompiledStep:
         options: options given to the compiler in addition to its defaults, see `compiler_options`.
         partitioner_log: warnings of the partitioner while compiling.
         seconds: time to trace and compile, in seconds.
+        cached: what the compilation cache did.
+        warnings_unknown: whether the partitioner's warnings were not kept with a cached program.
     """
 
     executable: jax.stages.Compiled
@@ -56,6 +66,8 @@ class CompiledStep:
     options: Mapping[str, bool]
     partitioner_log: tuple[str, ...]
     seconds: float
+    cached: Counted = field(default_factory=Counted)
+    warnings_unknown: bool = False
 
 
 def lay_out(
@@ -99,7 +111,8 @@ def compiler_options(config: Config, platform: str) -> dict[str, bool]:
 def compile_step(program: Program, options: Mapping[str, bool] = _NO_OPTIONS) -> CompiledStep:
     """Compile the step for the devices of the program's mesh; nothing is allocated.
 
-    The partitioner's warnings are kept from standard error: they are in the report.
+    The partitioner's warnings are kept from standard error: they are in the report. Of a program
+    that the compilation cache has, they are those of the process that compiled it.
 
     Args:
         program: the result of `make_program`.
@@ -111,10 +124,26 @@ def compile_step(program: Program, options: Mapping[str, bool] = _NO_OPTIONS) ->
     started = time.perf_counter()
     with out_of_memory_is_a_finding(), collect_lines(MARK) as log:
         lowered = program.step.lower(program.abstract_state, program.abstract_batch)
-        executable = lowered.compile(compiler_options=dict(options))
+        with count_cached() as cached:
+            executable = lowered.compile(compiler_options=dict(options))
     hlo = executable.as_text()
     assert hlo is not None, "every backend of jax prints its HLO"
-    return CompiledStep(executable, hlo, options, tuple(log), time.perf_counter() - started)
+    found: list[str] | None = log
+    if cached.found:
+        found = kept_warnings(program_key(lowered, options))
+    elif cached.kept:
+        module = parse_module(hlo) if log else None
+        lines = [with_source(line, module) for line in log] if module else []
+        keep_warnings(program_key(lowered, options), lines)
+    return CompiledStep(
+        executable,
+        hlo,
+        options,
+        partitioner_log=tuple(found or ()),
+        seconds=time.perf_counter() - started,
+        cached=cached,
+        warnings_unknown=found is None,
+    )
 
 
 def report_step(step: CompiledStep, sharding: Sharding, backend: str) -> LoweringReport:

@@ -31,6 +31,7 @@ from moe_shard.runtime.compile import (
     out_of_memory_is_a_finding,
     report_step,
 )
+from moe_shard.runtime.compile_cache import cache_problems, start_compile_cache
 from moe_shard.runtime.devices import start_devices
 from moe_shard.training.loop import Outcome, Trainer
 from moe_shard.training.run_folder import open_run
@@ -51,39 +52,49 @@ def run(config: Config) -> Outcome:
     console.print(device_line)
     for line in config.detected:
         console.print(line, markup=False, soft_wrap=True)
+    cache = start_compile_cache(config.run.jax_cache_dir)
     sharding, changes_nothing = lay_out(config)
-    for line in changes_nothing:
+
+    def note(line: str) -> None:
         notes.print(f"note: {line}", markup=False)
-    program = make_program(config, sharding)
+
+    for line in (*changes_nothing, *cache.notes):
+        note(line)
     writer = jax.process_index() == 0
-    with (
-        out_of_memory_is_a_finding(),
-        open_run(config.run, writer=writer) as folder,
-        Trainer(config, program, folder, say=console.print) as trainer,
-    ):
-        if writer:
-            write_text(folder / "config.yml", config.to_yaml())
-            if config.run.load_parameters_path:
-                keep_hf(config.run.load_parameters_path, folder, config.run.hf_family)
-        with console.status("compiling the training step"):
-            step = compile_step(program, compiler_options(config, sharding.platform))
-        console.print(f"compiled in {step.seconds:.1f} s")
-        report = report_step(step, sharding, jax.default_backend())
-        for line in sharding.conflict_lines():
-            notes.print(f"rule conflict: {line}", markup=False)
-        report.render_table(console)
-        records = moe_records(config, sharding)
-        hardware = find_hardware(jax.devices()[0].device_kind)
-        lines = [line for layers, record in records.items() for line in record.lines(layers)]
-        lines += option_lines(step) + bound_lines(config, sharding, report)
-        if found := estimate_step(config, hardware, report):
-            lines += estimate_lines(config, found, sharding.mesh.size)
-        for line in lines:
-            console.print(line, markup=False)
-        console.print(f"parameters: {program.model.num_params:,}")
-        if writer:
-            _keep(config, step, report, records, folder)
-        outcome = trainer.train(step.executable, console)
+    with cache_problems(note), out_of_memory_is_a_finding():
+        program = make_program(config, sharding)
+        with (
+            open_run(config.run, writer=writer) as folder,
+            Trainer(config, program, folder, say=console.print) as trainer,
+        ):
+            if writer:
+                write_text(folder / "config.yml", config.to_yaml())
+                if config.run.load_parameters_path:
+                    keep_hf(config.run.load_parameters_path, folder, config.run.hf_family)
+            with console.status("compiling the training step"):
+                step = compile_step(program, compiler_options(config, sharding.platform))
+            in_cache = cache.words(step.cached)
+            console.print(
+                f"compiled in {step.seconds:.1f} s{in_cache}", markup=False, soft_wrap=True
+            )
+            if step.warnings_unknown:
+                note("warnings of the partitioner are not known: another program kept this one")
+            report = report_step(step, sharding, jax.default_backend())
+            for line in sharding.conflict_lines():
+                notes.print(f"rule conflict: {line}", markup=False)
+            report.render_table(console)
+            records = moe_records(config, sharding)
+            hardware = find_hardware(jax.devices()[0].device_kind)
+            lines = [line for layers, record in records.items() for line in record.lines(layers)]
+            lines += option_lines(step) + bound_lines(config, sharding, report)
+            if found := estimate_step(config, hardware, report):
+                lines += estimate_lines(config, found, sharding.mesh.size)
+            for line in lines:
+                console.print(line, markup=False)
+            console.print(f"parameters: {program.model.num_params:,}")
+            if writer:
+                _keep(config, step, report, records, folder)
+            outcome = trainer.train(step.executable, console)
     _conclude(console, config, report, folder, outcome)
     return outcome
 

@@ -212,6 +212,7 @@ def test_a_real_program_is_shown_before_its_first_step(tmp_path: Path) -> None:
     temporary.mkdir()
     more = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)}
     more |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    more |= {"JAX_ENABLE_COMPILATION_CACHE": "true"}
     command = ("--expect", "expert-parallel", "--", sys.executable, "-c")
     with started(temporary, *command, STEP, **more) as process:
         shown = read_until(process, "verdict:")
