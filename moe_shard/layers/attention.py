@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -98,7 +99,8 @@ class Attention(Heads):
         segment_ids: Int[Array, "B S"],
         memory: Memory | None,
     ) -> tuple[Float[Array, "B S N Dv"], LayerCache]:
-        query, key, value = self._placed(self._project(x), positions, memory)
+        placed = self._placed(self._project(x), positions, memory)
+        query, key, value = map(checkpoint_name, placed, ("query_proj", "key_proj", "value_proj"))
         cache: LayerCache = {}
         if memory is not None:
             cache = self._remember(memory, {"key": key, "value": value})

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import variance_scaling
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
@@ -109,7 +110,8 @@ class Heads(nnx.Module):
         """
         with jax.named_scope("attention"):
             attended, cache = self._attended(x, positions, segment_ids, memory)
-            return self._output(attended), cache
+            attended = checkpoint_name(checkpoint_name(attended, "context"), "attention_out")
+            return checkpoint_name(self._output(attended), "out_proj"), cache
 
     @abstractmethod
     def _attended(

@@ -13,6 +13,7 @@ import math
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -120,7 +121,8 @@ class LatentAttention(Heads):
             weight, name = self.query, "query"
         else:
             x = self._latent(x, self.query_down, self.query_down_bias, "query down")
-            x = self.query_norm(x)
+            x = self.query_norm(checkpoint_name(x, "query_wa_proj"))
+            x = checkpoint_name(x, "mla_q")
             weight, name = self.query_up, "query up"
         return self._expand(x, weight, name)
 
@@ -129,8 +131,9 @@ class LatentAttention(Heads):
     ) -> tuple[Float[Array, "B S R"], Float[Array, "B S Dr"]]:
         """Compute the normalised latent, and the part of the keys that heads share."""
         both = self._latent(x, self.latent_down, self.latent_down_bias, "latent down")
+        both = checkpoint_name(both, "kv_wa_proj")
         latent, key = jnp.split(both, [self.config.kv_lora_rank], axis=-1)
-        return self.latent_norm(latent), key
+        return checkpoint_name(self.latent_norm(latent), "mla_kv"), key
 
     def _latent(
         self,
@@ -178,9 +181,9 @@ class LatentAttention(Heads):
         key_nope, value = jnp.split(by_head, [self.config.qk_nope_head_dim], axis=-1)
         shared = jnp.broadcast_to(key[:, :, None], (*key_nope.shape[:-1], key.shape[-1]))
         return self._attend(
-            jnp.concatenate([nope, turned], axis=-1),
-            jnp.concatenate([key_nope, shared], axis=-1),
-            value,
+            checkpoint_name(jnp.concatenate([nope, turned], axis=-1), "query_proj"),
+            checkpoint_name(jnp.concatenate([key_nope, shared], axis=-1), "key_proj"),
+            checkpoint_name(value, "value_proj"),
             positions,
             segment_ids,
             None,

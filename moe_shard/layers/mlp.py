@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import variance_scaling
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -63,6 +64,7 @@ class MLP(nnx.Module):
         with jax.named_scope("mlp"):
             gate = self._project(x, self.gate, self.gate_bias, "mlp gate")
             up = self._project(x, self.up, self.up_bias, "mlp up")
+            gate, up = checkpoint_name(gate, "mlpwi_0"), checkpoint_name(up, "mlpwi_1")
             down = self.sharding.use_weight(
                 self.down[...].astype(self.dtype),
                 WEIGHT_OUT,
@@ -73,7 +75,8 @@ class MLP(nnx.Module):
             y = self.sharding(
                 y, "activation_batch", "activation_length", "activation_embed", name="mlp output"
             )
-            return self._add(y, self.down_bias, ("norm",), ("activation_embed",), "mlp down bias")
+            y = self._add(y, self.down_bias, ("norm",), ("activation_embed",), "mlp down bias")
+            return checkpoint_name(y, "mlpwo")
 
     def _project(
         self,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Shaped
 
 from moe_shard.config.model_config import LayerKind, ModelConfig
@@ -88,6 +89,7 @@ class DecoderLayer(nnx.Module):
         memory: Memory | None = None,
     ) -> tuple[Float[Array, "B S M"], MoEStats | None, LayerCache]:
         """Apply the layer. Statistics are None for a dense layer."""
+        x = checkpoint_name(x, "decoder_layer_input")
         attended, cache = self.attention(self.attention_norm(x), positions, segment_ids, memory)
         x = self._add(x, attended)
         normalised = self.mlp_norm(x)

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import variance_scaling
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -68,8 +69,9 @@ def gated_mlp(
     pairs = zip(weights.inward, biases, strict=True)
     inward = [product(x, w, bias) for w, bias in pairs]
     gate, up = unfuse(inward[0]) if weights.fused else inward
+    gate, up = checkpoint_name(gate, "moe_mlpwi_0"), checkpoint_name(up, "moe_mlpwi_1")
     hidden = gated(pin_hidden(gate), pin_hidden(up), gating)
-    return product(hidden, weights.down, weights.down_bias)
+    return checkpoint_name(product(hidden, weights.down, weights.down_bias), "moe_mlpwo")
 
 
 def batched_product(
