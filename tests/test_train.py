@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+from moe_shard.cli import main as moe_shard
 from moe_shard.config import load_config
 from tests.quick import FLAGS
 
@@ -178,6 +179,21 @@ def test_the_run_folder_holds_what_the_contract_says(whole: tuple[Path, Done]) -
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
     assert list((run / "profile").rglob("*.xplane.pb"))
     assert (run / "hlo" / "train_step.after_optimizations.txt").read_text().startswith("HloModule")
+
+
+def test_a_profiled_run_ends_with_where_its_time_went(
+    whole: tuple[Path, Done], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, done = whole
+    assert "kernel time of a step, mean of 8 devices and 2 steps" in done.out
+    kept = json.loads((run / "profile" / "kernel_times.json").read_text())
+    stages = {each["stage"]: each["seconds"] for each in kept["stages"]}
+    assert {"attention", "experts", "logits", "optimizer", "all-to-all"} <= set(stages)
+    total = sum(stages.values()) + kept["idle_s"] - kept["overlapped_s"]
+    assert total + kept["other_programs_s"] == pytest.approx(kept["step_s"])
+    assert kept["unattributed_share"] < 0.01
+    assert moe_shard(["profile", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == kept
 
 
 def test_config_yml_is_the_resolved_configuration_and_loads_again(whole: tuple[Path, Done]) -> None:

@@ -29,6 +29,7 @@ COMMANDS = {
     "import": "import a Hugging Face model directory",
     "export": "write the Hugging Face directory of an imported model or a run",
     "generate": "continue prompts with a model",
+    "profile": "show where the time of profiled steps went, by stage",
     "bench": "time one MoE layer, every dispatch strategy",
 }
 """Every command, with a line on what it does, in the order in which a newcomer needs them."""

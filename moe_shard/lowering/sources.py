@@ -116,7 +116,8 @@ def record_of(path: Path | None) -> Path | None:
     """Return the `lowering.json` of the run that wrote a module, where there is one."""
     if path is None:
         return None
-    folders = [path.parent, *([path.parent.parent] if path.parent.name == "hlo" else [])]
+    inside = path.parent.name in ("hlo", "profile")
+    folders = [path.parent, *([path.parent.parent] if inside else [])]
     return next((folder / RECORD for folder in folders if (folder / RECORD).is_file()), None)
 
 

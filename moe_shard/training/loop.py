@@ -168,7 +168,7 @@ class Trainer:
         pending: tuple[int, Metrics] | None = None
         self.finished_at = time.perf_counter()
         for step in range(self.first, train.steps):
-            self.profile.before(step)
+            self.profile.before(step, pending)
             state, metrics = self.step(state, next(data))
             if pending:
                 self._record(*pending)

@@ -1,13 +1,26 @@
-"""Profile a few steps, for TensorBoard's profiler or Perfetto."""
+"""Profile a few steps, for TensorBoard's profiler or Perfetto, and say where their time went."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import jax
+from rich.console import Console
 
 from moe_shard.config.schema import TrainConfig
+from moe_shard.errors import UserError
+from moe_shard.files import write_text
+from moe_shard.lowering.collectives import Extraction
+from moe_shard.lowering.kernel_stages import KernelStages
+from moe_shard.lowering.kernel_sums import kernel_times
+from moe_shard.lowering.kernel_times import KernelTimes
+from moe_shard.runtime.trace_events import read_events
+
+PROGRAM = "train_step.after_optimizations.txt"
+"""The file beside a profile with the text of the step, by which its kernels are read."""
 
 
 class StepProfile:
@@ -36,8 +49,16 @@ class StepProfile:
     ) -> None:
         self._close()
 
-    def before(self, step: int) -> None:
-        """Open or close the profile, depending on whether it includes this step."""
+    def before(self, step: int, previous: Any = None) -> None:
+        """Open or close the profile, depending on whether it includes this step.
+
+        Args:
+            step: the step to be started.
+            previous: arrays that the step before computes; a profile opens and closes once they
+                are there, so that it holds whole steps.
+        """
+        if (step in self._steps) != self._open:
+            jax.block_until_ready(previous)
         if step in self._steps and not self._open:
             jax.profiler.start_trace(str(self._folder))
             self._open = True
@@ -48,3 +69,43 @@ class StepProfile:
         if self._open:
             jax.profiler.stop_trace()
             self._open = False
+
+
+def read_times(folder: Path, extraction: Extraction) -> KernelTimes:
+    """Attribute the kernels of the newest profile of a folder to the stages of the step.
+
+    Args:
+        folder: holds profiles at any depth.
+        extraction: the step.
+
+    Raises:
+        UserError: there is no profile, or it holds no kernel of this step.
+    """
+    found = kernel_times(read_events(folder), KernelStages(extraction))
+    if found is None:
+        raise UserError(
+            f"the profile in {folder} holds no kernel of {extraction.module.name}\n"
+            "fix: profile the program that is read here; on GPU the profiler may lack permission"
+        )
+    return found
+
+
+def show_times(folder: Path, hlo: str, extraction: Extraction, console: Console) -> None:
+    """Print where the time of the profiled steps went, and keep it as `kernel_times.json`.
+
+    What cannot be read is said in a line: the run has succeeded.
+
+    Args:
+        folder: the run's folder of the profile.
+        hlo: the text of the step.
+        extraction: the same, read.
+        console: where to print.
+    """
+    try:
+        found = read_times(folder, extraction)
+    except UserError as error:
+        console.print(f"no kernel times: {error}", markup=False, soft_wrap=True)
+        return
+    write_text(folder / PROGRAM, hlo)
+    write_text(folder / "kernel_times.json", json.dumps(found.to_json(), indent=1) + "\n")
+    found.render_table(console)

@@ -34,6 +34,7 @@ from moe_shard.runtime.compile import (
 from moe_shard.runtime.compile_cache import cache_problems, start_compile_cache
 from moe_shard.runtime.devices import start_devices
 from moe_shard.training.loop import Outcome, Trainer
+from moe_shard.training.profile import show_times
 from moe_shard.training.run_folder import open_run
 
 
@@ -95,6 +96,9 @@ def run(config: Config) -> Outcome:
             if writer:
                 _keep(config, step, report, records, folder)
             outcome = trainer.train(step.executable, console)
+            if config.train.profile and writer and outcome.last is not None:
+                assert report.extraction is not None, "the step was compiled"
+                show_times(folder / "profile", step.hlo, report.extraction, console)
     _conclude(console, config, report, folder, outcome)
     return outcome
 
