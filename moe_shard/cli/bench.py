@@ -30,10 +30,15 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str], prog: str = "moe-shard bench") -> int:
-    """Time the layer and print a table or one JSON object."""
+    """Time the layer and print a table or one JSON object; with --step, the whole step."""
+    if "--step" in argv:
+        from moe_shard.cli import bench_step
+
+        return bench_step.main([each for each in argv if each != "--step"], f"{prog} --step")
     parser = CommandParser(
         prog=prog, description="Time one MoE layer: every dispatch strategy, flag on and off."
     )
+    parser.add_argument("--step", action="store_true", help="the whole step: see --step --help")
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 1024], metavar="S")
     parser.add_argument("--size", choices=("small", "large"), help="of the layer")
     parser.add_argument("--rounds", type=int, default=15, help="timed calls of each program")
