@@ -25,7 +25,7 @@ FLAG_OFF = "moe_dispatch_no_expert_sharding=false"
 CONTRACT = {
     "backend", "num_devices", "mesh", "verdict", "collectives", "totals", "memory",
     "target", "hardware", "compile_time_s", "fits", "compiled_with", "rematerializations",
-    "estimate", "moe",
+    "estimate", "moe", "attention",
 }  # fmt: skip
 # Files that libtpu leaves behind unless prevented.
 SHARED_PLACES = [Path("/tmp/libtpu_lockfile"), Path("/tmp/tpu_logs")]

@@ -153,8 +153,9 @@ def test_no_two_files_have_one_name() -> None:
     assert {stem for stem, names in files.items() if len(names) > 1} == set()
 
 
-SHARED = {"main"}
-"""Names that several files have by design: every command has a `main`."""
+SHARED = {"main", "attend", "unsupported"}
+"""Names that several files have by design: every command has a `main`, every implementation of
+attention an `attend` and an `unsupported`."""
 
 COLLISIONS: set[str] = set()
 """Names that two files still have. The list only ever gets shorter."""

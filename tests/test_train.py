@@ -41,7 +41,8 @@ METRICS = {
     "tokens_per_sec_per_device", "tflops_per_sec_per_device", "mfu", "dropped_token_fraction",
     "expert_load_max_over_mean",
 }  # fmt: skip
-LOWERING = {"backend", "num_devices", "mesh", "verdict", "collectives", "totals", "memory", "moe"}
+LOWERING = {"backend", "num_devices", "mesh", "verdict", "collectives", "totals", "memory"}
+LOWERING |= {"moe", "attention"}
 COLLECTIVE = {
     "kind", "axes", "scope", "pass", "count", "bytes", "wire_bytes", "async", "spmd_generated",
     "op_name", "source", "role", "parameter",

@@ -109,7 +109,12 @@ def _print(report: TargetReport) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     if report.hlo is not None:
         report.lowering.render_table(console)
-        records = [line for layers, record in report.moe.items() for line in record.lines(layers)]
+        records = [
+            line
+            for each in (report.attention, report.moe)
+            for layers, record in each.items()
+            for line in record.lines(layers)
+        ]
         for line in (*records, *report.bounds, *report.estimate_lines):
             console.print(line, markup=False)
         console.print(report.memory_line(), markup=False)

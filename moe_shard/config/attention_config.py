@@ -12,6 +12,7 @@ RopeType = Literal["default", "llama3.1", "yarn", "longrope"]
 AttentionType = Literal["global", "mla"]
 AttentionSpan = Literal["global", "sliding", "chunked"]
 QKNorm = Literal["head", "projection", "l2"]
+AttentionName = Literal["autoselected", "dot_product", "blockwise", "flash", "cudnn_flash_jax"]
 MOST_HEADS = 2**16  # far above any model; keeps the divisors in a fix countable
 
 
@@ -90,6 +91,8 @@ class AttentionConfig:
     """Describe a layer's attention. Sizes count elements.
 
     Attributes:
+        attention: the implementation, an `AttentionName`; "autoselected": the fastest that computes
+            the layer on the platform. They differ in time and memory, not in what they compute.
         attention_type: an `AttentionType`; "mla" is multi-head latent attention (arXiv 2405.04434).
         num_query_heads: N, query heads.
         num_kv_heads: J, key and value heads; divides N. MLA has N of each.
@@ -131,6 +134,7 @@ class AttentionConfig:
         UserError: on a value out of range or a contradiction between keys.
     """
 
+    attention: Annotated[AttentionName, Key(choices=get_args(AttentionName))] = "autoselected"
     attention_type: Annotated[AttentionType, Key(choices=get_args(AttentionType))] = "global"
     num_query_heads: Annotated[int, Key("base_num_query_heads", least=1, most=MOST_HEADS)] = 16
     num_kv_heads: Annotated[int, Key("base_num_kv_heads", least=1)] = 16

@@ -24,7 +24,7 @@ _REMAT = {
 KEYS = frozenset(
     (
         *("base_config", "model_name", "steps", "opt_type", "weight_dtype", "mu_dtype"),
-        *("remat_policy", "profiler", "init_weights_seed", "data_shuffle_seed"),
+        *("attention", "remat_policy", "profiler", "init_weights_seed", "data_shuffle_seed"),
         *("dataset_type", "dataset_path", "tokenizer_path"),
         "cosine_learning_rate_final_fraction",
     )
@@ -73,6 +73,12 @@ def run_values(
     values["remat_policy"] = _REMAT.get(policy, policy)
     if policy in _REMAT:
         translation.words.append(f"remat_policy={policy}: remat_policy={_REMAT[policy]}")
+    values["attention"] = given["attention"]
+    if given["attention"] == "cudnn_flash_te":
+        values["attention"] = "cudnn_flash_jax"
+        translation.words.append(
+            "attention=cudnn_flash_te: attention=cudnn_flash_jax; cuDNN without Transformer Engine"
+        )
     if given["profiler"] == "nsys":
         translation.words.append("profiler=nsys: profile=false; it is nsys that profiles")
     elif profiler := given["profiler"]:

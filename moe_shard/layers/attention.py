@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -105,9 +104,7 @@ class Attention(Heads):
         if memory is not None:
             cache = self._remember(memory, {"key": key, "value": value})
             key, value = cache["key"], cache["value"]
-        scale = self.config.attention_scale
-        scale = 1 / math.sqrt(self.config.head_dim) if scale == -1 else scale
-        return self._attend(query, key, value, positions, segment_ids, memory, scale), cache
+        return self._attend(query, key, value, positions, segment_ids, memory), cache
 
     def empty_cache(self, rows: int, places: int) -> LayerCache:
         """Make a cache without tokens.

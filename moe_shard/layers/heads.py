@@ -7,17 +7,21 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import variance_scaling
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from moe_shard.config.attention_config import AttentionConfig
 from moe_shard.config.model_config import LayerKind
 from moe_shard.layers.cache import LayerCache, Memory
+from moe_shard.layers.kernels import dot_product
+from moe_shard.layers.kernels.choose import SHORT
+from moe_shard.layers.kernels.on_mesh import attend_on_mesh, plan_attention
+from moe_shard.layers.kernels.rule import AttentionRule, Tokens
 from moe_shard.layers.rope import apply_rope
-from moe_shard.layers.scores import attend, seen_tokens
 from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.parameter import parameter
 
@@ -215,44 +219,55 @@ class Heads(nnx.Module):
         positions: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
         memory: Memory | None,
-        scale: float,
+        *,
+        key_length: str = "activation_length",
     ) -> Float[Array, "B S N Dv"]:
-        """Weight values by the softmax of the scores, with jax's own kernel where it applies.
+        """Weight values by the softmax of the scores, with the implementation chosen.
 
         With a memory, keys and values are those of all its places.
+
+        Args:
+            query: rotated by their positions, as the keys.
+            key: keys.
+            value: values.
+            positions: position of each query's token in its document.
+            segment_ids: the document.
+            memory: see `__call__`.
+            key_length: logical axis of T.
         """
-        plain = (
-            self.sink is None
-            and self.config.attn_logits_soft_cap == 0
-            and key.shape[-1] == value.shape[-1]
+        rule, sink = self._rule, self._sink_in_use()
+        queries, keys = self._tokens(positions, segment_ids, memory)
+        if memory is not None and query.shape[1] <= SHORT:
+            # A few scores for each place of the cache: nothing to gain from blocks.
+            return dot_product.attend(query, key, value, queries, keys, rule=rule, sink=sink)
+        kernel, shards = plan_attention(
+            self.config,
+            rule,
+            self.sharding,
+            query.shape,
+            key.shape,
+            value.shape[-1],
+            dtype=query.dtype,
+            key_length=key_length if memory is None else "activation_kv_length",
+            same_tokens=memory is None,
         )
-        if plain and memory is None and self.kind.span == "global":
-            # A document's tokens are in the order of their positions, so causality can go by index.
-            same_document = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-            return jax.nn.dot_product_attention(
-                query, key, value, mask=same_document, scale=scale, is_causal=True
-            )
-        seen = self._seen(positions, segment_ids, memory)
-        if plain:
-            return jax.nn.dot_product_attention(query, key, value, mask=seen, scale=scale)
-        return attend(
-            query,
-            key,
-            value,
-            seen,
-            scale=scale,
-            soft_cap=self.config.attn_logits_soft_cap,
-            sink=self._sink_in_use(),
+        return attend_on_mesh(
+            kernel.attend, query, key, value, queries, keys, rule=rule, sink=sink, shards=shards
         )
 
-    def _seen(
+    @property
+    def _rule(self) -> AttentionRule:
+        return AttentionRule.of(self.config, self.kind.span)
+
+    def _tokens(
         self, positions: Int[Array, "B S"], segment_ids: Int[Array, "B S"], memory: Memory | None
-    ) -> Bool[Array, "B 1 S T"]:
-        """Compute the mask of `seen_tokens`, over the memory's places where there is one."""
-        keys = (positions, segment_ids)
+    ) -> tuple[Tokens, Tokens]:
+        """Return the tokens that attend and those attended to, the memory's where there is one."""
         if memory is not None:
-            keys = (memory.positions, memory.segment_ids)
-        return seen_tokens(positions, segment_ids, *keys, config=self.config, span=self.kind.span)
+            of_memory = Tokens(memory.positions, memory.segment_ids)
+            return Tokens(positions, segment_ids), of_memory
+        tokens = Tokens(positions, segment_ids, np.arange(positions.shape[1]))
+        return tokens, tokens
 
     def _output(self, attended: Float[Array, "B S N Dv"]) -> Float[Array, "B S M"]:
         attended = self._by_head(attended, "heads", "attended")

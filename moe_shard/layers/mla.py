@@ -9,8 +9,6 @@ RoPE rotates is separate, and shared by the heads. Further dims:
 
 from __future__ import annotations
 
-import math
-
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -21,8 +19,10 @@ from moe_shard.config.attention_config import AttentionConfig
 from moe_shard.config.model_config import LayerKind
 from moe_shard.layers.cache import LayerCache, Memory
 from moe_shard.layers.heads import Heads, make_vector, make_weight
+from moe_shard.layers.kernels.choose import SHORT
+from moe_shard.layers.kernels.dot_product import attention_weights
+from moe_shard.layers.kernels.rule import seen_tokens
 from moe_shard.layers.norm import RMSNorm
-from moe_shard.layers.scores import attention_weights
 from moe_shard.sharding.annotate import Sharding
 
 
@@ -101,8 +101,14 @@ class LatentAttention(Heads):
             turned = self._turn(turned, positions, memory)
             key = self._turn(key[:, :, None], positions, memory)[:, :, 0]
         if memory is None:
-            return self._expanded(nope, turned, latent, key, positions, segment_ids), {}
+            return self._expanded(nope, turned, latent, key, positions, segment_ids, None), {}
         cache = self._remember(memory, {"latent": latent, "rope_key": key})
+        if x.shape[1] > SHORT:  # a prompt: every latent is used often enough to be expanded once
+            latent, key = cache["latent"], cache["rope_key"]
+            return (
+                self._expanded(nope, turned, latent, key, positions, segment_ids, memory),
+                cache,
+            )
         return self._absorbed(nope, turned, cache, positions, segment_ids, memory), cache
 
     def empty_cache(self, rows: int, places: int) -> LayerCache:
@@ -166,12 +172,13 @@ class LatentAttention(Heads):
         self,
         nope: Float[Array, "B S N Dn"],
         turned: Float[Array, "B S N Dr"],
-        latent: Float[Array, "B S R"],
-        key: Float[Array, "B S Dr"],
+        latent: Float[Array, "B T R"],
+        key: Float[Array, "B T Dr"],
         positions: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
+        memory: Memory | None,
     ) -> Float[Array, "B S N Dv"]:
-        """Attend with keys and values expanded to heads: cheapest where all tokens are new."""
+        """Attend with keys and values expanded to heads: cheapest where many tokens are new."""
         # Gather the latents over a context axis here, not the keys and values of all heads later.
         latent, key = (
             self.sharding(x, "activation_batch", "activation_kv_length", None, name=name)
@@ -186,8 +193,8 @@ class LatentAttention(Heads):
             checkpoint_name(value, "value_proj"),
             positions,
             segment_ids,
-            None,
-            self._scale,
+            memory,
+            key_length="activation_kv_length",
         )
 
     def _absorbed(
@@ -207,7 +214,8 @@ class LatentAttention(Heads):
         up = self._in_use(self.latent_up, used, "latent up")
         to_key, to_value = jnp.split(up, [self.config.qk_nope_head_dim], axis=-1)
         query = jnp.einsum("bsnd,rnd->bsnr", nope, to_key)
-        scores = self._scale * (
+        rule = self._rule
+        scores = rule.scale * (
             jnp.einsum("bsnr,btr->bnst", query, cache["latent"], preferred_element_type=jnp.float32)
             + jnp.einsum(
                 "bsnd,btd->bnst", turned, cache["rope_key"], preferred_element_type=jnp.float32
@@ -215,20 +223,9 @@ class LatentAttention(Heads):
         )
         weights = attention_weights(
             scores,
-            self._seen(positions, segment_ids, memory),
-            soft_cap=self.config.attn_logits_soft_cap,
+            seen_tokens(*self._tokens(positions, segment_ids, memory), rule=rule)[:, None],
+            soft_cap=rule.soft_cap,
             sink=self._sink_in_use(),
         )
         mixed = jnp.einsum("bnst,btr->bsnr", weights.astype(self.dtype), cache["latent"])
         return jnp.einsum("bsnr,rnd->bsnd", mixed, to_value)
-
-    @property
-    def _scale(self) -> float:
-        """Return the scale of the scores: by key size and, under YaRN, by the extension factor."""
-        config, rope = self.config, self.config.rope
-        scale = config.attention_scale
-        if scale == -1:
-            scale = 1 / math.sqrt(config.qk_nope_head_dim + config.qk_rope_head_dim)
-        if rope.rope_type == "yarn":
-            scale *= (0.1 * rope.mscale * math.log(rope.rope_factor) + 1) ** 2
-        return scale

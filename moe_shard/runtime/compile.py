@@ -13,6 +13,7 @@ import jax
 from moe_shard.config import Config, check_against_mesh
 from moe_shard.config.hardware import Hardware
 from moe_shard.errors import Finding
+from moe_shard.layers.attention_record import AttentionRecord, attention_records
 from moe_shard.lowering.hlo import parse_module
 from moe_shard.lowering.memory import memory_from_compiled
 from moe_shard.lowering.remat_warnings import MARK, with_source
@@ -198,6 +199,13 @@ def moe_records(config: Config, sharding: Sharding) -> dict[str, MoERecord]:
     layers = [layer for layer, kind in enumerate(config.model.layer_kinds) if kind.moe]
     name = f"layer{'s' if len(layers) > 1 else ''} {human_ranges(layers)}"
     return {name: record}
+
+
+def attention_of_step(config: Config, sharding: Sharding) -> dict[str, AttentionRecord]:
+    """Return {layers: their record} for the attention of the training step."""
+    sequences = config.train.microbatch_rows(sharding.mesh.size)
+    tokens = (sequences, config.train.max_target_length)
+    return attention_records(config.model, sharding, tokens)
 
 
 def estimate_step(

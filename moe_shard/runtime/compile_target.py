@@ -11,11 +11,13 @@ import jax
 
 from moe_shard.config import Config
 from moe_shard.errors import Finding
+from moe_shard.layers.attention_record import AttentionRecord
 from moe_shard.lowering.reports import LoweringReport
 from moe_shard.lowering.timeline import Timeline
 from moe_shard.moe.record import MoERecord
 from moe_shard.program.step import make_program
 from moe_shard.runtime.compile import (
+    attention_of_step,
     bound_lines,
     compile_step,
     compiler_options,
@@ -49,6 +51,7 @@ class TargetReport:
         notes: settings without effect, and what the target's devices leave out; one line each.
         conflicts: rule conflicts, one line each.
         moe: records of the MoE layers, by layers.
+        attention: records of attention, by layers.
         bounds: the least work of the MoE layers, one line each.
         estimate: estimate of the step's time; None where the peaks of the target are not known.
         estimate_lines: the estimate as lines for people.
@@ -64,6 +67,7 @@ class TargetReport:
     notes: tuple[str, ...]
     conflicts: tuple[str, ...]
     moe: Mapping[str, MoERecord] = field(default_factory=dict)
+    attention: Mapping[str, AttentionRecord] = field(default_factory=dict)
     bounds: tuple[str, ...] = ()
     estimate: Timeline | None = None
     estimate_lines: tuple[str, ...] = ()
@@ -110,6 +114,7 @@ class TargetReport:
         return {
             **self.lowering.to_json(),
             "moe": {layers: record.to_json() for layers, record in self.moe.items()},
+            "attention": {name: record.to_json() for name, record in self.attention.items()},
             "target": self.target.text,
             "hardware": self.target.hardware.name,
             "compile_time_s": round(self.compile_time_s, 2),
@@ -157,6 +162,7 @@ def compile_for_target(config: Config, target: Target) -> TargetReport:
         notes=(*notes, *([target.note] if target.note else [])),
         conflicts=tuple(sharding.conflict_lines()),
         moe=moe_records(config, sharding),
+        attention=attention_of_step(config, sharding),
     )
 
 

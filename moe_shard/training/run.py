@@ -15,11 +15,13 @@ from moe_shard.config import Config
 from moe_shard.config.hardware import find_hardware
 from moe_shard.config.strategies import find_strategy
 from moe_shard.files import write_text
+from moe_shard.layers.attention_record import AttentionRecord
 from moe_shard.lowering.reports import LoweringReport
 from moe_shard.moe.record import MoERecord
 from moe_shard.program.step import make_program
 from moe_shard.runtime.compile import (
     CompiledStep,
+    attention_of_step,
     bound_lines,
     compile_step,
     compiler_options,
@@ -36,6 +38,9 @@ from moe_shard.runtime.devices import start_devices
 from moe_shard.training.loop import Outcome, Trainer
 from moe_shard.training.profile import show_times
 from moe_shard.training.run_folder import open_run
+
+Records = Mapping[str, Mapping[str, AttentionRecord | MoERecord]]
+"""What `lowering.json` says of layers: key -> layers -> their record."""
 
 
 def run(config: Config) -> Outcome:
@@ -84,9 +89,17 @@ def run(config: Config) -> Outcome:
             for line in sharding.conflict_lines():
                 notes.print(f"rule conflict: {line}", markup=False)
             report.render_table(console)
-            records = moe_records(config, sharding)
+            records: Records = {
+                "attention": attention_of_step(config, sharding),
+                "moe": moe_records(config, sharding),
+            }
             hardware = find_hardware(jax.devices()[0].device_kind)
-            lines = [line for layers, record in records.items() for line in record.lines(layers)]
+            lines = [
+                line
+                for each in records.values()
+                for layers, record in each.items()
+                for line in record.lines(layers)
+            ]
             lines += option_lines(step) + bound_lines(config, sharding, report)
             if found := estimate_step(config, hardware, report):
                 lines += estimate_lines(config, found, sharding.mesh.size)
@@ -107,10 +120,13 @@ def _keep(
     config: Config,
     step: CompiledStep,
     report: LoweringReport,
-    records: Mapping[str, MoERecord],
+    records: Records,
     folder: Path,
 ) -> None:
-    kept = report.to_json() | {"moe": {name: each.to_json() for name, each in records.items()}}
+    kept = report.to_json() | {
+        what: {layers: record.to_json() for layers, record in each.items()}
+        for what, each in records.items()
+    }
     write_text(folder / "lowering.json", json.dumps(kept, indent=1) + "\n")
     if config.train.dump_hlo:
         (folder / "hlo").mkdir(exist_ok=True)

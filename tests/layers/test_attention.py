@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from moe_shard.layers.cache import Memory
+from moe_shard.layers.kernels import blockwise
 from moe_shard.lowering.reports import report_from_text
 from moe_shard.models.params import describe as describe_model
 from tests.layers import oracle
@@ -85,6 +86,10 @@ MESHES: list[Sizes] = [
     {"fsdp_transpose": 2, "context": 2, "expert": 2},
     {"tensor": 2, "expert": 4},
 ]
+BLOCKWISE = {
+    *("plain", "sliding", "chunked", "sink", "soft-cap", "scale", "sliding-sink-soft-cap-bias"),
+    *("mla", "mla-query-latent-bias-yarn", "mla-sliding-sink-soft-cap"),
+}
 ON_MESHES = (
     "plain",
     "norm-projection",
@@ -125,15 +130,37 @@ def check(sizes: Sizes, overrides: tuple[str, ...], rows: int) -> None:
     assert_gradients(grads, at, lambda at: float(np.sum(forward(at) * probe)))
 
 
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make blocks of 4 tokens or so, of which a test's text has several."""
+    monkeypatch.setattr(blockwise, "CPU_BLOCK", 8)
+    monkeypatch.setattr(blockwise, "_SMALLEST", 4)
+
+
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("case", CASES)
 def test_on_one_device(case: str) -> None:
-    check({}, CASES[case], rows=3)
+    # Blocks for what changes scores and masks; the default for what comes before them.
+    implementation = "blockwise" if case in BLOCKWISE else "autoselected"
+    check({}, (f"attention={implementation}", *CASES[case]), rows=3)
 
 
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("sizes", MESHES, ids=label)
 @pytest.mark.parametrize("case", ON_MESHES)
 def test_on_meshes(case: str, sizes: Sizes) -> None:
-    check(sizes, CASES[case], rows=8)
+    implementation = "autoselected" if case == "norm-projection" else "blockwise"
+    check(sizes, (f"attention={implementation}", *CASES[case]), rows=8)
+
+
+@pytest.mark.parametrize("heads", [(4, 1), (6, 2), (6, 3)], ids=str)
+def test_tensor_axes_that_do_not_divide_key_heads(heads: tuple[int, int]) -> None:
+    # Key heads on every device, of which each takes its own: one, a whole group's, or one by one.
+    sizes = {"tensor": 2, "fsdp": 4}
+    number, kv = heads
+    overrides = (f"base_num_query_heads={number}", f"base_num_kv_heads={kv}", "attention_sink=true")
+    alone = ("logical_axis_rules=[[kv_heads,[]],[activation_kv_heads,[]]]",)
+    check(sizes, (*overrides, *alone), rows=8)
 
 
 @pytest.mark.parametrize("case", CASES)

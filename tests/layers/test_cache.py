@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moe_shard.layers import heads, mla
 from moe_shard.layers.cache import EMPTY, LayerCache, Memory
+from moe_shard.layers.kernels import blockwise
 from tests.layers import oracle
 from tests.layers.build import (
     MLA,
@@ -109,6 +111,17 @@ def test_read_in_pieces(case: str, pieces: str) -> None:
 @pytest.mark.parametrize("case", ["plain", "mla-query-latent-bias-yarn"])
 def test_read_at_once(case: str) -> None:
     got = read({}, CASES[case], PIECES["at-once"], rows=2)
+    assert_close(got.y, got.expected)
+
+
+@pytest.mark.parametrize("case", ["plain", "chunked", "sliding-sink-soft-cap-bias", "mla"])
+def test_a_long_prompt_is_read_block_by_block(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (heads, mla):
+        monkeypatch.setattr(module, "SHORT", 4)
+    monkeypatch.setattr(blockwise, "CPU_BLOCK", 8)
+    monkeypatch.setattr(blockwise, "_SMALLEST", 4)
+    sizes = {"fsdp": 2, "tensor": 2} if case == "mla" else {}
+    got = read(sizes, CASES[case], [6, 1, 5], rows=2)
     assert_close(got.y, got.expected)
 
 

@@ -1,0 +1,121 @@
+"""Record how attention is computed, and why not otherwise: printed before step 0, used in tests.
+
+A record follows from configuration, mesh and shapes alone; nothing has to be traced for it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from moe_shard.config.model_config import LayerKind, ModelConfig
+from moe_shard.layers.kernels.on_mesh import plan_attention
+from moe_shard.layers.kernels.rule import AttentionRule
+from moe_shard.sharding.annotate import Sharding
+from moe_shard.units import human_ranges
+
+
+@dataclass(frozen=True)
+class AttentionRecord:
+    """Describe how the attention of some layers is computed.
+
+    Attributes:
+        implementation: a value of `attention`, without "autoselected".
+        reason: why that one.
+        scores: which tokens are seen and what happens to scores, such as "sliding 4096, sinks".
+        context: how tokens of a sequence on other devices are reached; "none" where each device
+            has all of its sequences' tokens.
+        not_taken: implementation that is faster where it runs -> why not here.
+    """
+
+    implementation: str
+    reason: str
+    scores: str
+    context: str
+    not_taken: dict[str, str]
+
+    def lines(self, layers: str) -> list[str]:
+        """Return the record as lines for people.
+
+        Args:
+            layers: the layers that this is about, such as "layers 0-31".
+        """
+        refused = ", ".join(f"{name} ({why})" for name, why in self.not_taken.items())
+        return [
+            f"attention in {layers}: {self.implementation} ({self.reason}), scores: {self.scores}, "
+            f"context: {self.context}",
+            *([f"  not taken: {refused}"] if refused else []),
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a value of the object `attention` of `lowering.json`."""
+        return asdict(self)
+
+
+def attention_records(
+    config: ModelConfig, sharding: Sharding, tokens: tuple[int, int]
+) -> dict[str, AttentionRecord]:
+    """Return {layers: their record} for training, one for all layers that attend alike.
+
+    Args:
+        config: the model.
+        sharding: the mesh and its rules.
+        tokens: [B S], of a microbatch on all devices together.
+
+    Raises:
+        UserError: as the layers' calls.
+    """
+    layers = defaultdict(list)
+    for number, kind in enumerate(config.layer_kinds):
+        layers[kind.span].append((number, kind))
+    return {
+        _named([number for number, _ in alike]): _record(config, alike[0][1], sharding, tokens)
+        for alike in layers.values()
+    }
+
+
+def _named(numbers: list[int]) -> str:
+    return f"layer{'s' if len(numbers) > 1 else ''} {human_ranges(numbers)}"
+
+
+def _record(
+    config: ModelConfig, kind: LayerKind, sharding: Sharding, tokens: tuple[int, int]
+) -> AttentionRecord:
+    attention, rule = config.attention, AttentionRule.of(config.attention, kind.span)
+    kv_heads, key_dim, value_dim = attention.num_kv_heads, attention.head_dim, attention.head_dim
+    latent = attention.attention_type == "mla"
+    if latent:
+        kv_heads, value_dim = attention.num_query_heads, attention.v_head_dim
+        key_dim = attention.qk_nope_head_dim + attention.qk_rope_head_dim
+    kernel, shards = plan_attention(
+        attention,
+        rule,
+        sharding,
+        (*tokens, attention.num_query_heads, key_dim),
+        (*tokens, kv_heads, key_dim),
+        value_dim,
+        dtype=config.dtype,
+        key_length="activation_kv_length" if latent else "activation_length",
+        same_tokens=True,
+    )
+    context = "none"
+    if shards.size(shards.length) > 1:
+        what = "latents" if latent else "keys and values"
+        context = f"{what} gathered over {', '.join(shards.length)}"
+    return AttentionRecord(
+        implementation=kernel.name,
+        reason=kernel.reason,
+        scores=_scores_in_words(rule, sink=attention.attention_sink),
+        context=context,
+        not_taken=dict(kernel.refused),
+    )
+
+
+def _scores_in_words(rule: AttentionRule, *, sink: bool) -> str:
+    words = [rule.span if rule.span == "global" else f"{rule.span} {rule.window}"]
+    if rule.soft_cap:
+        words.append(f"soft cap {rule.soft_cap:g}")
+    if sink:
+        words.append("sinks")
+    return ", ".join(words)
