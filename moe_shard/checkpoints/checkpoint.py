@@ -137,6 +137,12 @@ class Checkpointer:
         fused = is_fused(abstract_state.params)
         # None: a model without experts, or a missing structure, which reading will report.
         converts = (self._is_fused(updates), fused) in ((False, True), (True, False))
+        if converts and self._shaping["optimizer"] == "adafactor":
+            raise UserError(
+                f"{self._folder}: the second moments of adafactor are sums over the experts' gate "
+                f"and up, saved with prefuse_moe_weights={shown(not fused)}\n"
+                f"fix: prefuse_moe_weights={shown(not fused)}"
+            )
         stored = other_layout(abstract_state) if converts else abstract_state
         wanted = ocp.args.StandardRestore(stored._asdict())
         state = TrainState(**self._read(updates, state=wanted).state)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_shard.autoep.host_blocks import HostBlock
@@ -86,15 +87,22 @@ def to_layout(tree: Tree, wanted: Any) -> Tree:
         for pair in _PAIRS:
             if pair.both in wanted and pair.gate in experts:
                 halves = new.pop(pair.gate), new.pop(pair.up)
+                if _is_masked(halves[0]):
+                    new[pair.both] = halves[0]
+                    continue
                 place = wanted[pair.both].sharding
                 new[pair.both] = jax.jit(fuse, out_shardings=place)(*halves)
                 old += halves
             elif pair.gate in wanted and pair.both in experts:
                 whole = new.pop(pair.both)
+                if _is_masked(whole):
+                    new[pair.gate] = new[pair.up] = whole
+                    continue
                 places = wanted[pair.gate].sharding, wanted[pair.up].sharding
                 new[pair.gate], new[pair.up] = jax.jit(unfuse, out_shardings=places)(whole)
                 old.append(whole)
-        assert all(array.shape == wanted[name].shape for name, array in new.items()), (new, wanted)
+        for name, array in new.items():
+            assert _is_masked(array) or array.shape == wanted[name].shape, (name, new, wanted)
         # Donating them would free nothing and warn: no output has their shape.
         for array in old:
             array.delete()
@@ -138,8 +146,15 @@ def _has_experts(node: Any) -> bool:
     return isinstance(node, dict) and _EXPERTS in node
 
 
+def _is_masked(leaf: Any) -> bool:
+    """Return whether a tree of one optimizer has nothing here, as another one has the parameter."""
+    return isinstance(leaf, optax.MaskedNode)
+
+
 def _with_pair(part: Abstract) -> Abstract:
     """Describe [*E H] as [*E 2 H], the new dim unsharded."""
+    if _is_masked(part):
+        return part
     *outer, last = _entries(part)
     shape = (*part.shape[:-1], 2, part.shape[-1])
     return _placed(part, shape, (*outer, None, last))
@@ -147,6 +162,8 @@ def _with_pair(part: Abstract) -> Abstract:
 
 def _without_pair(whole: Abstract) -> Abstract:
     """Describe [*E 2 H] as [*E H]."""
+    if _is_masked(whole):
+        return whole
     *outer, _, last = _entries(whole)
     return _placed(whole, (*whole.shape[:-2], whole.shape[-1]), (*outer, last))
 

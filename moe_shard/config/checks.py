@@ -91,6 +91,8 @@ def _notes(config: Config, sizes: Mapping[str, int]) -> tuple[str, ...]:
             f"max_target_length={length} is beyond the positions that the model is made for "
             f"(max_position_embeddings={longest})"
         )
+    if config.train.shard_optimizer_over_data and sizes.get("data", 1) == 1:
+        notes.append("shard_optimizer_over_data=true has no effect: the data axis has size 1")
     moe = config.model.moe
     if moe is None:
         return tuple(notes)

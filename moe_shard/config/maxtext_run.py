@@ -24,7 +24,8 @@ _REMAT = {
 KEYS = frozenset(
     (
         *("base_config", "model_name", "steps", "opt_type", "weight_dtype", "mu_dtype"),
-        *("attention", "remat_policy", "profiler", "init_weights_seed", "data_shuffle_seed"),
+        *("attention", "muon_consistent_rms", "remat_policy", "profiler"),
+        *("init_weights_seed", "data_shuffle_seed"),
         *("dataset_type", "dataset_path", "tokenizer_path"),
         "cosine_learning_rate_final_fraction",
     )
@@ -60,15 +61,16 @@ def run_values(
     if given["steps"] == -1:
         values["steps"] = given["learning_rate_schedule_steps"]
     values["optimizer"] = given["opt_type"]
-    if given["opt_type"] in {"adam_pax", "muon"}:
+    if given["opt_type"] == "adam_pax":
         unbuilt["opt_type"] = (given["opt_type"], f"the optimizer {given['opt_type']}")
         values["optimizer"] = "adamw"
     weight_dtype = values["weight_dtype"] = given["weight_dtype"]
     if weight_dtype.startswith("float8"):
         unbuilt["weight_dtype"] = (weight_dtype, "float8 weights")
         values["weight_dtype"] = "bfloat16"
-    if given["mu_dtype"] not in (*UNSET, weight_dtype):
-        unbuilt["mu_dtype"] = (given["mu_dtype"], "first moments of a dtype of their own")
+    values["mu_dtype"] = "" if given["mu_dtype"] in (*UNSET, weight_dtype) else given["mu_dtype"]
+    rms = given["muon_consistent_rms"]
+    values["muon_consistent_rms"] = -1.0 if rms in UNSET else rms
     policy = given["remat_policy"]
     values["remat_policy"] = _REMAT.get(policy, policy)
     if policy in _REMAT:

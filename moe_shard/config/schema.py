@@ -19,7 +19,8 @@ from moe_shard.config.mesh_config import MeshConfig
 from moe_shard.config.model_config import ModelConfig
 from moe_shard.errors import UserError
 
-Optimizer = Literal["adamw", "sgd"]
+Optimizer = Literal["adamw", "sgd", "adafactor", "muon"]
+MomentDType = Literal["", "bfloat16", "float16", "float32"]
 LearningRateRule = Literal["plain", "maxtext"]
 DatasetType = Literal["text", "synthetic"]
 
@@ -33,7 +34,12 @@ class TrainConfig:
         max_target_length: tokens in a sequence.
         steps: optimizer updates.
         gradient_accumulation_steps: microbatches in one update.
-        optimizer: an `Optimizer`.
+        cast_weights_once: whether the layers' matrices are cast to `dtype` once a step, before the
+            layers; otherwise each layer casts its own, in every pass over it.
+        optimizer: an `Optimizer`; "adafactor" has a rate relative to the parameters, and reads no
+            other key of an optimizer; "muon" updates vectors, embedding and logits by Adam.
+        shard_optimizer_over_data: whether each device of the data axis holds and updates a part of
+            the parameters, and of the optimizer's state, of its own (ZeRO-1).
         learning_rate: peak learning rate.
         warmup_steps_fraction: fraction of the schedule over which the learning rate rises linearly
             from 0.
@@ -47,6 +53,11 @@ class TrainConfig:
         adam_eps: number added to the root of the second moment.
         adam_weight_decay: decoupled weight decay per unit of learning rate.
         adam_decay_vectors: whether weight decay includes the scales of norms and biases.
+        mu_dtype: dtype of the first moments, a `MomentDType`; empty: that of the parameters.
+        muon_beta: decay of Muon's momentum.
+        muon_weight_decay: as `adam_weight_decay`, for what Muon updates.
+        muon_consistent_rms: root mean square of Muon's updates; -1: scaled by the width instead.
+        muon_include_routers: whether Muon updates the routers' matrices too.
         seed: seed of the initial parameters and of the order of the data.
         log_period: updates between two lines on the terminal.
         enable_checkpointing: whether to save checkpoints, and to resume from those that are there.
@@ -68,7 +79,9 @@ class TrainConfig:
     max_target_length: Annotated[int, Key(least=1)] = 2048
     steps: Annotated[int, Key(least=0)] = 1000
     gradient_accumulation_steps: Annotated[int, Key(least=1)] = 1
+    cast_weights_once: Annotated[bool, Key()] = True
     optimizer: Annotated[Optimizer, Key(choices=get_args(Optimizer))] = "adamw"
+    shard_optimizer_over_data: Annotated[bool, Key()] = False
     learning_rate: Annotated[float, Key(least=0)] = 3e-05
     warmup_steps_fraction: Annotated[float, Key(least=0, most=1)] = 0.1
     learning_rate_final_fraction: Annotated[float, Key(least=0, most=1)] = 0.1
@@ -82,6 +95,11 @@ class TrainConfig:
     adam_eps: Annotated[float, Key(above=0)] = 1e-08
     adam_weight_decay: Annotated[float, Key(least=0)] = 0.1
     adam_decay_vectors: Annotated[bool, Key()] = False
+    mu_dtype: Annotated[MomentDType, Key(choices=get_args(MomentDType))] = ""
+    muon_beta: Annotated[float, Key(least=0, below=1)] = 0.95
+    muon_weight_decay: Annotated[float, Key(least=0)] = 0.0
+    muon_consistent_rms: Annotated[float, Key(above=0, off=-1)] = -1.0
+    muon_include_routers: Annotated[bool, Key()] = False
     seed: Annotated[int, Key(least=0, below=2**32)] = 0
     log_period: Annotated[int, Key(least=1)] = 1
     enable_checkpointing: Annotated[bool, Key()] = True

@@ -37,6 +37,14 @@ class ParamSpec:
     logical_axes: tuple[str | None, ...]
     sharding: NamedSharding
 
+    @property
+    def is_matrix(self) -> bool:
+        """Return whether it has two dims or more besides those of layers and experts.
+
+        Stacking by layer or expert, or a dim without a logical axis, makes no matrix of a vector.
+        """
+        return len(set(self.logical_axes) - {"layers", "exp", None}) > 1
+
     def abstract(self) -> jax.ShapeDtypeStruct:
         """Return jax's description of it, for lowering and for restoring a checkpoint."""
         return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.sharding)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from moe_shard.config.schema import TrainConfig
 from moe_shard.models.params import Params, ParamSpec
+from moe_shard.program.matrices import adafactor, is_muons, scale_by_muon
 
 
 def make_schedule(config: TrainConfig) -> optax.Schedule:
@@ -56,7 +57,7 @@ def _maxtext_schedule(config: TrainConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig, specs: Params) -> optax.GradientTransformation:
-    """Make the optimizer: clip by global norm, then AdamW or plain SGD at the scheduled rate.
+    """Make the optimizer: clip by global norm, then the update at the scheduled rate.
 
     The norm is taken over whole arrays, whatever their sharding: under jit a sum over a sharded
     array is the sum over all of its shards, so experts on other devices count once and fully.
@@ -66,22 +67,69 @@ def make_optimizer(config: TrainConfig, specs: Params) -> optax.GradientTransfor
         specs: the parameters' `ParamSpec`s; weight decay excludes vectors such as norm scales,
             unless `adam_decay_vectors` is set.
     """
-    schedule = make_schedule(config)
-    if config.optimizer == "adamw":
-        decayed = jax.tree.map(lambda spec: _is_decayed(spec, config.adam_decay_vectors), specs)
-        update = optax.adamw(
-            schedule,
-            b1=config.adam_b1,
-            b2=config.adam_b2,
-            eps=config.adam_eps,
-            weight_decay=config.adam_weight_decay,
-            mask=decayed,
-        )
-    else:
-        update = optax.sgd(schedule)
+    update = _make_update(config, make_schedule(config), specs)
     if config.gradient_clipping_threshold == 0:
         return update
     return optax.chain(optax.clip_by_global_norm(config.gradient_clipping_threshold), update)
+
+
+def _make_update(
+    config: TrainConfig, schedule: optax.Schedule, specs: Params
+) -> optax.GradientTransformation:
+    match config.optimizer:
+        case "adamw":
+            return _adam(config, schedule, specs, nesterov=False)
+        case "sgd":
+            return optax.sgd(schedule)
+        case "adafactor":
+            return adafactor(schedule, specs)
+        case "muon":
+            return _muon(config, schedule, specs)
+
+
+def _adam(
+    config: TrainConfig, schedule: optax.Schedule, specs: Params, *, nesterov: bool
+) -> optax.GradientTransformation:
+    return optax.adamw(
+        schedule,
+        b1=config.adam_b1,
+        b2=config.adam_b2,
+        eps=config.adam_eps,
+        weight_decay=config.adam_weight_decay,
+        mu_dtype=config.mu_dtype or None,
+        mask=jax.tree.map(lambda spec: _is_decayed(spec, config.adam_decay_vectors), specs),
+        nesterov=nesterov,
+    )
+
+
+def _muon(
+    config: TrainConfig, schedule: optax.Schedule, specs: Params
+) -> optax.GradientTransformation:
+    """Make Muon for the matrices between activations, and Adam for all other parameters."""
+    routers = config.muon_include_routers
+    by_muon = jax.tree.map(lambda spec: is_muons(spec, routers=routers), specs)
+
+    def only(wanted: bool) -> Params:
+        return jax.tree.map(
+            lambda spec, muons: spec if muons == wanted else optax.MaskedNode(), specs, by_muon
+        )
+
+    rms = config.muon_consistent_rms
+    muon = optax.chain(
+        scale_by_muon(
+            only(True),
+            beta=config.muon_beta,
+            eps=config.adam_eps,
+            mu_dtype=config.mu_dtype or None,
+            consistent_rms=None if rms == -1 else rms,
+        ),
+        optax.add_decayed_weights(config.muon_weight_decay),
+        optax.scale_by_learning_rate(schedule),
+    )
+    return optax.partition(
+        {"muon": muon, "adam": _adam(config, schedule, only(False), nesterov=True)},
+        jax.tree.map(lambda muons: "muon" if muons else "adam", by_muon),
+    )
 
 
 def _is_decayed(spec: ParamSpec, vectors: bool) -> bool:
@@ -89,5 +137,4 @@ def _is_decayed(spec: ParamSpec, vectors: bool) -> bool:
     if vectors:
         # This bias has no gradient; decay must not move it either.
         return not spec.name.endswith("correction_bias")
-    # Stacking by layer or expert, or a dim without a logical axis, does not make a vector a matrix.
-    return len(set(spec.logical_axes) - {"layers", "exp", None}) > 1
+    return spec.is_matrix

@@ -6,7 +6,7 @@ batch) without allocating anything, so that the same program compiles for absent
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,13 +16,16 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from moe_shard.config.schema import Config
+from moe_shard.config.schema import Config, brief_list
 from moe_shard.models.params import AbstractModel, Params, describe
 from moe_shard.moe.layer import MoEStats
 from moe_shard.moe.losses import load_balance_loss
 from moe_shard.program.balance import balanced
+from moe_shard.program.opt_state import over_data, place_state
 from moe_shard.program.optimizer import make_optimizer, make_schedule
+from moe_shard.program.working_weights import as_stored, working_weights
 from moe_shard.sharding.annotate import Sharding
+from moe_shard.units import human_count
 
 Batch = dict[str, Int[Array, "A R S"]]
 """`inputs`, `targets`, `positions`, `segment_ids`; A microbatches of R sequences."""
@@ -66,6 +69,7 @@ class Program:
 
     Attributes:
         model: the decoder.
+        notes: one line each on what the configuration asks for in vain.
         abstract_state: a `TrainState` of `ShapeDtypeStruct`s with shardings.
         abstract_batch: a `Batch` of `ShapeDtypeStruct`s with shardings.
         init: key -> state; jitted, so that every device makes its own shards.
@@ -74,6 +78,7 @@ class Program:
     """
 
     model: AbstractModel
+    notes: tuple[str, ...]
     abstract_state: TrainState
     abstract_batch: dict[str, jax.ShapeDtypeStruct]
     init: jax.stages.Wrapped
@@ -97,9 +102,13 @@ def make_program(config: Config, sharding: Sharding) -> Program:
         UserError: an array has a dim that its mesh axes do not divide.
     """
     model = describe(config.model, sharding)
-    optimizer = make_optimizer(config.train, model.specs)
+    stored: Params = model.specs
+    whole: tuple[str, ...] = ()
+    if config.train.shard_optimizer_over_data:
+        stored, whole = over_data(model.specs)
+    optimizer = make_optimizer(config.train, stored)
     schedule = make_schedule(config.train)
-    grad_fn = make_grad(config, model)
+    grad_fn = make_grad(config, model, stored)
 
     def init_rest(params: Params) -> tuple[Int[Array, ""], Any]:
         return jnp.zeros((), jnp.int32), optimizer.init(params)
@@ -110,8 +119,16 @@ def make_program(config: Config, sharding: Sharding) -> Program:
         return TrainState(step, params, opt_state)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, losses, grads = _accumulate(grad_fn, state.params, batch)
+        weights = working_weights(
+            state.params,
+            model.specs,
+            stored,
+            config.model.dtype,
+            cast=config.train.cast_weights_once,
+        )
+        loss, losses, grads = _accumulate(grad_fn, weights, state.params, batch)
         with jax.named_scope("optimizer"):
+            grads = as_stored(grads, state.params)
             grad_norm = optax.tree.norm(grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
@@ -127,12 +144,13 @@ def make_program(config: Config, sharding: Sharding) -> Program:
         }
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    abstract_state = _abstract_state(init, optimizer, model, sharding)
+    abstract_state = _abstract_state(init, stored, sharding)
     abstract_batch = _abstract_batch(config, sharding)
     state_shardings = _shardings(abstract_state)
     replicated = NamedSharding(sharding.mesh, PartitionSpec())
     return Program(
         model=model,
+        notes=tuple(_notes(whole)),
         abstract_state=abstract_state,
         abstract_batch=abstract_batch,
         init=jax.jit(init, out_shardings=state_shardings),
@@ -151,8 +169,14 @@ def make_program(config: Config, sharding: Sharding) -> Program:
 GradFn = Callable[[Params, dict[str, Int[Array, "R S"]]], tuple[Float[Array, ""], Losses, Params]]
 
 
-def make_grad(config: Config, model: AbstractModel) -> GradFn:
-    """Make the gradient function of cross entropy plus weighted auxiliary losses."""
+def make_grad(config: Config, model: AbstractModel, stored: Params | None = None) -> GradFn:
+    """Make the gradient function of cross entropy plus weighted auxiliary losses.
+
+    Args:
+        config: model and training.
+        model: the decoder.
+        stored: `ParamSpec`s with the placement of the gradients; None: that of the parameters.
+    """
 
     def loss_fn(
         params: Params, batch: dict[str, Int[Array, "R S"]]
@@ -165,7 +189,7 @@ def make_grad(config: Config, model: AbstractModel) -> GradFn:
             losses = _with_moe(config, ce_loss, stats)
             return ce_loss + losses.aux_loss, losses
 
-    shardings = jax.tree.map(lambda spec: spec.sharding, model.specs)
+    shardings = jax.tree.map(lambda spec: spec.sharding, stored or model.specs)
 
     def grad_fn(
         params: Params, batch: dict[str, Int[Array, "R S"]]
@@ -216,47 +240,55 @@ def _load_imbalance(expert_counts: Float[Array, "L E"]) -> Float[Array, ""]:
 
 
 def _accumulate(
-    grad_fn: GradFn, params: Params, batch: Batch
+    grad_fn: GradFn, weights: Params, params: Params, batch: Batch
 ) -> tuple[Float[Array, ""], Losses, Params]:
-    """Average loss and gradients over the microbatches, in float32; add up expert counts."""
+    """Average loss and gradients over the microbatches; add up expert counts.
+
+    Args:
+        grad_fn: the result of `make_grad`.
+        weights: the parameters in the dtypes in which the layers use them.
+        params: the same in the dtypes in which gradients are added up.
+        batch: see `Batch`.
+
+    Returns:
+        Loss, statistics and gradients; those of a single microbatch in the dtypes of `weights`.
+    """
     microbatches = batch["inputs"].shape[0]
     first = jax.tree.map(lambda x: x[0], batch)
     if microbatches == 1:
-        return grad_fn(params, first)
+        return grad_fn(weights, first)
+
+    def one(microbatch: dict[str, Int[Array, "R S"]]) -> tuple[Any, Losses, Params]:
+        loss, losses, grads = grad_fn(weights, microbatch)
+        return loss, losses, as_stored(grads, params)
 
     def add(total: Any, microbatch: dict[str, Int[Array, "R S"]]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, grad_fn(params, microbatch)), None
+        return jax.tree.map(jnp.add, total, one(microbatch)), None
 
     # Start from zeros, not from the first microbatch: one copy of the program instead of two.
-    shapes = jax.eval_shape(grad_fn, params, first)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, first))
     total, _ = jax.lax.scan(add, zeros, batch)
     loss, losses, grads = jax.tree.map(lambda x: x / microbatches, total)
     return loss, losses._replace(expert_counts=total[1].expert_counts), grads
 
 
 def _abstract_state(
-    init: Callable[[PRNGKeyArray], TrainState],
-    optimizer: optax.GradientTransformation,
-    model: AbstractModel,
-    sharding: Sharding,
+    init: Callable[[PRNGKeyArray], TrainState], stored: Params, sharding: Sharding
 ) -> TrainState:
     """Describe the state; moments are sharded as their parameters, scalars replicated."""
     replicated = NamedSharding(sharding.mesh, PartitionSpec())
     shapes = jax.eval_shape(init, jax.random.key(0))
+    step: Any = jax.ShapeDtypeStruct(shapes.step.shape, shapes.step.dtype, sharding=replicated)
+    params = jax.tree.map(lambda spec: spec.abstract(), stored)
+    return TrainState(step, params, place_state(shapes.opt_state, stored, replicated))
 
-    def scalar(leaf: Any) -> Any:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
 
-    opt_state = optax.tree.map_params(
-        optimizer,
-        lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spec.sharding),
-        shapes.opt_state,
-        model.specs,
-        transform_non_params=scalar,
-    )
-    params = jax.tree.map(lambda spec: spec.abstract(), model.specs)
-    return TrainState(scalar(shapes.step), params, opt_state)
+def _notes(whole: tuple[str, ...]) -> Iterator[str]:
+    if whole:
+        yield (
+            f"shard_optimizer_over_data: {human_count(len(whole), 'parameter')} with no dim that "
+            f"the data axis divides, whose state every device has: {brief_list(whole, 5)}"
+        )
 
 
 def _abstract_batch(config: Config, sharding: Sharding) -> dict[str, jax.ShapeDtypeStruct]:

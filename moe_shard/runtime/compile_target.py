@@ -159,7 +159,7 @@ def compile_for_target(config: Config, target: Target) -> TargetReport:
         num_params=program.model.num_params,
         hlo=step.hlo if step else None,
         refusal=refusal,
-        notes=(*notes, *([target.note] if target.note else [])),
+        notes=(*notes, *program.notes, *([target.note] if target.note else [])),
         conflicts=tuple(sharding.conflict_lines()),
         moe=moe_records(config, sharding),
         attention=attention_of_step(config, sharding),

@@ -156,7 +156,9 @@ class Trainer:
                 console=console,
             )
             step, opt_state = self.program.init_rest(params)
-            return TrainState(step, params, opt_state)
+            # As the optimizer stores them, which may be over more axes than the layers use.
+            places = jax.tree.map(lambda leaf: leaf.sharding, self.program.abstract_state.params)
+            return TrainState(step, jax.device_put(params, places, donate=True), opt_state)
         with console.status("creating the parameters"):
             key = jax.random.key(self.config.train.seed)
             state: TrainState = jax.block_until_ready(self.program.init(key))

@@ -69,6 +69,8 @@ def run(config: Config) -> Outcome:
     writer = jax.process_index() == 0
     with cache_problems(note), out_of_memory_is_a_finding():
         program = make_program(config, sharding)
+        for line in program.notes:
+            note(line)
         with (
             open_run(config.run, writer=writer) as folder,
             Trainer(config, program, folder, say=console.print) as trainer,

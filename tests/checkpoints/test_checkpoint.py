@@ -108,6 +108,23 @@ def test_a_state_is_restored_at_another_ep_size_and_goes_on_alike(tmp_path: Path
     )
 
 
+@pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
+def test_any_optimizers_state_is_restored_on_another_mesh(tmp_path: Path, optimizer: str) -> None:
+    keys = (*KEYS, f"optimizer={optimizer}", "mu_dtype=bfloat16", "base_emb_dim=128", "head_dim=16")
+    over = small_config({"data": 2, "expert": 4}, *keys, "shard_optimizer_over_data=true")
+    other = small_config(EP2, *keys)
+    saved = made_up(over, make_program(over, annotator(over)))
+    save(tmp_path, over, saved, 3)
+    program = make_program(other, annotator(other))
+    state = restore(tmp_path, other, program)
+    assert_bitwise(state, saved)
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == jax.tree.map(
+        lambda leaf: leaf.sharding, program.abstract_state
+    )
+    moments = {leaf.dtype.name for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim}
+    assert ("bfloat16" in moments) == (optimizer == "muon")
+
+
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     config, program, _ = build(EP8)
     kept = small_config(EP8, *KEYS, "max_num_checkpoints_to_keep=2")

@@ -356,3 +356,28 @@ def test_a_dim_without_a_name_makes_no_matrix_of_a_vector() -> None:
     nothing = {"scale": jnp.zeros(spec.shape)}
     updates, _ = optimizer.update(nothing, optimizer.init(params), params)
     assert not updates["scale"].any()
+
+
+@pytest.mark.parametrize("biases", [(), (BIASES,)], ids=["", "biases"])
+def test_a_state_of_muon_converts_and_one_of_adafactor_does_not(
+    tmp_path: Path, biases: tuple[str, ...]
+) -> None:
+    fused, apart = (build(EP8, *biases, "optimizer=muon", *more) for more in ((FUSED,), ()))
+    there = made_up(fused.program)
+    kept = jax.device_get(there)
+    back = to_layout(to_layout(there, apart.program.abstract_state), fused.program.abstract_state)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(back), kept)
+    abstract = other_layout(apart.program.abstract_state)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), fused.program.abstract_state
+    )
+    if biases:
+        return
+    fused, apart = (build(EP8, "optimizer=adafactor", *more) for more in ((FUSED,), ()))
+    checkpointer = Checkpointer(tmp_path, apart.config)
+    try:
+        checkpointer.save(made_up(apart.program), updates=1)
+        with pytest.raises(UserError, match="fix: prefuse_moe_weights=false"):
+            checkpointer.restore(1, fused.program.abstract_state)
+    finally:
+        checkpointer.close()

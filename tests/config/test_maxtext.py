@@ -420,8 +420,7 @@ def test_positions_of_the_other_blocks_are_halves_of_a_head(tmp_path: Path) -> N
         (DEEPSEEK + "attention_sink: true", ["attention sinks with latent attention"]),
         ("decoder_block: mixtral\ndropout_rate: 0.1", ["dropout (dropout_rate=0.1)"]),
         ("decoder_block: mixtral\nweight_dtype: float8_e4m3fn", ["float8 weights"]),
-        ("decoder_block: mixtral\nopt_type: muon", ["the optimizer muon"]),
-        ("decoder_block: mixtral\nmu_dtype: bfloat16", ["first moments of a dtype of their own"]),
+        ("decoder_block: mixtral\nopt_type: adam_pax", ["the optimizer adam_pax"]),
     ],
 )  # fmt: skip
 def test_a_model_that_is_not_here_is_refused_by_what_is_missing(
@@ -430,8 +429,23 @@ def test_a_model_that_is_not_here_is_refused_by_what_is_missing(
     says(error(tmp_path, text), *parts, "training would train another model")
 
 
+def test_muon_and_moments_of_their_own_dtype(tmp_path: Path) -> None:
+    text = "decoder_block: mixtral\nopt_type: muon\nmu_dtype: bfloat16\nmuon_consistent_rms: 0.2"
+    train = load(tmp_path, text, "muon_weight_decay=0.1").train
+    assert (train.optimizer, train.mu_dtype, train.muon_consistent_rms) == ("muon", "bfloat16", 0.2)
+    # Their default is to include the routers, ours is not to.
+    assert (train.muon_beta, train.muon_weight_decay, train.muon_include_routers) == (
+        0.95,
+        0.1,
+        True,
+    )
+    train = load(tmp_path, "decoder_block: mixtral\nmu_dtype: float32\nweight_dtype: float32").train
+    assert (train.mu_dtype, train.muon_consistent_rms) == ("", -1)
+    says(error(tmp_path, "decoder_block: mixtral\nmuon_type: maxtext_muon"), "muon_type=optax_muon")
+
+
 def test_what_is_asked_for_can_be_taken_back(tmp_path: Path) -> None:
-    text = "decoder_block: mixtral\ndropout_rate: 0.1\nmtp_num_layers: 1\nopt_type: muon"
+    text = "decoder_block: mixtral\ndropout_rate: 0.1\nmtp_num_layers: 1\nopt_type: adam_pax"
     load(tmp_path, text, "enable_dropout=false", "mtp_num_layers=0", "opt_type=sgd").require_built()
 
 
@@ -597,7 +611,11 @@ def test_their_keys_beside_a_model_of_ours() -> None:
     assert (config.train.optimizer, config.train.seed, config.train.profile) == ("sgd", 4, True)
     assert moe_of(config).moe_dispatch == "ragged"
     says(config.warnings[0], "hardware (devices, compilers and layouts of MaxText's own)")
-    for override in ("decoder_block=gemma", "rope_use_scale=false", "mu_dtype=bfloat16"):
+    for override in (
+        "decoder_block=gemma",
+        "rope_use_scale=false",
+        "normalize_embedding_logits=false",
+    ):
         with pytest.raises(UserError) as caught:
             load_config("mixtral-tiny", [override])
         says(check_message(caught.value), override, "this model is none of them")

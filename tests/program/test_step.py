@@ -136,10 +136,25 @@ def test_microbatches_have_means_of_losses_and_sums_of_counts() -> None:
         return loss, Losses(loss, 2 * loss, 3 * loss, counts), {"w": params["w"] * loss}
 
     batch = {"inputs": jnp.array([[[0, 0, 0, 2, 2, 3]], [[0, 1, 1, 1, 1, 3]]])}
-    loss, losses, found = _accumulate(grads, {"w": jnp.ones(2)}, batch)
+    params = {"w": jnp.ones(2)}
+    loss, losses, found = _accumulate(grads, params, params, batch)
     np.testing.assert_array_equal(losses.expert_counts, [[4, 4, 2, 2]])
     means = [loss, losses.ce_loss, losses.aux_loss, losses.dropped, *found["w"]]
     np.testing.assert_allclose(means, np.array([1, 1, 2, 3, 1, 1]) * (7 + 7) / 12, rtol=1e-6)
+
+
+def test_microbatches_are_added_up_in_the_dtype_of_the_parameters() -> None:
+    def grads(weights: Any, batch: Any) -> Any:
+        loss = batch["inputs"].mean(dtype=jnp.float32)
+        counts = jnp.ones((1, 1))
+        return loss, Losses(loss, loss, loss, counts), {"w": weights["w"] * loss.astype("bfloat16")}
+
+    # In bfloat16 256 + 1 is 256: the small gradients would be lost.
+    batch = {"inputs": jnp.array([[[256]], [[1]], [[1]], [[1]]])}
+    narrow, wide = ({"w": jnp.ones(2, dtype)} for dtype in (jnp.bfloat16, jnp.float32))
+    _, _, found = _accumulate(grads, narrow, wide, batch)
+    assert found["w"].dtype == jnp.float32
+    np.testing.assert_array_equal(found["w"], np.full(2, 259 / 4))
 
 
 def test_metrics_are_those_of_numpy() -> None:
