@@ -227,7 +227,9 @@ class Sharding:
         device = self.mesh.devices.flat[0]
         if device.platform != "gpu":
             return str(device.platform)
-        return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
+        # A card that is there says "rocm"; one that is compiled for says only whose it is.
+        said = device.client.platform_version.lower()
+        return "rocm" if "rocm" in said or "amd" in said.split() else "cuda"
 
     def __call__(
         self, x: Array, *logical_axes: str | None, name: str, consequence: str = ""
