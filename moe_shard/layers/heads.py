@@ -252,7 +252,16 @@ class Heads(nnx.Module):
             same_tokens=memory is None,
         )
         return attend_on_mesh(
-            kernel.attend, query, key, value, queries, keys, rule=rule, sink=sink, shards=shards
+            kernel.attend,
+            query,
+            key,
+            value,
+            queries,
+            keys,
+            rule=rule,
+            sink=sink,
+            shards=shards,
+            check_vma=kernel.check_vma,
         )
 
     @property

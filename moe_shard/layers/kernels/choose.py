@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 from moe_shard.config.attention_config import AttentionName
 from moe_shard.errors import UserError
-from moe_shard.layers.kernels import blockwise, dot_product
-from moe_shard.layers.kernels.ring import ring_attend
+from moe_shard.layers.kernels import blockwise, cudnn, dot_product, splash, triton_attention
 from moe_shard.layers.kernels.rule import AttentionCase
 
 Attend = Callable[..., Any]
@@ -28,16 +27,30 @@ class _Implementation(NamedTuple):
         unsupported: why it cannot compute a case, or None.
         attend: returns the function that computes a case.
         reason: why `autoselected` takes it, where it does.
+        check_vma: whether it can be mapped with JAX's check that values declared equal on devices
+            are equal, which kernels of others and Pallas's interpreter are not made for.
     """
 
     unsupported: Callable[[AttentionCase], str | None]
     attend: Callable[[AttentionCase], Attend]
     reason: str
+    check_vma: Callable[[AttentionCase], bool] = lambda _case: True
 
 
 def _blockwise(case: AttentionCase) -> Attend:
     size = blockwise.CPU_BLOCK if case.platform == "cpu" else blockwise.OTHER_BLOCK
     return partial(blockwise.attend, largest_block=size)
+
+
+def _flash_unsupported(case: AttentionCase) -> str | None:
+    kernels = splash if case.platform == "tpu" else triton_attention
+    return kernels.unsupported(case)
+
+
+def _flash(case: AttentionCase) -> Attend:
+    if case.platform == "tpu":
+        return splash.attend
+    return partial(triton_attention.attend, platform=case.platform)
 
 
 _IMPLEMENTATIONS: Mapping[str, _Implementation] = MappingProxyType(
@@ -47,13 +60,28 @@ _IMPLEMENTATIONS: Mapping[str, _Implementation] = MappingProxyType(
             lambda _case: dot_product.attend,
             f"at most {SHORT} tokens, whose scores are one block",
         ),
+        "flash": _Implementation(
+            _flash_unsupported,
+            _flash,
+            "a kernel that keeps scores on the chip",
+            check_vma=lambda case: case.platform in ("cuda", "rocm"),
+        ),
+        "cudnn_flash_jax": _Implementation(
+            cudnn.unsupported, lambda _case: cudnn.attend, "cuDNN's kernel"
+        ),
         "blockwise": _Implementation(
             blockwise.unsupported, _blockwise, "runs anywhere, without an array of all scores"
         ),
     }
 )
 _ORDER: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    dict.fromkeys(("cpu", "tpu", "cuda", "rocm", "unknown"), ("dot_product", "blockwise"))
+    {
+        "cpu": ("dot_product", "blockwise"),
+        "tpu": ("dot_product", "flash", "blockwise"),
+        "cuda": ("dot_product", "cudnn_flash_jax", "flash", "blockwise"),
+        "rocm": ("dot_product", "flash", "blockwise"),
+        "unknown": ("dot_product", "blockwise"),
+    }
 )
 """Platform -> what `autoselected` tries, the fastest first."""
 
@@ -67,12 +95,14 @@ class AttentionKernel:
         reason: why it was chosen, a clause for a printed record.
         refused: (name, why not) of those that `autoselected` would have preferred.
         attend: the function that computes it.
+        check_vma: whether to map it with `jax.shard_map`'s check of that name.
     """
 
     name: str
     reason: str
     refused: tuple[tuple[str, str], ...]
     attend: Attend
+    check_vma: bool = True
 
 
 def choose_attention(requested: AttentionName, case: AttentionCase) -> AttentionKernel:
@@ -96,38 +126,32 @@ def choose_attention(requested: AttentionName, case: AttentionCase) -> Attention
             raise UserError(
                 f"attention={requested}: {why}\nfix: attention=autoselected, which takes another"
             )
-        return AttentionKernel(requested, "by name", (), chosen.attend(case))
+        return AttentionKernel(
+            requested, _by_name(requested, case), (), chosen.attend(case), chosen.check_vma(case)
+        )
     refused: list[tuple[str, str]] = []
     for name in _ORDER.get(case.platform, _ORDER["unknown"]):
         each = _IMPLEMENTATIONS[name]
-        why_not = _too_long(name, case) or each.unsupported(case)
+        why_not = _needs_all_pairs(name, case) or each.unsupported(case)
         if why_not is None:
-            return AttentionKernel(name, each.reason, tuple(refused), each.attend(case))
+            return AttentionKernel(
+                name, each.reason, tuple(refused), each.attend(case), each.check_vma(case)
+            )
         refused.append((name, why_not))
     raise AssertionError("blockwise computes every case")
 
 
-def choose_for_ring(requested: AttentionName, case: AttentionCase) -> AttentionKernel:
-    """Return the implementation that attends round a ring, which is blockwise.
-
-    Args:
-        requested: the value of `attention`.
-        case: what is to be computed.
-
-    Raises:
-        UserError: another implementation is requested.
-    """
-    if requested not in {"autoselected", "blockwise"}:
-        raise UserError(
-            f"attention={requested} with context_parallel_strategy=ring: the ring merges results "
-            "of blockwise\nfix: attention=autoselected, or context_parallel_strategy=all_gather"
-        )
-    size = blockwise.CPU_BLOCK if case.platform == "cpu" else blockwise.OTHER_BLOCK
-    ring = partial(ring_attend, largest_block=size)
-    return AttentionKernel("blockwise", "its results can be merged, as the ring needs", (), ring)
+def _by_name(name: str, case: AttentionCase) -> str:
+    if name == "flash" and case.platform == "cpu":
+        return "by name; CPU runs the GPU kernels in an interpreter, very slowly"
+    return "by name"
 
 
-def _too_long(name: str, case: AttentionCase) -> str | None:
-    if name != "dot_product" or max(case.queries, case.keys) <= SHORT:
-        return None
-    return f"an array of {case.queries} x {case.keys} scores for each head"
+def _needs_all_pairs(name: str, case: AttentionCase) -> str | None:
+    """Return why `autoselected` does not take what makes an array of S x T elements."""
+    pairs = f"{case.queries} x {case.keys}"
+    if name == "cudnn_flash_jax":
+        return f"documents as a mask of {pairs}"
+    if name == "dot_product" and max(case.queries, case.keys) > SHORT:
+        return f"an array of {pairs} scores for each head"
+    return None

@@ -233,5 +233,19 @@ def test_short_sequences_need_no_blocks() -> None:
 
 
 def test_a_kernel_that_is_not_there_is_refused() -> None:
-    with pytest.raises(UserError, match="attention=flash"):
-        choose_attention("flash", case())
+    with pytest.raises(UserError, match="attention=cudnn_flash_jax: cuDNN is a library for NVIDIA"):
+        choose_attention("cudnn_flash_jax", case())
+
+
+@pytest.mark.parametrize(
+    ("platform", "name"),
+    [("cpu", "blockwise"), ("tpu", "flash"), ("cuda", "flash"), ("rocm", "flash")],
+)
+def test_each_platform_has_its_kernel(platform: str, name: str) -> None:
+    chosen = choose_attention("autoselected", case(platform=platform))
+    assert chosen.name == name
+    # What runs in Pallas's interpreter, or is another's, cannot be mapped with JAX's check.
+    assert chosen.check_vma == (platform != "tpu")
+    assert not choose_attention("flash", case()).check_vma
+    why_not = dict(chosen.refused).get("cudnn_flash_jax")
+    assert why_not == ("documents as a mask of 4096 x 4096" if platform == "cuda" else None)
