@@ -6,6 +6,10 @@ import datetime
 import shlex
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from moe_shard.errors import UserError
+from moe_shard.files import write_text
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-pjrt", "jax-rocm7-pjrt")
 
@@ -40,3 +44,20 @@ def versions() -> str:
         except PackageNotFoundError:
             continue
     return ", ".join(found)
+
+
+def replace_section(file: Path, name: str, text: str) -> None:
+    """Put a text between the marks `<!-- NAME -->` and `<!-- /NAME -->` of a file.
+
+    Raises:
+        UserError: the file cannot be read, or does not have both marks, once.
+    """
+    start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    try:
+        page = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from error
+    if page.count(start) != 1 or page.count(end) != 1 or page.index(start) > page.index(end):
+        raise UserError(f"{file} has no section {name}\nfix: two lines, {start.strip()} and {end}")
+    before, _, rest = page.partition(start)
+    write_text(file, f"{before}{start}{text.strip()}\n{end}{rest.partition(end)[2]}")

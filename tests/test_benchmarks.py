@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+import json
 import re
 import subprocess
 from collections.abc import Sequence
@@ -13,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import collectives, layer, targets
-from benchmarks.markdown import table
+from benchmarks import card, collectives, layer, step, targets
+from benchmarks.bars import bars
+from benchmarks.markdown import replace_section, table
 from moe_shard.cli import main as moe_shard
 from moe_shard.config import Config
 from moe_shard.errors import UserError
@@ -136,6 +138,86 @@ def test_targets(capsys: pytest.CaptureFixture[str]) -> None:
     assert row["memory"] != "-"
     with pytest.raises(UserError, match="mixtral-tniy"):
         targets.main(["mixtral-tniy cpu:8", "--flag", "on"])
+
+
+def test_step(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    page, picture = tmp_path / "results.md", tmp_path / "step.svg"
+    page.write_text("# Results\n<!-- step -->\nold\n<!-- /step -->\nmore\n")
+    sizes = [*TINY, "capacity_factor=1.0"]
+    asked = ["--tokens", "8", "--rounds", "1", "--variants", "gather", "--against"]
+    step.main([*sizes, *asked, "--plot", str(picture), "--write", str(page)])
+    printed = capsys.readouterr().out
+    (row,) = cells(printed)
+    assert (row["S"], row["step"], row["time"]) == ("8", "`gather`", "1.00")
+    assert (row["verdict"], row["MFU"]) == ("`expert-parallel`", "-")
+    assert float(row["FLOPs, x ideal"]) >= 1
+    says_where_it_is_from(printed, "Measured", "benchmarks.step")
+    start, middle = page.read_text().split("<!-- step -->\n")
+    section, end = middle.split("\n<!-- /step -->")
+    assert (start, end) == ("# Results\n", "\nmore\n")
+    assert section == f"{printed.strip()}\n\n![times of the steps](step.svg)"
+    assert "gather, S 8" in picture.read_text()
+    with pytest.raises(UserError, match="moe-shard bench --step --json"):
+        step.main(["--json"])
+
+
+def test_a_section_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text("<!-- step -->\n")
+    with pytest.raises(UserError, match="has no section step"):
+        replace_section(tmp_path / "page.md", "step", "text")
+    with pytest.raises(UserError, match="cannot read"):
+        replace_section(tmp_path / "none.md", "step", "text")
+
+
+def test_bars_are_as_long_as_their_values() -> None:
+    drawn = bars("a < b", [("x & y", 1.0), ("z", 4.0)])
+    widths = re.findall(r'width="([\d.]+)" height="16"', drawn)
+    assert float(widths[1]) == pytest.approx(4 * float(widths[0]), rel=1e-3)
+    assert "a &lt; b" in drawn
+    assert "x &amp; y" in drawn
+    assert "nan" not in bars("nothing", [])
+
+
+def test_card_trains_profiles_and_goes_on_after_a_failure(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(_: card.Bench) -> Any:
+        raise UserError("cannot\nfix: none")
+
+    monkeypatch.setattr(card, "PARTS", {"gather": broken, "ragged": card.ragged})
+    out = tmp_path / "card.json"
+    assert card.main(["--tiny", "--out", str(out)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads(out.read_text())
+    assert found["parts"]["gather"]["failed"] == "cannot\nfix: none"
+    ragged = found["parts"]["ragged"]
+    assert ragged["tokens_per_sec_per_device"] > 0
+    assert ragged["mfu"] is None  # a CPU has no peak
+    assert ragged["kernel_times"]["steps"] == 2
+    assert ragged["dropped_token_fraction"] == 0
+
+
+def test_card_finds_the_largest_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tried = []
+
+    def train(_: card.Bench, _work: card.Work, _name: str, *keys: str, **how: Any) -> Any:
+        rows = int(keys[0].partition("=")[2])
+        tried.append((rows, how.get("steps")))
+        if how.get("steps") != 0 and rows > 6:
+            raise UserError("out of memory: 90 GB")
+        return {"memory_bytes": 20e9 + 7.5e9 * rows}
+
+    monkeypatch.setattr(card.Bench, "train", train)
+    monkeypatch.setattr(card, "_device_memory", lambda _: 80e9)
+    found = card.mixtral(card.Bench(tmp_path, until=1e18, tiny=False))
+    assert (found["rows"], found["did_not_fit"]) == (6, [7])
+    assert tried == [(1, 0), (2, 0), (7, None), (6, None)]
+
+
+def test_a_part_of_card_has_a_limit(tmp_path: Path) -> None:
+    late = card.Bench(tmp_path, until=0.0, tiny=True)
+    with pytest.raises(UserError, match="no time was left"):
+        late.call(["train"], 100)
 
 
 def test_a_table() -> None:

@@ -11,6 +11,7 @@ from moe_shard.errors import UserError
 RopeType = Literal["default", "llama3.1", "yarn", "longrope"]
 AttentionType = Literal["global", "mla"]
 AttentionSpan = Literal["global", "sliding", "chunked"]
+ContextStrategy = Literal["all_gather", "ring"]
 QKNorm = Literal["head", "projection", "l2"]
 AttentionName = Literal["autoselected", "dot_product", "blockwise", "flash", "cudnn_flash_jax"]
 MOST_HEADS = 2**16  # far above any model; keeps the divisors in a fix countable
@@ -93,6 +94,9 @@ class AttentionConfig:
     Attributes:
         attention: the implementation, an `AttentionName`; "autoselected": the fastest that computes
             the layer on the platform. They differ in time and memory, not in what they compute.
+        context_parallel_strategy: how tokens reach the keys and values of tokens of their sequence
+            on other devices, a `ContextStrategy`: "all_gather": each device holds all of them;
+            "ring": they pass from device to device (arXiv 2310.01889).
         attention_type: an `AttentionType`; "mla" is multi-head latent attention (arXiv 2405.04434).
         num_query_heads: N, query heads.
         num_kv_heads: J, key and value heads; divides N. MLA has N of each.
@@ -135,6 +139,9 @@ class AttentionConfig:
     """
 
     attention: Annotated[AttentionName, Key(choices=get_args(AttentionName))] = "autoselected"
+    context_parallel_strategy: Annotated[
+        ContextStrategy, Key(choices=get_args(ContextStrategy))
+    ] = "all_gather"
     attention_type: Annotated[AttentionType, Key(choices=get_args(AttentionType))] = "global"
     num_query_heads: Annotated[int, Key("base_num_query_heads", least=1, most=MOST_HEADS)] = 16
     num_kv_heads: Annotated[int, Key("base_num_kv_heads", least=1)] = 16

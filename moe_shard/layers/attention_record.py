@@ -85,6 +85,7 @@ def _record(
     attention, rule = config.attention, AttentionRule.of(config.attention, kind.span)
     kv_heads, key_dim, value_dim = attention.num_kv_heads, attention.head_dim, attention.head_dim
     latent = attention.attention_type == "mla"
+    gathers_latents = latent and attention.context_parallel_strategy == "all_gather"
     if latent:
         kv_heads, value_dim = attention.num_query_heads, attention.v_head_dim
         key_dim = attention.qk_nope_head_dim + attention.qk_rope_head_dim
@@ -96,13 +97,15 @@ def _record(
         (*tokens, kv_heads, key_dim),
         value_dim,
         dtype=config.dtype,
-        key_length="activation_kv_length" if latent else "activation_length",
+        key_length="activation_kv_length" if gathers_latents else "activation_length",
         same_tokens=True,
     )
-    context = "none"
-    if shards.size(shards.length) > 1:
-        what = "latents" if latent else "keys and values"
-        context = f"{what} gathered over {', '.join(shards.length)}"
+    context, axes = "none", ", ".join(shards.length)
+    if shards.is_ring:
+        context = f"keys and values pass round {axes}"
+    elif shards.size(shards.length) > 1:
+        what = "latents" if gathers_latents else "keys and values"
+        context = f"{what} gathered over {axes}"
     return AttentionRecord(
         implementation=kernel.name,
         reason=kernel.reason,

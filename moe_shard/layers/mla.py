@@ -179,12 +179,15 @@ class LatentAttention(Heads):
         memory: Memory | None,
     ) -> Float[Array, "B S N Dv"]:
         """Attend with keys and values expanded to heads: cheapest where many tokens are new."""
+        length = "activation_kv_length"
+        if memory is None and self.config.context_parallel_strategy == "ring":
+            length = "activation_length"  # each device expands its own tokens' latents
         # Gather the latents over a context axis here, not the keys and values of all heads later.
         latent, key = (
-            self.sharding(x, "activation_batch", "activation_kv_length", None, name=name)
+            self.sharding(x, "activation_batch", length, None, name=name)
             for x, name in ((latent, "latents attended to"), (key, "shared keys attended to"))
         )
-        by_head = self._expand(latent, self.latent_up, "latent up", "activation_kv_length")
+        by_head = self._expand(latent, self.latent_up, "latent up", length)
         key_nope, value = jnp.split(by_head, [self.config.qk_nope_head_dim], axis=-1)
         shared = jnp.broadcast_to(key[:, :, None], (*key_nope.shape[:-1], key.shape[-1]))
         return self._attend(
@@ -194,7 +197,7 @@ class LatentAttention(Heads):
             positions,
             segment_ids,
             memory,
-            key_length="activation_kv_length",
+            key_length=length,
         )
 
     def _absorbed(

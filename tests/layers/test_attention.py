@@ -153,6 +153,13 @@ def test_on_meshes(case: str, sizes: Sizes) -> None:
     check(sizes, (f"attention={implementation}", *CASES[case]), rows=8)
 
 
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("case", ["sliding-sink-soft-cap-bias", "mla-query-latent-bias-yarn"])
+def test_round_a_ring(case: str) -> None:
+    ring = "context_parallel_strategy=ring"
+    check({"fsdp": 2, "tensor": 2, "context": 2}, (ring, *CASES[case]), rows=8)
+
+
 @pytest.mark.parametrize("heads", [(4, 1), (6, 2), (6, 3)], ids=str)
 def test_tensor_axes_that_do_not_divide_key_heads(heads: tuple[int, int]) -> None:
     # Key heads on every device, of which each takes its own: one, a whole group's, or one by one.
@@ -220,12 +227,12 @@ def test_text_shows_what_spans_and_documents_hide() -> None:
     assert text.positions.max() > 6
 
 
-def test_a_context_axis_gathers_the_latents_of_mla_and_not_keys_and_values() -> None:
+def collectives_over_context(rows: int, tokens: int, *overrides: str) -> dict[str, int]:
+    """Return {kind: output bytes on a device} of a layer's collectives over a context axis of 2."""
     sizes = {"context": 2, "fsdp": 4}
-    config = layer_config(sizes, *MLA)
+    config = layer_config(sizes, *overrides)
     sharding = layer_annotator(config, sizes)
     layer = attention_layer(config, sharding)
-    rows, tokens = 8, 12
     place = sharding.named_sharding("x", ("activation_batch", "activation_length"), (rows, tokens))
     at = jax.ShapeDtypeStruct((rows, tokens), np.int32)
     compiled = (
@@ -239,9 +246,28 @@ def test_a_context_axis_gathers_the_latents_of_mla_and_not_keys_and_values() -> 
     found = report_from_text(
         compiled.as_text() or "", mesh=dict(sharding.mesh.shape), backend="cpu"
     ).collectives
-    over = [(each.kind, each.bytes) for each in found if each.axes == ("context",)]
+    total: dict[str, int] = {}
+    for each in found:
+        if each.axes == ("context",):
+            total[each.kind] = total.get(each.kind, 0) + each.bytes * each.count
+    return total
+
+
+def test_a_context_axis_gathers_the_latents_of_mla_and_not_keys_and_values() -> None:
+    rows, tokens = 8, 12
+    over = collectives_over_context(rows, tokens, *MLA)
     # Latents of 8 and keys of 4 elements, and the tokens' position and document (one array here),
     # for 12 tokens of 2 sequences a device, in 4 bytes; keys and values would be 22 elements for
     # each head.
-    assert {kind for kind, _ in over} == {"all-gather"}
-    assert sum(size for _, size in over) <= (8 + 4 + 2) * tokens * 2 * 4
+    assert over.keys() == {"all-gather"}
+    assert over["all-gather"] <= (8 + 4 + 2) * tokens * 2 * 4
+
+
+def test_a_ring_passes_on_its_own_half_of_keys_and_values() -> None:
+    rows, tokens = 8, 12
+    over = collectives_over_context(rows, tokens, "context_parallel_strategy=ring")
+    # Keys and values of 2 heads of 8, and position and document, which are one array here, for 6
+    # tokens of 2 sequences; and the places of the 6.
+    assert over.keys() == {"collective-permute"}
+    of_tokens = (2 * 2 * 8 + 1) * (tokens // 2) * 2 * 4
+    assert over["collective-permute"] == of_tokens + tokens // 2 * 4

@@ -50,7 +50,7 @@ at S 1024 to 4096 with heads of 64 and 128."""
 _SMALLEST = 128
 """Tokens that are one block, because two would cost more than the half pair that they save."""
 
-_LOWEST = -1e30
+LOWEST = -1e30
 """A score below all others, finite so that the difference of two is a number."""
 
 
@@ -253,7 +253,7 @@ def attend_forward(
     query, key, value = blocks[:3]
     of_block = query.shape[1:4]
     if start is None:
-        most_before = zeros(of_block, jnp.float32, query) + _LOWEST
+        most_before = zeros(of_block, jnp.float32, query) + LOWEST
         sum_before = zeros(of_block, jnp.float32, query)
     else:
         most_before = jnp.broadcast_to(start, of_block)
@@ -264,7 +264,7 @@ def attend_forward(
         scores = _scores(plan, query[i], key[u])
         if masked:
             seen = _seen(plan, blocks, i, u)
-            scores = jnp.where(seen, scores, _LOWEST)
+            scores = jnp.where(seen, scores, LOWEST)
         now = jnp.maximum(most, jnp.max(scores, axis=-1))
         weights = jnp.exp(scores - now[..., None])
         if masked:  # where nothing is seen, the largest score is no score

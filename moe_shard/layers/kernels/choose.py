@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from moe_shard.config.attention_config import AttentionName
 from moe_shard.errors import UserError
 from moe_shard.layers.kernels import blockwise, cudnn, dot_product, splash, triton_attention
+from moe_shard.layers.kernels.ring import ring_attend
 from moe_shard.layers.kernels.rule import AttentionCase
 
 Attend = Callable[..., Any]
@@ -139,6 +140,26 @@ def choose_attention(requested: AttentionName, case: AttentionCase) -> Attention
             )
         refused.append((name, why_not))
     raise AssertionError("blockwise computes every case")
+
+
+def choose_for_ring(requested: AttentionName, case: AttentionCase) -> AttentionKernel:
+    """Return the implementation that attends round a ring, which is blockwise.
+
+    Args:
+        requested: the value of `attention`.
+        case: what is to be computed.
+
+    Raises:
+        UserError: another implementation is requested.
+    """
+    if requested not in {"autoselected", "blockwise"}:
+        raise UserError(
+            f"attention={requested} with context_parallel_strategy=ring: the ring merges results "
+            "of blockwise\nfix: attention=autoselected, or context_parallel_strategy=all_gather"
+        )
+    size = blockwise.CPU_BLOCK if case.platform == "cpu" else blockwise.OTHER_BLOCK
+    ring = partial(ring_attend, largest_block=size)
+    return AttentionKernel("blockwise", "its results can be merged, as the ring needs", (), ring)
 
 
 def _by_name(name: str, case: AttentionCase) -> str:

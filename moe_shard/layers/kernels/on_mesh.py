@@ -2,7 +2,7 @@
 
 Sequences and heads are split as the rule table splits them, and need no exchange. Where the tokens
 of a sequence are split too (the context axis), queries stay where they are, and keys, values and
-their tokens are gathered.
+their tokens are gathered, or pass from device to device (`ring.py`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,13 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
-from moe_shard.config.attention_config import AttentionConfig
-from moe_shard.layers.kernels.choose import Attend, AttentionKernel, choose_attention
+from moe_shard.config.attention_config import AttentionConfig, ContextStrategy
+from moe_shard.layers.kernels.choose import (
+    Attend,
+    AttentionKernel,
+    choose_attention,
+    choose_for_ring,
+)
 from moe_shard.layers.kernels.rule import AttentionCase, AttentionRule, Tokens
 from moe_shard.sharding.annotate import Sharding
 
@@ -47,6 +52,7 @@ class AttentionShards:
         key_length: mesh axes of the keys' tokens: `length`, or none.
         heads: mesh axes of the query heads.
         kv_heads: mesh axes of the key heads: `heads`, or none.
+        strategy: how keys reach the queries of other devices.
     """
 
     mesh: Mesh | AbstractMesh
@@ -55,6 +61,7 @@ class AttentionShards:
     key_length: _Axes
     heads: _Axes
     kv_heads: _Axes
+    strategy: ContextStrategy
 
     @classmethod
     def of(
@@ -64,6 +71,7 @@ class AttentionShards:
         key: tuple[int, ...],
         *,
         key_length: str,
+        strategy: ContextStrategy,
     ) -> AttentionShards:
         """Resolve the rule table for arrays of these shapes.
 
@@ -72,6 +80,7 @@ class AttentionShards:
             query: [B S N D].
             key: [B T J D].
             key_length: logical axis of the keys' tokens as they arrive.
+            strategy: how keys reach the queries of other devices.
         """
 
         def resolve(name: str, shape: tuple[int, ...], *axes: str) -> list[_Axes]:
@@ -88,7 +97,13 @@ class AttentionShards:
             key_length=of_keys if of_keys == length else (),
             heads=heads,
             kv_heads=kv_heads if kv_heads == heads else (),
+            strategy=strategy,
         )
+
+    @property
+    def is_ring(self) -> bool:
+        """Return whether keys and values pass from device to device."""
+        return self.strategy == "ring" and self.size(self.key_length) > 1
 
     def size(self, axes: _Axes) -> int:
         """Return the number of devices along these mesh axes."""
@@ -171,7 +186,9 @@ def plan_attention(
     Raises:
         UserError: the implementation that `attention` names cannot compute this.
     """
-    shards = AttentionShards.of(sharding, query, key, key_length=key_length)
+    shards = AttentionShards.of(
+        sharding, query, key, key_length=key_length, strategy=config.context_parallel_strategy
+    )
     case = AttentionCase(
         platform=sharding.platform,
         rule=rule,
@@ -186,6 +203,8 @@ def plan_attention(
         dtype=dtype,
         same_tokens=same_tokens and shards.size(shards.length) == 1,
     )
+    if shards.is_ring:
+        return choose_for_ring(config.attention, case), shards
     requested = config.attention
     if not same_tokens and requested != "dot_product":
         requested = "blockwise"  # kernels are for training; this reads any cache
@@ -229,9 +248,9 @@ def attend_on_mesh(
     def local(
         arrays: Mapping[str, Array], info: Mapping[str, Int[Array, "b _"]]
     ) -> Float[Array, "b s n Dv"]:
-        query = arrays["query"]
+        query, whole = arrays["query"], lambda x: x if shards.is_ring else shards.all_tokens(x)
         key, value = (
-            shards.own_kv_heads(shards.all_tokens(arrays[name]), query.shape[2], group)
+            shards.own_kv_heads(whole(arrays[name]), query.shape[2], group)
             for name in ("key", "value")
         )
         order, key_order = queries.order, keys.order
@@ -239,14 +258,11 @@ def attend_on_mesh(
             # Which queries these are is known when the program runs, not when it is traced.
             first = jax.lax.axis_index(shards.length) * query.shape[1]
             order = jax.lax.dynamic_slice_in_dim(jnp.asarray(order), first, query.shape[1])
-            key_order = jnp.asarray(key_order)
+            key_order = order if shards.is_ring else jnp.asarray(key_order)
         mine = Tokens(info["positions"], info["segment_ids"], order)
-        theirs = Tokens(
-            shards.all_tokens(info["key_positions"]),
-            shards.all_tokens(info["key_segment_ids"]),
-            key_order,
-        )
-        return attend(query, key, value, mine, theirs, rule=rule, sink=arrays.get("sink"))
+        theirs = Tokens(whole(info["key_positions"]), whole(info["key_segment_ids"]), key_order)
+        ring = {"axes": shards.length, "size": shards.size(shards.length)} if shards.is_ring else {}
+        return attend(query, key, value, mine, theirs, rule=rule, sink=arrays.get("sink"), **ring)
 
     arrays = {"query": query, "key": key, "value": value}
     specs = {"query": shards.query_spec, "key": shards.key_spec, "value": shards.key_spec}
