@@ -97,6 +97,8 @@ class AttentionConfig:
         context_parallel_strategy: how tokens reach the keys and values of tokens of their sequence
             on other devices, a `ContextStrategy`: "all_gather": each device holds all of them;
             "ring": they pass from device to device (arXiv 2310.01889).
+        context_parallel_load_balance: whether tokens are reordered, where devices share sequences,
+            so that a causal mask leaves each the same work.
         attention_type: an `AttentionType`; "mla" is multi-head latent attention (arXiv 2405.04434).
         num_query_heads: N, query heads.
         num_kv_heads: J, key and value heads; divides N. MLA has N of each.
@@ -142,6 +144,7 @@ class AttentionConfig:
     context_parallel_strategy: Annotated[
         ContextStrategy, Key(choices=get_args(ContextStrategy))
     ] = "all_gather"
+    context_parallel_load_balance: Annotated[bool, Key()] = True
     attention_type: Annotated[AttentionType, Key(choices=get_args(AttentionType))] = "global"
     num_query_heads: Annotated[int, Key("base_num_query_heads", least=1, most=MOST_HEADS)] = 16
     num_kv_heads: Annotated[int, Key("base_num_kv_heads", least=1)] = 16

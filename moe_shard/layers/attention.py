@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
@@ -97,6 +98,7 @@ class Attention(Heads):
         positions: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
         memory: Memory | None,
+        order: Int[np.ndarray, "S"] | None,
     ) -> tuple[Float[Array, "B S N Dv"], LayerCache]:
         placed = self._placed(self._project(x), positions, memory)
         query, key, value = map(checkpoint_name, placed, ("query_proj", "key_proj", "value_proj"))
@@ -104,7 +106,7 @@ class Attention(Heads):
         if memory is not None:
             cache = self._remember(memory, {"key": key, "value": value})
             key, value = cache["key"], cache["value"]
-        return self._attend(query, key, value, positions, segment_ids, memory), cache
+        return self._attend(query, key, value, positions, segment_ids, memory, order), cache
 
     def empty_cache(self, rows: int, places: int) -> LayerCache:
         """Make a cache without tokens.

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from moe_shard.config.model_config import LayerKind, ModelConfig
+from moe_shard.layers.kernels.load_balance import order_tokens
 from moe_shard.layers.kernels.on_mesh import plan_attention
 from moe_shard.layers.kernels.rule import AttentionRule
 from moe_shard.sharding.annotate import Sharding
@@ -25,7 +26,7 @@ class AttentionRecord:
         reason: why that one.
         scores: which tokens are seen and what happens to scores, such as "sliding 4096, sinks".
         context: how tokens of a sequence on other devices are reached; "none" where each device
-            has all of its sequences' tokens.
+            has all of its sequences' tokens; and the order of tokens then.
         not_taken: implementation that is faster where it runs -> why not here.
     """
 
@@ -101,11 +102,15 @@ def _record(
         same_tokens=True,
     )
     context, axes = "none", ", ".join(shards.length)
+    order = order_tokens(config, sharding, tokens[1])
     if shards.is_ring:
         context = f"keys and values pass round {axes}"
     elif shards.size(shards.length) > 1:
         what = "latents" if gathers_latents else "keys and values"
         context = f"{what} gathered over {axes}"
+    if order.reason:
+        context += f"; tokens {'in the order of the text' if order.order is None else 'reordered'}"
+        context += f" ({order.reason})"
     return AttentionRecord(
         implementation=kernel.name,
         reason=kernel.reason,

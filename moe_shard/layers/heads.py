@@ -99,6 +99,7 @@ class Heads(nnx.Module):
         positions: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
         memory: Memory | None = None,
+        order: Int[np.ndarray, "S"] | None = None,
     ) -> tuple[Float[Array, "B S M"], LayerCache]:
         """Attend from each token to itself and the earlier ones of its document.
 
@@ -107,13 +108,14 @@ class Heads(nnx.Module):
             positions: position of each token in its document.
             segment_ids: equal for tokens of one document.
             memory: cache of earlier calls during generation; None in training.
+            order: index of each token in its text, without a memory; None: as they are.
 
         Returns:
             The output, to be added to the residual stream, and the cache with these tokens in it
             (empty without a memory).
         """
         with jax.named_scope("attention"):
-            attended, cache = self._attended(x, positions, segment_ids, memory)
+            attended, cache = self._attended(x, positions, segment_ids, memory, order)
             attended = checkpoint_name(checkpoint_name(attended, "context"), "attention_out")
             return checkpoint_name(self._output(attended), "out_proj"), cache
 
@@ -124,6 +126,7 @@ class Heads(nnx.Module):
         positions: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
         memory: Memory | None,
+        order: Int[np.ndarray, "S"] | None,
     ) -> tuple[Float[Array, "B S N Dv"], LayerCache]:
         """Compute each head's weighted values, and the cache; every subclass defines it."""
 
@@ -219,6 +222,7 @@ class Heads(nnx.Module):
         positions: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
         memory: Memory | None,
+        order: Int[np.ndarray, "S"] | None,
         *,
         key_length: str = "activation_length",
     ) -> Float[Array, "B S N Dv"]:
@@ -233,10 +237,11 @@ class Heads(nnx.Module):
             positions: position of each query's token in its document.
             segment_ids: the document.
             memory: see `__call__`.
+            order: see `__call__`.
             key_length: logical axis of T.
         """
         rule, sink = self._rule, self._sink_in_use()
-        queries, keys = self._tokens(positions, segment_ids, memory)
+        queries, keys = self._tokens(positions, segment_ids, memory, order)
         if memory is not None and query.shape[1] <= SHORT:
             # A few scores for each place of the cache: nothing to gain from blocks.
             return dot_product.attend(query, key, value, queries, keys, rule=rule, sink=sink)
@@ -269,13 +274,18 @@ class Heads(nnx.Module):
         return AttentionRule.of(self.config, self.kind.span)
 
     def _tokens(
-        self, positions: Int[Array, "B S"], segment_ids: Int[Array, "B S"], memory: Memory | None
+        self,
+        positions: Int[Array, "B S"],
+        segment_ids: Int[Array, "B S"],
+        memory: Memory | None,
+        order: Int[np.ndarray, "S"] | None = None,
     ) -> tuple[Tokens, Tokens]:
         """Return the tokens that attend and those attended to, the memory's where there is one."""
         if memory is not None:
             of_memory = Tokens(memory.positions, memory.segment_ids)
             return Tokens(positions, segment_ids), of_memory
-        tokens = Tokens(positions, segment_ids, np.arange(positions.shape[1]))
+        order = np.arange(positions.shape[1], dtype=np.int32) if order is None else order
+        tokens = Tokens(positions, segment_ids, order)
         return tokens, tokens
 
     def _output(self, attended: Float[Array, "B S N Dv"]) -> Float[Array, "B S M"]:

@@ -10,6 +10,7 @@ RoPE rotates is separate, and shared by the heads. Further dims:
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
@@ -94,6 +95,7 @@ class LatentAttention(Heads):
         positions: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
         memory: Memory | None,
+        order: Int[np.ndarray, "S"] | None,
     ) -> tuple[Float[Array, "B S N Dv"], LayerCache]:
         nope, turned = jnp.split(self._queries(x), [self.config.qk_nope_head_dim], axis=-1)
         latent, key = self._latents(x)
@@ -101,14 +103,13 @@ class LatentAttention(Heads):
             turned = self._turn(turned, positions, memory)
             key = self._turn(key[:, :, None], positions, memory)[:, :, 0]
         if memory is None:
-            return self._expanded(nope, turned, latent, key, positions, segment_ids, None), {}
+            tokens = positions, segment_ids, None, order
+            return self._expanded(nope, turned, latent, key, *tokens), {}
         cache = self._remember(memory, {"latent": latent, "rope_key": key})
         if x.shape[1] > SHORT:  # a prompt: every latent is used often enough to be expanded once
             latent, key = cache["latent"], cache["rope_key"]
-            return (
-                self._expanded(nope, turned, latent, key, positions, segment_ids, memory),
-                cache,
-            )
+            of_prompt = positions, segment_ids, memory, None
+            return self._expanded(nope, turned, latent, key, *of_prompt), cache
         return self._absorbed(nope, turned, cache, positions, segment_ids, memory), cache
 
     def empty_cache(self, rows: int, places: int) -> LayerCache:
@@ -177,6 +178,7 @@ class LatentAttention(Heads):
         positions: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
         memory: Memory | None,
+        order: Int[np.ndarray, "S"] | None,
     ) -> Float[Array, "B S N Dv"]:
         """Attend with keys and values expanded to heads: cheapest where many tokens are new."""
         length = "activation_kv_length"
@@ -197,6 +199,7 @@ class LatentAttention(Heads):
             positions,
             segment_ids,
             memory,
+            order,
             key_length=length,
         )
 

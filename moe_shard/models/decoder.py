@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Shaped
@@ -87,10 +88,12 @@ class DecoderLayer(nnx.Module):
         positions: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
         memory: Memory | None = None,
+        order: Int[np.ndarray, "S"] | None = None,
     ) -> tuple[Float[Array, "B S M"], MoEStats | None, LayerCache]:
         """Apply the layer. Statistics are None for a dense layer."""
         x = checkpoint_name(x, "decoder_layer_input")
-        attended, cache = self.attention(self.attention_norm(x), positions, segment_ids, memory)
+        normalised = self.attention_norm(x)
+        attended, cache = self.attention(normalised, positions, segment_ids, memory, order)
         x = self._add(x, attended)
         normalised = self.mlp_norm(x)
         if isinstance(self.mlp, MoELayer):
@@ -130,6 +133,7 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "B S"],
         positions: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
+        order: Int[np.ndarray, "S"] | None = None,
     ) -> tuple[Float[Array, "B S V"], MoEStats | None]:
         """Predict the token after each token.
 
@@ -137,12 +141,13 @@ class Decoder(nnx.Module):
             tokens: ids below the vocabulary size.
             positions: position of each token in its document.
             segment_ids: equal for tokens of one document; no token attends across documents.
+            order: index of each token in its sequence, where they are not in the order of the text.
 
         Returns:
             Logits in float32, and the statistics of the MoE layers, each with a leading dim of MoE
             layers (None for a dense model).
         """
-        x, stats, _ = self._layers(tokens, positions, segment_ids, None)
+        x, stats, _ = self._layers(tokens, positions, segment_ids, None, order)
         return self.embedding.logits(self.final_norm(x)), stats
 
     def extend(
@@ -199,13 +204,14 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
         cache: Cache | None,
+        order: Int[np.ndarray, "S"] | None = None,
     ) -> tuple[Float[Array, "B S M"], MoEStats | None, StackCaches]:
         x = self.embedding.embed(tokens)
         found: list[MoEStats] = []
         stacks: StackCaches = {}
         with jax.named_scope("layers"):
             for cycle in self.cycles:
-                x, stats, kept = self._turn(cycle, x, positions, segment_ids, cache)
+                x, stats, kept = self._turn(cycle, x, positions, segment_ids, cache, order)
                 found += stats
                 stacks |= kept
         if not found:
@@ -220,6 +226,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
         cache: Cache | None,
+        order: Int[np.ndarray, "S"] | None = None,
     ) -> tuple[Float[Array, "B S M"], list[MoEStats], StackCaches]:
         """Run all turns of one cycle; return statistics by layer and caches by stack."""
         parts = [nnx.split(getattr(self, name)) for name in cycle.names]
@@ -230,7 +237,7 @@ class Decoder(nnx.Module):
                 memory = None
                 if cache is not None:
                     memory = Memory(kept, cache.length, cache.positions, cache.segment_ids)
-                return nnx.merge(graph, params)(x, positions, segment_ids, memory)
+                return nnx.merge(graph, params)(x, positions, segment_ids, memory, order)
 
             return remat(layer, self.remat_policy)
 

@@ -57,12 +57,14 @@ class AbstractModel:
     Attributes:
         graph: the modules; `nnx.merge(graph, params)` is the model.
         specs: each parameter's `ParamSpec`, nested as in `Params`.
+        sharding: the mesh and its rules.
         init: makes the parameters from a key; compile it with the shardings of `specs` as its
             output shardings.
     """
 
     graph: nnx.GraphDef[Decoder]
     specs: Params
+    sharding: Sharding
     init: Callable[[PRNGKeyArray], Params]
 
     @property
@@ -100,4 +102,6 @@ def describe(config: ModelConfig, sharding: Sharding) -> AbstractModel:
     # The key is made within, so that describing a model starts no device.
     graph, params = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))))
     specs = nnx.to_pure_dict(nnx.map_state(spec, params))
-    return AbstractModel(graph, specs, lambda key: nnx.to_pure_dict(nnx.state(build(key))))
+    return AbstractModel(
+        graph, specs, sharding, lambda key: nnx.to_pure_dict(nnx.state(build(key)))
+    )

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moe_shard.config.schema import Config, brief_list
+from moe_shard.layers.kernels.load_balance import order_tokens
 from moe_shard.models.params import AbstractModel, Params, describe
 from moe_shard.moe.layer import MoEStats
 from moe_shard.moe.losses import load_balance_loss
@@ -181,8 +182,12 @@ def make_grad(config: Config, model: AbstractModel, stored: Params | None = None
     def loss_fn(
         params: Params, batch: dict[str, Int[Array, "R S"]]
     ) -> tuple[Float[Array, ""], Losses]:
+        order = order_tokens(config.model, model.sharding, batch["inputs"].shape[-1]).order
+        if order is not None:
+            # Means over tokens do not depend on their order, nor does any layer but attention.
+            batch = {field: x[:, order] for field, x in batch.items()}
         logits, stats = model.apply(params)(
-            batch["inputs"], batch["positions"], batch["segment_ids"]
+            batch["inputs"], batch["positions"], batch["segment_ids"], order
         )
         with jax.named_scope("loss"):
             ce_loss = cross_entropy(logits, batch["targets"])
