@@ -7,6 +7,7 @@ other's from its op_name, from what is fused into it, or from its neighbours.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ layout, then collectives by kind."""
 
 # They run other instructions, which a profile lists as well.
 _CONTAINERS = frozenset({"while", "call", "conditional"})
+_PALLAS = re.compile(r"(\w+)/pallas_call")
 _HOPS = 3
 """How far away a neighbour's name still shows what an instruction without one is for."""
 _MOVES = frozenset(
@@ -90,6 +92,17 @@ class KernelStages:
     def names(self) -> tuple[str, ...]:
         """Return the names of the instructions that kernels are compiled from."""
         return tuple(self._homes)
+
+    @property
+    def pallas_kernels(self) -> dict[str, str]:
+        """Return {name of a Pallas kernel: an instruction that runs it}."""
+        found: dict[str, str] = {}
+        for name, home in self._homes.items():
+            if home.opcodes[name] == "custom-call":
+                kernel = _PALLAS.search(home.instruction(name).op_name)
+                if kernel:
+                    found.setdefault(kernel[1], name)
+        return found
 
     @property
     def once(self) -> frozenset[str]:

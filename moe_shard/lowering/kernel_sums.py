@@ -51,6 +51,11 @@ class KernelEvent:
     program: str = ""
 
     @property
+    def is_kernel(self) -> bool:
+        """Return whether it is one kernel, never a loop: GPU streams run nothing else."""
+        return self.line.startswith("Stream")
+
+    @property
     def end(self) -> float:
         """Return when it ends, in nanoseconds."""
         return self.start + self.duration
@@ -112,12 +117,14 @@ class _Device:
     def __init__(self, events: Sequence[KernelEvent], stages: KernelStages) -> None:
         self._stages = stages
         self._spelled = {_UNNAMED.sub("_", name): name for name in stages.names}
+        for kernel, name in stages.pallas_kernels.items():
+            self._spelled.setdefault(kernel, name)
         named = [(event, self._instruction(event)) for event in events]
         own = [
             (event, name)
             for event, name in named
             if event.program in ("", stages.program)
-            and not ((known := stages.of(name)) and known.runs_others)
+            and (event.is_kernel or not self._runs_others(name))
         ]
         of_program = [event for event, name in own if stages.of(name) is not None]
         self.steps = self._count_steps(name for _, name in own)
@@ -136,9 +143,10 @@ class _Device:
             seconds = duration * scale
             stage, pass_ = self._stage(event, name)
             self.seconds[stage, pass_] += seconds
-            self.kernels[name or event.kernel] += seconds
-            self.runs[name or event.kernel] += 1 / self.steps
-            if stages.of(name) is None and stage == OTHER:
+            shown = event.kernel if not name or self._runs_others(name) else name
+            self.kernels[shown] += seconds
+            self.runs[shown] += 1 / self.steps
+            if stage == OTHER and (stages.of(name) is None or self._runs_others(name)):
                 self.unattributed += seconds
         busy = _union(event for event, _ in within) * scale
         others = [
@@ -154,15 +162,23 @@ class _Device:
         return bool(self.seconds)
 
     def _instruction(self, event: KernelEvent) -> str:
-        """Return the instruction of an event: as the profile says, or by the kernel's name."""
-        if event.instruction:
-            return event.instruction
+        """Return the instruction of an event: as the profile says, or by the kernel's name.
+
+        The kernels of a CUDA graph are all of the instruction that launches it.
+        """
+        said = event.instruction
+        if self._stages.of(said) is not None and not self._runs_others(said):
+            return said
         # XLA names a GPU kernel after its instruction, with underscores.
-        return self._spelled.get(_UNNAMED.sub("_", event.kernel), "")
+        return self._spelled.get(_UNNAMED.sub("_", event.kernel), said)
+
+    def _runs_others(self, name: str) -> bool:
+        known = self._stages.of(name)
+        return known is not None and known.runs_others
 
     def _stage(self, event: KernelEvent, name: str) -> tuple[str, str]:
         known = self._stages.of(name)
-        if known is not None:
+        if known is not None and not known.runs_others:
             return known.stage, known.pass_
         library = _NCCL.search(event.kernel)
         return (_KINDS[library[1].lower()] if library else OTHER), "unknown"

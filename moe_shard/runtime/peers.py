@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -93,7 +94,8 @@ def maxtext_step(config: Config) -> Contender | str:
     }
     off = ("log_config", "enable_checkpointing", "enable_goodput_recording", "monitor_goodput")
     keys |= dict.fromkeys(off, False) | {"skip_jax_distributed_system": True}
-    with tempfile.TemporaryDirectory() as folder:
+    # What it prints meanwhile is its own, and the command prints one object.
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         written = [f"{key}={_written(value)}" for key, value in keys.items()]
         step, facts = _maxtext_program(config, [*written, f"base_output_directory={folder}"])
     remark = f"remat {remat}, attention {keys['attention']}, flag on"
@@ -113,10 +115,8 @@ def _maxtext_program(config: Config, keys: list[str]) -> tuple[Callable[[], floa
     utils = importlib.import_module("maxtext.utils.train_utils")
     assert pyconfig.__file__ is not None
     base = os.path.join(os.path.dirname(pyconfig.__file__), "base.yml")
-    # What it prints while it is set up is its own, and this command prints one object.
-    with contextlib.redirect_stdout(None):
-        theirs = pyconfig.initialize(["", base, *keys])
-        made = utils.setup_train_loop(theirs, None)
+    theirs = pyconfig.initialize(["", base, *keys])
+    made = utils.setup_train_loop(theirs, None)
     shardings, mesh, train_state = made[2], made[4], made[10]
     graph, state = nnx.split(train_state)
     params, shardings = sharding.maybe_update_params_sharding_with_opt(theirs, shardings)

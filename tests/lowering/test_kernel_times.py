@@ -82,6 +82,12 @@ def test_a_change_of_dtype_is_a_cast_and_one_of_layout_a_copy(gpu: KernelStages)
     assert tpu.stage == "casts"
 
 
+def test_a_pallas_kernel_is_found_by_its_own_name() -> None:
+    stages = program("tpu_kernel")
+    event = KernelEvent("GPU:0", "Stream #1", "multiply", 0, MS, "", "")
+    assert [each.stage for each in times([event], stages).stages] == ["experts"]
+
+
 def step(start: float, device: str = "GPU:0") -> list[KernelEvent]:
     """One step of 10 ms: 1 idle, 2 of an exchange of 4 overlapped with experts."""
     return [
@@ -117,11 +123,29 @@ def test_the_mean_of_devices_and_the_worst(gpu: KernelStages) -> None:
     assert isclose(found.worst_step, 16e-3)
 
 
+def test_the_kernels_of_a_cuda_graph_go_by_their_own_names(gpu: KernelStages) -> None:
+    def launched(kernel: str, start: float) -> KernelEvent:
+        return KernelEvent("GPU:0", "Stream #1", kernel, start * MS, MS, "while.18", "jit_loss")
+
+    graph = [launched("gemm_fusion_dot_21", 101), launched("nvjet_sm90_tst", 102)]
+    found = times([kernel("input_reduce_fusion.2", 100, 1), *graph], gpu)
+    assert seconds(found) == {"experts": 1.0, "other": 2.0}
+    assert isclose(found.unattributed, 1e-3)
+    assert "nvjet_sm90_tst" in {each.kernel for each in found.kernels}
+
+
 def test_a_loop_counts_as_what_it_runs(gpu: KernelStages) -> None:
-    events = [kernel("while.18", 100, 10), kernel("gemm_fusion_dot.21", 102, 3)]
-    found = times([*events, kernel("input_reduce_fusion.2", 110, 1)], gpu)
+    events = [
+        kernel(name, start, ms, stream="XLA Ops", device="TPU:0")
+        for name, start, ms in [
+            ("while.18", 100, 10),
+            ("gemm_fusion_dot.21", 102, 3),
+            ("input_reduce_fusion.2", 110, 1),
+        ]
+    ]
+    found = times(events, gpu)
     assert seconds(found) == {"experts": 3.0, "other": 1.0}
-    assert isclose(found.idle, 5e-3)
+    assert isclose(found.idle, 5e-3)  # of 9
 
 
 def test_what_one_line_nests_is_counted_once(gpu: KernelStages) -> None:
