@@ -93,6 +93,10 @@ def _notes(config: Config, sizes: Mapping[str, int]) -> tuple[str, ...]:
         )
     if config.train.shard_optimizer_over_data and sizes.get("data", 1) == 1:
         notes.append("shard_optimizer_over_data=true has no effect: the data axis has size 1")
+    model = config.model
+    if (keys := model.remat.set_keys()) and model.remat_policy != "custom":
+        said = ", ".join(f"{key}={getattr(model.remat, key)}" for key in keys)
+        notes.append(f"{said} has no effect: remat_policy={model.remat_policy} is not custom")
     moe = config.model.moe
     if moe is None:
         return tuple(notes)

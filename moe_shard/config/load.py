@@ -21,6 +21,7 @@ from moe_shard.config.maxtext_keys import MaxTextKeys, read_maxtext_keys
 from moe_shard.config.model_config import GatingConfig, ModelConfig
 from moe_shard.config.moe_config import MoEConfig, RouterConfig
 from moe_shard.config.overlays import COMMAND_LINE, Overlay, lay_over, parse_overrides, short_name
+from moe_shard.config.remat_config import RematConfig
 from moe_shard.config.schema import Config, DataConfig, RunConfig, TrainConfig
 from moe_shard.config.strategies import find_strategy
 from moe_shard.config.strict_yaml import read_mapping
@@ -232,6 +233,7 @@ def _build_model(settings: Mapping[str, Any]) -> ModelConfig:
     return _build(
         ModelConfig,
         settings,
+        remat=_build(RematConfig, settings),
         gating=_build(GatingConfig, settings),
         attention=_build(AttentionConfig, settings, rope=_build(RopeConfig, settings)),
         moe=moe if moe.num_experts > 1 else None,

@@ -10,21 +10,10 @@ from moe_shard.config.maxtext_keys import UNSET, MaxTextKeys
 from moe_shard.config.maxtext_model import Translation
 from moe_shard.errors import UserError
 
-_REMAT = {
-    **dict.fromkeys(("save_qkv_proj", "save_out_proj", "custom"), "full"),
-    **dict.fromkeys(("qkv_proj_offloaded", "minimal_offloaded"), "full"),
-    **dict.fromkeys(("minimal", "minimal_with_context"), "dots"),
-    "save_dot_with_context_except_mlp": "dots",
-    "save_dot_except_mlpwi": "dots",
-    "save_dot_except_mlp": "dots",
-}
-"""MaxText's policy -> the nearest here; it affects memory and time, not what is learned."""
-
-
 KEYS = frozenset(
     (
         *("base_config", "model_name", "steps", "opt_type", "weight_dtype", "mu_dtype"),
-        *("attention", "muon_consistent_rms", "remat_policy", "profiler"),
+        *("attention", "moe_x_sorted", "muon_consistent_rms", "remat_policy", "profiler"),
         *("init_weights_seed", "data_shuffle_seed"),
         *("dataset_type", "dataset_path", "tokenizer_path"),
         "cosine_learning_rate_final_fraction",
@@ -71,10 +60,10 @@ def run_values(
     values["mu_dtype"] = "" if given["mu_dtype"] in (*UNSET, weight_dtype) else given["mu_dtype"]
     rms = given["muon_consistent_rms"]
     values["muon_consistent_rms"] = -1.0 if rms in UNSET else rms
-    policy = given["remat_policy"]
-    values["remat_policy"] = _REMAT.get(policy, policy)
-    if policy in _REMAT:
-        translation.words.append(f"remat_policy={policy}: remat_policy={_REMAT[policy]}")
+    values["remat_policy"] = given["remat_policy"]
+    values["moe_exchanged"] = given["moe_x_sorted"]
+    if given["moe_x_sorted"] != "remat":
+        translation.words.append(f"moe_x_sorted: moe_exchanged={given['moe_x_sorted']}")
     values["attention"] = given["attention"]
     if given["attention"] == "cudnn_flash_te":
         values["attention"] = "cudnn_flash_jax"

@@ -8,10 +8,10 @@ from typing import Annotated, Literal, NamedTuple, get_args
 from moe_shard.config.attention_config import AttentionConfig, AttentionSpan
 from moe_shard.config.keys import Key, check_leaves, shown
 from moe_shard.config.moe_config import MoEConfig
+from moe_shard.config.remat_config import RematConfig, RematPolicy
 from moe_shard.errors import UserError
 
 DType = Literal["bfloat16", "float16", "float32"]
-RematPolicy = Literal["none", "dots", "full", "save_exchanged"]
 Normalization = Literal["rms", "layer"]
 GATE_ACTIVATIONS = ("silu", "gelu", "gelu_exact", "quick_gelu", "relu")
 """Values of the first entry of `mlp_activations`; the second is `linear`. `gelu` is the tanh form,
@@ -94,6 +94,7 @@ class ModelConfig:
         dtype: dtype of activations and matrix products.
         weight_dtype: dtype of the stored parameters.
         remat_policy: what the forward pass saves for the backward pass: a `RematPolicy`.
+        remat: the tensors of `remat_policy="custom"`.
         gating: the gated MLPs.
         attention: attention of every layer.
         moe: the MoE layer, or None for a dense model (`num_experts: 1`).
@@ -120,6 +121,7 @@ class ModelConfig:
     dtype: Annotated[DType, Key(choices=get_args(DType))] = "bfloat16"
     weight_dtype: Annotated[DType, Key(choices=get_args(DType))] = "float32"
     remat_policy: Annotated[RematPolicy, Key(choices=get_args(RematPolicy))] = "save_exchanged"
+    remat: RematConfig = dataclasses.field(default_factory=RematConfig)
     gating: GatingConfig = dataclasses.field(default_factory=GatingConfig)
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
     moe: MoEConfig | None = None

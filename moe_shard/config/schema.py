@@ -40,6 +40,7 @@ class TrainConfig:
             other key of an optimizer; "muon" updates vectors, embedding and logits by Adam.
         shard_optimizer_over_data: whether each device of the data axis holds and updates a part of
             the parameters, and of the optimizer's state, of its own (ZeRO-1).
+        optimizer_memory_host_offload: whether the optimizer's moments live in the host's memory.
         learning_rate: peak learning rate.
         warmup_steps_fraction: fraction of the schedule over which the learning rate rises linearly
             from 0.
@@ -82,6 +83,7 @@ class TrainConfig:
     cast_weights_once: Annotated[bool, Key()] = True
     optimizer: Annotated[Optimizer, Key(choices=get_args(Optimizer))] = "adamw"
     shard_optimizer_over_data: Annotated[bool, Key()] = False
+    optimizer_memory_host_offload: Annotated[bool, Key()] = False
     learning_rate: Annotated[float, Key(least=0)] = 3e-05
     warmup_steps_fraction: Annotated[float, Key(least=0, most=1)] = 0.1
     learning_rate_final_fraction: Annotated[float, Key(least=0, most=1)] = 0.1
@@ -279,7 +281,7 @@ class Config:
         """
         flat: dict[str, Any] = {}
         model, moe = self.model, self.model.moe
-        parts = [self.run, model, model.gating, model.attention, model.attention.rope]
+        parts = [self.run, model, model.remat, model.gating, model.attention, model.attention.rope]
         if moe is None:
             flat["num_experts"] = 1
         else:

@@ -18,7 +18,7 @@ from moe_shard.layers.embedding import Embedding
 from moe_shard.layers.mlp import MLP
 from moe_shard.layers.norm import LayerNorm, RMSNorm
 from moe_shard.models.cycles import Cycle, cycles_of
-from moe_shard.models.remat import remat
+from moe_shard.models.remat import LAYER_INPUT, remat
 from moe_shard.moe.layer import MoELayer, MoEStats
 from moe_shard.sharding.annotate import Sharding
 
@@ -91,7 +91,7 @@ class DecoderLayer(nnx.Module):
         order: Int[np.ndarray, "S"] | None = None,
     ) -> tuple[Float[Array, "B S M"], MoEStats | None, LayerCache]:
         """Apply the layer. Statistics are None for a dense layer."""
-        x = checkpoint_name(x, "decoder_layer_input")
+        x = checkpoint_name(x, LAYER_INPUT)
         normalised = self.attention_norm(x)
         attended, cache = self.attention(normalised, positions, segment_ids, memory, order)
         x = self._add(x, attended)
@@ -126,7 +126,7 @@ class Decoder(nnx.Module):
             for name, kind in zip(cycle.names, cycle.kinds, strict=True):
                 setattr(self, name, _stack(config, kind, cycle.turns, sharding, rngs))
         self.final_norm = make_norm(config)
-        self.remat_policy = config.remat_policy
+        self.remat_policy, self.remat = config.remat_policy, config.remat
 
     def __call__(
         self,
@@ -239,7 +239,7 @@ class Decoder(nnx.Module):
                     memory = Memory(kept, cache.length, cache.positions, cache.segment_ids)
                 return nnx.merge(graph, params)(x, positions, segment_ids, memory, order)
 
-            return remat(layer, self.remat_policy)
+            return remat(layer, self.remat_policy, self.remat)
 
         layers = [apply(graph) for graph, _ in parts]
 

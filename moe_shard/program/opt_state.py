@@ -101,10 +101,27 @@ def place_state(
         if spec is not None:
             entries = _state_entries(spec, leaf.shape)
             if entries is not None:
-                placed = spec.sharding.update(spec=PartitionSpec(*entries), memory_kind=memory)
+                placed = spec.sharding.update(spec=PartitionSpec(*entries))
+                placed = placed.with_memory_kind(memory) if memory else placed
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
 
     return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def on_device(state: Any, places: Any) -> Any:
+    """Return a state in the device's own memory, for the update; what is there stays.
+
+    Args:
+        state: arrays.
+        places: their shardings.
+    """
+
+    def moved(leaf: Any, place: NamedSharding) -> Any:
+        if place.memory_kind in (None, "device"):
+            return leaf
+        return jax.device_put(leaf, place.with_memory_kind("device"))
+
+    return jax.tree.map(moved, state, places)
 
 
 def _names(path: Sequence[Any]) -> tuple[str, ...]:

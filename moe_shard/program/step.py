@@ -22,7 +22,7 @@ from moe_shard.models.params import AbstractModel, Params, describe
 from moe_shard.moe.layer import MoEStats
 from moe_shard.moe.losses import load_balance_loss
 from moe_shard.program.balance import balanced
-from moe_shard.program.opt_state import over_data, place_state
+from moe_shard.program.opt_state import on_device, over_data, place_state
 from moe_shard.program.optimizer import make_optimizer, make_schedule
 from moe_shard.program.working_weights import as_stored, working_weights
 from moe_shard.sharding.annotate import Sharding
@@ -131,7 +131,8 @@ def make_program(config: Config, sharding: Sharding) -> Program:
         with jax.named_scope("optimizer"):
             grads = as_stored(grads, state.params)
             grad_norm = optax.tree.norm(grads)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            opt_state = on_device(state.opt_state, opt_places)
+            updates, opt_state = optimizer.update(grads, opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             params = balanced(config.model, params, losses.expert_counts)
         metrics = {
@@ -145,7 +146,9 @@ def make_program(config: Config, sharding: Sharding) -> Program:
         }
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    abstract_state = _abstract_state(init, stored, sharding)
+    memory = "pinned_host" if config.train.optimizer_memory_host_offload else None
+    abstract_state = _abstract_state(init, stored, sharding, memory)
+    opt_places = _shardings(abstract_state.opt_state)
     abstract_batch = _abstract_batch(config, sharding)
     state_shardings = _shardings(abstract_state)
     replicated = NamedSharding(sharding.mesh, PartitionSpec())
@@ -278,14 +281,25 @@ def _accumulate(
 
 
 def _abstract_state(
-    init: Callable[[PRNGKeyArray], TrainState], stored: Params, sharding: Sharding
+    init: Callable[[PRNGKeyArray], TrainState],
+    stored: Params,
+    sharding: Sharding,
+    memory: str | None,
 ) -> TrainState:
-    """Describe the state; moments are sharded as their parameters, scalars replicated."""
+    """Describe the state; moments are sharded as their parameters, scalars replicated.
+
+    Args:
+        init: makes it.
+        stored: the parameters' `ParamSpec`s, placed as they are stored.
+        sharding: the mesh and its rules.
+        memory: memory of the moments; None: the device's own.
+    """
     replicated = NamedSharding(sharding.mesh, PartitionSpec())
     shapes = jax.eval_shape(init, jax.random.key(0))
     step: Any = jax.ShapeDtypeStruct(shapes.step.shape, shapes.step.dtype, sharding=replicated)
     params = jax.tree.map(lambda spec: spec.abstract(), stored)
-    return TrainState(step, params, place_state(shapes.opt_state, stored, replicated))
+    opt_state = place_state(shapes.opt_state, stored, replicated, memory=memory)
+    return TrainState(step, params, opt_state)
 
 
 def _notes(whole: tuple[str, ...]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from moe_shard.config.load import LOADER_KEYS, maxtext_keys
 from moe_shard.config.mesh_config import LEVELS, MESH_AXES, MeshConfig, parallelism_key
 from moe_shard.config.model_config import GatingConfig, ModelConfig
 from moe_shard.config.moe_config import MoEConfig, RouterConfig
+from moe_shard.config.remat_config import RematConfig
 from moe_shard.config.schema import DataConfig, RunConfig, TrainConfig
 from moe_shard.errors import UserError
 from tests.config.helpers import says
@@ -25,6 +26,7 @@ BASE = yaml.safe_load(BASE_TEXT)
 SCHEMAS = (
     RunConfig,
     ModelConfig,
+    RematConfig,
     GatingConfig,
     AttentionConfig,
     RopeConfig,
@@ -91,9 +93,10 @@ def test_choices_of_base_comments_are_those_of_the_schema() -> None:
     for schema in SCHEMAS:
         for key in leaf_keys(schema).values():
             if key.choices:
-                line = re.search(rf"^{key.name}:.*", BASE_TEXT, re.MULTILINE)
+                # A comment may go on below.
+                line = re.search(rf"^{key.name}:.*(\n#.*)*", BASE_TEXT, re.MULTILINE)
                 assert line is not None
-                says(line[0], " | ".join(key.choices))
+                says(line[0].replace("\n#", ""), " | ".join(key.choices))
 
 
 @pytest.mark.parametrize("model", ["mixtral-8x7b", "mixtral-8x22b", "mixtral-tiny"])

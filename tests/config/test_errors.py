@@ -38,7 +38,7 @@ from tests.config.helpers import check_message, error_of, load, says, write_mode
         ("mlp_activations=[sigmoid,linear]", ["[sigmoid, linear] is not a known pair"]),
         ("dtype=float8", ["dtype=float8", "bfloat16, float16, float32"]),
         ("weight_dtype=int8", ["weight_dtype=int8", "bfloat16, float16, float32"]),
-        ("remat_policy=minimal", ["remat_policy=minimal", "none, dots, full, save_exchanged"]),
+        ("remat_policy=most", ["remat_policy=most", "none, dots, full, save_exchanged"]),
         ("moe_dispatch=sort", ["moe_dispatch=sort", "einsum, gather"]),
         ("ragged_transport=tcp", ["ragged_transport=tcp", "auto, ragged, padded"]),
         ("grouped_product=gmm", ["grouped_product=gmm", "ragged_dot, tokamax, pallas, blocked"]),
