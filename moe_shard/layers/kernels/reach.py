@@ -11,9 +11,58 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+import numpy as np
+from jaxtyping import Array, Float, Int, Shaped
 
 from moe_shard.layers.kernels.rule import AttentionRule, Tokens
+
+
+class InSequence(NamedTuple):
+    """Hold keys, values and their tokens in the order of the sequence."""
+
+    key: Float[Array, "B T J D"]
+    value: Float[Array, "B T J Dv"]
+    tokens: Tokens
+
+
+def in_sequence(
+    key: Float[Array, "B T J D"], value: Float[Array, "B T J Dv"], keys: Tokens
+) -> InSequence:
+    """Bring keys and values into the order of the sequence.
+
+    Devices that share a sequence may each have an early and a late part of it, for equal work.
+
+    Args:
+        key: a whole sequence.
+        value: values of the same tokens.
+        keys: those tokens, with the place of each.
+    """
+    order = keys.order
+    assert order is not None, "without a cache the places of tokens are known"
+    place = np.arange(key.shape[1], dtype=np.int32)
+    if isinstance(order, np.ndarray):
+        if np.array_equal(order, place):
+            return InSequence(key, value, keys)
+        at = jnp.asarray(np.argsort(order).astype(np.int32))
+    else:
+        at = jnp.zeros_like(order).at[order].set(place, unique_indices=True)
+
+    def take(x: Shaped[Array, "B T ..."]) -> Shaped[Array, "B T ..."]:
+        # Said to be unique, so that the gradient is a plain scatter.
+        taken: Shaped[Array, "B T ..."]
+        taken = x.at[:, at].get(unique_indices=True, mode="promise_in_bounds")
+        return taken
+
+    tokens = Tokens(take(keys.positions), take(keys.segment_ids), place)
+    return InSequence(take(key), take(value), tokens)
+
+
+def rising(queries: Tokens) -> Int[Array, "S"] | Int[np.ndarray, "S"]:
+    """Return the places of queries, which must rise: a kernel meets a range of blocks."""
+    order = queries.order
+    assert order is not None, "without a cache the places of tokens are known"
+    assert not isinstance(order, np.ndarray) or bool(np.all(np.diff(order) > 0)), order
+    return order
 
 
 class Reach(NamedTuple):
@@ -31,14 +80,13 @@ def reach_of(queries: Tokens, keys: Tokens, *, rule: AttentionRule) -> Reach:
         keys: all tokens of the sequence in order, the tokens of a document one after another.
         rule: the layer's span.
     """
-    assert queries.order is not None
     ids = keys.segment_ids
     place = jnp.arange(ids.shape[1], dtype=jnp.int32)
     starts = jnp.concatenate(
         [jnp.ones_like(ids[:, :1], dtype=bool), ids[:, 1:] != ids[:, :-1]], axis=1
     )
     of_document = jax.lax.cummax(jnp.where(starts, place, 0), axis=1)
-    order = jnp.asarray(queries.order, jnp.int32)
+    order = jnp.asarray(rising(queries), jnp.int32)
     first = jnp.take(of_document, order, axis=1)
     if rule.span == "sliding":
         first = jnp.maximum(first, order - (rule.window - 1))

@@ -25,6 +25,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jaxtyping import Array, Bool, Float, Int
 
+from moe_shard.layers.kernels.reach import in_sequence, rising
 from moe_shard.layers.kernels.rule import AttentionCase, AttentionRule, Tokens
 
 LARGEST_BLOCK = 512
@@ -62,10 +63,10 @@ def attend(
 
     Args:
         query: N / J consecutive heads for each key head.
-        key: a whole sequence in its order, each document in one piece.
+        key: a whole sequence, each document in one piece.
         value: values of the same tokens.
         queries: with the place of each in the sequence, rising.
-        keys: the tokens of `key`.
+        keys: the tokens of `key`, with the place of each.
         rule: the layer's span, scale and soft cap.
         sink: for each head, the score of a token without a value; None for no sink.
         interpret: whether to run in Pallas's interpreter, on a CPU.
@@ -73,8 +74,8 @@ def attend(
     tokens, places = query.shape[1], key.shape[1]
     window = None if rule.span == "global" else rule.window
     rows, columns = _block(tokens), _block(places, window)
-    order = queries.order
-    assert order is not None, "without a cache the order of tokens is known"
+    order = rising(queries)
+    key, value, keys = in_sequence(key, value, keys)
     kernel = _kernel(
         _padded_order(order, -tokens % rows),
         -(-places // columns),

@@ -23,7 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from moe_shard.layers.kernels.reach import Reach, reach_of
+from moe_shard.layers.kernels.reach import Reach, in_sequence, reach_of
 from moe_shard.layers.kernels.rule import AttentionCase, AttentionRule, Tokens
 from moe_shard.layers.kernels.triton_blocks import (
     LARGEST_HEAD,
@@ -73,15 +73,16 @@ def attend(
 
     Args:
         query: N / J consecutive heads for each key head.
-        key: a whole sequence in its order, each document in one piece.
+        key: a whole sequence, each document in one piece.
         value: values of the same tokens.
         queries: with the place of each in the sequence, rising.
-        keys: the tokens of `key`.
+        keys: the tokens of `key`, with the place of each.
         rule: the layer's span, scale and soft cap.
         sink: for each head, the score of a token without a value; None for no sink.
         platform: "cuda" or "rocm"; on "cpu" the kernels run in Pallas's interpreter, which works
             inside `jax.shard_map` only with `check_vma=False`.
     """
+    key, value, keys = in_sequence(key, value, keys)
     reach = reach_of(queries, keys, rule=rule)
     score = jnp.zeros(query.shape[2], jnp.float32) if sink is None else sink.astype(jnp.float32)
     plan = Plan(rule.scale, rule.soft_cap, sink is not None, platform)

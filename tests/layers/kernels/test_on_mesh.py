@@ -42,7 +42,14 @@ def solution(problem: Problem) -> tuple[np.ndarray, Gradients]:
 
 
 def check(
-    problem: Problem, solution: Any, sizes: dict[str, int], strategy: Any, orders: list[Any]
+    problem: Problem,
+    solution: Any,
+    sizes: dict[str, int],
+    strategy: Any,
+    orders: list[Any],
+    attend: Any = None,
+    *,
+    check_vma: bool = True,
 ) -> None:
     """Compare with the solution, for tokens in each of these orders."""
     sharding = Sharding(make_mesh(**sizes))  # type: ignore[arg-type]
@@ -57,7 +64,7 @@ def check(
         span=problem.span,  # type: ignore[arg-type]
         window=max(problem.keys.values()),
     )
-    attend = partial(ring_attend if shards.is_ring else blockwise.attend, largest_block=4)
+    attend = attend or partial(ring_attend if shards.is_ring else blockwise.attend, largest_block=4)
     spec = jax.sharding.NamedSharding(sharding.mesh, shards.query_spec)
     key_spec = jax.sharding.NamedSharding(sharding.mesh, shards.key_spec)
     free = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
@@ -65,7 +72,16 @@ def check(
     def loss(arrays: Any, probe: Any, tokens: Tokens) -> Any:
         query, key, value, sink = arrays
         out = attend_on_mesh(
-            attend, query, key, value, tokens, tokens, rule=rule, sink=sink, shards=shards
+            attend,
+            query,
+            key,
+            value,
+            tokens,
+            tokens,
+            rule=rule,
+            sink=sink,
+            shards=shards,
+            check_vma=check_vma,
         )
         return jnp.sum(out * probe), out
 

@@ -9,15 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
 from moe_shard.layers.kernels import cudnn, splash, triton_attention, triton_blocks
 from moe_shard.layers.kernels.reach import reach_of
 from moe_shard.layers.kernels.rule import AttentionRule, Tokens, seen_tokens
-from tests.layers.kernels.numbers import Gradients, Problem, make_problem, solve
+from tests.layers.kernels.numbers import Gradients, make_problem, solve
 from tests.layers.kernels.test_attend import CASES, assert_near, call, case
-from tests.quick import QUICK
+from tests.layers.kernels.test_on_mesh import TOKENS, check, orders
 
 KERNELS: dict[str, Any] = {
     "splash": partial(splash.attend, interpret=True),
@@ -65,57 +63,13 @@ def test_bfloat16_products_are_summed_in_float32(name: str) -> None:
     assert error.max() < 2**-7 * np.abs(expected).max()
 
 
-def split_call(name: str, problem: Problem) -> Any:
-    """Return outputs and gradients where queries are split over a context axis of 4."""
-    tokens = problem.key.shape[1]
-    rule = AttentionRule(
-        scale=problem.scale,
-        soft_cap=problem.cap,
-        span=problem.span,  # type: ignore[arg-type]
-        window=max(problem.keys.values()),
-    )
-    mesh = jax.make_mesh((2, 4), ("data", "context"), axis_types=(AxisType.Auto,) * 2)
-    both, data = P("data", "context"), P("data")
-
-    def local(query: Any, key: Any, value: Any, *info: Any) -> Any:
-        sink = info[4] if problem.sink is not None else None
-        start = jax.lax.axis_index("context") * query.shape[1]
-        order = start + jnp.arange(query.shape[1])
-        queries, keys = Tokens(info[0], info[1], order), Tokens(info[2], info[3], np.arange(tokens))
-        return KERNELS[name](query, key, value, queries, keys, rule=rule, sink=sink)
-
-    attend = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(both, data, data, both, both, data, data, P()),
-        out_specs=both,
-        check_vma=False,
-    )
-    info = [problem.positions, problem.segment_ids, problem.key_positions, problem.key_segment_ids]
-    arrays = [np.asarray(x, np.float32) for x in (problem.query, problem.key, problem.value)]
-    sink = np.zeros(problem.query.shape[2]) if problem.sink is None else problem.sink
-
-    def loss(query: Any, key: Any, value: Any, sink: Any) -> Any:
-        out = attend(query, key, value, *info, sink)
-        return jnp.sum(out * problem.probe.astype(np.float32)), out
-
-    run = jax.jit(
-        jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True), compiler_options=QUICK
-    )
-    (_, out), gradients = run(*arrays, sink.astype(np.float32))
-    return out, gradients
-
-
 @pytest.mark.parametrize("name", KERNELS)
-def test_queries_may_be_a_part_of_the_sequence(name: str) -> None:
+def test_devices_may_share_a_sequence_in_any_order(name: str) -> None:
     problem = make_problem(
-        rows=2, tokens=160, heads=2, kv_heads=1, sink=True, span="sliding", window=50
+        rows=2, tokens=TOKENS, heads=4, kv_heads=2, sink=True, span="sliding", window=13
     )
-    expected, gradients = solve(problem)
-    out, found = split_call(name, problem)
-    assert_near(np.asarray(out), expected, "out")
-    for array, grad in zip(Gradients._fields, found, strict=True):
-        assert_near(np.asarray(grad), getattr(gradients, array), array)
+    sizes = {"data": 1, "tensor": 2, "context": 4}
+    check(problem, solve(problem), sizes, "all_gather", orders(4), KERNELS[name], check_vma=False)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,156 @@
+"""Compile attention for absent accelerators: its kernels, its memory, no array of all pairs.
+
+This needs the compilers of `make targets`: run `make test-targets`. A missing one is a failure.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_shard.layers.kernels.choose import choose_attention
+from moe_shard.layers.kernels.rule import AttentionCase, AttentionRule, Tokens
+from moe_shard.runtime.targets.target import devices_for, parse_target
+
+pytestmark = pytest.mark.targets
+
+S = 4096
+GPUS = ["h100:8", "mi355x:8"]
+TPUS = ["v5e:2x4", "v6e:2x4"]
+GPU_KERNELS = {"attention_forward", "attention_dq", "attention_dkv"}
+TPU_KERNELS = {
+    f"splash_mha_{phase}_segmented_{residuals}"
+    for phase, residuals in (("fwd", "residuals"), ("dq", "no_residuals"), ("dkv", "no_residuals"))
+}
+SCALE = AttentionRule(scale=0.1)
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "gpt-oss": {
+        "rule": AttentionRule(scale=0.1, span="sliding", window=128),
+        "sink": True,
+        "kv_heads": 2,
+        "dim": 64,
+        "value_dim": 64,
+    },
+    "llama4": {"rule": AttentionRule(scale=0.1, span="chunked", window=2048), "kv_heads": 4},
+    "mla": {"dim": 192},
+    "soft-cap": {
+        "rule": AttentionRule(scale=0.1, soft_cap=30),
+        "dtype": "float32",
+        "heads": 4,
+        "kv_heads": 4,
+        "dim": 256,
+    },
+}
+
+
+def shapes(hlo: str) -> set[tuple[int, ...]]:
+    return {
+        tuple(int(size) for size in dims.split(",")) for dims in re.findall(r"\w\[([\d,]+)\]", hlo)
+    }
+
+
+def of_all_pairs(hlo: str, tokens: int = S) -> list[tuple[int, ...]]:
+    """List the shapes of arrays with an element for each pair of tokens."""
+    return sorted(each for each in shapes(hlo) if math.prod(each) >= tokens * tokens)
+
+
+def test_an_array_of_all_pairs_is_found() -> None:
+    hlo = "%a = f32[1,4096,2,64]{3,2,1,0} copy(x), pred[2,8,4096,4096]{3,2} b, u8[16777216] c"
+    assert of_all_pairs(hlo) == [(2, 8, 4096, 4096), (16777216,)]
+
+
+@cache
+def attention(target: str, kind: str) -> tuple[str, int]:
+    """Compile attention and its gradients, one row a device; return HLO and bytes of scratch."""
+    sizes = {"rule": SCALE, "sink": False, "heads": 16, "kv_heads": 16, "dim": 128}
+    of: dict[str, Any] = {**sizes, "value_dim": 128, "dtype": "bfloat16", **KINDS[kind]}
+    parsed = parse_target(target)
+    devices = np.array(devices_for(parsed)).reshape(-1)
+    mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
+    kernel = choose_attention(
+        "autoselected",
+        AttentionCase(
+            platform=parsed.platform,
+            rule=of["rule"],
+            sink=of["sink"],
+            rows=1,
+            queries=S,
+            keys=S,
+            heads=of["heads"],
+            kv_heads=of["kv_heads"],
+            key_dim=of["dim"],
+            value_dim=of["value_dim"],
+            dtype=of["dtype"],
+        ),
+    )
+    assert kernel.name == "flash", kernel
+
+    def local(q: Any, k: Any, v: Any, positions: Any, segments: Any, sink: Any) -> Any:
+        tokens = Tokens(positions, segments, np.arange(S))
+        sink = sink if of["sink"] else None
+        return kernel.attend(q, k, v, tokens, tokens, rule=of["rule"], sink=sink)
+
+    split = P("data")
+    attend = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(*(split,) * 5, P()),
+        out_specs=split,
+        check_vma=kernel.check_vma,
+    )
+
+    def loss(*arrays: Any) -> Any:
+        return jnp.sum(attend(*arrays).astype(jnp.float32) ** 2)
+
+    def array(*shape: int, dtype: str = of["dtype"], spec: P = split) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    rows = devices.size
+    compiled = (
+        jax.jit(jax.grad(loss, (0, 1, 2, 5)))
+        .lower(
+            array(rows, S, of["heads"], of["dim"]),
+            array(rows, S, of["kv_heads"], of["dim"]),
+            array(rows, S, of["kv_heads"], of["value_dim"]),
+            array(rows, S, dtype="int32"),
+            array(rows, S, dtype="int32"),
+            array(of["heads"], spec=P()),
+        )
+        .compile()
+    )
+    memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert hlo is not None
+    return hlo, memory.temp_size_in_bytes
+
+
+def kernels(hlo: str) -> set[str]:
+    names = "|".join(sorted(GPU_KERNELS | TPU_KERNELS, key=len, reverse=True))
+    calls = [line for line in hlo.splitlines() if " custom-call(" in line]
+    return {found[0] for line in calls if (found := re.search(names, line))}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("target", [*GPUS, *TPUS])
+def test_three_kernels_and_no_array_of_all_pairs(target: str, kind: str) -> None:
+    hlo, _ = attention(target, kind)
+    assert kernels(hlo) == (GPU_KERNELS if target in GPUS else TPU_KERNELS)
+    assert of_all_pairs(hlo) == []
+
+
+@pytest.mark.parametrize("target", [*GPUS, *TPUS])
+def test_little_more_memory_than_the_output_is_needed(target: str) -> None:
+    # XLA's two products need 1.6 GB on v5e and 2.7 GB on h100 for the same.
+    _, temp = attention(target, "plain")
+    output = S * 16 * 128 * 2
+    assert temp <= 1.1 * output
