@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_shard.layers.kernels import blockwise
+from moe_shard.layers.kernels import blockwise, triton_attention
 from moe_shard.layers.kernels.on_mesh import AttentionShards, attend_on_mesh
 from moe_shard.layers.kernels.ring import ring_attend
 from moe_shard.layers.kernels.rule import AttentionRule, Tokens
@@ -110,6 +110,58 @@ def check(
         for name, gradient in zip(Gradients._fields, found, strict=True):
             whole = getattr(gradients, name)
             assert_close(gradient, whole if name == "sink" else whole[:, order])
+
+
+@pytest.mark.parametrize("name", ["blockwise", "triton"])
+def test_keys_are_gathered_in_the_order_of_the_text(
+    problem: Problem, solution: Any, name: str
+) -> None:
+    # As a step calls it: with an order that is known at tracing, which kernels rely on.
+    sharding = Sharding(make_mesh(context=2, tensor=4))
+    shards = AttentionShards.of(
+        sharding,
+        problem.query.shape,
+        problem.key.shape,
+        key_length="activation_length",
+        strategy="all_gather",
+    )
+    triton = partial(triton_attention.attend, platform="cpu")
+    attend = triton if name == "triton" else partial(blockwise.attend, largest_block=4)
+    order = orders(2)[1]
+    query, key, value, probe = (
+        np.asarray(x, np.float32)[:, order]
+        for x in (problem.query, problem.key, problem.value, problem.probe)
+    )
+    tokens = Tokens(
+        jnp.asarray(problem.positions[:, order]), jnp.asarray(problem.segment_ids[:, order]), order
+    )
+    rule = AttentionRule(
+        scale=problem.scale, soft_cap=problem.cap, span="sliding", window=max(problem.keys.values())
+    )
+
+    def loss(query: Any, key: Any, value: Any, sink: Any) -> Any:
+        out = attend_on_mesh(
+            attend,
+            query,
+            key,
+            value,
+            tokens,
+            tokens,
+            rule=rule,
+            sink=sink,
+            shards=shards,
+            check_vma=name != "triton",
+        )
+        return jnp.sum(out * probe), out
+
+    jitted = jax.jit(
+        jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True), compiler_options=QUICK
+    )
+    (_, out), found = jitted(query, key, value, np.asarray(problem.sink, np.float32))
+    expected, gradients = solution
+    assert_close(out, expected[:, order])
+    for which, gradient in zip(("query", "key", "value"), found, strict=True):
+        assert_close(gradient, getattr(gradients, which)[:, order])
 
 
 def test_the_meshes_are_all_there_are() -> None:
