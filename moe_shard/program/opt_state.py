@@ -19,6 +19,8 @@ from moe_shard.models.params import Params, ParamSpec
 from moe_shard.program.matrices import matrix_dims, matrix_entries, matrix_shape, spec_entries
 
 DATA = "data"
+HOST = "pinned_host"
+"""jax's name of the host's memory that devices read and write directly."""
 
 
 def over_data(specs: Params) -> tuple[Params, tuple[str, ...]]:

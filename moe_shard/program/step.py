@@ -19,10 +19,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from moe_shard.config.schema import Config, brief_list
 from moe_shard.layers.kernels.load_balance import order_tokens
 from moe_shard.models.params import AbstractModel, Params, describe
+from moe_shard.models.remat import kept
 from moe_shard.moe.layer import MoEStats
 from moe_shard.moe.losses import load_balance_loss
 from moe_shard.program.balance import balanced
-from moe_shard.program.opt_state import on_device, over_data, place_state
+from moe_shard.program.opt_state import HOST, on_device, over_data, place_state
 from moe_shard.program.optimizer import make_optimizer, make_schedule
 from moe_shard.program.working_weights import as_stored, working_weights
 from moe_shard.sharding.annotate import Sharding
@@ -146,7 +147,7 @@ def make_program(config: Config, sharding: Sharding) -> Program:
         }
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    memory = "pinned_host" if config.train.optimizer_memory_host_offload else None
+    memory = HOST if config.train.optimizer_memory_host_offload else None
     abstract_state = _abstract_state(init, stored, sharding, memory)
     opt_places = _shardings(abstract_state.opt_state)
     abstract_batch = _abstract_batch(config, sharding)
@@ -154,7 +155,7 @@ def make_program(config: Config, sharding: Sharding) -> Program:
     replicated = NamedSharding(sharding.mesh, PartitionSpec())
     return Program(
         model=model,
-        notes=tuple(_notes(whole)),
+        notes=tuple(_notes(config, whole, opt_places, sharding.platform)),
         abstract_state=abstract_state,
         abstract_batch=abstract_batch,
         init=jax.jit(init, out_shardings=state_shardings),
@@ -302,11 +303,27 @@ def _abstract_state(
     return TrainState(step, params, opt_state)
 
 
-def _notes(whole: tuple[str, ...]) -> Iterator[str]:
+def _notes(config: Config, whole: tuple[str, ...], opt_places: Any, platform: str) -> Iterator[str]:
+    """Write what the configuration asks for in vain on these devices, one line each."""
     if whole:
         yield (
             f"shard_optimizer_over_data: {human_count(len(whole), 'parameter')} with no dim that "
             f"the data axis divides, whose state every device has: {brief_list(whole, 5)}"
+        )
+    names = kept(config.model.remat_policy, config.model.remat)
+    moments = config.train.optimizer_memory_host_offload
+    if platform == "cpu":
+        if moments:
+            yield "optimizer_memory_host_offload=true has no effect: a CPU's memory is the host's"
+        if names and names.host:
+            yield (
+                f"remat_policy={config.model.remat_policy} offloads nothing: a CPU's memory is the "
+                "host's"
+            )
+    elif moments and all(leaf.memory_kind != HOST for leaf in jax.tree.leaves(opt_places)):
+        yield (
+            "optimizer_memory_host_offload is left out here: jax names no memory of the host for "
+            "these devices, as for GPUs that are absent"
         )
 
 

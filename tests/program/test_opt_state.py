@@ -33,10 +33,10 @@ def device_bytes(tree: Any) -> int:
 
 
 @functools.cache
-def two_steps(optimizer: str, over: str) -> tuple[Any, Any, Any]:
+def two_steps(optimizer: str, over: str, *overrides: str) -> tuple[Any, Any, Any]:
     """Return the program, its HLO's report, and the parameters after two updates."""
     config = small_config(
-        MESH, *SMALL, f"optimizer={optimizer}", f"shard_optimizer_over_data={over}"
+        MESH, *SMALL, f"optimizer={optimizer}", f"shard_optimizer_over_data={over}", *overrides
     )
     sharding = annotator(config)
     program = make_program(config, sharding)
@@ -76,6 +76,19 @@ def test_parameters_are_gathered_over_data_and_experts_over_no_expert_axis() -> 
     ]
     assert gathered[0] == 0 < gathered[1]
     assert whole.verdict == parts.verdict == "expert-parallel"
+
+
+def test_moments_may_wait_on_the_host() -> None:
+    _, _, expected = two_steps("adamw", "false")
+    program, _, found = two_steps("adamw", "false", "optimizer_memory_host_offload=true")
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    state = program.abstract_state
+    kinds = {
+        (leaf.ndim > 0, leaf.sharding.memory_kind) for leaf in jax.tree.leaves(state.opt_state)
+    }
+    assert kinds == {(True, "pinned_host"), (False, "device")}
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.params)} == {"device"}
+    assert [line for line in program.notes if "no effect" in line], "CPUs have one memory"
 
 
 def test_factored_moments_lie_as_the_dims_that_they_have() -> None:
