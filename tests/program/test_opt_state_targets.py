@@ -1,4 +1,4 @@
-"""On accelerators the state over data is summed into parts, and what is offloaded is on the host."""
+"""A state over data is summed into parts, and what is offloaded is on the host (accelerators)."""
 
 from __future__ import annotations
 
