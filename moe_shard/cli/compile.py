@@ -115,7 +115,7 @@ def _print(report: TargetReport) -> None:
             for layers, record in each.items()
             for line in record.lines(layers)
         ]
-        for line in (*records, *report.bounds, *report.estimate_lines):
+        for line in (*records, *report.loss, *report.bounds, *report.estimate_lines):
             console.print(line, markup=False)
         console.print(report.memory_line(), markup=False)
     console.print(f"parameters: {report.num_params:,}")

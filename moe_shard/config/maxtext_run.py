@@ -16,7 +16,7 @@ KEYS = frozenset(
         *("attention", "moe_x_sorted", "muon_consistent_rms", "remat_policy", "profiler"),
         *("init_weights_seed", "data_shuffle_seed"),
         *("dataset_type", "dataset_path", "tokenizer_path"),
-        "cosine_learning_rate_final_fraction",
+        *("cosine_learning_rate_final_fraction", "num_vocab_tiling"),
     )
 )
 """Translated keys that only the translation of the run reads, not that of the model."""
@@ -46,6 +46,9 @@ def run_values(
     values.update(learning_rate_rule="maxtext", adam_decay_vectors=True)
     if "cosine_learning_rate_final_fraction" in explicit:
         values["learning_rate_final_fraction"] = explicit["cosine_learning_rate_final_fraction"]
+    values.pop("num_vocab_tiling", None)
+    if given["num_vocab_tiling"] > 1:  # 1, MaxText's default, leaves the number to this package
+        values["num_vocab_tiling"] = given["num_vocab_tiling"]
     values["steps"] = given["steps"]
     if given["steps"] == -1:
         values["steps"] = given["learning_rate_schedule_steps"]

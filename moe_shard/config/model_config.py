@@ -12,6 +12,7 @@ from moe_shard.config.remat_config import RematConfig, RematPolicy
 from moe_shard.errors import UserError
 
 DType = Literal["bfloat16", "float16", "float32"]
+CrossEntropyName = Literal["auto", "tokamax"]
 Normalization = Literal["rms", "layer"]
 GATE_ACTIVATIONS = ("silu", "gelu", "gelu_exact", "quick_gelu", "relu")
 """Values of the first entry of `mlp_activations`; the second is `linear`. `gelu` is the tanh form,

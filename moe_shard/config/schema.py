@@ -16,7 +16,7 @@ import yaml
 from moe_shard.config.generate_config import GenerateConfig
 from moe_shard.config.keys import Key, check_leaves, keyed_values, shown, to_plain
 from moe_shard.config.mesh_config import MeshConfig
-from moe_shard.config.model_config import ModelConfig
+from moe_shard.config.model_config import CrossEntropyName, ModelConfig
 from moe_shard.errors import UserError
 
 Optimizer = Literal["adamw", "sgd", "adafactor", "muon"]
@@ -34,6 +34,9 @@ class TrainConfig:
         max_target_length: tokens in a sequence.
         steps: optimizer updates.
         gradient_accumulation_steps: microbatches in one update.
+        cross_entropy: a `CrossEntropyName`; "auto" is by chunks of tokens.
+        num_vocab_tiling: chunks that a device divides its tokens into for logits and loss; -1:
+            chosen by size.
         cast_weights_once: whether the layers' matrices are cast to `dtype` once a step, before the
             layers; otherwise each layer casts its own, in every pass over it.
         optimizer: an `Optimizer`; "adafactor" has a rate relative to the parameters, and reads no
@@ -80,6 +83,8 @@ class TrainConfig:
     max_target_length: Annotated[int, Key(least=1)] = 2048
     steps: Annotated[int, Key(least=0)] = 1000
     gradient_accumulation_steps: Annotated[int, Key(least=1)] = 1
+    cross_entropy: Annotated[CrossEntropyName, Key(choices=get_args(CrossEntropyName))] = "auto"
+    num_vocab_tiling: Annotated[int, Key(least=1, off=-1)] = -1
     cast_weights_once: Annotated[bool, Key()] = True
     optimizer: Annotated[Optimizer, Key(choices=get_args(Optimizer))] = "adamw"
     shard_optimizer_over_data: Annotated[bool, Key()] = False

@@ -8,7 +8,9 @@ from flax import nnx
 from jax.nn.initializers import normal
 from jaxtyping import Array, Float, Int
 
-from moe_shard.config.model_config import ModelConfig
+from moe_shard.config.model_config import CrossEntropyName, ModelConfig
+from moe_shard.layers.lookup import lay_out_lookup
+from moe_shard.layers.loss import CrossEntropy, bounded, lay_out_loss
 from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.parameter import parameter
 
@@ -48,24 +50,24 @@ class Embedding(nnx.Module):
             if config.logits_bias
             else None
         )
-        self.multiplier = config.embedding_multiplier
-        self.scaling, self.soft_cap = config.logits_scaling, config.final_logits_soft_cap
-        self.dtype = config.dtype
+        self.config = config
+        self.multiplier, self.dtype = config.embedding_multiplier, config.dtype
         self.sharding = sharding
 
     def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S M"]:
         """Look up the vectors of tokens."""
         with jax.named_scope("embedding"):
-            # Gather whole vectors before the lookup, and in its gradient sum them before they go
-            # back to the shards. Without this the partitioner looks up slices of vectors, and on
-            # some meshes replicates all tokens to join them.
-            table = self.sharding(
-                self.table[...].astype(self.dtype), *TABLE, name="embedding table as stored"
+            lookup = lay_out_lookup(
+                self.sharding,
+                (tokens.shape[0], tokens.shape[1], self.config.emb_dim),
+                vocab_size=self.config.vocab_size,
+                stored=TABLE,
+                dtype=self.dtype,
             )
-            table = self.sharding(table, "vocab", None, name="embedding table in use")
-            x = jnp.take(table, tokens, axis=0)
             x = self.sharding(
-                x, "activation_batch", "activation_length", "activation_embed", name="embedded"
+                lookup(self.table[...], tokens),
+                *("activation_batch", "activation_length", "activation_embed"),
+                name="embedded",
             )
             return x if self.multiplier == 1 else x * self.multiplier
 
@@ -87,8 +89,61 @@ class Embedding(nnx.Module):
                     ("activation_vocab",),
                     name="logits bias",
                 )
-            if self.scaling != 1:
-                logits = logits / self.scaling
-            if self.soft_cap != 0:
-                logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)
-            return logits
+            return bounded(logits, self.config.logits_scaling, self.config.final_logits_soft_cap)
+
+    def cross_entropy(
+        self,
+        x: Float[Array, "B S M"],
+        targets: Int[Array, "B S"],
+        routine: CrossEntropyName = "auto",
+        num_vocab_tiling: int = -1,
+    ) -> Float[Array, ""]:
+        """Compute the mean negative log-likelihood of targets, in nats, without [B S V] logits.
+
+        Args:
+            x: hidden states.
+            targets: ids of the tokens to predict.
+            routine: see `loss_of`, as the next.
+            num_vocab_tiling: chunks that a device divides its tokens into; -1: by size.
+
+        Raises:
+            UserError: more chunks than tokens, or tokamax where it cannot run.
+        """
+        tokens = x.shape[0], x.shape[1]
+        loss = loss_of(self.config, self.sharding, tokens, routine, num_vocab_tiling)
+        weight = self.table if self.kernel is None else self.kernel
+        bias = None if self.bias is None else self.bias[...]
+        return loss(x, targets, weight[...], bias)
+
+
+def loss_of(
+    config: ModelConfig,
+    sharding: Sharding,
+    tokens: tuple[int, int],
+    routine: CrossEntropyName,
+    num_vocab_tiling: int,
+) -> CrossEntropy:
+    """Describe a model's loss; nothing is traced or run.
+
+    Args:
+        config: the model.
+        sharding: the mesh and its rules.
+        tokens: [B S], of a microbatch on all devices together.
+        routine: "auto": by chunks of tokens; "tokamax": its kernel.
+        num_vocab_tiling: chunks of a device's tokens; -1: see `loss.number_of_chunks`.
+
+    Raises:
+        UserError: more chunks than tokens, or tokamax where it cannot run.
+    """
+    return lay_out_loss(
+        sharding,
+        (*tokens, config.emb_dim),
+        vocab_size=config.vocab_size,
+        stored=TABLE if config.logits_via_embedding else KERNEL,
+        dtype=config.dtype,
+        scaling=config.logits_scaling,
+        soft_cap=config.final_logits_soft_cap,
+        chunks=num_vocab_tiling,
+        routine=routine,
+        biased=config.logits_bias,
+    )

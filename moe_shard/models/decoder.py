@@ -147,8 +147,22 @@ class Decoder(nnx.Module):
             Logits in float32, and the statistics of the MoE layers, each with a leading dim of MoE
             layers (None for a dense model).
         """
+        x, stats = self.hidden_states(tokens, positions, segment_ids, order)
+        return self.embedding.logits(x), stats
+
+    def hidden_states(
+        self,
+        tokens: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        segment_ids: Int[Array, "B S"],
+        order: Int[np.ndarray, "S"] | None = None,
+    ) -> tuple[Float[Array, "B S M"], MoEStats | None]:
+        """Compute what the logits are made of, for `embedding.logits` or `.cross_entropy`.
+
+        Arguments and statistics are those of a call.
+        """
         x, stats, _ = self._layers(tokens, positions, segment_ids, None, order)
-        return self.embedding.logits(self.final_norm(x)), stats
+        return self.final_norm(x), stats
 
     def extend(
         self,

@@ -18,14 +18,10 @@ from jaxtyping import Array, Float
 
 from moe_shard.errors import UserError
 from moe_shard.moe.weights import ExpertWeights
+from moe_shard.sharding.annotate import axes_of
 from moe_shard.sharding.varying import vary_over
 
 Axes = tuple[str, ...]
-
-
-def axes_of(entry: str | Axes | None) -> Axes:
-    """Return the mesh axes in one entry of a PartitionSpec."""
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 class WeightSpecs(NamedTuple):

@@ -190,11 +190,14 @@ def make_grad(config: Config, model: AbstractModel, stored: Params | None = None
         if order is not None:
             # Means over tokens do not depend on their order, nor does any layer but attention.
             batch = {field: x[:, order] for field, x in batch.items()}
-        logits, stats = model.apply(params)(
+        decoder = model.apply(params)
+        x, stats = decoder.hidden_states(
             batch["inputs"], batch["positions"], batch["segment_ids"], order
         )
+        ce_loss = decoder.embedding.cross_entropy(
+            x, batch["targets"], config.train.cross_entropy, config.train.num_vocab_tiling
+        )
         with jax.named_scope("loss"):
-            ce_loss = cross_entropy(logits, batch["targets"])
             losses = _with_moe(config, ce_loss, stats)
             return ce_loss + losses.aux_loss, losses
 
@@ -208,17 +211,6 @@ def make_grad(config: Config, model: AbstractModel, stored: Params | None = None
         return loss, losses, jax.lax.with_sharding_constraint(grads, shardings)
 
     return grad_fn
-
-
-def cross_entropy(logits: Float[Array, "R S V"], targets: Int[Array, "R S"]) -> Float[Array, ""]:
-    """Compute the mean negative log-likelihood, in nats per token.
-
-    A mask picks the target's logit, not an index, so that a sharded vocabulary is not gathered.
-    """
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
-    target_logit = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-    return jnp.mean(log_z - target_logit)
 
 
 def _with_moe(config: Config, ce_loss: Float[Array, ""], stats: MoEStats | None) -> Losses:

@@ -14,6 +14,7 @@ from moe_shard.config import Config, check_against_mesh
 from moe_shard.config.hardware import Hardware
 from moe_shard.errors import Finding
 from moe_shard.layers.attention_record import AttentionRecord, attention_records
+from moe_shard.layers.embedding import loss_of
 from moe_shard.lowering.hlo import parse_module
 from moe_shard.lowering.memory import memory_from_compiled
 from moe_shard.lowering.remat_warnings import MARK, with_source
@@ -206,6 +207,14 @@ def attention_of_step(config: Config, sharding: Sharding) -> dict[str, Attention
     sequences = config.train.microbatch_rows(sharding.mesh.size)
     tokens = (sequences, config.train.max_target_length)
     return attention_records(config.model, sharding, tokens)
+
+
+def loss_lines(config: Config, sharding: Sharding) -> list[str]:
+    """Write how the training step computes its loss, for people."""
+    tokens = (config.train.microbatch_rows(sharding.mesh.size), config.train.max_target_length)
+    train = config.train
+    loss = loss_of(config.model, sharding, tokens, train.cross_entropy, train.num_vocab_tiling)
+    return [loss.line()]
 
 
 def estimate_step(

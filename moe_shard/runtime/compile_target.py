@@ -24,6 +24,7 @@ from moe_shard.runtime.compile import (
     estimate_lines,
     estimate_step,
     lay_out,
+    loss_lines,
     moe_records,
     option_lines,
     report_step,
@@ -52,6 +53,7 @@ class TargetReport:
         conflicts: rule conflicts, one line each.
         moe: records of the MoE layers, by layers.
         attention: records of attention, by layers.
+        loss: how the loss is computed, one line each.
         bounds: the least work of the MoE layers, one line each.
         estimate: estimate of the step's time; None where the peaks of the target are not known.
         estimate_lines: the estimate as lines for people.
@@ -68,6 +70,7 @@ class TargetReport:
     conflicts: tuple[str, ...]
     moe: Mapping[str, MoERecord] = field(default_factory=dict)
     attention: Mapping[str, AttentionRecord] = field(default_factory=dict)
+    loss: tuple[str, ...] = ()
     bounds: tuple[str, ...] = ()
     estimate: Timeline | None = None
     estimate_lines: tuple[str, ...] = ()
@@ -152,6 +155,7 @@ def compile_for_target(config: Config, target: Target) -> TargetReport:
         target=target,
         lowering=lowering,
         bounds=(*option_lines(step), *bound_lines(config, sharding, lowering)) if step else (),
+        loss=tuple(loss_lines(config, sharding)),
         estimate=found,
         estimate_lines=tuple(estimate_lines(config, found, sharding.mesh.size)) if step else (),
         compiled_with=compiled_with(target),

@@ -94,9 +94,19 @@ def _outside_of_package() -> int:
 _LIBRARIES = ("moe_shard", "jax", "flax")
 
 
-def _axes(entry: str | tuple[str, ...] | None) -> set[str]:
+def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """Return the mesh axes of one dim of a PartitionSpec."""
-    return set() if entry is None else {entry} if isinstance(entry, str) else set(entry)
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def axes_by_dim(spec: PartitionSpec, dims: int) -> list[tuple[str, ...]]:
+    """Return the mesh axes of each dim; a PartitionSpec may end before the last dim."""
+    return [axes_of(entry) for entry in (*spec, *[None] * (dims - len(spec)))]
+
+
+def spec_of(*axes: tuple[str, ...]) -> PartitionSpec:
+    """Make a PartitionSpec of the mesh axes of each dim."""
+    return PartitionSpec(*(entry or None for entry in axes))
 
 
 @dataclass(frozen=True)
@@ -288,7 +298,7 @@ class Sharding:
         # partitioner would gather all experts' gradients over expert, and with a data axis leave
         # half of the sum out (openxla/xla#40034). From the layout of use it only slices.
         extended = any(
-            axis in EXPERT_RULES and set() < _axes(by_use) < _axes(by_store)
+            axis in EXPERT_RULES and set() < set(axes_of(by_use)) < set(axes_of(by_store))
             for axis, by_store, by_use in zip(used, where.spec, use.spec, strict=False)
         )
         return _gather(w, where, use, extended)

@@ -28,6 +28,7 @@ from moe_shard.runtime.compile import (
     estimate_lines,
     estimate_step,
     lay_out,
+    loss_lines,
     moe_records,
     option_lines,
     out_of_memory_is_a_finding,
@@ -102,7 +103,8 @@ def run(config: Config) -> Outcome:
                 for layers, record in each.items()
                 for line in record.lines(layers)
             ]
-            lines += option_lines(step) + bound_lines(config, sharding, report)
+            lines += loss_lines(config, sharding) + option_lines(step)
+            lines += bound_lines(config, sharding, report)
             if found := estimate_step(config, hardware, report):
                 lines += estimate_lines(config, found, sharding.mesh.size)
             for line in lines:

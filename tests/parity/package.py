@@ -99,10 +99,10 @@ def evaluate(opened: Opened, inputs: np.ndarray, targets: np.ndarray) -> Answer:
     assert moe is not None
 
     def forward(params: Params, batch: dict[str, jax.Array]) -> Any:
-        logits, stats = opened.model.apply(params)(
-            batch["inputs"], batch["positions"], batch["segment_ids"]
-        )
+        decoder = opened.model.apply(params)
+        x, stats = decoder.hidden_states(batch["inputs"], batch["positions"], batch["segment_ids"])
         assert stats is not None
+        logits = decoder.embedding.logits(x)
         balance = load_balance_loss(
             stats.mean_probs,
             stats.expert_counts,
@@ -110,7 +110,7 @@ def evaluate(opened: Opened, inputs: np.ndarray, targets: np.ndarray) -> Answer:
             k=moe.num_experts_per_tok,
             convention=moe.load_balance_loss_type,
         )
-        ce_loss = step.cross_entropy(logits, batch["targets"])
+        ce_loss = decoder.embedding.cross_entropy(x, batch["targets"])
         return logits, stats.router_z_loss, ce_loss, balance * moe.load_balance_loss_weight
 
     batch = batch_of(opened, inputs, targets)
