@@ -13,6 +13,7 @@ from flax import nnx
 
 from moe_shard.layers.cache import Memory
 from moe_shard.layers.kernels import blockwise
+from moe_shard.layers.kernels.load_balance import zigzag
 from moe_shard.lowering.reports import report_from_text
 from moe_shard.models.params import describe as describe_model
 from tests.layers import oracle
@@ -98,25 +99,36 @@ ON_MESHES = (
 )
 
 
-def check(sizes: Sizes, overrides: tuple[str, ...], rows: int) -> None:
+def check(
+    sizes: Sizes,
+    overrides: tuple[str, ...],
+    rows: int,
+    order: np.ndarray | None = None,
+) -> None:
+    """Compare a layer with the oracle, of tokens in this order."""
     config = layer_config(sizes, *overrides)
     sharding = layer_annotator(config, sizes)
     layer = attention_layer(config, sharding)
     keys, kind = config.as_flat_dict(), config.model.layer_kinds[0]
     text, params = packed(rows), random_like(layer.shapes)
-    positions, segment_ids = jnp.asarray(text.positions), jnp.asarray(text.segment_ids)
+    shuffled = np.arange(text.x.shape[1]) if order is None else order
+    positions, segment_ids = (
+        jnp.asarray(each[:, shuffled]) for each in (text.positions, text.segment_ids)
+    )
     probe = np.random.default_rng(3).standard_normal(text.x.shape).astype(np.float32)
     place = sharding.named_sharding(
         "x", ("activation_batch", "activation_length", "activation_embed"), text.x.shape
     )
-    y, grads = value_and_grads(
-        lambda module, x: module(x, positions, segment_ids)[0],
+    y, (of_params, of_x) = value_and_grads(
+        lambda module, x: module(x, positions, segment_ids, order=order)[0],
         layer,
         params,
-        text.x,
-        probe,
+        text.x[:, shuffled],
+        probe[:, shuffled],
         place,
     )
+    back = np.argsort(shuffled)
+    y, grads = y[:, back], (of_params, of_x[:, back])
     masks = [
         oracle.mask(*each, keys, kind.span)
         for each in zip(text.positions, text.segment_ids, strict=True)
@@ -158,6 +170,12 @@ def test_on_meshes(case: str, sizes: Sizes) -> None:
 def test_round_a_ring(case: str) -> None:
     ring = "context_parallel_strategy=ring"
     check({"fsdp": 2, "tensor": 2, "context": 2}, (ring, *CASES[case]), rows=8)
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
+def test_latents_of_tokens_in_another_order(strategy: str) -> None:
+    overrides = (f"context_parallel_strategy={strategy}", *CASES["mla-query-latent-bias-yarn"])
+    check({"fsdp": 4, "context": 2}, overrides, rows=8, order=zigzag(12, 2))
 
 
 @pytest.mark.parametrize("heads", [(4, 1), (6, 2), (6, 3)], ids=str)
