@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -80,11 +81,42 @@ def batched_product(
     bias: Float[Array, "E *P"] | None = None,
 ) -> Float[Array, "E *R *P"]:
     """Multiply where every expert has equally many token copies, see `Product`."""
-    outer, out = "bc"[: x.ndim - 2], "gh"[-(w.ndim - 2) :]
-    y = jnp.einsum(f"e{outer}a,ea{out}->e{outer}{out}", x, w)
+    y = _multiply(x, w)
     if bias is None:
         return y
-    return y + jnp.expand_dims(bias, tuple(range(1, 1 + len(outer))))
+    return y + jnp.expand_dims(bias, tuple(range(1, x.ndim - 1)))
+
+
+@jax.custom_vjp
+def _multiply(x: Float[Array, "E *R A"], w: Float[Array, "E A *P"]) -> Float[Array, "E *R *P"]:
+    rows, out = _letters(x, w)
+    return jnp.einsum(f"e{rows}a,ea{out}->e{rows}{out}", x, w)
+
+
+def _multiply_fwd(
+    x: Float[Array, "E *R A"], w: Float[Array, "E A *P"]
+) -> tuple[Float[Array, "E *R *P"], tuple[Float[Array, "E *R A"], Float[Array, "E A *P"]]]:
+    return _multiply(x, w), (x, w)
+
+
+def _multiply_bwd(
+    residuals: tuple[Float[Array, "E *R A"], Float[Array, "E A *P"]], dy: Float[Array, "E *R *P"]
+) -> tuple[Float[Array, "E *R A"], Float[Array, "E A *P"]]:
+    x, w = residuals
+    rows, out = _letters(x, w)
+    dx = jnp.einsum(f"e{rows}{out},ea{out}->e{rows}a", dy, w)
+    # x first, where jax would have dy first: XLA's CPU compiler transposes the first operand of a
+    # sum over rows, and fuses into that copy whatever dy is computed from. For x it is a plain
+    # copy, and one for gate and up.
+    return dx, jnp.einsum(f"e{rows}a,e{rows}{out}->ea{out}", x, dy)
+
+
+_multiply.defvjp(_multiply_fwd, _multiply_bwd)
+
+
+def _letters(x: Float[Array, "E *R A"], w: Float[Array, "E A *P"]) -> tuple[str, str]:
+    """Return einsum's letters for the dims of rows, and of outputs."""
+    return "bc"[: x.ndim - 2], "gh"[-(w.ndim - 2) :]
 
 
 class Experts(nnx.Module):

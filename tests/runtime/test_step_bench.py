@@ -139,8 +139,9 @@ def test_mixtral_is_a_model_of_both_peers(config: Config) -> None:
 
 
 @pytest.mark.parity
-def test_transformers_learns_the_same_batch(config: Config) -> None:
-    made = transformers_step(config)
+@pytest.mark.parametrize("norms", [[], ["use_qk_norm=true", "qk_norm_type=projection"]])
+def test_transformers_learns_the_same_batch(norms: list[str]) -> None:
+    made = transformers_step(load_config("mixtral-tiny", [*TINY, "max_target_length=32", *norms]))
     assert isinstance(made, Contender), made
     losses = [made.step() for _ in range(6)]
     assert losses[0] == pytest.approx(math.log(64), abs=0.3)
