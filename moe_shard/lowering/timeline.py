@@ -253,10 +253,21 @@ class _Run:
         elif opcode == "call":
             self._repeat(self._module.called_by(instruction, "to_apply"), 1, wire)
         elif opcode == "conditional":
-            for branch in instruction.branches():  # counted as if every branch ran
-                self._repeat(self._module.computations[branch], 1, wire)
+            for branch in self._branches(instruction):
+                self._repeat(branch, 1, wire)
         else:
             self._work(computation, instruction, wire)
+
+    def _branches(self, conditional: Instruction) -> list[Computation]:
+        """Return the branches that count: those that exchange, and the longest of the others.
+
+        One branch runs. But collectives are counted as if every branch ran.
+        """
+        branches = [self._module.computations[name] for name in conditional.branches()]
+        exchanging = [each for each in branches if self.alone(each).exchanges]
+        others = [each for each in branches if each not in exchanging]
+        others.sort(key=lambda each: self.alone(each).seconds)
+        return exchanging + others[-1:]
 
     def _repeat(self, computation: Computation, times: int, wire: Wire) -> None:
         """Execute so many times, each alike but the first, which overlaps what is on the wire."""

@@ -144,6 +144,22 @@ def test_work_is_beside_what_is_on_the_wire_then() -> None:
     }
 
 
+def test_of_branches_that_exchange_nothing_the_longest_counts() -> None:
+    branches = "".join(
+        f"%branch{size} (p{size}: f32[16]) -> f32[{size}] {{\n"
+        f"  %x = f32[16]{{0}} parameter(0)\n{copy('c', 'attention', size)}"
+        f"  ROOT %b = f32[{size}]{{0}} bitcast(%c)\n}}\n\n"
+        for size in (2, 8, 4)
+    )
+    body = (
+        "  %which = s32[] constant(0)\n"
+        "  ROOT %r = f32[16]{0} conditional(%which, %x, %x, %x),"
+        " branch_computations={%branch2, %branch8, %branch4}\n"
+    )
+    found = adding_up(program(body, before=branches), RATES)
+    assert found.seconds == 8 * (4 + 4)  # bytes read and written
+
+
 LOOPS = """%condition (q: (s32[], f32[4], f32[16])) -> pred[] {
   %q = (s32[], f32[4]{0}, f32[16]{0}) parameter(0)
   ROOT %c = pred[] constant(true)
