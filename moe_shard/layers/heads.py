@@ -116,7 +116,7 @@ class Heads(nnx.Module):
         """
         with jax.named_scope("attention"):
             attended, cache = self._attended(x, positions, segment_ids, memory, order)
-            attended = checkpoint_name(checkpoint_name(attended, "context"), "attention_out")
+            attended = checkpoint_name(attended, "attention_out")
             return checkpoint_name(self._output(attended), "out_proj"), cache
 
     @abstractmethod

@@ -69,6 +69,13 @@ def test_what_custom_names_is_not_recomputed() -> None:
     assert products("remat_policy=custom", "query_proj=offload", "moe_mlpwi_1=device") == full - 2
 
 
+@pytest.mark.parametrize(("attention", "saved"), [("dot_product", 1), ("blockwise", 4)])
+def test_kept_context_is_not_recomputed(attention: str, saved: int) -> None:
+    """Blockwise keeps the weights' sums too, so that no product of a block runs again."""
+    how = ("remat_policy=custom", f"attention={attention}")
+    assert products(*how, "context=device") == products(*how) - saved
+
+
 @functools.cache
 def evaluated(*overrides: str) -> Evaluated:
     config = small_config(EXPERT8, "base_num_decoder_layers=2", *overrides)

@@ -40,7 +40,13 @@ from moe_shard.layers.kernels.block_pairs import (
     split_blocks,
     split_tokens,
 )
-from moe_shard.layers.kernels.rule import AttentionCase, AttentionRule, Tokens, seen_tokens
+from moe_shard.layers.kernels.rule import (
+    AttentionCase,
+    AttentionRule,
+    Tokens,
+    named_context,
+    seen_tokens,
+)
 from moe_shard.sharding.varying import vary_alike, vary_over, varying_axes, zeros
 
 CPU_BLOCK, OTHER_BLOCK = 256, 512
@@ -205,7 +211,7 @@ _Residual = tuple[Blocks, Float[Array, "J R"] | None, Attended]
 def _forward(
     plan: BlockPlan, blocks: Blocks, start: Float[Array, "J R"] | None
 ) -> tuple[Float[Array, "I B J R Dv"], _Residual]:
-    attended = attend_forward(plan, blocks, start, blocks.value.dtype)
+    attended = named_context(attend_forward(plan, blocks, start, blocks.value.dtype))
     return attended.out, (blocks, start, attended)
 
 

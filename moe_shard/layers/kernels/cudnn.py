@@ -14,7 +14,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moe_shard.layers.kernels.rule import AttentionCase, AttentionRule, Tokens, seen_tokens
+from moe_shard.layers.kernels.rule import (
+    AttentionCase,
+    AttentionRule,
+    Tokens,
+    named_context,
+    seen_tokens,
+)
 
 _LARGEST_HEAD = {True: 256, False: 128}  # from Hopper on, and before
 
@@ -85,7 +91,7 @@ def attend(
     assert sink is None
     assert not rule.soft_cap
     same = queries.order is not None and query.shape[1] == key.shape[1]
-    return jax.nn.dot_product_attention(
+    attended = jax.nn.dot_product_attention(
         query,
         key,
         value,
@@ -94,3 +100,5 @@ def attend(
         is_causal=same,  # cuDNN then leaves out the blocks above the diagonal
         implementation="cudnn",
     )
+    # Its gradient needs more than this of the kernel, so that recomputation runs it in any case.
+    return named_context(attended)

@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from moe_shard.layers.kernels.rule import AttentionCase, AttentionRule, Tokens, seen_tokens
+from moe_shard.layers.kernels.rule import (
+    AttentionCase,
+    AttentionRule,
+    Tokens,
+    named_context,
+    seen_tokens,
+)
 
 
 def unsupported(_case: AttentionCase) -> str | None:
@@ -46,7 +52,7 @@ def attend(
     weights = attention_weights(scores.reshape(of_heads), seen, soft_cap=rule.soft_cap, sink=sink)
     weights = weights.astype(value.dtype).reshape(scores.shape)
     attended = jnp.einsum("bjgst,btjd->bsjgd", weights, value)
-    return attended.reshape(rows, tokens, heads, value.shape[-1])
+    return named_context(attended.reshape(rows, tokens, heads, value.shape[-1]))
 
 
 def attention_weights(

@@ -29,7 +29,11 @@ from moe_shard.layers.kernels.blockwise import (
     start_scores,
     weighted_means,
 )
-from moe_shard.layers.kernels.rule import AttentionRule, Tokens
+from moe_shard.layers.kernels.rule import (
+    AttentionRule,
+    Tokens,
+    named_context,
+)
 from moe_shard.sharding.varying import vary_alike, vary_over, zeros
 
 
@@ -119,8 +123,8 @@ def _forward(
     carry = _nothing(blocks, start), _Part(blocks.key, blocks.value, blocks.keys)
     (attended, part), _ = jax.lax.scan(step, carry, length=ring.size - 1)
     attended = visit(attended, part)
-    out = attended.out.astype(blocks.value.dtype)
-    return out, (blocks, start, attended._replace(out=out))
+    attended = named_context(attended._replace(out=attended.out.astype(blocks.value.dtype)))
+    return attended.out, (blocks, start, attended)
 
 
 def _backward(

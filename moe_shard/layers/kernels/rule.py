@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import jax
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 
 from moe_shard.config.attention_config import AttentionConfig, AttentionSpan
+
+CONTEXT = "context"
+"""Name of what an implementation's gradient needs of its forward pass, for remat policies: the
+weighted values and, where a kernel has them, the logarithms of the weights' sums."""
+
+T = TypeVar("T")
 
 
 class Tokens(NamedTuple):
@@ -118,3 +126,9 @@ def seen_tokens(queries: Tokens, keys: Tokens, *, rule: AttentionRule) -> Bool[A
     elif rule.span == "chunked":
         seen &= at // rule.window == of // rule.window
     return seen
+
+
+def named_context(made: T) -> T:
+    """Name arrays as what attention has computed, see `CONTEXT`."""
+    named: T = jax.tree.map(lambda array: checkpoint_name(array, CONTEXT), made)
+    return named

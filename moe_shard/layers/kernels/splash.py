@@ -26,7 +26,12 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_shard.layers.kernels.reach import in_sequence, rising
-from moe_shard.layers.kernels.rule import AttentionCase, AttentionRule, Tokens
+from moe_shard.layers.kernels.rule import (
+    CONTEXT,
+    AttentionCase,
+    AttentionRule,
+    Tokens,
+)
 
 LARGEST_BLOCK = 512
 _LANES = 128  # the least block, and what every block is a multiple of
@@ -175,7 +180,7 @@ def _kernel(
         save_residuals=False,
         mask_value=splash_attention_kernel.DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=soft_cap,
-        residual_checkpoint_name=None,
+        residual_checkpoint_name=CONTEXT,
         mask_function=_mask(reach),
         interpret=interpret,
     )

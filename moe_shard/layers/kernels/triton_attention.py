@@ -24,7 +24,12 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from moe_shard.layers.kernels.reach import Reach, in_sequence, reach_of
-from moe_shard.layers.kernels.rule import AttentionCase, AttentionRule, Tokens
+from moe_shard.layers.kernels.rule import (
+    AttentionCase,
+    AttentionRule,
+    Tokens,
+    named_context,
+)
 from moe_shard.layers.kernels.triton_blocks import (
     LARGEST_HEAD,
     LOG2_E,
@@ -168,6 +173,7 @@ def _forward(
         out=(((rows, tokens, heads, value_dim), value.dtype), ((rows, heads, tokens), jnp.float32)),
         like=query,
     )(query, key, value, sink, *reach, blocks_met(reach, tile, places))
+    out, lse = named_context((out, lse))
     return out, (query, key, value, sink, reach, out, lse)
 
 
