@@ -156,6 +156,8 @@ def plan_blocks(
         for x in (query, key)
     )
     sizes = size, key_size
+    if not isinstance(queries.order, np.ndarray) and isinstance(keys.order, np.ndarray):
+        keys = keys._replace(order=jnp.asarray(keys.order))  # compared when the program runs
     group = query.shape[2] // key.shape[2]
     plan = BlockPlan(rule, list_pairs(queries, keys, sizes, rule=rule), group)
     arrays = Blocks(

@@ -211,25 +211,6 @@ def plan_attention(
     return choose_attention(requested, case), shards
 
 
-@jax.custom_vjp
-def _permuted(
-    x: Shaped[Array, "B T ..."], places: Int[Array, "T"], _back: Int[Array, "T"]
-) -> Shaped[Array, "B T ..."]:
-    """Permute tokens; the gradient is the permutation back, not a sum over places."""
-    return jnp.take(x, places, axis=1)
-
-
-def _permuted_forward(x: Array, places: Any, back: Any) -> tuple[Array, Any]:
-    return _permuted(x, places, back), back
-
-
-def _permuted_backward(back: Any, gradient: Array) -> tuple[Array, None, None]:
-    return jnp.take(gradient, back, axis=1), None, None
-
-
-_permuted.defvjp(_permuted_forward, _permuted_backward)
-
-
 def attend_on_mesh(
     attend: Attend,
     query: Float[Array, "B S N D"],
@@ -263,24 +244,9 @@ def attend_on_mesh(
         return attended
     group = query.shape[2] // key.shape[2]
     is_split = shards.size(shards.length) > 1
-    sorted_order, in_text = keys.order, None
-    if isinstance(keys.order, np.ndarray) and not shards.is_ring:
-        sorted_order = np.sort(keys.order)
-        in_text = None if np.array_equal(sorted_order, keys.order) else np.argsort(keys.order)
 
     def whole(x: Shaped[Array, "b t ..."]) -> Shaped[Array, "b T ..."]:
-        """Return the tokens of keys that queries meet here, all of them in the order of the text.
-
-        Not all implementations take keys in another order.
-        """
-        if shards.is_ring:
-            return x
-        x = shards.all_tokens(x)
-        return (
-            x
-            if in_text is None
-            else _permuted(x, jnp.asarray(in_text), jnp.asarray(np.argsort(in_text)))
-        )
+        return x if shards.is_ring else shards.all_tokens(x)
 
     def local(
         arrays: Mapping[str, Array], info: Mapping[str, Int[Array, "b _"]]
@@ -295,7 +261,7 @@ def attend_on_mesh(
             # Which queries these are is known when the program runs, not when it is traced.
             first = jax.lax.axis_index(shards.length) * query.shape[1]
             order = jax.lax.dynamic_slice_in_dim(jnp.asarray(order), first, query.shape[1])
-            key_order = order if shards.is_ring else jnp.asarray(sorted_order)
+            key_order = order if shards.is_ring else key_order
         mine = Tokens(info["positions"], info["segment_ids"], order)
         theirs = Tokens(whole(info["key_positions"]), whole(info["key_segment_ids"]), key_order)
         ring = {"axes": shards.length, "size": shards.size(shards.length)} if shards.is_ring else {}

@@ -48,13 +48,33 @@ def in_sequence(
         at = jnp.zeros_like(order).at[order].set(place, unique_indices=True)
 
     def take(x: Shaped[Array, "B T ..."]) -> Shaped[Array, "B T ..."]:
-        # Said to be unique, so that the gradient is a plain scatter.
-        taken: Shaped[Array, "B T ..."]
-        taken = x.at[:, at].get(unique_indices=True, mode="promise_in_bounds")
-        return taken
+        return _permuted(x, at, jnp.asarray(order))
 
     tokens = Tokens(take(keys.positions), take(keys.segment_ids), place)
     return InSequence(take(key), take(value), tokens)
+
+
+@jax.custom_vjp
+def _permuted(
+    x: Shaped[Array, "B T ..."], places: Int[Array, "T"], _back: Int[Array, "T"]
+) -> Shaped[Array, "B T ..."]:
+    """Permute tokens; the gradient is the permutation back, which is no sum over places."""
+    return jnp.take(x, places, axis=1, unique_indices=True, mode="clip")
+
+
+def _permuted_forward(
+    x: Shaped[Array, "B T ..."], places: Int[Array, "T"], back: Int[Array, "T"]
+) -> tuple[Shaped[Array, "B T ..."], Int[Array, "T"]]:
+    return _permuted(x, places, back), back
+
+
+def _permuted_backward(
+    back: Int[Array, "T"], gradient: Shaped[Array, "B T ..."]
+) -> tuple[Shaped[Array, "B T ..."], None, None]:
+    return jnp.take(gradient, back, axis=1, unique_indices=True, mode="clip"), None, None
+
+
+_permuted.defvjp(_permuted_forward, _permuted_backward)
 
 
 def rising(queries: Tokens) -> Int[Array, "S"] | Int[np.ndarray, "S"]:

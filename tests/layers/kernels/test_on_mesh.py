@@ -113,10 +113,8 @@ def check(
 
 
 @pytest.mark.parametrize("name", ["blockwise", "triton"])
-def test_keys_are_gathered_in_the_order_of_the_text(
-    problem: Problem, solution: Any, name: str
-) -> None:
-    # As a step calls it: with an order that is known at tracing, which kernels rely on.
+def test_an_order_that_is_known_at_tracing(problem: Problem, solution: Any, name: str) -> None:
+    # As a step has it, for kernels that know no positions too.
     sharding = Sharding(make_mesh(context=2, tensor=4))
     shards = AttentionShards.of(
         sharding,
