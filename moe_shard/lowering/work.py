@@ -22,7 +22,8 @@ from moe_shard.lowering.walk import OPCODES, Executions
 _LIBRARY_PRODUCT = re.compile(r'custom_call_target="__(?:cublas|cudnn)[^"]*(?:gemm|matmul)')
 _LIBRARY_CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\[([\d",]*)\]')
 # The kernels of `moe.grouped` on GPU: each token copy is multiplied with the weights of one group.
-_GROUPED_KERNEL = re.compile(r"grouped_(forward|dx|dw)/pallas_call")
+# "gated" multiplies the same rows by two weights, "gated_dx" two arrays of rows by one each.
+_GROUPED_KERNEL = re.compile(r"grouped_(forward|gated|dx|gated_dx|dw)/pallas_call")
 _COST_ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 _KERNEL = re.compile(
     r'custom_call_target="(?:tpu_custom_call|__gpu\$xla\.gpu\.triton|mosaic_gpu\w*)"'
@@ -84,7 +85,8 @@ def _kernel_flops(computation: Computation, instruction: Instruction) -> int:
     )
     if kernel[1] == "dw":
         return 2 * math.prod(rows) * other[1]
-    return 2 * math.prod(array_dims(tuple_elements(instruction.shape)[0])) * rows[1]
+    products = 2 if "gated" in kernel[1] else 1
+    return products * 2 * math.prod(array_dims(tuple_elements(instruction.shape)[0])) * rows[1]
 
 
 def _contracted(instruction: Instruction, rank: int) -> list[int]:

@@ -49,12 +49,21 @@ class Product(Protocol):
         ...
 
 
+class FusedMLP(Protocol):
+    """Apply the experts to token copies, gate and up as one product."""
+
+    def __call__(self, x: Float[Array, "*R M"], weights: ExpertWeights) -> Float[Array, "*R M"]:
+        """Return the expert outputs; gate and up are two arrays of weights."""
+        ...
+
+
 def gated_mlp(
     x: Float[Array, "*R M"],
     weights: ExpertWeights,
     *,
     product: Product,
     gating: GatingConfig,
+    fused_mlp: FusedMLP | None = None,
     pin_hidden: Callable[[Float[Array, "*R H"]], Float[Array, "*R H"]] = lambda h: h,
 ) -> Float[Array, "*R M"]:
     """Apply each token copy's expert to it.
@@ -64,8 +73,12 @@ def gated_mlp(
         weights: weights of the experts on this device, in the dtype of the products.
         product: see `Product`.
         gating: activation, clamps and offset between the products.
-        pin_hidden: places the hidden activations.
+        fused_mlp: does all of this at once, where gate and up are two arrays of weights; None:
+            `product` is called for each.
+        pin_hidden: places the hidden activations; not called with `fused_mlp`.
     """
+    if fused_mlp is not None and not weights.fused:
+        return checkpoint_name(fused_mlp(x, weights), "moe_mlpwo")
     biases = weights.inward_bias or (None,) * len(weights.inward)
     pairs = zip(weights.inward, biases, strict=True)
     inward = [product(x, w, bias) for w, bias in pairs]

@@ -47,6 +47,7 @@ class MoERecord:
         grouped_product: tuple[str, str],
         singleton: str,
         equal_pieces: str,
+        gate_up: str | None = None,
     ) -> MoERecord:
         """Make the record of a layer.
 
@@ -56,14 +57,22 @@ class MoERecord:
             grouped_product: the routine, and the reason for it.
             singleton: why tokens leave their devices; empty where they do not.
             equal_pieces: why peers do not get equal pieces; empty where they do.
+            gate_up: why the routine does not compute gate and up as one product; empty where it
+                does; None where it cannot but by one parameter.
         """
         chunks = config.num_moe_token_chunks
         forced = config.router.force_load_balance
+        if config.prefuse_moe_weights:
+            gate_up = ""
+        elif gate_up is None:
+            gate_up = "prefuse_moe_weights=false"
+        elif gate_up:
+            gate_up = f"prefuse_moe_weights=false, {gate_up}"
         why_not = {
             "singleton": singleton,
             "forced-balance": "" if forced else "force_load_balance=false",
             "equal-pieces": equal_pieces,
-            "fused-gate-up": "" if config.prefuse_moe_weights else "prefuse_moe_weights=false",
+            "fused-gate-up": gate_up,
             "token-chunks": "" if chunks > 1 else "num_moe_token_chunks=1",
         }
         return cls(

@@ -230,11 +230,16 @@ class Sharding:
         return NamedSharding(self.given_mesh, placed.spec)
 
     @property
+    def device(self) -> jax.Device | None:
+        """Return the first device of the mesh; None for an abstract mesh."""
+        return None if isinstance(self.mesh, AbstractMesh) else self.mesh.devices.flat[0]
+
+    @property
     def platform(self) -> str:
         """Return "cpu", "tpu", "cuda" or "rocm"; "unknown" for an abstract mesh."""
-        if isinstance(self.mesh, AbstractMesh):
+        device = self.device
+        if device is None:
             return "unknown"
-        device = self.mesh.devices.flat[0]
         if device.platform != "gpu":
             return str(device.platform)
         # A card that is there says "rocm"; one that is compiled for says only whose it is.

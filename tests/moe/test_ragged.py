@@ -250,7 +250,7 @@ def test_the_record() -> None:
             "singleton": "expert axis of 8",
             "forced-balance": "force_load_balance=false",
             "equal-pieces": "counts differ",
-            "fused-gate-up": "prefuse_moe_weights=false",
+            "fused-gate-up": "prefuse_moe_weights=false, each is one plain product",
             "token-chunks": "num_moe_token_chunks=1",
         },
     )
@@ -285,7 +285,7 @@ def test_the_record_names_the_router(model: str, router: str) -> None:
 @pytest.mark.parametrize(
     ("sizes", "dispatch", "route", "transport", "product", "paths"),
     [
-        ({"data": 8}, "ragged", {}, "none", "blocked", {"singleton"}),
+        ({"data": 8}, "ragged", {}, "none", "blocked", {"singleton", "fused-gate-up"}),
         ({"data": 8}, "gather", {}, "none", "batched", {"singleton"}),
         (EXPERT_8, "gather", {}, "all-to-all", "batched", {"equal-pieces"}),
         (
@@ -302,7 +302,7 @@ def test_the_record_names_the_router(model: str, router: str) -> None:
             {"force_load_balance": True, "tokens": 13},
             "padded all-to-all",
             "blocked",
-            {"forced-balance"},
+            {"forced-balance", "fused-gate-up"},
         ),
         (
             {"data": 2, "expert": 4},

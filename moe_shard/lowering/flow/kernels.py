@@ -59,8 +59,9 @@ def _kernel(
     """Evaluate a kernel whose arithmetic is not in the text: a grouped product, or anything else.
 
     A kernel with routed data and a parameter that has an expert dim before a matrix is a product of
-    experts. One with two routed operands and the integer sizes of its groups, whose result is a
-    stack of matrices, computes the gradient of such a parameter.
+    experts; it may have several such parameters, such as gate and up. One with two routed operands
+    and the integer sizes of its groups, whose result is a stack of matrices, computes the gradient
+    of such a parameter.
     """
     states = [flat(each) for each in operands]
     merged = join(states) if states else CONSTANT
@@ -72,6 +73,7 @@ def _kernel(
     ]
     tokens = [state for state, _ in numbers if state.origin is None and run.are_tokens(state)]
     groups = any(state.marks & INDICES for state in states)
+    of_experts = False
     for state, shape in numbers:
         if not tokens or not takes_tokens(run, state, tokens[0]):
             continue
@@ -82,6 +84,8 @@ def _kernel(
             continue
         dims = dims or mapped(state, (0,)) or (0,)
         run.found_experts((computation.name, instruction.name), state, dims, join(tokens))
+        of_experts = True
+    if of_experts:
         rank = len(array_dims(tuple_elements(instruction.shape)[0]))
         feature = (*((),) * (rank - 1), (FEATURE,))
         return State(merged.deps, None, ROUTED | EXPERT_OUTPUT, join(tokens).via, feature)

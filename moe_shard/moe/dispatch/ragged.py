@@ -57,9 +57,10 @@ from moe_shard.moe.exchange.sorting import (
     sort_by_expert,
     sort_known_choices,
 )
-from moe_shard.moe.experts import Experts, Product, batched_product, gated_mlp
-from moe_shard.moe.grouped import grouped_product
+from moe_shard.moe.experts import Experts, FusedMLP, Product, batched_product, gated_mlp
+from moe_shard.moe.grouped import grouped_mlp, grouped_product
 from moe_shard.moe.grouped.biases import of_groups
+from moe_shard.moe.grouped.gated import GroupedMLP
 from moe_shard.moe.placement import EXCHANGED, Placement
 from moe_shard.moe.record import MoERecord
 from moe_shard.moe.router import ROUTING, Routing
@@ -328,13 +329,31 @@ class _Device:
             y = y.reshape(-1, *w.shape[2:])
             return y if bias is None else y + of_groups(bias, sizes, rows=y.shape[0])
 
-        return self._experts(product, weights, copies)
+        def together(x: Float[Array, "R M"], weights: ExpertWeights) -> Float[Array, "R M"]:
+            each = GroupedMLP(*weights.inward, weights.down, weights.inward_bias)
+            y = grouped_mlp(
+                x,
+                each,
+                sizes,
+                gating=self.gating,
+                using=self.plan.product,
+                platform=self.platform,
+            )
+            bias = weights.down_bias
+            return y if bias is None else y + of_groups(bias, sizes, rows=y.shape[0])
+
+        fused_mlp = None if self.plan.product.why_not_gated else together
+        return self._experts(product, weights, copies, fused_mlp)
 
     def _experts(
-        self, product: Product, weights: ExpertWeights, copies: Float[Array, "*R m"]
+        self,
+        product: Product,
+        weights: ExpertWeights,
+        copies: Float[Array, "*R m"],
+        fused_mlp: FusedMLP | None = None,
     ) -> Float[Array, "*R m"]:
         copies = self.shards.whole_embed(copies)
-        y = gated_mlp(copies, weights, product=product, gating=self.gating)
+        y = gated_mlp(copies, weights, product=product, gating=self.gating, fused_mlp=fused_mlp)
         return self.shards.summed_hidden(y)
 
 

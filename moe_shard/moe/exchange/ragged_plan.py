@@ -110,11 +110,12 @@ class RaggedPlan:
     def record(self, config: MoEConfig, placement: Placement) -> MoERecord:
         """Return the plan as a record."""
         product = (self.product.name, self.product.reason)
+        gate_up: str | None = self.product.why_not_gated
         equal = "counts differ"
         name = "padded all-to-all" if self.exchange == "padded" else "ragged-all-to-all"
         if self.exchange == "equal":
             name, equal = "equal all-to-all", ""
-            product = ("batched", "forced balance gives every expert as much")
+            product, gate_up = ("batched", "forced balance gives every expert as much"), None
         transport = (name, self.why)
         if self.load.devices == 1:
             transport, equal = ("none", placement.why_no_exchange), "nothing is exchanged"
@@ -124,6 +125,7 @@ class RaggedPlan:
             grouped_product=product,
             singleton=placement.why_exchange,
             equal_pieces=equal,
+            gate_up=gate_up,
         )
 
 
@@ -178,6 +180,8 @@ def plan_ragged(
             groups=load.experts,
             rows=load.copies,
             dtype=dtype,
+            dims=(tokens[2], config.moe_mlp_dim),
+            device=placement.sharding.device,
         ),
         first=first,
         further=further,

@@ -7,12 +7,15 @@ as the padding allows (`GroupedProduct.alignment`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from moe_shard.config.model_config import GatingConfig
+from moe_shard.layers.activation import gated
 from moe_shard.moe.grouped.blocks import owners
 from moe_shard.sharding import varying
 
@@ -36,21 +39,59 @@ class Blocked:
         transposed: bool,
     ) -> Float[Array, "N P"]:
         """Multiply rows by their group's weights or the transpose; rows past the groups give 0."""
-        contracted = 1 if transposed else 0
 
         def step(_: None, each: tuple[Array, Array]) -> tuple[None, Array]:
             rows, owner = each
-            rows = jnp.where(owner >= 0, rows, 0)
-            y = lax.dot_general(
-                rows,
-                w[owner],
-                (((1,), (contracted,)), ((), ())),
-                preferred_element_type=jnp.float32,
-            )
-            return None, y.astype(x.dtype)
+            return None, _times(rows, w, owner, transposed=transposed).astype(x.dtype)
 
         _, y = lax.scan(step, None, (self._split(x), self._owners(x, group_sizes)))
         return y.reshape(x.shape[0], -1)
+
+    def gated(
+        self,
+        x: Float[Array, "N A"],
+        gate: Float[Array, "G A P"],
+        up: Float[Array, "G A P"],
+        biases: Sequence[Float[Array, "G P"]],
+        group_sizes: Int[Array, "G"],
+        *,
+        gating: GatingConfig,
+        keep: bool,
+    ) -> tuple[Float[Array, "N P"], ...]:
+        """Compute the activation of gate and up block by block, see `gated.GatedRoutine`."""
+
+        def step(_: None, each: tuple[Array, Array]) -> tuple[None, tuple[Array, ...]]:
+            rows, owner = each
+            of_gate, of_up = (_times(rows, w, owner) for w in (gate, up))
+            if biases:
+                inside = owner >= 0
+                of_gate += jnp.where(inside, biases[0][owner], 0)
+                of_up += jnp.where(inside, biases[1][owner], 0)
+            hidden = gated(of_gate, of_up, gating)
+            found = (hidden, of_gate, of_up) if keep else (hidden,)
+            return None, tuple(y.astype(x.dtype) for y in found)
+
+        _, found = lax.scan(step, None, (self._split(x), self._owners(x, group_sizes)))
+        return tuple(y.reshape(x.shape[0], -1) for y in found)
+
+    def gated_dx(
+        self,
+        by_gate: Float[Array, "N P"],
+        by_up: Float[Array, "N P"],
+        gate: Float[Array, "G A P"],
+        up: Float[Array, "G A P"],
+        group_sizes: Int[Array, "G"],
+    ) -> Float[Array, "N A"]:
+        """Add up the gradients of the rows by gate and by up, see `gated.GatedRoutine`."""
+
+        def step(_: None, each: tuple[Array, Array, Array]) -> tuple[None, Array]:
+            of_gate, of_up, owner = each
+            dx = _times(of_gate, gate, owner, transposed=True)
+            return None, (dx + _times(of_up, up, owner, transposed=True)).astype(by_gate.dtype)
+
+        each = (self._split(by_gate), self._split(by_up), self._owners(by_gate, group_sizes))
+        _, dx = lax.scan(step, None, each)
+        return dx.reshape(by_gate.shape[0], -1)
 
     def outer(
         self, x: Float[Array, "N A"], dy: Float[Array, "N P"], group_sizes: Int[Array, "G"]
@@ -76,3 +117,12 @@ class Blocked:
 
     def _owners(self, x: Float[Array, "N A"], group_sizes: Int[Array, "G"]) -> Int[Array, "blocks"]:
         return owners(group_sizes, blocks=x.shape[0] // self.block, block=self.block)
+
+
+def _times(
+    rows: Float[Array, "block _"], w: Float[Array, "G _ _"], owner: Array, transposed: bool = False
+) -> Float[Array, "block _"]:
+    """Multiply a block by its group's weights in float32; 0 past the groups."""
+    rows = jnp.where(owner >= 0, rows, 0)
+    dims = (((1,), (1 if transposed else 0,)), ((), ()))
+    return lax.dot_general(rows, w[owner], dims, preferred_element_type=jnp.float32)

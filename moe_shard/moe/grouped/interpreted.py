@@ -9,6 +9,7 @@ so the time of an export does not matter.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 from jax import export
@@ -16,21 +17,27 @@ from jaxtyping import Array
 
 from moe_shard.sharding.varying import vary_over, varying_axes
 
+Results = TypeVar("Results")
+"""An array, or a tuple of them."""
 
-def interpreted(kernel: Callable[..., Array]) -> Callable[..., Array]:
+
+def interpreted(kernel: Callable[..., Results]) -> Callable[..., Results]:
     """Return a kernel that may be called inside any shard_map.
 
     Args:
-        kernel: a function of arrays, with `interpret=True` and a result declared to vary over no
+        kernel: a function of arrays, with `interpret=True` and results declared to vary over no
             mesh axis.
     """
 
-    def call(*operands: Array) -> Array:
+    def call(*operands: Array) -> Results:
         axes = varying_axes(*operands)
         if not axes:
             return kernel(*operands)
         shapes = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in operands]
         exported = export.export(jax.jit(kernel), platforms=["cpu"])(*shapes)
-        return vary_over(exported.call(*operands), axes)
+        results: Results = jax.tree.map(
+            lambda each: vary_over(each, axes), exported.call(*operands)
+        )
+        return results
 
     return call

@@ -348,16 +348,26 @@ def test_auto(platform: str, name: str, alignment: int, says: str) -> None:
     assert chosen("auto", platform, groups=1).name == "single"
 
 
-@pytest.mark.parametrize("name", ["blocked", "pallas"])
 @pytest.mark.parametrize("rows", [1, 100, 5000, 10**6])
 @pytest.mark.parametrize("groups", [2, 16, 256])
-def test_blocks_are_as_large_as_padding_allows(name: str, rows: int, groups: int) -> None:
-    block = chosen(name, "cpu", groups, rows).alignment
-    smallest = {"blocked": 8, "pallas": 16}[name]
-    assert smallest <= block <= 128
+def test_blocks_on_a_cpu_are_as_large_as_padding_allows(rows: int, groups: int) -> None:
+    block = chosen("blocked", "cpu", groups, rows).alignment
+    assert 8 <= block <= 128
     assert block & (block - 1) == 0
-    assert block == smallest or groups * block / 2 <= rows / 16
+    assert block == 8 or groups * block / 2 <= rows / 16
     assert block == 128 or groups * block * 2 / 2 > rows / 16
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm", "cpu"])
+@pytest.mark.parametrize("rows", [1, 100, 5000, 32768, 10**6])
+@pytest.mark.parametrize("groups", [2, 16, 128, 256])
+def test_blocks_on_a_gpu_are_smaller_than_an_average_group(
+    platform: str, rows: int, groups: int
+) -> None:
+    block = chosen("pallas", platform, groups, rows).alignment
+    assert block in (16, 32, 64, 128)
+    assert block == 16 or groups * block < rows
+    assert block == 128 or groups * block * 2 >= rows
 
 
 @pytest.mark.parametrize(
