@@ -163,7 +163,7 @@ def gated_mlp(
 
     def apply(x: Any, weights: Any, biases: Any, down: Any, sizes: Any) -> jax.Array:
         if together:
-            each = GroupedMLP(*weights, down, biases)
+            each = GroupedMLP(weights[0], weights[1], down, biases)
             return grouped_mlp(x, each, sizes, gating=gating, using=using, platform=platform)
         gate, up = (grouped_product(x, w, sizes, using=using, platform=platform) for w in weights)
         h = gated(gate, up, gating)

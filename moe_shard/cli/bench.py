@@ -1,11 +1,15 @@
 """Time one MoE layer: every dispatch strategy side by side, on balanced and on skewed routing.
 
     moe-shard bench [--tokens 128 1024] [--rounds 15] [--size small|large] [--json]
+    moe-shard bench --tune [MODEL|GxNxAxP ...] [--seconds 150] [--json]
 
 Forward and backward, with the expert axis over all devices. The small layer (on CPU the default) is
 B8 M256 H512 E8 top-2 capacity factor 1 in float32; the large one (on an accelerator) has the width
 of an 8-expert Mixtral, M4096 H14336, in bfloat16. Without an accelerator 8 devices are simulated on
 the CPU: a ratio of times there reflects arithmetic and memory, not a network.
+
+With --tune the kernels of the grouped products are measured instead, tile by tile, on the card that
+is there, and the best ones are written to a table that every later run on such a card reads.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from moe_shard.cli.tune_tiles import add_arguments, tune_tiles
 from moe_shard.config import load_config
 from moe_shard.errors import EXIT_DONE, CommandParser
 from moe_shard.quiet import hide_accelerator_warnings
@@ -43,9 +48,12 @@ def main(argv: Sequence[str], prog: str = "moe-shard bench") -> int:
     parser.add_argument("--size", choices=("small", "large"), help="of the layer")
     parser.add_argument("--rounds", type=int, default=15, help="timed calls of each program")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_arguments(parser)
     args = parser.parse_args(argv)
     if args.rounds < 1 or min(args.tokens) < 1:
         parser.error("--rounds and --tokens must be at least 1")
+    if args.tune is not None:
+        return tune_tiles(args)
     # Only now: --help and bad usage are answered before jax has been loaded.
     with hide_accelerator_warnings():
         import jax

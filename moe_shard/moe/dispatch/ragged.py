@@ -330,7 +330,8 @@ class _Device:
             return y if bias is None else y + of_groups(bias, sizes, rows=y.shape[0])
 
         def together(x: Float[Array, "R M"], weights: ExpertWeights) -> Float[Array, "R M"]:
-            each = GroupedMLP(*weights.inward, weights.down, weights.inward_bias)
+            gate, up = weights.inward
+            each = GroupedMLP(gate, up, weights.down, weights.inward_bias)
             y = grouped_mlp(
                 x,
                 each,

@@ -25,7 +25,7 @@ from moe_shard.moe.grouped import ragged_dot, tokamax_
 from moe_shard.moe.grouped.blocked import Blocked
 from moe_shard.moe.grouped.blocks import Routine, product
 from moe_shard.moe.grouped.gated import GatedRoutine, GroupedMLP, fused_mlp
-from moe_shard.moe.grouped.tiles import ESTIMATED, SMALLEST, Tiling, tiling
+from moe_shard.moe.grouped.tiles import ESTIMATED, SMALLEST_TILE, Tiling, tiling
 from moe_shard.moe.grouped.triton_kernel import Triton
 from moe_shard.sharding.varying import vary_alike
 
@@ -150,7 +150,7 @@ def _block_on_gpu(block: int, groups: int, rows: int) -> int:
     thirds of the time of 32 (NVIDIA H100). Below that nothing was measured; blocks of an average
     group would double the rows of the buffer.
     """
-    while block > SMALLEST and groups * block >= rows:
+    while block > SMALLEST_TILE and groups * block >= rows:
         block //= 2
     return block
 

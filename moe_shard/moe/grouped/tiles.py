@@ -28,7 +28,7 @@ from moe_shard.files import cache_folder, write_text
 ProductName = Literal["forward", "gated", "dx", "dw"]
 TILED_PRODUCTS: tuple[ProductName, ...] = get_args(ProductName)
 """The kernels: rows by weights, the same for gate and up at once, and the gradients of both."""
-SMALLEST = 16
+SMALLEST_TILE = 16
 """The least that a Triton product accepts, in every dim."""
 _LEAST_SHARED = {"cuda": 99 * 1024, "rocm": 64 * 1024, "cpu": 64 * 1024}
 """Bytes that a program has on every device since Ampere and CDNA; the interpreter needs none."""
@@ -38,7 +38,7 @@ ProductShape = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
-class Tile:
+class ProductTile:
     """Describe what one program of a kernel computes, and how.
 
     Attributes:
@@ -64,7 +64,7 @@ class Tile:
         """
         return self.stages * (self.rows + weights * self.columns) * self.depth * itemsize
 
-    def within(self, rows: int, columns: int, depth: int) -> Tile:
+    def within(self, rows: int, columns: int, depth: int) -> ProductTile:
         """Return the tile cut to a result of these sizes and this contracted dim."""
         cut = replace(
             self,
@@ -99,7 +99,7 @@ class TileEntry:
     platform: str
     product: ProductName
     itemsize: int
-    tile: Tile
+    tile: ProductTile
     source: str
     kind: str = ""
     shape: ProductShape | None = None
@@ -162,7 +162,7 @@ class Tiling:
         kind = fitting[0].kind
         return min((each for each in fitting if each.kind == kind), key=lambda e: e.distance(shape))
 
-    def tile(self, product: ProductName, shape: ProductShape, block: int) -> Tile:
+    def tile(self, product: ProductName, shape: ProductShape, block: int) -> ProductTile:
         """Return the tile for a product of this shape, cut to its dims and to blocks of rows.
 
         Args:
@@ -189,9 +189,9 @@ class Tiling:
         parts = (f"{', '.join(each)} ({source})" for source, each in by_source.items())
         return f"tiles {', '.join(parts)}"
 
-    def _fits_everywhere(self, product: ProductName) -> Tile:
+    def _fits_everywhere(self, product: ProductName) -> ProductTile:
         columns = 64 if product == "gated" else 128
-        return Tile(128, columns, max(SMALLEST, 128 // self.itemsize), 4, 2)
+        return ProductTile(128, columns, max(SMALLEST_TILE, 128 // self.itemsize), 4, 2)
 
 
 ESTIMATED = Tiling()
@@ -314,11 +314,11 @@ def _entry(line: Any) -> TileEntry:
     if not isinstance(line, dict):
         raise ValueError("not a mapping")
     given = dict(line)
-    sizes = {each.name: given.pop(each.name) for each in fields(Tile)}
+    sizes = {each.name: given.pop(each.name) for each in fields(ProductTile)}
     for name, size in sizes.items():
         if type(size) is not int or not 1 <= size <= 1024:
             raise ValueError(f"{name}={size!r} is not a number from 1 to 1024")
-        least = 1 if name in ("warps", "stages") else SMALLEST
+        least = 1 if name in ("warps", "stages") else SMALLEST_TILE
         if name != "stages" and (size < least or size & (size - 1)):
             raise ValueError(f"{name}={size} is not a power of 2 from {least} on")
     if sizes["warps"] > _MOST_WARPS:
@@ -341,9 +341,9 @@ def _entry(line: Any) -> TileEntry:
     if type(fuse) is not bool:
         raise ValueError("`fuse` is not true or false")
     place = None if shape is None else tuple(shape)
-    tile = Tile(**sizes)
+    tile = ProductTile(**sizes)
     return TileEntry(platform, product, itemsize, tile, source, "", place, share, fuse)
 
 
 def _power_of_2(dim: int) -> int:
-    return max(SMALLEST, pl.next_power_of_2(dim))
+    return max(SMALLEST_TILE, pl.next_power_of_2(dim))

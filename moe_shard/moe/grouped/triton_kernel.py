@@ -28,7 +28,7 @@ from moe_shard.config.model_config import GatingConfig
 from moe_shard.layers.activation import gated
 from moe_shard.moe.grouped.blocks import owners
 from moe_shard.moe.grouped.interpreted import interpreted
-from moe_shard.moe.grouped.tiles import ESTIMATED, ProductName, Tile, Tiling
+from moe_shard.moe.grouped.tiles import ESTIMATED, ProductName, ProductTile, Tiling
 
 # Blocks of rows whose tiles run next to each other, so that they share weights in the cache.
 _BAND = 8
@@ -209,7 +209,7 @@ class Triton:
         body: Callable[..., None],
         *,
         name: str,
-        tile: Tile,
+        tile: ProductTile,
         grid: tuple[int, ...],
         shapes: Sequence[tuple[int, ...]],
         like: Float[Array, "N _"],
@@ -244,7 +244,7 @@ class _Part:
         transposed: whether the weights are read transposed.
     """
 
-    tile: Tile
+    tile: ProductTile
     row: Array
     column: Array
     owner: Array

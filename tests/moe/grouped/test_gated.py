@@ -52,7 +52,7 @@ def arrays(
 def outputs(using: GroupedProduct, gating: GatingConfig) -> Any:
     def run(x: Any, weights: Any, biases: Any, sizes: Any, dy: Any) -> tuple[Any, ...]:
         def apply(x: Any, weights: Any, biases: Any) -> Any:
-            each = GroupedMLP(*weights, biases)
+            each = GroupedMLP(weights[0], weights[1], weights[2], biases)
             return grouped_mlp(x, each, sizes, gating=gating, using=using, platform="cpu")
 
         y, pullback = jax.vjp(apply, x, weights, biases)
@@ -141,7 +141,7 @@ def test_inside_shard_map(name: str, check_vma: bool) -> None:
 
     def loss(x: Any, weights: Any, biases: Any) -> Any:
         def on_device(x: Any, weights: Any, biases: Any, sizes: Any, dy: Any) -> Any:
-            each = GroupedMLP(*weights, biases)
+            each = GroupedMLP(weights[0], weights[1], weights[2], biases)
             y = grouped_mlp(x, each, sizes, gating=gating, using=ROUTINES[name], platform="cpu")
             return jax.lax.psum(jnp.sum(y * dy), ("data", "expert"))
 
@@ -196,7 +196,7 @@ def results_of_kernels(jaxpr: Any, name: str) -> list[int]:
 
 def test_gate_and_up_are_written_where_there_are_gradients() -> None:
     x, weights, _, sizes, _ = arrays((48, 0, 64, 16), 128, biased=False)
-    each, using = GroupedMLP(*weights, ()), ROUTINES["pallas"]
+    each, using = GroupedMLP(weights[0], weights[1], weights[2], ()), ROUTINES["pallas"]
 
     def loss(x: Any) -> Any:
         y = grouped_mlp(x, each, sizes, gating=GatingConfig(), using=using, platform="cpu")

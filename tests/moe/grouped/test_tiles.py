@@ -15,7 +15,7 @@ from moe_shard.errors import UserError
 from moe_shard.moe.grouped import choose
 from moe_shard.moe.grouped.tiles import (
     TILED_PRODUCTS,
-    Tile,
+    ProductTile,
     TileEntry,
     Tiling,
     read_tiles,
@@ -64,8 +64,8 @@ def test_the_measured_ones_on_an_h100() -> None:
     found = tiling("cuda", 2, H100)
     for shape in (MIXTRAL, OLMOE):
         for product in ("forward", "dx"):
-            assert found.tile(product, shape, 128) == Tile(128, 256, 64, 8, 4)
-        assert found.tile("dw", shape, 128) == Tile(128, 128, 64, 4, 4)
+            assert found.tile(product, shape, 128) == ProductTile(128, 256, 64, 8, 4)
+        assert found.tile("dw", shape, 128) == ProductTile(128, 128, 64, 4, 4)
     assert found.words(MIXTRAL) == (
         "tiles forward 128x256, dx 128x256, dw 128x128 (measured on NVIDIA H100), "
         "gated 128x128 (estimate)"
@@ -75,7 +75,9 @@ def test_the_measured_ones_on_an_h100() -> None:
 def test_what_exceeds_shared_memory_is_never_chosen() -> None:
     """4 stages of 128 x 64 and 64 x 256 elements of 2 bytes are 192 KB, an A100 has 163."""
     assert tiling("cuda", 2, A100).tile("forward", MIXTRAL, 128).stages == 3
-    assert tiling("cuda", 2, UNKNOWN).tile("forward", MIXTRAL, 128) == Tile(128, 128, 64, 8, 3)
+    assert tiling("cuda", 2, UNKNOWN).tile("forward", MIXTRAL, 128) == ProductTile(
+        128, 128, 64, 8, 3
+    )
     for platform, of in (("cuda", H100), ("cuda", A100), ("rocm", MI300X), ("cuda", UNKNOWN)):
         for itemsize in (1, 2, 4):
             for product in TILED_PRODUCTS:
@@ -101,17 +103,17 @@ def test_none_fits_a_device_of_the_future() -> None:
 
 def test_tiles_are_cut_to_small_arrays_and_blocks() -> None:
     found = tiling("cuda", 2, H100)
-    assert found.tile("forward", (2, 64, 24, 40), 32) == Tile(32, 64, 32, 4, 4)
-    assert found.tile("dx", (2, 64, 24, 40), 32) == Tile(32, 32, 64, 4, 4)
-    assert found.tile("dw", (2, 64, 24, 40), 32) == Tile(32, 64, 32, 4, 4)
+    assert found.tile("forward", (2, 64, 24, 40), 32) == ProductTile(32, 64, 32, 4, 4)
+    assert found.tile("dx", (2, 64, 24, 40), 32) == ProductTile(32, 32, 64, 4, 4)
+    assert found.tile("dw", (2, 64, 24, 40), 32) == ProductTile(32, 64, 32, 4, 4)
 
 
 def test_the_users_own_table_goes_first_and_by_the_nearest_shape() -> None:
     wide = LINE | {"columns": 128, "shape": [8, 16384, 4096, 14336], "share": 0.86}
     write(user_tiles(H100.device_kind), LINE | {"shape": [64, 65536, 2048, 1024]}, wide)
     found = tiling("cuda", 2, H100)
-    assert found.entry("forward", OLMOE).tile == Tile(64, 64, 32, 4, 2)
-    assert found.entry("forward", MIXTRAL).tile == Tile(64, 128, 32, 4, 2)
+    assert found.entry("forward", OLMOE).tile == ProductTile(64, 64, 32, 4, 2)
+    assert found.entry("forward", MIXTRAL).tile == ProductTile(64, 128, 32, 4, 2)
     assert found.entry("forward", (128, 32768, 2048, 768)).tile.columns == 64
     # Other products, dtypes and devices keep the package's.
     assert found.entry("dx", MIXTRAL).source == "measured on NVIDIA H100"
@@ -193,6 +195,6 @@ def test_the_name_of_a_file_has_no_path_in_it(cache: Path) -> None:
 
 
 def test_distance_counts_factors_of_two() -> None:
-    entry = TileEntry("cuda", "dw", 2, Tile(64, 64, 64, 4, 2), "x", "", (8, 1024, 256, 512))
+    entry = TileEntry("cuda", "dw", 2, ProductTile(64, 64, 64, 4, 2), "x", "", (8, 1024, 256, 512))
     assert entry.distance((16, 2048, 256, 512)) == 0  # as many rows a group
     assert entry.distance((8, 4096, 128, 512)) == 3
