@@ -347,7 +347,7 @@ class CrossEntropy:
             total = jnp.sum(jnp.exp(logits - top[:, None]), axis=1)
             target = jnp.sum(jnp.where(is_target, logits, 0), axis=1)
             if axes:
-                total, target = jax.lax.psum((total, target), axes)
+                total, target = jax.lax.psum(jnp.stack([total, target]), axes)  # one exchange
             log_total = jnp.log(total) + top
             losses = log_total - target
             losses = losses if counted is None else jnp.where(counted, losses, 0)
