@@ -18,7 +18,7 @@ CONTEXT = "context"
 """Name of what an implementation's gradient needs of its forward pass, for remat policies: the
 weighted values and, where a kernel has them, the logarithms of the weights' sums."""
 
-T = TypeVar("T")
+_Arrays = TypeVar("_Arrays")
 
 
 class Tokens(NamedTuple):
@@ -128,7 +128,7 @@ def seen_tokens(queries: Tokens, keys: Tokens, *, rule: AttentionRule) -> Bool[A
     return seen
 
 
-def named_context(made: T) -> T:
+def named_context(made: _Arrays) -> _Arrays:
     """Name arrays as what attention has computed, see `CONTEXT`."""
-    named: T = jax.tree.map(lambda array: checkpoint_name(array, CONTEXT), made)
+    named: _Arrays = jax.tree.map(lambda array: checkpoint_name(array, CONTEXT), made)
     return named
