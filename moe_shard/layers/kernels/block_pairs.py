@@ -126,7 +126,9 @@ def pair_needs(
     """
     rows, columns = np.asarray(pairs).T
 
-    def extremes(x: Int[Array, "I B C"], of: Int[np.ndarray, "P"]) -> tuple[Array, Array]:
+    def extremes(
+        x: Int[Array, "I B C"], of: Int[np.ndarray, "P"]
+    ) -> tuple[Int[Array, "P B"], Int[Array, "P B"]]:
         return jnp.min(x, axis=-1)[of], jnp.max(x, axis=-1)[of]
 
     (at, last), (of, furthest) = (

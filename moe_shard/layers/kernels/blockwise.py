@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_shard.layers.kernels.block_pairs import (
     NO_KEY,
@@ -267,7 +267,7 @@ def attend_forward(
         most_before = jnp.broadcast_to(start, of_block)
         sum_before = zeros(of_block, jnp.float32, query) + 1
 
-    def compute(masked: bool, state: Any, i: Array, u: Array) -> Any:
+    def compute(masked: bool, state: Any, i: Int[Array, ""], u: Int[Array, ""]) -> Any:
         most, total, mixed = state
         scores = _scores(plan, query[i], key[u])
         if masked:
@@ -331,7 +331,7 @@ def attend_backward(
     blocks = _tied(blocks)
     query, key, value = blocks[:3]
 
-    def compute(masked: bool, state: Any, i: Array, u: Array) -> Any:
+    def compute(masked: bool, state: Any, i: Int[Array, ""], u: Int[Array, ""]) -> Any:
         d_query, d_key, d_value = state
         product = partial(jnp.einsum, preferred_element_type=jnp.float32)
         scores = _scores(plan, query[i], key[u])
@@ -391,10 +391,12 @@ def _tied(blocks: Blocks) -> Blocks:
     return blocks._replace(queries=tokens[0], keys=tokens[1])
 
 
-def _where_needed(need: Array, compute: Any, state: Any, i: Array, u: Array) -> Any:
+def _where_needed(
+    need: Int[Array, ""], compute: Any, state: Any, i: Int[Array, ""], u: Int[Array, ""]
+) -> Any:
     """Return the state after a pair of blocks, unchanged where the pair needs nothing."""
 
-    def skip(state: Any, _i: Array, _u: Array) -> Any:
+    def skip(state: Any, _i: Int[Array, ""], _u: Int[Array, ""]) -> Any:
         return state
 
     branches: dict[int, Callable[..., Any]] = {
@@ -405,7 +407,9 @@ def _where_needed(need: Array, compute: Any, state: Any, i: Array, u: Array) -> 
     return jax.lax.switch(need, [branches[each] for each in range(3)], state, i, u)
 
 
-def _seen(plan: BlockPlan, blocks: Blocks, i: Array, u: Array) -> Bool[Array, "B 1 R K"]:
+def _seen(
+    plan: BlockPlan, blocks: Blocks, i: Int[Array, ""], u: Int[Array, ""]
+) -> Bool[Array, "B 1 R K"]:
     """Mask the scores of a pair of blocks."""
     queries, keys = (
         Tokens(tokens.positions[at], tokens.segment_ids[at])

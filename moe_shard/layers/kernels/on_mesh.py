@@ -136,7 +136,9 @@ class AttentionShards:
         regular = heads % group == 0 or group % heads == 0
         return sorted(set(needed)) if regular else needed
 
-    def own_kv_heads(self, x: Float[Array, "b T J D"], heads: int, group: int) -> Array:
+    def own_kv_heads(
+        self, x: Float[Array, "b T J D"], heads: int, group: int
+    ) -> Float[Array, "b T j D"]:
         """Select the key heads of this device's query heads, from all key heads.
 
         Args:
@@ -249,7 +251,7 @@ def attend_on_mesh(
         return x if shards.is_ring else shards.all_tokens(x)
 
     def local(
-        arrays: Mapping[str, Array], info: Mapping[str, Int[Array, "b _"]]
+        arrays: Mapping[str, Float[Array, "..."]], info: Mapping[str, Int[Array, "b _"]]
     ) -> Float[Array, "b s n Dv"]:
         query = arrays["query"]
         key, value = (

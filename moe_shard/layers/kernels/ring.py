@@ -133,7 +133,9 @@ def _backward(
     blocks, start, attended = residual
     means = weighted_means(attended.out, d_out)
 
-    def visit(d_query: Array, part: _Part, d_part: tuple[Array, ...]) -> Any:
+    def visit(
+        d_query: Float[Array, "I B J R D"], part: _Part, d_part: tuple[Float[Array, "..."], ...]
+    ) -> Any:
         def attend() -> Any:
             held = blocks._replace(**part._asdict())
             found = attend_backward(ring.plan, held, attended.log_sum, means, d_out)
