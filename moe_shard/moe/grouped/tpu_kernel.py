@@ -5,8 +5,12 @@ weights is not: it multiplies every row for every group, masked, as a convolutio
 compiled program of v5e and v6e, libtpu 0.0.42). Here a program visits the blocks of rows of one
 group after the other, adds up one tile of that group's gradient, and goes on to the next group.
 
-Tiles are estimates from the sizes of on-chip memory: they compile for v5e to TPU7x, and were never
-timed, as there was no TPU to time them on.
+Tiles and blocks are from the compiler's own schedule of this kernel (the bundles of one visit,
+libtpu 0.0.42; nothing was timed, as there was no TPU). Products a bundle, of 65,536 on v5e and
+262,144 on v6e: with a tile of 1024 x 1024 and blocks of 128, 256 and 512 rows 37, 48 and 57
+thousand on v5e and 58, 110 and 145 on v6e; with 512 x 2048 and 512 rows 62 and 148. A block that
+two groups share is multiplied for both, so that blocks of 512 rows pay where groups have about
+1,024 rows or more, on both; larger ones exceed the on-chip memory of v5e.
 """
 
 from __future__ import annotations
@@ -23,8 +27,11 @@ from jaxtyping import Array, Float, Int
 
 from moe_shard.moe.grouped.interpreted import interpreted
 
-_BLOCK = 256
-_TILE_BYTES = 2048  # of one row of a tile: its sum in float32 takes 4 MB at most
+_BLOCK, _TALL_BLOCK = 256, 512
+_ROWS_FOR_TALL = 1024  # of a group, on average
+# Bytes of an element -> columns of a tile, and its elements: sums in float32 take 4 MB at most.
+_TILES = {2: (2048, 2**20), 4: (512, 2**18)}
+_LANES = 128
 
 
 def outer(
@@ -32,7 +39,7 @@ def outer(
     dy: Float[Array, "N P"],
     group_sizes: Int[Array, "G"],
     *,
-    block: int = _BLOCK,
+    block: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "G A P"]:
     """Sum the outer products of x's and dy's rows over each group; 0 for an empty group.
@@ -41,13 +48,18 @@ def outer(
         x: rows, those of a group one after another; those past the groups are not read.
         dy: the gradients of their products.
         group_sizes: rows of each group, any numbers.
-        block: rows of one step.
+        block: rows of one step; None: as many as pay for the groups' average size.
         interpret: whether to run in Pallas's interpreter, on a CPU.
     """
     rows, groups = x.shape[0], group_sizes.shape[0]
     height, width = x.shape[1], dy.shape[1]
+    columns, elements = _TILES[max(x.dtype.itemsize, 2)]
+    wide = _even_part(width, columns)
+    tall = _even_part(height, elements // wide)
+    if block is None:
+        many = rows >= _ROWS_FOR_TALL * groups and x.dtype.itemsize < 4
+        block = _TALL_BLOCK if many else _BLOCK
     block = min(block, rows)
-    tall, wide = (min(dim, _TILE_BYTES // x.dtype.itemsize) for dim in (height, width))
     # A block that two groups share is visited for both; for an empty group one is visited to write
     # its zeros. What is not visited is not written, and clearing it afterwards would take a copy.
     blocks = pl.cdiv(rows, block)
@@ -111,6 +123,12 @@ def outer(
     call = interpreted(kernel) if interpret else kernel
     dw: Float[Array, "G A P"] = call(visited, of_group, bounds, x, dy)
     return dw
+
+
+def _even_part(dim: int, most: int) -> int:
+    """Return the size of the equal parts of a dim, of at most about `most` elements each."""
+    parts = pl.cdiv(dim, max(most // _LANES * _LANES, _LANES))
+    return dim if parts == 1 else pl.cdiv(pl.cdiv(dim, parts), _LANES) * _LANES
 
 
 def _visits(

@@ -175,6 +175,20 @@ def test_a_tpu_visits_every_group_and_no_block_beyond_the_rows(sizes: tuple[int,
     assert 0 <= int(visited.min()) <= int(visited.max()) < blocks
 
 
+@pytest.mark.parametrize(
+    ("dim", "most", "part"),
+    [
+        (24, 2048, 24),
+        (2048, 2048, 2048),
+        (14336, 2048, 2048),
+        (3584, 2048, 1792),
+        (2048, 1365, 1024),
+    ],
+)
+def test_tiles_of_a_tpu_divide_a_dim_evenly(dim: int, most: int, part: int) -> None:
+    assert tpu_kernel._even_part(dim, most) == part
+
+
 def test_the_gradient_of_a_tpu_in_tiles() -> None:
     given = case((30, 0, 40, 20), 100, dims=(600, 520))
     dw = jax.jit(partial(tpu_kernel.outer, block=32, interpret=True))(
