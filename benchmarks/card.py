@@ -11,6 +11,7 @@ after every part, and printed at the end.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -36,8 +37,11 @@ _STEPS = 14
 _WARM = 4
 """Steps that are not counted: the first compile, the next fill the device's queue."""
 _SPEED = ("step_time_s", "tokens_per_sec_per_device", "tflops_per_sec_per_device", "mfu")
-_FREE = 0.94
+_FREE = 0.93
 """Part of a device's memory that a program may take; the rest is the runtime's."""
+_WHOLE_CARD = {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(_FREE)}
+_SHARED_CARD = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+"""What jax takes of a GPU's memory when it starts: by default three quarters."""
 _TINY = (
     *("base_emb_dim=32", "base_mlp_dim=32", "base_moe_mlp_dim=32", "base_num_decoder_layers=1"),
     *("base_num_query_heads=4", "base_num_kv_heads=4", "head_dim=8", "num_simulated_devices=1"),
@@ -85,8 +89,15 @@ class Bench:
             return Work("mixtral-tiny", (*_ALONE, *_TINY, *length, *small), 4)
         return Work(model, (*_ALONE, *keys))
 
-    def call(self, command: Sequence[str], limit: float) -> subprocess.CompletedProcess[str]:
+    def call(
+        self, command: Sequence[str], limit: float, *, alone: bool = True
+    ) -> subprocess.CompletedProcess[str]:
         """Run `python -m moe_shard ...`.
+
+        Args:
+            command: its arguments.
+            limit: seconds that it may take.
+            alone: whether jax may have the card's memory for itself.
 
         Raises:
             UserError: it failed, or there was no time left for it.
@@ -100,6 +111,7 @@ class Bench:
                 capture_output=True,
                 text=True,
                 timeout=left,
+                env=os.environ | (_WHOLE_CARD if alone else _SHARED_CARD),
                 check=False,
             )
         except subprocess.TimeoutExpired:
@@ -251,7 +263,8 @@ def steps(bench: Bench) -> Any:
     for kind in _attention_kinds(bench):
         command += ["--variant", f"{kind}: moe_dispatch=gather attention={kind}"]
     # Not MaxText: it wants a mesh of its own choice on one device.
-    done = bench.call([*command, "--against", "transformers", "--", work.model, *work.keys], 200)
+    command += ["--against", "transformers", "--", work.model, *work.keys]
+    done = bench.call(command, 200, alone=False)  # torch has its part of the memory
     return json.loads(done.stdout)
 
 
