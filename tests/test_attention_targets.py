@@ -17,15 +17,22 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moe_shard.config import Config, load_config
+from moe_shard.config.load import list_models
 from moe_shard.layers.kernels.choose import choose_attention
 from moe_shard.layers.kernels.rule import AttentionCase, AttentionRule, Tokens
+from moe_shard.lowering.collectives import extract_collectives
+from moe_shard.lowering.work import product_flops
+from moe_shard.runtime.compile_target import compile_for_target
 from moe_shard.runtime.targets.target import devices_for, parse_target
 
 pytestmark = pytest.mark.targets
 
-S = 4096
+PRIME = 37  # a factor of no other dim
+S = 128 * PRIME
 GPUS = ["h100:8", "mi355x:8"]
 TPUS = ["v5e:2x4", "v6e:2x4"]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in TPUS]
 GPU_KERNELS = {"attention_forward", "attention_dq", "attention_dkv"}
 TPU_KERNELS = {
     f"splash_mha_{phase}_segmented_{residuals}"
@@ -59,14 +66,21 @@ def shapes(hlo: str) -> set[tuple[int, ...]]:
     }
 
 
-def of_all_pairs(hlo: str, tokens: int = S) -> list[tuple[int, ...]]:
-    """List the shapes of arrays with an element for each pair of tokens."""
-    return sorted(each for each in shapes(hlo) if math.prod(each) >= tokens * tokens)
+def of_all_pairs(hlo: str) -> list[tuple[int, ...]]:
+    """List the shapes of arrays with an element for each pair of tokens, in whatever dims."""
+
+    def squares(shape: tuple[int, ...]) -> bool:
+        elements, padded = math.prod(shape), sum(dim >= S for dim in shape) > 1
+        return elements >= S * S and (padded or elements % PRIME**2 == 0)
+
+    return sorted(each for each in shapes(hlo) if squares(each))
 
 
 def test_an_array_of_all_pairs_is_found() -> None:
-    hlo = "%a = f32[1,4096,2,64]{3,2,1,0} copy(x), pred[2,8,4096,4096]{3,2} b, u8[16777216] c"
-    assert of_all_pairs(hlo) == [(2, 8, 4096, 4096), (16777216,)]
+    kept = f"f32[8,{S},8,512]{{3,2,1,0}} copy(x), bf16[5120,8192] y, s32[{PRIME},{PRIME}] z"
+    found = f"pred[2,8,{S},{S}]{{3,2}} a, s32[{PRIME},128,64,{2 * PRIME}] b, u8[{S * S}] c"
+    assert of_all_pairs(kept) == [(5120, 8192)]
+    assert len(of_all_pairs(found)) == 3
 
 
 @cache
@@ -151,6 +165,70 @@ def test_three_kernels_and_no_array_of_all_pairs(target: str, kind: str) -> None
 @pytest.mark.parametrize("target", [*GPUS, *TPUS])
 def test_little_more_memory_than_the_output_is_needed(target: str) -> None:
     # XLA's two products need 1.6 GB on v5e and 2.7 GB on h100 for the same.
-    _, temp = attention(target, "plain")
+    hlo, temp = attention(target, "plain")
     output = S * 16 * 128 * 2
     assert temp <= 1.1 * output
+    module = extract_collectives(hlo).walk.module
+    flops = sum(
+        product_flops(computation, computation.instruction(name))
+        for computation in module.computations.values()
+        for name in computation.opcodes
+    )
+    # Two, three and four products in the three kernels, of half of all pairs.
+    assert flops == 9 * 16 * S * S * 128
+
+
+# One model of each kind of attention; the test below says that there is no other kind.
+MODELS = {
+    "mixtral-8x7b": ("num_experts_per_tok=2",),
+    "gpt-oss-20b": ("num_experts_per_tok=2", "base_num_decoder_layers=2"),
+    "llama4-17b-16e": ("base_num_decoder_layers=4", "chunk_attn_window_size=1024"),
+    "deepseek2-16b": ("num_experts_per_tok=2", "base_num_decoder_layers=2"),
+}
+SMALL = (
+    "base_num_decoder_layers=1",
+    "base_emb_dim=128",
+    "base_mlp_dim=128",
+    "base_moe_mlp_dim=128",
+    "base_num_query_heads=4",
+    "vocab_size=256",
+    "ici_expert_parallelism=8",
+    "num_experts=8",
+    "moe_dispatch=gather",
+    f"max_target_length={S}",
+    "per_device_batch_size=1",
+)
+
+
+def small(model: str) -> Config:
+    heads = 4 if load_config(model).model.attention.attention_type == "mla" else 2
+    return load_config(model, [*SMALL, f"base_num_kv_heads={heads}", *MODELS[model]])
+
+
+def kind_of(model: str) -> tuple[Any, ...]:
+    """Return what of a model's attention an implementation sees."""
+    attention = load_config(model).model.attention
+    return (
+        attention.attention_type,
+        sorted(set(attention.attention_pattern)),
+        attention.attention_sink,
+        attention.attn_logits_soft_cap > 0,
+    )
+
+
+def test_every_kind_of_attention_is_compiled_below() -> None:
+    compiled = [kind_of(model) for model in MODELS]
+    assert [model for model in list_models() if kind_of(model) not in compiled] == []
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("target", [*GPUS, *SLOW, "cpu:8"])
+def test_no_array_of_all_pairs_in_the_step_of_any_model(target: str, model: str) -> None:
+    report = compile_for_target(small(model), parse_target(target))
+    assert report.hlo is not None, report.refusal
+    found = {record.implementation for record in report.attention.values()}
+    assert found == {"blockwise" if target == "cpu:8" else "flash"}
+    assert of_all_pairs(report.hlo) == []
+    assert target == "cpu:8" or kernels(report.hlo) == (
+        GPU_KERNELS if target in GPUS else TPU_KERNELS
+    )

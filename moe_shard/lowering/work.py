@@ -1,9 +1,10 @@
 """Count the arithmetic and the memory traffic of HLO instructions.
 
-FLOPs are those of products (dot, convolution, ragged dot, library calls, grouped kernels), where a
-transformer spends them: 2 for each multiply-add. Any other Pallas kernel counts what it states
-itself, which on GPU is nothing. Memory traffic is what an instruction reads and writes once: values
-inside a fusion are not counted, and of an operand that a fusion only slices, only the slice is.
+FLOPs are those of products (dot, convolution, ragged dot, library calls, kernels of grouped
+products and of attention), where a transformer spends them: 2 for each multiply-add. Of attention
+half of all pairs of tokens are counted; any other Pallas kernel counts what it states itself, which
+on GPU is nothing. Memory traffic is what an instruction reads and writes once: values inside a
+fusion are not counted, and of an operand that a fusion only slices, only the slice is.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
+from moe_shard.lowering.attention_kernels import attention_kernel_flops
 from moe_shard.lowering.flow.evaluation import Flow
 from moe_shard.lowering.hlo import Computation, Instruction, Module
 from moe_shard.lowering.op_names import classify
@@ -76,10 +78,12 @@ def _kernel_flops(computation: Computation, instruction: Instruction) -> int:
     """
     if 'custom_call_target="tpu_custom_call"' in instruction.attribute_text:
         stated = _COST_ESTIMATE.search(instruction.attribute_text)
-        return int(stated[1]) if stated else 0
+        return int(stated[1]) if stated else attention_kernel_flops(computation, instruction)
     kernel = _GROUPED_KERNEL.search(instruction.op_name)
-    if kernel is None or "triton" not in instruction.attribute_text:
+    if "triton" not in instruction.attribute_text:
         return 0
+    if kernel is None:
+        return attention_kernel_flops(computation, instruction)
     rows, other = (
         array_dims(computation.instruction(instruction.operand(at)).shape) for at in (0, 1)
     )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_shard.layers.kernels import blockwise, triton_attention
+from moe_shard.layers.kernels import blockwise, splash, triton_attention
 from moe_shard.layers.kernels.on_mesh import AttentionShards, attend_on_mesh
 from moe_shard.layers.kernels.ring import ring_attend
 from moe_shard.layers.kernels.rule import AttentionRule, Tokens
@@ -112,7 +112,7 @@ def check(
             assert_close(gradient, whole if name == "sink" else whole[:, order])
 
 
-@pytest.mark.parametrize("name", ["blockwise", "triton"])
+@pytest.mark.parametrize("name", ["blockwise", "triton", "splash"])
 def test_an_order_that_is_known_at_tracing(problem: Problem, solution: Any, name: str) -> None:
     # As a step has it, for kernels that know no positions too.
     sharding = Sharding(make_mesh(context=2, tensor=4))
@@ -123,8 +123,11 @@ def test_an_order_that_is_known_at_tracing(problem: Problem, solution: Any, name
         key_length="activation_length",
         strategy="all_gather",
     )
-    triton = partial(triton_attention.attend, platform="cpu")
-    attend = triton if name == "triton" else partial(blockwise.attend, largest_block=4)
+    attend = {
+        "blockwise": partial(blockwise.attend, largest_block=4),
+        "triton": partial(triton_attention.attend, platform="cpu"),
+        "splash": partial(splash.attend, interpret=True),
+    }[name]
     order = orders(2)[1]
     query, key, value, probe = (
         np.asarray(x, np.float32)[:, order]
@@ -148,7 +151,7 @@ def test_an_order_that_is_known_at_tracing(problem: Problem, solution: Any, name
             rule=rule,
             sink=sink,
             shards=shards,
-            check_vma=name != "triton",
+            check_vma=name == "blockwise",
         )
         return jnp.sum(out * probe), out
 

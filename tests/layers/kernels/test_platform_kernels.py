@@ -15,7 +15,6 @@ from moe_shard.layers.kernels.reach import reach_of
 from moe_shard.layers.kernels.rule import AttentionRule, Tokens, seen_tokens
 from tests.layers.kernels.numbers import Gradients, make_problem, solve
 from tests.layers.kernels.test_attend import CASES, assert_near, call, case
-from tests.layers.kernels.test_on_mesh import TOKENS, check, orders
 
 KERNELS: dict[str, Any] = {
     "splash": partial(splash.attend, interpret=True),
@@ -61,15 +60,6 @@ def test_bfloat16_products_are_summed_in_float32(name: str) -> None:
     error = np.abs(np.asarray(out.astype(jnp.float32)) - expected)
     # Roundings to 8 bits: of the weights, of the output and, for splash, of the scaled queries.
     assert error.max() < 2**-7 * np.abs(expected).max()
-
-
-@pytest.mark.parametrize("name", KERNELS)
-def test_devices_may_share_a_sequence_in_any_order(name: str) -> None:
-    problem = make_problem(
-        rows=2, tokens=TOKENS, heads=4, kv_heads=2, sink=True, span="sliding", window=13
-    )
-    sizes = {"data": 1, "tensor": 2, "context": 4}
-    check(problem, solve(problem), sizes, "all_gather", orders(4), KERNELS[name], check_vma=False)
 
 
 @pytest.mark.parametrize(
