@@ -31,6 +31,7 @@ from moe_shard.runtime.compile_cache import (
     keep_warnings,
     kept_warnings,
     program_key,
+    without_cache,
 )
 from moe_shard.sharding.annotate import RuleConflicts, Sharding
 from moe_shard.sharding.mesh import mesh_from_config
@@ -128,8 +129,15 @@ def compile_step(program: Program, options: Mapping[str, bool] = _NO_OPTIONS) ->
         lowered = program.step.lower(program.abstract_state, program.abstract_batch)
         with count_cached() as cached:
             executable = lowered.compile(compiler_options=dict(options))
-    hlo = executable.as_text()
-    assert hlo is not None, "every backend of jax prints its HLO"
+        hlo = _text(executable)
+        if hlo is None and cached.found:
+            # A backend may load a program without its text, which the report is read from.
+            with without_cache(), count_cached() as cached:
+                jax.clear_caches()  # of this process, which has it as it was loaded
+                lowered = program.step.lower(program.abstract_state, program.abstract_batch)
+                executable = lowered.compile(compiler_options=dict(options))
+            hlo = _text(executable)
+    assert hlo is not None, "every backend of jax prints the HLO that it has compiled"
     found: list[str] | None = log
     if cached.found:
         found = kept_warnings(program_key(lowered, options))
@@ -146,6 +154,14 @@ def compile_step(program: Program, options: Mapping[str, bool] = _NO_OPTIONS) ->
         cached=cached,
         warnings_unknown=found is None,
     )
+
+
+def _text(executable: jax.stages.Compiled) -> str | None:
+    """Return the optimized HLO; None where the backend has none of it."""
+    try:
+        return executable.as_text()
+    except (jax.errors.JaxRuntimeError, NotImplementedError):
+        return None
 
 
 def report_step(step: CompiledStep, sharding: Sharding, backend: str) -> LoweringReport:

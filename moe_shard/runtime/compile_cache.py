@@ -115,12 +115,11 @@ def _setting(name: str) -> Any:
 def _use(folder: Path | None, *notes: str) -> CompileCache:
     name = None if folder is None else str(folder)
     if _setting("jax_compilation_cache_dir") != name:
-        jax.config.update("jax_compilation_cache_dir", name)
         if name is not None:
             _own.add(name)
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
             jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
-        compilation_cache.reset_cache()
+        _set_folder(name)
     return CompileCache(folder, notes)
 
 
@@ -161,6 +160,22 @@ def count_cached() -> Iterator[Counted]:
         yield _thread.counted
     finally:
         _thread.counted = before
+
+
+@contextmanager
+def without_cache() -> Iterator[None]:
+    """Compile without the cache while the block runs."""
+    folder = _setting("jax_compilation_cache_dir")
+    _set_folder(None)
+    try:
+        yield
+    finally:
+        _set_folder(folder)
+
+
+def _set_folder(name: str | None) -> None:
+    jax.config.update("jax_compilation_cache_dir", name)
+    compilation_cache.reset_cache()
 
 
 @contextmanager
