@@ -179,6 +179,15 @@ def test_a_file_of_maxtexts_has_maxtexts_defaults(tmp_path: Path) -> None:
     assert load_config(str(path)).model.attention.head_dim == 128
 
 
+@pytest.mark.parametrize(("tiles", "chunks"), [(1, -1), (4, 4)])
+def test_one_tile_of_the_vocabulary_leaves_the_number_to_us(
+    tmp_path: Path, tiles: int, chunks: int
+) -> None:
+    # 1 is MaxText's default, and all logits at once: never better than what is chosen here.
+    config = load(tmp_path, f"decoder_block: mixtral\nnum_vocab_tiling: {tiles}")
+    assert config.train.num_vocab_tiling == chunks
+
+
 def test_a_file_of_ours_keeps_our_defaults(tmp_path: Path) -> None:
     config = load(tmp_path, "steps: 3")
     assert (moe_of(config).moe_dispatch, config.data.dataset_type) == ("gather", "text")
