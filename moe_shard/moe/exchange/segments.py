@@ -64,10 +64,12 @@ def aligned(sizes: Int[Array, "*dims"], alignment: int) -> Int[Array, "*dims"]:
 def buffer_size(copies: int, groups: int, alignment: int, multiple: int = 1) -> int:
     """Return R for `copies` in `groups` aligned groups, however they are distributed.
 
-    It is a multiple of `multiple`, which is a multiple of the alignment.
+    It is a multiple of `multiple`, which is a multiple of the alignment. The worst distribution has
+    one copy in the last block of each group but one, or none in all groups but one.
     """
     if alignment > 1:
-        copies = -(-copies // alignment) * alignment + groups * alignment
+        blocks = max(-(-copies // alignment), 1) + groups - 1
+        copies = blocks * alignment
     return -(-copies // multiple) * multiple
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -201,3 +203,16 @@ def test_the_limits_of_rounds() -> None:
     # Where one round can hold every token copy, there is no second round.
     alone = Load(tokens=4096, k=2, devices=1, experts=8)
     assert limits_of(alone, padded=False, factor=-1) == (RoundLimit(8192), None)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("copies", range(1, 14))
+def test_a_buffer_holds_every_distribution_and_some_fill_it(copies: int, groups: int) -> None:
+    alignment = 4
+    room = buffer_size(copies, groups, alignment)
+    largest = 0
+    for cuts in itertools.combinations_with_replacement(range(copies + 1), groups - 1):
+        bounds = (0, *cuts, copies)
+        counts = [end - start for start, end in itertools.pairwise(bounds)]
+        largest = max(largest, sum(max(-(-n // alignment), 1) * alignment for n in counts))
+    assert largest == room
