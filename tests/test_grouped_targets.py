@@ -226,7 +226,7 @@ def test_a_policy_that_keeps_gate_and_up_repeats_no_product(policy: Any, product
     assert sum(done.values()) == products * ONE_PRODUCT
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", sorted({*ACTIVATIONS} - {"gelu_exact"}))
 @pytest.mark.parametrize("target", GPUS)
 def test_every_activation_compiles_in_the_kernel(target: str, activation: str) -> None:
     gating = GatingConfig(

@@ -58,7 +58,7 @@ from moe_shard.moe.exchange.sorting import (
     sort_known_choices,
 )
 from moe_shard.moe.experts import Experts, FusedMLP, Product, batched_product, gated_mlp
-from moe_shard.moe.grouped import grouped_mlp, grouped_product
+from moe_shard.moe.grouped import can_fuse, grouped_mlp, grouped_product
 from moe_shard.moe.grouped.biases import of_groups
 from moe_shard.moe.grouped.gated import GroupedMLP
 from moe_shard.moe.placement import EXCHANGED, Placement
@@ -343,7 +343,7 @@ class _Device:
             bias = weights.down_bias
             return y if bias is None else y + of_groups(bias, sizes, rows=y.shape[0])
 
-        fused_mlp = None if self.plan.product.why_not_gated else together
+        fused_mlp = together if can_fuse(self.plan.product, self.gating) else None
         return self._experts(product, weights, copies, fused_mlp)
 
     def _experts(

@@ -53,6 +53,10 @@ _LARGEST_BLOCK = 128
 _TPU_TILE = 512
 
 
+_NOT_IN_KERNELS = ("gelu_exact",)
+"""Activations that Triton cannot lower: it has no error function."""
+
+
 @dataclass(frozen=True)
 class GroupedProduct:
     """Describe a routine, as chosen for one shape on one platform.
@@ -78,6 +82,13 @@ class GroupedProduct:
     def why_not_gated(self) -> str:
         """Return why gate and up are two products; empty where a routine computes both at once."""
         return _NOT_GATED.get(self.name, "" if self.fuse else "two products were faster, measured")
+
+
+def can_fuse(using: GroupedProduct, gating: GatingConfig) -> bool:
+    """Return whether a routine computes gate, up and this activation at once."""
+    if using.name == "pallas" and gating.activation in _NOT_IN_KERNELS:
+        return False
+    return not using.why_not_gated
 
 
 def choose(

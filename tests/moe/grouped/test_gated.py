@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_shard.config.model_config import GatingConfig
 from moe_shard.layers.activation import ACTIVATIONS
-from moe_shard.moe.grouped import GroupedProduct, choose, grouped_mlp
+from moe_shard.moe.grouped import GroupedProduct, can_fuse, choose, grouped_mlp
 from moe_shard.moe.grouped.gated import GroupedMLP
 from tests.moe.grouped import oracle
 
@@ -204,6 +204,13 @@ def test_gate_and_up_are_written_where_there_are_gradients() -> None:
 
     assert results_of_kernels(jax.make_jaxpr(loss)(x).jaxpr, "grouped_gated") == [1]
     assert results_of_kernels(jax.make_jaxpr(jax.grad(loss))(x).jaxpr, "grouped_gated") == [3]
+
+
+def test_a_kernel_has_no_error_function() -> None:
+    gating = GatingConfig(mlp_activations=("gelu_exact", "linear"))
+    assert not can_fuse(ROUTINES["pallas"], gating)
+    assert can_fuse(ROUTINES["pallas"], GatingConfig())
+    assert can_fuse(ROUTINES["blocked"], gating)
 
 
 def test_the_routine_says_why_it_does_not() -> None:
