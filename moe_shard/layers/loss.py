@@ -392,7 +392,7 @@ def _mean_fwd(
 def _mean_bwd(
     _loss: CrossEntropy, gradients: Gradients, cotangent: Float[Array, ""]
 ) -> tuple[Any, ...]:
-    def times(gradient: Array) -> Array:
+    def times(gradient: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
         return (gradient.astype(jnp.float32) * cotangent).astype(gradient.dtype)
 
     hidden, weight, bias = jax.tree.map(times, gradients)

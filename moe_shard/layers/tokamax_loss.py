@@ -63,7 +63,7 @@ def summed(
     """
     tokamax = importlib.import_module("tokamax")  # optional, and takes seconds
 
-    def total(x: Array, kernel: Array) -> Array:
+    def total(x: Float[Array, "T M"], kernel: Float[Array, "M V"]) -> Float[Array, ""]:
         loss = tokamax.linear_softmax_cross_entropy_loss(
             x, ids, kernel, reduction="sum", implementation=_KERNEL
         )

@@ -35,7 +35,7 @@ OWN = "moe_shard"
 _WARM_UP = 2
 _FLAG = "moe_dispatch_no_expert_sharding"
 
-HostBatch = dict[str, Int[np.ndarray, "B S"]]
+StepBatch = dict[str, Int[np.ndarray, "B S"]]
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def step_variants(config: Config) -> dict[str, list[str]]:
     return found
 
 
-def host_batch(config: Config, devices: int) -> HostBatch:
+def host_batch(config: Config, devices: int) -> StepBatch:
     """Draw the batch that all contenders get: one document a sequence, random tokens."""
     rows, length = config.train.global_batch_rows(devices), config.train.max_target_length
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (rows, length + 1))

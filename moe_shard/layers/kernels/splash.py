@@ -39,6 +39,8 @@ _NO_KEY = -(2**30)
 """Segment id of the keys that fill the last block, which no query has."""
 
 _Order = Int[Array, "S"] | Int[np.ndarray, "S"]
+_Places = Int[Array, "..."]
+_Seen = Bool[Array, "..."]
 _Padded = Int[Array, "S2"] | Int[np.ndarray, "S2"]
 
 
@@ -102,8 +104,12 @@ def attend(
         k, v = k[:, 0], v[:, 0]
 
     def of_row(
-        q: Array, k: Array, v: Array, mine: Int[Array, "S"], theirs: Int[Array, "T"]
-    ) -> Array:
+        q: Float[Array, "N S D"],
+        k: Float[Array, "*J T D"],
+        v: Float[Array, "*J T Dv"],
+        mine: Int[Array, "S"],
+        theirs: Int[Array, "T"],
+    ) -> Float[Array, "N S Dv"]:
         ids = splash_attention_kernel.SegmentIds(mine, theirs)
         attended = kernel(q, k, v, ids, sinks=sink)
         assert isinstance(attended, jax.Array)  # a tuple where residuals are asked for
@@ -234,16 +240,16 @@ def _table(
 
 
 @cache  # the kernel is compiled again for another function, were it equal
-def _mask(reach: int | None) -> Callable[[Array, Array], Array]:
+def _mask(reach: int | None) -> Callable[[_Places, _Places], _Seen]:
     """Return the mask of places, which the kernel computes for a block at a time."""
 
-    def causal(at: Array, of: Array) -> Array:
+    def causal(at: _Places, of: _Places) -> _Seen:
         return at >= of
 
     if reach is None:
         return causal
 
-    def near(at: Array, of: Array) -> Array:
+    def near(at: _Places, of: _Places) -> _Seen:
         return (at >= of) & (at - of < reach)
 
     return near

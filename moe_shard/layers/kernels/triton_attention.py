@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from moe_shard.layers.kernels.reach import Reach, in_sequence, reach_of
 from moe_shard.layers.kernels.rule import (
@@ -138,7 +138,7 @@ def _forward(
         q = load_head(q_ref, row, mine, head, dim)
         first, last = (load_tile(ref, (row, mine)) for ref in (first_ref, last_ref))
 
-        def step(masked: bool, at: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        def step(masked: bool, at: Int[Array, ""], carry: tuple[Any, ...]) -> tuple[Any, ...]:
             most, total, *sums = carry
             theirs = Range(at * tile.columns, tile.columns, places)
             k = load_head(k_ref, row, theirs, kv_head, dim)

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.sharding import ManualAxisType
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from moe_shard.layers.kernels.reach import Reach
 
@@ -100,7 +100,9 @@ class Plan:
 
         return Tiles(*map(fit, tiles))
 
-    def raw(self, scores: Array) -> tuple[Array, Array | None]:
+    def raw(
+        self, scores: Float[Array, "R C"]
+    ) -> tuple[Float[Array, "R C"], Float[Array, "R C"] | None]:
         """Return scores in units of log 2, from products, and the tanh of the soft cap."""
         if not self.soft_cap:
             return scores * (self.scale * LOG2_E), None
@@ -115,7 +117,7 @@ class Plan:
         grid: tuple[int, ...],
         tile: Tile,
         out: tuple[tuple[tuple[int, ...], DTypeLike], ...],
-        like: Array,
+        like: Float[Array, "..."],
     ) -> Callable[..., Any]:
         """Return a kernel as a function; its results vary over `like`'s mesh axes."""
         cpu = self.platform == "cpu"
@@ -151,7 +153,7 @@ def blocks_met(
     start = jnp.arange(0, places, tile.columns, dtype=jnp.int32)[None, None]
     end = start + tile.columns - 1
 
-    def count(each: Array) -> Int[Array, "B blocks"]:
+    def count(each: Bool[Array, "B I U"]) -> Int[Array, "B blocks"]:
         return jnp.sum(each, axis=1 if by_keys else 2, dtype=jnp.int32)
 
     if by_keys:
@@ -166,7 +168,7 @@ def blocks_met(
 def over_blocks(
     met_ref: Any,
     index: tuple[Any, ...],
-    step: Callable[[bool, Array, Any], Any],
+    step: Callable[[bool, Int[Array, ""], Any], Any],
     carry: Any,
 ) -> Any:
     """Make a step for each block that is met, with a mask where one is needed."""
@@ -194,29 +196,33 @@ def head_pieces(dim: int) -> list[Range]:
     return found
 
 
-def zero_pieces(rows: int, dim: int) -> tuple[Array, ...]:
+def zero_pieces(rows: int, dim: int) -> tuple[Float[Array, "R _"], ...]:
     """Return sums of rows, a tile for each piece of a head."""
     return tuple(jnp.zeros((rows, each.size), jnp.float32) for each in head_pieces(dim))
 
 
-def load_head(ref: Any, row: Any, tokens: Range, head: Any, dim: int) -> list[Array]:
+def load_head(ref: Any, row: Any, tokens: Range, head: Any, dim: int) -> list[Float[Array, "R _"]]:
     """Load a block of tokens of one head, in pieces."""
     return [load_tile(ref, (row, tokens, head, piece)) for piece in head_pieces(dim)]
 
 
-def scores_of(a: list[Array], b: list[Array]) -> Array:
+def scores_of(a: list[Float[Array, "R _"]], b: list[Float[Array, "C _"]]) -> Float[Array, "R C"]:
     """Multiply rows of `a` by rows of `b`, heads in pieces."""
     first, *others = (dot_tiles(x, y, (1, 1)) for x, y in zip(a, b, strict=True))
     return sum(others, start=first)
 
 
-def dot_tiles(a: Array, b: Array, contracted: tuple[int, int]) -> Array:
+def dot_tiles(
+    a: Float[Array, "_ _"], b: Float[Array, "_ _"], contracted: tuple[int, int]
+) -> Float[Array, "_ _"]:
     """Multiply two tiles, summed in float32."""
     (of_a, of_b), none = contracted, ((), ())
     return lax.dot_general(a, b, (((of_a,), (of_b,)), none), preferred_element_type=jnp.float32)
 
 
-def in_reach(first: Array, last: Array, keys: Range, *, transposed: bool = False) -> Array:
+def in_reach(
+    first: Int[Array, "R"], last: Int[Array, "R"], keys: Range, *, transposed: bool = False
+) -> Bool[Array, "_ _"]:
     """Return which keys of a block are in the ranges that queries see, queries by keys."""
     place = keys.start + lax.iota(jnp.int32, keys.size)
     if transposed:
@@ -224,11 +230,11 @@ def in_reach(first: Array, last: Array, keys: Range, *, transposed: bool = False
     return (place[None, :] >= first[:, None]) & (place[None, :] <= last[:, None])
 
 
-def _there(index: tuple[Any, ...]) -> Array | None:
+def _there(index: tuple[Any, ...]) -> Bool[Array, "..."] | None:
     """Return which elements of a tile are inside the array; None where none can be outside."""
     ranges = [each for each in index if isinstance(each, Range)]
     shape = tuple(each.size for each in ranges)
-    there: Array | None = None
+    there: Bool[Array, "..."] | None = None
     for axis, each in enumerate(ranges):
         if each.dim % each.size:
             inside = each.start + lax.broadcasted_iota(jnp.int32, shape, axis) < each.dim
@@ -242,13 +248,13 @@ def _at(ref: Any, index: tuple[Any, ...]) -> Any:
     ]
 
 
-def load_tile(ref: Any, index: tuple[Any, ...]) -> Array:
+def load_tile(ref: Any, index: tuple[Any, ...]) -> Shaped[Array, "..."]:
     """Load a tile, 0 beyond the edges of the array."""
     there = _there(index)
     tile = _at(ref, index)
     return triton.load(tile) if there is None else triton.load(tile, mask=there, other=0)
 
 
-def store_tile(ref: Any, index: tuple[Any, ...], tile: Array) -> None:
+def store_tile(ref: Any, index: tuple[Any, ...], tile: Float[Array, "..."]) -> None:
     """Store a tile, without what is beyond the edges of the array."""
     triton.store(_at(ref, index), tile.astype(ref.dtype), mask=_there(index))

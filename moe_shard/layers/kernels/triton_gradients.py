@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Shaped
 
 from moe_shard.layers.kernels.reach import Reach
 from moe_shard.layers.kernels.triton_blocks import (
@@ -29,7 +29,7 @@ from moe_shard.layers.kernels.triton_blocks import (
 )
 
 
-def attention_dq(plan: Plan, *arrays: Array) -> Float[Array, "B S N D"]:
+def attention_dq(plan: Plan, *arrays: Shaped[Array, "..."]) -> Float[Array, "B S N D"]:
     """Return the gradient of the queries: a program adds up what a block of them gets."""
     query, _, value = arrays[:3]
     reach = Reach(*arrays[3:5])
@@ -50,7 +50,7 @@ def attention_dq(plan: Plan, *arrays: Array) -> Float[Array, "B S N D"]:
         first, last = (load_tile(ref, (row, mine)) for ref in (first_ref, last_ref))
         lse, delta = (load_tile(ref, (row, head, mine)) for ref in (lse_ref, delta_ref))
 
-        def step(masked: bool, at: Array, sums: tuple[Any, ...]) -> tuple[Any, ...]:
+        def step(masked: bool, at: Int[Array, ""], sums: tuple[Any, ...]) -> tuple[Any, ...]:
             theirs = Range(at * tile.columns, tile.columns, places)
             k = load_head(k_ref, row, theirs, kv_head, dim)
             v = load_head(v_ref, row, theirs, kv_head, value_dim)
@@ -82,7 +82,7 @@ def attention_dq(plan: Plan, *arrays: Array) -> Float[Array, "B S N D"]:
 
 
 def attention_dkv(
-    plan: Plan, *arrays: Array
+    plan: Plan, *arrays: Shaped[Array, "..."]
 ) -> tuple[Float[Array, "B T J D"], Float[Array, "B T J Dv"]]:
     """Return the gradients of keys and values: a program adds up what a block of them gets."""
     query, key, value = arrays[:3]
@@ -102,10 +102,10 @@ def attention_dkv(
         v = load_head(v_ref, row, mine, kv_head, value_dim)
         parts = len(k)
 
-        def of_head(index: Array, sums: tuple[Any, ...]) -> tuple[Any, ...]:
+        def of_head(index: Int[Array, ""], sums: tuple[Any, ...]) -> tuple[Any, ...]:
             head = kv_head * group + index
 
-            def step(masked: bool, at: Array, sums: tuple[Any, ...]) -> tuple[Any, ...]:
+            def step(masked: bool, at: Int[Array, ""], sums: tuple[Any, ...]) -> tuple[Any, ...]:
                 theirs = Range(at * tile.rows, tile.rows, tokens)
                 q = load_head(q_ref, row, theirs, head, dim)
                 dout = load_head(dout_ref, row, theirs, head, value_dim)
