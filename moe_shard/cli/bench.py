@@ -39,7 +39,7 @@ def main(argv: Sequence[str], prog: str = "moe-shard bench") -> int:
     if "--step" in argv:
         from moe_shard.cli import bench_step
 
-        return bench_step.main([each for each in argv if each != "--step"], f"{prog} --step")
+        return bench_step.time_steps([each for each in argv if each != "--step"], f"{prog} --step")
     parser = CommandParser(
         prog=prog, description="Time one MoE layer: every dispatch strategy, flag on and off."
     )

@@ -36,7 +36,7 @@ _LARGE = ("base_num_decoder_layers=8", "per_device_batch_size=4", "capacity_fact
 PEERS = ("maxtext", "transformers")
 
 
-def main(argv: Sequence[str], prog: str = "moe-shard bench --step") -> int:
+def time_steps(argv: Sequence[str], prog: str = "moe-shard bench --step") -> int:
     """Time the steps and print a table or one JSON object."""
     parser = CommandParser(prog=prog, description="Time the whole training step, in turns.")
     parser.add_argument("model", metavar="MODEL", nargs="?", help="a model's name or file")

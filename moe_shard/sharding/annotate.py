@@ -323,6 +323,10 @@ class Sharding:
         )
         return NamedSharding(self.mesh, self._resolve(name, logical_axes, shape, consequence))
 
+    def spec(self, name: str, logical_axes: LogicalAxes, shape: Sequence[int]) -> PartitionSpec:
+        """Return the spec of an array that is recorded elsewhere, under a name of its own."""
+        return self.table.resolve(name, logical_axes, shape).spec
+
     def _resolve(
         self, name: str, logical_axes: LogicalAxes, shape: Sequence[int], consequence: str, /
     ) -> PartitionSpec:

@@ -39,7 +39,7 @@ def order_tokens(config: ModelConfig, sharding: Sharding, tokens: int) -> TokenO
         tokens: S.
     """
     parts = 1
-    for axis in sharding.table.resolve("tokens", ("activation_length",), (tokens,)).spec:
+    for axis in sharding.spec("tokens", ("activation_length",), (tokens,)):
         for name in (axis,) if isinstance(axis, str) else axis or ():
             parts *= sharding.mesh.shape[name]
     if parts == 1:

@@ -84,7 +84,7 @@ class AttentionShards:
         """
 
         def resolve(name: str, shape: tuple[int, ...], *axes: str) -> list[_Axes]:
-            spec = sharding.table.resolve(name, ("activation_batch", *axes, None), shape).spec
+            spec = sharding.spec(name, ("activation_batch", *axes, None), shape)
             return [_axes(entry) for entry in (*spec, *(None,) * (4 - len(spec)))]
 
         batch, length, heads, _ = resolve("queries", query, "activation_length", "activation_heads")
