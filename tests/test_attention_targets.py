@@ -167,7 +167,9 @@ def test_little_more_memory_than_the_output_is_needed(target: str) -> None:
     # XLA's two products need 1.6 GB on v5e and 2.7 GB on h100 for the same.
     hlo, temp = attention(target, "plain")
     output = S * 16 * 128 * 2
-    assert temp <= 1.1 * output
+    # v5e's compiler keeps the output on the chip between the passes. v6e's has it in main memory,
+    # and a fifth as much again for what it slices ahead of the kernels: read in the program.
+    assert temp <= (1.25 if target == "v6e:2x4" else 1.1) * output
     module = extract_collectives(hlo).walk.module
     flops = sum(
         product_flops(computation, computation.instruction(name))
