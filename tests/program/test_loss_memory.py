@@ -32,8 +32,9 @@ TARGETS = [
     "cpu:8",
     *(
         pytest.param(target, marks=pytest.mark.targets)
-        for target in ("v5e:2x4", "v6e:2x4", "h100:8", "mi355x:8")
+        for target in ("v5e:2x4", "h100:8", "mi355x:8")
     ),
+    pytest.param("v6e:2x4", marks=[pytest.mark.targets, pytest.mark.slow]),
 ]
 
 
