@@ -182,7 +182,7 @@ def test_what_a_gpu_cannot_hold_is_said(run: Run) -> None:
         "mixtral-8x7b",
         "a100:8",
         *SHORT,
-        "per_device_batch_size=1024",
+        "per_device_batch_size=8192",
         "gradient_accumulation_steps=1",
     )
     assert done.code == 1
