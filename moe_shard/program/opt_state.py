@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_shard.models.params import Params, ParamSpec
 from moe_shard.program.matrices import matrix_dims, matrix_entries, matrix_shape, spec_entries
+from moe_shard.sharding.annotate import axes_of
 
 DATA = "data"
 HOST = "pinned_host"
@@ -50,7 +51,7 @@ def _with_data(spec: ParamSpec) -> NamedSharding | None:
     The dim of layers comes last: a gradient is made layer by layer, and could not be summed into
     parts where it is made.
     """
-    entries = [_axes(entry) for entry in spec_entries(spec)]
+    entries = [axes_of(entry) for entry in spec_entries(spec)]
     mesh = spec.sharding.mesh
     if any(DATA in entry for entry in entries):
         return spec.sharding
@@ -65,10 +66,6 @@ def _with_data(spec: ParamSpec) -> NamedSharding | None:
             entries[dim] = (*entries[dim], DATA)
             return spec.sharding.update(spec=PartitionSpec(*map(_entry, entries)))
     return None
-
-
-def _axes(entry: Any) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def _entry(axes: tuple[str, ...]) -> Any:

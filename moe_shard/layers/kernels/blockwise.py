@@ -207,36 +207,47 @@ def _attend(
     return attend_forward(plan, blocks, start, blocks.value.dtype).out
 
 
-_Residual = tuple[Blocks, Float[Array, "J R"] | None, Attended]
+Residual = tuple[Blocks, Float[Array, "J R"] | None, Attended]
 
 
 def _forward(
     plan: BlockPlan, blocks: Blocks, start: Float[Array, "J R"] | None
-) -> tuple[Float[Array, "I B J R Dv"], _Residual]:
+) -> tuple[Float[Array, "I B J R Dv"], Residual]:
     attended = named_context(attend_forward(plan, blocks, start, blocks.value.dtype))
     return attended.out, (blocks, start, attended)
 
 
 def _backward(
-    plan: BlockPlan, residual: _Residual, d_out: Float[Array, "I B J R Dv"]
+    plan: BlockPlan, residual: Residual, d_out: Float[Array, "I B J R Dv"]
 ) -> tuple[Blocks, Float[Array, "J R"] | None]:
-    blocks, start, attended = residual
+    blocks, _, attended = residual
     means = weighted_means(attended.out, d_out)
-    d_query, d_key, d_value = attend_backward(plan, blocks, attended.log_sum, means, d_out)
+    gradients = attend_backward(plan, blocks, attended.log_sum, means, d_out)
+    return cotangents(residual, means, gradients)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def cotangents(
+    residual: Residual, means: Float[Array, "I B J R"], gradients: tuple[Float[Array, "..."], ...]
+) -> tuple[Blocks, Float[Array, "J R"] | None]:
+    """Return the cotangents of blocks and start scores, as `jax.custom_vjp` wants them.
+
+    Args:
+        residual: what the forward pass left.
+        means: result of `weighted_means`.
+        gradients: of queries, keys and values, in float32.
+    """
+    blocks, start, attended = residual
     d_start = None
     if start is not None:
         # A sink's weight moves weight away from the values, and brings none.
         d_start = -jnp.sum(jnp.exp(start - attended.log_sum) * means, axis=(0, 1))
-    cotangents: Any = Blocks(
-        d_query.astype(blocks.query.dtype),
-        d_key.astype(blocks.key.dtype),
-        d_value.astype(blocks.value.dtype),
-        *jax.tree.map(lambda _: None, (blocks.queries, blocks.keys)),
-    )
-    return cotangents, d_start
-
-
-_attend.defvjp(_forward, _backward)
+    given = zip(gradients, blocks[:3], strict=True)
+    arrays: list[Any] = [gradient.astype(x.dtype) for gradient, x in given]
+    arrays += jax.tree.map(lambda _: None, (blocks.queries, blocks.keys))
+    return Blocks(*arrays), d_start
 
 
 def weighted_means(

@@ -30,17 +30,28 @@ class _Implementation(NamedTuple):
         reason: why `autoselected` takes it, where it does.
         check_vma: whether it can be mapped with JAX's check that values declared equal on devices
             are equal, which kernels of others and Pallas's interpreter are not made for.
+        by_name_only: why `autoselected` passes it over for a case that it can compute, or None.
     """
 
     unsupported: Callable[[AttentionCase], str | None]
     attend: Callable[[AttentionCase], Attend]
     reason: str
     check_vma: Callable[[AttentionCase], bool] = lambda _case: True
+    by_name_only: Callable[[AttentionCase], str | None] = lambda _case: None
+
+
+def _too_long(case: AttentionCase) -> str | None:
+    if max(case.queries, case.keys) <= SHORT:
+        return None
+    return f"an array of {case.queries} x {case.keys} scores for each head"
+
+
+def _largest_block(case: AttentionCase) -> int:
+    return blockwise.CPU_BLOCK if case.platform == "cpu" else blockwise.OTHER_BLOCK
 
 
 def _blockwise(case: AttentionCase) -> Attend:
-    size = blockwise.CPU_BLOCK if case.platform == "cpu" else blockwise.OTHER_BLOCK
-    return partial(blockwise.attend, largest_block=size)
+    return partial(blockwise.attend, largest_block=_largest_block(case))
 
 
 def _flash_unsupported(case: AttentionCase) -> str | None:
@@ -60,6 +71,7 @@ _IMPLEMENTATIONS: Mapping[str, _Implementation] = MappingProxyType(
             dot_product.unsupported,
             lambda _case: dot_product.attend,
             f"at most {SHORT} tokens, whose scores are one block",
+            by_name_only=_too_long,
         ),
         "flash": _Implementation(
             _flash_unsupported,
@@ -68,7 +80,10 @@ _IMPLEMENTATIONS: Mapping[str, _Implementation] = MappingProxyType(
             check_vma=lambda case: case.platform in ("cuda", "rocm"),
         ),
         "cudnn_flash_jax": _Implementation(
-            cudnn.unsupported, lambda _case: cudnn.attend, "cuDNN's kernel"
+            cudnn.unsupported,
+            lambda _case: cudnn.attend,
+            "cuDNN's kernel",
+            by_name_only=lambda case: f"documents as a mask of {case.queries} x {case.keys}",
         ),
         "blockwise": _Implementation(
             blockwise.unsupported, _blockwise, "runs anywhere, without an array of all scores"
@@ -117,12 +132,7 @@ def choose_attention(requested: AttentionName, case: AttentionCase) -> Attention
         UserError: the requested implementation cannot compute the case.
     """
     if requested != "autoselected":
-        chosen = _IMPLEMENTATIONS.get(requested)
-        if chosen is None:
-            raise UserError(
-                f"attention={requested}: there is no such kernel for {case.platform}\n"
-                "fix: attention=autoselected, which takes another"
-            )
+        chosen = _IMPLEMENTATIONS[requested]
         if why := chosen.unsupported(case):
             raise UserError(
                 f"attention={requested}: {why}\nfix: attention=autoselected, which takes another"
@@ -133,7 +143,7 @@ def choose_attention(requested: AttentionName, case: AttentionCase) -> Attention
     refused: list[tuple[str, str]] = []
     for name in _ORDER.get(case.platform, _ORDER["unknown"]):
         each = _IMPLEMENTATIONS[name]
-        why_not = _needs_all_pairs(name, case) or each.unsupported(case)
+        why_not = each.by_name_only(case) or each.unsupported(case)
         if why_not is None:
             return AttentionKernel(
                 name, each.reason, tuple(refused), each.attend(case), each.check_vma(case)
@@ -157,8 +167,7 @@ def choose_for_ring(requested: AttentionName, case: AttentionCase) -> AttentionK
             f"attention={requested} with context_parallel_strategy=ring: the ring merges results "
             "of blockwise\nfix: attention=autoselected, or context_parallel_strategy=all_gather"
         )
-    size = blockwise.CPU_BLOCK if case.platform == "cpu" else blockwise.OTHER_BLOCK
-    ring = partial(ring_attend, largest_block=size)
+    ring = partial(ring_attend, largest_block=_largest_block(case))
     return AttentionKernel("blockwise", "its results can be merged, as the ring needs", (), ring)
 
 
@@ -166,13 +175,3 @@ def _by_name(name: str, case: AttentionCase) -> str:
     if name == "flash" and case.platform == "cpu":
         return "by name; CPU runs the GPU kernels in an interpreter, very slowly"
     return "by name"
-
-
-def _needs_all_pairs(name: str, case: AttentionCase) -> str | None:
-    """Return why `autoselected` does not take what makes an array of S x T elements."""
-    pairs = f"{case.queries} x {case.keys}"
-    if name == "cudnn_flash_jax":
-        return f"documents as a mask of {pairs}"
-    if name == "dot_product" and max(case.queries, case.keys) > SHORT:
-        return f"an array of {pairs} scores for each head"
-    return None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,18 +26,9 @@ from moe_shard.layers.kernels.choose import (
     choose_for_ring,
 )
 from moe_shard.layers.kernels.rule import AttentionCase, AttentionRule, Tokens
-from moe_shard.sharding.annotate import Sharding
+from moe_shard.sharding.annotate import Sharding, axes_by_dim, spec_of
 
 _Axes = tuple[str, ...]
-
-
-def _axes(entry: Any) -> _Axes:
-    """Return the mesh axes of one entry of a PartitionSpec."""
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
-
-
-def _spec(*dims: _Axes) -> PartitionSpec:
-    return PartitionSpec(*(axes or None for axes in dims))
 
 
 @dataclass(frozen=True)
@@ -85,7 +75,7 @@ class AttentionShards:
 
         def resolve(name: str, shape: tuple[int, ...], *axes: str) -> list[_Axes]:
             spec = sharding.spec(name, ("activation_batch", *axes, None), shape)
-            return [_axes(entry) for entry in (*spec, *(None,) * (4 - len(spec)))]
+            return axes_by_dim(spec, 4)
 
         batch, length, heads, _ = resolve("queries", query, "activation_length", "activation_heads")
         _, of_keys, kv_heads, _ = resolve("keys", key, key_length, "activation_kv_heads")
@@ -112,12 +102,12 @@ class AttentionShards:
     @property
     def query_spec(self) -> PartitionSpec:
         """Return the spec of queries and of the output."""
-        return _spec(self.batch, self.length, self.heads)
+        return spec_of(self.batch, self.length, self.heads)
 
     @property
     def key_spec(self) -> PartitionSpec:
         """Return the spec of keys and of values."""
-        return _spec(self.batch, self.key_length, self.kv_heads)
+        return spec_of(self.batch, self.key_length, self.kv_heads)
 
     def local_kv_heads(self, heads: int, kv_heads: int) -> int:
         """Return J of one device, which attends from its share of all query heads.
@@ -272,9 +262,9 @@ def attend_on_mesh(
     arrays = {"query": query, "key": key, "value": value}
     specs = {"query": shards.query_spec, "key": shards.key_spec, "value": shards.key_spec}
     if sink is not None:
-        arrays["sink"], specs["sink"] = sink, _spec(shards.heads)
-    own = _spec(shards.batch, shards.length)
-    others = _spec(shards.batch, shards.key_length)
+        arrays["sink"], specs["sink"] = sink, spec_of(shards.heads)
+    own = spec_of(shards.batch, shards.length)
+    others = spec_of(shards.batch, shards.key_length)
     info = {
         "positions": queries.positions,
         "segment_ids": queries.segment_ids,

@@ -22,8 +22,10 @@ from moe_shard.layers.kernels.blockwise import (
     Attended,
     BlockPlan,
     Blocks,
+    Residual,
     attend_backward,
     attend_forward,
+    cotangents,
     joined_heads,
     plan_blocks,
     start_scores,
@@ -103,12 +105,9 @@ def _attend(
     return _forward(ring, blocks, start)[0]
 
 
-_Residual = tuple[Blocks, Float[Array, "J R"] | None, Attended]
-
-
 def _forward(
     ring: _Ring, blocks: Blocks, start: Float[Array, "J R"] | None
-) -> tuple[Float[Array, "I B J R Dv"], _Residual]:
+) -> tuple[Float[Array, "I B J R Dv"], Residual]:
     def visit(before: Attended, part: _Part) -> Attended:
         def attend() -> Attended:
             held = blocks._replace(**part._asdict())
@@ -128,9 +127,9 @@ def _forward(
 
 
 def _backward(
-    ring: _Ring, residual: _Residual, d_out: Float[Array, "I B J R Dv"]
+    ring: _Ring, residual: Residual, d_out: Float[Array, "I B J R Dv"]
 ) -> tuple[Blocks, Float[Array, "J R"] | None]:
-    blocks, start, attended = residual
+    blocks, _, attended = residual
     means = weighted_means(attended.out, d_out)
 
     def visit(
@@ -154,16 +153,7 @@ def _backward(
     d_query, part, d_part = carry
     d_query, d_part = visit(d_query, part, d_part)
     d_key, d_value = _passed_on(ring, d_part)  # home
-    d_start = None
-    if start is not None:
-        d_start = -jnp.sum(jnp.exp(start - attended.log_sum) * means, axis=(0, 1))
-    cotangents: Any = Blocks(
-        d_query.astype(blocks.query.dtype),
-        d_key.astype(blocks.key.dtype),
-        d_value.astype(blocks.value.dtype),
-        *jax.tree.map(lambda _: None, (blocks.queries, blocks.keys)),
-    )
-    return cotangents, d_start
+    return cotangents(residual, means, (d_query, d_key, d_value))
 
 
 _attend.defvjp(_forward, _backward)
