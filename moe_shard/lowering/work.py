@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from moe_shard.lowering.attention_kernels import attention_kernel_flops
@@ -221,8 +222,9 @@ def flops_by_scope(walk: Executions, flow: Flow | None = None) -> Counter[str]:
     """
     done = Counter[str]()
     experts = set[tuple[str, str]]() if flow is None else flow.gradients | flow.products.keys()
+    counts = _executions(walk)
     for computation in walk.order:
-        times = walk.counts[computation.name]
+        times = counts[computation.name]
         for name, opcode in computation.opcodes.items():
             if opcode in _PRODUCTS and times:
                 instruction = computation.instruction(name)
@@ -231,6 +233,43 @@ def flops_by_scope(walk: Executions, flow: Flow | None = None) -> Counter[str]:
                     scope = "experts" if is_experts else scope_of(walk, computation, instruction)
                     done[scope] += times * count
     return done
+
+
+def _executions(walk: Executions) -> Mapping[str, int]:
+    """Return how often each computation runs in a step, of a conditional the largest branch alone.
+
+    One branch runs: the one with the most products is counted. `walk.counts` has all of them, since
+    their collectives are counted as if every branch ran.
+    """
+    if all("conditional" not in each.opcodes.values() for each in walk.order):
+        return walk.counts
+    flops: dict[str, int] = {}
+    for computation in reversed(walk.order):  # what is called comes before its callers
+        products = (name for name, opcode in computation.opcodes.items() if opcode in _PRODUCTS)
+        own = sum(product_flops(computation, computation.instruction(name)) for name in products)
+        called = _calls(walk, computation, flops)
+        flops[computation.name] = own + sum(times * flops[name] for name, times in called)
+    counts = dict.fromkeys(flops, 0) | {walk.module.entry.name: 1}
+    for computation in walk.order:
+        for name, times in _calls(walk, computation, flops):
+            counts[name] += times * counts[computation.name]
+    return counts
+
+
+def _calls(
+    walk: Executions, computation: Computation, flops: Mapping[str, int]
+) -> Iterator[tuple[str, int]]:
+    """Yield what a computation calls and how often, of a conditional the largest branch alone."""
+    branches: dict[str, list[str]] = {}
+    for call in computation.calls():
+        if call.opcode == "conditional":
+            branches.setdefault(call.instruction, []).append(call.called)
+        elif call.opcode == "while" and call.role == "body":
+            yield call.called, walk.times(computation, call.instruction)
+        else:
+            yield call.called, 1
+    for names in branches.values():
+        yield max(names, key=lambda name: flops[name]), 1
 
 
 def memory_bytes(module: Module, computation: Computation, instruction: Instruction) -> int:
@@ -260,8 +299,9 @@ def memory_bytes(module: Module, computation: Computation, instruction: Instruct
 def memory_by_scope(walk: Executions) -> Counter[str]:
     """Return the bytes a step reads and writes per device, by stage of the model."""
     moved = Counter[str]()
+    counts = _executions(walk)
     for computation in walk.order:
-        times = walk.counts[computation.name]
+        times = counts[computation.name]
         if not times or computation.name in walk.fused or computation.name in walk.asynchronous:
             continue
         for instruction in map(computation.instruction, computation.opcodes):

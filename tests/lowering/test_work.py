@@ -126,6 +126,19 @@ def test_products_of_a_compiled_program_agree_with_xla() -> None:
     assert expected <= cost["flops"] < 1.05 * expected
 
 
+def test_of_a_conditional_the_branch_with_most_products_counts() -> None:
+    def step(x: jax.Array, which: jax.Array) -> tuple[jax.Array, None]:
+        products = [lambda x: x, lambda x: x @ x, lambda x: x @ x @ x]
+        return jax.lax.switch(which, products, x), None
+
+    x, which = jnp.ones((32, 32)), jnp.arange(5) % 3
+    compiled = jax.jit(lambda x, which: jax.lax.scan(step, x, which)[0]).lower(x, which).compile()
+    text = compiled.as_text()
+    assert text is not None
+    assert " conditional(" in text
+    assert sum(flops(text).values()) == 5 * 2 * (2 * 32**3)
+
+
 def convolution(window: str, labels: str, lhs: str, rhs: str, out: str) -> int:
     text = f"""\
 HloModule step
