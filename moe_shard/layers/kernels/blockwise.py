@@ -10,6 +10,7 @@ Dims, beside those of this package:
 
     I, C  blocks of queries, and queries of one     U, K  blocks of keys, and keys of one
     R     rows of the products of a pair: the G heads of each of C queries
+    X, Y  R and K, or K and R
 """
 
 from __future__ import annotations
@@ -344,41 +345,36 @@ def attend_backward(
 
     def compute(masked: bool, state: Any, i: Int[Array, ""], u: Int[Array, ""]) -> Any:
         d_query, d_key, d_value = state
+        # Keys are the rows of these matrices, so that two of the three sums need no transposed one.
         product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-        scores = _scores(plan, query[i], key[u])
-        weights = jnp.exp(scores - log_sum[i][..., None])
+        scores = _scores(plan, key[u], query[i])
+        weights = jnp.exp(scores - log_sum[i][..., None, :])
         if masked:
-            weights = jnp.where(_seen(plan, blocks, i, u), weights, 0.0)
-        d_value += product("bjrk,bjrd->bjkd", weights.astype(value.dtype), d_out[i])
-        d_weights = product("bjrd,bjkd->bjrk", d_out[i], value[u])
-        d_scores = weights * (d_weights - means[i][..., None]) * plan.rule.scale
+            weights = jnp.where(_seen(plan, blocks, i, u).swapaxes(-1, -2), weights, 0.0)
+        d_value += product("bjkr,bjrd->bjkd", weights.astype(value.dtype), d_out[i])
+        d_weights = product("bjkd,bjrd->bjkr", value[u], d_out[i])
+        d_scores = weights * (d_weights - means[i][..., None, :]) * plan.rule.scale
         if plan.rule.soft_cap != 0:
             d_scores *= 1 - jnp.square(scores / plan.rule.soft_cap)
         d_scores = d_scores.astype(query.dtype)
-        d_query += product("bjrk,bjkd->bjrd", d_scores, key[u])
-        d_key += product("bjrk,bjrd->bjkd", d_scores, query[i])
+        d_query += product("bjkr,bjkd->bjrd", d_scores, key[u])
+        d_key += product("bjkr,bjrd->bjkd", d_scores, query[i])
         return d_query, d_key, d_value
 
-    def step(carry: Any, pair: Any) -> tuple[Any, None]:
-        d_block, d_query, d_key, d_value = carry
-        i, u, need, first = pair
-        state = jnp.where(first, 0.0, d_block), d_key[u], d_value[u]
-        d_block, key_sum, value_sum = _where_needed(need, compute, state, i, u)
+    def step(sums: Any, pair: Any) -> tuple[Any, None]:
+        i, u, need, _ = pair
+        places = i, u, u
+        before = tuple(each[at] for each, at in zip(sums, places, strict=True))
+        after = _where_needed(need, compute, before, i, u)
         update = jax.lax.dynamic_update_index_in_dim
-        d_query = update(d_query, d_block.astype(d_query.dtype), i, 0)
-        return (
-            d_block,
-            d_query,
-            update(d_key, key_sum, u, 0),
-            update(d_value, value_sum, u, 0),
+        return tuple(
+            update(each, new, at, 0) for each, new, at in zip(sums, after, places, strict=True)
         ), None
 
-    carry = tuple(
-        zeros(shape, jnp.float32, query)
-        for shape in (query.shape[1:], query.shape, key.shape, value.shape)
-    )
-    (_, *gradients), _ = jax.lax.scan(step, carry, _steps(plan, blocks))
-    d_query, d_key, d_value = gradients
+    sums = tuple(zeros(each.shape, jnp.float32, query) for each in (query, key, value))
+    # They depend on nothing: made early, they would live while the layer's experts are computed.
+    sums = jax.lax.optimization_barrier((*sums, d_out))[:-1]
+    (d_query, d_key, d_value), _ = jax.lax.scan(step, sums, _steps(plan, blocks))
     return d_query, d_key, d_value
 
 
@@ -433,10 +429,11 @@ def _seen(
 
 
 def _scores(
-    plan: BlockPlan, query: Float[Array, "B J R D"], key: Float[Array, "B J K D"]
-) -> Float[Array, "B J R K"]:
+    plan: BlockPlan, rows: Float[Array, "B J X D"], columns: Float[Array, "B J Y D"]
+) -> Float[Array, "B J X Y"]:
+    """Return the scores of queries and keys, with either of them as rows."""
     scores = plan.rule.scale * jnp.einsum(
-        "bjrd,bjkd->bjrk", query, key, preferred_element_type=jnp.float32
+        "bjxd,bjyd->bjxy", rows, columns, preferred_element_type=jnp.float32
     )
     cap = plan.rule.soft_cap
     return scores if cap == 0 else cap * jnp.tanh(scores / cap)
