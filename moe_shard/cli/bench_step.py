@@ -70,6 +70,8 @@ def time_steps(argv: Sequence[str], prog: str = "moe-shard bench --step") -> int
         from moe_shard.runtime.devices import start_devices
 
         where = start_devices(num_simulated=8)
+    # A program that was kept has no compile time, and MaxText keeps its own.
+    jax.config.update("jax_enable_compilation_cache", False)
     on_cpu, devices = jax.default_backend() == "cpu", jax.device_count()
     model, sizes = ("mixtral-tiny", [*_SMALL]) if on_cpu else ("olmoe-1b-7b", [*_LARGE])
     if args.model:
