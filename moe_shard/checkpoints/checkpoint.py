@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,19 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from moe_shard.checkpoints.checksums import CUSTOM_METADATA, committed_with_checksums
 from moe_shard.checkpoints.convert import is_fused, other_layout, to_layout
+from moe_shard.checkpoints.whole import DAMAGED, find_whole
 from moe_shard.config.keys import shown
 from moe_shard.config.schema import Config
+from moe_shard.data.corpus import Say
 from moe_shard.errors import UserError, first_line
 from moe_shard.models.params import Params
 from moe_shard.program.step import TrainState
 
-# Orbax logs every phase of a save as information, and some of it as warnings.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax logs every phase of a save as information, some of it as warnings, and a save that fails
+# with its traceback, several times; what of it matters is said by this file.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 _SHAPING_KEYS = (
     "base_emb_dim",
@@ -49,6 +54,8 @@ _SHAPING_KEYS = (
 class Checkpointer:
     """Save and restore the state of one run.
 
+    Opening it verifies the newest checkpoint, and sets it aside if it is damaged (`find_whole`).
+
     A checkpoint is named by the number of updates made. It does not depend on the mesh: each array
     is whole, and is read in the shards that the restoring mesh needs. Nor does it matter whether
     the run that saved it had the experts' gate and up as one array.
@@ -56,30 +63,42 @@ class Checkpointer:
     Args:
         folder: the run's `checkpoints/`.
         config: states how often to save, how many to keep, and the shapes of the state.
+        say: receives a line on each damaged checkpoint.
+
+    Raises:
+        UserError: none of the checkpoints is whole, or the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, config: Config) -> None:
+    def __init__(self, folder: Path, config: Config, *, say: Say = lambda _: None) -> None:
         train = config.train
         flat = config.as_flat_dict()
         self._shaping = {key: flat[key] for key in _SHAPING_KEYS if key in flat}
         self._folder = folder
-        self._manager = ocp.CheckpointManager(
-            folder,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=(
-                    None
-                    if train.max_num_checkpoints_to_keep == -1
-                    else train.max_num_checkpoints_to_keep
+        found = find_whole(folder, verify=train.verify_checkpoints, set_aside=True, say=say)
+        kept = found.manifest if found else None
+        self._run = kept.run if kept else uuid.uuid4().hex
+        keep = train.max_num_checkpoints_to_keep
+        try:
+            self._manager = ocp.CheckpointManager(
+                folder,
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=None if keep == -1 else keep,
+                    enable_async_checkpointing=train.async_checkpointing,
+                    create=True,
+                    temporary_path_class=committed_with_checksums(lambda: self._run),
+                    lightweight_initialize=True,  # reads no metadata, which may be damaged
                 ),
-                enable_async_checkpointing=train.async_checkpointing,
-                create=True,
-            ),
-            # Without them the structure of a checkpoint cannot be read separately from its arrays.
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "config": ocp.JsonCheckpointHandler(),
-            },
-        )
+                # Without them the structure of a checkpoint cannot be read apart from its arrays.
+                item_handlers={
+                    "state": ocp.StandardCheckpointHandler(),
+                    "config": ocp.JsonCheckpointHandler(),
+                },
+            )
+        except OSError as error:
+            raise UserError(
+                f"cannot write checkpoints to {folder}: {error.strerror or first_line(error)}\n"
+                "fix: base_output_directory=FOLDER that you may write to"
+            ) from error
 
     def latest(self) -> int | None:
         """Return the updates made in the newest complete checkpoint; None if there is none."""
@@ -95,6 +114,7 @@ class Checkpointer:
                 state=ocp.args.StandardSave(state._asdict()),
                 config=ocp.args.JsonSave(self._shaping),
             ),
+            custom_metadata=dict(CUSTOM_METADATA),
         )
 
     def check_fits(self, updates: int) -> None:
@@ -119,7 +139,7 @@ class Checkpointer:
         updates: int,
         abstract_state: TrainState,
         *,
-        say: Callable[[str], object] = lambda _: None,
+        say: Say = lambda _: None,
     ) -> TrainState:
         """Read a checkpoint, each device its own shards.
 
@@ -177,7 +197,7 @@ def restore_params(
     abstract_params: Params,
     *,
     updates: int | None = None,
-    say: Callable[[str], object] = lambda _: None,
+    say: Say = lambda _: None,
 ) -> Params:
     """Read only the parameters of a run, each device its own shards.
 
@@ -191,16 +211,17 @@ def restore_params(
     Raises:
         UserError: there is none, it belongs to another model, or it cannot be read.
     """
+    whole = find_whole(folder, updates=updates, say=say)
+    if whole is None:
+        what = "no whole checkpoint" if updates is None else f"no checkpoint {updates}"
+        raise UserError(f"{folder} holds {what}\nfix: the folder of a run that has saved one")
+    updates = whole.updates
     manager = ocp.CheckpointManager(
         folder,
-        options=ocp.CheckpointManagerOptions(read_only=True),
+        options=ocp.CheckpointManagerOptions(read_only=True, lightweight_initialize=True),
         item_handlers={"state": ocp.PyTreeCheckpointHandler()},
     )
     with manager:
-        updates = manager.latest_step() if updates is None else updates
-        if updates is None or updates not in manager.all_steps():
-            what = "no whole checkpoint" if updates is None else f"no checkpoint {updates}"
-            raise UserError(f"{folder} holds {what}\nfix: the folder of a run that has saved one")
         with reading(folder / str(updates)):
             found = manager.metadata(updates).item_metadata["state"]["params"]
         converts = (is_fused(found), is_fused(abstract_params)) in ((False, True), (True, False))
@@ -241,8 +262,11 @@ def reading(checkpoint: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except jax.errors.JaxRuntimeError:
+        raise  # of the device: out of memory, for one
+    except Exception as error:  # tensorstore and Orbax raise bare ones for damaged files
         raise UserError(
             f"cannot read the checkpoint {checkpoint}: {first_line(error)}\n"
-            "fix: remove that folder to continue from the checkpoint before it, or import anew"
+            f"fix: rename it to {checkpoint.name}{DAMAGED} to continue from the one before it, "
+            "or import anew"
         ) from error

@@ -21,6 +21,7 @@ from moe_shard.autoep.directory import keep_hf, lay_out_again, read_hf_source
 from moe_shard.autoep.exporting import export_params
 from moe_shard.autoep.importing import import_params
 from moe_shard.checkpoints.checkpoint import restore_params
+from moe_shard.checkpoints.checksums import CUSTOM_METADATA, committed_with_checksums
 from moe_shard.checkpoints.convert import is_fused, other_layout, to_layout
 from moe_shard.checkpoints.stored import stored_blocks
 from moe_shard.config.model_config import ModelConfig
@@ -143,7 +144,11 @@ def import_model(
             state = {"params": params}
             limits = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), state)
             saved = ocp.args.PyTreeSave(state, save_args=limits)
-            manager.save(0, args=ocp.args.Composite(state=saved))
+            manager.save(
+                0,
+                args=ocp.args.Composite(state=saved),
+                custom_metadata=dict(CUSTOM_METADATA),
+            )
             manager.wait_until_finished()
 
 
@@ -225,7 +230,10 @@ def _manager(folder: Path) -> ocp.CheckpointManager:
     """Make a manager that stores parameters as a run stores its state; both are read alike."""
     return ocp.CheckpointManager(
         folder,
-        options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
+        options=ocp.CheckpointManagerOptions(
+            enable_async_checkpointing=False,
+            temporary_path_class=committed_with_checksums(lambda: ""),
+        ),
         item_handlers={"state": ocp.PyTreeCheckpointHandler()},
     )
 

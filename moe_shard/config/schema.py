@@ -69,6 +69,8 @@ class TrainConfig:
         max_num_checkpoints_to_keep: number of newest checkpoints to keep; -1: all.
         async_checkpointing: whether training continues while a checkpoint is written.
         save_checkpoint_on_completion: whether to save after the last update as well.
+        verify_checkpoints: whether the checksums of a checkpoint's files are compared before a
+            run continues from it; otherwise their names and sizes are.
         enable_tensorboard: whether to write `tensorboard/`.
         dump_hlo: whether to write the compiled step to `hlo/`.
         profile: whether to write a profile of a few updates.
@@ -114,6 +116,7 @@ class TrainConfig:
     max_num_checkpoints_to_keep: Annotated[int, Key(least=1, off=-1)] = -1
     async_checkpointing: Annotated[bool, Key()] = True
     save_checkpoint_on_completion: Annotated[bool, Key()] = True
+    verify_checkpoints: Annotated[bool, Key()] = True
     enable_tensorboard: Annotated[bool, Key()] = True
     dump_hlo: Annotated[bool, Key()] = False
     profile: Annotated[bool, Key()] = False

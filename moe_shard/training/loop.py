@@ -70,7 +70,7 @@ class Trainer:
         microbatches, rows, seq_len = shape = program.abstract_batch["inputs"].shape
         with ExitStack() as opening:
             if train.enable_checkpointing and train.steps > 0:
-                self.checkpointer = Checkpointer(folder / "checkpoints", config)
+                self.checkpointer = Checkpointer(folder / "checkpoints", config, say=say)
                 opening.callback(self.checkpointer.close)
                 self.first = self.checkpointer.latest() or 0
                 if self.first:

@@ -65,6 +65,9 @@ def run(config: Config) -> Outcome:
     def note(line: str) -> None:
         notes.print(f"note: {line}", markup=False)
 
+    def say(line: str) -> None:
+        console.print(line, markup=False, soft_wrap=True)
+
     for line in (*changes_nothing, *cache.notes):
         note(line)
     writer = jax.process_index() == 0
@@ -74,7 +77,7 @@ def run(config: Config) -> Outcome:
             note(line)
         with (
             open_run(config.run, writer=writer) as folder,
-            Trainer(config, program, folder, say=console.print) as trainer,
+            Trainer(config, program, folder, say=say) as trainer,
         ):
             if writer:
                 write_text(folder / "config.yml", config.to_yaml())

@@ -1,0 +1,265 @@
+"""Find the newest checkpoint that is whole, and set aside those that are damaged.
+
+A damaged checkpoint is renamed, `12` to `12.damaged`, and so is never counted again and never
+deleted. A run whose checkpoints are all damaged is refused: it does not start from scratch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
+
+from moe_shard.checkpoints.checksums import (
+    CHECKSUMS,
+    Checksums,
+    Damage,
+    check_sizes,
+    check_sums,
+    read_manifest,
+)
+from moe_shard.checkpoints.stored_arrays import read_all
+from moe_shard.data.corpus import Say
+from moe_shard.errors import UserError, first_line
+from moe_shard.units import human_bytes
+
+DAMAGED = ".damaged"
+_UNFINISHED = ".orbax-checkpoint-tmp"
+_NUMBER = re.compile(r"0|[1-9]\d{0,17}")
+_LONG_S = 5.0
+_MESSAGE_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Describe a checkpoint that is whole.
+
+    Attributes:
+        updates: the number of updates that names it.
+        manifest: its manifest; None if it was saved without one.
+    """
+
+    updates: int
+    manifest: Checksums | None
+
+
+def find_whole(
+    folder: Path,
+    *,
+    updates: int | None = None,
+    verify: bool = True,
+    set_aside: bool = False,
+    say: Say = lambda _: None,
+) -> Whole | None:
+    """Find the newest checkpoint of a folder that is whole.
+
+    All processes call it; each reads the checksums of its part of the files, and all get the same
+    answer.
+
+    Args:
+        folder: `checkpoints/` of a run, or `params/` of an imported model.
+        updates: the only one to consider; None: all.
+        verify: whether to read every file and compare checksums; otherwise names and sizes are.
+        set_aside: whether to rename damaged ones, and to remove what killed processes left
+            unfinished. Only the run itself does; others write nothing.
+        say: receives a line on each that is damaged, and on what was assumed.
+
+    Returns:
+        The checkpoint; None if the folder holds none, damaged or not.
+
+    Raises:
+        UserError: there are some, but none is whole; or the folder cannot be read.
+    """
+    names = _on_first(lambda: _numbers(folder, updates))
+    run = _on_first(lambda: _run_of(folder, names))
+    damaged: list[str] = []
+    for name in names:
+        path = folder / name
+        started = time.perf_counter()
+        try:
+            with on_all_processes():
+                manifest, notes = _examine(path, run, verify=verify)
+        except Damage as damage:
+            kept = ""
+            if set_aside:
+                kept = "; set aside as " + _on_first(partial(_set_aside, path))
+            line = f"the checkpoint {path} is damaged: {damage}{kept}"
+            damaged.append(line)
+            say(line)
+            continue
+        if (seconds := time.perf_counter() - started) > _LONG_S and manifest is not None:
+            notes.append(
+                f"verified {human_bytes(manifest.bytes)} of checkpoint {name} in {seconds:.0f} s "
+                "(verify_checkpoints=false compares sizes only)"
+            )
+        for note in notes:
+            say(note)
+        if set_aside:
+            _on_first(lambda: _remove_unfinished(folder))
+        return Whole(int(name), manifest)
+    aside = _on_first(lambda: _damaged_in(folder))
+    if damaged or (aside and updates is None):
+        what = damaged[0] if damaged else f"{folder} holds only damaged checkpoints: {aside[0]}"
+        none = "" if len(damaged) < 2 else f"; none of the {len(damaged)} there is whole"
+        fix = (
+            "another run_name starts anew, and so does removing the damaged ones"
+            if set_aside or not damaged
+            else "a run with a whole checkpoint"
+        )
+        raise UserError(f"{what}{none}\nfix: {fix}")
+    if set_aside:
+        _on_first(lambda: _remove_unfinished(folder))
+    return None
+
+
+def _examine(path: Path, run: str | None, *, verify: bool) -> tuple[Checksums | None, list[str]]:
+    """Return a checkpoint's manifest and notes on it.
+
+    Raises:
+        Damage: it is not whole, is of another run, or has another number.
+    """
+    if not path.is_dir():
+        is_link = path.is_symlink() and not path.exists()
+        raise Damage("a link to nothing" if is_link else "not a folder")
+    manifest = read_manifest(path)
+    if manifest is None:
+        # Saved before there were checksums. What can be said is whether the arrays can be read.
+        if jax.process_index() == 0:
+            read_all(path)
+        return None, [f"{path} has no {CHECKSUMS}: its arrays can be read, but are not verified"]
+    if manifest.updates != int(path.name):
+        raise Damage(f"it was saved after step {manifest.updates}")
+    if run is not None and manifest.run != run:
+        raise Damage("it is of another run than the others there")
+    foreign = check_sizes(path, manifest)
+    if verify:
+        check_sums(path, manifest, part=jax.process_index(), parts=jax.process_count())
+    notes = []
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        notes.append(f"{path} also holds {foreign[0]!r}{more}, not of the checkpoint: ignored")
+    return manifest, notes
+
+
+def _numbers(folder: Path, only: int | None) -> list[str]:
+    """Return the names of checkpoints, whole or not, from the newest.
+
+    Raises:
+        UserError: the folder is none, or cannot be read.
+    """
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(f"{folder} is a link to nothing\nfix: restore what it points to")
+    try:
+        names = [each.name for each in os.scandir(folder)] if os.path.lexists(folder) else []
+    except OSError as error:
+        raise UserError(
+            f"cannot read {folder}: {error.strerror}\nfix: a folder of checkpoints there"
+        ) from error
+    numbers = sorted((int(name) for name in names if _NUMBER.fullmatch(name)), reverse=True)
+    return [str(number) for number in numbers if only is None or number == only]
+
+
+def _run_of(folder: Path, names: list[str]) -> str | None:
+    """Return the run that most of the checkpoints are of; None where none tells."""
+    runs: Counter[str] = Counter()
+    for name in reversed(names):  # of equally many, the run that began here
+        try:
+            manifest = read_manifest(folder / name)
+        except Damage:
+            continue
+        if manifest is not None and manifest.updates == int(name):
+            runs[manifest.run] += 1
+    return runs.most_common(1)[0][0] if runs else None
+
+
+def _set_aside(path: Path) -> str:
+    """Rename a damaged checkpoint and return its new name.
+
+    Raises:
+        UserError: it cannot be renamed.
+    """
+    for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
+        target = path.with_name(f"{path.name}{DAMAGED}{suffix}")
+        if os.path.lexists(target):
+            continue
+        try:
+            path.rename(target)
+        except OSError as error:
+            raise UserError(
+                f"{path} is damaged and cannot be renamed: {error.strerror}\n"
+                "fix: move it out of that folder; the run then continues from the one before it"
+            ) from error
+        return target.name
+    raise UserError(f"{path} is damaged, as are 999 others of its name\nfix: remove those")
+
+
+def _damaged_in(folder: Path) -> list[str]:
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(name for name in names if DAMAGED in name)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process had not finished; the run's folder is locked against others."""
+    for path in folder.glob(f"*{_UNFINISHED}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _on_first(work: Callable[[], Any]) -> Any:
+    """Run something on the first process, and give all its result, or its error.
+
+    Raises:
+        UserError: raised by the work.
+    """
+    if jax.process_count() == 1:
+        return work()
+    said: dict[str, Any] = {}
+    if jax.process_index() == 0:
+        try:
+            said = {"result": work()}
+        except UserError as error:
+            said = {"error": str(error)}
+    own = np.frombuffer(json.dumps(said).encode(), np.uint8)
+    length = int(broadcast_one_to_all(np.int32(own.size)))
+    sent = broadcast_one_to_all(np.resize(own, length))
+    said = json.loads(np.asarray(sent, np.uint8).tobytes())
+    if "error" in said:
+        raise UserError(said["error"])
+    return said["result"]
+
+
+@contextmanager
+def on_all_processes() -> Iterator[None]:
+    """Raise on every process the damage that one of them finds in the block.
+
+    Raises:
+        Damage: of the first process that found one.
+    """
+    found = ""
+    try:
+        yield
+    except Damage as damage:
+        found = str(damage)
+    except Exception as error:  # Orbax and tensorstore raise whatever a damaged file leads to
+        found = first_line(error)
+    if jax.process_count() > 1:
+        text = np.zeros(_MESSAGE_BYTES, np.uint8)
+        own = np.frombuffer(found.encode()[:_MESSAGE_BYTES], np.uint8)
+        text[: own.size] = own
+        lines = np.asarray(process_allgather(text), np.uint8)
+        each = (line.tobytes().rstrip(b"\0").decode(errors="replace") for line in lines)
+        found = next((one for one in each if one), "")
+    if found:
+        raise Damage(found)
