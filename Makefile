@@ -35,8 +35,8 @@ $(PARITY): $(READY)
 	@$(RUN) -m pip install --quiet --disable-pip-version-check $(PINS) -e ".[parity]"
 	@touch $@
 
-test-parity: $(PARITY)  ## small models of every family against transformers (minutes)
-	$(RUN) -m pytest -n 2 -m parity tests/parity
+test-parity: $(PARITY)  ## small models of every family against transformers (minutes; ATTENTION=blockwise)
+	$(RUN) -m pytest -n 2 -m parity tests/parity $(if $(ATTENTION),--attention $(ATTENTION))
 
 record-parity: $(PARITY)  ## keep transformers' numbers for the tests that run without it
 	$(RUN) -m tests.parity.record

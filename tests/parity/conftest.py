@@ -1,4 +1,4 @@
-"""Make the references that the tests compare with, each once a session."""
+"""Make the references that the tests compare with, and choose how attention is computed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,26 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from moe_shard.layers.kernels import blockwise
+from tests.parity import package
 from tests.parity.families import Shape
 
 if TYPE_CHECKING:
     from tests.parity.reference import Reference
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--attention", default="autoselected", help="of this package's side")
+
+
+@pytest.fixture(autouse=True)
+def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Compute attention as --attention says, in blocks so small that short texts have several."""
+    named = str(request.config.getoption("--attention"))
+    monkeypatch.setattr(package, "OVERRIDES", (*package.OVERRIDES, f"attention={named}"))
+    monkeypatch.setattr(blockwise, "CPU_BLOCK", 8)
+    monkeypatch.setattr(blockwise, "_SMALLEST", 4)
+    return named
 
 
 @pytest.fixture(scope="session")
