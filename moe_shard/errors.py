@@ -7,6 +7,7 @@ exit code 2. Anything else that escapes is a bug and keeps its traceback.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -68,4 +69,23 @@ def run_command(main: Callable[[], int]) -> None:
         # The reader of a pipe (`| head`) has gone; prevent an error from the flush at exit as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_DONE
+    except OSError as error:
+        if error.strerror is None:  # raised by a library, not by the system
+            raise
+        print(f"error: {_described(error)}", file=sys.stderr)
+        code = EXIT_USAGE
     sys.exit(code)
+
+
+_FIXES = {
+    errno.ENOSPC: "make room on that disk; the same command goes on from what is there",
+    errno.EDQUOT: "make room in that quota; the same command goes on from what is there",
+    errno.ENAMETOOLONG: "a shorter name",
+}
+
+
+def _described(error: OSError) -> str:
+    """Describe what the system refused: the path, why, and the fix, in two lines."""
+    where = f"{str(error.filename)[:100]}: " if error.filename is not None else ""
+    fix = _FIXES.get(error.errno or 0, "another path, or the permission or the space that it needs")
+    return f"{where}{error.strerror}\nfix: {fix}"

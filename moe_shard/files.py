@@ -8,13 +8,73 @@ for the disk, and what a run cannot lose, its checkpoints, Orbax writes.
 from __future__ import annotations
 
 import os
+import select
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from moe_shard.errors import UserError
+
+SMALL = 16 << 20
+"""Most bytes of a file that a person writes by hand: a configuration, a rule table."""
+_WAIT_S = 10.0
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with `~` replaced by a home directory.
+
+    Raises:
+        UserError: it names a user who has none.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{str(path)[:100]}: no home directory is known of that user\nfix: the whole path"
+        ) from None
+
+
+def read_small(path: Path, most: int = SMALL) -> bytes:
+    """Read a file, a pipe or a device from its start, but never without end.
+
+    Args:
+        path: what to read.
+        most: largest number of bytes.
+
+    Raises:
+        UserError: it is larger, or a pipe into which nothing is written for 10 s.
+        OSError: it cannot be read.
+    """
+    # Without O_NONBLOCK, opening a named pipe would wait for a writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        size = os.fstat(descriptor).st_size
+        chunks: list[bytes] = []
+        total, deadline = 0, time.monotonic() + _WAIT_S
+        while size <= most and total <= most:
+            try:
+                chunk = os.read(descriptor, 1 << 20)
+            except BlockingIOError:
+                left = deadline - time.monotonic()
+                if left <= 0 or not select.select([descriptor], [], [], left)[0]:
+                    raise UserError(
+                        f"{path}: nothing came through this pipe in {_WAIT_S:g} s\n"
+                        "fix: the path of a file"
+                    ) from None
+                continue
+            if not chunk:
+                return b"".join(chunks)
+            chunks.append(chunk)
+            total += len(chunk)
+    finally:
+        os.close(descriptor)
+    raise UserError(
+        f"{path}: more than {most >> 20} MiB, which is no file of settings\n"
+        "fix: the path of a .yml file"
+    )
 
 
 def write_text(path: Path, text: str) -> None:

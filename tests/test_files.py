@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from moe_shard.errors import UserError
-from moe_shard.files import new_folder, write_bytes, write_text
+from moe_shard.files import expanded, new_folder, read_small, write_bytes, write_text
 
 
 def cut_off(self: Path, content: bytes) -> int:
@@ -80,3 +81,32 @@ def test_a_folder_with_a_fixed_name_has_one_writer(tmp_path: Path) -> None:
             pass
         assert aside.is_dir()
     assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+
+
+def test_a_home_of_nobody_is_refused() -> None:
+    with pytest.raises(UserError, match="no home directory"):
+        expanded("~no such user/x")
+
+
+def test_what_never_ends_is_not_read_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "large"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    for endless in (path, Path("/dev/zero")):
+        with pytest.raises(UserError, match="more than 16 MiB"):
+            read_small(endless)
+    path.write_bytes(b"a")
+    assert read_small(path, 1) == b"a"
+
+
+def test_a_pipe_is_read_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert read_small(pipe) == b""  # nobody writes
+    monkeypatch.setattr("moe_shard.files._WAIT_S", 0.05)
+    writer = os.open(pipe, os.O_RDWR)
+    try:
+        with pytest.raises(UserError, match="nothing came through"):
+            read_small(pipe)
+    finally:
+        os.close(writer)

@@ -22,7 +22,7 @@ from moe_shard.autoep.plain import is_quantized, plain_files
 from moe_shard.autoep.tensor_plan import TensorPlan
 from moe_shard.autoep.tensors import view, write
 from moe_shard.errors import UserError
-from moe_shard.files import new_folder
+from moe_shard.files import expanded, new_folder
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def keep_hf(source: str, folder: Path, family: str = "") -> None:
         UserError: the source cannot be read, or has a link to a file outside of it.
     """
     target, aside = folder / "hf", folder / ".hf.partial"
-    directory = Path(source).expanduser()
+    directory = expanded(source)
     kept = directory / "hf"
     if target.exists() or not (kept.is_dir() or (directory / "config.json").is_file()):
         return

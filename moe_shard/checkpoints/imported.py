@@ -27,7 +27,7 @@ from moe_shard.checkpoints.stored import stored_blocks
 from moe_shard.config.model_config import ModelConfig
 from moe_shard.config.schema import Config
 from moe_shard.errors import UserError
-from moe_shard.files import new_folder, write_text
+from moe_shard.files import expanded, new_folder, write_text
 from moe_shard.maxtext.folders import ITEMS, find_items
 from moe_shard.maxtext.read import read_params
 from moe_shard.models.params import Params
@@ -105,7 +105,7 @@ def find_weights(path: str) -> Path:
     Raises:
         UserError: there is none of them.
     """
-    folder = Path(path).expanduser().resolve()
+    folder = expanded(path).resolve()
     if (items := find_items(folder)) is not None:
         return items
     for name in ("checkpoints", _PARAMS):
@@ -176,7 +176,7 @@ def export_model(source: Path, target: Path, *, console: Console) -> None:
         UserError: the source does not come from a Hugging Face directory or cannot be read, or the
             target is not empty or cannot be written.
     """
-    source = source.expanduser()
+    source = expanded(source)
     weights = find_weights(str(source))
     if not (source / "hf").is_dir() or weights.name in (_HF_CONFIG, ITEMS):
         raise UserError(
@@ -203,7 +203,7 @@ def written_aside(target: Path) -> Iterator[Path]:
     Raises:
         UserError: the name is in use, or the folder cannot be written.
     """
-    target = target.expanduser().absolute()
+    target = expanded(target).absolute()
     aside = target.with_name(f"{target.name}.partial")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target} exists and is not an empty folder\nfix: another name")

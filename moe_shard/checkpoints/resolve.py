@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from moe_shard.config.load import base_settings, list_models, load_config, load_
 from moe_shard.config.overlays import Overlay, parse_overrides
 from moe_shard.config.schema import Config
 from moe_shard.errors import UserError
+from moe_shard.files import expanded
 from moe_shard.maxtext.folders import find_items
 
 MODEL_HELP = "a name in configs/models/, a .yml file, or a Hugging Face model directory"
@@ -29,8 +31,8 @@ def load_model(model: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: anything that a person got wrong, with the fix, in at most three lines.
     """
-    directory = Path(model).expanduser()
-    if model in list_models() or not directory.is_dir():
+    directory = expanded(model)
+    if model in list_models() or not os.path.isdir(directory):  # False where the name is too long
         return load_config(model, overrides)
     if not (directory / CONFIG).is_file():
         if (directory / "config.yml").is_file():

@@ -120,6 +120,8 @@ def shown(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, int) and abs(value) >= 10**60:
+        return f"a number of {value.bit_length()} bits"  # Python writes none of 4,300 digits
     is_list = isinstance(value, tuple | list)
     text = f"[{', '.join(map(shown, value))}]" if is_list else str(value)
     text = "".join(character if character.isprintable() else " " for character in text)

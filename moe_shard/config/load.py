@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -195,7 +196,7 @@ def find_file(kind: str, given: str, what: str) -> Path:
     if given in names:
         return directory / f"{given}.yml"
     path = Path(given)
-    if kind == "models" and (path / "config.yml").is_file():
+    if kind == "models" and os.path.isfile(path / "config.yml"):  # False too where it is too long
         return path / "config.yml"
     looks_like_path = path.suffix in {".yml", ".yaml"} or "/" in given or "\\" in given
     if looks_like_path and given.isprintable():
@@ -212,7 +213,8 @@ def find_file(kind: str, given: str, what: str) -> Path:
 def _derive(settings: dict[str, Any], name: str) -> None:
     """Fill in the keys whose default is derived from other keys."""
     if settings["model_name"] in {"", "default"}:
-        settings["model_name"] = name
+        # Of a file default.yml: its name would mean the file that it is read from next.
+        settings["model_name"] = "default-model" if name == "default" else name
     settings["run_name"] = settings["run_name"] or settings["model_name"]
     if settings["base_moe_mlp_dim"] == -1:
         settings["base_moe_mlp_dim"] = settings["base_mlp_dim"]

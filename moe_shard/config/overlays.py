@@ -188,7 +188,8 @@ def _prepared(key: str, value: Any, default: Any) -> Any:
         ValueError: text that is not a number, or an integer beyond 64 bits.
         OverflowError: an integer too large for a float.
     """
-    if value is None or value == "None":
+    # "None" is MaxText's null, but also the name of a model in None.yml.
+    if value is None or (value == "None" and (key in _NULL_MEANS or default != str(default))):
         if key not in _NULL_MEANS:
             raise TypeError(key)
         return _NULL_MEANS[key]

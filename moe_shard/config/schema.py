@@ -11,12 +11,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
-
 from moe_shard.config.generate_config import GenerateConfig
 from moe_shard.config.keys import Key, check_leaves, keyed_values, shown, to_plain
 from moe_shard.config.mesh_config import MeshConfig
 from moe_shard.config.model_config import CrossEntropyName, ModelConfig
+from moe_shard.config.strict_yaml import format_yaml
 from moe_shard.errors import UserError
 
 Optimizer = Literal["adamw", "sgd", "adafactor", "muon"]
@@ -303,7 +302,7 @@ class Config:
 
     def to_yaml(self) -> str:
         """Return the text of `config.yml`."""
-        return yaml.safe_dump(self.as_flat_dict(), sort_keys=False, default_flow_style=None)
+        return format_yaml(self.as_flat_dict())
 
 
 def brief_list(items: Sequence[str], most: int = 8) -> str:

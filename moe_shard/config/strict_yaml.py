@@ -1,15 +1,16 @@
-"""Read YAML strictly: safe tags only, no duplicate keys, numbers as people write them."""
+"""Read YAML strictly (safe tags, no duplicate keys, 1e-5 is a number); write what reads back."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from moe_shard.errors import UserError
+from moe_shard.errors import UserError, first_line
+from moe_shard.files import read_small
 
 _INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$")
 _FLOAT = re.compile(
@@ -52,6 +53,28 @@ _StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0
 _StrictLoader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
 
 
+class _PlainDumper(yaml.SafeDumper):
+    """Quote what this reader, or any that follows YAML 1.1, would take for other than text."""
+
+
+# SafeDumper alone leaves run_name: 3e-4 without quotes, which is a number here.
+_PlainDumper.yaml_implicit_resolvers = {
+    first: [
+        *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
+        *_StrictLoader.yaml_implicit_resolvers.get(first, []),
+    ]
+    for first in {
+        *yaml.SafeDumper.yaml_implicit_resolvers,
+        *_StrictLoader.yaml_implicit_resolvers,
+    }
+}
+
+
+def format_yaml(content: Mapping[str, Any]) -> str:
+    """Return the text of a mapping, from which `parse_yaml` reads the same values and types."""
+    return yaml.dump(content, Dumper=_PlainDumper, sort_keys=False, default_flow_style=None)
+
+
 def parse_yaml(text: str) -> Any:
     """Parse a YAML text.
 
@@ -66,7 +89,12 @@ def parse_yaml(text: str) -> Any:
     except yaml.YAMLError as error:
         raise UserError(str(error).splitlines()[0]) from error
     except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"not a YAML value: {str(error).splitlines()[0]}") from error
+        raise UserError(f"not a YAML value: {first_line(error)}") from error
+    except (AttributeError, LookupError) as error:
+        # PyYAML's constructors of a tag, given text of another kind: `!!timestamp x`, `!!bool x`.
+        raise UserError(
+            "not a YAML value: the text is not of the kind that its tag says"
+        ) from error
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -79,7 +107,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         UserError: the file cannot be read, is not text, or is not a mapping of names.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_small(path).decode("utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file\nfix: the path of a .yml file") from None
     except OSError as error:

@@ -16,6 +16,7 @@ from jaxtyping import Int32
 
 from moe_shard.config.keys import shown
 from moe_shard.errors import UserError, first_line
+from moe_shard.files import expanded
 
 DOCUMENT = 256
 """Mark of the byte tokenizer: it begins a document and, as a target, ends the one before."""
@@ -139,7 +140,7 @@ def find_tokenizer(tokenizer_path: str) -> Tokenizer:
     Raises:
         UserError: see `FileTokenizer`.
     """
-    return FileTokenizer(Path(tokenizer_path).expanduser()) if tokenizer_path else ByteTokenizer()
+    return FileTokenizer(expanded(tokenizer_path)) if tokenizer_path else ByteTokenizer()
 
 
 def require_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -14,6 +14,7 @@ from moe_shard.checkpoints.imported import load_params
 from moe_shard.checkpoints.resolve import load_model
 from moe_shard.config import Config, list_models
 from moe_shard.errors import UserError
+from moe_shard.files import expanded
 from moe_shard.models.params import AbstractModel, Params
 
 SETTINGS = (
@@ -52,7 +53,7 @@ def find_source(model: str) -> ModelSource:
     Raises:
         UserError: the directory holds no model.
     """
-    path = Path(model).expanduser()
+    path = expanded(model)
     of_run = path.parent.name == "checkpoints" and path.name.isdecimal() and path.parent.is_dir()
     if model in list_models() or not (of_run or path.is_dir()) or _holds_a_model(path):
         return ModelSource(model)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from moe_shard.config.schema import RunConfig
 from moe_shard.errors import UserError
+from moe_shard.files import expanded
 
 
 @contextmanager
@@ -32,7 +33,7 @@ def open_run(config: RunConfig, *, writer: bool = True) -> Iterator[Path]:
             f"run_name={config.run_name!r} is not the name of a folder\n"
             "fix: a name without '/'; base_output_directory says where it is made"
         )
-    folder = Path(config.base_output_directory).expanduser().resolve() / config.run_name
+    folder = expanded(config.base_output_directory).resolve() / config.run_name
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w") if writer else None
