@@ -5,20 +5,32 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from moe_shard.checkpoints.checksums import CUSTOM_METADATA, committed_with_checksums
+from moe_shard.checkpoints.checksums import CUSTOM_METADATA, Damage, committed_with_checksums
 from moe_shard.checkpoints.convert import is_fused, other_layout, to_layout
-from moe_shard.checkpoints.whole import DAMAGED, find_whole
+from moe_shard.checkpoints.room import (
+    free_bytes,
+    hide_late_callbacks,
+    least_bytes,
+    room_words,
+    why_not_written,
+)
+from moe_shard.checkpoints.whole import (
+    DAMAGED,
+    find_whole,
+    on_all_processes,
+    remove_unfinished,
+)
 from moe_shard.config.keys import shown
 from moe_shard.config.schema import Config
 from moe_shard.data.corpus import Say
-from moe_shard.errors import UserError, first_line
+from moe_shard.errors import Finding, UserError, first_line
 from moe_shard.models.params import Params
 from moe_shard.program.step import TrainState
 
@@ -77,13 +89,21 @@ class Checkpointer:
         found = find_whole(folder, verify=train.verify_checkpoints, set_aside=True, say=say)
         kept = found.manifest if found else None
         self._run = kept.run if kept else uuid.uuid4().hex
-        keep = train.max_num_checkpoints_to_keep
+        self._size = kept.bytes if kept else None
+        self._train, self._say = train, say
+        self._in_flight: int | None = None
+        self._failed: str | None = None
+        self._manager = self._open()
+        hide_late_callbacks()
+
+    def _open(self) -> ocp.CheckpointManager:
+        keep = self._train.max_num_checkpoints_to_keep
         try:
-            self._manager = ocp.CheckpointManager(
-                folder,
+            return ocp.CheckpointManager(
+                self._folder,
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=None if keep == -1 else keep,
-                    enable_async_checkpointing=train.async_checkpointing,
+                    enable_async_checkpointing=self._train.async_checkpointing,
                     create=True,
                     temporary_path_class=committed_with_checksums(lambda: self._run),
                     lightweight_initialize=True,  # reads no metadata, which may be damaged
@@ -96,7 +116,7 @@ class Checkpointer:
             )
         except OSError as error:
             raise UserError(
-                f"cannot write checkpoints to {folder}: {error.strerror or first_line(error)}\n"
+                f"cannot write checkpoints to {self._folder}: {error.strerror or error}\n"
                 "fix: base_output_directory=FOLDER that you may write to"
             ) from error
 
@@ -105,17 +125,95 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, *, updates: int) -> None:
-        """Save, in the background if so configured; do nothing if it is saved already."""
+        """Save, in the background if so configured; do nothing if it is saved already.
+
+        A save that fails is said, now or by `poll`, and leaves the checkpoints before it as they
+        are; the next is tried as if nothing had happened.
+        """
+        self._settle()
         if updates == self.latest():
             return
-        self._manager.save(
-            updates,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state._asdict()),
-                config=ocp.args.JsonSave(self._shaping),
-            ),
-            custom_metadata=dict(CUSTOM_METADATA),
+        if self._failed:  # its last writes may have ended later than it was given up
+            self._remove_unfinished()
+        self._needed = least_bytes(state, self._size)
+        free = free_bytes(self._folder)
+        if free is not None and free < self._needed:
+            self._give_up(updates, "it cannot fit on the disk")
+            return
+        try:
+            saves = self._manager.save(
+                updates,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state._asdict()),
+                    config=ocp.args.JsonSave(self._shaping),
+                ),
+                custom_metadata=dict(CUSTOM_METADATA),
+            )
+            if not saves:
+                raise ValueError(f"Orbax declines it beside {self.latest()}")
+        except Exception as error:  # tensorstore and Orbax raise bare ones for a full disk
+            self._give_up(updates, why_not_written(error))
+            return
+        self._in_flight = updates
+        self.poll()
+
+    def poll(self) -> None:
+        """Say it if the save in the background has failed; cheap, for every step."""
+        if self._in_flight is not None and not self._manager.is_saving_in_progress():
+            self._settle()
+
+    def _settle(self) -> None:
+        """Wait for the save in the background, and say it if it has failed."""
+        updates, self._in_flight = self._in_flight, None
+        if updates is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._give_up(updates, why_not_written(error))
+        else:
+            self._failed = None
+
+    def _give_up(self, updates: int, why: str) -> None:
+        """Remove what was written of a checkpoint, say why, and get ready for the next."""
+        if jax.process_count() == 1:
+            with suppress(Exception):
+                self._manager.close()
+            self._remove_unfinished()
+            self._manager = self._open()
+        else:
+            # The others may not know yet: nothing here may wait for them.
+            self._manager.reload()
+        room = room_words(free_bytes(self._folder), self._needed)
+        self._failed = f"the checkpoint after step {updates} was not saved in {self._folder}: {why}"
+        self._say(
+            f"{self._failed} ({room})\nfix: make room there; training goes on, the checkpoints "
+            "before it are whole, and the next is tried when it is due"
         )
+
+    def _remove_unfinished(self) -> None:
+        if jax.process_index() == 0:
+            remove_unfinished(self._folder)
+
+    def finish(self) -> None:
+        """Wait until everything is written.
+
+        Raises:
+            Finding: the last checkpoint could not be saved.
+        """
+        self._settle()
+        failed: str | None = None
+        try:
+            with on_all_processes():
+                if self._failed:
+                    raise Damage(self._failed)
+        except Damage as damage:
+            failed = str(damage)
+        if failed:
+            self._remove_unfinished()
+            newest = self.latest()
+            start = f"the checkpoint after step {newest}" if newest else "the start"
+            raise Finding(f"{failed}\nfix: make room; the same command continues from {start}")
 
     def check_fits(self, updates: int) -> None:
         """Refuse a checkpoint with other arrays than this run's state.
@@ -187,9 +285,10 @@ class Checkpointer:
         return jax.process_count() > 1 and self._manager.reached_preemption(updates)
 
     def close(self) -> None:
-        """Wait until everything is written."""
-        self._manager.wait_until_finished()
+        """Wait until everything is written or has failed, and release what is held."""
+        self._settle()
         self._manager.close()
+        self._remove_unfinished()
 
 
 def restore_params(

@@ -40,6 +40,7 @@ DAMAGED = ".damaged"
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _NUMBER = re.compile(r"0|[1-9]\d{0,17}")
 _LONG_S = 5.0
+_TRIES = 100
 _MESSAGE_BYTES = 1024
 
 
@@ -108,7 +109,7 @@ def find_whole(
         for note in notes:
             say(note)
         if set_aside:
-            _on_first(lambda: _remove_unfinished(folder))
+            _on_first(lambda: remove_unfinished(folder))
         return Whole(int(name), manifest)
     aside = _on_first(lambda: _damaged_in(folder))
     if damaged or (aside and updates is None):
@@ -121,7 +122,7 @@ def find_whole(
         )
         raise UserError(f"{what}{none}\nfix: {fix}")
     if set_aside:
-        _on_first(lambda: _remove_unfinished(folder))
+        _on_first(lambda: remove_unfinished(folder))
     return None
 
 
@@ -211,10 +212,19 @@ def _damaged_in(folder: Path) -> list[str]:
     return sorted(name for name in names if DAMAGED in name)
 
 
-def _remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process had not finished; the run's folder is locked against others."""
-    for path in folder.glob(f"*{_UNFINISHED}*"):
-        shutil.rmtree(path, ignore_errors=True)
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process, or a save that failed, has not finished.
+
+    The run's folder is locked against other runs. Writes that are still on their way may put a
+    folder back that is being removed, so it is tried for a while.
+    """
+    for _ in range(_TRIES):
+        left = list(folder.glob(f"*{_UNFINISHED}*"))
+        if not left:
+            return
+        for path in left:
+            shutil.rmtree(path, ignore_errors=True)
+        time.sleep(0.01)
 
 
 def _on_first(work: Callable[[], Any]) -> Any:

@@ -116,7 +116,7 @@ class Trainer:
 
         Raises:
             UserError: the checkpoint, or the initial parameters, cannot be read.
-            Finding: the loss is no longer finite.
+            Finding: the loss is no longer finite, or the last checkpoint could not be saved.
         """
         if self.data is None:
             return Outcome(self.first, None, None)
@@ -139,6 +139,8 @@ class Trainer:
         self.writer, self.progress, self.profile, self.step = writer, progress, profile, step
         with writer, StopRequest() as stop, profile, progress:
             updates = self._steps(state, self.data, stop)
+            if self.checkpointer:
+                self.checkpointer.finish()
         return Outcome(updates, stop.reason if updates < train.steps else None, self.last)
 
     def _first_state(self, console: Console) -> TrainState:
@@ -172,6 +174,8 @@ class Trainer:
         for step in range(self.first, train.steps):
             self.profile.before(step, pending)
             state, metrics = self.step(state, next(data))
+            if self.checkpointer:
+                self.checkpointer.poll()
             if pending:
                 self._record(*pending)
             pending = step, metrics

@@ -36,6 +36,7 @@ def make_steps(
     trainer.step = step  # type: ignore[assignment]
     trainer.checkpointer = SimpleNamespace(  # type: ignore[assignment]
         reached_preemption=lambda _: False,
+        poll=lambda: None,
         save=lambda _, updates: events.append(f"save {updates}"),
     )
     monkeypatch.setattr(trainer, "_record", lambda step, _: events.append(f"record {step}"))
