@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 
 from moe_shard.checkpoints.checksums import CUSTOM_METADATA, Damage, committed_with_checksums
 from moe_shard.checkpoints.convert import is_fused, other_layout, to_layout
+from moe_shard.checkpoints.optimizer_state import arranged_as, arranged_back
 from moe_shard.checkpoints.room import (
     free_bytes,
     hide_late_callbacks,
@@ -262,8 +263,13 @@ class Checkpointer:
                 f"fix: prefuse_moe_weights={shown(not fused)}"
             )
         stored = other_layout(abstract_state) if converts else abstract_state
-        wanted = ocp.args.StandardRestore(stored._asdict())
+        found = self._structure(updates) or {}
+        arranged = arranged_as(found.get("opt_state"), stored.opt_state)
+        wanted = ocp.args.StandardRestore(stored._asdict() | {"opt_state": arranged})
         state = TrainState(**self._read(updates, state=wanted).state)
+        if arranged is not stored.opt_state:
+            say("the optimizer's state was saved with other wrappers (clipping) and is the same")
+            state = state._replace(opt_state=arranged_back(state.opt_state, stored.opt_state))
         if not converts:
             return state
         converted = to_layout(state, abstract_state)
@@ -273,8 +279,11 @@ class Checkpointer:
 
     def _is_fused(self, updates: int) -> bool | None:
         """Return whether a checkpoint has gate and up as one; only its structure is read."""
+        return is_fused(self._structure(updates))
+
+    def _structure(self, updates: int) -> Any:
         with reading(self._folder / str(updates)):
-            return is_fused(self._manager.metadata(updates).item_metadata.get("state"))
+            return self._manager.metadata(updates).item_metadata.get("state")
 
     def _read(self, updates: int, **items: Any) -> Any:
         with reading(self._folder / str(updates)):
