@@ -98,12 +98,19 @@ class Checkpointer:
         hide_late_callbacks()
 
     def _open(self) -> ocp.CheckpointManager:
-        keep = self._train.max_num_checkpoints_to_keep
+        newest, every = (
+            None if number == -1 else number
+            for number in (
+                self._train.max_num_checkpoints_to_keep,
+                self._train.checkpoint_keep_period,
+            )
+        )
         try:
             return ocp.CheckpointManager(
                 self._folder,
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=None if keep == -1 else keep,
+                    max_to_keep=newest,
+                    keep_period=every,
                     enable_async_checkpointing=self._train.async_checkpointing,
                     create=True,
                     temporary_path_class=committed_with_checksums(lambda: self._run),

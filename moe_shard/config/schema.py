@@ -65,7 +65,11 @@ class TrainConfig:
         log_period: updates between two lines on the terminal.
         enable_checkpointing: whether to save checkpoints, and to resume from those that are there.
         checkpoint_period: updates between two checkpoints.
+        checkpoint_period_minutes: minutes after which a checkpoint is saved as well; 0: none is
+            for the time alone.
         max_num_checkpoints_to_keep: number of newest checkpoints to keep; -1: all.
+        checkpoint_keep_period: of older ones, those whose updates it divides are kept too; -1:
+            none.
         async_checkpointing: whether training continues while a checkpoint is written.
         save_checkpoint_on_completion: whether to save after the last update as well.
         verify_checkpoints: whether the checksums of a checkpoint's files are compared before a
@@ -112,7 +116,9 @@ class TrainConfig:
     log_period: Annotated[int, Key(least=1)] = 1
     enable_checkpointing: Annotated[bool, Key()] = True
     checkpoint_period: Annotated[int, Key(least=1)] = 1000
+    checkpoint_period_minutes: Annotated[float, Key(least=0)] = 0.0
     max_num_checkpoints_to_keep: Annotated[int, Key(least=1, off=-1)] = -1
+    checkpoint_keep_period: Annotated[int, Key(least=1, off=-1)] = -1
     async_checkpointing: Annotated[bool, Key()] = True
     save_checkpoint_on_completion: Annotated[bool, Key()] = True
     verify_checkpoints: Annotated[bool, Key()] = True
@@ -124,6 +130,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_leaves(self)
+        if self.checkpoint_keep_period != -1 and self.max_num_checkpoints_to_keep == -1:
+            raise UserError(
+                f"checkpoint_keep_period={self.checkpoint_keep_period} keeps what is kept anyway: "
+                "max_num_checkpoints_to_keep=-1 keeps all\nfix: max_num_checkpoints_to_keep=3"
+            )
 
     @property
     def schedule_steps(self) -> int:

@@ -24,6 +24,7 @@ from moe_shard.program.step import Metrics, Program, TrainState
 from moe_shard.training.metrics import MetricsWriter, Record
 from moe_shard.training.profile import StepProfile
 from moe_shard.training.progress import ProgressLine
+from moe_shard.training.save_clock import SaveClock
 from moe_shard.training.stop import StopRequest
 
 
@@ -170,6 +171,7 @@ class Trainer:
         """Run the steps; each is in flight while the previous one is recorded."""
         train = self.config.train
         pending: tuple[int, Metrics] | None = None
+        clock = SaveClock(train.checkpoint_period_minutes)
         self.finished_at = time.perf_counter()
         for step in range(self.first, train.steps):
             self.profile.before(step, pending)
@@ -184,13 +186,14 @@ class Trainer:
             stopping = stop.reason is not None or (
                 self.checkpointer is not None and self.checkpointer.reached_preemption(updates)
             )
-            due = updates % train.checkpoint_period == 0
+            due = clock.due(updates) or updates % train.checkpoint_period == 0
             if stopping or due or last:
                 # Check that the loss is finite before saving.
                 self._record(*pending)
                 pending = None
                 if self.checkpointer and (stopping or due or train.save_checkpoint_on_completion):
                     self.checkpointer.save(state, updates=updates)
+                    clock.saved()
             if stopping:
                 stop.reason = stop.reason or "preemption"
                 return updates

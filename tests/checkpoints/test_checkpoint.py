@@ -135,6 +135,16 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"6", "8"}
 
 
+def test_of_older_ones_every_mth_is_kept(tmp_path: Path) -> None:
+    config, program, _ = build(EP8)
+    keys = ("max_num_checkpoints_to_keep=2", "checkpoint_keep_period=4")
+    kept = small_config(EP8, *KEYS, *keys)
+    save(tmp_path, kept, made_up(config, program), 2, 4, 6, 8, 10, 12, 14)
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"4", "8", "12", "14"}
+    with pytest.raises(UserError, match="max_num_checkpoints_to_keep=-1 keeps all"):
+        small_config(EP8, *KEYS, "checkpoint_keep_period=4")
+
+
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     config, _, _ = build(EP8)
     checkpointer = Checkpointer(tmp_path / "new", config)
