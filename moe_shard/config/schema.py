@@ -51,6 +51,8 @@ class TrainConfig:
             stays at the final rate, "maxtext" starts at 0 and is 0 once the schedule is over.
         learning_rate_schedule_steps: length of the schedule in updates; -1: `steps`.
         gradient_clipping_threshold: global norm that the gradient is clipped to; 0: no clipping.
+        max_consecutive_bad_steps: steps in a row whose loss, gradient or update is not finite, or
+            is a spike, after which the run ends; -1: any number is skipped.
         adam_b1: decay of the first moment.
         adam_b2: decay of the second moment.
         adam_eps: number added to the root of the second moment.
@@ -102,6 +104,7 @@ class TrainConfig:
     )
     learning_rate_schedule_steps: Annotated[int, Key(least=1, off=-1)] = -1
     gradient_clipping_threshold: Annotated[float, Key(least=0)] = 1.0
+    max_consecutive_bad_steps: Annotated[int, Key(least=1, off=-1)] = 3
     adam_b1: Annotated[float, Key(least=0, below=1)] = 0.9
     adam_b2: Annotated[float, Key(least=0, below=1)] = 0.95
     adam_eps: Annotated[float, Key(above=0)] = 1e-08

@@ -23,6 +23,8 @@ from moe_shard.models.remat import kept
 from moe_shard.moe.layer import MoEStats
 from moe_shard.moe.losses import load_balance_loss
 from moe_shard.program.balance import balanced
+from moe_shard.program.guard import all_finite, change_norm, choose, choose_opt_state
+from moe_shard.program.norms import Norms, norms
 from moe_shard.program.opt_state import HOST, on_device, over_data, place_state
 from moe_shard.program.optimizer import make_optimizer, make_schedule
 from moe_shard.program.working_weights import as_stored, working_weights
@@ -76,7 +78,9 @@ class Program:
         abstract_batch: a `Batch` of `ShapeDtypeStruct`s with shardings.
         init: key -> state; jitted, so that every device makes its own shards.
         init_rest: params -> step and opt_state for existing parameters.
-        step: (state, batch) -> (state, metrics); jitted, and donates its state.
+        step: (state, batch) -> (state, metrics); jitted, and donates its state. A step whose loss,
+            gradient or update is not finite leaves parameters and moments as they were.
+        norms: (params, batch) -> `Norms`; jitted, for a step that went bad.
     """
 
     model: AbstractModel
@@ -86,6 +90,7 @@ class Program:
     init: jax.stages.Wrapped
     init_rest: jax.stages.Wrapped
     step: jax.stages.Wrapped
+    norms: jax.stages.Wrapped
 
     @property
     def batch_sharding(self) -> NamedSharding:
@@ -120,27 +125,36 @@ def make_program(config: Config, sharding: Sharding) -> Program:
         step, opt_state = init_rest(params)
         return TrainState(step, params, opt_state)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def gradient(params: Params, batch: Batch) -> tuple[Float[Array, ""], Losses, Params]:
         weights = working_weights(
-            state.params,
-            model.specs,
-            stored,
-            config.model.dtype,
-            cast=config.train.cast_weights_once,
+            params, model.specs, stored, config.model.dtype, cast=config.train.cast_weights_once
         )
-        loss, losses, grads = _accumulate(grad_fn, weights, state.params, batch)
+        return _accumulate(grad_fn, weights, params, batch)
+
+    def norms_of(params: Params, batch: Batch) -> Norms:
+        loss, _, grads = gradient(params, batch)
+        return norms(loss, as_stored(grads, params), params, model.specs)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        loss, losses, grads = gradient(state.params, batch)
         with jax.named_scope("optimizer"):
             grads = as_stored(grads, state.params)
             grad_norm = optax.tree.norm(grads)
             opt_state = on_device(state.opt_state, opt_places)
-            updates, opt_state = optimizer.update(grads, opt_state, state.params)
+            updates, new_opt_state = optimizer.update(grads, opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             params = balanced(config.model, params, losses.expert_counts)
+            update_norm = change_norm(state.params, params)
+            accept = all_finite(loss, grad_norm, update_norm)
+            params = choose(accept, params, state.params)
+            opt_state = choose_opt_state(accept, new_opt_state, opt_state)
         metrics = {
             "loss": loss,
             "ce_loss": losses.ce_loss,
             "aux_loss": losses.aux_loss,
             "grad_norm": grad_norm,
+            "update_norm": update_norm,
+            "skipped": 1.0 - accept.astype(jnp.float32),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "dropped_token_fraction": losses.dropped,
             "expert_load_max_over_mean": _load_imbalance(losses.expert_counts),
@@ -167,6 +181,11 @@ def make_program(config: Config, sharding: Sharding) -> Program:
             in_shardings=(state_shardings, _shardings(abstract_batch)),
             out_shardings=(state_shardings, replicated),
             donate_argnums=0,
+        ),
+        norms=jax.jit(
+            norms_of,
+            in_shardings=(state_shardings.params, _shardings(abstract_batch)),
+            out_shardings=replicated,
         ),
     )
 

@@ -18,14 +18,18 @@ from moe_shard.config.hardware import find_hardware
 from moe_shard.config.schema import Config
 from moe_shard.data.batches import Batches, batches
 from moe_shard.data.corpus import Say
-from moe_shard.errors import Finding
 from moe_shard.models.flops import train_flops_per_token
-from moe_shard.program.step import Metrics, Program, TrainState
+from moe_shard.program.step import Batch, Metrics, Program, TrainState
+from moe_shard.training.bad_steps import BadSteps
 from moe_shard.training.metrics import MetricsWriter, Record
 from moe_shard.training.profile import StepProfile
 from moe_shard.training.progress import ProgressLine
 from moe_shard.training.save_clock import SaveClock
 from moe_shard.training.stop import StopRequest
+
+COMPUTED = ("loss", "ce_loss", "aux_loss", "grad_norm", "learning_rate")
+COMPUTED_OF_ROUTING = ("dropped_token_fraction", "expert_load_max_over_mean")
+"""Metrics of the compiled step that a record has as they are."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,8 @@ class Trainer:
 
         Raises:
             UserError: the checkpoint, or the initial parameters, cannot be read.
-            Finding: the loss is no longer finite, or the last checkpoint could not be saved.
+            Finding: too many steps in a row were skipped, or the last checkpoint could not be
+                saved.
         """
         if self.data is None:
             return Outcome(self.first, None, None)
@@ -138,6 +143,7 @@ class Trainer:
         )
         profile = StepProfile(self.folder / "profile", train, first_step=self.first)
         self.writer, self.progress, self.profile, self.step = writer, progress, profile, step
+        self.bad_steps = BadSteps(self.config, self.program, self.folder, console.print)
         with writer, StopRequest() as stop, profile, progress:
             updates = self._steps(state, self.data, stop)
             if self.checkpointer:
@@ -170,37 +176,53 @@ class Trainer:
     def _steps(self, state: TrainState, data: Batches, stop: StopRequest) -> int:
         """Run the steps; each is in flight while the previous one is recorded."""
         train = self.config.train
-        pending: tuple[int, Metrics] | None = None
+        pending: tuple[int, Metrics, Batch] | None = None
         clock = SaveClock(train.checkpoint_period_minutes)
+        owed = False  # a checkpoint that waits for a step that is not skipped
         self.finished_at = time.perf_counter()
         for step in range(self.first, train.steps):
+            if pending and self.bad_steps.next_may_end_the_run:
+                self._record(*pending, state)
+                pending = None
             self.profile.before(step, pending)
-            state, metrics = self.step(state, next(data))
+            batch = next(data)
+            state, metrics = self.step(state, batch)
             if self.checkpointer:
                 self.checkpointer.poll()
             if pending:
-                self._record(*pending)
-            pending = step, metrics
+                self._record(*pending, state)
+            pending = step, metrics, batch
             updates = step + 1
             last = updates == train.steps
             stopping = stop.reason is not None or (
                 self.checkpointer is not None and self.checkpointer.reached_preemption(updates)
             )
-            due = clock.due(updates) or updates % train.checkpoint_period == 0
-            if stopping or due or last:
-                # Check that the loss is finite before saving.
-                self._record(*pending)
+            owed = owed or clock.due(updates) or updates % train.checkpoint_period == 0
+            if stopping or owed or last:
+                # Know what became of the step before saving.
+                self._record(*pending, state)
                 pending = None
-                if self.checkpointer and (stopping or due or train.save_checkpoint_on_completion):
+                # While steps are bad, the weights may be what is wrong: older ones stay the newest.
+                due = owed and not self.bad_steps.in_a_row
+                completed = last and train.save_checkpoint_on_completion
+                if self.checkpointer and (stopping or due or completed):
                     self.checkpointer.save(state, updates=updates)
                     clock.saved()
+                owed = owed and not due
             if stopping:
                 stop.reason = stop.reason or "preemption"
                 return updates
         return train.steps
 
-    def _record(self, step: int, metrics: Metrics) -> None:
-        """Wait for a step, write its record and show it."""
+    def _record(self, step: int, metrics: Metrics, batch: Batch, state: TrainState) -> None:
+        """Wait for a step, write its record and show it; see `BadSteps` for one that was skipped.
+
+        Args:
+            step: its number.
+            metrics: what it computes.
+            batch: its batch.
+            state: the newest state.
+        """
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
         seconds, self.finished_at = now - self.finished_at, now
@@ -208,25 +230,21 @@ class Trainer:
         flops = tokens_per_second * self.flops_per_token
         record: Record = {
             "step": step,
-            **{name: values[name] for name in ("loss", "ce_loss", "aux_loss", "grad_norm")},
-            "learning_rate": values["learning_rate"],
+            **{name: _number(values[name]) for name in COMPUTED},
             "step_time_s": seconds,
             "tokens_per_sec_per_device": tokens_per_second,
             "tflops_per_sec_per_device": flops / 1e12,
             "mfu": flops / self.peak_flops if self.peak_flops else None,
-            "dropped_token_fraction": values["dropped_token_fraction"],
-            "expert_load_max_over_mean": values["expert_load_max_over_mean"],
+            **{name: _number(values[name]) for name in COMPUTED_OF_ROUTING},
+            "update_norm": _number(values["update_norm"]),
+            "skipped": int(values["skipped"]),
         }
-        # With a finite loss but an infinite gradient, the weights are no longer finite.
-        bad = next(
-            (name for name in ("loss", "grad_norm") if not math.isfinite(values[name])), None
-        )
-        if bad:
-            raise Finding(
-                f"the {bad} is {values[bad]} at step {step}; nothing of this step was saved\n"
-                "fix: a lower learning_rate, or gradient_clipping_threshold=1.0; the same command "
-                "continues from the last checkpoint"
-            )
         self.writer.write(record)
         self.progress.show(record)
         self.last = record
+        self.bad_steps.see(step, values, state, batch)
+
+
+def _number(value: float) -> float | None:
+    """Return a number, or None where JSON has no word for it."""
+    return value if math.isfinite(value) else None

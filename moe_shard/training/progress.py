@@ -72,6 +72,8 @@ class ProgressLine:
             self._console.print(f"step {done}/{self._steps}  {text}  left {human_time_left(left)}")
 
     def _describe(self, record: Record) -> str:
+        if record.get("skipped"):
+            return "skipped"
         ce_loss = float(record["ce_loss"] or 0.0)
         parts = [f"loss {record['loss']:.3f}"]
         if self._bytes_per_token:

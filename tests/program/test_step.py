@@ -40,6 +40,8 @@ METRICS = {
     "ce_loss",
     "aux_loss",
     "grad_norm",
+    "update_norm",
+    "skipped",
     "learning_rate",
     "dropped_token_fraction",
     "expert_load_max_over_mean",

@@ -39,7 +39,10 @@ def make_steps(
         poll=lambda: None,
         save=lambda _, updates: events.append(f"save {updates}"),
     )
-    monkeypatch.setattr(trainer, "_record", lambda step, _: events.append(f"record {step}"))
+    trainer.bad_steps = SimpleNamespace(  # type: ignore[assignment]
+        next_may_end_the_run=False, in_a_row=0
+    )
+    monkeypatch.setattr(trainer, "_record", lambda step, *_: events.append(f"record {step}"))
     data: Any = repeat(None)
     state: Any = 0
     with StepProfile(trainer.folder, trainer.config.train, first_step=0) as trainer.profile:
