@@ -13,6 +13,7 @@ from moe_shard.checkpoints.resolve import MODEL_HELP, load_model
 from moe_shard.config import list_models
 from moe_shard.errors import CommandParser, UserError
 from moe_shard.quiet import hide_accelerator_warnings
+from moe_shard.training.changed_settings import refuse_impossible
 
 
 def main(argv: Sequence[str], prog: str = "moe-shard train") -> int:
@@ -45,6 +46,7 @@ def main(argv: Sequence[str], prog: str = "moe-shard train") -> int:
         )
     config = load_model(args.model, args.overrides)
     config.require_built()
+    refuse_impossible(config)
 
     # Only now: a mistyped key is reported before jax and the rest have been loaded.
     with hide_accelerator_warnings():

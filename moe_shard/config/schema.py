@@ -66,6 +66,7 @@ class TrainConfig:
         seed: seed of the initial parameters and of the order of the data.
         log_period: updates between two lines on the terminal.
         enable_checkpointing: whether to save checkpoints, and to resume from those that are there.
+        resume_strict: whether to refuse to resume with settings that make another run of it.
         checkpoint_period: updates between two checkpoints.
         checkpoint_period_minutes: minutes after which a checkpoint is saved as well; 0: none is
             for the time alone.
@@ -118,6 +119,7 @@ class TrainConfig:
     seed: Annotated[int, Key(least=0, below=2**32)] = 0
     log_period: Annotated[int, Key(least=1)] = 1
     enable_checkpointing: Annotated[bool, Key()] = True
+    resume_strict: Annotated[bool, Key()] = False
     checkpoint_period: Annotated[int, Key(least=1)] = 1000
     checkpoint_period_minutes: Annotated[float, Key(least=0)] = 0.0
     max_num_checkpoints_to_keep: Annotated[int, Key(least=1, off=-1)] = -1

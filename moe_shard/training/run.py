@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -36,6 +36,7 @@ from moe_shard.runtime.compile import (
 )
 from moe_shard.runtime.compile_cache import cache_problems, start_compile_cache
 from moe_shard.runtime.devices import start_devices
+from moe_shard.training.changed_settings import Kind, batch_line, find_changes, keep_earlier
 from moe_shard.training.loop import Outcome, Trainer
 from moe_shard.training.profile import show_times
 from moe_shard.training.run_folder import open_run
@@ -80,7 +81,7 @@ def run(config: Config) -> Outcome:
             Trainer(config, program, folder, say=say) as trainer,
         ):
             if writer:
-                write_text(folder / "config.yml", config.to_yaml())
+                _keep_settings(config, folder, console, note)
                 if config.run.load_parameters_path:
                     keep_hf(config.run.load_parameters_path, folder, config.run.hf_family)
             with console.status("compiling the training step"):
@@ -121,6 +122,26 @@ def run(config: Config) -> Outcome:
                 show_times(folder / "profile", step.hlo, report.extraction, console)
     _conclude(console, config, report, folder, outcome)
     return outcome
+
+
+def _keep_settings(
+    config: Config, folder: Path, console: Console, note: Callable[[str], None]
+) -> None:
+    """Say in what this start differs from the last one, and keep the settings of both."""
+    changes = find_changes(folder, config)
+    if changes:
+        changes.require_possible(strict=config.train.resume_strict)
+        if changes.resumes and (line := batch_line(folder, config, jax.device_count())):
+            note(line)
+        for line in changes.lines():
+            if line.startswith(Kind.RUN.value):
+                note(line)
+            else:
+                console.print(line, markup=False, soft_wrap=True)
+    text = config.to_yaml()
+    if kept := keep_earlier(folder, text):
+        console.print(f"settings of the last start: {_as_typed(kept)}", markup=False)
+    write_text(folder / "config.yml", text)
 
 
 def _keep(
