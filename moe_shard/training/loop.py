@@ -6,8 +6,10 @@ import math
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -21,6 +23,7 @@ from moe_shard.data.corpus import Say
 from moe_shard.models.flops import train_flops_per_token
 from moe_shard.program.step import Batch, Metrics, Program, TrainState
 from moe_shard.training.bad_steps import BadSteps
+from moe_shard.training.goodput import STEPS, WallTime
 from moe_shard.training.metrics import MetricsWriter, Record
 from moe_shard.training.profile import StepProfile
 from moe_shard.training.progress import ProgressLine
@@ -57,6 +60,7 @@ class Trainer:
         config: configuration of the run.
         program: the training step, described.
         folder: folder of the run.
+        wall: receives what the time is spent on.
         say: receives a line about work that takes long.
 
     Raises:
@@ -65,9 +69,15 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, program: Program, folder: Path, *, say: Say = lambda _: None
+        self,
+        config: Config,
+        program: Program,
+        folder: Path,
+        *,
+        wall: WallTime,
+        say: Say = lambda _: None,
     ) -> None:
-        self.config, self.program, self.folder = config, program, folder
+        self.config, self.program, self.folder, self.wall = config, program, folder, wall
         train = config.train
         self.checkpointer: Checkpointer | None = None
         self.data: Batches | None = None
@@ -110,7 +120,8 @@ class Trainer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._open.close()
+        with self.wall.part("save"):  # the last one may still be on its way
+            self._open.close()
 
     def train(self, step: jax.stages.Compiled, console: Console) -> Outcome:
         """Run the remaining steps.
@@ -126,7 +137,9 @@ class Trainer:
         """
         if self.data is None:
             return Outcome(self.first, None, None)
-        state = self._first_state(console)
+        self.wall.begin(self.first)
+        with self.wall.part("restore" if self.first else "init"):
+            state = self._first_state(console)
         train = self.config.train
         writer = MetricsWriter(
             self.folder,
@@ -144,7 +157,7 @@ class Trainer:
         profile = StepProfile(self.folder / "profile", train, first_step=self.first)
         self.writer, self.progress, self.profile, self.step = writer, progress, profile, step
         self.bad_steps = BadSteps(self.config, self.program, self.folder, console.print)
-        with writer, StopRequest() as stop, profile, progress:
+        with writer, StopRequest() as stop, profile, progress, self.wall.part(STEPS):
             updates = self._steps(state, self.data, stop)
             if self.checkpointer:
                 self.checkpointer.finish()
@@ -185,7 +198,9 @@ class Trainer:
                 self._record(*pending, state)
                 pending = None
             self.profile.before(step, pending)
-            batch = next(data)
+            flying = pending[1] if pending else {}
+            with self.wall.waiting("data", hidden=partial(in_flight, flying)):
+                batch = next(data)
             state, metrics = self.step(state, batch)
             if self.checkpointer:
                 self.checkpointer.poll()
@@ -206,7 +221,8 @@ class Trainer:
                 due = owed and not self.bad_steps.in_a_row
                 completed = last and train.save_checkpoint_on_completion
                 if self.checkpointer and (stopping or due or completed):
-                    self.checkpointer.save(state, updates=updates)
+                    with self.wall.part("save"):
+                        self.checkpointer.save(state, updates=updates)
                     clock.saved()
                 owed = owed and not due
             if stopping:
@@ -240,6 +256,7 @@ class Trainer:
             "skipped": int(values["skipped"]),
         }
         self.writer.write(record)
+        self.wall.made(step + 1)
         self.progress.show(record)
         self.last = record
         self.bad_steps.see(step, values, state, batch)
@@ -248,3 +265,9 @@ class Trainer:
 def _number(value: float) -> float | None:
     """Return a number, or None where JSON has no word for it."""
     return value if math.isfinite(value) else None
+
+
+def in_flight(metrics: Metrics) -> bool:
+    """Return whether the step that these are of, if any, is still running."""
+    arrays: list[Any] = list(metrics.values())  # whose type does not tell of `is_ready`
+    return not all(each.is_ready() for each in arrays)

@@ -37,6 +37,7 @@ from moe_shard.runtime.compile import (
 from moe_shard.runtime.compile_cache import cache_problems, start_compile_cache
 from moe_shard.runtime.devices import start_devices
 from moe_shard.training.changed_settings import Kind, batch_line, find_changes, keep_earlier
+from moe_shard.training.goodput import WallTime
 from moe_shard.training.loop import Outcome, Trainer
 from moe_shard.training.profile import show_times
 from moe_shard.training.run_folder import open_run
@@ -78,13 +79,14 @@ def run(config: Config) -> Outcome:
             note(line)
         with (
             open_run(config.run, writer=writer) as folder,
-            Trainer(config, program, folder, say=say) as trainer,
+            WallTime(folder, writer=writer) as wall,
+            Trainer(config, program, folder, wall=wall, say=say) as trainer,
         ):
             if writer:
                 _keep_settings(config, folder, console, note)
                 if config.run.load_parameters_path:
                     keep_hf(config.run.load_parameters_path, folder, config.run.hf_family)
-            with console.status("compiling the training step"):
+            with console.status("compiling the training step"), wall.part("compile"):
                 step = compile_step(program, compiler_options(config, sharding.platform))
             in_cache = cache.words(step.cached)
             console.print(
@@ -120,6 +122,8 @@ def run(config: Config) -> Outcome:
             if config.train.profile and writer and outcome.last is not None:
                 assert report.extraction is not None, "the step was compiled"
                 show_times(folder / "profile", step.hlo, report.extraction, console)
+    if outcome.last is not None and (spent := wall.goodput()):
+        console.print(spent.line())
     _conclude(console, config, report, folder, outcome)
     return outcome
 

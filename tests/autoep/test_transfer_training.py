@@ -19,6 +19,7 @@ from moe_shard.config import Config, load_config
 from moe_shard.errors import UserError
 from moe_shard.program.step import Program, TrainState, make_program
 from moe_shard.training import run as running
+from moe_shard.training.goodput import WallTime
 from moe_shard.training.loop import Trainer
 from moe_shard.training.run import run
 from tests.autoep.checkpoints import (
@@ -157,7 +158,7 @@ def test_import_train_export_import(checkpoint: Checkpoint, tmp_path: Path) -> N
     config = load_config(str(trained / "config.yml"), ["steps=3"])
     assert config.run.load_parameters_path == str(model)
     program = make_program(config, annotator(config))
-    with Trainer(config, program, trained) as trainer:
+    with Trainer(config, program, trained, wall=WallTime(trained)) as trainer:
         assert trainer.first == 2
 
 

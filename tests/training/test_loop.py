@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import pytest
 
+from moe_shard.training import loop
+from moe_shard.training.goodput import WallTime
 from moe_shard.training.loop import Trainer
 from moe_shard.training.profile import StepProfile
 from tests.models.build import small_config
@@ -25,6 +27,8 @@ def make_steps(
     trainer = object.__new__(Trainer)
     trainer.config = small_config({"data": 8}, *overrides)
     trainer.folder, trainer.first = Path("unused"), 0
+    trainer.wall = WallTime(trainer.folder, writer=False)
+    monkeypatch.setattr(loop, "in_flight", lambda _: True)
     stop: Any = SimpleNamespace(reason=None)
 
     def step(state: Any, _batch: Any) -> tuple[Any, dict[str, float]]:
