@@ -51,6 +51,10 @@ class TrainConfig:
             stays at the final rate, "maxtext" starts at 0 and is 0 once the schedule is over.
         learning_rate_schedule_steps: length of the schedule in updates; -1: `steps`.
         gradient_clipping_threshold: global norm that the gradient is clipped to; 0: no clipping.
+        skip_step_on_spikes: whether a step whose loss or gradient norm is far above those of the
+            steps before is skipped.
+        skip_step_interval: steps whose mean and standard deviation it is compared with.
+        skip_step_scaling_factor: standard deviations above the mean that are a spike.
         max_consecutive_bad_steps: steps in a row whose loss, gradient or update is not finite, or
             is a spike, after which the run ends; -1: any number is skipped.
         adam_b1: decay of the first moment.
@@ -105,6 +109,9 @@ class TrainConfig:
     )
     learning_rate_schedule_steps: Annotated[int, Key(least=1, off=-1)] = -1
     gradient_clipping_threshold: Annotated[float, Key(least=0)] = 1.0
+    skip_step_on_spikes: Annotated[bool, Key()] = False
+    skip_step_interval: Annotated[int, Key(least=2, most=2**20)] = 128
+    skip_step_scaling_factor: Annotated[float, Key(least=0)] = 6.0
     max_consecutive_bad_steps: Annotated[int, Key(least=1, off=-1)] = 3
     adam_b1: Annotated[float, Key(least=0, below=1)] = 0.9
     adam_b2: Annotated[float, Key(least=0, below=1)] = 0.95

@@ -27,6 +27,7 @@ from moe_shard.program.guard import all_finite, change_norm, choose, choose_opt_
 from moe_shard.program.norms import Norms, norms
 from moe_shard.program.opt_state import HOST, on_device, over_data, place_state
 from moe_shard.program.optimizer import make_optimizer, make_schedule
+from moe_shard.program.spikes import WithHistory, is_spike, no_history, remember
 from moe_shard.program.working_weights import as_stored, working_weights
 from moe_shard.sharding.annotate import Sharding
 from moe_shard.units import human_count
@@ -118,7 +119,10 @@ def make_program(config: Config, sharding: Sharding) -> Program:
     grad_fn = make_grad(config, model, stored)
 
     def init_rest(params: Params) -> tuple[Int[Array, ""], Any]:
-        return jnp.zeros((), jnp.int32), optimizer.init(params)
+        opt_state = optimizer.init(params)
+        if config.train.skip_step_on_spikes:
+            opt_state = WithHistory(opt_state, no_history(config.train.skip_step_interval))
+        return jnp.zeros((), jnp.int32), opt_state
 
     def init(key: PRNGKeyArray) -> TrainState:
         params = model.init(key)
@@ -141,13 +145,22 @@ def make_program(config: Config, sharding: Sharding) -> Program:
             grads = as_stored(grads, state.params)
             grad_norm = optax.tree.norm(grads)
             opt_state = on_device(state.opt_state, opt_places)
+            history = None
+            if isinstance(opt_state, WithHistory):
+                opt_state, history = opt_state
             updates, new_opt_state = optimizer.update(grads, opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             params = balanced(config.model, params, losses.expert_counts)
             update_norm = change_norm(state.params, params)
-            accept = all_finite(loss, grad_norm, update_norm)
+            accept = finite = all_finite(loss, grad_norm, update_norm)
+            if history is not None:
+                factor = config.train.skip_step_scaling_factor
+                accept &= ~is_spike(history, loss, grad_norm, factor=factor)
             params = choose(accept, params, state.params)
             opt_state = choose_opt_state(accept, new_opt_state, opt_state)
+            if history is not None:
+                history = remember(history, loss, grad_norm, finite=finite)
+                opt_state = WithHistory(opt_state, history)
         metrics = {
             "loss": loss,
             "ce_loss": losses.ce_loss,

@@ -555,7 +555,6 @@ REFUSED = [
     ("dense_init_scale=2", ["other first parameters"]),
     ("use_qwix_quantization=true", ["quantized products (qwix)"]),
     ("lr_schedule_type=wsd", ["lr_schedule_type=cosine"]),
-    ("skip_step_on_spikes=true", ["skipped updates"]),
 ]
 
 
