@@ -38,7 +38,7 @@ def all_finite(*values: Float[Array, ""]) -> Bool[Array, ""]:
     return jnp.all(jnp.isfinite(jnp.stack(values)))
 
 
-def choose(accept: Bool[Array, ""], new: Any, old: Any) -> Any:
+def choose_params(accept: Bool[Array, ""], new: Any, old: Any) -> Any:
     """Return a tree of arrays as updated, or as it was."""
     return jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
 
@@ -60,7 +60,7 @@ def choose_opt_state(accept: Bool[Array, ""], new: Any, old: Any) -> Any:
 
     def chosen(after: Any, before: Any) -> Any:
         if counts_schedule(after):
-            return choose(accept, after, before)._replace(count=after.count)
+            return choose_params(accept, after, before)._replace(count=after.count)
         return jnp.where(accept, after, before)
 
     return jax.tree.map(chosen, new, old, is_leaf=counts_schedule)

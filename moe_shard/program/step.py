@@ -23,7 +23,7 @@ from moe_shard.models.remat import kept
 from moe_shard.moe.layer import MoEStats
 from moe_shard.moe.losses import load_balance_loss
 from moe_shard.program.balance import balanced
-from moe_shard.program.guard import all_finite, change_norm, choose, choose_opt_state
+from moe_shard.program.guard import all_finite, change_norm, choose_opt_state, choose_params
 from moe_shard.program.norms import Norms, norms
 from moe_shard.program.opt_state import HOST, on_device, over_data, place_state
 from moe_shard.program.optimizer import make_optimizer, make_schedule
@@ -156,7 +156,7 @@ def make_program(config: Config, sharding: Sharding) -> Program:
             if history is not None:
                 factor = config.train.skip_step_scaling_factor
                 accept &= ~is_spike(history, loss, grad_norm, factor=factor)
-            params = choose(accept, params, state.params)
+            params = choose_params(accept, params, state.params)
             opt_state = choose_opt_state(accept, new_opt_state, opt_state)
             if history is not None:
                 history = remember(history, loss, grad_norm, finite=finite)
