@@ -86,7 +86,7 @@ def find_whole(
     """
     names = _on_first(lambda: _numbers(folder, updates))
     run = _on_first(lambda: _run_of(folder, names))
-    damaged: list[str] = []
+    damaged: list[tuple[Path, Damage]] = []
     for name in names:
         path = folder / name
         started = time.perf_counter()
@@ -94,36 +94,45 @@ def find_whole(
             with on_all_processes():
                 manifest, notes = _examine(path, run, verify=verify)
         except Damage as damage:
-            kept = ""
-            if set_aside:
-                kept = "; set aside as " + _on_first(partial(_set_aside, path))
-            line = f"the checkpoint {path} is damaged: {damage}{kept}"
-            damaged.append(line)
-            say(line)
+            damaged.append((path, damage))
             continue
         if (seconds := time.perf_counter() - started) > _LONG_S and manifest is not None:
             notes.append(
                 f"verified {human_bytes(manifest.bytes)} of checkpoint {name} in {seconds:.0f} s "
                 "(verify_checkpoints=false compares sizes only)"
             )
+        # Only now is anything renamed: without a whole one everything is left as it is.
+        for at, why in damaged:
+            kept = f"; set aside as {_on_first(partial(_set_aside, at))}" if set_aside else ""
+            say(f"the checkpoint {at} is damaged: {why}{kept}")
         for note in notes:
             say(note)
         if set_aside:
             _on_first(lambda: remove_unfinished(folder))
         return Whole(int(name), manifest)
-    aside = _on_first(lambda: _damaged_in(folder))
-    if damaged or (aside and updates is None):
-        what = damaged[0] if damaged else f"{folder} holds only damaged checkpoints: {aside[0]}"
-        none = "" if len(damaged) < 2 else f"; none of the {len(damaged)} there is whole"
-        fix = (
-            "another run_name starts anew, and so does removing the damaged ones"
-            if set_aside or not damaged
-            else "a run with a whole checkpoint"
-        )
-        raise UserError(f"{what}{none}\nfix: {fix}")
+    _refuse(folder, damaged, [] if updates is not None else _on_first(lambda: _damaged_in(folder)))
     if set_aside:
         _on_first(lambda: remove_unfinished(folder))
     return None
+
+
+def _refuse(folder: Path, damaged: list[tuple[Path, Damage]], aside: list[str]) -> None:
+    """Refuse a folder whose checkpoints are all damaged, or have all been set aside.
+
+    Raises:
+        UserError: they are.
+    """
+    if damaged:
+        newest, why = damaged[0]
+        many = f"none of the {len(damaged)} checkpoints in {folder} is whole; "
+        what = f"{many if len(damaged) > 1 else ''}the checkpoint {newest} is damaged: {why}"
+    elif aside:
+        what = f"{folder} holds only damaged checkpoints: {', '.join(aside[:3])}"
+    else:
+        return
+    raise UserError(
+        f"{what}\nfix: put a whole one there; another run_name, or removing them, starts anew"
+    )
 
 
 def _examine(path: Path, run: str | None, *, verify: bool) -> tuple[Checksums | None, list[str]]:

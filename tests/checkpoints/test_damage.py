@@ -177,10 +177,17 @@ def test_without_a_whole_one_it_is_refused_and_again_and_nothing_starts(
     here = copy_of(saved, tmp_path)
     for updates in (OLDER, NEWEST):
         (here.folder / str(updates) / "state" / "_METADATA").write_text("{")
+    lines: list[str] = []
     for _ in range(2):
-        with pytest.raises(UserError, match="damaged"):
-            Checkpointer(here.folder, here.config)
-        assert {"7.damaged", "12.damaged"} <= {p.name for p in here.folder.iterdir()}
+        with pytest.raises(UserError, match=r"none of the 2 .* is whole; .* is damaged") as caught:
+            Checkpointer(here.folder, here.config, say=lines.append)
+        assert len(str(caught.value).splitlines()) == 2
+        assert {path.name for path in here.folder.iterdir() if path.is_dir()} == {"7", "12"}
+    for updates in (OLDER, NEWEST):
+        (here.folder / str(updates)).rename(here.folder / f"{updates}.damaged")
+    with pytest.raises(UserError, match="holds only damaged checkpoints"):
+        Checkpointer(here.folder, here.config, say=lines.append)
+    assert not lines
 
 
 def test_a_checkpoint_of_another_run_is_set_aside(saved: Saved, tmp_path: Path) -> None:
