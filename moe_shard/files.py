@@ -89,9 +89,12 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees all of it or what was there before.
 
+    Where the path is a link, what it points to is written, and the link stays.
+
     Raises:
         OSError: it cannot be written; no partial file is left.
     """
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     aside = _aside(path)
     try:
         aside.write_bytes(content)

@@ -39,7 +39,8 @@ _KEYS: dict[Kind, str] = {
         muon_consistent_rms load_balance_loss_weight load_balance_loss_type load_balance_probs
         router_z_loss_weight routed_bias_update_rate log_period enable_checkpointing
         checkpoint_period checkpoint_period_minutes checkpoint_keep_period
-        max_consecutive_bad_steps max_num_checkpoints_to_keep async_checkpointing
+        max_consecutive_bad_steps skip_step_on_spikes skip_step_interval skip_step_scaling_factor
+        max_num_checkpoints_to_keep async_checkpointing
         save_checkpoint_on_completion verify_checkpoints enable_tensorboard resume_strict
         """,
     Kind.RUN: """

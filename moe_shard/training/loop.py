@@ -78,6 +78,7 @@ class Trainer:
         say: Say = lambda _: None,
     ) -> None:
         self.config, self.program, self.folder, self.wall = config, program, folder, wall
+        self.say = say
         train = config.train
         self.checkpointer: Checkpointer | None = None
         self.data: Batches | None = None
@@ -146,6 +147,7 @@ class Trainer:
             first_step=self.first,
             tensorboard=train.enable_tensorboard,
             enabled=jax.process_index() == 0,
+            say=self.say,
         )
         progress = ProgressLine(
             console,

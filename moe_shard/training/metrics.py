@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
 
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
+from tensorboardX.summary import scalar
 
-from moe_shard.files import write_text
+from moe_shard.errors import Finding, UserError
+from moe_shard.files import write_bytes
+from moe_shard.training.appended import AppendedFile
 
 Record = dict[str, float | int | None]
 
@@ -20,24 +28,39 @@ class MetricsWriter:
     A resumed run repeats the steps after its checkpoint. Their old records are removed first, so
     that the file holds each step once, even if a kill cut off the last line.
 
+    On a full disk training goes on: records are held, and written whole once there is room.
+    TensorBoard's own writer is not used: its thread would die there, and the run wait for it.
+
     Args:
         folder: folder of the run.
         first_step: first step of this process.
         tensorboard: write `tensorboard/` as well.
         enabled: write at all; False on all processes but one.
+        say: receives a line on what was repaired, or cannot be written.
+
+    Raises:
+        UserError: something else has the name of one of the files.
+        OSError: a file cannot be opened.
     """
 
     def __init__(
-        self, folder: Path, *, first_step: int, tensorboard: bool, enabled: bool = True
+        self,
+        folder: Path,
+        *,
+        first_step: int,
+        tensorboard: bool,
+        enabled: bool = True,
+        say: Callable[[str], object] = lambda _: None,
     ) -> None:
-        self._file: TextIO | None = None
-        self._tensorboard: SummaryWriter | None = None
+        self._file: AppendedFile | None = None
+        self._events: AppendedFile | None = None
+        self._say = say
         if enabled:
             path = folder / "metrics.jsonl"
-            _keep_before(path, first_step)
-            self._file = path.open("a", encoding="utf-8", buffering=1)
+            _keep_before(path, first_step, say)
+            self._file = AppendedFile(path, say)
         if enabled and tensorboard:
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+            self._events = _open_events(folder / "tensorboard", first_step, say)
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -48,34 +71,109 @@ class MetricsWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for file in (self._file, self._events):
+            if file is not None:
+                file.close()
+        if self._events is not None and self._events.missing:
+            self._say(f"tensorboard/ lacks the last {self._events.missing} steps")
+        if kind is None and self._file is not None and self._file.missing:
+            raise Finding(
+                f"metrics.jsonl lacks {self._file.missing} records: {self._file.refused}\n"
+                "fix: make room on that disk; the same command continues from the last checkpoint"
+            )
 
     def write(self, record: Record) -> None:
         """Append the record of one step, numbered by its key `step`."""
         if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
-        if self._tensorboard is not None:
-            for name, value in record.items():
-                if name != "step" and value is not None:
-                    self._tensorboard.add_scalar(name, value, record["step"])
+            self._file.write(json.dumps(record).encode() + b"\n")
+        if self._events is not None:
+            now, step = time.time(), int(record["step"] or 0)
+            self._events.write(
+                b"".join(
+                    _event(Event(wall_time=now, step=step, summary=scalar(name, value)))
+                    for name, value in record.items()
+                    if name != "step" and value is not None
+                )
+            )
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """Read the records of a `metrics.jsonl`, without a last line that was cut off."""
+    """Read the records of a `metrics.jsonl`; lines that are none are left out."""
     if not path.exists():
         return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    return [record for _, record in _lines(path.read_bytes()) if record is not None]
+
+
+def _lines(content: bytes) -> Iterator[tuple[bytes, Record | None]]:
+    """Yield every line and the record in it; None where it is torn, or something else."""
+    for line in content.splitlines(keepends=True):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        is_record = isinstance(record, dict) and type(record.get("step")) is int
+        yield line, record if is_record else None
 
 
-def _keep_before(path: Path, first_step: int) -> None:
-    kept = [record for record in read_metrics(path) if (record["step"] or 0) < first_step]
-    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+def _keep_before(path: Path, first_step: int, say: Callable[[str], object]) -> None:
+    """Remove the records from a step on, and what is no record, of which a copy is kept."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    kept, damaged, unfinished = b"", 0, b""
+    for line, record in _lines(content):
+        if record is not None and int(record["step"] or 0) < first_step:
+            kept += line if line.endswith(b"\n") else line + b"\n"
+        elif record is None and line.strip():
+            damaged += 1
+            unfinished = line
+    # A kill in the middle of a write leaves a last line like this, which holds nothing to keep.
+    if damaged == 1 and content.endswith(unfinished) and not unfinished.endswith(b"\n"):
+        damaged = 0
+    if damaged:
+        number = 1
+        while os.path.lexists(copy := path.with_name(f"{path.name}.{number}")):
+            number += 1
+        write_bytes(copy, content)
+        say(f"{path.name}: {damaged} lines are no records; the file as it was is {copy.name}")
+    if content.startswith(kept):
+        os.truncate(path, len(kept))  # needs no room on the disk
+    else:
+        write_bytes(path, kept)
+
+
+def _open_events(folder: Path, first_step: int, say: Callable[[str], object]) -> AppendedFile:
+    """Start a file of TensorBoard's events; a reader drops earlier events from a step on.
+
+    Raises:
+        UserError: the folder cannot be made.
+        OSError: the file cannot be made.
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+    except FileExistsError as error:
+        raise UserError(
+            f"{folder} is no folder, and TensorBoard's files go there\n"
+            "fix: move it away, or enable_tensorboard=false"
+        ) from error
+    now = time.time()
+    name = f"events.out.tfevents.{int(now)}.{socket.gethostname()}.{os.getpid()}"
+    events = AppendedFile(folder / name, say)
+    log = SessionLog(status=SessionLog.START)
+    events.write(
+        _event(Event(wall_time=now, file_version="brain.Event:2"))
+        + _event(Event(wall_time=now, step=first_step, session_log=log))
+    )
+    return events
+
+
+def _event(event: Event) -> bytes:
+    """Frame an event as TFRecord does: length, its checksum, content, its checksum."""
+    content = event.SerializeToString()
+    length = struct.pack("<Q", len(content))
+    return (
+        length
+        + struct.pack("<I", masked_crc32c(length))
+        + content
+        + struct.pack("<I", masked_crc32c(content))
+    )

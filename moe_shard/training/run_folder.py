@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,7 @@ def open_run(config: RunConfig, *, writer: bool = True) -> Iterator[Path]:
             "fix: a name without '/'; base_output_directory says where it is made"
         )
     folder = expanded(config.base_output_directory).resolve() / config.run_name
+    _check_names(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w") if writer else None
@@ -55,3 +57,31 @@ def open_run(config: RunConfig, *, writer: bool = True) -> Iterator[Path]:
                 "fix: wait for it, or choose another run_name"
             ) from error
         yield folder
+
+
+_FILES = (".lock", "config.yml", "lowering.json", "metrics.jsonl")
+_FOLDERS = ("tensorboard", "checkpoints", "hlo", "profile")
+
+
+def _check_names(folder: Path) -> None:
+    """Refuse a folder where something else has the name of one of a run's files.
+
+    Raises:
+        UserError: a folder, a pipe or a device is where a file goes, or a file where a folder goes.
+    """
+    for names, is_right, kind in (
+        (_FILES, os.path.isfile, "file"),
+        (_FOLDERS, os.path.isdir, "folder"),
+    ):
+        for name in names:
+            path = folder / name
+            # A link to nothing is fine: what is written goes where it points.
+            if os.path.exists(path) and not is_right(path):
+                raise UserError(
+                    f"{path} is no {kind}, and a run writes a {kind} of that name\n"
+                    "fix: move it away, or choose another run_name"
+                )
+            if kind == "folder" and os.path.islink(path) and not os.path.exists(path):
+                raise UserError(
+                    f"{path} is a link to nothing\nfix: make the folder that it names, or remove it"
+                )

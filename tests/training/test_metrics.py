@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
 
+from moe_shard.errors import Finding, UserError
 from moe_shard.training.metrics import MetricsWriter, read_metrics
 
 
@@ -87,3 +95,104 @@ def test_tensorboard_gets_the_numbers_and_not_the_unknown_ones(tmp_path: Path) -
     assert b"mfu" not in text
     write_steps(tmp_path, range(2))
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+def test_tensorboards_own_reader_reads_the_events(tmp_path: Path) -> None:
+    write_steps(tmp_path, range(2), loss=0.5, tensorboard=True)
+    write_steps(tmp_path, range(1, 3), loss=0.25, tensorboard=True)
+    found = []
+    for path in sorted((tmp_path / "tensorboard").iterdir(), key=os.path.getmtime):
+        content = path.read_bytes()
+        while content:
+            size, crc = struct.unpack("<QI", content[:12])
+            assert crc == masked_crc32c(content[:8])
+            data, (end,) = content[12 : 12 + size], struct.unpack_from("<I", content, 12 + size)
+            assert end == masked_crc32c(data)
+            found.append(Event.FromString(data))
+            content = content[16 + size :]
+    starts = [each.step for each in found if each.HasField("session_log")]
+    assert starts == [0, 1]
+    values = [
+        (each.step, value.tag, value.simple_value)
+        for each in found
+        if each.HasField("summary")
+        for value in each.summary.value
+    ]
+    assert values == [(0, "loss", 0.5), (1, "loss", 0.5), (1, "loss", 0.25), (2, "loss", 0.25)]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *(b'{"step": 1, "lo\n', b"\xff\xfe\n", b"[1, 2]\n", b'{"loss": 1.0}\n', b"3\n"),
+        *(b'{"step": "1"}\n', b"[" * 10_000 + b"\n"),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 2])
+def test_lines_that_are_no_records_are_set_aside(tmp_path: Path, bad: bytes, place: int) -> None:
+    write_steps(tmp_path, range(4))
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    damaged = b"".join([*lines[:place], bad, *lines[place:]])
+    path.write_bytes(damaged)
+    assert [record["step"] for record in read_metrics(path)] == [0, 1, 2, 3]
+    said: list[str] = []
+    with MetricsWriter(tmp_path, first_step=4, tensorboard=False, say=said.append):
+        pass
+    assert path.read_bytes() == b"".join(lines)
+    assert (tmp_path / "metrics.jsonl.1").read_bytes() == damaged
+    assert said == ["metrics.jsonl: 1 lines are no records; the file as it was is metrics.jsonl.1"]
+
+
+def test_a_link_is_written_through(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").symlink_to(elsewhere)
+    write_steps(tmp_path / "run", range(4))
+    write_steps(tmp_path / "run", range(2, 6))
+    assert (tmp_path / "run" / "metrics.jsonl").is_symlink()
+    assert [json.loads(line)["step"] for line in elsewhere.read_text().splitlines()] == [*range(6)]
+
+
+def test_a_file_in_the_place_of_tensorboards_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("mine")
+    with pytest.raises(UserError, match="is no folder"):
+        write_steps(tmp_path, range(2), tensorboard=True)
+    assert (tmp_path / "tensorboard").read_text() == "mine"
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Let the system refuse to make a file larger, as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("size", range(80, 160, 7))
+def test_a_disk_that_is_full_for_a_while_tears_and_loses_nothing(tmp_path: Path, size: int) -> None:
+    said: list[str] = []
+    with MetricsWriter(tmp_path, first_step=0, tensorboard=True, say=said.append) as writer:
+        with files_of_at_most(size):
+            for step in range(8):
+                writer.write({"step": step, "loss": 1.0, "mfu": None})
+                whole = len(steps_of(tmp_path))
+                if whole <= step:  # said at once
+                    assert said
+                assert (tmp_path / "metrics.jsonl").read_bytes().endswith((b"}\n", b""))
+            assert whole < 8
+        writer.write({"step": 8, "loss": 1.0, "mfu": None})
+    assert steps_of(tmp_path) == list(range(9))
+    full = [line for line in said if line.startswith("cannot write")]
+    assert len(full) == 2  # a file each
+    assert all(len(line.splitlines()) == 2 for line in full)
+    assert sum("is written again" in line for line in said) == 2
+
+
+def test_what_is_missing_at_the_end_is_a_finding(tmp_path: Path) -> None:
+    with files_of_at_most(100), pytest.raises(Finding, match="lacks 6 records: File too large"):
+        write_steps(tmp_path, range(8), loss=1.0)
+    assert steps_of(tmp_path) == [0, 1]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -120,3 +122,24 @@ def test_a_run_name_never_leaves_the_output_directory(name: str) -> None:
 def test_run_config_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         run_config(Path("a")).run_name = ".."  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", [".lock", "config.yml", "lowering.json", "metrics.jsonl"])
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_something_else_in_the_place_of_a_file_is_refused(
+    tmp_path: Path, name: str, make: Callable[[Path], None]
+) -> None:
+    (tmp_path / "run").mkdir()
+    make(tmp_path / "run" / name)
+    message = message_of(run_config(tmp_path))
+    assert f"{tmp_path / 'run' / name} is no file" in message
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "checkpoints", "hlo", "profile"])
+def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("")
+    assert f"{name} is no folder" in message_of(run_config(tmp_path))
+    (tmp_path / "run" / name).unlink()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "nothing")
+    assert "a link to nothing" in message_of(run_config(tmp_path))
