@@ -70,7 +70,7 @@ class Goodput:
             for name, seconds in self.seconds.items()
             if name != STEPS and seconds >= 0.005 * self.total_s
         ]
-        starts = f" and {self.starts} starts" if self.starts > 1 else ""
+        starts = f" ({self.starts} starts)" if self.starts > 1 else ""
         return (
             f"goodput: {100 * self.share:.0f}% of {human_time_left(self.total_s)}{starts} "
             f"in steps{', the rest: ' if rest else ''}{', '.join(rest)}"

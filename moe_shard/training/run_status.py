@@ -1,0 +1,165 @@
+"""Read how a run is doing from the files in its folder; the run may still be going on."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moe_shard.errors import UserError
+from moe_shard.training.goodput import Goodput, goodput, read_starts
+from moe_shard.training.metrics import Record, read_metrics
+
+CURVES = {
+    "loss": "loss",
+    "grad_norm": "gradient norm",
+    "tokens_per_sec_per_device": "tokens/s of a device",
+    "mfu": "MFU",
+    "dropped_token_fraction": "share of dropped token choices",
+    "expert_load_max_over_mean": "load of the busiest expert, x the mean",
+    "learning_rate": "learning rate",
+}
+"""Metrics that are drawn, in this order, with their names for people."""
+
+_RECENT = 50
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """Hold how a run is doing.
+
+    Attributes:
+        name: name of its folder.
+        running: whether a process holds the folder now.
+        updates: updates that were made and recorded.
+        steps: updates that it is to make; None where config.yml cannot be read.
+        left_s: seconds that the rest takes at the recent pace; None where there is none.
+        records: the lines of metrics.jsonl.
+        verdict: verdict on the lowering of its step; None where it is not known.
+        goodput: where its time went; None where it is not known.
+        checkpoints: updates after which a checkpoint is there, ascending.
+        set_aside: names of checkpoints that were found damaged.
+    """
+
+    name: str
+    running: bool
+    updates: int
+    steps: int | None
+    left_s: float | None
+    records: Sequence[Record]
+    verdict: str | None
+    goodput: Goodput | None
+    checkpoints: tuple[int, ...]
+    set_aside: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object of `moe-shard status --json`: the last record, not all."""
+        content = {name: value for name, value in asdict(self).items() if name != "records"}
+        return content | {"last": self.records[-1] if self.records else None}
+
+    def curves(self) -> dict[str, list[tuple[int, float]]]:
+        """Return {name for people: (step, value) of each record that has a finite one}."""
+        found = {}
+        for key, name in CURVES.items():
+            points = [
+                (int(each["step"] or 0), float(value))
+                for each in self.records
+                if isinstance(value := each.get(key), (int, float)) and math.isfinite(value)
+            ]
+            if points:
+                found[name] = points
+        return found
+
+
+def read_status(folder: Path) -> RunStatus:
+    """Read a run's folder.
+
+    Raises:
+        UserError: it is not the folder of a run, or its metrics cannot be read.
+    """
+    if not folder.is_dir() or not any((folder / name).exists() for name in ("config.yml", ".lock")):
+        raise UserError(
+            f"{folder} is not the folder of a run\n"
+            "fix: <base_output_directory>/<run_name>, which every run prints at its end"
+        )
+    records = read_metrics(folder / "metrics.jsonl")
+    updates = int(records[-1]["step"] or 0) + 1 if records else 0
+    steps, left = _steps(folder / "config.yml"), None
+    if steps is not None and records and updates < steps:
+        recent = [float(each["step_time_s"] or 0.0) for each in records[-_RECENT:]]
+        left = statistics.median(recent) * (steps - updates)
+    names = _names(folder / "checkpoints")
+    return RunStatus(
+        name=folder.resolve().name,
+        running=_is_held(folder / ".lock"),
+        updates=updates,
+        steps=steps,
+        left_s=left,
+        records=records,
+        verdict=_verdict(folder / "lowering.json"),
+        goodput=goodput(read_starts(folder)),
+        checkpoints=tuple(sorted(int(name) for name in names if name.isdecimal())),
+        set_aside=tuple(sorted(name for name in names if ".damaged" in name)),
+    )
+
+
+def spark(points: Sequence[tuple[int, float]], width: int) -> str:
+    """Draw a curve in one line of text, the mean of each part of it.
+
+    Args:
+        points: (step, value), by step.
+        width: characters, at most.
+    """
+    parts = min(width, len(points))
+    edges = [len(points) * at // parts for at in range(parts + 1)]
+    means = [
+        statistics.fmean(value for _, value in points[start:end]) for start, end in pairwise(edges)
+    ]
+    low, high = min(means), max(means)
+    levels = "▁▂▃▄▅▆▇█"
+    scale = (len(levels) - 1) / (high - low) if high > low else 0.0
+    return "".join(levels[round((mean - low) * scale)] for mean in means)
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return [each.name for each in folder.iterdir()]
+    except OSError:
+        return []
+
+
+def _steps(path: Path) -> int | None:
+    with suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
+        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        steps = content.get("steps") if isinstance(content, dict) else None
+        return steps if isinstance(steps, int) else None
+    return None
+
+
+def _verdict(path: Path) -> str | None:
+    with suppress(OSError, ValueError, RecursionError):
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        verdict = content.get("verdict") if isinstance(content, dict) else None
+        return verdict if isinstance(verdict, str) else None
+    return None
+
+
+def _is_held(lock: Path) -> bool:
+    """Return whether a process of this machine trains into the folder."""
+    try:
+        with lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
