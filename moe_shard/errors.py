@@ -16,6 +16,8 @@ from typing import NoReturn
 EXIT_DONE = 0
 EXIT_FINDING = 1
 EXIT_USAGE = 2
+EXIT_STOPPED = 75
+"""Stopped early; the same command continues."""
 EXIT_INTERRUPTED = 130
 
 

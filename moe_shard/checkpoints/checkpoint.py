@@ -296,10 +296,6 @@ class Checkpointer:
         with reading(self._folder / str(updates)):
             return self._manager.restore(updates, args=ocp.args.Composite(**items))
 
-    def reached_preemption(self, updates: int) -> bool:
-        """Return True on every process at the same step once a preemption was announced."""
-        return jax.process_count() > 1 and self._manager.reached_preemption(updates)
-
     def close(self) -> None:
         """Wait until everything is written or has failed, and release what is held."""
         self._settle()

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from moe_shard.config import list_models
 from moe_shard.errors import CommandParser, UserError
 from moe_shard.quiet import hide_accelerator_warnings
+from moe_shard.runtime.team import Team
 
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*=")
 
@@ -59,11 +60,13 @@ def main(argv: Sequence[str], prog: str = "moe-shard generate") -> int:
     if not prompts:
         raise UserError(f'no prompt\nfix: {prog} {args.model} "a text to continue"')
 
-    with hide_accelerator_warnings():
-        from moe_shard.inference.loading import find_source, load_generation_config
-        from moe_shard.inference.texts import generate
+    with Team(signals=False) as team:
+        with hide_accelerator_warnings():
+            from moe_shard.inference.loading import find_source, load_generation_config
+            from moe_shard.inference.texts import generate
 
-    source = find_source(args.model)
-    config = load_generation_config(source, overrides)
-    generate(source, config, prompts, cached=not args.no_cache, as_json=args.json)
+        source = find_source(args.model)
+        config = load_generation_config(source, overrides)
+        cached, as_json = not args.no_cache, args.json
+        generate(source, config, prompts, cached=cached, as_json=as_json, team=team)
     return 0

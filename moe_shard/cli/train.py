@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 from moe_shard.checkpoints.resolve import MODEL_HELP, load_model
 from moe_shard.config import list_models
-from moe_shard.errors import CommandParser, UserError
+from moe_shard.errors import EXIT_DONE, CommandParser, UserError
 from moe_shard.quiet import hide_accelerator_warnings
+from moe_shard.runtime.team import Team
 from moe_shard.training.changed_settings import refuse_impossible
 
 
@@ -24,7 +25,7 @@ def main(argv: Sequence[str], prog: str = "moe-shard train") -> int:
         prog: the command's name in --help.
 
     Returns:
-        The exit code, 0.
+        The exit code: 0, or what the run was stopped with (75: the same command continues).
 
     Raises:
         UserError: bad input.
@@ -48,9 +49,11 @@ def main(argv: Sequence[str], prog: str = "moe-shard train") -> int:
     config.require_built()
     refuse_impossible(config)
 
-    # Only now: a mistyped key is reported before jax and the rest have been loaded.
-    with hide_accelerator_warnings():
-        from moe_shard.training.run import run
+    # From here on a signal is answered, and the processes of the run end together.
+    with Team() as team:
+        # Only now: a mistyped key is reported before jax and the rest have been loaded.
+        with hide_accelerator_warnings():
+            from moe_shard.training.run import run
 
-    run(config)
-    return 0
+        outcome = run(config, team)
+    return team.code if outcome.stopped_by else EXIT_DONE

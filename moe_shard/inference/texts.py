@@ -23,6 +23,7 @@ from moe_shard.models.params import describe
 from moe_shard.runtime.compile import lay_out, out_of_memory_is_a_finding
 from moe_shard.runtime.compile_cache import cache_problems, count_cached, start_compile_cache
 from moe_shard.runtime.devices import start_devices
+from moe_shard.runtime.team import Team
 
 _LESS_MEMORY = "fewer prompts, a smaller max_new_tokens, weight_dtype=bfloat16, or more devices"
 
@@ -84,7 +85,13 @@ class Timings:
 
 
 def generate(
-    source: ModelSource, config: Config, prompts: Sequence[str], *, cached: bool, as_json: bool
+    source: ModelSource,
+    config: Config,
+    prompts: Sequence[str],
+    *,
+    cached: bool,
+    as_json: bool,
+    team: Team | None = None,
 ) -> None:
     """Generate after prompts to standard output; everything else goes to standard error.
 
@@ -94,6 +101,7 @@ def generate(
         prompts: at least one prompt.
         cached: see `Generator`.
         as_json: print one JSON object instead of the texts.
+        team: the processes that generate; None: those of the environment.
 
     Raises:
         UserError: the configuration does not fit the devices or the tokenizer, or the parameters
@@ -104,7 +112,7 @@ def generate(
     tokenizer = find_tokenizer(config.data.tokenizer_path)
     require_vocabulary(tokenizer, config.model.vocab_size)
     texts = [Text(prompt, tokenizer.encode_prompt(prompt)) for prompt in prompts]
-    device_line = start_devices(config.mesh.num_simulated_devices)
+    device_line = start_devices(config.mesh.num_simulated_devices, team)
     notes.quiet = jax.process_index() > 0
     notes.print(device_line, markup=False)
     cache = start_compile_cache(config.run.jax_cache_dir)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+from pathlib import Path
 
 import jax
+from jax._src.clusters import ClusterEnv, GceTpuCluster
 
 from moe_shard.errors import UserError, first_line
 from moe_shard.quiet import hide_accelerator_warnings
+from moe_shard.runtime.launch import Launch
+from moe_shard.runtime.team import Team
 
 _NUMPY: dict[str, tuple[object, ...]] = {
     "jax_enable_x64": (False,),
@@ -15,29 +20,34 @@ _NUMPY: dict[str, tuple[object, ...]] = {
     "jax_numpy_dtype_promotion": ("standard",),
 }
 """Settings of jax that change arithmetic -> the values that this package is written for."""
+_TPU_NODES = ("/dev/accel0", "/dev/vfio/0")
+_HEARTBEAT_S = 600
+_DETECTION_S = 60
+_EXPLICIT = "set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID on each"
 _COUNT_FLAG = "--xla_force_host_platform_device_count"
 
 
-def start_devices(num_simulated: int) -> str:
+def start_devices(num_simulated: int, team: Team | None = None) -> str:
     """Start the backend; call this before anything else uses jax's devices.
 
-    Several processes are joined if the environment describes them: by
-    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, or by the variables of
-    Slurm and TPU pods, which jax reads itself. Simulated devices are divided among the processes.
+    Several processes are joined if the environment describes them (`launch.py`). Simulated devices
+    are divided among the processes.
 
     Args:
         num_simulated: number of CPU devices to simulate if there is no accelerator; a count in
             `XLA_FLAGS` takes precedence.
+        team: the processes of the run; None: those of the environment, which then end together
+            but are not asked to stop.
 
     Returns:
         One line on what the command runs on.
 
     Raises:
-        UserError: an accelerator's runtime is installed and does not start, or jax has settings
-            that this package does not support.
+        UserError: an accelerator's runtime is installed and does not start, jax has settings that
+            this package does not support, or the processes cannot be joined.
     """
     _refuse_other_numpy()
-    sharing = _join_processes()
+    sharing = _join_processes(team)
     if _COUNT_FLAG not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", max(num_simulated // sharing, 1))
     try:
@@ -72,24 +82,70 @@ def _refuse_other_numpy() -> None:
         )
 
 
-def _join_processes() -> int:
-    """Join the processes of this run.
+def _join_processes(team: Team | None) -> int:
+    """Join the processes of this run; return how many there are.
 
-    Returns:
-        The number of processes that share the simulated devices, from the three variables.
+    Raises:
+        UserError: they cannot be joined.
     """
-    if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        try:
-            count = int(os.environ["JAX_NUM_PROCESSES"])
-            index = int(os.environ["JAX_PROCESS_ID"])
-        except (KeyError, ValueError) as error:
-            raise UserError(
-                "JAX_COORDINATOR_ADDRESS is set, but JAX_NUM_PROCESSES or JAX_PROCESS_ID is not a "
-                "number\nfix: set all three, or none"
-            ) from error
-        jax.distributed.initialize(address, count, index)
-        return count
-    tpu_hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    if len(tpu_hosts) > 1 or os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
-        jax.distributed.initialize()
-    return 1
+    if team is None:
+        team = Team(signals=False).__enter__()
+        atexit.register(team.leave)
+    launch = team.launch
+    if launch is None and any(Path(node).exists() for node in _TPU_NODES):
+        launch = _tpu_vm()
+    if launch is None:
+        return 1
+    count, index, address = launch.count, launch.index, launch.address
+    if address is None or count is None or index is None:
+        address, count, index = _ask_jax(launch)
+    team.meet(address, index, count)
+    if count == 1:
+        return 1
+    # The team answers SIGTERM, and sees a death before jax's heartbeats, which end a process.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            team.jax_address,
+            count,
+            index,
+            # Else, where a launcher has started it, a process gets one GPU of its host.
+            cluster_detection_method="deactivate" if launch.owns_host else None,
+            heartbeat_timeout_seconds=_HEARTBEAT_S,
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"jax cannot join process {index} of {count} at {address}: {first_line(error)}\n"
+            "fix: the same versions of jax and of this package on every host"
+        ) from error
+    return count
+
+
+def _ask_jax(launch: Launch) -> tuple[str, int, int]:
+    """Let jax find, from the launcher's other variables or metadata, what `launch` has not."""
+    try:
+        address, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(
+            launch.address, launch.count, launch.index, None, None, _DETECTION_S
+        )
+    # Whatever is wrong with the launcher's variables or with a metadata server.
+    except Exception as error:
+        raise UserError(
+            f"jax cannot find the processes that {launch.launcher} has started: "
+            f"{first_line(error)}\nfix: {_EXPLICIT}"
+        ) from error
+    if address is None or count is None or index is None:
+        raise UserError(
+            f"jax does not recognise the processes of {launch.launcher}\nfix: {_EXPLICIT}"
+        )
+    return address, count, index
+
+
+def _tpu_vm() -> Launch | None:
+    """Ask the metadata of a TPU virtual machine, which has no variables, if it is in a pod."""
+    if os.environ.get("TPU_SKIP_MDS_QUERY"):
+        return None
+    try:
+        alone = not GceTpuCluster.is_env_present() or GceTpuCluster.get_process_count() == 1
+    except Exception:  # no metadata server, or another cloud's
+        return None
+    return None if alone else Launch(None, None, None, None, "the TPU pod")

@@ -22,13 +22,13 @@ from moe_shard.data.batches import Batches, batches
 from moe_shard.data.corpus import Say
 from moe_shard.models.flops import train_flops_per_token
 from moe_shard.program.step import Batch, Metrics, Program, TrainState
+from moe_shard.runtime.team import Team
 from moe_shard.training.bad_steps import BadSteps
 from moe_shard.training.goodput import STEPS, WallTime
 from moe_shard.training.metrics import MetricsWriter, Record
 from moe_shard.training.profile import StepProfile
 from moe_shard.training.progress import ProgressLine
 from moe_shard.training.save_clock import SaveClock
-from moe_shard.training.stop import StopRequest
 
 COMPUTED = ("loss", "ce_loss", "aux_loss", "grad_norm", "learning_rate")
 COMPUTED_OF_ROUTING = ("dropped_token_fraction", "expert_load_max_over_mean")
@@ -124,12 +124,13 @@ class Trainer:
         with self.wall.part("save"):  # the last one may still be on its way
             self._open.close()
 
-    def train(self, step: jax.stages.Compiled, console: Console) -> Outcome:
+    def train(self, step: jax.stages.Compiled, console: Console, team: Team) -> Outcome:
         """Run the remaining steps.
 
         Args:
             step: `program.step`, compiled.
             console: shows the progress.
+            team: the processes of the run, which stop after the same step.
 
         Raises:
             UserError: the checkpoint, or the initial parameters, cannot be read.
@@ -159,11 +160,11 @@ class Trainer:
         profile = StepProfile(self.folder / "profile", train, first_step=self.first)
         self.writer, self.progress, self.profile, self.step = writer, progress, profile, step
         self.bad_steps = BadSteps(self.config, self.program, self.folder, console.print)
-        with writer, StopRequest() as stop, profile, progress, self.wall.part(STEPS):
-            updates = self._steps(state, self.data, stop)
+        with writer, team.running(self.first), profile, progress, self.wall.part(STEPS):
+            updates = self._steps(state, self.data, team)
             if self.checkpointer:
                 self.checkpointer.finish()
-        return Outcome(updates, stop.reason if updates < train.steps else None, self.last)
+        return Outcome(updates, team.reason if updates < train.steps else None, self.last)
 
     def _first_state(self, console: Console) -> TrainState:
         if self.checkpointer and self.first:
@@ -188,7 +189,7 @@ class Trainer:
             state: TrainState = jax.block_until_ready(self.program.init(key))
         return state
 
-    def _steps(self, state: TrainState, data: Batches, stop: StopRequest) -> int:
+    def _steps(self, state: TrainState, data: Batches, team: Team) -> int:
         """Run the steps; each is in flight while the previous one is recorded."""
         train = self.config.train
         pending: tuple[int, Metrics, Batch] | None = None
@@ -211,9 +212,7 @@ class Trainer:
             pending = step, metrics, batch
             updates = step + 1
             last = updates == train.steps
-            stopping = stop.reason is not None or (
-                self.checkpointer is not None and self.checkpointer.reached_preemption(updates)
-            )
+            stopping = team.reached(updates)
             owed = owed or clock.due(updates) or updates % train.checkpoint_period == 0
             if stopping or owed or last:
                 # Know what became of the step before saving.
@@ -228,7 +227,6 @@ class Trainer:
                     clock.saved()
                 owed = owed and not due
             if stopping:
-                stop.reason = stop.reason or "preemption"
                 return updates
         return train.steps
 

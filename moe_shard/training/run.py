@@ -36,6 +36,7 @@ from moe_shard.runtime.compile import (
 )
 from moe_shard.runtime.compile_cache import cache_problems, start_compile_cache
 from moe_shard.runtime.devices import start_devices
+from moe_shard.runtime.team import Team
 from moe_shard.training.changed_settings import Kind, batch_line, find_changes, keep_earlier
 from moe_shard.training.goodput import WallTime
 from moe_shard.training.loop import Outcome, Trainer
@@ -46,17 +47,22 @@ Records = Mapping[str, Mapping[str, AttentionRecord | MoERecord]]
 """What `lowering.json` says of layers: key -> layers -> their record."""
 
 
-def run(config: Config) -> Outcome:
+def run(config: Config, team: Team | None = None) -> Outcome:
     """Compile the step, report and save what it lowers to, then train.
+
+    Args:
+        config: configuration of the run.
+        team: the processes of the run; None: this one, whose signals are the caller's.
 
     Raises:
         UserError: the configuration does not fit the devices, or input cannot be read.
         Finding: the step does not fit in memory, or the loss is no longer finite.
     """
     # Where output is a file, the default of 80 columns would wrap the table.
+    team = team or Team(signals=False)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     notes = Console(stderr=True, soft_wrap=True, highlight=False, style="yellow")
-    device_line = start_devices(config.mesh.num_simulated_devices)
+    device_line = start_devices(config.mesh.num_simulated_devices, team)
     console.quiet = notes.quiet = jax.process_index() > 0
     console.print(device_line)
     for line in config.detected:
@@ -73,7 +79,7 @@ def run(config: Config) -> Outcome:
     for line in (*changes_nothing, *cache.notes):
         note(line)
     writer = jax.process_index() == 0
-    with cache_problems(note), out_of_memory_is_a_finding():
+    with team.failing(), cache_problems(note), out_of_memory_is_a_finding():
         program = make_program(config, sharding)
         for line in program.notes:
             note(line)
@@ -81,6 +87,8 @@ def run(config: Config) -> Outcome:
             open_run(config.run, writer=writer) as folder,
             WallTime(folder, writer=writer) as wall,
             Trainer(config, program, folder, wall=wall, say=say) as trainer,
+            team.failing(),
+            out_of_memory_is_a_finding(),
         ):
             if writer:
                 _keep_settings(config, folder, console, note)
@@ -118,7 +126,7 @@ def run(config: Config) -> Outcome:
             console.print(f"parameters: {program.model.num_params:,}")
             if writer:
                 _keep(config, step, report, records, folder)
-            outcome = trainer.train(step.executable, console)
+            outcome = trainer.train(step.executable, console, team)
             if config.train.profile and writer and outcome.last is not None:
                 assert report.extraction is not None, "the step was compiled"
                 show_times(folder / "profile", step.hlo, report.extraction, console)
@@ -170,12 +178,16 @@ def _conclude(
 ) -> None:
     """Print how the run ended, where its files are, and how to see the other lowering."""
     shown = _as_typed(folder)
+    who = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
     if outcome.stopped_by:
         kept = "a checkpoint was saved; " if config.train.enable_checkpointing else ""
+        quiet, console.quiet = console.quiet, False  # each process says why it ends
         console.print(
-            f"stopped by {outcome.stopped_by} after step {outcome.updates}: {kept}"
-            "the same command continues"
+            f"{who}stopped by {outcome.stopped_by} after step {outcome.updates}: {kept}"
+            "the same command continues",
+            soft_wrap=True,
         )
+        console.quiet = quiet
     elif config.train.steps == 0:
         console.print("steps=0: compiled and reported only")
     elif outcome.last is None:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import pytest
 
+from moe_shard.runtime.team import Team
 from moe_shard.training import loop
 from moe_shard.training.goodput import WallTime
 from moe_shard.training.loop import Trainer
@@ -29,17 +30,16 @@ def make_steps(
     trainer.folder, trainer.first = Path("unused"), 0
     trainer.wall = WallTime(trainer.folder, writer=False)
     monkeypatch.setattr(loop, "in_flight", lambda _: True)
-    stop: Any = SimpleNamespace(reason=None)
+    team = Team(signals=False)
 
     def step(state: Any, _batch: Any) -> tuple[Any, dict[str, float]]:
         events.append(f"step {state}")
         if state == stop_during:
-            stop.reason = "Ctrl-C"
+            team.ask("Ctrl-C")
         return state + 1, {}
 
     trainer.step = step  # type: ignore[assignment]
     trainer.checkpointer = SimpleNamespace(  # type: ignore[assignment]
-        reached_preemption=lambda _: False,
         poll=lambda: None,
         save=lambda _, updates: events.append(f"save {updates}"),
     )
@@ -49,8 +49,9 @@ def make_steps(
     monkeypatch.setattr(trainer, "_record", lambda step, *_: events.append(f"record {step}"))
     data: Any = repeat(None)
     state: Any = 0
-    with StepProfile(trainer.folder, trainer.config.train, first_step=0) as trainer.profile:
-        updates = trainer._steps(state, data, stop)
+    profile = StepProfile(trainer.folder, trainer.config.train, first_step=0)
+    with profile as trainer.profile, team.running(0):
+        updates = trainer._steps(state, data, team)
     return events, updates
 
 

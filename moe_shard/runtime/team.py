@@ -1,0 +1,398 @@
+"""Keep the processes of a run together: they start, stop and end as one.
+
+    with Team() as team:                # from here on a signal is answered
+        ...                             # join, compile, restore: a stop ends the process at once
+        with team.running(first_step):
+            for step in ...:
+                ...                     # dispatch the step
+                if team.reached(step + 1):
+                    ...                 # on every process after the same step: save, and leave
+
+Anything may ask for a stop: a signal to any process, or code (`team.ask("the disk is full")`).
+Process 0 then asks each process which step it has passed, and all stop after the next one.
+
+What it costs: without a request, `reached` takes a lock and compares two numbers, under a
+microsecond, and nothing is sent; with one, each process waits once for two messages through process
+0. No device takes part, so the next step is dispatched while the last one runs. A signal wakes a
+thread, which Python lets run while the main thread compiles or waits for devices in C++.
+
+When a process is gone or has failed, every other one writes a line and ends within seconds, from a
+thread: a process that waits inside a collective cannot be interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from types import FrameType, TracebackType
+
+from moe_shard.errors import (
+    EXIT_FINDING,
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED,
+    EXIT_USAGE,
+    Finding,
+    UserError,
+    first_line,
+)
+from moe_shard.runtime.launch import Launch, find_launch, split_address
+from moe_shard.runtime.link import (
+    JOIN_SECONDS,
+    Hub,
+    Message,
+    connect,
+    free_port,
+    listen,
+    messages,
+    send_message,
+    serve_jax,
+)
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_AFTER_ALL = 2**62
+"""Updates of a process that has made its last step: nobody stops there any more."""
+_CONTINUES = "the same command continues"
+_GRACE = 3.0
+"""Seconds in which a process may end by an error of its own before it ends with another's."""
+
+
+class Team:
+    """Hold this process's place among the processes of a run, which may be this one alone.
+
+    Args:
+        join_seconds: how long processes wait for each other at the start.
+        signals: answer SIGINT and SIGTERM; only the main thread may.
+
+    Raises:
+        UserError: the environment describes no possible set of processes.
+    """
+
+    def __init__(self, *, join_seconds: float = JOIN_SECONDS, signals: bool = True) -> None:
+        self.launch: Launch | None = find_launch(os.environ)
+        self.index, self.count = 0, 1
+        self.reason: str | None = None
+        self.code = EXIT_STOPPED
+        self.jax_address: str | None = None
+        self._join_seconds, self._signals = join_seconds, signals
+        self._changed = threading.Condition()
+        self._proposed = False
+        self._stop_at: int | None = None
+        self._passed: int | None = None
+        self._hub: Hub | None = None
+        self._link: socket.socket | None = None
+        self._all_here = threading.Event()
+        self._leaving = False
+        self._refused: str | None = None
+        self._other_ended = False
+        self._end = _End()
+        self._interrupts = 0
+        self._restore: Callable[[], None] = lambda: None
+
+    def __enter__(self) -> Team:
+        if self._signals and threading.current_thread() is threading.main_thread():
+            self._restore = _watch_signals(self._signalled)
+        try:
+            if self.launch and self.launch.address and self.launch.count and self.count == 1:
+                assert self.launch.index is not None, "it comes with the count"
+                self.meet(self.launch.address, self.launch.index, self.launch.count)
+        except BaseException as error:
+            self._fail(error)
+            self._restore()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self._fail(error)
+        else:
+            self.leave()
+        self._restore()
+
+    # Start.
+
+    def meet(self, address: str, index: int, count: int) -> None:
+        """Connect to the other processes, and wait until all are there.
+
+        Args:
+            address: HOST:PORT of process 0.
+            index: number of this process.
+            count: number of processes.
+
+        Raises:
+            UserError: process 0 cannot be reached, or some do not come.
+        """
+        if count == 1 or self.count > 1:
+            return
+        host, port = split_address(address, "the coordinator's address")
+        if index == 0:
+            jax_port = free_port()
+            self._hub = Hub(listen(host, port, address), count, jax_port)
+            self._link = self._hub.attach()
+            self.jax_address = f"127.0.0.1:{jax_port}"
+        else:
+            self._link = connect(
+                (host, port), index, count, seconds=self._join_seconds, note=self._end.note
+            )
+            self.jax_address = serve_jax((host, port))
+        self.index, self.count = index, count
+        threading.Thread(target=self._listen, daemon=True, name="moe-shard-team").start()
+        if self._hub:
+            self._hub.wait(self._join_seconds, self._end.note)
+        elif not self._all_here.wait(self._join_seconds + 10):
+            raise UserError(
+                f"process 0 at {address} does not answer\n"
+                "fix: the coordinator's address must be that of this run's process 0"
+            )
+        if self._refused:
+            raise UserError(
+                f"process 0 at {address} refuses process {index} of {count}: {self._refused}\n"
+                "fix: each process its own number, and the same count on all"
+            )
+
+    # Stop.
+
+    def ask(self, reason: str, code: int = EXIT_STOPPED) -> None:
+        """Ask all processes to stop after the same step; the first request counts.
+
+        Any thread may call this, at any time. Before the first step, and while some process has
+        not begun, all end at once: there is nothing to save.
+
+        Args:
+            reason: completes "stopped by".
+            code: exit code of the run.
+        """
+        if self._link is not None:
+            send_message(self._link, {"kind": "ask", "reason": reason, "code": code})
+            return
+        with self._changed:
+            if self.reason is None and self._passed != _AFTER_ALL:
+                at = None if self._passed is None else self._passed + 1
+                self._stop({"reason": reason, "code": code, "process": 0, "at": at})
+
+    @contextlib.contextmanager
+    def running(self, updates: int) -> Iterator[None]:
+        """Begin the steps: in this block a stop waits for the end of a step.
+
+        Args:
+            updates: number of updates made before.
+        """
+        self._pass(updates)
+        yield
+        self._pass(_AFTER_ALL)
+
+    def reached(self, updates: int) -> bool:
+        """Return whether to stop now, the same on every process; call it once after each step.
+
+        Args:
+            updates: number of updates made or dispatched.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: not self._proposed or self._stop_at is not None)
+            if self._stop_at is not None and updates >= self._stop_at:
+                return True
+            self._passed = updates
+            return False
+
+    def _pass(self, updates: int) -> None:
+        with self._changed:
+            # A request of the start ends the process; wait for that rather than begin.
+            self._changed.wait_for(lambda: not self._proposed or self._stop_at is not None)
+            self._passed = updates
+
+    def _stop(self, message: Message) -> None:
+        """Accept a decision; `at` is None where some process has not begun."""
+        asked = f" to process {message['process']}" if self.count > 1 else ""
+        with self._changed:
+            self.reason, self.code = message["reason"] + asked, message["code"]
+            self._stop_at = message["at"]
+            self._changed.notify_all()
+        if self._stop_at is None:
+            self._end(
+                f"{self._me()}stopped by {self.reason} before the first step: nothing to save; "
+                f"{_CONTINUES}",
+                self.code,
+            )
+
+    def _signalled(self, number: int) -> None:
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        if number == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts > 1:
+                self._end(f"{self._me()}ended by a second Ctrl-C, nothing saved", EXIT_INTERRUPTED)
+        self.ask(name)
+
+    # End.
+
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """Tell the other processes of an error at once, before this one waits for them.
+
+        With several processes an error within the block ends the process: closing what is open
+        would wait for the others.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def leave(self) -> None:
+        """Wait for the others at the end of the run, so that none takes another for dead."""
+        if self._link is None or self._leaving:
+            return
+        jax = sys.modules.get("jax")
+        if jax is not None:
+            jax.distributed.shutdown()
+        self._leaving = True
+        send_message(self._link, {"kind": "leave"})
+        if self._hub:
+            self._hub.wait_for_leave(60)
+
+    def _fail(self, error: BaseException) -> None:
+        if self._link is None or self._leaving or isinstance(error, GeneratorExit):
+            return
+        own = isinstance(error, UserError | Finding)
+        # What is wrong here may follow from another process, whose news are on the way.
+        time.sleep(1.0 if own else _GRACE)
+        code, lines = _shown(error)
+        send_message(
+            self._link,
+            {"kind": "failed", "text": first_line(error), "code": code, "own": own},
+        )
+        time.sleep(0.2)
+        self._end(lines, code)
+
+    def _listen(self) -> None:
+        assert self._link is not None, "the team has met"
+        for message in messages(self._link):
+            self._handle(message)
+        if not self._leaving:
+            if self._refused is None and not self._other_ended:
+                self._lost("process 0 is gone")
+            self._all_here.set()
+
+    def _handle(self, message: Message) -> None:
+        kind = message["kind"]
+        if kind == "all":
+            self._all_here.set()
+        elif kind == "refused":
+            self._refused = message["why"]
+            self._leaving = True
+            self._all_here.set()
+        elif kind == "propose":
+            with self._changed:
+                self._proposed = True
+                passed = self._passed
+            assert self._link is not None, "a message came"
+            send_message(self._link, {"kind": "passed", "updates": passed})
+        elif kind == "stop":
+            self._stop(message)
+        elif kind == "gone":
+            self._lost(f"process {message['process']} ({message['who']}) {message['how']}")
+        elif kind == "failed":
+            self._other_ended = True  # process 0 may leave before this one, which waits a little
+            threading.Thread(target=self._other_failed, args=(message,), daemon=True).start()
+
+    def _lost(self, what: str) -> None:
+        self._end(f"{self._me()}ends: {what}; {_CONTINUES}", EXIT_STOPPED)
+
+    def _other_failed(self, message: Message) -> None:
+        if message["own"]:
+            time.sleep(_GRACE)  # the same may be wrong here, and is then said in full
+        self._end(
+            f"{self._me()}ends: process {message['process']} ({message['who']}) failed: "
+            f"{message['text']}",
+            message["code"],
+        )
+
+    def _me(self) -> str:
+        return f"process {self.index}: " if self.count > 1 else ""
+
+
+class _End:
+    """End the process from any thread, once, with one line on the terminal's standard error."""
+
+    def __init__(self) -> None:
+        self._once = threading.Lock()
+        # Standard error itself may be held back just then (quiet.py).
+        try:
+            self._stderr = os.dup(2)
+        except OSError:
+            self._stderr = -1
+
+    def __call__(self, lines: str, code: int) -> None:
+        """Write lines and end the process with a code; a second call waits for the first."""
+        self._once.acquire()
+        flush = threading.Thread(target=_flush, daemon=True)
+        flush.start()
+        flush.join(1.0)  # another thread may hold the stream
+        if sys.stderr is not None and sys.stderr.isatty():
+            lines = f"\x1b[?25h{lines}"  # a live line has hidden the cursor
+        self.note(lines)
+        os._exit(code)
+
+    def note(self, lines: str) -> None:
+        """Write lines."""
+        with contextlib.suppress(OSError):
+            os.write(self._stderr, f"{lines}\n".encode())
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+
+
+def _shown(error: BaseException) -> tuple[int, str]:
+    """Return the exit code of an error, and what is written of it."""
+    if isinstance(error, UserError):
+        return EXIT_USAGE, f"error: {error}"
+    if isinstance(error, Finding):
+        return EXIT_FINDING, str(error)
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else EXIT_FINDING, ""
+    return EXIT_FINDING, "".join(traceback.format_exception(error)).rstrip()
+
+
+def _watch_signals(answer: Callable[[int], None]) -> Callable[[], None]:
+    """Answer signals in a thread; return a function that restores what was.
+
+    Python's own handlers run in the main thread, and so not before a compilation or a collective
+    has ended. The system's handler writes the signal's number to a socket at once.
+    """
+    near, far = socket.socketpair()
+    far.setblocking(False)
+
+    def ignore(_number: int, _frame: FrameType | None) -> None:
+        """Let the thread answer."""
+
+    previous = {number: signal.signal(number, ignore) for number in _SIGNALS}
+    before = signal.set_wakeup_fd(far.fileno(), warn_on_full_buffer=False)
+
+    def read() -> None:
+        while number := near.recv(1):
+            if number[0] in _SIGNALS:
+                answer(number[0])
+        near.close()
+
+    threading.Thread(target=read, daemon=True, name="moe-shard-signals").start()
+
+    def restore() -> None:
+        signal.set_wakeup_fd(before)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        far.close()
+
+    return restore
