@@ -174,7 +174,7 @@ def test_the_run_folder_holds_what_the_contract_says(whole: tuple[Path, Done]) -
     visible = {path.name for path in run.iterdir() if not path.name.startswith(".")}
     assert visible == {
         "config.yml", "lowering.json", "metrics.jsonl", "tensorboard", "checkpoints", "hlo",
-        "profile",
+        "profile", "goodput.json",
     }  # fmt: skip
     steps = range(PERIOD, STEPS + 1, PERIOD)
     assert {p.name for p in (run / "checkpoints").iterdir()} == {str(step) for step in steps}
