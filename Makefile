@@ -9,7 +9,7 @@ TARGETS := $(VENV)/.targets
 PARITY := $(VENV)/.parity
 MAXTEXT := .venv-maxtext
 
-.PHONY: demo test test-newest test-parity record-parity test-recorded test-maxtext test-wheel targets test-targets test-targets-slow goldens test-goldens browser test-browser lint format bench clean help
+.PHONY: demo test test-newest test-parity record-parity test-recorded test-maxtext test-wheel targets test-targets test-targets-slow goldens test-goldens browser test-browser lint format bench fuzz clean help
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,6 +29,9 @@ test: $(READY)  ## the whole suite
 
 test-newest:  ## the whole suite on the newest jax, which needs NEWEST_PYTHON (TESTS="..." for some)
 	@$(MAKE) test PYTHON=$(NEWEST_PYTHON) VENV=.venv-newest PINS=
+
+fuzz: $(READY)  ## 20,000 generated hostile inputs of every command (COUNT=... FIRST=...; minutes)
+	$(RUN) -m tests.hostile $(or $(COUNT),20000) $(or $(FIRST),0)
 
 $(PARITY): $(READY)
 	@echo "installing torch and transformers into $(VENV) (about 1 GB)"

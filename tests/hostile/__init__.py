@@ -1,0 +1,1 @@
+"""Generate hostile inputs of every command, and judge what the commands answer."""
