@@ -22,6 +22,7 @@ PROG = "moe-shard"
 COMMANDS = {
     "train": "train a model; before step 0, show what its step lowers to",
     "status": "show how a run is doing: its curves, its pace, where the time went",
+    "supervise": "run a training again while it stops early and makes progress",
     "watch": "run any JAX program, and show what its steps lower to",
     "report": "show the collectives of a compiled program, and its verdict",
     "diff": "report what changed between two lowerings",
