@@ -313,6 +313,28 @@ def test_updates_that_ruin_the_weights_are_skipped_and_end_the_run(command: Comm
             assert np.allclose(arrays[f"gradients.{name}"], by_layer)
 
 
+def test_a_run_is_evaluated_ends_by_itself_and_goes_on_the_same(command: Command) -> None:
+    keys = ("eval_interval=2", "eval_holdout_fraction=0.05", "eval_steps=2", "learning_rate=0")
+    keys = (*keys, "eval_patience=2", "checkpoint_period=100", "steps=20")
+    done = command.run("mixtral-tiny", *TINY, *keys, "run_name=judged", XLA_FLAGS=FLAGS)
+    assert done.code == 0, done
+    assert "ended after step 6: the held-out loss has not fallen below" in done.out
+    run = command.folder / "outputs" / "judged"
+    judged = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+    assert [(each["step"], each["dataset"]) for each in judged] == [
+        (2, "held_out"), (4, "held_out"), (6, "held_out"),
+    ]  # fmt: skip
+    assert len({each["loss"] for each in judged}) == 1  # nothing is learned at rate 0
+    assert judged[0]["tokens"] == 2 * 8 * 32
+    assert json.loads((run / "best.json").read_text())["checkpoint"] == "checkpoints/2"
+    assert (run / "checkpoints" / "2").is_dir()
+    assert len(records(run)) == 6
+    again = command.run("mixtral-tiny", *TINY, *keys, "run_name=judged", XLA_FLAGS=FLAGS)
+    assert again.code == 0, again
+    assert "ended after step 6" in again.out
+    assert len(records(run)) == 6
+
+
 def test_a_folder_that_another_process_trains_into_is_refused(command: Command) -> None:
     run = command.folder / "outputs" / "held"
     run.mkdir(parents=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moe_shard.config.attention_config import AttentionConfig, RopeConfig
+from moe_shard.config.eval_config import EvalConfig
 from moe_shard.config.foreign_keys import sift
 from moe_shard.config.generate_config import GenerateConfig
 from moe_shard.config.keys import leaf_keys, shown
@@ -158,6 +159,7 @@ def _assemble(
         mesh=mesh,
         train=_build(TrainConfig, settings),
         data=_build(DataConfig, settings),
+        evaluation=_build(EvalConfig, settings),
         generate=_build(GenerateConfig, settings),
         warnings=warnings,
         unbuilt=_unbuilt(overlays),

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args
 
+from moe_shard.config.eval_config import EvalConfig
 from moe_shard.config.generate_config import GenerateConfig
 from moe_shard.config.keys import Key, check_leaves, keyed_values, shown, to_plain
 from moe_shard.config.mesh_config import MeshConfig
@@ -196,12 +197,17 @@ class DataConfig:
             library.
         tokenizer_path: a Hugging Face model directory or a tokenizer.json; empty: each byte is a
             token.
+        eval_dataset_path: text to evaluate on, each a dataset of its own; NAME=PATH names it.
+        eval_holdout_fraction: fraction of the documents of `dataset_path` that are evaluated on and
+            not trained on.
         seed: see `TrainConfig`.
     """
 
     dataset_type: Annotated[DatasetType, Key(choices=get_args(DatasetType))] = "text"
     dataset_path: Annotated[tuple[str, ...], Key()] = ()
     tokenizer_path: Annotated[str, Key()] = ""
+    eval_dataset_path: Annotated[tuple[str, ...], Key()] = ()
+    eval_holdout_fraction: Annotated[float, Key(least=0, below=1)] = 0.0
     seed: Annotated[int, Key(least=0, below=2**32)] = 0
 
     def __post_init__(self) -> None:
@@ -269,6 +275,7 @@ class Config:
         mesh: axes, their sizes, and the rule table.
         train: batch, schedule, optimizer.
         data: where the text comes from.
+        evaluation: when the run is evaluated on held-out text.
         generate: how text is generated.
         warnings: one line each, for standard error.
         unbuilt: key, value, and what it requests, for what the model needs and this version does
@@ -281,10 +288,19 @@ class Config:
     mesh: MeshConfig
     train: TrainConfig
     data: DataConfig
+    evaluation: EvalConfig
     generate: GenerateConfig
     warnings: tuple[str, ...] = ()
     unbuilt: tuple[tuple[str, Any, str], ...] = ()
     detected: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        held_out = self.data.eval_dataset_path or self.data.eval_holdout_fraction
+        if self.evaluation.eval_interval != -1 and not held_out:
+            raise UserError(
+                f"eval_interval={self.evaluation.eval_interval} without text to evaluate on\n"
+                "fix: eval_dataset_path=FILES, or eval_holdout_fraction=0.05 of dataset_path"
+            )
 
     @property
     def not_built(self) -> tuple[str, ...]:
@@ -316,7 +332,7 @@ class Config:
             flat["num_experts"] = 1
         else:
             parts += [moe, moe.router]
-        for part in (*parts, self.mesh, self.train, self.data, self.generate):
+        for part in (*parts, self.mesh, self.train, self.data, self.evaluation, self.generate):
             flat |= keyed_values(part)
         flat |= self.mesh.flat_sizes()
         # The table is complete: rules that it lacks must not come back from base.yml.

@@ -24,7 +24,7 @@ from jaxtyping import Int32, Int64
 
 from moe_shard.config.schema import DataConfig
 from moe_shard.data.corpus import ByteCorpus, Corpus, Say, TokenCorpus
-from moe_shard.data.documents import find_documents
+from moe_shard.data.split import split_documents
 from moe_shard.data.synthetic import HostBatch, SyntheticSteps
 from moe_shard.data.tokenizer import (
     ByteTokenizer,
@@ -287,13 +287,13 @@ def batches(
     tokenizer = find_tokenizer(config.tokenizer_path)
     require_vocabulary(tokenizer, vocab_size)
     text = PackedText(
-        find_documents(config.dataset_path),
+        split_documents(config).training,
         seq_len=seq_len,
         seed=config.seed,
         tokenizer=tokenizer if config.tokenizer_path else None,
         say=say,
     )
-    _require_same_text(text)
+    require_same_text(text)
     stream = grain.MapDataset.source(text).shuffle(config.seed).repeat()
 
     def read(step: int) -> HostBatch:
@@ -312,7 +312,12 @@ def batches(
     return Batches(steps, sharding, shape, bytes_per_token=text.bytes_per_token)
 
 
-def _require_same_text(text: PackedText) -> None:
+def require_same_text(text: PackedText) -> None:
+    """Refuse a text that differs between processes.
+
+    Raises:
+        UserError: it does.
+    """
     if jax.process_count() == 1:
         return
     mine = text.fingerprint()

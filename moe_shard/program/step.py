@@ -82,6 +82,7 @@ class Program:
         step: (state, batch) -> (state, metrics); jitted, and donates its state. A step whose loss,
             gradient or update is not finite leaves parameters and moments as they were.
         norms: (params, batch) -> `Norms`; jitted, for a step that went bad.
+        evaluate: (params, batch of one microbatch) -> its mean cross entropy in nats; jitted.
     """
 
     model: AbstractModel
@@ -92,6 +93,7 @@ class Program:
     init_rest: jax.stages.Wrapped
     step: jax.stages.Wrapped
     norms: jax.stages.Wrapped
+    evaluate: jax.stages.Wrapped
 
     @property
     def batch_sharding(self) -> NamedSharding:
@@ -117,6 +119,7 @@ def make_program(config: Config, sharding: Sharding) -> Program:
     optimizer = make_optimizer(config.train, stored)
     schedule = make_schedule(config.train)
     grad_fn = make_grad(config, model, stored)
+    loss_fn = make_loss(config, model)
 
     def init_rest(params: Params) -> tuple[Int[Array, ""], Any]:
         opt_state = optimizer.init(params)
@@ -134,6 +137,12 @@ def make_program(config: Config, sharding: Sharding) -> Program:
             params, model.specs, stored, config.model.dtype, cast=config.train.cast_weights_once
         )
         return _accumulate(grad_fn, weights, params, batch)
+
+    def evaluate(params: Params, batch: Batch) -> Float[Array, ""]:
+        weights = working_weights(
+            params, model.specs, stored, config.model.dtype, cast=config.train.cast_weights_once
+        )
+        return loss_fn(weights, jax.tree.map(lambda x: x[0], batch))[1].ce_loss
 
     def norms_of(params: Params, batch: Batch) -> Norms:
         loss, _, grads = gradient(params, batch)
@@ -200,20 +209,22 @@ def make_program(config: Config, sharding: Sharding) -> Program:
             in_shardings=(state_shardings.params, _shardings(abstract_batch)),
             out_shardings=replicated,
         ),
+        evaluate=jax.jit(
+            evaluate,
+            in_shardings=(state_shardings.params, _shardings(abstract_batch)),
+            out_shardings=replicated,
+        ),
     )
 
 
 GradFn = Callable[[Params, dict[str, Int[Array, "R S"]]], tuple[Float[Array, ""], Losses, Params]]
 
 
-def make_grad(config: Config, model: AbstractModel, stored: Params | None = None) -> GradFn:
-    """Make the gradient function of cross entropy plus weighted auxiliary losses.
+LossFn = Callable[[Params, dict[str, Int[Array, "R S"]]], tuple[Float[Array, ""], Losses]]
 
-    Args:
-        config: model and training.
-        model: the decoder.
-        stored: `ParamSpec`s with the placement of the gradients; None: that of the parameters.
-    """
+
+def make_loss(config: Config, model: AbstractModel) -> LossFn:
+    """Make the function of cross entropy plus weighted auxiliary losses, and their parts."""
 
     def loss_fn(
         params: Params, batch: dict[str, Int[Array, "R S"]]
@@ -233,6 +244,18 @@ def make_grad(config: Config, model: AbstractModel, stored: Params | None = None
             losses = _with_moe(config, ce_loss, stats)
             return ce_loss + losses.aux_loss, losses
 
+    return loss_fn
+
+
+def make_grad(config: Config, model: AbstractModel, stored: Params | None = None) -> GradFn:
+    """Make the gradient function of `make_loss`.
+
+    Args:
+        config: model and training.
+        model: the decoder.
+        stored: `ParamSpec`s with the placement of the gradients; None: that of the parameters.
+    """
+    loss_fn = make_loss(config, model)
     shardings = jax.tree.map(lambda spec: spec.sharding, stored or model.specs)
 
     def grad_fn(

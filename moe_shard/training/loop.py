@@ -20,10 +20,12 @@ from moe_shard.config.hardware import find_hardware
 from moe_shard.config.schema import Config
 from moe_shard.data.batches import Batches, batches
 from moe_shard.data.corpus import Say
+from moe_shard.data.held_out import HeldOutText, held_out_texts
 from moe_shard.models.flops import train_flops_per_token
 from moe_shard.program.step import Batch, Metrics, Program, TrainState
 from moe_shard.runtime.team import Team
 from moe_shard.training.bad_steps import BadSteps
+from moe_shard.training.evaluation import Evaluation
 from moe_shard.training.goodput import STEPS, WallTime
 from moe_shard.training.metrics import MetricsWriter, Record
 from moe_shard.training.profile import StepProfile
@@ -43,11 +45,13 @@ class Outcome:
         updates: number of updates, those of earlier processes included.
         stopped_by: what stopped it early, or None.
         last: record of the last step of this process; None if it made none.
+        ended_by: why the evaluation ended the run before its last step, or None.
     """
 
     updates: int
     stopped_by: str | None
     last: Record | None
+    ended_by: str | None = None
 
 
 class Trainer:
@@ -82,6 +86,7 @@ class Trainer:
         train = config.train
         self.checkpointer: Checkpointer | None = None
         self.data: Batches | None = None
+        self.held_out: tuple[HeldOutText, ...] = ()
         self.first = 0
         microbatches, rows, seq_len = shape = program.abstract_batch["inputs"].shape
         with ExitStack() as opening:
@@ -105,6 +110,16 @@ class Trainer:
                     say=say,
                 )
                 opening.callback(self.data.close)
+                if config.evaluation.eval_interval != -1:
+                    self.held_out = held_out_texts(
+                        config.data,
+                        vocab_size=config.model.vocab_size,
+                        seq_len=seq_len,
+                        rows=rows,
+                        most=config.evaluation.eval_steps,
+                        sharding=program.batch_sharding,
+                        say=say,
+                    )
             self._open = opening.pop_all()
         self.tokens_per_device = math.prod(shape) / jax.device_count()
         self.flops_per_token = train_flops_per_token(config.model, seq_len=seq_len)
@@ -160,11 +175,22 @@ class Trainer:
         profile = StepProfile(self.folder / "profile", train, first_step=self.first)
         self.writer, self.progress, self.profile, self.step = writer, progress, profile, step
         self.bad_steps = BadSteps(self.config, self.program, self.folder, console.print)
+        self.evaluation = Evaluation(
+            self.config.evaluation,
+            self.held_out,
+            self.program,
+            self.folder,
+            first=self.first,
+            say=console.print,
+        )
         with writer, team.running(self.first), profile, progress, self.wall.part(STEPS):
             updates = self._steps(state, self.data, team)
             if self.checkpointer:
                 self.checkpointer.finish()
-        return Outcome(updates, team.reason if updates < train.steps else None, self.last)
+        early = updates < train.steps
+        ended = self.evaluation.end if early else None
+        stopped = team.reason if early and not ended else None
+        return Outcome(updates, stopped, self.last, ended)
 
     def _first_state(self, console: Console) -> TrainState:
         if self.checkpointer and self.first:
@@ -194,9 +220,12 @@ class Trainer:
         train = self.config.train
         pending: tuple[int, Metrics, Batch] | None = None
         clock = SaveClock(train.checkpoint_period_minutes)
+        ending = False
         owed = False  # a checkpoint that waits for a step that is not skipped
         self.finished_at = time.perf_counter()
         for step in range(self.first, train.steps):
+            if self.evaluation.end:
+                return step
             if pending and self.bad_steps.next_may_end_the_run:
                 self._record(*pending, state)
                 pending = None
@@ -214,14 +243,20 @@ class Trainer:
             last = updates == train.steps
             stopping = team.reached(updates)
             owed = owed or clock.due(updates) or updates % train.checkpoint_period == 0
-            if stopping or owed or last:
+            evaluating = self.evaluation.due(updates)
+            if stopping or owed or last or evaluating:
                 # Know what became of the step before saving.
                 self._record(*pending, state)
                 pending = None
+                if evaluating:
+                    with self.wall.part("evaluate"):
+                        owed = self.evaluation.run(state, updates) or owed
+                    self.finished_at = time.perf_counter()
+                    ending = self.evaluation.end is not None
                 # While steps are bad, the weights may be what is wrong: older ones stay the newest.
                 due = owed and not self.bad_steps.in_a_row
                 completed = last and train.save_checkpoint_on_completion
-                if self.checkpointer and (stopping or due or completed):
+                if self.checkpointer and (stopping or due or completed or ending):
                     with self.wall.part("save"):
                         self.checkpointer.save(state, updates=updates)
                     clock.saved()

@@ -188,6 +188,8 @@ def _conclude(
             soft_wrap=True,
         )
         console.quiet = quiet
+    elif outcome.ended_by:
+        console.print(f"ended after step {outcome.updates}: {outcome.ended_by}")
     elif config.train.steps == 0:
         console.print("steps=0: compiled and reported only")
     elif outcome.last is None:

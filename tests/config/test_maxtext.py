@@ -547,7 +547,6 @@ REFUSED = [
     ("use_sft=true", ["use_sft=true asks for another trainer"]),
     ("enable_lora=true", ["LoRA"]),
     ("trainable_parameters_mask=[a]", ["all parameters are trained"]),
-    ("eval_interval=5", ["evaluation while training"]),
     ("ici_pipeline_parallelism=2", ["pipeline parallelism", "ici_pipeline_parallelism=1"]),
     ("max_segments_per_seq=4", ["max_segments_per_seq=4"]),
     ("grain_train_files=/x", ["a dataset of MaxText's pipelines"]),

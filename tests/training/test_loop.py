@@ -43,6 +43,9 @@ def make_steps(
         poll=lambda: None,
         save=lambda _, updates: events.append(f"save {updates}"),
     )
+    trainer.evaluation = SimpleNamespace(  # type: ignore[assignment]
+        end=None, due=lambda _: False
+    )
     trainer.bad_steps = SimpleNamespace(  # type: ignore[assignment]
         next_may_end_the_run=False, in_a_row=0
     )
