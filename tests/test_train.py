@@ -314,8 +314,10 @@ def test_updates_that_ruin_the_weights_are_skipped_and_end_the_run(command: Comm
 
 
 def test_a_run_is_evaluated_ends_by_itself_and_goes_on_the_same(command: Command) -> None:
-    keys = ("eval_interval=2", "eval_holdout_fraction=0.05", "eval_steps=2", "learning_rate=0")
-    keys = (*keys, "eval_patience=2", "checkpoint_period=100", "steps=20")
+    keys = (
+        "eval_interval=2", "eval_holdout_fraction=0.05", "eval_steps=2", "learning_rate=0",
+        "eval_patience=2", "checkpoint_period=100", "steps=20",
+    )  # fmt: skip
     done = command.run("mixtral-tiny", *TINY, *keys, "run_name=judged", XLA_FLAGS=FLAGS)
     assert done.code == 0, done
     assert "ended after step 6: the held-out loss has not fallen below" in done.out

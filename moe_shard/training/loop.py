@@ -25,8 +25,8 @@ from moe_shard.models.flops import train_flops_per_token
 from moe_shard.program.step import Batch, Metrics, Program, TrainState
 from moe_shard.runtime.team import Team
 from moe_shard.training.bad_steps import BadSteps
-from moe_shard.training.evaluation import Evaluation
 from moe_shard.training.goodput import STEPS, WallTime
+from moe_shard.training.held_out_loss import Evaluation
 from moe_shard.training.metrics import MetricsWriter, Record
 from moe_shard.training.profile import StepProfile
 from moe_shard.training.progress import ProgressLine

@@ -20,7 +20,7 @@ from moe_shard.data.held_out import HeldOutText, held_out_texts
 from moe_shard.data.split import split_documents
 from moe_shard.errors import UserError
 from moe_shard.program.step import Program, make_program
-from moe_shard.training.evaluation import Evaluation
+from moe_shard.training.held_out_loss import Evaluation
 from tests.models.build import NO_DROPS, annotator, random_params, small_config
 
 TOKENS = 16  # of a sequence; 8 sequences a batch
