@@ -10,7 +10,7 @@ from moe_shard.data.documents import find_documents
 from moe_shard.errors import UserError
 
 
-class Split(NamedTuple):
+class SplitDocuments(NamedTuple):
     """Hold the documents of a run.
 
     Attributes:
@@ -22,7 +22,7 @@ class Split(NamedTuple):
     held_out: tuple[Path, ...]
 
 
-def split_documents(config: DataConfig) -> Split:
+def split_documents(config: DataConfig) -> SplitDocuments:
     """Hold out evenly spaced documents, the same whatever the seed.
 
     Args:
@@ -34,7 +34,7 @@ def split_documents(config: DataConfig) -> Split:
     documents = find_documents(config.dataset_path)
     fraction = config.eval_holdout_fraction
     if not fraction:
-        return Split(documents, ())
+        return SplitDocuments(documents, ())
     # Document i is held out where i * fraction passes a whole number: every 20th for 0.05.
     out = [int((i + 1) * fraction + 1e-9) > int(i * fraction + 1e-9) for i in range(len(documents))]
     training = tuple(path for path, held in zip(documents, out, strict=True) if not held)
@@ -45,4 +45,4 @@ def split_documents(config: DataConfig) -> Split:
             "documents of dataset_path: one part is empty\n"
             "fix: another fraction, more files, or eval_dataset_path=FILES"
         )
-    return Split(training, held_out)
+    return SplitDocuments(training, held_out)

@@ -23,7 +23,7 @@ from moe_shard.program.step import Program, TrainState
 from moe_shard.training.metrics import read_metrics
 
 
-class Evaluation:
+class HeldOutLoss:
     """Evaluate after some of a run's updates; keep `eval.jsonl` and `best.json`.
 
     A resumed run repeats what came after its checkpoint: records of later updates are removed, and

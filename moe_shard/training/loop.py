@@ -26,7 +26,7 @@ from moe_shard.program.step import Batch, Metrics, Program, TrainState
 from moe_shard.runtime.team import Team
 from moe_shard.training.bad_steps import BadSteps
 from moe_shard.training.goodput import STEPS, WallTime
-from moe_shard.training.held_out_loss import Evaluation
+from moe_shard.training.held_out_loss import HeldOutLoss
 from moe_shard.training.metrics import MetricsWriter, Record
 from moe_shard.training.profile import StepProfile
 from moe_shard.training.progress import ProgressLine
@@ -175,7 +175,7 @@ class Trainer:
         profile = StepProfile(self.folder / "profile", train, first_step=self.first)
         self.writer, self.progress, self.profile, self.step = writer, progress, profile, step
         self.bad_steps = BadSteps(self.config, self.program, self.folder, console.print)
-        self.evaluation = Evaluation(
+        self.evaluation = HeldOutLoss(
             self.config.evaluation,
             self.held_out,
             self.program,

@@ -20,7 +20,7 @@ from moe_shard.data.held_out import HeldOutText, held_out_texts
 from moe_shard.data.split import split_documents
 from moe_shard.errors import UserError
 from moe_shard.program.step import Program, make_program
-from moe_shard.training.held_out_loss import Evaluation
+from moe_shard.training.held_out_loss import HeldOutLoss
 from tests.models.build import NO_DROPS, annotator, random_params, small_config
 
 TOKENS = 16  # of a sequence; 8 sequences a batch
@@ -53,7 +53,7 @@ def evaluated(folder: Path, mesh: dict[str, int]) -> tuple[list[Any], Any]:
     params = random_params(config)
     found = texts(config, program, [f"both={folder}/text", str(folder / "text" / "c.txt")])
     run = folder / "run"
-    evaluation = Evaluation(
+    evaluation = HeldOutLoss(
         EvalConfig(eval_interval=2), found, program, run, first=0, say=lambda _: None
     )
     places = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state.params)
@@ -108,7 +108,7 @@ def test_the_numbers_do_not_depend_on_the_expert_axis(tmp_path: Path) -> None:
             assert a["tokens"] == b["tokens"]
 
 
-class Scripted(Evaluation):
+class Scripted(HeldOutLoss):
     """Evaluate to losses that a test writes."""
 
     losses: tuple[float, ...] = ()
