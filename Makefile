@@ -9,7 +9,7 @@ TARGETS := $(VENV)/.targets
 PARITY := $(VENV)/.parity
 MAXTEXT := .venv-maxtext
 
-.PHONY: demo test test-newest test-parity record-parity test-recorded test-maxtext test-wheel targets test-targets test-targets-slow goldens test-goldens browser test-browser lint format bench fuzz clean help
+.PHONY: demo test test-newest test-parity record-parity test-recorded test-maxtext test-wheel targets test-targets test-targets-slow goldens test-goldens browser test-browser lint format soak bench fuzz clean help
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -94,6 +94,9 @@ lint: $(READY)  ## style and types
 format: $(READY)  ## rewrite to the style
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+soak: $(READY)  ## kill a training 100 times, alone and as two processes (hours; SOAK="--kills 20" for less)
+	$(RUN) -m tests.soak.kills $(SOAK)
 
 bench: $(READY)  ## one MoE layer, every strategy, flag on and off
 	$(RUN) -m moe_shard bench
