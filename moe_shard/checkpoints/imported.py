@@ -31,6 +31,7 @@ from moe_shard.files import expanded, new_folder, write_text
 from moe_shard.maxtext.folders import ITEMS, find_items
 from moe_shard.maxtext.read import read_params
 from moe_shard.models.params import Params
+from moe_shard.program.norms import require_finite
 from moe_shard.terminal import bytes_line
 
 _PARAMS, _HF_CONFIG = "params", "config.json"
@@ -140,6 +141,7 @@ def import_model(
             write_text(folder / "config.yml", _movable(config, source).to_yaml())
             keep_hf(str(source), folder, family)
         params = load_params(str(source), specs, model=config.model, family=family, console=console)
+        require_finite(params, specs, str(source))
         with console.status("writing the parameters"), _manager(folder / _PARAMS) as manager:
             state = {"params": params}
             limits = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), state)

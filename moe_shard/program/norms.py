@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from moe_shard.config.schema import brief_list
+from moe_shard.errors import UserError
 from moe_shard.models.params import Params, ParamSpec
 
 LayerValues = dict[str, Float[Array, "..."]]
@@ -56,6 +61,43 @@ def norms(loss: Float[Array, ""], grads: Params, params: Params, specs: Params) 
         each(grads, count=True),
         each(params, count=True),
     )
+
+
+def require_finite(params: Params, specs: Params, source: str) -> None:
+    """Refuse weights with an element that is not finite: every step would be skipped.
+
+    Args:
+        params: the parameters, as they were read.
+        specs: their `ParamSpec`s.
+        source: where they were read from.
+
+    Raises:
+        UserError: there is one; it names the parameters, and the first layer of each.
+    """
+    flat = jax.tree.leaves(specs)
+    replicated = NamedSharding(flat[0].sharding.mesh, PartitionSpec())
+
+    def counts(params: Params) -> LayerValues:
+        leaves = zip(flat, jax.tree.leaves(params), strict=True)
+        return {spec.name: _by_layer(x, spec, count=True) for spec, x in leaves}
+
+    found = jax.device_get(jax.jit(counts, out_shardings=replicated)(params))
+    if names := named_bad(found):
+        total = sum(float(np.sum(count)) for count in found.values())
+        raise UserError(
+            f"{source}: weights that are not finite (NaN or inf): {total:,.0f} in "
+            f"{brief_list(names, 3)}\nfix: the weights before they went bad, or copied again"
+        )
+
+
+def named_bad(counts: Mapping[str, Any]) -> list[str]:
+    """List tensors with elements that are not finite, with the first of their layers."""
+    names = []
+    for name, count in counts.items():
+        at = np.flatnonzero(np.asarray(count))
+        if at.size:
+            names.append(f"{name}[{at[0]}]" if np.ndim(count) else name)
+    return names
 
 
 def _by_layer(x: Float[Array, "*D"], spec: ParamSpec, *, count: bool) -> Float[Array, "..."]:

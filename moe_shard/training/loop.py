@@ -22,6 +22,7 @@ from moe_shard.data.batches import Batches, batches
 from moe_shard.data.corpus import Say
 from moe_shard.data.held_out import HeldOutText, held_out_texts
 from moe_shard.models.flops import train_flops_per_token
+from moe_shard.program.norms import require_finite
 from moe_shard.program.step import Batch, Metrics, Program, TrainState
 from moe_shard.runtime.team import Team
 from moe_shard.training.bad_steps import BadSteps
@@ -206,6 +207,7 @@ class Trainer:
                 family=run.hf_family,
                 console=console,
             )
+            require_finite(params, self.program.model.specs, run.load_parameters_path)
             step, opt_state = self.program.init_rest(params)
             # As the optimizer stores them, which may be over more axes than the layers use.
             places = jax.tree.map(lambda leaf: leaf.sharding, self.program.abstract_state.params)

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from moe_shard.config.schema import TrainConfig, brief_list
 from moe_shard.errors import first_line
 from moe_shard.files import write_bytes, write_text
-from moe_shard.program.norms import LayerValues, Norms
+from moe_shard.program.norms import Norms, named_bad
 from moe_shard.program.step import Batch, Program, TrainState
 
 
@@ -66,12 +66,12 @@ def examine(
 
 def _cause(config: TrainConfig, values: Mapping[str, float], found: Norms | None) -> str:
     """Say what the numbers show, and no more."""
-    if found is not None and (bad := _bad(found.bad_parameters)):
+    if found is not None and (bad := named_bad(found.bad_parameters)):
         return f"parameters that are not finite themselves: {brief_list(bad, 3)}"
     if not math.isfinite(values["loss"]):
         return "the parameters are finite, and overflow on the way to the loss"
     if not math.isfinite(values["grad_norm"]):
-        bad = _bad(found.bad_gradients) if found is not None else []
+        bad = named_bad(found.bad_gradients) if found is not None else []
         where = f", in {brief_list(bad, 3)}" if bad else ""
         return f"the loss is finite, and the gradient overflows{where}"
     if not math.isfinite(values["update_norm"]):
@@ -86,22 +86,12 @@ def _cause(config: TrainConfig, values: Mapping[str, float], found: Norms | None
 
 
 def _fix(values: Mapping[str, float], config: TrainConfig, found: Norms | None) -> str:
-    if found is not None and _bad(found.bad_parameters):
+    if found is not None and named_bad(found.bad_parameters):
         return "an earlier checkpoint, or weights without NaN in load_parameters_path"
     lower = f"a learning_rate below {config.learning_rate:g}"
     if all(math.isfinite(values[name]) for name in ("loss", "grad_norm", "update_norm")):
         return f"{lower}, or a larger skip_step_scaling_factor"
     return f"{lower}, from a checkpoint before the loss rose"
-
-
-def _bad(counts: LayerValues) -> list[str]:
-    """List tensors with elements that are not finite, with the first of their layers."""
-    names = []
-    for name, count in counts.items():
-        at = np.flatnonzero(np.asarray(count))
-        if at.size:
-            names.append(f"{name}[{at[0]}]" if np.ndim(count) else name)
-    return names
 
 
 def _whole(batch: Batch) -> dict[str, Int[np.ndarray, "A R S"]]:
