@@ -130,9 +130,12 @@ def _refuse(folder: Path, damaged: list[tuple[Path, Damage]], aside: list[str]) 
         what = f"{folder} holds only damaged checkpoints: {', '.join(aside[:3])}"
     else:
         return
-    raise UserError(
-        f"{what}\nfix: put a whole one there; another run_name, or removing them, starts anew"
+    fix = (
+        "import the model again"
+        if folder.name == "params"
+        else "put a whole one there; another run_name, or removing them, starts anew"
     )
+    raise UserError(f"{what}\nfix: {fix}")
 
 
 def _examine(path: Path, run: str | None, *, verify: bool) -> tuple[Checksums | None, list[str]]:
