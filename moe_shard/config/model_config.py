@@ -14,6 +14,7 @@ from moe_shard.errors import UserError
 DType = Literal["bfloat16", "float16", "float32"]
 CrossEntropyName = Literal["auto", "tokamax"]
 Normalization = Literal["rms", "layer"]
+MOST_LAYERS = 2**12  # far above any model; the cycle of their kinds is looked for layer by layer
 GATE_ACTIVATIONS = ("silu", "gelu", "gelu_exact", "quick_gelu", "relu")
 """Values of the first entry of `mlp_activations`; the second is `linear`. `gelu` is the tanh form,
 as in JAX; `quick_gelu` is x * sigmoid(1.702 x)."""
@@ -105,7 +106,9 @@ class ModelConfig:
     """
 
     emb_dim: Annotated[int, Key("base_emb_dim", least=1)] = 2048
-    num_decoder_layers: Annotated[int, Key("base_num_decoder_layers", least=1)] = 16
+    num_decoder_layers: Annotated[
+        int, Key("base_num_decoder_layers", least=1, most=MOST_LAYERS)
+    ] = 16
     mlp_dim: Annotated[int, Key("base_mlp_dim", least=1)] = 7168
     vocab_size: Annotated[int, Key(least=2)] = 32000
     normalization_type: Annotated[Normalization, Key(choices=get_args(Normalization))] = "rms"

@@ -133,3 +133,8 @@ def test_a_model_that_cannot_be_there_is_refused(model: str) -> None:
     with pytest.raises(UserError) as caught:
         load_model(model)
     check_message(caught.value)
+
+
+def test_more_layers_than_can_be_looked_at_are_refused() -> None:
+    with pytest.raises(UserError, match="base_num_decoder_layers at least 1 and at most 4096"):
+        load_config("mixtral-tiny", ["base_num_decoder_layers=100000000"])
