@@ -51,7 +51,7 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     base = copy / "configs" / "base.yml"
     # A configuration key: a line of base.yml, an attribute of a dataclass.
-    line = "dataset_path: []"
+    line = "dataset_path: []  # paths of text files"
     replace_once(base, line, f"data_repeats: 1  # times; a corpus is read\n{line}")
     schema = copy / "moe_shard" / "config" / "schema.py"
     attribute = "    dataset_path: Annotated"

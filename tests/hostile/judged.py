@@ -22,6 +22,7 @@ from unittest import mock
 from moe_shard.cli import main
 from moe_shard.config.schema import Config
 from moe_shard.errors import run_command
+from moe_shard.runtime.team import Team
 from moe_shard.training.changed_settings import find_changes, keep_earlier
 from moe_shard.training.metrics import MetricsWriter
 from moe_shard.training.run_folder import open_run
@@ -122,7 +123,7 @@ def _surroundings(case: Case, errors: io.StringIO) -> Iterator[None]:
     def alarm(_number: int, _frame: FrameType | None) -> None:
         raise _TooLong
 
-    def start(config: Config) -> None:
+    def start(config: Config, _team: Team) -> None:
         # All that a run does with its folder before it compiles.
         with open_run(config.run) as folder:
             changes = find_changes(folder, config)
