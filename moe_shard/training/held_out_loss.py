@@ -124,9 +124,13 @@ class HeldOutLoss:
     def _loss(self, state: TrainState, text: HeldOutText) -> float:
         """Return the mean cross entropy of a dataset, in nats a token."""
         batches = text.batches()
-        losses = [
-            self._program.evaluate(state.params, next(batches)) for _ in range(text.num_batches)
-        ]
+        losses: list[jax.Array] = []
+        for _ in range(text.num_batches):
+            batch = next(batches)
+            # No program waits for another's result here: all at once, their batches would fill the
+            # devices' memory, and simulated devices would wait for each other without end.
+            jax.block_until_ready(losses[-1:])
+            losses.append(self._program.evaluate(state.params, batch))
         return math.fsum(float(loss) for loss in jax.device_get(losses)) / text.num_batches
 
     def _mean(self, updates: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -172,3 +173,39 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path: Path) -> None:
         texts(config, program, [str(tmp_path / "short.txt")])
     with pytest.raises(UserError, match="two datasets short"):
         texts(config, program, [str(tmp_path / "short.txt")] * 2)
+
+
+class Running:
+    """Stand for a result that a device computes until somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def block_until_ready(self) -> Running:
+        self.done = True
+        return self
+
+    def __float__(self) -> float:
+        return 2.0
+
+
+def test_one_batch_is_evaluated_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Programs that do not wait for each other's results wait for each other's devices.
+    started: list[Running] = []
+
+    def evaluate(_params: Any, _batch: Any) -> Running:
+        assert all(each.done for each in started)
+        started.append(Running())
+        return started[-1]
+
+    monkeypatch.setattr(jax, "device_get", lambda tree: tree)
+    text: Any = SimpleNamespace(
+        name="t", tokens=10, bytes_per_token=1.0, num_batches=5, batches=lambda: repeat(None)
+    )
+    program: Any = SimpleNamespace(evaluate=evaluate)
+    evaluation = HeldOutLoss(
+        EvalConfig(eval_interval=1), (text,), program, tmp_path, first=0, say=len
+    )
+    state: Any = SimpleNamespace(params=None)
+    assert evaluation.run(state, 1)
+    assert len(started) == 5
