@@ -77,6 +77,14 @@ def read_small(path: Path, most: int = SMALL) -> bytes:
     )
 
 
+def next_numbered(path: Path) -> Path:
+    """Return the first of `path.1`, `path.2`, ... that is not there."""
+    number = 1
+    while os.path.lexists(found := path.with_name(f"{path.name}.{number}")):
+        number += 1
+    return found
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file, as UTF-8, so that a reader sees all of it or what was there before.
 

@@ -166,9 +166,9 @@ def _run_folder(arguments: Sequence[str]) -> Path:
         UserError: the command's model or keys are wrong.
     """
     from moe_shard.checkpoints.resolve import load_model
+    from moe_shard.training.run_folder import run_path
 
-    run = load_model(arguments[0], list(arguments[1:])).run
-    return Path(run.base_output_directory).expanduser().resolve() / run.run_name
+    return run_path(load_model(arguments[0], list(arguments[1:])).run)
 
 
 def _say(line: str) -> None:

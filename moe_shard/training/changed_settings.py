@@ -19,7 +19,8 @@ from moe_shard.config.mesh_config import LEVELS, MESH_AXES, parallelism_key
 from moe_shard.config.schema import Config, brief_list
 from moe_shard.config.strict_yaml import parse_yaml, read_mapping
 from moe_shard.errors import UserError
-from moe_shard.files import expanded, read_small, write_bytes
+from moe_shard.files import next_numbered, read_small, write_bytes
+from moe_shard.training.run_folder import run_path
 
 
 class Kind(Enum):
@@ -45,9 +46,9 @@ _KEYS: dict[Kind, str] = {
         save_checkpoint_on_completion verify_checkpoints enable_tensorboard resume_strict
         """,
     Kind.RUN: """
-        eval_holdout_fraction
-        seed dataset_type dataset_path tokenizer_path per_device_batch_size max_target_length
-        gradient_accumulation_steps dtype mlp_activations mlp_activations_limit mlp_linear_offset
+        seed dataset_type dataset_path tokenizer_path eval_holdout_fraction
+        per_device_batch_size max_target_length gradient_accumulation_steps dtype
+        mlp_activations mlp_activations_limit mlp_linear_offset
         normalization_layer_epsilon embedding_multiplier residual_multiplier logits_scaling
         final_logits_soft_cap latent_norm_epsilon sliding_window_size chunk_attn_window_size
         attn_logits_soft_cap attention_scale clip_qkv temperature_tuning temperature_tuning_scale
@@ -204,9 +205,7 @@ def refuse_impossible(config: Config) -> None:
     Raises:
         UserError: as `Changes.require_possible`.
     """
-    run = config.run
-    folder = expanded(run.base_output_directory).resolve() / run.run_name
-    changes = find_changes(folder, config)
+    changes = find_changes(run_path(config.run), config)
     if changes:
         changes.require_possible(strict=config.train.resume_strict)
 
@@ -250,9 +249,7 @@ def keep_earlier(folder: Path, text: str) -> Path | None:
     path = folder / "config.yml"
     if not os.path.lexists(path) or (content := read_small(path)) == text.encode():
         return None
-    number = 1
-    while os.path.lexists(kept := folder / f"config.yml.{number}"):
-        number += 1
+    kept = next_numbered(path)
     write_bytes(kept, content)
     return kept
 

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -29,13 +28,10 @@ from moe_shard.training.bad_steps import BadSteps
 from moe_shard.training.goodput import STEPS, WallTime
 from moe_shard.training.held_out_loss import HeldOutLoss
 from moe_shard.training.metrics import MetricsWriter, Record
+from moe_shard.training.pace import Pace
 from moe_shard.training.profile import StepProfile
 from moe_shard.training.progress import ProgressLine
 from moe_shard.training.save_clock import SaveClock
-
-COMPUTED = ("loss", "ce_loss", "aux_loss", "grad_norm", "learning_rate")
-COMPUTED_OF_ROUTING = ("dropped_token_fraction", "expert_load_max_over_mean")
-"""Metrics of the compiled step that a record has as they are."""
 
 
 @dataclass(frozen=True)
@@ -122,21 +118,18 @@ class Trainer:
                         say=say,
                     )
             self._open = opening.pop_all()
-        self.tokens_per_device = math.prod(shape) / jax.device_count()
-        self.flops_per_token = train_flops_per_token(config.model, seq_len=seq_len)
         hardware = find_hardware(jax.devices()[0].device_kind)
-        self.peak_flops = hardware.peak_flops.get(config.model.dtype) if hardware else None
+        self.pace = Pace(
+            tokens=math.prod(shape) / jax.device_count(),
+            flops_per_token=train_flops_per_token(config.model, seq_len=seq_len),
+            peak_flops=hardware.peak_flops.get(config.model.dtype) if hardware else None,
+        )
         self.last: Record | None = None
 
     def __enter__(self) -> Trainer:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with self.wall.part("save"):  # the last one may still be on its way
             self._open.close()
 
@@ -279,29 +272,12 @@ class Trainer:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
         seconds, self.finished_at = now - self.finished_at, now
-        tokens_per_second = self.tokens_per_device / seconds
-        flops = tokens_per_second * self.flops_per_token
-        record: Record = {
-            "step": step,
-            **{name: _number(values[name]) for name in COMPUTED},
-            "step_time_s": seconds,
-            "tokens_per_sec_per_device": tokens_per_second,
-            "tflops_per_sec_per_device": flops / 1e12,
-            "mfu": flops / self.peak_flops if self.peak_flops else None,
-            **{name: _number(values[name]) for name in COMPUTED_OF_ROUTING},
-            "update_norm": _number(values["update_norm"]),
-            "skipped": int(values["skipped"]),
-        }
+        record = self.pace.record(step, values, seconds)
         self.writer.write(record)
         self.wall.made(step + 1)
         self.progress.show(record)
         self.last = record
         self.bad_steps.see(step, values, state, batch)
-
-
-def _number(value: float) -> float | None:
-    """Return a number, or None where JSON has no word for it."""
-    return value if math.isfinite(value) else None
 
 
 def in_flight(metrics: Metrics) -> bool:

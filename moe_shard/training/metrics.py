@@ -9,14 +9,13 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import scalar
 
 from moe_shard.errors import Finding, UserError
-from moe_shard.files import write_bytes
+from moe_shard.files import next_numbered, write_bytes
 from moe_shard.training.appended import AppendedFile
 
 Record = dict[str, float | int | None]
@@ -65,12 +64,7 @@ class MetricsWriter:
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for file in (self._file, self._events):
             if file is not None:
                 file.close()
@@ -120,10 +114,11 @@ def _keep_before(path: Path, first_step: int, say: Callable[[str], object]) -> N
     if not path.exists():
         return
     content = path.read_bytes()
-    kept, damaged, unfinished = b"", 0, b""
+    keeping: list[bytes] = []
+    damaged, unfinished = 0, b""
     for line, record in _lines(content):
         if record is not None and int(record["step"] or 0) < first_step:
-            kept += line if line.endswith(b"\n") else line + b"\n"
+            keeping.append(line if line.endswith(b"\n") else line + b"\n")
         elif record is None and line.strip():
             damaged += 1
             unfinished = line
@@ -131,11 +126,10 @@ def _keep_before(path: Path, first_step: int, say: Callable[[str], object]) -> N
     if damaged == 1 and content.endswith(unfinished) and not unfinished.endswith(b"\n"):
         damaged = 0
     if damaged:
-        number = 1
-        while os.path.lexists(copy := path.with_name(f"{path.name}.{number}")):
-            number += 1
+        copy = next_numbered(path)
         write_bytes(copy, content)
         say(f"{path.name}: {damaged} lines are no records; the file as it was is {copy.name}")
+    kept = b"".join(keeping)
     if content.startswith(kept):
         os.truncate(path, len(kept))  # needs no room on the disk
     else:

@@ -87,6 +87,7 @@ def run(config: Config, team: Team | None = None) -> Outcome:
             open_run(config.run, writer=writer) as folder,
             WallTime(folder, writer=writer) as wall,
             Trainer(config, program, folder, wall=wall, say=say) as trainer,
+            # Here too: what is opened above waits for the other processes when it is closed.
             team.failing(),
             out_of_memory_is_a_finding(),
         ):

@@ -13,6 +13,20 @@ from moe_shard.errors import UserError
 from moe_shard.files import expanded
 
 
+def run_path(config: RunConfig) -> Path:
+    """Return a run's folder, `<base_output_directory>/<run_name>`, absolute; it need not exist.
+
+    Raises:
+        UserError: the run's name is no folder name, or `~` names nobody's home.
+    """
+    if config.run_name in {".", ".."} or "/" in config.run_name or "\0" in config.run_name:
+        raise UserError(
+            f"run_name={config.run_name!r} is not the name of a folder\n"
+            "fix: a name without '/'; base_output_directory says where it is made"
+        )
+    return expanded(config.base_output_directory).resolve() / config.run_name
+
+
 @contextmanager
 def open_run(config: RunConfig, *, writer: bool = True) -> Iterator[Path]:
     """Create the run's folder and hold it while the block runs.
@@ -29,12 +43,7 @@ def open_run(config: RunConfig, *, writer: bool = True) -> Iterator[Path]:
         UserError: the run's name is no folder name, the folder cannot be written, or another
             process is writing to it.
     """
-    if config.run_name in {".", ".."} or "/" in config.run_name or "\0" in config.run_name:
-        raise UserError(
-            f"run_name={config.run_name!r} is not the name of a folder\n"
-            "fix: a name without '/'; base_output_directory says where it is made"
-        )
-    folder = expanded(config.base_output_directory).resolve() / config.run_name
+    folder = run_path(config)
     _check_names(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
