@@ -8,13 +8,14 @@ import io
 import json
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import card, collectives, layer, step, targets
+from benchmarks import card, collectives, curve, layer, step, targets
 from benchmarks.bars import bars
 from benchmarks.markdown import replace_section, table
 from moe_shard.cli import main as moe_shard
@@ -122,6 +123,38 @@ def test_layer(
     says_where_it_is_from(printed, "Measured", "benchmarks.layer")
     with pytest.raises(UserError, match="moe-shard bench --json"):
         layer.main(["--json"])
+
+
+def test_curve_of_a_run_that_is_killed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(subprocess, "run", _start)
+    model = tmp_path / "tiny.yml"
+    sizes = (ROOT / "configs/models/mixtral-tiny.yml").read_text()
+    for each in TINY:
+        key, _, value = each.partition("=")
+        sizes = re.sub(rf"^{key}: .*$", "", sizes, flags=re.M) + f"\n{key}: {value}"
+    model.write_text(sizes)
+    page, picture = tmp_path / "page.md", tmp_path / "curve.svg"
+    page.write_text("<!-- curve -->\n<!-- /curve -->\n")
+    arguments = ["--steps", "40", "--kills", "1", "--model", str(model), "--plot", str(picture)]
+    arguments += ["--folder", str(tmp_path / "runs"), "--write", str(page)]
+    assert curve.main(arguments) == 0
+    printed = capsys.readouterr().out
+    found = cells(printed)
+    assert [row["updates"] for row in found] == [str(2 * (i + 1)) for i in range(20)]
+    assert float(found[-1]["bits per byte"]) < float(found[0]["bits per byte"])
+    assert "killed 1 times (1 x SIGKILL): 40 records and 20 evaluations" in printed
+    assert "bit for bit those of the first" in printed
+    assert picture.read_text().count("<polyline") == 2
+    assert "![the curve](curve.svg)" in page.read_text()
+    # One number that differs is found, without training again.
+    file = tmp_path / "runs/outputs/killed/eval.jsonl"
+    first, rest = file.read_text().split("\n", 1)
+    file.write_text(json.dumps(json.loads(first) | {"loss": 1.0}) + "\n" + rest)
+    monkeypatch.setattr(curve, "train", lambda *_: Counter())
+    assert curve.main(arguments[:-2]) == 1
+    assert "NOT those of the first" in capsys.readouterr().out
 
 
 def test_targets(capsys: pytest.CaptureFixture[str]) -> None:
