@@ -3,11 +3,13 @@
 #   TPU=my-v5e-16 ZONE=us-east5-b docs/launch/tpu_pod.sh
 #
 # Each host starts its process again after code 75 (a preempted host, a process that is gone), as long
-# as the run moves on; the processes wait for each other at every start.
+# as the run moves on; the processes wait for each other at every start, here for ten minutes: a host that
+# is replaced has to boot.
 set -euo pipefail
 : "${TPU:?the name of the TPU}" "${ZONE:?its zone}"
 
 gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all --command='
   moe-shard supervise -- train mixtral-8x7b \
-    run_name=pod base_output_directory=/mnt/shared/outputs steps=100000
+    run_name=pod base_output_directory=/mnt/shared/outputs steps=100000 \
+    jax_distributed_initialization_timeout=600
 '

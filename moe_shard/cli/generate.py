@@ -67,6 +67,7 @@ def main(argv: Sequence[str], prog: str = "moe-shard generate") -> int:
 
         source = find_source(args.model)
         config = load_generation_config(source, overrides)
+        team.join_seconds = config.run.jax_distributed_initialization_timeout
         cached, as_json = not args.no_cache, args.json
         generate(source, config, prompts, cached=cached, as_json=as_json, team=team)
     return 0

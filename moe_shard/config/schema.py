@@ -234,6 +234,7 @@ class RunConfig:
             one that its config.json names.
         jax_cache_dir: directory that compiled programs are kept in for later starts; "auto":
             `moe_shard/jax` in the user's cache directory; empty: none are kept.
+        jax_distributed_initialization_timeout: seconds for which processes wait for each other.
 
     Raises:
         UserError: `run_name` is not the name of a directory, or a path is an address.
@@ -245,6 +246,7 @@ class RunConfig:
     load_parameters_path: Annotated[str, Key()] = ""
     hf_family: Annotated[str, Key()] = ""
     jax_cache_dir: Annotated[str, Key()] = "auto"
+    jax_distributed_initialization_timeout: Annotated[int, Key(least=1, most=86_400)] = 50
 
     def __post_init__(self) -> None:
         check_leaves(self)

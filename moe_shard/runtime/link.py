@@ -1,7 +1,7 @@
 """Connect the processes of a run by sockets of their own, on which a death is seen at once.
 
 Process 0 listens at the coordinator's address (`Hub`), every process keeps one connection to it
-(`connect`), and jax's coordination service, which only hears of a death after 100 s and then ends
+(`greet`), and jax's coordination service, which only hears of a death after 100 s and then ends
 the process with a C++ dump, is reached through the same port (`serve_jax`): the near side of that
 path stays open when process 0 dies, so that jax notices nothing before this process has ended in
 order. Messages are JSON, one a line. A machine that vanished is found by TCP keepalive, which needs
@@ -23,12 +23,7 @@ from typing import Any
 from moe_shard.errors import UserError
 
 Message = dict[str, Any]
-Note = Callable[[str], object]
 
-JOIN_SECONDS = 300.0
-"""How long processes wait for each other at the start; MaxText's and jax's default."""
-_FIRST_NOTE, _NEXT_NOTE = 5.0, 25.0
-"""Seconds after which waiting is said, and said again."""
 _ANSWER_SECONDS = 30.0
 """How long a process may take to say at which step it is; a thread of its own answers."""
 _LINE = 65_536
@@ -48,7 +43,6 @@ class Hub:
     def __init__(self, listener: socket.socket, count: int, jax_port: int) -> None:
         self._listener, self._count, self._jax_port = listener, count, jax_port
         self._lock = threading.RLock()
-        self._complete = threading.Event()
         self._members: dict[int, socket.socket] = {}
         self._names: dict[int, str] = {}
         self._left: set[int] = set()
@@ -64,37 +58,23 @@ class Hub:
         self._register(near, 0, who())
         return far
 
-    def wait(self, seconds: float, note: Note) -> None:
-        """Wait until every process has come.
-
-        Args:
-            seconds: how long.
-            note: receives a line on which have not come.
-
-        Raises:
-            UserError: some did not come in time.
-        """
-        started, due = time.monotonic(), _FIRST_NOTE
-        while not self._complete.wait(0.1):
-            waited = time.monotonic() - started
-            if waited > seconds:
-                raise UserError(
-                    f"{self._missing()} did not come within {seconds:.0f} s\n"
-                    "fix: start the same command for each, with the same coordinator address"
-                )
-            if waited > due:
-                due += _NEXT_NOTE
-                note(f"waiting for {self._missing()}; gives up after {seconds:.0f} s")
-
-    def wait_for_leave(self, seconds: float) -> None:
-        """Wait until every other process has said that it leaves."""
-        self._everyone_left.wait(seconds)
-
-    def _missing(self) -> str:
+    def missing(self) -> str:
+        """Say which processes have not come."""
         with self._lock:
             missing = [str(i) for i in range(self._count) if i not in self._members]
         shown = ", ".join(missing[:8]) + (" ..." if len(missing) > 8 else "")
         return f"process {shown} of {self._count}"
+
+    def give_up(self, what: str) -> None:
+        """End all that have come, for a reason."""
+        with self._lock:
+            if not self._ending and len(self._members) < self._count:
+                self._ending = True
+                self._tell({"kind": "gone", "what": what})
+
+    def wait_for_leave(self, seconds: float) -> None:
+        """Wait until every other process has said that it leaves."""
+        self._everyone_left.wait(seconds)
 
     def _accept(self) -> None:
         while True:
@@ -139,7 +119,6 @@ class Hub:
             self._members[index], self._names[index] = connection, name
             if len(self._members) == self._count:
                 self._tell({"kind": "all"})
-                self._complete.set()
         _thread(self._serve, connection, index)
 
     def _serve(self, connection: socket.socket, index: int) -> None:
@@ -187,8 +166,8 @@ class Hub:
 
     def _lost(self, index: int, how: str) -> None:
         self._ending = True
-        lost = {"kind": "gone", "process": index, "who": self._names[index], "how": how}
-        self._tell(lost, but=index)
+        what = f"process {index} ({self._names[index]}) {how}"
+        self._tell({"kind": "gone", "what": what}, but=index)
 
     def _tell(self, message: Message, but: int | None = None) -> None:
         """Send to all; to this process last, as it may end on it."""
@@ -231,43 +210,21 @@ def listen(host: str, port: int, name: str) -> socket.socket:
     raise UserError(f"process 0 cannot listen at {name}: this host has no network\nfix: one")
 
 
-def connect(
-    address: tuple[str, int], index: int, count: int, *, seconds: float, note: Note
-) -> socket.socket:
-    """Connect to process 0 and wait until every process has come.
+def greet(address: tuple[str, int], index: int, count: int) -> socket.socket | str:
+    """Connect to process 0, and tell it who this is.
 
     Args:
         address: host and port at which process 0 listens.
         index: number of this process.
         count: number of processes.
-        seconds: how long to try.
-        note: receives a line while process 0 cannot be reached.
 
-    Raises:
-        UserError: it cannot be reached in time, or refuses this process.
+    Returns:
+        The connection, or why there is none.
     """
-    shown = f"{address[0]}:{address[1]}"
-    started, due = time.monotonic(), _FIRST_NOTE
-    while True:
-        waited = time.monotonic() - started
-        try:
-            connection = socket.create_connection(address, min(10.0, max(seconds - waited, 0.1)))
-            break
-        except (OSError, UnicodeError) as error:
-            why = str(getattr(error, "strerror", None) or error)[:100]
-        waited = time.monotonic() - started
-        if waited > seconds:
-            raise UserError(
-                f"the coordinator, process 0 at {shown}, cannot be reached: {why}\n"
-                f"fix: start process 0, or correct its address; tried for {seconds:.0f} s"
-            )
-        if waited > due:
-            due += _NEXT_NOTE
-            note(
-                f"process {index} cannot reach the coordinator, process 0 at {shown}: {why}; "
-                f"gives up after {seconds:.0f} s"
-            )
-        time.sleep(0.2)
+    try:
+        connection = socket.create_connection(address, 10)
+    except (OSError, UnicodeError) as error:
+        return str(getattr(error, "strerror", None) or error)[:100]
     connection.settimeout(None)
     prepare(connection)
     _send(connection, {"kind": "member", "index": index, "count": count, "who": who()})

@@ -1,7 +1,8 @@
 """Keep the processes of a run together: they start, stop and end as one.
 
-    with Team() as team:                # from here on a signal is answered
-        ...                             # join, compile, restore: a stop ends the process at once
+    with Team() as team:                # from here on a signal is answered, and a death is seen
+        ...                             # load jax, and `meet`: every process is there
+        ...                             # compile, restore: a stop ends the process at once
         with team.running(first_step):
             for step in ...:
                 ...                     # dispatch the step
@@ -29,33 +30,30 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
-from types import FrameType
 
-from moe_shard.errors import (
-    EXIT_FINDING,
-    EXIT_INTERRUPTED,
-    EXIT_STOPPED,
-    EXIT_USAGE,
-    Finding,
-    UserError,
-    first_line,
-)
+from moe_shard.errors import EXIT_INTERRUPTED, EXIT_STOPPED, Finding, UserError, first_line
+from moe_shard.runtime.ending import End, show
 from moe_shard.runtime.launch import Launch, find_launch, split_address
 from moe_shard.runtime.link import (
-    JOIN_SECONDS,
     Hub,
     Message,
-    connect,
     free_port,
+    greet,
     listen,
     messages,
     send_message,
     serve_jax,
 )
+from moe_shard.runtime.signals import watch_signals
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+JOIN_SECONDS = 50.0
+"""How long processes wait for each other, where no configuration says."""
+_JOIN_KEY = "jax_distributed_initialization_timeout"
+_FIRST_NOTE, _NEXT_NOTE = 5.0, 25.0
+"""Seconds after which waiting is said, and said again."""
+_REACH_SECONDS = 2.0
+"""How long a process that ends tries to reach process 0 for that, which starts beside it."""
 _AFTER_ALL = 2**62
 """Updates of a process that has made its last step: nobody stops there any more."""
 _CONTINUES = "the same command continues"
@@ -67,41 +65,48 @@ class Team:
     """Hold this process's place among the processes of a run, which may be this one alone.
 
     Args:
-        join_seconds: how long processes wait for each other at the start.
         signals: answer SIGINT and SIGTERM; only the main thread may.
+
+    Attributes:
+        join_seconds: how long processes wait for each other at the start.
 
     Raises:
         UserError: the environment describes no possible set of processes.
     """
 
-    def __init__(self, *, join_seconds: float = JOIN_SECONDS, signals: bool = True) -> None:
+    def __init__(self, *, signals: bool = True) -> None:
         self.launch: Launch | None = find_launch(os.environ)
+        self.join_seconds = JOIN_SECONDS
         self.index, self.count = 0, 1
         self.reason: str | None = None
         self.code = EXIT_STOPPED
         self.jax_address: str | None = None
-        self._join_seconds, self._signals = join_seconds, signals
+        self._signals = signals
+        self._address = ""
+        self._greeted_at = 0.0
+        self._unreached: str | None = None
         self._changed = threading.Condition()
         self._proposed = False
         self._stop_at: int | None = None
         self._passed: int | None = None
         self._hub: Hub | None = None
         self._link: socket.socket | None = None
+        self._linked = threading.Event()
         self._all_here = threading.Event()
         self._leaving = False
         self._refused: str | None = None
         self._other_ended = False
-        self._end = _End()
+        self._end = End()
         self._interrupts = 0
         self._restore: Callable[[], None] = lambda: None
 
     def __enter__(self) -> Team:
         if self._signals and threading.current_thread() is threading.main_thread():
-            self._restore = _watch_signals(self._signalled)
+            self._restore = watch_signals(self._signalled)
         try:
-            if self.launch and self.launch.address and self.launch.count and self.count == 1:
+            if self.launch and self.launch.address and self.launch.count:
                 assert self.launch.index is not None, "it comes with the count"
-                self.meet(self.launch.address, self.launch.index, self.launch.count)
+                self._greet(self.launch.address, self.launch.index, self.launch.count)
         except BaseException as error:
             self._fail(error)
             self._restore()
@@ -117,8 +122,28 @@ class Team:
 
     # Start.
 
+    def _greet(self, address: str, index: int, count: int) -> None:
+        """Begin to connect to the others, without waiting: whoever has done so is missed."""
+        if count == 1 or self.count > 1:
+            return
+        host, port = split_address(address, "the coordinator's address")
+        self._address, self.index, self.count = address, index, count
+        self._greeted_at = time.monotonic()
+        if index == 0:
+            jax_port = free_port()
+            self._hub = Hub(listen(host, port, address), count, jax_port)
+            self.jax_address = f"127.0.0.1:{jax_port}"
+            self._link = self._hub.attach()
+            self._linked.set()
+        else:
+            self.jax_address = serve_jax((host, port))
+        threading.Thread(target=self._listen, daemon=True, name="moe-shard-team").start()
+
     def meet(self, address: str, index: int, count: int) -> None:
         """Connect to the other processes, and wait until all are there.
+
+        One that does not come in time may have been killed before it could connect: this process
+        then ends so that it may be started again.
 
         Args:
             address: HOST:PORT of process 0.
@@ -126,34 +151,47 @@ class Team:
             count: number of processes.
 
         Raises:
-            UserError: process 0 cannot be reached, or some do not come.
+            UserError: process 0 refuses this process, or is something else.
         """
-        if count == 1 or self.count > 1:
+        self._greet(address, index, count)
+        if count == 1:
             return
-        host, port = split_address(address, "the coordinator's address")
-        if index == 0:
-            jax_port = free_port()
-            self._hub = Hub(listen(host, port, address), count, jax_port)
-            self._link = self._hub.attach()
-            self.jax_address = f"127.0.0.1:{jax_port}"
-        else:
-            self._link = connect(
-                (host, port), index, count, seconds=self._join_seconds, note=self._end.note
-            )
-            self.jax_address = serve_jax((host, port))
-        self.index, self.count = index, count
-        threading.Thread(target=self._listen, daemon=True, name="moe-shard-team").start()
-        if self._hub:
-            self._hub.wait(self._join_seconds, self._end.note)
-        elif not self._all_here.wait(self._join_seconds + 10):
-            raise UserError(
-                f"process 0 at {address} does not answer\n"
-                "fix: the coordinator's address must be that of this run's process 0"
-            )
+        due = _FIRST_NOTE
+        while not self._all_here.wait(0.1):
+            waited = time.monotonic() - self._greeted_at
+            if waited > self.join_seconds:
+                self._give_up(waited)
+            if waited > due and (missing := self._missing()):
+                due += _NEXT_NOTE
+                self._end.note(f"{missing}; gives up after {self.join_seconds:.0f} s ({_JOIN_KEY})")
         if self._refused:
             raise UserError(
                 f"process 0 at {address} refuses process {index} of {count}: {self._refused}\n"
                 "fix: each process its own number, and the same count on all"
+            )
+
+    def _missing(self) -> str:
+        """Say for whom this process waits; nothing where process 0 says it."""
+        if self._hub:
+            return f"waiting for {self._hub.missing()}"
+        if self._link is None:
+            return (
+                f"process {self.index} cannot reach the coordinator, process 0 at {self._address}: "
+                f"{self._unreached or 'no answer'}"
+            )
+        return ""
+
+    def _give_up(self, waited: float) -> None:
+        within = f"within {self.join_seconds:.0f} s ({_JOIN_KEY})"
+        if self._hub:
+            self._hub.give_up(f"{self._hub.missing()} did not come {within}")
+        elif self._link is None:
+            why = self._unreached or "no answer"
+            self._lost(f"process 0 could not be reached at {self._address} {within}: {why}")
+        elif waited > self.join_seconds + 5:  # it says more, if it is this run's
+            raise UserError(
+                f"what listens at {self._address} does not answer as process 0 of this run does\n"
+                "fix: the coordinator's address must be that of this run's process 0"
             )
 
     # Stop.
@@ -168,13 +206,15 @@ class Team:
             reason: completes "stopped by".
             code: exit code of the run.
         """
+        if self.count > 1:
+            self._linked.wait(_REACH_SECONDS)
         if self._link is not None:
             send_message(self._link, {"kind": "ask", "reason": reason, "code": code})
             return
         with self._changed:
             if self.reason is None and self._passed != _AFTER_ALL:
                 at = None if self._passed is None else self._passed + 1
-                self._stop({"reason": reason, "code": code, "process": 0, "at": at})
+                self._stop({"reason": reason, "code": code, "process": self.index, "at": at})
 
     @contextlib.contextmanager
     def running(self, updates: int) -> Iterator[None]:
@@ -256,12 +296,14 @@ class Team:
             self._hub.wait_for_leave(60)
 
     def _fail(self, error: BaseException) -> None:
-        if self._link is None or self._leaving or isinstance(error, GeneratorExit):
+        if self.count == 1 or self._leaving or isinstance(error, GeneratorExit | SystemExit):
             return
         own = isinstance(error, UserError | Finding)
         # What is wrong here may follow from another process, whose news are on the way.
         time.sleep(1.0 if own else _GRACE)
-        code, lines = _shown(error)
+        if self._link is None:
+            return
+        code, lines = show(error)
         send_message(
             self._link,
             {"kind": "failed", "text": first_line(error), "code": code, "own": own},
@@ -270,13 +312,18 @@ class Team:
         self._end(lines, code)
 
     def _listen(self) -> None:
-        assert self._link is not None, "the team has met"
+        while self._link is None:
+            found = greet(split_address(self._address, "it"), self.index, self.count)
+            if isinstance(found, str):
+                self._unreached = found
+                time.sleep(0.2)
+            else:
+                self._link = found
+                self._linked.set()
         for message in messages(self._link):
             self._handle(message)
-        if not self._leaving:
-            if self._refused is None and not self._other_ended:
-                self._lost("process 0 is gone")
-            self._all_here.set()
+        if not self._leaving and not self._other_ended:
+            self._lost("process 0 is gone")
 
     def _handle(self, message: Message) -> None:
         kind = message["kind"]
@@ -295,7 +342,7 @@ class Team:
         elif kind == "stop":
             self._stop(message)
         elif kind == "gone":
-            self._lost(f"process {message['process']} ({message['who']}) {message['how']}")
+            self._lost(message["what"])
         elif kind == "failed":
             self._other_ended = True  # process 0 may leave before this one, which waits a little
             threading.Thread(target=self._other_failed, args=(message,), daemon=True).start()
@@ -314,80 +361,3 @@ class Team:
 
     def _me(self) -> str:
         return f"process {self.index}: " if self.count > 1 else ""
-
-
-class _End:
-    """End the process from any thread, once, with one line on the terminal's standard error."""
-
-    def __init__(self) -> None:
-        self._once = threading.Lock()
-        # Standard error itself may be held back just then (quiet.py).
-        try:
-            self._stderr = os.dup(2)
-        except OSError:
-            self._stderr = -1
-
-    def __call__(self, lines: str, code: int) -> None:
-        """Write lines and end the process with a code; a second call waits for the first."""
-        self._once.acquire()
-        flush = threading.Thread(target=_flush, daemon=True)
-        flush.start()
-        flush.join(1.0)  # another thread may hold the stream
-        if sys.stderr is not None and sys.stderr.isatty():
-            lines = f"\x1b[?25h{lines}"  # a live line has hidden the cursor
-        self.note(lines)
-        os._exit(code)
-
-    def note(self, lines: str) -> None:
-        """Write lines."""
-        with contextlib.suppress(OSError):
-            os.write(self._stderr, f"{lines}\n".encode())
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
-            stream.flush()
-
-
-def _shown(error: BaseException) -> tuple[int, str]:
-    """Return the exit code of an error, and what is written of it."""
-    if isinstance(error, UserError):
-        return EXIT_USAGE, f"error: {error}"
-    if isinstance(error, Finding):
-        return EXIT_FINDING, str(error)
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else EXIT_FINDING, ""
-    return EXIT_FINDING, "".join(traceback.format_exception(error)).rstrip()
-
-
-def _watch_signals(answer: Callable[[int], None]) -> Callable[[], None]:
-    """Answer signals in a thread; return a function that restores what was.
-
-    Python's own handlers run in the main thread, and so not before a compilation or a collective
-    has ended. The system's handler writes the signal's number to a socket at once.
-    """
-    near, far = socket.socketpair()
-    far.setblocking(False)
-
-    def ignore(_number: int, _frame: FrameType | None) -> None:
-        """Let the thread answer."""
-
-    previous = {number: signal.signal(number, ignore) for number in _SIGNALS}
-    before = signal.set_wakeup_fd(far.fileno(), warn_on_full_buffer=False)
-
-    def read() -> None:
-        while number := near.recv(1):
-            if number[0] in _SIGNALS:
-                answer(number[0])
-        near.close()
-
-    threading.Thread(target=read, daemon=True, name="moe-shard-signals").start()
-
-    def restore() -> None:
-        signal.set_wakeup_fd(before)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        far.close()
-
-    return restore

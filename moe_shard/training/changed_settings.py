@@ -72,6 +72,7 @@ _KEYS: dict[Kind, str] = {
         """,
     Kind.FREE: """
         model_name hf_family load_parameters_path run_name base_output_directory jax_cache_dir
+        jax_distributed_initialization_timeout
         remat_policy decoder_layer_input query_proj key_proj value_proj context attention_out
         out_proj query_wa_proj mla_q kv_wa_proj mla_kv mlpwi_0 mlpwi_1 mlpwo moe_mlpwi_0
         moe_mlpwi_1 moe_mlpwo moe_exchanged attention context_parallel_strategy

@@ -1,0 +1,43 @@
+"""Answer signals in a thread of their own."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def watch_signals(answer: Callable[[int], None]) -> Callable[[], None]:
+    """Answer signals in a thread; return a function that restores what was.
+
+    Python's own handlers run in the main thread, and so not before a compilation or a collective
+    has ended. The system's handler writes the signal's number to a socket at once.
+    """
+    near, far = socket.socketpair()
+    far.setblocking(False)
+
+    def ignore(_number: int, _frame: FrameType | None) -> None:
+        """Let the thread answer."""
+
+    previous = {number: signal.signal(number, ignore) for number in SIGNALS}
+    before = signal.set_wakeup_fd(far.fileno(), warn_on_full_buffer=False)
+
+    def read() -> None:
+        while number := near.recv(1):
+            if number[0] in SIGNALS:
+                answer(number[0])
+        near.close()
+
+    threading.Thread(target=read, daemon=True, name="moe-shard-signals").start()
+
+    def restore() -> None:
+        signal.set_wakeup_fd(before)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        far.close()
+
+    return restore
