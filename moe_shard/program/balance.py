@@ -39,6 +39,19 @@ def balanced(config: ModelConfig, params: Params, counts: Float[Array, "L E"]) -
     return moved
 
 
+def bias_norms(config: ModelConfig, params: Params) -> dict[str, Float[Array, "L"]]:
+    """Return the norm of each router's correction bias, as a metric; none where there is none."""
+    found: dict[int, Float[Array, ""]] = {}
+    for name, kind, layers in stacks_of(config.layer_kinds):
+        router = params[name]["mlp"]["router"] if kind.moe else {}
+        if "correction_bias" in router:
+            bias = router["correction_bias"].astype(jnp.float32)
+            found |= zip(layers, jnp.sqrt(jnp.sum(jnp.square(bias), axis=1)), strict=True)
+    if not found:
+        return {}
+    return {"router_bias_norm_by_layer": jnp.stack([found[layer] for layer in sorted(found)])}
+
+
 def _direction(counts: Int[Array, "L E"]) -> Float[Array, "L E"]:
     """Return 1 for an expert below the mean load of its layer, -1 for one above, else 0.
 

@@ -16,21 +16,21 @@ from jaxtyping import Array, Bool, Float
 from moe_shard.models.params import Params
 
 
-def change_norm(before: Params, after: Params) -> Float[Array, ""]:
-    """Compute the global norm of what an update changed, in float32.
+def change(before: Params, after: Params) -> Params:
+    """Return what an update changed, in float32.
 
-    It is not finite where an element of either is not, nor where the change is beyond 1.8e19, whose
-    square float32 does not hold: no weights survive that.
+    Its norm is not finite where an element of either is not, nor where the change is beyond 1.8e19,
+    whose square float32 does not hold: no weights survive that.
 
     Args:
         before: the parameters.
         after: the same, updated.
     """
 
-    def squares(old: Float[Array, "*D"], new: Float[Array, "*D"]) -> Float[Array, ""]:
-        return jnp.sum(jnp.square(new.astype(jnp.float32) - old.astype(jnp.float32)))
+    def difference(old: Float[Array, "*D"], new: Float[Array, "*D"]) -> Float[Array, "*D"]:
+        return new.astype(jnp.float32) - old.astype(jnp.float32)
 
-    return jnp.sqrt(sum(jax.tree.leaves(jax.tree.map(squares, before, after)), jnp.float32(0)))
+    return jax.tree.map(difference, before, after)
 
 
 def all_finite(*values: Float[Array, ""]) -> Bool[Array, ""]:

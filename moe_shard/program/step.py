@@ -20,10 +20,10 @@ from moe_shard.config.schema import Config, brief_list
 from moe_shard.layers.kernels.load_balance import order_tokens
 from moe_shard.models.params import AbstractModel, Params, describe
 from moe_shard.models.remat import kept
-from moe_shard.moe.layer import MoEStats
-from moe_shard.moe.losses import load_balance_loss
-from moe_shard.program.balance import balanced
-from moe_shard.program.guard import all_finite, change_norm, choose_opt_state, choose_params
+from moe_shard.program.balance import balanced, bias_norms
+from moe_shard.program.guard import all_finite, change, choose_opt_state, choose_params
+from moe_shard.program.kinds import norms_by_kind
+from moe_shard.program.loss_parts import Losses, expert_metrics, loss_parts
 from moe_shard.program.norms import Norms, norms
 from moe_shard.program.opt_state import HOST, on_device, over_data, place_state
 from moe_shard.program.optimizer import make_optimizer, make_schedule
@@ -52,20 +52,8 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-Metrics = dict[str, Float[Array, ""]]
-
-
-class Losses(NamedTuple):
-    """Hold the parts and statistics of one microbatch's loss.
-
-    All are means over the microbatch except `expert_counts`, how often each expert was chosen in
-    each MoE layer.
-    """
-
-    ce_loss: Float[Array, ""]
-    aux_loss: Float[Array, ""]
-    dropped: Float[Array, ""]
-    expert_counts: Float[Array, "L E"]
+Metrics = dict[str, Float[Array, "..."]]
+"""Numbers of a step [], by layer [L] or [L E], or by kind of parameter [K], see `kinds`."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +148,8 @@ def make_program(config: Config, sharding: Sharding) -> Program:
             updates, new_opt_state = optimizer.update(grads, opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             params = balanced(config.model, params, losses.expert_counts)
-            update_norm = change_norm(state.params, params)
+            changes = change(state.params, params)
+            update_norm = optax.tree.norm(changes)
             accept = finite = all_finite(loss, grad_norm, update_norm)
             if history is not None:
                 factor = config.train.skip_step_scaling_factor
@@ -170,16 +159,20 @@ def make_program(config: Config, sharding: Sharding) -> Program:
             if history is not None:
                 history = remember(history, loss, grad_norm, finite=finite)
                 opt_state = WithHistory(opt_state, history)
+            by_kind = {
+                "grad_norm_by_kind": norms_by_kind(grads, model.specs),
+                "param_norm_by_kind": norms_by_kind(state.params, model.specs),
+                "update_norm_by_kind": norms_by_kind(changes, model.specs),
+            }
         metrics = {
             "loss": loss,
-            "ce_loss": losses.ce_loss,
-            "aux_loss": losses.aux_loss,
             "grad_norm": grad_norm,
             "update_norm": update_norm,
             "skipped": 1.0 - accept.astype(jnp.float32),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "dropped_token_fraction": losses.dropped,
-            "expert_load_max_over_mean": _load_imbalance(losses.expert_counts),
+            **expert_metrics(losses),
+            **bias_norms(config.model, state.params),
+            **by_kind,
         }
         return TrainState(state.step + 1, params, opt_state), metrics
 
@@ -241,7 +234,7 @@ def make_loss(config: Config, model: AbstractModel) -> LossFn:
             x, batch["targets"], config.train.cross_entropy, config.train.num_vocab_tiling
         )
         with jax.named_scope("loss"):
-            losses = _with_moe(config, ce_loss, stats)
+            losses = loss_parts(config, ce_loss, stats)
             return ce_loss + losses.aux_loss, losses
 
     return loss_fn
@@ -266,33 +259,6 @@ def make_grad(config: Config, model: AbstractModel, stored: Params | None = None
         return loss, losses, jax.lax.with_sharding_constraint(grads, shardings)
 
     return grad_fn
-
-
-def _with_moe(config: Config, ce_loss: Float[Array, ""], stats: MoEStats | None) -> Losses:
-    """Reduce the layers' statistics to means over layers and sequences."""
-    zero = jnp.zeros((), jnp.float32)
-    moe = config.model.moe
-    if stats is None or moe is None:
-        return Losses(ce_loss, zero, zero, jnp.ones((1, 1), jnp.float32))
-    balance = moe.load_balance_loss_weight * load_balance_loss(
-        stats.mean_probs,
-        stats.expert_counts,
-        tokens=config.train.max_target_length,
-        k=moe.num_experts_per_tok,
-        convention=moe.load_balance_loss_type,
-    )
-    z_loss = jnp.mean(stats.router_z_loss) * moe.router_z_loss_weight
-    return Losses(
-        ce_loss=ce_loss,
-        aux_loss=balance + z_loss,
-        dropped=jnp.sum(stats.dropped) / jnp.sum(stats.expert_counts),
-        expert_counts=jnp.sum(stats.expert_counts.astype(jnp.float32), axis=1),
-    )
-
-
-def _load_imbalance(expert_counts: Float[Array, "L E"]) -> Float[Array, ""]:
-    """Compute the highest expert load over the mean, in the layer where that is worst."""
-    return jnp.max(jnp.max(expert_counts, axis=-1) / jnp.mean(expert_counts, axis=-1))
 
 
 def _accumulate(

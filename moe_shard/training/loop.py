@@ -269,7 +269,8 @@ class Trainer:
             batch: its batch.
             state: the newest state.
         """
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        scalars = {name: value for name, value in metrics.items() if not value.ndim}
+        values = {name: float(value) for name, value in jax.device_get(scalars).items()}
         now = time.perf_counter()
         seconds, self.finished_at = now - self.finished_at, now
         record = self.pace.record(step, values, seconds)

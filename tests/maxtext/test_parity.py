@@ -140,7 +140,7 @@ def train(config: Config, params: Params, batch: Any) -> dict[str, np.ndarray]:
     found = []
     for _ in range(UPDATES):
         state, metrics = compiled(state, fields)
-        found.append({name: float(value) for name, value in metrics.items()})
+        found.append({name: float(value) for name, value in metrics.items() if not value.ndim})
     return {name: np.array([each[name] for each in found]) for name in found[0]}
 
 

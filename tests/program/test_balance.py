@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from moe_shard.config import Config
-from moe_shard.program.balance import balanced
+from moe_shard.models.params import Params
+from moe_shard.program.balance import balanced, bias_norms
 from moe_shard.program.step import TrainState, make_program
 from tests.models.build import (
     NO_DROPS,
@@ -85,6 +86,22 @@ def test_each_layer_has_the_counts_of_its_own_row() -> None:
     assert not found["layers_2"].any()
 
 
+def test_norms_of_biases_are_in_the_order_of_layers() -> None:
+    # Layers 0 and 2 share a stack, and so do 1 and 3.
+    config = small_config(
+        {"data": 8}, "routed_bias=true", "base_num_decoder_layers=4", "num_experts=2",
+        "attention_pattern=[sliding, global]", "sliding_window_size=4",
+    ).model  # fmt: skip
+    params = {
+        name: {"mlp": {"router": {"correction_bias": jnp.array(bias, jnp.bfloat16)}}}
+        for name, bias in {"layers_0": [[3, 4], [0, 0]], "layers_1": [[0, 1], [6, 8]]}.items()
+    }
+    found = bias_norms(config, params)["router_bias_norm_by_layer"]
+    np.testing.assert_array_equal(found, [5, 1, 0, 10])
+    without: Params = {name: {"mlp": {"router": {}}} for name in params}
+    assert not bias_norms(config, without)
+
+
 def start(config: Config) -> Any:
     """Make random parameters with zero correction biases."""
     params = random_params(config)
@@ -100,7 +117,9 @@ def steps(config: Config, batches: Sequence[Mapping[str, np.ndarray]]) -> TrainS
     places = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
     state = jax.device_put(zeros._replace(params=start(config)), places)
     for batch in batches:
-        state, _ = compiled(state, jax.device_put(dict(batch), program.batch_sharding))
+        norms = np.linalg.norm(np.float64(biases(state.params)), axis=1)
+        state, metrics = compiled(state, jax.device_put(dict(batch), program.batch_sharding))
+        np.testing.assert_allclose(metrics["router_bias_norm_by_layer"], norms, rtol=1e-6)
     host: TrainState = jax.device_get(state)
     return host
 

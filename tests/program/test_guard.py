@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from moe_shard.program.guard import change_norm, choose_opt_state
+from moe_shard.program.guard import change, choose_opt_state
 from moe_shard.program.step import Program, TrainState, make_program
 from tests.models.build import QUICK, annotator, random_batch, random_params, small_config
 
@@ -56,7 +56,11 @@ def start(program: Program, mesh: int, damage: str = "") -> TrainState:
 def step(program: Program, executable: Any, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
     batch = jax.device_put(random_batch(), program.batch_sharding)
     after, metrics = executable(state, batch)
-    return jax.device_get(after), {name: float(x) for name, x in metrics.items()}
+    return jax.device_get(after), {name: float(x) for name, x in metrics.items() if not x.ndim}
+
+
+def change_norm(before: Any, after: Any) -> jax.Array:
+    return optax.tree.norm(change(before, after))
 
 
 def same(before: Any, after: Any) -> bool:

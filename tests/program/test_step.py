@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from moe_shard.config import Config
-from moe_shard.program.step import Losses, _accumulate, make_program
+from moe_shard.program.loss_parts import Losses
+from moe_shard.program.step import _accumulate, make_program
 from tests.models.build import (
     QUICK,
     annotator,
@@ -45,7 +46,48 @@ METRICS = {
     "learning_rate",
     "dropped_token_fraction",
     "expert_load_max_over_mean",
+    "expert_counts",
+    "dropped_by_layer",
+    "router_z_by_layer",
+    "grad_norm_by_kind",
+    "param_norm_by_kind",
+    "update_norm_by_kind",
 }
+BY_LAYER = {"expert_counts", "dropped_by_layer", "router_z_by_layer"}
+
+
+def norms_of_kinds(tree: Any) -> list[float]:
+    """Return the norm of each kind of a small model's parameters, by their places."""
+    layers = tree["layers"]
+    kinds = (
+        (layers["attention_norm"], layers["mlp_norm"], tree["final_norm"]),
+        layers["attention"],
+        layers["mlp"]["router"],
+        layers["mlp"]["experts"],
+        tree["embedding"]["table"],
+        tree["embedding"]["kernel"],
+    )
+    assert sum(len(jax.tree.leaves(each)) for each in kinds) == len(jax.tree.leaves(tree))
+    return [
+        math.sqrt(sum(float(np.sum(np.float64(x) ** 2)) for x in jax.tree.leaves(each)))
+        for each in kinds
+    ]
+
+
+def check_layers(config: Config, metrics: Mapping[str, Any], rows: Mapping[str, Any]) -> None:
+    """Compare the experts' statistics of each layer with NumPy's of the same sequences."""
+    told = architecture(config)
+    assert told.moe is not None
+    answer = forward(
+        random_params(config), rows["inputs"], rows["positions"], rows["segment_ids"], told
+    )
+    choices = rows["inputs"].size * told.moe.k
+    np.testing.assert_array_equal(metrics["expert_counts"], answer.counts.sum(axis=1))
+    dropped = answer.dropped.reshape(len(answer.dropped), -1).sum(axis=1) / choices
+    assert (dropped > 0).all()
+    np.testing.assert_allclose(metrics["dropped_by_layer"], dropped, rtol=1e-6)
+    z_loss = answer.z_loss.reshape(len(answer.z_loss), -1).mean(axis=1)
+    np.testing.assert_allclose(metrics["router_z_by_layer"], z_loss, rtol=1e-5)
 
 
 def one_step(
@@ -61,7 +103,7 @@ def one_step(
     fields = jax.device_put(dict(batch), program.batch_sharding)
     after, metrics = compiled(state, fields)
     assert int(after.step) == 1
-    assert set(metrics) == METRICS
+    assert set(metrics) == METRICS if config.model.moe else METRICS - BY_LAYER
     new = jax.device_get(after.params)
     return jax.tree.map(lambda a, b: (a - b) / RATE, params, new), new, metrics
 
@@ -89,7 +131,14 @@ def check(sizes: dict[str, int], *overrides: str) -> dict[str, jax.Array]:
     params = random_params(config)
     assert_close(weights, jax.tree.map(lambda p, g: p - RATE * g, params, grads))
     assert np.abs(grads["layers"]["mlp"]["router"]["kernel"]).max() > 0
+    of_grads = norms_of_kinds(grads)
+    np.testing.assert_allclose(metrics["grad_norm_by_kind"], of_grads, rtol=1e-5)
+    np.testing.assert_allclose(metrics["param_norm_by_kind"], norms_of_kinds(params), rtol=1e-5)
+    changed = [RATE * each for each in of_grads]
+    np.testing.assert_allclose(metrics["update_norm_by_kind"], changed, rtol=1e-5)
+    check_layers(config, metrics, {name: a[0] for name, a in random_batch().items()})
     norm = math.sqrt(sum(float(np.sum(g**2)) for g in jax.tree.leaves(grads)))
+    np.testing.assert_allclose(norm, np.linalg.norm(of_grads), rtol=1e-12)
     shards = metrics["grad_norm"].addressable_shards
     assert len(shards) == 8
     for shard in shards:
@@ -127,6 +176,9 @@ def test_accumulating_two_microbatches_is_one_batch_of_twice_the_rows() -> None:
     assert_close(two, big)
     for name in METRICS:
         np.testing.assert_allclose(of_two[name], of_big[name], rtol=1e-5, err_msg=name)
+    whole = {name: a[0] for name, a in together.items()}
+    check_layers(small_config(sizes, *SGD), of_two, whole)
+    np.testing.assert_allclose(of_two["grad_norm_by_kind"], norms_of_kinds(big), rtol=1e-5)
 
 
 def test_microbatches_have_means_of_losses_and_sums_of_counts() -> None:
@@ -135,21 +187,24 @@ def test_microbatches_have_means_of_losses_and_sums_of_counts() -> None:
         # float32 like the step's counts: the mean of 3 and 4 is not an integer.
         counts = jnp.bincount(rows.ravel(), length=4).astype(jnp.float32)[None]
         loss = rows.mean(dtype=jnp.float32)
-        return loss, Losses(loss, 2 * loss, 3 * loss, counts), {"w": params["w"] * loss}
+        losses = Losses(loss, 2 * loss, 3 * loss, counts, 4 * loss[None], 5 * loss[None])
+        return loss, losses, {"w": params["w"] * loss}
 
     batch = {"inputs": jnp.array([[[0, 0, 0, 2, 2, 3]], [[0, 1, 1, 1, 1, 3]]])}
     params = {"w": jnp.ones(2)}
     loss, losses, found = _accumulate(grads, params, params, batch)
     np.testing.assert_array_equal(losses.expert_counts, [[4, 4, 2, 2]])
-    means = [loss, losses.ce_loss, losses.aux_loss, losses.dropped, *found["w"]]
-    np.testing.assert_allclose(means, np.array([1, 1, 2, 3, 1, 1]) * (7 + 7) / 12, rtol=1e-6)
+    of_layer = [*losses.layer_dropped, *losses.layer_z]
+    means = [loss, losses.ce_loss, losses.aux_loss, losses.dropped, *of_layer, *found["w"]]
+    np.testing.assert_allclose(means, np.array([1, 1, 2, 3, 4, 5, 1, 1]) * (7 + 7) / 12, rtol=1e-6)
 
 
 def test_microbatches_are_added_up_in_the_dtype_of_the_parameters() -> None:
     def grads(weights: Any, batch: Any) -> Any:
         loss = batch["inputs"].mean(dtype=jnp.float32)
         counts = jnp.ones((1, 1))
-        return loss, Losses(loss, loss, loss, counts), {"w": weights["w"] * loss.astype("bfloat16")}
+        losses = Losses(loss, loss, loss, counts, loss[None], loss[None])
+        return loss, losses, {"w": weights["w"] * loss.astype("bfloat16")}
 
     # In bfloat16 256 + 1 is 256: the small gradients would be lost.
     batch = {"inputs": jnp.array([[[256]], [[1]], [[1]], [[1]]])}
