@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_shard.checkpoints.checkpoint import restore_params
+from moe_shard.checkpoints.run_params import restore_params
 from moe_shard.cli.generate import main as generate
 from moe_shard.config import load_config
 from moe_shard.data.tokenizer import ByteTokenizer

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,9 @@ import orbax.checkpoint as ocp
 
 from moe_shard.checkpoints.checksums import CUSTOM_METADATA, Damage, committed_with_checksums
 from moe_shard.checkpoints.convert import is_fused, other_layout, to_layout
-from moe_shard.checkpoints.optimizer_state import arranged_as, arranged_back
+from moe_shard.checkpoints.optimizer_state import as_saved
+from moe_shard.checkpoints.reading import reading
+from moe_shard.checkpoints.retention import retention
 from moe_shard.checkpoints.room import (
     free_bytes,
     hide_late_callbacks,
@@ -22,22 +23,12 @@ from moe_shard.checkpoints.room import (
     room_words,
     why_not_written,
 )
-from moe_shard.checkpoints.whole import (
-    DAMAGED,
-    find_whole,
-    on_all_processes,
-    remove_unfinished,
-)
+from moe_shard.checkpoints.whole import find_whole, on_all_processes, remove_unfinished
 from moe_shard.config.keys import shown
 from moe_shard.config.schema import Config
 from moe_shard.data.corpus import Say
-from moe_shard.errors import Finding, UserError, first_line
-from moe_shard.models.params import Params
+from moe_shard.errors import Finding, UserError
 from moe_shard.program.step import TrainState
-
-# Orbax logs every phase of a save as information, some of it as warnings, and a save that fails
-# with its traceback, several times; what of it matters is said by this file.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 _SHAPING_KEYS = (
     "base_emb_dim",
@@ -73,6 +64,10 @@ class Checkpointer:
     is whole, and is read in the shards that the restoring mesh needs. Nor does it matter whether
     the run that saved it had the experts' gate and up as one array.
 
+    Attributes:
+        to_keep: returns the updates of checkpoints that stay however old they are.
+        when_saved: called when a checkpoint is complete, before or with the next save.
+
     Args:
         folder: the run's `checkpoints/`.
         config: states how often to save, how many to keep, and the shapes of the state.
@@ -94,23 +89,21 @@ class Checkpointer:
         self._train, self._say = train, say
         self._in_flight: int | None = None
         self._failed: str | None = None
+        self.to_keep: Callable[[], Collection[int | None]] = tuple
+        self.when_saved: Callable[[], object] = tuple
         self._manager = self._open()
         hide_late_callbacks()
 
     def _open(self) -> ocp.CheckpointManager:
-        newest, every = (
-            None if number == -1 else number
-            for number in (
-                self._train.max_num_checkpoints_to_keep,
-                self._train.checkpoint_keep_period,
-            )
-        )
         try:
             return ocp.CheckpointManager(
                 self._folder,
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=newest,
-                    keep_period=every,
+                    preservation_policy=retention(
+                        self._train.max_num_checkpoints_to_keep,
+                        self._train.checkpoint_keep_period,
+                        lambda: self.to_keep(),
+                    ),
                     enable_async_checkpointing=self._train.async_checkpointing,
                     create=True,
                     temporary_path_class=committed_with_checksums(lambda: self._run),
@@ -131,6 +124,10 @@ class Checkpointer:
     def latest(self) -> int | None:
         """Return the updates made in the newest complete checkpoint; None if there is none."""
         return self._manager.latest_step()
+
+    def complete(self) -> set[int]:
+        """Return the updates of all complete checkpoints."""
+        return {*self._manager.all_steps()} - {self._in_flight}
 
     def save(self, state: TrainState, *, updates: int) -> None:
         """Save, in the background if so configured; do nothing if it is saved already.
@@ -181,6 +178,7 @@ class Checkpointer:
             self._give_up(updates, why_not_written(error))
         else:
             self._failed = None
+            self.when_saved()
 
     def _give_up(self, updates: int, why: str) -> None:
         """Remove what was written of a checkpoint, say why, and get ready for the next."""
@@ -233,11 +231,11 @@ class Checkpointer:
         keys = dict.fromkeys((*self._shaping, *saved))
         differing = [key for key in keys if saved.get(key) != self._shaping.get(key)]
         if differing:
-            there = ", ".join(f"{key}={shown(saved.get(key))}" for key in differing)
+            there = [f"{key}={shown(saved.get(key))}" for key in differing]
             here = ", ".join(f"{key}={shown(self._shaping.get(key))}" for key in differing)
             raise UserError(
-                f"{self._folder} holds another model: {there} (this run has {here})\n"
-                "fix: another run_name, or remove that folder to start anew"
+                f"{self._folder} holds another model: {', '.join(there)} (this run has {here})\n"
+                f"fix: {' '.join(there[:4])}, or another run_name for a run of its own"
             )
 
     def restore(
@@ -271,12 +269,12 @@ class Checkpointer:
             )
         stored = other_layout(abstract_state) if converts else abstract_state
         found = self._structure(updates) or {}
-        arranged = arranged_as(found.get("opt_state"), stored.opt_state)
-        wanted = ocp.args.StandardRestore(stored._asdict() | {"opt_state": arranged})
+        saved = as_saved(found.get("opt_state"), stored.opt_state, stored.step.sharding)
+        wanted = ocp.args.StandardRestore(stored._asdict() | {"opt_state": saved.arrays})
         state = TrainState(**self._read(updates, state=wanted).state)
-        if arranged is not stored.opt_state:
-            say("the optimizer's state was saved with other wrappers (clipping) and is the same")
-            state = state._replace(opt_state=arranged_back(state.opt_state, stored.opt_state))
+        for line in saved.lines:
+            say(line)
+        state = state._replace(opt_state=saved.back(state.opt_state))
         if not converts:
             return state
         converted = to_layout(state, abstract_state)
@@ -301,83 +299,3 @@ class Checkpointer:
         self._settle()
         self._manager.close()
         self._remove_unfinished()
-
-
-def restore_params(
-    folder: Path,
-    abstract_params: Params,
-    *,
-    updates: int | None = None,
-    say: Say = lambda _: None,
-) -> Params:
-    """Read only the parameters of a run, each device its own shards.
-
-    Args:
-        folder: `checkpoints/` of the run; nothing is written there.
-        abstract_params: shapes, dtypes and shardings to restore to. The dtype may differ from the
-            run's, and the experts' gate and up may be one array where the run had two.
-        updates: the number of updates that names the checkpoint; None: the newest.
-        say: receives a line on which one was read.
-
-    Raises:
-        UserError: there is none, it belongs to another model, or it cannot be read.
-    """
-    whole = find_whole(folder, updates=updates, say=say)
-    if whole is None:
-        what = "no whole checkpoint" if updates is None else f"no checkpoint {updates}"
-        raise UserError(f"{folder} holds {what}\nfix: the folder of a run that has saved one")
-    updates = whole.updates
-    manager = ocp.CheckpointManager(
-        folder,
-        options=ocp.CheckpointManagerOptions(read_only=True, lightweight_initialize=True),
-        item_handlers={"state": ocp.PyTreeCheckpointHandler()},
-    )
-    with manager:
-        with reading(folder / str(updates)):
-            found = manager.metadata(updates).item_metadata["state"]["params"]
-        converts = (is_fused(found), is_fused(abstract_params)) in ((False, True), (True, False))
-        wanted = {"params": other_layout(abstract_params) if converts else abstract_params}
-        _require_same_shapes(folder / str(updates), found, wanted["params"])
-        how = ocp.args.PyTreeRestore(
-            item=wanted,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-            partial_restore=True,
-        )
-        with reading(folder / str(updates)):
-            params = manager.restore(updates, args=ocp.args.Composite(state=how)).state["params"]
-    say(f"after step {updates} of {folder.parent}")
-    return to_layout(params, abstract_params) if converts else params
-
-
-def _require_same_shapes(checkpoint: Path, found: Any, wanted: Params) -> None:
-    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        named = {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
-        return {name: tuple(leaf.shape) for name, leaf in named.items()}
-
-    there, here = shapes(found), shapes(wanted)
-    for name in sorted({*there, *here}):
-        if there.get(name) != here.get(name):
-            raise UserError(
-                f"{checkpoint} holds another model: {name} has shape {there.get(name)} there and "
-                f"{here.get(name)} here\nfix: the config.yml of its run, without such overrides"
-            )
-
-
-@contextmanager
-def reading(checkpoint: Path) -> Iterator[None]:
-    """Turn errors of reading in the block into errors that name what is read.
-
-    Raises:
-        UserError: the checkpoint cannot be read.
-    """
-    try:
-        yield
-    except jax.errors.JaxRuntimeError:
-        raise  # of the device: out of memory, for one
-    except Exception as error:  # tensorstore and Orbax raise bare ones for damaged files
-        raise UserError(
-            f"cannot read the checkpoint {checkpoint}: {first_line(error)}\n"
-            f"fix: rename it to {checkpoint.name}{DAMAGED} to continue from the one before it, "
-            "or import anew"
-        ) from error

@@ -20,9 +20,9 @@ from rich.console import Console
 from moe_shard.autoep.directory import keep_hf, lay_out_again, read_hf_source
 from moe_shard.autoep.exporting import export_params
 from moe_shard.autoep.importing import import_params
-from moe_shard.checkpoints.checkpoint import restore_params
 from moe_shard.checkpoints.checksums import CUSTOM_METADATA, committed_with_checksums
 from moe_shard.checkpoints.convert import is_fused, other_layout, to_layout
+from moe_shard.checkpoints.run_params import restore_params
 from moe_shard.checkpoints.stored import stored_blocks
 from moe_shard.config.model_config import ModelConfig
 from moe_shard.config.schema import Config

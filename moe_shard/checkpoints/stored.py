@@ -11,8 +11,8 @@ from pathlib import Path
 import orbax.checkpoint as ocp
 
 from moe_shard.autoep.host_blocks import HostBlock, leaves_of
-from moe_shard.checkpoints.checkpoint import reading
 from moe_shard.checkpoints.convert import apart
+from moe_shard.checkpoints.reading import reading
 from moe_shard.checkpoints.stored_arrays import chunk_bounds, open_array, read_chunk
 from moe_shard.checkpoints.whole import find_whole
 from moe_shard.errors import UserError

@@ -84,8 +84,8 @@ def find_whole(
     Raises:
         UserError: there are some, but none is whole; or the folder cannot be read.
     """
-    names = _on_first(lambda: _numbers(folder, updates))
-    run = _on_first(lambda: _run_of(folder, names))
+    names = on_first(lambda: _numbers(folder, updates))
+    run = on_first(lambda: _run_of(folder, names))
     damaged: list[tuple[Path, Damage]] = []
     for name in names:
         path = folder / name
@@ -103,16 +103,16 @@ def find_whole(
             )
         # Only now is anything renamed: without a whole one everything is left as it is.
         for at, why in damaged:
-            kept = f"; set aside as {_on_first(partial(_set_aside, at))}" if set_aside else ""
+            kept = f"; set aside as {on_first(partial(_set_aside, at))}" if set_aside else ""
             say(f"the checkpoint {at} is damaged: {why}{kept}")
         for note in notes:
             say(note)
         if set_aside:
-            _on_first(lambda: remove_unfinished(folder))
+            on_first(lambda: remove_unfinished(folder))
         return Whole(int(name), manifest)
-    _refuse(folder, damaged, [] if updates is not None else _on_first(lambda: _damaged_in(folder)))
+    _refuse(folder, damaged, [] if updates is not None else on_first(lambda: _damaged_in(folder)))
     if set_aside:
-        _on_first(lambda: remove_unfinished(folder))
+        on_first(lambda: remove_unfinished(folder))
     return None
 
 
@@ -133,7 +133,7 @@ def _refuse(folder: Path, damaged: list[tuple[Path, Damage]], aside: list[str]) 
     fix = (
         "import the model again"
         if folder.name == "params"
-        else "put a whole one there; another run_name, or removing them, starts anew"
+        else "put a whole one there, or another run_name to start anew"
     )
     raise UserError(f"{what}\nfix: {fix}")
 
@@ -216,7 +216,7 @@ def _set_aside(path: Path) -> str:
                 "fix: move it out of that folder; the run then continues from the one before it"
             ) from error
         return target.name
-    raise UserError(f"{path} is damaged, as are 999 others of its name\nfix: remove those")
+    raise UserError(f"{path} is damaged, as are 999 others of its name\nfix: move those away")
 
 
 def _damaged_in(folder: Path) -> list[str]:
@@ -239,7 +239,7 @@ def remove_unfinished(folder: Path) -> None:
         time.sleep(0.01)
 
 
-def _on_first(work: Callable[[], Any]) -> Any:
+def on_first(work: Callable[[], Any]) -> Any:
     """Run something on the first process, and give all its result, or its error.
 
     Raises:

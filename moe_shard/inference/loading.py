@@ -9,9 +9,9 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from moe_shard.checkpoints.checkpoint import restore_params
 from moe_shard.checkpoints.imported import load_params
 from moe_shard.checkpoints.resolve import load_model
+from moe_shard.checkpoints.run_params import restore_params
 from moe_shard.config import Config, list_models
 from moe_shard.errors import UserError
 from moe_shard.files import expanded

@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
+from moe_shard.checkpoints.checkpoint import Checkpointer
+from moe_shard.checkpoints.whole import on_first
 from moe_shard.config.eval_config import EvalConfig
 from moe_shard.data.corpus import Say
 from moe_shard.data.held_out import HeldOutText
+from moe_shard.errors import Finding
 from moe_shard.files import write_text
 from moe_shard.program.step import Program, TrainState
 from moe_shard.training.metrics import read_metrics
+
+_RECORDS, _BEST = "eval.jsonl", "best.json"
 
 
 class HeldOutLoss:
@@ -29,12 +32,16 @@ class HeldOutLoss:
     A resumed run repeats what came after its checkpoint: records of later updates are removed, and
     the best step, and how long ago it was, follow from those that stay.
 
+    `best.json` names the best of the evaluations whose parameters are in a complete checkpoint, and
+    that checkpoint is kept. Where there is none it names the best one, without a checkpoint.
+
     Args:
         config: when to evaluate, and when to end the run.
         texts: the datasets.
         program: evaluates.
         folder: folder of the run.
         first: updates made before this process.
+        checkpointer: saves the parameters; None: nothing does.
         say: receives a line for each evaluation.
     """
 
@@ -46,32 +53,32 @@ class HeldOutLoss:
         folder: Path,
         *,
         first: int,
+        checkpointer: Checkpointer | None = None,
         say: Say,
     ) -> None:
         self._config, self._texts, self._program, self._say = config, texts, program, say
         self._folder = folder
-        self._writes = jax.process_index() == 0
-        self._records: list[dict[str, Any]] = []
+        self._checkpointer = checkpointer
+        self._means: dict[int, float] = {}  # updates -> loss over all tokens
         self._best, self._best_at, self._since = math.inf, 0, 0
-        if self._writes and texts:
-            kept: list[dict[str, Any]] = [dict(each) for each in read_metrics(self._path)]
-            self._records = [each for each in kept if each["step"] <= first]
-            for updates in sorted({each["step"] for each in self._records}):
-                self._weigh(updates, self._mean(updates))
-            self._write()
-        if jax.process_count() > 1 and texts:
-            # The others may see another disk, and have to come to the same end.
-            known = np.array([self._best, self._best_at, self._since], np.float64)
-            best, at, since = np.asarray(multihost_utils.broadcast_one_to_all(known)).tolist()
-            self._best, self._best_at, self._since = best, int(at), int(since)
-
-    @property
-    def _path(self) -> Path:
-        return self._folder / "eval.jsonl"
+        self._named: int | None = None
+        self._written: dict[str, str | None] = {}
+        self._refused: dict[str, str] = {}
+        # The other processes may see another disk, and have to come to the same end.
+        kept = on_first(lambda: [dict(each) for each in read_metrics(folder / _RECORDS)])
+        self._records: list[dict[str, Any]] = [each for each in kept if each["step"] <= first]
+        for updates in sorted({each["step"] for each in self._records}):
+            self._weigh(updates)
+        if checkpointer:
+            checkpointer.to_keep = lambda: {self._best_at, self._named}
+            checkpointer.when_saved = self._write
+        self._write()
 
     @property
     def end(self) -> str | None:
         """Say why the run ends here; None: it goes on."""
+        if not self._texts:
+            return None
         target, patience = self._config.target_eval_loss, self._config.eval_patience
         if target > 0 and self._best <= target:
             return f"the held-out loss {self._best:.4f} has reached target_eval_loss={target:g}"
@@ -116,10 +123,22 @@ class HeldOutLoss:
                 f"after step {updates}, {text.name}: loss {loss:.4f}  bits/byte {bits:.4f}  "
                 f"perplexity {perplexity:.2f}"
             )
-        best = self._weigh(updates, self._mean(updates))
-        if self._writes:
-            self._write()
+        best = self._weigh(updates)
+        self._write()
         return best
+
+    def finish(self) -> None:
+        """Write what the disk has refused so far.
+
+        Raises:
+            Finding: it refuses still.
+        """
+        self._write()
+        if self._refused:
+            raise Finding(
+                f"{next(iter(self._refused.values()))}\n"
+                "fix: make room on that disk; the same command continues from the last checkpoint"
+            )
 
     def _loss(self, state: TrainState, text: HeldOutText) -> float:
         """Return the mean cross entropy of a dataset, in nats a token."""
@@ -141,7 +160,9 @@ class HeldOutLoss:
         tokens = sum(each["tokens"] for each in records)
         return math.fsum(each["loss"] * each["tokens"] for each in records) / tokens
 
-    def _weigh(self, updates: int, loss: float) -> bool:
+    def _weigh(self, updates: int) -> bool:
+        """Count an evaluation; return whether it is the best so far."""
+        loss = self._means[updates] = self._mean(updates)
         if loss < self._best:
             self._best, self._best_at, self._since = loss, updates, 0
             return True
@@ -149,10 +170,49 @@ class HeldOutLoss:
         return False
 
     def _write(self) -> None:
-        write_text(self._path, "".join(json.dumps(each) + "\n" for each in self._records))
-        best = self._folder / "best.json"
-        if math.isfinite(self._best):
-            content = {"step": self._best_at, "loss": self._best}
-            write_text(best, json.dumps(content | {"checkpoint": f"checkpoints/{self._best_at}"}))
-        else:
-            best.unlink(missing_ok=True)
+        """Write the records, and name the best evaluation that has a checkpoint.
+
+        It is named when its checkpoint is complete, and the one before it is removed after that.
+        """
+        if not self._texts and not self._records:
+            return
+        saved = self._checkpointer.complete() if self._checkpointer else set()
+        marked = [
+            (loss, at) for at, loss in self._means.items() if at in saved and math.isfinite(loss)
+        ]
+        best, content = min(marked, default=None), None
+        if best or math.isfinite(self._best):
+            loss, at = best or (self._best, self._best_at)
+            checkpoint = f"checkpoints/{at}" if best else None
+            content = json.dumps({"step": at, "loss": loss, "checkpoint": checkpoint})
+        if jax.process_index() == 0:
+            self._put(_RECORDS, "".join(json.dumps(each) + "\n" for each in self._records))
+            self._put(_BEST, content)
+        if _BEST not in self._refused:
+            self._named = best[1] if best else None
+
+    def _put(self, name: str, content: str | None) -> None:
+        """Write a file, or remove it; where the disk refuses, say so, and try again with the next.
+
+        Args:
+            name: of the file.
+            content: of the file; None: it is to be gone.
+        """
+        path = self._folder / name
+        if name in self._written and self._written[name] == content:
+            return
+        try:
+            if content is None:
+                path.unlink(missing_ok=True)
+            else:
+                write_text(path, content)
+        except OSError as error:
+            if not self._refused:
+                self._say(
+                    f"cannot write {path}: {error.strerror}; training goes on, and what belongs "
+                    "there is held in memory\nfix: make room on that disk, and it is written"
+                )
+            self._refused[name] = f"cannot write {path}: {error.strerror}"
+            return
+        self._written[name] = content
+        self._refused.pop(name, None)

@@ -175,12 +175,14 @@ class Trainer:
             self.program,
             self.folder,
             first=self.first,
+            checkpointer=self.checkpointer,
             say=console.print,
         )
         with writer, team.running(self.first), profile, progress, self.wall.part(STEPS):
             updates = self._steps(state, self.data, team)
             if self.checkpointer:
                 self.checkpointer.finish()
+            self.evaluation.finish()
         early = updates < train.steps
         ended = self.evaluation.end if early else None
         stopped = team.reason if early and not ended else None

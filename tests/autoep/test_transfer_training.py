@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from moe_shard.checkpoints.checkpoint import restore_params
 from moe_shard.checkpoints.imported import export_model, import_model, load_params
+from moe_shard.checkpoints.run_params import restore_params
 from moe_shard.cli import command
 from moe_shard.config import Config, load_config
 from moe_shard.errors import UserError

@@ -13,6 +13,7 @@ import pytest
 
 from moe_shard.checkpoints.checkpoint import Checkpointer
 from moe_shard.config import Config
+from moe_shard.data.corpus import Say
 from moe_shard.errors import UserError
 from moe_shard.program.step import Program, TrainState, make_program
 from tests.models.build import QUICK, annotator, random_batch, random_params, small_config
@@ -55,13 +56,15 @@ def save(folder: Path, config: Config, state: TrainState, *updates: int) -> None
     checkpointer.close()
 
 
-def restore(folder: Path, config: Config, program: Program) -> TrainState:
+def restore(
+    folder: Path, config: Config, program: Program, say: Say = lambda _: None
+) -> TrainState:
     checkpointer = Checkpointer(folder, config)
     try:
         newest = checkpointer.latest()
         assert newest is not None
         checkpointer.check_fits(newest)
-        return checkpointer.restore(newest, program.abstract_state)
+        return checkpointer.restore(newest, program.abstract_state, say=say)
     finally:
         checkpointer.close()
 

@@ -16,8 +16,9 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from moe_shard.checkpoints.checkpoint import Checkpointer, restore_params
+from moe_shard.checkpoints.checkpoint import Checkpointer
 from moe_shard.checkpoints.checksums import CHECKSUMS
+from moe_shard.checkpoints.run_params import restore_params
 from moe_shard.checkpoints.whole import find_whole
 from moe_shard.config import Config
 from moe_shard.errors import UserError

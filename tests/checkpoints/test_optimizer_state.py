@@ -11,11 +11,13 @@ import pytest
 
 from moe_shard.checkpoints.optimizer_state import arranged_as, arranged_back
 from moe_shard.errors import UserError
+from moe_shard.program.spikes import WithHistory
 from moe_shard.program.step import make_program
 from tests.checkpoints.test_checkpoint import EP2, EP8, KEYS, made_up, restore, save
 from tests.models.build import annotator, small_config
 
 CLIPPING = "gradient_clipping_threshold"
+SPIKES = "skip_step_on_spikes=true"
 
 
 def structure(tree: Any) -> Any:
@@ -76,3 +78,44 @@ def test_other_arrays_are_refused_by_name() -> None:
         arranged_as([None, {"mu": {"w": leaf(3)}}], {"mu": {"w": leaf(3)}, "nu": {"w": leaf(3)}})
     with pytest.raises(UserError, match=r"mu\.w \(3,\) there, \(4,\) in this run"):
         arranged_as([None, {"mu": {"w": leaf(3)}}], {"mu": {"w": leaf(4)}})
+
+
+@pytest.mark.parametrize("clipping", ["0", "1.0"])
+@pytest.mark.parametrize(
+    ("first", "then", "said"),
+    [
+        ((), (SPIKES,), "a statistic of 128 steps for spikes begins: none was saved"),
+        ((SPIKES,), (), "the saved statistic for spikes is dropped (skip_step_on_spikes=false)"),
+        ((SPIKES,), (SPIKES, "skip_step_interval=20"), "begins: the saved one is of 128"),
+        ((SPIKES,), (SPIKES,), ""),
+    ],
+    ids=["on", "off", "another length", "same"],
+)
+def test_the_statistic_of_spikes_begins_or_is_dropped(
+    tmp_path: Path, first: tuple[str, ...], then: tuple[str, ...], said: str, clipping: str
+) -> None:
+    before = small_config(EP8, *KEYS, *first)
+    after = small_config(EP2, *KEYS, *then, f"{CLIPPING}={clipping}")
+    saved = made_up(before, make_program(before, annotator(before)))
+    save(tmp_path, before, saved, 3)
+    program = make_program(after, annotator(after))
+    lines: list[str] = []
+    state = restore(tmp_path, after, program, say=lines.append)
+    wrapped = clipping == "0"
+    assert [each for each in lines if "clipping" in each] == lines[:wrapped]
+    assert len(lines[wrapped:]) == bool(said)
+    assert said in "".join(lines)
+    assert structure(state) == structure(program.abstract_state)
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    assert places == jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
+    kept: list[Any] = []
+    for each in (state, saved):
+        optimizer: Any = each.opt_state
+        inner = optimizer.inner if isinstance(optimizer, WithHistory) else optimizer
+        kept.append(jax.tree.leaves((each.params, inner)))
+    for one, other in zip(*kept, strict=True):
+        np.testing.assert_array_equal(one, other)
+    if then:
+        history: Any = state.opt_state.history
+        assert int(history.seen) == (0 if said else 7)
+        assert bool((history.losses == 0).all()) == bool(said)

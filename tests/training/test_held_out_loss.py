@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,14 +14,17 @@ import jax
 import numpy as np
 import pytest
 
+from moe_shard.checkpoints.checkpoint import Checkpointer
 from moe_shard.config import Config, DataConfig
 from moe_shard.config.eval_config import EvalConfig
 from moe_shard.data.documents import find_documents
 from moe_shard.data.held_out import HeldOutText, held_out_texts
 from moe_shard.data.split import split_documents
-from moe_shard.errors import UserError
+from moe_shard.errors import Finding, UserError
 from moe_shard.program.step import Program, make_program
 from moe_shard.training.held_out_loss import HeldOutLoss
+from tests.checkpoints.test_damage import state_of
+from tests.checkpoints.test_full_disk import files_of_at_most
 from tests.models.build import NO_DROPS, annotator, random_params, small_config
 
 TOKENS = 16  # of a sequence; 8 sequences a batch
@@ -119,9 +122,19 @@ class Scripted(HeldOutLoss):
         return float(state)
 
 
-def scripted(folder: Path, config: EvalConfig, losses: Sequence[float], first: int = 0) -> Scripted:
+def scripted(
+    folder: Path,
+    config: EvalConfig,
+    losses: Sequence[float],
+    first: int = 0,
+    saved: Collection[int] = range(100),
+) -> Scripted:
     text: Any = SimpleNamespace(name="t", tokens=10, bytes_per_token=1.0)
-    evaluation = Scripted(config, (text,), SimpleNamespace(), folder, first=first, say=len)  # type: ignore[arg-type]
+    checkpointer: Any = SimpleNamespace(complete=lambda: saved)
+    program: Any = SimpleNamespace()
+    evaluation = Scripted(
+        config, (text,), program, folder, first=first, checkpointer=checkpointer, say=len
+    )
     for at, loss in enumerate(losses, first // 2 + 1):
         state: Any = loss
         evaluation.run(state, 2 * at)
@@ -142,6 +155,84 @@ def test_a_killed_run_has_the_records_and_the_end_of_one_that_was_not(tmp_path: 
         assert [(tmp_path / name).read_text() for name in ("eval.jsonl", "best.json")] == files
         assert again.end == whole.end
         (tmp_path / "eval.jsonl").unlink()
+
+
+def best(folder: Path) -> Any:
+    return json.loads((folder / "best.json").read_text())
+
+
+def test_only_a_complete_checkpoint_is_named_the_best(tmp_path: Path) -> None:
+    config = EvalConfig(eval_interval=2)
+    saved: set[int] = set()
+    evaluation = scripted(tmp_path, config, [4.0], saved=saved)
+    checkpointer: Any = evaluation._checkpointer
+    assert best(tmp_path) == {"step": 2, "loss": 4.0, "checkpoint": None}
+    saved.add(2)
+    checkpointer.when_saved()
+    assert best(tmp_path) == {"step": 2, "loss": 4.0, "checkpoint": "checkpoints/2"}
+    for updates, loss in ((4, 3.0), (6, 3.5)):
+        state: Any = loss
+        evaluation.run(state, updates)
+        # The one that is named stays until the better one is complete, which here it never is.
+        assert best(tmp_path)["checkpoint"] == "checkpoints/2"
+        assert checkpointer.to_keep() == {2, 4}
+    saved.add(6)
+    checkpointer.when_saved()
+    assert best(tmp_path) == {"step": 6, "loss": 3.5, "checkpoint": "checkpoints/6"}
+    # Also by a start that does not evaluate, and finds it set aside as damaged.
+    idle = HeldOutLoss(
+        EvalConfig(eval_patience=1), (), SimpleNamespace(), tmp_path,  # type: ignore[arg-type]
+        first=6, checkpointer=checkpointer, say=len,
+    )  # fmt: skip
+    assert checkpointer.to_keep() == {6, 4}
+    assert idle.end is None
+    saved.remove(6)
+    checkpointer.when_saved()
+    assert best(tmp_path)["checkpoint"] == "checkpoints/2"
+
+
+def test_the_best_checkpoint_stays_however_old(tmp_path: Path) -> None:
+    state, folder = state_of(1), tmp_path / "checkpoints"
+    config = small_config({"data": 8}, "max_num_checkpoints_to_keep=1")
+    checkpointer = Checkpointer(folder, config)
+    text: Any = SimpleNamespace(name="t", tokens=10, bytes_per_token=1.0)
+    program: Any = SimpleNamespace()
+    seen = []
+    evaluation = Scripted(
+        EvalConfig(eval_interval=1), (text,), program, tmp_path,
+        first=0, checkpointer=checkpointer, say=len,
+    )  # fmt: skip
+    for updates, loss in enumerate((4.0, 3.0, 3.5, 3.2, 2.0, 2.5), 1):
+        value: Any = loss
+        evaluation.run(value, updates)
+        checkpointer.save(state, updates=updates)
+        assert (tmp_path / (best(tmp_path)["checkpoint"] or "checkpoints")).is_dir()
+        checkpointer.finish()
+        kept = {int(path.name) for path in folder.iterdir()}
+        seen.append((best(tmp_path)["step"], kept))
+    # What was named until now goes only with the save after the one that replaced it.
+    assert seen == [(1, {1}), (2, {1, 2}), (2, {2, 3}), (2, {2, 4}), (5, {2, 5}), (5, {5, 6})]
+    checkpointer.close()
+
+
+def test_a_disk_that_refuses_is_said_and_written_later(tmp_path: Path) -> None:
+    said: list[str] = []
+    evaluation = scripted(tmp_path, EvalConfig(eval_interval=2), [4.0])
+    evaluation._say = said.append
+    whole = (tmp_path / "eval.jsonl").read_text()
+    state: Any = 3.0
+    with files_of_at_most(10):
+        evaluation.run(state, 4)
+        evaluation.run(state, 6)
+        with pytest.raises(Finding, match=r"eval\.jsonl: File too large"):
+            evaluation.finish()
+    refusals = [each for each in said if "cannot write" in each]
+    assert [len(each.splitlines()) for each in refusals] == [2]
+    assert (tmp_path / "eval.jsonl").read_text() == whole
+    assert best(tmp_path)["step"] == 2
+    evaluation.finish()
+    assert len((tmp_path / "eval.jsonl").read_text().splitlines()) == 3
+    assert best(tmp_path)["step"] == 4
 
 
 def test_a_target_ends_the_run(tmp_path: Path) -> None:
