@@ -7,7 +7,9 @@ exit code 2. Anything else that escapes is a bug and keeps its traceback.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -54,29 +56,68 @@ def run_command(main: Callable[[], int]) -> None:
         main: returns the exit code. Raises `UserError` for bad input (exit code 2) and may raise
             `Finding` (exit code 1).
     """
+    _open_streams()
     try:
         code = main()
         if sys.stdout is not None:  # None where the caller has closed it
             sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(f"error: {error}")
         code = EXIT_USAGE
     except Finding as finding:
-        print(finding, file=sys.stderr)
+        _complain(str(finding))
         code = EXIT_FINDING
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _complain("interrupted")
         code = EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of a pipe (`| head`) has gone; prevent an error from the flush at exit as well.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of a pipe (`| head`) has gone.
+        _discard(1)
         code = EXIT_DONE
     except OSError as error:
         if error.strerror is None:  # raised by a library, not by the system
             raise
-        print(f"error: {_described(error)}", file=sys.stderr)
+        _complain(f"error: {_described(error)}")
         code = EXIT_USAGE
+    # What is left in its buffer would fail again when Python ends, with another exit code.
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        _discard(1)
     sys.exit(code)
+
+
+def _open_streams() -> None:
+    """Open /dev/null where the caller has closed input or output; print any character somehow.
+
+    Else the next files to be opened would get these numbers, and whatever writes to descriptor 2
+    would write into them.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+        if getattr(sys, name) is None:
+            raw = io.FileIO(number, "r" if number == 0 else "w", closefd=False)
+            kind = io.BufferedReader if number == 0 else io.BufferedWriter
+            setattr(sys, name, io.TextIOWrapper(kind(raw), "utf-8", "replace"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _complain(text: str) -> None:
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except (OSError, ValueError):  # nobody can be told; the exit code tells
+        _discard(2)
+
+
+def _discard(number: int) -> None:
+    """Send what is still written to a descriptor nowhere."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 _FIXES = {
@@ -89,5 +130,7 @@ _FIXES = {
 def _described(error: OSError) -> str:
     """Describe what the system refused: the path, why, and the fix, in two lines."""
     where = f"{str(error.filename)[:100]}: " if error.filename is not None else ""
+    if error.errno == errno.ENOENT and not where:
+        where = "the current folder: "  # the one thing that is opened without a name
     fix = _FIXES.get(error.errno or 0, "another path, or the permission or the space that it needs")
     return f"{where}{error.strerror}\nfix: {fix}"

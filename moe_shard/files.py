@@ -7,6 +7,7 @@ for the disk, and what a run cannot lose, its checkpoints, Orbax writes.
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import select
 import shutil
@@ -21,6 +22,7 @@ from moe_shard.errors import UserError
 SMALL = 16 << 20
 """Most bytes of a file that a person writes by hand: a configuration, a rule table."""
 _WAIT_S = 10.0
+_MOST_FILES = 100_000
 
 
 def expanded(path: str | Path) -> Path:
@@ -77,6 +79,27 @@ def read_small(path: Path, most: int = SMALL) -> bytes:
     )
 
 
+def find_below(folder: Path, pattern: str) -> list[Path]:
+    """Return the files below a folder whose names match a pattern of the shell's.
+
+    Links to folders are not followed.
+
+    Raises:
+        UserError: there are too many files to look at, as in the root of a disk.
+    """
+    found: list[Path] = []
+    seen = 0
+    for parent, folders, names in os.walk(folder):
+        seen += len(folders) + len(names)
+        if seen > _MOST_FILES:
+            raise UserError(
+                f"{folder}: more than {_MOST_FILES:,} files are below it\n"
+                "fix: the folder itself in which they are"
+            )
+        found += (Path(parent, name) for name in names if fnmatch.fnmatchcase(name, pattern))
+    return found
+
+
 def next_numbered(path: Path) -> Path:
     """Return the first of `path.1`, `path.2`, ... that is not there."""
     number = 1
@@ -97,11 +120,15 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees all of it or what was there before.
 
-    Where the path is a link, what it points to is written, and the link stays.
+    Where the path is a link, what it points to is written, and the link stays. A device or a pipe
+    (`/dev/stdout`) is written to, as a shell does it, and never replaced by a file.
 
     Raises:
         OSError: it cannot be written; no partial file is left.
     """
+    if path.exists() and not path.is_file():
+        _write_into(path, content)
+        return
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
     aside = _aside(path)
     try:
@@ -110,6 +137,22 @@ def write_bytes(path: Path, content: bytes) -> None:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def _write_into(path: Path, content: bytes) -> None:
+    """Write to what is no file.
+
+    Raises:
+        OSError: it is a folder, or a pipe that nobody reads.
+    """
+    # Without O_NONBLOCK, opening a named pipe would wait for a reader.
+    descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        os.set_blocking(descriptor, True)
+        while content:
+            content = content[os.write(descriptor, content) :]
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

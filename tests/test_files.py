@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe_shard.errors import UserError
-from moe_shard.files import expanded, new_folder, read_small, write_bytes, write_text
+from moe_shard.files import expanded, find_below, new_folder, read_small, write_bytes, write_text
 
 
 def cut_off(self: Path, content: bytes) -> int:
@@ -110,3 +110,37 @@ def test_a_pipe_is_read_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.M
             read_small(pipe)
     finally:
         os.close(writer)
+
+
+def test_what_is_no_file_is_written_to_and_stays(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="No such device"):  # nobody reads
+        write_bytes(pipe, b"text")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_bytes(pipe, b"text")
+        assert os.read(reader, 100) == b"text"
+    finally:
+        os.close(reader)
+    (tmp_path / "link").symlink_to(pipe)
+    with pytest.raises(OSError, match="No such device"):
+        write_bytes(tmp_path / "link", b"text")
+    assert {path.name for path in tmp_path.iterdir()} == {"pipe", "link"}
+    assert pipe.is_fifo()
+
+
+def test_a_search_below_a_folder_has_an_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    for number in range(5):
+        (tmp_path / "a" / "b" / f"{number}.pb").touch()
+    assert [path.name for path in find_below(tmp_path, "[24].pb")] in (
+        ["2.pb", "4.pb"],
+        ["4.pb", "2.pb"],
+    )
+    monkeypatch.setattr("moe_shard.files._MOST_FILES", 7)
+    with pytest.raises(UserError, match="more than 7 files are below it"):
+        find_below(tmp_path, "*.pb")

@@ -21,13 +21,13 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
 from moe_shard.cli.tune_tiles import add_arguments, tune_tiles
 from moe_shard.config import load_config
 from moe_shard.errors import EXIT_DONE, CommandParser
 from moe_shard.quiet import hide_accelerator_warnings
+from moe_shard.terminal import Console
 from moe_shard.units import human_bytes
 
 if TYPE_CHECKING:

@@ -18,8 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from moe_shard.checkpoints.resolve import MODEL_HELP, load_model
 from moe_shard.config import list_models
 from moe_shard.config.hardware import list_hardware
@@ -27,6 +25,7 @@ from moe_shard.errors import EXIT_DONE, EXIT_FINDING, CommandParser, UserError
 from moe_shard.files import write_text
 from moe_shard.lowering.verdict_names import VERDICTS
 from moe_shard.quiet import hide_accelerator_warnings
+from moe_shard.terminal import Console
 
 if TYPE_CHECKING:
     from moe_shard.config import Config

@@ -38,9 +38,8 @@ def main(argv: Sequence[str], prog: str = "moe-shard diff") -> int:
         )
     )
     # Only now: --help and bad usage are answered before the reader is loaded.
-    from rich.console import Console
-
     from moe_shard.lowering.differences import compare, load_pair
+    from moe_shard.terminal import Console
 
     diff = compare(*load_pair(arguments.a, arguments.b, *meshes))
     if arguments.json:

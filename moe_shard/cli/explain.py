@@ -17,11 +17,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from moe_shard.checkpoints.resolve import MODEL_HELP, load_model
 from moe_shard.errors import EXIT_DONE, EXIT_FINDING, CommandParser
 from moe_shard.quiet import hide_accelerator_warnings
+from moe_shard.terminal import Console
 
 
 def main(argv: Sequence[str], prog: str = "moe-shard explain") -> int:

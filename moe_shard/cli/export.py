@@ -16,9 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from moe_shard.errors import EXIT_DONE, CommandParser
+from moe_shard.terminal import Console
 
 
 def main(argv: Sequence[str], prog: str = "moe-shard export") -> int:

@@ -16,10 +16,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from moe_shard.errors import EXIT_DONE, CommandParser, UserError
 from moe_shard.quiet import hide_accelerator_warnings
+from moe_shard.terminal import Console
 
 
 def main(argv: Sequence[str], prog: str = "moe-shard import") -> int:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_shard.errors import EXIT_DONE, CommandParser, UserError
+from moe_shard.files import find_below
 from moe_shard.lowering.sources import module_file, parse_stages, read_text, recorded_mesh
 from moe_shard.quiet import hide_accelerator_warnings
 
@@ -37,16 +38,15 @@ def main(argv: Sequence[str], prog: str = "moe-shard profile") -> int:
         raise UserError(f"{folder} is not a folder\nfix: the folder of a run with profile=true")
     stages = parse_stages(arguments.stages) if arguments.stages else None
     # Only now: --help and bad usage are answered before jax has been loaded.
-    from rich.console import Console
-
     from moe_shard.lowering.collectives import extract_collectives
+    from moe_shard.terminal import Console
     from moe_shard.training.profile import PROGRAM, read_times
 
     with hide_accelerator_warnings():
         if arguments.hlo:
             file = module_file(arguments.hlo)
         else:
-            file = next(iter(sorted(folder.rglob(PROGRAM), key=_written)), None)
+            file = next(iter(sorted(find_below(folder, PROGRAM), key=_written)), None)
             if file is None:
                 raise UserError(
                     f"{folder} does not hold the text of the profiled program ({PROGRAM})\n"

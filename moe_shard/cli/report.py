@@ -27,10 +27,9 @@ def main(argv: Sequence[str], prog: str = "moe-shard report") -> int:
     """Read the module, print the report, and compare the verdict."""
     arguments = _arguments(argv, prog)
     # Only now: --help and bad usage are answered before the reader is loaded.
-    from rich.console import Console
-
     from moe_shard.cli.page_file import page_path, write_page
     from moe_shard.lowering.page import Panel
+    from moe_shard.terminal import Console
 
     report = _read(arguments.path, arguments)
     if arguments.html:

@@ -27,8 +27,7 @@ def main(argv: Sequence[str], prog: str = "moe-shard status") -> int:
     arguments = parser.parse_args(argv)
     path = page_path(arguments.html) if arguments.html else None
     # Only now: --help and bad usage are answered before anything is loaded.
-    from rich.console import Console
-
+    from moe_shard.terminal import Console
     from moe_shard.training.run_status import read_status, spark
     from moe_shard.training.status_page import render_status, status_lines
 

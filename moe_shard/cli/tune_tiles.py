@@ -7,12 +7,12 @@ import json
 import re
 import sys
 
-from rich.console import Console
 from rich.table import Table
 
 from moe_shard.config import load_config
 from moe_shard.errors import EXIT_DONE, UserError
 from moe_shard.quiet import hide_accelerator_warnings
+from moe_shard.terminal import Console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

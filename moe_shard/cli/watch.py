@@ -161,7 +161,7 @@ class _Reader:
 
 
 def _shown(program: WatchedProgram, seconds: float) -> str:
-    from rich.console import Console
+    from moe_shard.terminal import Console
 
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
     page = StringIO()

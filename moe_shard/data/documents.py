@@ -12,6 +12,8 @@ from pathlib import Path
 from moe_shard.errors import UserError
 
 PROBE_BYTES = 4096
+_OF_THE_SYSTEM = frozenset({"/", "/dev", "/proc", "/sys"})
+"""Folders that take hours to read, or have no end."""
 NOT_LIBRARY_TEXT = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 )
@@ -62,6 +64,11 @@ def _text_files(pattern: str) -> list[Path]:
         if problem := _not_text(path):
             raise UserError(f"dataset_path: {path} {problem}\nfix: name a file of UTF-8 text")
         return [path]
+    if named and os.path.realpath(path) in _OF_THE_SYSTEM:
+        raise UserError(
+            f"dataset_path: {pattern} is the system's, not a folder of text\n"
+            "fix: the folder in which the text is"
+        )
     files = list(dict.fromkeys(_files_below(path) if named else _glob(pattern, path)))
     if not named and not files:
         where = "" if path.is_absolute() else f" in {Path.cwd()}"

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 
 from moe_shard.config import Config
 from moe_shard.data.tokenizer import Tokenizer, find_tokenizer, require_vocabulary
@@ -24,6 +23,7 @@ from moe_shard.runtime.compile import lay_out, out_of_memory_is_a_finding
 from moe_shard.runtime.compile_cache import cache_problems, count_cached, start_compile_cache
 from moe_shard.runtime.devices import start_devices
 from moe_shard.runtime.team import Team
+from moe_shard.terminal import Console
 
 _LESS_MEMORY = "fewer prompts, a smaller max_new_tokens, weight_dtype=bfloat16, or more devices"
 

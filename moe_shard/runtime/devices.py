@@ -14,12 +14,20 @@ from moe_shard.quiet import hide_accelerator_warnings
 from moe_shard.runtime.launch import Launch
 from moe_shard.runtime.team import Team
 
-_NUMPY: dict[str, tuple[object, ...]] = {
-    "jax_enable_x64": (False,),
-    "jax_numpy_rank_promotion": ("allow", "warn"),
-    "jax_numpy_dtype_promotion": ("standard",),
+_ARITHMETIC = "this package computes in the dtypes of its keys, with jax's usual promotion"
+_MOVED = "batches go to the devices, and checkpoints come from them"
+_TRANSFERS = (None, "allow", "log", "log_explicit")
+_SETTINGS: dict[str, tuple[tuple[object, ...], str]] = {
+    "jax_enable_x64": ((False,), _ARITHMETIC),
+    "jax_numpy_rank_promotion": (("allow", "warn"), _ARITHMETIC),
+    "jax_numpy_dtype_promotion": (("standard",), _ARITHMETIC),
+    "jax_disable_jit": ((False,), "the step is compiled before it runs"),
+    "jax_transfer_guard": (_TRANSFERS, _MOVED),
+    "jax_transfer_guard_host_to_device": (_TRANSFERS, _MOVED),
+    "jax_transfer_guard_device_to_device": (_TRANSFERS, _MOVED),
+    "jax_transfer_guard_device_to_host": (_TRANSFERS, _MOVED),
 }
-"""Settings of jax that change arithmetic -> the values that this package is written for."""
+"""Settings of jax -> the values under which this package works, and why not under others."""
 _TPU_NODES = ("/dev/accel0", "/dev/vfio/0")
 _HEARTBEAT_S = 600
 _DETECTION_S = 60
@@ -46,7 +54,7 @@ def start_devices(num_simulated: int, team: Team | None = None) -> str:
         UserError: an accelerator's runtime is installed and does not start, jax has settings that
             this package does not support, or the processes cannot be joined.
     """
-    _refuse_other_numpy()
+    _refuse_settings_of_jax()
     sharing = _join_processes(team)
     if _COUNT_FLAG not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", max(num_simulated // sharing, 1))
@@ -69,17 +77,18 @@ def start_devices(num_simulated: int, team: Team | None = None) -> str:
     return f"{len(devices)} x {devices[0].device_kind}{processes}"
 
 
-def _refuse_other_numpy() -> None:
-    """Refuse settings of jax under which the layers, Flax or Optax cannot be traced."""
-    for name, normal in _NUMPY.items():
+def _refuse_settings_of_jax() -> None:
+    """Refuse settings of jax under which the layers, Flax, Optax or Orbax cannot work.
+
+    Raises:
+        UserError: there is one.
+    """
+    for name, (works, why) in _SETTINGS.items():
         found = getattr(jax.config, name)
-        if found in normal:
-            continue
-        shown = f"{name.upper()}={found}"
-        raise UserError(
-            f"{shown}: this package computes in the dtypes of its keys, with jax's usual promotion"
-            f"\nfix: take {name.upper()} out of the environment"
-        )
+        if found not in works:
+            raise UserError(
+                f"{name.upper()}={found}: {why}\nfix: take {name.upper()} out of the environment"
+            )
 
 
 def _join_processes(team: Team | None) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from moe_shard.errors import UserError, first_line
+from moe_shard.files import find_below
 from moe_shard.lowering.kernel_sums import KernelEvent
 
 SUFFIX = ".xplane.pb"
@@ -32,7 +33,7 @@ def newest_profile(folder: Path) -> list[Path]:
     Raises:
         UserError: there is none.
     """
-    found = sorted(folder.rglob(f"*{SUFFIX}"), key=lambda file: file.stat().st_mtime)
+    found = sorted(find_below(folder, f"*{SUFFIX}"), key=lambda file: file.stat().st_mtime)
     if not found:
         raise UserError(
             f"{folder} holds no profile (*{SUFFIX})\n"

@@ -8,6 +8,7 @@ start, so that the time between two starts counts, and the steps that a kill und
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_shard.files import write_text
+from moe_shard.files import read_small, write_text
 from moe_shard.units import human_time_left
 
 FILE = "goodput.json"
@@ -163,7 +164,7 @@ class WallTime:
 def read_starts(folder: Path) -> list[Start]:
     """Read the starts of a run; none where the file is missing or is not what a run wrote."""
     try:
-        content: Any = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        content: Any = json.loads(read_small(folder / FILE))
         starts = [
             Start(
                 float(each["started"]),
@@ -174,9 +175,14 @@ def read_starts(folder: Path) -> list[Start]:
             )
             for each in content["starts"]
         ]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return []
-    return starts
+    except (ArithmeticError, RecursionError):
+        return []
+    numbers = [
+        number for each in starts for number in (each.started, each.ended, *each.seconds.values())
+    ]
+    return starts if all(map(math.isfinite, numbers)) else []
 
 
 def goodput(starts: Sequence[Start]) -> Goodput | None:

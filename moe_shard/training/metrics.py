@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import struct
 import time
@@ -19,6 +20,7 @@ from moe_shard.files import next_numbered, write_bytes
 from moe_shard.training.appended import AppendedFile
 
 Record = dict[str, float | int | None]
+_LONGEST_LINE = 1 << 20
 
 
 class MetricsWriter:
@@ -92,48 +94,67 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """Read the records of a `metrics.jsonl`; lines that are none are left out."""
-    if not path.exists():
+    """Read the records of a `metrics.jsonl`; lines that are none are left out.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if not path.is_file():
         return []
-    return [record for _, record in _lines(path.read_bytes()) if record is not None]
+    return [record for _, record in _lines(path) if record is not None]
 
 
-def _lines(content: bytes) -> Iterator[tuple[bytes, Record | None]]:
-    """Yield every line and the record in it; None where it is torn, or something else."""
-    for line in content.splitlines(keepends=True):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        is_record = isinstance(record, dict) and type(record.get("step")) is int
-        yield line, record if is_record else None
+def _lines(path: Path) -> Iterator[tuple[bytes, Record | None]]:
+    """Yield every line and the record in it; None where it is torn, or something else.
+
+    What has no line breaks, such as the zeros that a crash of the machine leaves, comes in pieces.
+    """
+    with path.open("rb") as file:
+        while line := file.readline(_LONGEST_LINE):
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            is_record = isinstance(record, dict) and type(record.get("step")) is int
+            yield line, record if is_record else None
 
 
 def _keep_before(path: Path, first_step: int, say: Callable[[str], object]) -> None:
     """Remove the records from a step on, and what is no record, of which a copy is kept."""
     if not path.exists():
         return
-    content = path.read_bytes()
     keeping: list[bytes] = []
-    damaged, unfinished = 0, b""
-    for line, record in _lines(content):
+    read = kept = damaged = last = 0
+    in_place, line = True, b""
+    for line, record in _lines(path):
         if record is not None and int(record["step"] or 0) < first_step:
+            in_place &= kept == read and line.endswith(b"\n")
             keeping.append(line if line.endswith(b"\n") else line + b"\n")
+            kept += len(line)
         elif record is None and line.strip():
             damaged += 1
-            unfinished = line
+            last = read
+        read += len(line)
     # A kill in the middle of a write leaves a last line like this, which holds nothing to keep.
-    if damaged == 1 and content.endswith(unfinished) and not unfinished.endswith(b"\n"):
+    if damaged == 1 and last + len(line) == read and not line.endswith(b"\n"):
         damaged = 0
     if damaged:
-        copy = next_numbered(path)
-        write_bytes(copy, content)
-        say(f"{path.name}: {damaged} lines are no records; the file as it was is {copy.name}")
-    kept = b"".join(keeping)
-    if content.startswith(kept):
-        os.truncate(path, len(kept))  # needs no room on the disk
+        copy = _keep_copy(path)
+        say(f"{path.name}: {damaged} lines are no records; the file as it was is {copy}")
+    if in_place and not damaged:
+        os.truncate(path, kept)  # needs no room on the disk
     else:
-        write_bytes(path, kept)
+        write_bytes(path, b"".join(keeping))
+
+
+def _keep_copy(path: Path) -> str:
+    """Keep a file under the next number, and return that name; it is about to be replaced."""
+    copy = next_numbered(path)
+    try:
+        os.link(os.path.realpath(path), copy)  # needs no room on the disk
+    except OSError:  # links are not made there, or it is on another disk
+        shutil.copyfile(path, copy)
+    return copy.name
 
 
 def _open_events(folder: Path, first_step: int, say: Callable[[str], object]) -> AppendedFile:

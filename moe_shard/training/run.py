@@ -6,9 +6,9 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import IO, cast
 
 import jax
-from rich.console import Console
 
 from moe_shard.autoep.directory import keep_hf
 from moe_shard.config import Config
@@ -37,6 +37,7 @@ from moe_shard.runtime.compile import (
 from moe_shard.runtime.compile_cache import cache_problems, start_compile_cache
 from moe_shard.runtime.devices import start_devices
 from moe_shard.runtime.team import Team
+from moe_shard.terminal import Console, LastingOutput
 from moe_shard.training.changed_settings import Kind, batch_line, find_changes, keep_earlier
 from moe_shard.training.goodput import WallTime
 from moe_shard.training.loop import Outcome, Trainer
@@ -60,8 +61,21 @@ def run(config: Config, team: Team | None = None) -> Outcome:
     """
     # Where output is a file, the default of 80 columns would wrap the table.
     team = team or Team(signals=False)
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    notes = Console(stderr=True, soft_wrap=True, highlight=False, style="yellow")
+    notes = Console(
+        file=cast(IO[str], LastingOutput(sys.stderr)),
+        soft_wrap=True,
+        highlight=False,
+        style="yellow",
+    )
+
+    def note(line: str) -> None:
+        notes.print(f"note: {line}", markup=False)
+
+    console = Console(
+        file=cast(IO[str], LastingOutput(sys.stdout, note)),
+        width=None if sys.stdout.isatty() else 120,
+        highlight=False,
+    )
     device_line = start_devices(config.mesh.num_simulated_devices, team)
     console.quiet = notes.quiet = jax.process_index() > 0
     console.print(device_line)
@@ -69,9 +83,6 @@ def run(config: Config, team: Team | None = None) -> Outcome:
         console.print(line, markup=False, soft_wrap=True)
     cache = start_compile_cache(config.run.jax_cache_dir)
     sharding, changes_nothing = lay_out(config)
-
-    def note(line: str) -> None:
-        notes.print(f"note: {line}", markup=False)
 
     def say(line: str) -> None:
         console.print(line, markup=False, soft_wrap=True)

@@ -68,7 +68,7 @@ def open_run(config: RunConfig, *, writer: bool = True) -> Iterator[Path]:
         yield folder
 
 
-_FILES = (".lock", "config.yml", "lowering.json", "metrics.jsonl")
+_FILES = (".lock", "config.yml", "lowering.json", "metrics.jsonl", "goodput.json", "best.json")
 _FOLDERS = ("tensorboard", "checkpoints", "hlo", "profile")
 
 
@@ -79,10 +79,10 @@ def _check_names(folder: Path) -> None:
         UserError: a folder, a pipe or a device is where a file goes, or a file where a folder goes.
     """
     for names, is_right, kind in (
-        (_FILES, os.path.isfile, "file"),
+        ({*_FILES, *_records(folder)}, os.path.isfile, "file"),
         (_FOLDERS, os.path.isdir, "folder"),
     ):
-        for name in names:
+        for name in sorted(names):
             path = folder / name
             # A link to nothing is fine: what is written goes where it points.
             if os.path.exists(path) and not is_right(path):
@@ -94,3 +94,11 @@ def _check_names(folder: Path) -> None:
                 raise UserError(
                     f"{path} is a link to nothing\nfix: make the folder that it names, or remove it"
                 )
+
+
+def _records(folder: Path) -> list[str]:
+    """Return the names of files of records, whichever keys have them written."""
+    try:
+        return [each for each in os.listdir(folder) if each.endswith(".jsonl")]
+    except OSError:  # not there yet, or reported when it is made
+        return []

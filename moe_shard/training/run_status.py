@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from moe_shard.errors import UserError
+from moe_shard.files import read_small
 from moe_shard.training.goodput import Goodput, goodput, read_starts
 from moe_shard.training.metrics import Record, read_metrics
 
@@ -71,9 +72,9 @@ class RunStatus:
         found = {}
         for key, name in CURVES.items():
             points = [
-                (int(each["step"] or 0), float(value))
+                (int(each["step"] or 0), value)
                 for each in self.records
-                if isinstance(value := each.get(key), (int, float)) and math.isfinite(value)
+                if (value := _number(each.get(key))) is not None
             ]
             if points:
                 found[name] = points
@@ -95,7 +96,7 @@ def read_status(folder: Path) -> RunStatus:
     updates = int(records[-1]["step"] or 0) + 1 if records else 0
     steps, left = _steps(folder / "config.yml"), None
     if steps is not None and records and updates < steps:
-        recent = [float(each["step_time_s"] or 0.0) for each in records[-_RECENT:]]
+        recent = [_number(each.get("step_time_s")) or 0.0 for each in records[-_RECENT:]]
         left = statistics.median(recent) * (steps - updates)
     names = _names(folder / "checkpoints")
     return RunStatus(
@@ -130,6 +131,17 @@ def spark(points: Sequence[tuple[int, float]], width: int) -> str:
     return "".join(levels[round((mean - low) * scale)] for mean in means)
 
 
+def _number(value: object) -> float | None:
+    """Return a value as a finite number; None if it is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
 def _names(folder: Path) -> list[str]:
     try:
         return [each.name for each in folder.iterdir()]
@@ -139,15 +151,15 @@ def _names(folder: Path) -> list[str]:
 
 def _steps(path: Path) -> int | None:
     with suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content: Any = yaml.safe_load(read_small(path))
         steps = content.get("steps") if isinstance(content, dict) else None
-        return steps if isinstance(steps, int) else None
+        return steps if type(steps) is int else None
     return None
 
 
 def _verdict(path: Path) -> str | None:
     with suppress(OSError, ValueError, RecursionError):
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json.loads(read_small(path))
         verdict = content.get("verdict") if isinstance(content, dict) else None
         return verdict if isinstance(verdict, str) else None
     return None
@@ -155,6 +167,8 @@ def _verdict(path: Path) -> str | None:
 
 def _is_held(lock: Path) -> bool:
     """Return whether a process of this machine trains into the folder."""
+    if not lock.is_file():  # opening a pipe would wait
+        return False
     try:
         with lock.open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

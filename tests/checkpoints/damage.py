@@ -1,7 +1,7 @@
 """Damage a checkpoint at random, in the ways of disks, file systems and people.
 
-`DAMAGES=200 pytest tests/checkpoints/test_damage.py -k any_kind -rP` makes 200 of them; the suite
-makes a few of each kind.
+`DAMAGES=200 pytest tests/checkpoints/test_damage.py -k "any_kind or go_back" -rP` makes 200 of them
+beside an older checkpoint, and 200 without one; the suite makes a few of each kind.
 """
 
 from __future__ import annotations
@@ -46,10 +46,13 @@ def missing(checkpoint: Path, rng: random.Random) -> str:
 
 
 def zeroed(checkpoint: Path, rng: random.Random) -> str:
-    path = some_file(checkpoint, rng)
-    content = bytearray(path.read_bytes())
-    start = rng.randrange(len(content))
-    stop = min(len(content), start + rng.choice([1, 16, 4096]))
+    while True:
+        path = some_file(checkpoint, rng)
+        content = bytearray(path.read_bytes())
+        start = rng.randrange(len(content))
+        stop = min(len(content), start + rng.choice([1, 16, 4096]))
+        if any(content[start:stop]):  # what is zero already is no damage
+            break
     content[start:stop] = bytes(stop - start)
     path.write_bytes(content)
     return path.name

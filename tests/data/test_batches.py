@@ -199,6 +199,13 @@ def assert_short(error: UserError, *words: str) -> None:
         assert word in str(error)
 
 
+@pytest.mark.parametrize("path", ["/", "/proc", "/dev/", "//sys/."])
+def test_what_never_ends_is_no_folder_of_text(path: str) -> None:
+    with pytest.raises(UserError) as raised:
+        find_documents([path])
+    assert_short(raised.value, "dataset_path", "is the system's")
+
+
 def test_a_path_that_is_no_text_is_a_short_error(tmp_path: Path) -> None:
     for case, (path, words) in bad_paths(tmp_path).items():
         with pytest.raises(UserError) as raised:

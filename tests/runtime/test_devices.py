@@ -21,9 +21,17 @@ from moe_shard.runtime.devices import start_devices
         (jax.enable_x64(True), "JAX_ENABLE_X64=True"),
         (jax.numpy_rank_promotion("raise"), "JAX_NUMPY_RANK_PROMOTION=raise"),
         (jax.numpy_dtype_promotion("strict"), "JAX_NUMPY_DTYPE_PROMOTION=strict"),
+        (jax.disable_jit(), "JAX_DISABLE_JIT=True"),
+        (jax.transfer_guard("disallow"), "JAX_TRANSFER_GUARD=disallow"),
+        (
+            jax.transfer_guard_device_to_host("disallow_explicit"),
+            "JAX_TRANSFER_GUARD_DEVICE_TO_HOST=disallow_explicit",
+        ),
     ],
 )
-def test_another_numpy_is_refused(setting: AbstractContextManager[None], told: str) -> None:
+def test_settings_under_which_nothing_works_are_refused(
+    setting: AbstractContextManager[None], told: str
+) -> None:
     with setting, pytest.raises(UserError) as raised:
         start_devices(8)
     what, fix = str(raised.value).splitlines()
@@ -64,3 +72,44 @@ def test_a_flag_that_xla_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
     what, fix = str(raised.value).splitlines()
     assert what == "XLA_FLAGS: XLA does not know --xla_nonsense=1"
     assert fix.startswith("fix: take it out")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--xla_cpu_enable_fast_math=perhaps", "Couldn't interpret value perhaps"),
+        ("flags.txt", 'Could not open file "flags.txt"'),
+        ("--xla_force_host_platform_device_count=0", "not a number of devices"),
+        ("--xla_dump_hlo_as_nothing", "XLA does not know"),
+    ],
+)
+def test_flags_that_xla_cannot_read(monkeypatch: pytest.MonkeyPatch, flags: str, said: str) -> None:
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    with pytest.raises(UserError) as raised, quiet.hide_accelerator_warnings():
+        pass
+    what, fix = str(raised.value).splitlines()
+    assert what.startswith("XLA_FLAGS: ")
+    assert said in what
+    assert fix.startswith("fix: ")
+
+
+def test_a_variable_that_jax_cannot_read() -> None:
+    code = (
+        "from moe_shard.errors import run_command\n"
+        "from moe_shard.quiet import hide_accelerator_warnings\n"
+        "def main():\n"
+        "    with hide_accelerator_warnings():\n"
+        "        import jax\n"
+        "run_command(main)"
+    )
+    for name, value in (("JAX_ENABLE_X64", "perhaps"), ("JAX_DEFAULT_PRNG_IMPL", "dice")):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, name: value},
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stdout) == (2, "")
+        what, fix = done.stderr.splitlines()
+        assert what.startswith(f"error: {name}={value}: jax refuses it: ")
+        assert fix.startswith("fix: take it out")

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import struct
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -142,6 +143,23 @@ def test_lines_that_are_no_records_are_set_aside(tmp_path: Path, bad: bytes, pla
     assert path.read_bytes() == b"".join(lines)
     assert (tmp_path / "metrics.jsonl.1").read_bytes() == damaged
     assert said == ["metrics.jsonl: 1 lines are no records; the file as it was is metrics.jsonl.1"]
+
+
+def test_gigabytes_of_zeros_are_read_in_pieces(tmp_path: Path) -> None:
+    write_steps(tmp_path, range(4))
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    os.truncate(path, 300 << 20)  # as a crash of the machine may leave it
+    tracemalloc.start()
+    assert [record["step"] for record in read_metrics(path)] == [0, 1, 2, 3]
+    said: list[str] = []
+    with MetricsWriter(tmp_path, first_step=4, tensorboard=False, say=said.append):
+        pass
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+    assert path.read_bytes() == whole
+    assert (tmp_path / "metrics.jsonl.1").stat().st_size == 300 << 20
+    assert len(said) == 1
 
 
 def test_a_link_is_written_through(tmp_path: Path) -> None:

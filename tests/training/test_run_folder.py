@@ -124,7 +124,9 @@ def test_run_config_is_frozen() -> None:
         run_config(Path("a")).run_name = ".."  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("name", [".lock", "config.yml", "lowering.json", "metrics.jsonl"])
+@pytest.mark.parametrize(
+    "name", [".lock", "config.yml", "lowering.json", "metrics.jsonl", "goodput.json", "any.jsonl"]
+)
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
 def test_something_else_in_the_place_of_a_file_is_refused(
     tmp_path: Path, name: str, make: Callable[[Path], None]
