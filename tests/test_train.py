@@ -35,8 +35,8 @@ TINY = (
     "per_device_batch_size=1",
 )
 # Long enough that a signal sent after a third of the steps arrives before the last.
-STEPS, PERIOD = 200, 50
-LONG = (*TINY, f"steps={STEPS}", f"checkpoint_period={PERIOD}", "log_period=10")
+STEPS, PERIOD, LOG_PERIOD = 200, 50, 10
+LONG = (*TINY, f"steps={STEPS}", f"checkpoint_period={PERIOD}", f"log_period={LOG_PERIOD}")
 METRICS = {
     "step", "loss", "ce_loss", "aux_loss", "grad_norm", "learning_rate", "step_time_s",
     "tokens_per_sec_per_device", "tflops_per_sec_per_device", "mfu", "dropped_token_fraction",
@@ -129,6 +129,13 @@ def records(run: Path, partial: bool = False) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
+def layers(run: Path) -> list[dict[str, Any]]:
+    """Read the records of layers.jsonl, but for the memory, which is that of a process."""
+    found = [json.loads(line) for line in (run / "layers.jsonl").read_text().splitlines()]
+    assert all(each.pop("memory")["in_use_bytes"] > 2**20 for each in found)
+    return found
+
+
 def losses(run: Path) -> list[float]:
     return [record["loss"] for record in records(run)]
 
@@ -174,7 +181,7 @@ def test_the_run_folder_holds_what_the_contract_says(whole: tuple[Path, Done]) -
     visible = {path.name for path in run.iterdir() if not path.name.startswith(".")}
     assert visible == {
         "config.yml", "lowering.json", "metrics.jsonl", "tensorboard", "checkpoints", "hlo",
-        "profile", "goodput.json",
+        "profile", "goodput.json", "layers.jsonl",
     }  # fmt: skip
     steps = range(PERIOD, STEPS + 1, PERIOD)
     assert {p.name for p in (run / "checkpoints").iterdir()} == {str(step) for step in steps}
@@ -238,6 +245,21 @@ def test_metrics_jsonl_has_the_contracts_keys_and_the_loss_falls(whole: tuple[Pa
     assert found[-1]["loss"] < found[0]["loss"] - 1
 
 
+def test_layers_jsonl_agrees_with_metrics_jsonl(whole: tuple[Path, Done]) -> None:
+    found = layers(whole[0])
+    logged = [each for each in records(whole[0]) if each["step"] % LOG_PERIOD == 0]
+    assert len(logged) > 3
+    for each, of_step in zip(found, logged, strict=True):
+        assert each["step"] == of_step["step"]
+        for name in ("grad_norm", "update_norm"):
+            whole_norm = math.sqrt(sum(norm**2 for norm in each[name].values()))
+            assert whole_norm == pytest.approx(of_step[name], rel=1e-6)
+        loads = each["expert_load_max_over_mean"]
+        assert max(loads) == pytest.approx(of_step["expert_load_max_over_mean"], rel=1e-6)
+        dropped = sum(each["dropped_token_fraction"]) / len(each["layers"])
+        assert dropped == pytest.approx(of_step["dropped_token_fraction"], rel=1e-5, abs=1e-9)
+
+
 def test_kill_ctrl_c_and_restarts_change_no_loss(
     command: Command, whole: tuple[Path, Done]
 ) -> None:
@@ -262,6 +284,7 @@ def test_kill_ctrl_c_and_restarts_change_no_loss(
     assert [record["step"] for record in records(run)] == list(range(STEPS))
     # Bit for bit: the same program, the same batches, and a checkpoint that keeps every bit.
     assert losses(run) == losses(whole[0])
+    assert layers(run) == layers(whole[0])
 
     before = (run / "metrics.jsonl").read_bytes()
     again = command.run(*arguments)
@@ -359,6 +382,11 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(command: Command) -> No
         pytest.param(["mixtral-tinny"], ["mixtral-tinny", "mixtral-tiny"], id="model"),
         pytest.param([], ["usage: ", "MODEL"], id="nothing"),
         pytest.param(["chunk.yml"], ["attention_type=chunk", "fix: "], id="maxtext-only"),
+        pytest.param(
+            ["mixtral-tiny", "enable_wandb=true"],
+            ["the package wandb", "fix: pip install 'moe_shard[wandb]'"],
+            id="wandb",
+        ),
         pytest.param(["mixtral-tiny", "steps=many"], ["steps=many"], id="type"),
         pytest.param(["mixtral-tiny", "run_name=../x"], ["run_name"], id="run-name"),
         pytest.param(["absent.yml"], ["absent.yml"], id="file"),

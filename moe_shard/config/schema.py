@@ -69,7 +69,7 @@ class TrainConfig:
         muon_consistent_rms: root mean square of Muon's updates; -1: scaled by the width instead.
         muon_include_routers: whether Muon updates the routers' matrices too.
         seed: seed of the initial parameters and of the order of the data.
-        log_period: updates between two lines on the terminal.
+        log_period: updates between two lines on the terminal, and between two records of layers.
         enable_checkpointing: whether to save checkpoints, and to resume from those that are there.
         resume_strict: whether to refuse to resume with settings that make another run of it.
         checkpoint_period: updates between two checkpoints.
@@ -83,6 +83,9 @@ class TrainConfig:
         verify_checkpoints: whether the checksums of a checkpoint's files are compared before a
             run continues from it; otherwise their names and sizes are.
         enable_tensorboard: whether to write `tensorboard/`.
+        enable_wandb: whether to log the same numbers to Weights & Biases.
+        wandb_project_name: project there.
+        wandb_run_name: name of the run there; empty: `run_name`.
         dump_hlo: whether to write the compiled step to `hlo/`.
         profile: whether to write a profile of a few updates.
         skip_first_n_steps_for_profiler: updates before the profile starts.
@@ -136,6 +139,9 @@ class TrainConfig:
     save_checkpoint_on_completion: Annotated[bool, Key()] = True
     verify_checkpoints: Annotated[bool, Key()] = True
     enable_tensorboard: Annotated[bool, Key()] = True
+    enable_wandb: Annotated[bool, Key()] = False
+    wandb_project_name: Annotated[str, Key()] = "moe_shard"
+    wandb_run_name: Annotated[str, Key()] = ""
     dump_hlo: Annotated[bool, Key()] = False
     profile: Annotated[bool, Key()] = False
     skip_first_n_steps_for_profiler: Annotated[int, Key(least=0)] = 1

@@ -44,6 +44,7 @@ _KEYS: dict[Kind, str] = {
         max_consecutive_bad_steps skip_step_on_spikes skip_step_interval skip_step_scaling_factor
         max_num_checkpoints_to_keep async_checkpointing
         save_checkpoint_on_completion verify_checkpoints enable_tensorboard resume_strict
+        enable_wandb wandb_project_name wandb_run_name
         """,
     Kind.RUN: """
         seed dataset_type dataset_path tokenizer_path eval_holdout_fraction

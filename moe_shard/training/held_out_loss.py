@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class HeldOutLoss:
         first: updates made before this process.
         checkpointer: saves the parameters; None: nothing does.
         say: receives a line for each evaluation.
+        show: receives the records of each evaluation.
     """
 
     def __init__(
@@ -55,9 +57,10 @@ class HeldOutLoss:
         first: int,
         checkpointer: Checkpointer | None = None,
         say: Say,
+        show: Callable[[Sequence[dict[str, Any]]], object] = lambda _: None,
     ) -> None:
         self._config, self._texts, self._program, self._say = config, texts, program, say
-        self._folder = folder
+        self._folder, self._show = folder, show
         self._checkpointer = checkpointer
         self._means: dict[int, float] = {}  # updates -> loss over all tokens
         self._best, self._best_at, self._since = math.inf, 0, 0
@@ -124,6 +127,7 @@ class HeldOutLoss:
                 f"perplexity {perplexity:.2f}"
             )
         best = self._weigh(updates)
+        self._show([each for each in self._records if each["step"] == updates])
         self._write()
         return best
 

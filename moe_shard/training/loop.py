@@ -27,11 +27,13 @@ from moe_shard.runtime.team import Team
 from moe_shard.training.bad_steps import BadSteps
 from moe_shard.training.goodput import STEPS, WallTime
 from moe_shard.training.held_out_loss import HeldOutLoss
+from moe_shard.training.layer_records import LayerRecords
 from moe_shard.training.metrics import MetricsWriter, Record
 from moe_shard.training.pace import Pace
 from moe_shard.training.profile import StepProfile
 from moe_shard.training.progress import ProgressLine
 from moe_shard.training.save_clock import SaveClock
+from moe_shard.training.wandb_log import wandb_sinks
 
 
 @dataclass(frozen=True)
@@ -152,11 +154,13 @@ class Trainer:
         with self.wall.part("restore" if self.first else "init"):
             state = self._first_state(console)
         train = self.config.train
+        writes = jax.process_index() == 0
         writer = MetricsWriter(
             self.folder,
             first_step=self.first,
             tensorboard=train.enable_tensorboard,
-            enabled=jax.process_index() == 0,
+            enabled=writes,
+            sinks=wandb_sinks(self.config, self.folder, self.say) if writes else (),
             say=self.say,
         )
         progress = ProgressLine(
@@ -168,6 +172,7 @@ class Trainer:
         )
         profile = StepProfile(self.folder / "profile", train, first_step=self.first)
         self.writer, self.progress, self.profile, self.step = writer, progress, profile, step
+        self.layers = LayerRecords(self.config.model, self.program)
         self.bad_steps = BadSteps(self.config, self.program, self.folder, console.print)
         self.evaluation = HeldOutLoss(
             self.config.evaluation,
@@ -177,6 +182,7 @@ class Trainer:
             first=self.first,
             checkpointer=self.checkpointer,
             say=console.print,
+            show=writer.write_evaluation,
         )
         with writer, team.running(self.first), profile, progress, self.wall.part(STEPS):
             updates = self._steps(state, self.data, team)
@@ -277,6 +283,8 @@ class Trainer:
         seconds, self.finished_at = now - self.finished_at, now
         record = self.pace.record(step, values, seconds)
         self.writer.write(record)
+        if step % self.config.train.log_period == 0:
+            self.writer.write_layers(self.layers.record(step, metrics))
         self.wall.made(step + 1)
         self.progress.show(record)
         self.last = record

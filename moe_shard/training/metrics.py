@@ -1,42 +1,48 @@
-"""Write one record per step to `metrics.jsonl` and to TensorBoard."""
+"""Write the records of a run: a line of JSON each in files of its folder, and to TensorBoard."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import socket
-import struct
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import masked_crc32c
-from tensorboardX.summary import scalar
-
-from moe_shard.errors import Finding, UserError
+from moe_shard.errors import Finding
 from moe_shard.files import next_numbered, write_bytes
 from moe_shard.training.appended import AppendedFile
+from moe_shard.training.events import Events
 
 Record = dict[str, float | int | None]
 _LONGEST_LINE = 1 << 20
+METRICS, LAYERS = "metrics.jsonl", "layers.jsonl"
+
+
+class Sink(Protocol):
+    """Take the numbers of a run where people look at them."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Take the numbers of a step, by their tags."""
+
+    def close(self) -> None:
+        """Finish; nothing more is written."""
 
 
 class MetricsWriter:
     """Append records to a run's files.
 
     A resumed run repeats the steps after its checkpoint. Their old records are removed first, so
-    that the file holds each step once, even if a kill cut off the last line.
+    that a file holds each step once, even if a kill cut off the last line.
 
     On a full disk training goes on: records are held, and written whole once there is room.
-    TensorBoard's own writer is not used: its thread would die there, and the run wait for it.
 
     Args:
         folder: folder of the run.
         first_step: first step of this process.
         tensorboard: write `tensorboard/` as well.
         enabled: write at all; False on all processes but one.
+        sinks: take the same numbers as TensorBoard.
         say: receives a line on what was repaired, or cannot be written.
 
     Raises:
@@ -51,46 +57,83 @@ class MetricsWriter:
         first_step: int,
         tensorboard: bool,
         enabled: bool = True,
+        sinks: Sequence[Sink] = (),
         say: Callable[[str], object] = lambda _: None,
     ) -> None:
-        self._file: AppendedFile | None = None
-        self._events: AppendedFile | None = None
-        self._say = say
-        if enabled:
-            path = folder / "metrics.jsonl"
-            _keep_before(path, first_step, say)
-            self._file = AppendedFile(path, say)
-        if enabled and tensorboard:
-            self._events = _open_events(folder / "tensorboard", first_step, say)
+        self._files: dict[str, AppendedFile] = {}
+        self._sinks: list[Sink] = [*sinks]
+        if not enabled:
+            return
+        for name in (METRICS, LAYERS):
+            _keep_before(folder / name, first_step, say)
+            self._files[name] = AppendedFile(folder / name, say)
+        if tensorboard:
+            self._sinks.append(Events(folder / "tensorboard", first_step, say))
 
     def __enter__(self) -> MetricsWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for file in (self._file, self._events):
-            if file is not None:
-                file.close()
-        if self._events is not None and self._events.missing:
-            self._say(f"tensorboard/ lacks the last {self._events.missing} steps")
-        if kind is None and self._file is not None and self._file.missing:
+        for file in self._files.values():
+            file.close()
+        for sink in self._sinks:
+            sink.close()
+        lacking = {name: file for name, file in self._files.items() if file.missing}
+        if kind is None and lacking:
+            what = ", ".join(
+                f"{name} lacks {file.missing} records" for name, file in lacking.items()
+            )
+            why = next(iter(lacking.values())).refused
             raise Finding(
-                f"metrics.jsonl lacks {self._file.missing} records: {self._file.refused}\n"
+                f"{what}: {why}\n"
                 "fix: make room on that disk; the same command continues from the last checkpoint"
             )
 
     def write(self, record: Record) -> None:
         """Append the record of one step, numbered by its key `step`."""
-        if self._file is not None:
-            self._file.write(json.dumps(record).encode() + b"\n")
-        if self._events is not None:
-            now, step = time.time(), int(record["step"] or 0)
-            self._events.write(
-                b"".join(
-                    _event(Event(wall_time=now, step=step, summary=scalar(name, value)))
-                    for name, value in record.items()
-                    if name != "step" and value is not None
-                )
-            )
+        self._append(METRICS, record)
+
+    def write_layers(self, record: Mapping[str, Any]) -> None:
+        """Append what a step shows of layers and kinds of parameters, see `layer_records`."""
+        self._append(LAYERS, record)
+
+    def write_evaluation(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Pass an evaluation on, of which `eval.jsonl` has the records.
+
+        It is shown with the last step before it, whose number a continued run does not repeat.
+        """
+        for record in records:
+            shown = {
+                name: value for name, value in record.items() if name not in {"step", "dataset"}
+            }
+            self._show(int(record["step"]) - 1, {f"eval_{record['dataset']}": shown})
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        if name in self._files:
+            self._files[name].write(json.dumps(record).encode() + b"\n")
+            self._show(int(record["step"]), {key: x for key, x in record.items() if key != "step"})
+
+    def _show(self, step: int, content: Mapping[str, Any]) -> None:
+        values = dict(tagged(content))
+        for sink in self._sinks:
+            sink.write(step, values)
+
+
+def tagged(content: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield the numbers of a record with a tag each, such as `grad_norm/router`.
+
+    Of a list the tag has the number of the layer, from the record's `layers`; what is null is left
+    out.
+    """
+    layers = content.get("layers", ())
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}/{tag}", each) for tag, each in tagged(value))
+        elif isinstance(value, Sequence) and not isinstance(value, str) and name != "layers":
+            pairs = zip(layers, value, strict=True)
+            yield from ((f"{name}/layer_{at:02d}", each) for at, each in pairs if each is not None)
+        elif isinstance(value, int | float):
+            yield name, value
 
 
 def read_metrics(path: Path) -> list[Record]:
@@ -155,40 +198,3 @@ def _keep_copy(path: Path) -> str:
     except OSError:  # links are not made there, or it is on another disk
         shutil.copyfile(path, copy)
     return copy.name
-
-
-def _open_events(folder: Path, first_step: int, say: Callable[[str], object]) -> AppendedFile:
-    """Start a file of TensorBoard's events; a reader drops earlier events from a step on.
-
-    Raises:
-        UserError: the folder cannot be made.
-        OSError: the file cannot be made.
-    """
-    try:
-        folder.mkdir(exist_ok=True)
-    except FileExistsError as error:
-        raise UserError(
-            f"{folder} is no folder, and TensorBoard's files go there\n"
-            "fix: move it away, or enable_tensorboard=false"
-        ) from error
-    now = time.time()
-    name = f"events.out.tfevents.{int(now)}.{socket.gethostname()}.{os.getpid()}"
-    events = AppendedFile(folder / name, say)
-    log = SessionLog(status=SessionLog.START)
-    events.write(
-        _event(Event(wall_time=now, file_version="brain.Event:2"))
-        + _event(Event(wall_time=now, step=first_step, session_log=log))
-    )
-    return events
-
-
-def _event(event: Event) -> bytes:
-    """Frame an event as TFRecord does: length, its checksum, content, its checksum."""
-    content = event.SerializeToString()
-    length = struct.pack("<Q", len(content))
-    return (
-        length
-        + struct.pack("<I", masked_crc32c(length))
-        + content
-        + struct.pack("<I", masked_crc32c(content))
-    )

@@ -43,6 +43,7 @@ from moe_shard.training.goodput import WallTime
 from moe_shard.training.loop import Outcome, Trainer
 from moe_shard.training.profile import show_times
 from moe_shard.training.run_folder import open_run
+from moe_shard.training.wandb_log import require_wandb
 
 Records = Mapping[str, Mapping[str, AttentionRecord | MoERecord]]
 """What `lowering.json` says of layers: key -> layers -> their record."""
@@ -60,6 +61,7 @@ def run(config: Config, team: Team | None = None) -> Outcome:
         Finding: the step does not fit in memory, or the loss is no longer finite.
     """
     # Where output is a file, the default of 80 columns would wrap the table.
+    require_wandb(config)
     team = team or Team(signals=False)
     notes = Console(
         file=cast(IO[str], LastingOutput(sys.stderr)),

@@ -68,8 +68,11 @@ def open_run(config: RunConfig, *, writer: bool = True) -> Iterator[Path]:
         yield folder
 
 
-_FILES = (".lock", "config.yml", "lowering.json", "metrics.jsonl", "goodput.json", "best.json")
-_FOLDERS = ("tensorboard", "checkpoints", "hlo", "profile")
+_FILES = (
+    *(".lock", "config.yml", "lowering.json", "metrics.jsonl", "layers.jsonl"),
+    *("goodput.json", "eval.jsonl", "best.json", "wandb.json"),
+)
+_FOLDERS = ("tensorboard", "checkpoints", "hlo", "profile", "wandb")
 
 
 def _check_names(folder: Path) -> None:

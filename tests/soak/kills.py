@@ -76,9 +76,14 @@ def start(folder: Path, count: int, arguments: Sequence[str], **environment: str
     return Start(processes, outputs)
 
 
-def records(run: Path) -> list[dict[str, Any]]:
+def layer_records(run: Path) -> list[dict[str, Any]]:
+    """Read the records of layers.jsonl, but for the memory, which is that of a process."""
+    return [{**each, "memory": None} for each in records(run, "layers.jsonl")]
+
+
+def records(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """Read the whole lines of a run's metrics."""
-    path = run / "metrics.jsonl"
+    path = run / name
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1] if line]
@@ -170,6 +175,9 @@ def soak(folder: Path, count: int, kills: int, steps: int, rng: random.Random) -
         [[each[name] for name in ("step", *COMPUTED)] for each in records(run.with_name(name))]
         for name in ("killed", "alone")
     )
+    of_layers = [layer_records(run.with_name(name)) for name in ("killed", "alone")]
+    if of_layers[0] != of_layers[1] or len(of_layers[0]) != steps:
+        wrong.append("the records of layers.jsonl differ")
     if found != wanted or len(found) != steps:
         wrong.append(f"metrics differ: {len(found)} and {len(wanted)} records of {steps}")
     for what, times in sorted(figures.items()):

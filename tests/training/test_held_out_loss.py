@@ -128,12 +128,13 @@ def scripted(
     losses: Sequence[float],
     first: int = 0,
     saved: Collection[int] = range(100),
+    show: Any = len,
 ) -> Scripted:
     text: Any = SimpleNamespace(name="t", tokens=10, bytes_per_token=1.0)
     checkpointer: Any = SimpleNamespace(complete=lambda: saved)
     program: Any = SimpleNamespace()
     evaluation = Scripted(
-        config, (text,), program, folder, first=first, checkpointer=checkpointer, say=len
+        config, (text,), program, folder, first=first, checkpointer=checkpointer, say=len, show=show
     )
     for at, loss in enumerate(losses, first // 2 + 1):
         state: Any = loss
@@ -233,6 +234,14 @@ def test_a_disk_that_refuses_is_said_and_written_later(tmp_path: Path) -> None:
     evaluation.finish()
     assert len((tmp_path / "eval.jsonl").read_text().splitlines()) == 3
     assert best(tmp_path)["step"] == 4
+
+
+def test_each_evaluation_is_passed_on(tmp_path: Path) -> None:
+    shown: list[Any] = []
+    scripted(tmp_path, EvalConfig(eval_interval=2), [4.0, 3.0], show=shown.append)
+    assert [[(each["step"], each["loss"]) for each in one] for one in shown] == [
+        [(2, 4.0)], [(4, 3.0)],
+    ]  # fmt: skip
 
 
 def test_a_target_ends_the_run(tmp_path: Path) -> None:

@@ -98,11 +98,10 @@ def test_tensorboard_gets_the_numbers_and_not_the_unknown_ones(tmp_path: Path) -
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
 
 
-def test_tensorboards_own_reader_reads_the_events(tmp_path: Path) -> None:
-    write_steps(tmp_path, range(2), loss=0.5, tensorboard=True)
-    write_steps(tmp_path, range(1, 3), loss=0.25, tensorboard=True)
+def events_of(folder: Path) -> list[Event]:
+    """Read TensorBoard's events without the package's code."""
     found = []
-    for path in sorted((tmp_path / "tensorboard").iterdir(), key=os.path.getmtime):
+    for path in sorted((folder / "tensorboard").iterdir(), key=os.path.getmtime):
         content = path.read_bytes()
         while content:
             size, crc = struct.unpack("<QI", content[:12])
@@ -111,15 +110,76 @@ def test_tensorboards_own_reader_reads_the_events(tmp_path: Path) -> None:
             assert end == masked_crc32c(data)
             found.append(Event.FromString(data))
             content = content[16 + size :]
-    starts = [each.step for each in found if each.HasField("session_log")]
-    assert starts == [0, 1]
-    values = [
+    return found
+
+
+def values_of(folder: Path) -> list[tuple[int, str, float]]:
+    return [
         (each.step, value.tag, value.simple_value)
-        for each in found
+        for each in events_of(folder)
         if each.HasField("summary")
         for value in each.summary.value
     ]
-    assert values == [(0, "loss", 0.5), (1, "loss", 0.5), (1, "loss", 0.25), (2, "loss", 0.25)]
+
+
+def test_tensorboards_own_reader_reads_the_events(tmp_path: Path) -> None:
+    write_steps(tmp_path, range(2), loss=0.5, tensorboard=True)
+    write_steps(tmp_path, range(1, 3), loss=0.25, tensorboard=True)
+    starts = [each.step for each in events_of(tmp_path) if each.HasField("session_log")]
+    assert starts == [0, 1]
+    assert values_of(tmp_path) == [
+        (0, "loss", 0.5), (1, "loss", 0.5), (1, "loss", 0.25), (2, "loss", 0.25),
+    ]  # fmt: skip
+
+
+LAYER_RECORD = {
+    "step": 3,
+    "memory": {"of": "host", "in_use_bytes": 8},
+    "grad_norm": {"router": 0.5, "head": None},
+    "layers": [1, 12],
+    "router_z": [0.25, 2.0],
+    "dropped_token_fraction": [None, 1.0],
+}
+
+
+def test_layers_and_evaluations_are_in_tensorboard(tmp_path: Path) -> None:
+    evaluation = {"step": 4, "dataset": "a", "loss": 2.0, "perplexity": None}
+    with MetricsWriter(tmp_path, first_step=0, tensorboard=True) as writer:
+        writer.write_layers(LAYER_RECORD)
+        writer.write_evaluation([evaluation])
+    assert values_of(tmp_path) == [
+        (3, "memory/in_use_bytes", 8),
+        (3, "grad_norm/router", 0.5),
+        (3, "router_z/layer_01", 0.25),
+        (3, "router_z/layer_12", 2.0),
+        (3, "dropped_token_fraction/layer_12", 1.0),
+        # After update 4, whose step is number 3: a run that goes on from there keeps it.
+        (3, "eval_a/loss", 2.0),
+    ]
+    assert json.loads((tmp_path / "layers.jsonl").read_text()) == LAYER_RECORD
+
+
+def write_layers(folder: Path, steps: range) -> None:
+    with MetricsWriter(folder, first_step=steps.start, tensorboard=False) as writer:
+        for step in steps:
+            writer.write_layers(LAYER_RECORD | {"step": step})
+
+
+def test_records_of_layers_are_repaired_as_those_of_steps(tmp_path: Path) -> None:
+    write_layers(tmp_path, range(6))
+    path = tmp_path / "layers.jsonl"
+    whole = path.read_bytes()
+    for cut in (1, 2, 40):
+        path.write_bytes(whole[:-cut])
+        write_layers(tmp_path, range(3, 6))
+        assert path.read_bytes() == whole
+
+
+def test_layers_that_a_full_disk_lacks_at_the_end_are_a_finding(tmp_path: Path) -> None:
+    lacking = r"layers\.jsonl lacks 4 records: File too large"
+    with files_of_at_most(200), pytest.raises(Finding, match=lacking):
+        write_layers(tmp_path, range(5))
+    assert len((tmp_path / "layers.jsonl").read_bytes().splitlines()) == 1
 
 
 @pytest.mark.parametrize(
