@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import uuid
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -21,9 +22,16 @@ from moe_shard.checkpoints.room import (
     hide_late_callbacks,
     least_bytes,
     room_words,
+    why_not_writable,
     why_not_written,
 )
-from moe_shard.checkpoints.whole import find_whole, on_all_processes, remove_unfinished
+from moe_shard.checkpoints.together import FailedElsewhere, SavesTogether, of_process
+from moe_shard.checkpoints.whole import (
+    find_whole,
+    on_all_processes,
+    remove_unfinished,
+    said_by_all,
+)
 from moe_shard.config.keys import shown
 from moe_shard.config.schema import Config
 from moe_shard.data.corpus import Say
@@ -91,10 +99,12 @@ class Checkpointer:
         self._failed: str | None = None
         self.to_keep: Callable[[], Collection[int | None]] = tuple
         self.when_saved: Callable[[], object] = tuple
+        self._together = SavesTogether()
         self._manager = self._open()
         hide_late_callbacks()
 
     def _open(self) -> ocp.CheckpointManager:
+        several = jax.process_count() > 1
         try:
             return ocp.CheckpointManager(
                 self._folder,
@@ -104,7 +114,12 @@ class Checkpointer:
                         self._train.checkpoint_keep_period,
                         lambda: self.to_keep(),
                     ),
-                    enable_async_checkpointing=self._train.async_checkpointing,
+                    # In the foreground, several processes wait for each other inside collectives,
+                    # also for one that has failed.
+                    enable_async_checkpointing=self._train.async_checkpointing or several,
+                    async_options=ocp.AsyncOptions(barrier_sync_fn=self._together.wait)
+                    if several
+                    else None,
                     create=True,
                     temporary_path_class=committed_with_checksums(lambda: self._run),
                     lightweight_initialize=True,  # reads no metadata, which may be damaged
@@ -141,10 +156,13 @@ class Checkpointer:
         if self._failed:  # its last writes may have ended later than it was given up
             self._remove_unfinished()
         self._needed = least_bytes(state, self._size)
-        free = free_bytes(self._folder)
-        if free is not None and free < self._needed:
-            self._give_up(updates, "it cannot fit on the disk")
+        # Begun by all processes or by none, as they wait for each other.
+        if hindered := said_by_all(self._hindrance()):
+            own = hindered.get(jax.process_index())
+            first, why = next(iter(hindered.items()))
+            self._give_up(updates, own or of_process(first, why), here=own is not None)
             return
+        self._together.begin()
         try:
             saves = self._manager.save(
                 updates,
@@ -157,10 +175,26 @@ class Checkpointer:
             if not saves:
                 raise ValueError(f"Orbax declines it beside {self.latest()}")
         except Exception as error:  # tensorstore and Orbax raise bare ones for a full disk
+            if jax.process_count() > 1:  # the others wait inside a collective, which nothing ends
+                raise Finding(
+                    f"the checkpoint after step {updates} could not be begun in {self._folder}: "
+                    f"{why_not_written(error)}\nfix: make room, or allow writing; the same "
+                    "command continues from the one before"
+                ) from error
             self._give_up(updates, why_not_written(error))
             return
         self._in_flight = updates
-        self.poll()
+        if self._train.async_checkpointing:
+            self.poll()
+        else:
+            self._settle()
+
+    def _hindrance(self) -> str:
+        """Return why a checkpoint cannot be written by this process; empty if it may be."""
+        free = free_bytes(self._folder)
+        if free is not None and free < self._needed:
+            return "it cannot fit on the disk"
+        return why_not_writable(self._folder)
 
     def poll(self) -> None:
         """Say it if the save in the background has failed; cheap, for every step."""
@@ -175,13 +209,21 @@ class Checkpointer:
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            self._give_up(updates, why_not_written(error))
+            why = why_not_written(error)
+            self._together.tell(error, why)
+            self._give_up(updates, why, here=not isinstance(error, FailedElsewhere))
         else:
             self._failed = None
             self.when_saved()
 
-    def _give_up(self, updates: int, why: str) -> None:
-        """Remove what was written of a checkpoint, say why, and get ready for the next."""
+    def _give_up(self, updates: int, why: str, *, here: bool = True) -> None:
+        """Remove what was written of a checkpoint, say why, and get ready for the next.
+
+        Args:
+            updates: its number.
+            why: a line.
+            here: whether it was this process that could not write.
+        """
         if jax.process_count() == 1:
             with suppress(Exception):
                 self._manager.close()
@@ -192,10 +234,20 @@ class Checkpointer:
             self._manager.reload()
         room = room_words(free_bytes(self._folder), self._needed)
         self._failed = f"the checkpoint after step {updates} was not saved in {self._folder}: {why}"
-        self._say(
+        if not here:
+            self._tell(f"{self._failed}; training goes on")
+            return
+        self._tell(
             f"{self._failed} ({room})\nfix: make room there; training goes on, the checkpoints "
             "before it are whole, and the next is tried when it is due"
         )
+
+    def _tell(self, text: str) -> None:
+        """Say something that each process has to say: most lines are process 0's."""
+        if jax.process_index() == 0:
+            self._say(text)
+        else:
+            print(f"process {jax.process_index()}: {text}", file=sys.stderr, flush=True)
 
     def _remove_unfinished(self) -> None:
         if jax.process_index() == 0:

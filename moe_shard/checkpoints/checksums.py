@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from moe_shard.errors import first_line
@@ -145,8 +146,21 @@ def committed_with_checksums(run: Callable[[], str]) -> type[Any]:
 
     class SavedWithChecksums(ocp.path.atomicity.AtomicRenameTemporaryPath):
         _final_path: Any
+        _not_created: OSError | None = None
+
+        async def create(self) -> Any:
+            try:
+                return await super().create()
+            except OSError as error:
+                if jax.process_count() == 1:
+                    raise
+                # The other processes wait until it is there, and hear of errors at the end.
+                self._not_created = error
+                return self.get()
 
         async def finalize(self) -> None:
+            if self._not_created:
+                raise self._not_created
             final = Path(self._final_path)
             if not final.name.isdigit():  # a part of a checkpoint
                 await super().finalize()

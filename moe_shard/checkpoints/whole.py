@@ -276,12 +276,24 @@ def on_all_processes() -> Iterator[None]:
         found = str(damage)
     except Exception as error:  # Orbax and tensorstore raise whatever a damaged file leads to
         found = first_line(error)
-    if jax.process_count() > 1:
-        text = np.zeros(_MESSAGE_BYTES, np.uint8)
-        own = np.frombuffer(found.encode()[:_MESSAGE_BYTES], np.uint8)
-        text[: own.size] = own
-        lines = np.asarray(process_allgather(text), np.uint8)
-        each = (line.tobytes().rstrip(b"\0").decode(errors="replace") for line in lines)
-        found = next((one for one in each if one), "")
-    if found:
-        raise Damage(found)
+    if said := said_by_all(found):
+        raise Damage(next(iter(said.values())))
+
+
+def said_by_all(line: str) -> dict[int, str]:
+    """Gather what each process has to say.
+
+    Args:
+        line: of this process; empty for nothing.
+
+    Returns:
+        Process -> its line, where there is one, in order.
+    """
+    if jax.process_count() == 1:
+        return {0: line} if line else {}
+    text = np.zeros(_MESSAGE_BYTES, np.uint8)
+    own = np.frombuffer(line.encode()[:_MESSAGE_BYTES], np.uint8)
+    text[: own.size] = own
+    lines = np.asarray(process_allgather(text), np.uint8)
+    each = [line.tobytes().rstrip(b"\0").decode(errors="replace") for line in lines]
+    return {process: said for process, said in enumerate(each) if said}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import signal
 import time
@@ -17,6 +18,16 @@ from moe_shard.checkpoints.checkpoint import Checkpointer
 from moe_shard.errors import Finding
 from tests.checkpoints.test_damage import abstract, state_of
 from tests.models.build import small_config
+
+# pytest has its own hook in the place of `hide_late_callbacks`.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def late_writes() -> Iterator[None]:
+    """Let what a failed save has left behind be collected here, not in another test."""
+    yield
+    gc.collect()
 
 
 @contextmanager

@@ -1,0 +1,88 @@
+"""Let a save fail on all processes when it fails on one.
+
+A process whose disk is full, or whose folder may not be written, never comes to the barriers at
+which Orbax's background threads wait for each other, by default for 20 minutes. Here it comes to
+them all the same, with a word left in the store of jax's coordination service that it has failed:
+each then gives the checkpoint up, before it gets its name.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax._src.distributed import global_state
+
+_TIMEOUT_MS = 1_200_000
+_WRITTEN, _NAMED = "async_write_complete", "async_commit_complete"
+"""Orbax's names of its two barriers: all have written; the checkpoint has its name."""
+
+
+class FailedElsewhere(Exception):
+    """Say in one line which process could not write, and why."""
+
+
+class SavesTogether:
+    """Be the barriers of a checkpoint manager's background threads."""
+
+    def __init__(self) -> None:
+        self._saves = 0  # counts alike on all processes, which save after the same steps
+        self._at = _WRITTEN
+
+    def begin(self) -> None:
+        """Begin a save."""
+        self._saves += 1
+        self._at = _WRITTEN
+
+    def wait(self, *, key: str, timeout_ms: int) -> None:
+        """Wait for the other processes at one of Orbax's barriers.
+
+        Raises:
+            FailedElsewhere: another process has failed in what the barrier completes.
+        """
+        at = next((name for name in (_WRITTEN, _NAMED) if name in key), None)
+        if at is None:
+            return  # whether a save is in progress: each process asks for its own
+        self._at = at
+        self._meet(at, timeout_ms)
+        failed: list[tuple[str, str]] = _store().key_value_dir_get(f"{self._name(at)}/failed/")
+        if failed:
+            process, why = min((int(name.rpartition("/")[2]), why) for name, why in failed)
+            raise FailedElsewhere(of_process(process, why))
+        self._at = _NAMED
+
+    def tell(self, error: BaseException, why: str) -> None:
+        """Tell the others that the save has failed in this process.
+
+        Args:
+            error: what has ended it.
+            why: a line.
+        """
+        if jax.process_count() == 1 or isinstance(error, FailedElsewhere):
+            return
+        at = self._at
+        _store().key_value_set(f"{self._name(at)}/failed/{jax.process_index()}", why)
+        # The others come there when they have written their part, which may take a while.
+        threading.Thread(target=self._come, args=(at,), daemon=True).start()
+
+    def _name(self, at: str) -> str:
+        return f"moe_shard/saves/{self._saves}/{at}"
+
+    def _come(self, at: str) -> None:
+        with suppress(jax.errors.JaxRuntimeError):  # the run may have ended meanwhile
+            self._meet(at, _TIMEOUT_MS)
+
+    def _meet(self, at: str, timeout_ms: int) -> None:
+        ocp.multihost.get_barrier_sync_fn()(key=self._name(at), timeout_ms=timeout_ms)
+
+
+def of_process(process: int, why: str) -> str:
+    """Say which process could not write, and why."""
+    return f"process {process} could not write it: {why}"
+
+
+def _store() -> Any:
+    return global_state.client
