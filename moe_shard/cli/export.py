@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_shard.errors import EXIT_DONE, CommandParser
+from moe_shard.quiet import hide_accelerator_warnings
 from moe_shard.terminal import Console
 
 
@@ -28,7 +29,8 @@ def main(argv: Sequence[str], prog: str = "moe-shard export") -> int:
     arguments = parser.parse_args(argv)
     # The CPU is enough, and an accelerator may be in use.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from moe_shard.checkpoints.imported import export_model
+    with hide_accelerator_warnings():
+        from moe_shard.checkpoints.imported import export_model
 
     # A pipe has no width of its own.
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)

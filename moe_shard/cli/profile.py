@@ -38,11 +38,12 @@ def main(argv: Sequence[str], prog: str = "moe-shard profile") -> int:
         raise UserError(f"{folder} is not a folder\nfix: the folder of a run with profile=true")
     stages = parse_stages(arguments.stages) if arguments.stages else None
     # Only now: --help and bad usage are answered before jax has been loaded.
-    from moe_shard.lowering.collectives import extract_collectives
     from moe_shard.terminal import Console
-    from moe_shard.training.profile import PROGRAM, read_times
 
     with hide_accelerator_warnings():
+        from moe_shard.lowering.collectives import extract_collectives
+        from moe_shard.training.profile import PROGRAM, read_times
+
         if arguments.hlo:
             file = module_file(arguments.hlo)
         else:

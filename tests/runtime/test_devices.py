@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import jax
 import pytest
@@ -113,3 +114,28 @@ def test_a_variable_that_jax_cannot_read() -> None:
         what, fix = done.stderr.splitlines()
         assert what.startswith(f"error: {name}={value}: jax refuses it: ")
         assert fix.startswith("fix: take it out")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(["train", "mixtral-tiny", "steps=0"], ["generate", "mixtral-tiny", "a"], ["bench"]),
+        *(["explain", "mixtral-tiny"], ["compile", "mixtral-tiny", "cpu:8"], ["profile", "."]),
+        *(["export", ".", "exported"], ["import", "--model", "mixtral-tiny", ".", "imported"]),
+    ],
+    ids=lambda command: str(command[0]),
+)
+def test_every_command_that_loads_jax_answers_it_in_two_lines(
+    tmp_path: Path, command: list[str]
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "moe_shard", *command],
+        cwd=tmp_path,
+        env={**os.environ, "JAX_ENABLE_X64": "perhaps"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    what, fix = done.stderr.splitlines()
+    assert what.startswith("error: JAX_ENABLE_X64=perhaps: jax refuses it: ")
+    assert fix.startswith("fix: take it out")
