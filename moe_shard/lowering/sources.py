@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from moe_shard.errors import UserError
 from moe_shard.lowering.op_names import SCOPES
@@ -15,6 +16,8 @@ HLO_SUFFIX = "after_optimizations.txt"
 BEFORE_SUFFIX = "before_optimizations.txt"
 RECORD = "lowering.json"
 STANDARD_INPUT = "-"
+_LARGEST = 4 << 30
+_CHUNK = 16 << 20
 
 # The main memory, which XLA calls color 0.
 _TOTAL = re.compile(r"^Memory Space: .*\(color=0\)\nTotal bytes: (\d+)", re.M)
@@ -60,12 +63,44 @@ def read_text(path: Path | None) -> str:
     """
     name = "standard input" if path is None else str(path)
     try:
-        data = sys.stdin.buffer.read() if path is None else path.read_bytes()
-        return data.decode("utf-8")
+        if path is None:
+            return _whole(sys.stdin.buffer, name).decode("utf-8")
+        with _opened(path) as file:
+            return _whole(file, name).decode("utf-8")
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not HLO text: it is not UTF-8") from error
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Open a file; a pipe into which nobody writes is empty, and is not waited for.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    os.set_blocking(descriptor, True)
+    return open(descriptor, "rb")
+
+
+def _whole(file: BinaryIO, name: str) -> bytes:
+    """Read a file to its end, unless it has none, as a device.
+
+    Raises:
+        UserError: it is no text, or more than a program's.
+        OSError: it cannot be read.
+    """
+    chunks: list[bytes] = []
+    left = _LARGEST
+    while chunk := file.read(_CHUNK):
+        left -= len(chunk)
+        if left < 0:
+            raise UserError(f"{name} is not HLO text: it is larger than {_LARGEST >> 30} GiB")
+        if len(chunk) == _CHUNK and b"\0" in chunk:
+            raise UserError(f"{name} is not HLO text: it has zero bytes")
+        chunks.append(chunk)
+    return b"".join(chunks)
 
 
 def dumped_memory(path: Path | None) -> dict[str, int] | None:
@@ -92,8 +127,9 @@ def dumped_memory(path: Path | None) -> dict[str, int] | None:
 
 def _read_if_there(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        with _opened(path) as file:
+            return _whole(file, path.name).decode("utf-8", "replace")
+    except (OSError, UserError):
         return ""
 
 
@@ -131,9 +167,11 @@ def recorded_mesh(path: Path | None) -> dict[str, int] | None:
     if record is None:
         return None
     try:
-        mesh: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))["mesh"]
-        return {str(axis): int(size) for axis, size in mesh.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        content: Any = json.loads(read_text(record))
+        return {str(axis): int(size) for axis, size in content["mesh"].items()}
+    except RecursionError as error:
+        raise UserError(f"{record} nests too deeply\nfix: --mesh axis=size,...") from error
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{record} has no mesh\nfix: --mesh axis=size,...") from error
 
 

@@ -27,12 +27,14 @@ from typing import Any
 
 from tests.soak.kills import COMPUTED, ROOT, TINY, records
 
-STEPS, PERIOD = 24, 4
+STEPS, PERIOD = 12, 2
 KEYS = (
     *TINY,
     *(f"steps={STEPS}", f"checkpoint_period={PERIOD}", "log_period=1", "run_name=full"),
     *("max_num_checkpoints_to_keep=2", "base_mlp_dim=256", "base_moe_mlp_dim=256"),
-    *("max_target_length=128", "eval_interval=6", "eval_holdout_fraction=0.05", "eval_steps=1"),
+    *("eval_interval=3", "eval_holdout_fraction=0.05", "eval_steps=1"),
+    # A step takes longer than a write, so that "before the next step ends" can be seen.
+    *("max_target_length=1024", "per_device_batch_size=2"),
 )
 EVERY_STEP = "import moe_shard.terminal\nmoe_shard.terminal.PLAIN_SECONDS = 0.0\n"
 """As `sitecustomize.py`: a line of progress for each step, however short it is."""
