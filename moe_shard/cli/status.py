@@ -28,8 +28,10 @@ def main(argv: Sequence[str], prog: str = "moe-shard status") -> int:
     path = page_path(arguments.html) if arguments.html else None
     # Only now: --help and bad usage are answered before anything is loaded.
     from moe_shard.terminal import Console
+    from moe_shard.training.concerns import concerns
     from moe_shard.training.run_status import read_status, spark
-    from moe_shard.training.status_page import render_status, status_lines
+    from moe_shard.training.status_lines import norm_rows, status_lines
+    from moe_shard.training.status_page import render_status
 
     status = read_status(Path(arguments.folder))
     if path is not None:
@@ -40,18 +42,22 @@ def main(argv: Sequence[str], prog: str = "moe-shard status") -> int:
                 f"--html {path}: {error.strerror}\nfix: a file in a folder that is there"
             ) from error
     if arguments.json:
-        print(json.dumps(status.to_json(), indent=1))
+        print(json.dumps(status.to_json() | {"concerns": list(concerns(status))}, indent=1))
         return EXIT_DONE
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(status.name, style="bold", markup=False)
+    for line in concerns(status):
+        console.print(f"! {line}", style="yellow", markup=False, soft_wrap=True)
     for line in status_lines(status):
-        console.print(line, markup=False)
+        console.print(line, markup=False, soft_wrap=True)
     curves = status.curves()
     width = max(console.width - 3 - max(map(len, curves), default=0) - 26, 10)
     for name, points in curves.items():
         label = name.ljust(max(map(len, curves)))
         ends = f"{points[0][1]:10.4g} -> {points[-1][1]:<10.4g}"
         console.print(f"{label}  {ends}  {spark(points, width)}", markup=False)
+    for kind, *numbers in norm_rows(status.layers[-1]) if status.layers else []:
+        console.print(f"{kind:16}" + "".join(f"{each:>18}" for each in numbers), markup=False)
     if path is not None:
         console.print(f"page: {path}", markup=False)
     return EXIT_DONE

@@ -17,9 +17,7 @@ from moe_shard.config.model_config import ModelConfig
 from moe_shard.program.kinds import kinds_of
 from moe_shard.program.step import Metrics, Program
 from moe_shard.training.device_memory import memory_in_use
-
-NORMS = ("grad_norm", "param_norm", "update_norm")
-"""Norms by kind: of the gradient, of the parameters it is of, and of what the update changes."""
+from moe_shard.training.layer_history import NORMS
 
 
 class LayerRecords:
@@ -45,7 +43,7 @@ class LayerRecords:
         """
         arrays = jax.device_get({name: x for name, x in metrics.items() if x.ndim})
         found: dict[str, Any] = {"step": step, "memory": memory_in_use()}
-        for name in NORMS:
+        for name in NORMS:  # of the gradient, of the parameters it is of, and of the update
             found[name] = dict(zip(self._kinds, _plain(arrays[f"{name}_by_kind"]), strict=True))
         if self._layers:
             found["layers"] = self._layers

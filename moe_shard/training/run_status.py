@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
+import os
+import re
+import shutil
 import statistics
+import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,8 @@ import yaml
 from moe_shard.errors import UserError
 from moe_shard.files import read_small
 from moe_shard.training.goodput import Goodput, goodput, read_starts
-from moe_shard.training.metrics import Record, read_metrics
+from moe_shard.training.layer_history import LayerRecord, finite, read_layers
+from moe_shard.training.metrics import LAYERS, METRICS, Record, read_metrics
 
 CURVES = {
     "loss": "loss",
@@ -46,9 +50,16 @@ class RunStatus:
         left_s: seconds that the rest takes at the recent pace; None where there is none.
         records: the lines of metrics.jsonl.
         verdict: verdict on the lowering of its step; None where it is not known.
+        age_s: seconds since a step was recorded, or since the step was compiled if that is later;
+            None where neither was.
+        evaluations: the lines of eval.jsonl.
+        layers: records of layers and norms, thinned.
         goodput: where its time went; None where it is not known.
         checkpoints: updates after which a checkpoint is there, ascending.
         set_aside: names of checkpoints that were found damaged.
+        post_mortems: names of the files about steps that ended a start of the run.
+        newest_bytes: size of the newest checkpoint; None where there is none.
+        disk_free_bytes: room on the run's disk; None where that is not known.
     """
 
     name: str
@@ -56,16 +67,45 @@ class RunStatus:
     updates: int
     steps: int | None
     left_s: float | None
+    age_s: float | None
     records: Sequence[Record]
+    evaluations: Sequence[Record]
+    layers: Sequence[LayerRecord]
     verdict: str | None
     goodput: Goodput | None
     checkpoints: tuple[int, ...]
     set_aside: tuple[str, ...]
+    post_mortems: tuple[str, ...]
+    newest_bytes: int | None
+    disk_free_bytes: int | None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the object of `moe-shard status --json`: the last record, not all."""
-        content = {name: value for name, value in asdict(self).items() if name != "records"}
-        return content | {"last": self.records[-1] if self.records else None}
+        """Return the object of `moe-shard status --json`: the last of the records, not all."""
+        listed = ("records", "evaluations", "layers")
+        content = {
+            each.name: getattr(self, each.name) for each in fields(self) if each.name not in listed
+        }
+        return content | {
+            "goodput": asdict(self.goodput) if self.goodput else None,
+            "last": self.records[-1] if self.records else None,
+            "skipped_steps": len(self.skipped()),
+            "last_evaluations": list(self.last_evaluations().values()),
+            "last_layers": asdict(self.layers[-1]) if self.layers else None,
+        }
+
+    def skipped(self) -> list[int]:
+        """List the steps that were skipped."""
+        return [int(each["step"] or 0) for each in self.records if each.get("skipped")]
+
+    def last_evaluations(self) -> dict[str, Record]:
+        """Return {dataset: its last evaluation}."""
+        return {str(each.get("dataset")): each for each in self.evaluations}
+
+    def step_seconds(self, most: int | None = None) -> float | None:
+        """Return the median time of a step, of the newest ones; None where none has a time."""
+        newest = self.records if most is None else self.records[-most:]
+        known = [x for each in newest if (x := finite(each.get("step_time_s"))) is not None]
+        return statistics.median(known) if known else None
 
     def curves(self) -> dict[str, list[tuple[int, float]]]:
         """Return {name for people: (step, value) of each record that has a finite one}."""
@@ -74,7 +114,7 @@ class RunStatus:
             points = [
                 (int(each["step"] or 0), value)
                 for each in self.records
-                if (value := _number(each.get(key))) is not None
+                if (value := finite(each.get(key))) is not None
             ]
             if points:
                 found[name] = points
@@ -92,24 +132,33 @@ def read_status(folder: Path) -> RunStatus:
             f"{folder} is not the folder of a run\n"
             "fix: <base_output_directory>/<run_name>, which every run prints at its end"
         )
-    records = read_metrics(folder / "metrics.jsonl")
+    records = read_metrics(folder / METRICS)
     updates = int(records[-1]["step"] or 0) + 1 if records else 0
     steps, left = _steps(folder / "config.yml"), None
     if steps is not None and records and updates < steps:
-        recent = [_number(each.get("step_time_s")) or 0.0 for each in records[-_RECENT:]]
+        recent = [finite(each.get("step_time_s")) or 0.0 for each in records[-_RECENT:]]
         left = statistics.median(recent) * (steps - updates)
     names = _names(folder / "checkpoints")
+    checkpoints = tuple(sorted(int(name) for name in names if name.isdecimal()))
     return RunStatus(
         name=folder.resolve().name,
         running=_is_held(folder / ".lock"),
         updates=updates,
         steps=steps,
         left_s=left,
+        age_s=_age(folder),
         records=records,
+        evaluations=read_metrics(folder / "eval.jsonl"),
+        layers=read_layers(folder / LAYERS),
         verdict=_verdict(folder / "lowering.json"),
         goodput=goodput(read_starts(folder)),
-        checkpoints=tuple(sorted(int(name) for name in names if name.isdecimal())),
+        checkpoints=checkpoints,
         set_aside=tuple(sorted(name for name in names if ".damaged" in name)),
+        post_mortems=tuple(
+            sorted(each for each in _names(folder) if re.fullmatch(r"bad_step_\d+\.json", each))
+        ),
+        newest_bytes=_size(folder / "checkpoints" / str(checkpoints[-1])) if checkpoints else None,
+        disk_free_bytes=_disk_free(folder),
     )
 
 
@@ -131,22 +180,36 @@ def spark(points: Sequence[tuple[int, float]], width: int) -> str:
     return "".join(levels[round((mean - low) * scale)] for mean in means)
 
 
-def _number(value: object) -> float | None:
-    """Return a value as a finite number; None if it is none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
-
-
 def _names(folder: Path) -> list[str]:
     try:
         return [each.name for each in folder.iterdir()]
     except OSError:
         return []
+
+
+def _age(folder: Path) -> float | None:
+    times = []
+    for name in (METRICS, "lowering.json"):
+        with suppress(OSError):
+            times.append((folder / name).stat().st_mtime)
+    return max(time.time() - max(times), 0.0) if times else None
+
+
+def _size(folder: Path) -> int:
+    """Add up the files of a folder; those that are removed meanwhile are left out."""
+    total = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += os.lstat(os.path.join(where, name)).st_size
+    return total
+
+
+def _disk_free(folder: Path) -> int | None:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None
 
 
 def _steps(path: Path) -> int | None:

@@ -7,39 +7,38 @@ from __future__ import annotations
 
 import html
 import importlib.resources
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+from moe_shard.training.concerns import concerns
 from moe_shard.training.goodput import STEPS, Goodput
+from moe_shard.training.layer_history import BY_LAYER, LayerRecord, finite
+from moe_shard.training.metrics import Record
 from moe_shard.training.run_status import RunStatus
+from moe_shard.training.status_charts import CHART_STYLE, Points, curve, heat_map, lines
+from moe_shard.training.status_lines import norm_rows, status_lines
 from moe_shard.units import human_time_left
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 640, 200, 64, 22, 10
-_MOST_POINTS = 600
+_LOW_IS_BAD = frozenset({"expert_load_min_over_mean", "expert_load_entropy"})
 _STYLE = """
-.curves { display: grid; gap: 12px 28px;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
-svg { width: 100%; height: auto; }
-svg text { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
-svg .grid { stroke: var(--line); }
-svg .curve { stroke: var(--permute); stroke-width: 1.6; fill: none; stroke-linejoin: round; }
+main h2 { margin-top: 34px; }
 .bar.steps { background: var(--all-to-all); }
 .bar.compile { background: var(--permute); }
 .bar.down, .bar.repeated { background: var(--all-gather); }
 .bar.save, .bar.restore, .bar.init, .bar.evaluate { background: var(--reduce); }
 .bar.data { background: var(--middling); }
 .bar.other { background: var(--rest); }
+table.numbers { width: auto; }
+table.numbers td, table.numbers th { text-align: right; padding-left: 14px; }
+table.numbers :first-child { text-align: left; padding-left: 0; }
 """
 
 
 def render_status(status: RunStatus) -> str:
     """Return the text of the page."""
     css = importlib.resources.files("moe_shard.lowering").joinpath("page.css")
-    curves = "\n".join(
-        f"<section><h3>{html.escape(name)}</h3>{_curve(points)}</section>"
-        for name, points in status.curves().items()
-    )
-    lines = "\n".join(f"<p>{html.escape(line)}</p>" for line in status_lines(status))
+    warnings = "\n".join(f'<p class="warning">{html.escape(line)}</p>' for line in concerns(status))
+    said = "\n".join(f"<p>{html.escape(line)}</p>" for line in status_lines(status))
     time = f"<h3>Where the time went</h3>{_time(status.goodput)}" if status.goodput else ""
     return f"""<!doctype html>
 <html lang="en">
@@ -49,39 +48,115 @@ def render_status(status: RunStatus) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(status.name)}</title>
 <style>
-{css.read_text(encoding="utf-8")}{_STYLE}</style>
+{css.read_text(encoding="utf-8")}{CHART_STYLE}{_STYLE}</style>
 </head>
 <body>
 <header>
 <h1>{html.escape(status.name)}</h1>
-{lines}
+{warnings}
+{said}
 </header>
 <main>
 {time}
-<div class="curves">
-{curves or "<p>no step has been recorded yet</p>"}
-</div>
+{_charts(_curves(status)) or "<p>no step has been recorded yet</p>"}
+{_experts(status.layers)}
+{_kinds(status.layers)}
 </main>
 </body>
 </html>
 """
 
 
-def status_lines(status: RunStatus) -> Iterable[str]:
-    """Say in a line each how far the run is, what its step lowers to, and what is kept."""
-    of = "" if status.steps is None else f" of {status.steps}"
-    state = "running" if status.running else "not running on this machine"
-    left = "" if status.left_s is None else f", {human_time_left(status.left_s)} left at this pace"
-    yield f"{state}: step {status.updates}{of}{left}"
-    if status.verdict:
-        yield f"its step is {status.verdict}"
-    if status.goodput:
-        yield status.goodput.line()
-    if status.checkpoints:
-        kept = ", ".join(map(str, status.checkpoints[-5:]))
-        yield f"checkpoints after steps {'..., ' if len(status.checkpoints) > 5 else ''}{kept}"
-    if status.set_aside:
-        yield f"set aside as damaged: {', '.join(status.set_aside)}"
+def _curves(status: RunStatus) -> Iterator[tuple[str, str]]:
+    """Yield the title and the drawing of each curve."""
+    for name, points in status.curves().items():
+        yield name, curve(points)
+    for key, name in (("loss", "held-out loss"), ("bits_per_byte", "held-out bits per byte")):
+        series = _by_dataset(status.evaluations, key)
+        if series:
+            yield name, lines(series)
+    memory = {
+        words: [(each.step, size / 1e9) for each in status.layers if (size := each.memory.get(key))]
+        for key, words in (("in_use_bytes", "in use"), ("peak_bytes", "peak"))
+    }
+    if any(memory.values()):
+        of = status.layers[-1].memory_of
+        yield f"memory of {'a device' if of == 'device' else 'the host'}, GB", lines(memory)
+
+
+def _by_dataset(evaluations: Sequence[Record], key: str) -> dict[str, Points]:
+    series: dict[str, list[tuple[int, float]]] = {}
+    for each in evaluations:
+        if (value := finite(each.get(key))) is not None:
+            series.setdefault(str(each.get("dataset")), []).append((int(each["step"] or 0), value))
+    return {name: sorted(points) for name, points in series.items()}
+
+
+def _experts(records: Sequence[LayerRecord]) -> str:
+    """Draw the numbers of each MoE layer over the steps, and list those of the last record."""
+    last = records[-1] if records else None
+    if last is None or not last.by_layer:
+        return ""
+    maps = _charts(
+        (BY_LAYER[name], heat_map(records, name, low_is_bad=name in _LOW_IS_BAD))
+        for name in last.by_layer
+    )
+    names = {
+        "expert_load_max_over_mean": "busiest", "expert_load_min_over_mean": "least busy",
+        "expert_load_entropy": "evenness", "dropped_token_fraction": "dropped",
+        "router_z": "router z", "router_bias_norm": "bias norm",
+    }  # fmt: skip
+    head = ("layer", *(names[name] for name in last.by_layer))
+    rows = [
+        (str(layer), *("-" if x is None else f"{x:.4g}" for x in values))
+        for layer, *values in zip(last.layers, *last.by_layer.values(), strict=True)
+    ]
+    return f"<h2>Experts, by layer</h2>{maps}<h3>At step {last.step}</h3>{_table([head, *rows])}"
+
+
+def _kinds(records: Sequence[LayerRecord]) -> str:
+    """Draw the norms of each kind of parameter, and list those of the last record."""
+    rows = norm_rows(records[-1]) if records else []
+    if not rows:
+        return ""
+    kinds = [row[0] for row in rows[1:]]
+
+    def of(name: str, over: str | None = None) -> dict[str, Points]:
+        return {
+            kind: [
+                (each.step, each.norms[name][kind] / (each.norms[over][kind] if over else 1.0))
+                for each in records
+                if each.norms[name].get(kind) is not None
+                and (not over or each.norms[over].get(kind))
+            ]
+            for kind in kinds
+        }
+
+    charts = _charts(
+        (
+            ("gradient norm", lines(of("grad_norm"), logarithmic=True)),
+            ("update over parameters", lines(of("update_norm", "param_norm"), logarithmic=True)),
+            ("parameter norm", lines(of("param_norm"), logarithmic=True)),
+        )
+    )
+    return f"<h2>Parameters, by kind</h2>{charts}<h3>At step {records[-1].step}</h3>{_table(rows)}"
+
+
+def _charts(drawings: Iterable[tuple[str, str]]) -> str:
+    sections = "\n".join(
+        f"<section><h3>{html.escape(name)}</h3>{drawing}</section>"
+        for name, drawing in drawings
+        if drawing
+    )
+    return f'<div class="charts">\n{sections}\n</div>' if sections else ""
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+    body = "".join(line(cells, "td") for cells in rows[1:])
+    return f'<div class="scroll"><table class="numbers">{line(rows[0], "th")}{body}</table></div>'
 
 
 def _time(spent: Goodput) -> str:
@@ -96,45 +171,3 @@ def _time(spent: Goodput) -> str:
         for part, seconds in spent.seconds.items()
     )
     return f'<div class="track">{bars}</div><ul class="legend">{legend}</ul>'
-
-
-def _curve(points: Sequence[tuple[int, float]]) -> str:
-    """Draw a curve; of many points, the lowest and the highest of each part of it."""
-    steps, values = [step for step, _ in points], [value for _, value in points]
-    low, high, first, last = min(values), max(values), steps[0], steps[-1]
-    span, length = (high - low) or 1.0, (last - first) or 1
-
-    def place(step: int, value: float) -> str:
-        x = _LEFT + (step - first) / length * (_WIDTH - _LEFT - 8)
-        y = _HEIGHT - _BOTTOM - (value - low) / span * (_HEIGHT - _BOTTOM - _TOP)
-        return f"{x:.1f},{y:.1f}"
-
-    line = " ".join(place(step, value) for step, value in _thinned(points))
-    grid = "".join(
-        f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_short(value)}</text>'
-        for value in (low, (low + high) / 2, high)
-        for y in [_HEIGHT - _BOTTOM - (value - low) / span * (_HEIGHT - _BOTTOM - _TOP)]
-    )
-    return (
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{grid}'
-        f'<text x="{_LEFT}" y="{_HEIGHT - 4}">step {first}</text>'
-        f'<text x="{_WIDTH}" y="{_HEIGHT - 4}" text-anchor="end">{last}</text>'
-        f'<polyline class="curve" points="{line}"/></svg>'
-    )
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
-
-
-def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    parts = _MOST_POINTS // 2
-    if len(points) <= _MOST_POINTS:
-        return list(points)
-    found = []
-    for at in range(parts):
-        part = points[len(points) * at // parts : len(points) * (at + 1) // parts]
-        extremes = {min(part, key=lambda each: each[1]), max(part, key=lambda each: each[1])}
-        found += sorted(extremes)
-    return found

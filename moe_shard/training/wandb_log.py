@@ -104,7 +104,7 @@ class WandbLog:
 
     def _gone(self, error: Exception) -> None:
         self._run = None
-        self._say(f"wandb: {first_line(error)}; training goes on without it")
+        self._say(f"wandb: {first_line(error).rstrip('.')}; training goes on without it")
 
 
 def wandb_sinks(config: Config, folder: Path, say: Callable[[str], object]) -> tuple[Sink, ...]:

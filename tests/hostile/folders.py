@@ -37,6 +37,18 @@ _RECORD = {
     **{"tflops_per_sec_per_device": 0.1, "mfu": None, "dropped_token_fraction": 0.0},
     **{"expert_load_max_over_mean": 1.5, "update_norm": 0.1, "skipped": 0},
 }
+_LAYER_RECORD = {
+    "memory": {"of": "host", "in_use_bytes": 10**9, "peak_bytes": 2 * 10**9},
+    "grad_norm": {"router": 0.1, "experts": 0.4},
+    "param_norm": {"router": 2.0, "experts": 9.0},
+    "update_norm": {"router": 0.01, "experts": 0.02},
+    "layers": [0, 1],
+    "expert_load_max_over_mean": [1.5, 2.0],
+    "expert_load_min_over_mean": [0.5, 0.0],
+    "expert_load_entropy": [0.9, 0.8],
+    "dropped_token_fraction": [0.0, None],
+    "router_z": [1.0, 2.0],
+}
 
 
 def run_folder(rng: random.Random) -> Case:
@@ -55,7 +67,7 @@ def run_folder(rng: random.Random) -> Case:
         f"{run}/lowering.json": json.dumps({"num_devices": 8, "collectives": []}).encode(),
         f"{run}/metrics.jsonl": _lines(records),
         f"{run}/eval.jsonl": _lines(evaluated),
-        f"{run}/layers.jsonl": _lines([{"step": 0, "layer": 0, "load": [1.0]}]),
+        f"{run}/layers.jsonl": _lines([_LAYER_RECORD | {"step": step} for step in range(3)]),
         f"{run}/goodput.json": json.dumps(goodput).encode(),
         f"{run}/best.json": b'{"step": 2, "loss": 5.0, "checkpoint": "checkpoints/2"}',
     }
