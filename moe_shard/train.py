@@ -9,5 +9,6 @@ if __name__ == "__main__":
 
     from moe_shard.cli.train import main
     from moe_shard.errors import run_command
+    from moe_shard.runtime.signals import finished
 
-    run_command(lambda: main(sys.argv[1:], prog="python -m moe_shard.train"))
+    run_command(lambda: finished(main(sys.argv[1:], prog="python -m moe_shard.train")))

@@ -16,6 +16,7 @@ from importlib import import_module
 
 from moe_shard import __version__
 from moe_shard.errors import EXIT_DONE, UserError, run_command
+from moe_shard.runtime.signals import finished
 
 PROG = "moe-shard"
 
@@ -76,7 +77,7 @@ def command(name: str) -> Callable[[Sequence[str]], int]:
 
 def entry() -> None:
     """Run the command line of this process, and leave with its exit code."""
-    run_command(lambda: main(sys.argv[1:]))
+    run_command(lambda: finished(main(sys.argv[1:])))
 
 
 def _help() -> str:

@@ -24,6 +24,8 @@ from moe_shard.errors import UserError
 
 Message = dict[str, Any]
 
+REACH_SECONDS = 2.0
+"""How long a process that ends before all have come tries to tell those that start beside it."""
 _ANSWER_SECONDS = 30.0
 """How long a process may take to say at which step it is; a thread of its own answers."""
 _LINE = 65_536
@@ -47,7 +49,9 @@ class Hub:
         self._names: dict[int, str] = {}
         self._left: set[int] = set()
         self._everyone_left = threading.Event()
+        self._complete = threading.Event()
         self._asked: Message | None = None
+        self._proposed = False
         self._passed: dict[int, int | None] = {}
         self._ending = False
         _thread(self._accept)
@@ -117,8 +121,11 @@ class Hub:
         prepare(connection)
         with self._lock:
             self._members[index], self._names[index] = connection, name
+            if self._proposed:
+                _send(connection, {"kind": "propose"})
             if len(self._members) == self._count:
                 self._tell({"kind": "all"})
+                self._complete.set()
         _thread(self._serve, connection, index)
 
     def _serve(self, connection: socket.socket, index: int) -> None:
@@ -133,9 +140,7 @@ class Hub:
         kind = message["kind"]
         if kind == "ask" and self._asked is None and not self._ending:
             self._asked = message | {"process": index}
-            self._passed = {}
-            self._tell({"kind": "propose"})
-            _thread(self._await_answers)
+            _thread(self._propose)
         elif kind == "passed":
             self._passed[index] = message["updates"]
             self._decide()
@@ -157,7 +162,13 @@ class Hub:
             self._ending = early
             self._tell(self._asked | {"kind": "stop", "at": at})
 
-    def _await_answers(self) -> None:
+    def _propose(self) -> None:
+        """Ask all which step they have passed, also those that are just about to come."""
+        self._complete.wait(REACH_SECONDS)
+        with self._lock:
+            self._passed = {}
+            self._tell({"kind": "propose"})
+            self._proposed = True
         time.sleep(_ANSWER_SECONDS)
         with self._lock:
             silent = sorted(set(self._members) - self._left - set(self._passed))

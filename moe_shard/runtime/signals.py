@@ -11,6 +11,13 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+def finished(code: int) -> int:
+    """Ignore signals from now on, as the work is done; return the exit code."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    return code
+
+
 def watch_signals(answer: Callable[[int], None]) -> Callable[[], None]:
     """Answer signals in a thread; return a function that restores what was.
 

@@ -36,6 +36,7 @@ from moe_shard.errors import EXIT_INTERRUPTED, EXIT_STOPPED, Finding, UserError,
 from moe_shard.runtime.ending import End, show
 from moe_shard.runtime.launch import Launch, find_launch, split_address
 from moe_shard.runtime.link import (
+    REACH_SECONDS,
     Hub,
     Message,
     free_port,
@@ -52,8 +53,6 @@ JOIN_SECONDS = 50.0
 _JOIN_KEY = "jax_distributed_initialization_timeout"
 _FIRST_NOTE, _NEXT_NOTE = 5.0, 25.0
 """Seconds after which waiting is said, and said again."""
-_REACH_SECONDS = 2.0
-"""How long a process that ends tries to reach process 0 for that, which starts beside it."""
 _AFTER_ALL = 2**62
 """Updates of a process that has made its last step: nobody stops there any more."""
 _CONTINUES = "the same command continues"
@@ -77,13 +76,16 @@ class Team:
     def __init__(self, *, signals: bool = True) -> None:
         self.launch: Launch | None = find_launch(os.environ)
         self.join_seconds = JOIN_SECONDS
+        # Known before it greets the others, for the lines of one that is stopped earlier.
         self.index, self.count = 0, 1
+        if self.launch and self.launch.count and self.launch.index is not None:
+            self.index, self.count = self.launch.index, self.launch.count
         self.reason: str | None = None
         self.code = EXIT_STOPPED
         self.jax_address: str | None = None
         self._signals = signals
         self._address = ""
-        self._greeted_at = 0.0
+        self._greeted_at: float | None = None
         self._unreached: str | None = None
         self._changed = threading.Condition()
         self._proposed = False
@@ -124,7 +126,7 @@ class Team:
 
     def _greet(self, address: str, index: int, count: int) -> None:
         """Begin to connect to the others, without waiting: whoever has done so is missed."""
-        if count == 1 or self.count > 1:
+        if count == 1 or self._greeted_at is not None:
             return
         host, port = split_address(address, "the coordinator's address")
         self._address, self.index, self.count = address, index, count
@@ -156,6 +158,7 @@ class Team:
         self._greet(address, index, count)
         if count == 1:
             return
+        assert self._greeted_at is not None, "it has greeted the others"
         due = _FIRST_NOTE
         while not self._all_here.wait(0.1):
             waited = time.monotonic() - self._greeted_at
@@ -207,7 +210,7 @@ class Team:
             code: exit code of the run.
         """
         if self.count > 1:
-            self._linked.wait(_REACH_SECONDS)
+            self._linked.wait(REACH_SECONDS)
         if self._link is not None:
             send_message(self._link, {"kind": "ask", "reason": reason, "code": code})
             return

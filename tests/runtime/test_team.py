@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from moe_shard.runtime.team import Team
+from tests.soak.runs import answers
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -139,6 +140,17 @@ def test_the_others_say_who_is_gone(mode: str, victim: int) -> None:
         assert f"process {victim}" in line
         assert "gone; the same command continues" in line
         assert victim == 0 or f"pid {pid})" in line
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_signal_before_they_have_met_ends_both(asked: int) -> None:
+    run = Processes("start", 2)
+    while not answers(run.all[asked].pid):
+        time.sleep(0.001)
+    run.all[asked].send_signal(signal.SIGTERM)
+    for index, (code, _, err) in enumerate(run.end()):
+        assert code == 75
+        assert err.startswith(f"process {index}: stopped by SIGTERM to process {asked} before ")
 
 
 def test_a_process_is_missed_before_it_waits_for_the_others() -> None:

@@ -1,208 +1,233 @@
 """Kill a training again and again, and compare it bit for bit with one that was left alone.
 
-    python -m tests.soak.kills [--kills 100] [--processes 1 2] [--seed 0]
+    python -m tests.soak.kills [--kills 100] [--processes 1 2] [--seeds 0 1 2 3] [--keep FOLDER]
 
 A kill is one of SIGKILL, SIGTERM and SIGINT, to one of the processes, at a random moment of a
 start: while it starts or compiles, restores, steps, saves or ends. After each, all processes have
 to be gone within a minute, with the codes of the contract, without a traceback or a C++ stack, and
-the next start goes on. In the end all metrics that are computed have to equal the other run's, bit
-for bit.
+the next start goes on. Then the run is finished three times, from copies of its folder:
+
+- by the same processes on the same mesh: all seven metrics equal those of a run that was left
+  alone, bit for bit;
+- on another mesh, and by another number of processes: sums are taken in another order there, so
+  metrics differ by float32's rounding. How much that is, two runs tell that were left alone, one
+  here and one there: a finished copy may differ from the run left alone by twice as much, and none
+  of this by more than 1e-3.
+
+With --keep the figures of each seed are kept in a folder: what is done is not done again, and the
+table is of all of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
+import shutil
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-TINY = (
-    *("mixtral-tiny", "base_num_decoder_layers=1", "base_emb_dim=32", "base_num_query_heads=2"),
-    *("base_num_kv_heads=1", "head_dim=16", "base_mlp_dim=32", "base_moe_mlp_dim=32"),
-    *("max_target_length=32", "per_device_batch_size=1", "num_simulated_devices=4"),
-    *("ici_expert_parallelism=4", "checkpoint_period=10", "log_period=50"),
+from tests.quick import FLAGS
+from tests.soak.runs import (
+    COMPUTED,
+    GONE_S,
+    MOMENTS,
+    NOISE,
+    SIGNALS,
+    Start,
+    computed,
+    reach,
+    records,
+    start,
+    wait,
 )
-COMPUTED = (
-    *("loss", "ce_loss", "aux_loss", "grad_norm", "learning_rate"),
-    *("dropped_token_fraction", "expert_load_max_over_mean"),
-)
-"""The seven metrics that do not depend on the clock."""
-SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-GONE_S = 60.0
-NOISE = ("Traceback", "*** Check failure", "    @     0x", "terminate called")
+
+OTHER_MESH = ("ici_expert_parallelism=2", "ici_fsdp_parallelism=2")
+STEPS_A_KILL = 8
+_MOST = 1e-3
+_CODES = {0, 75}
 
 
-@dataclass
-class Start:
-    """Hold the processes of one start, and where their output goes."""
+class Soak:
+    """Kill one run, finish it in three ways, and keep the figures.
 
-    processes: list[subprocess.Popen[bytes]]
-    outputs: list[Path]
+    Args:
+        folder: where it runs.
+        count: number of processes.
+        kills: how often they are killed.
+        seed: decides which, by what, and when.
+    """
 
-    def texts(self) -> list[str]:
-        return [path.read_text(errors="replace") for path in self.outputs]
+    def __init__(self, folder: Path, count: int, kills: int, seed: int) -> None:
+        self.folder, self.count, self.kills = folder, count, kills
+        self.rng = random.Random(f"{seed} {count}")
+        self.steps = kills * STEPS_A_KILL + 40
+        self.wrong: list[str] = []
+        self.figures: Counter[str] = Counter()
+        self.longest = 0.0
+        self.differences: dict[str, tuple[float, float]] = {}
 
+    def run(self) -> dict[str, Any]:
+        """Run it; return the figures."""
+        began = time.monotonic()
+        done = sum(self._kill(number) for number in range(self.kills))
+        killing = time.monotonic() - began
+        for name in ("elsewhere", "otherwise"):
+            shutil.copytree(self._path("killed"), self._path(name))
+        other = 3 - self.count
+        self._finish("killed", self.count)
+        self._finish("alone", self.count)
+        self._same("killed", "alone")
+        for name, count, mesh in (("elsewhere", self.count, OTHER_MESH), ("otherwise", other, ())):
+            self._finish(name, count, *mesh)
+            self._finish(f"{name}-alone", count, *mesh)
+            self._near(name)
+        return {
+            "processes": self.count,
+            "kills": done,
+            "figures": dict(self.figures),
+            "longest": self.longest,
+            "seconds_a_kill": killing / max(done, 1),
+            "steps": self.steps,
+            "differences": self.differences,
+            "wrong": self.wrong,
+        }
 
-def start(folder: Path, count: int, arguments: Sequence[str], **environment: str) -> Start:
-    """Start a run of `count` processes on four simulated devices."""
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | environment
-    if count > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
-        env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
-    processes, outputs = [], []
-    for index in range(count):
-        own = {"JAX_PROCESS_ID": str(index)} if count > 1 else {}
-        outputs.append(folder / f"output-{index}.txt")
-        with outputs[-1].open("wb") as output:
-            command = [sys.executable, "-m", "moe_shard.train", *TINY, *arguments]
-            processes.append(
-                subprocess.Popen(command, cwd=folder, env=env | own, stdout=output, stderr=output)
-            )
-    return Start(processes, outputs)
+    def _path(self, name: str) -> Path:
+        return self.folder / "outputs" / name
 
+    def _start(self, name: str, count: int, *mesh: str) -> Start:
+        arguments = (f"steps={self.steps}", f"run_name={name}", f"jax_cache_dir={self.folder}/jax")
+        return start(self.folder, count, (*arguments, *mesh), XLA_FLAGS=FLAGS)
 
-def layer_records(run: Path) -> list[dict[str, Any]]:
-    """Read the records of layers.jsonl, but for the memory, which is that of a process."""
-    return [{**each, "memory": None} for each in records(run, "layers.jsonl")]
-
-
-def records(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """Read the whole lines of a run's metrics."""
-    path = run / name
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1] if line]
-
-
-def wait(started: Start, seconds: float) -> float:
-    """Wait until all processes are gone; return the seconds it took, infinite if they are not."""
-    began = time.monotonic()
-    for process in started.processes:
-        try:
-            process.wait(max(began + seconds - time.monotonic(), 0.01))
-        except subprocess.TimeoutExpired:
-            for each in started.processes:
-                each.kill()
-                each.wait()
-            return float("inf")
-    return time.monotonic() - began
-
-
-def moment(started: Start, run: Path, rng: random.Random) -> str:
-    """Wait for a random moment of a start, and name it."""
-    kind = rng.choice(("start-up", "compile", "restore", "step", "save", "end"))
-    made = len(records(run))
-    deadline = time.monotonic() + 300
-    wanted = made + rng.randrange(2, 9)
-    while any(p.poll() is None for p in started.processes) and time.monotonic() < deadline:
-        text = started.texts()[0]
-        now = len(records(run))
-        if kind == "start-up":
-            time.sleep(rng.uniform(0.0, 4.0))
-            break
-        if kind == "compile" and "simulating" in text:
-            time.sleep(rng.uniform(0.0, 2.0))
-            break
-        if kind == "restore" and ("continuing from" in text or "parameters: " in text):
-            break
-        if kind == "step" and now >= wanted:
-            break
-        if kind == "save" and list((run / "checkpoints").glob("*tmp*")):
-            break
-        if kind == "end" and "stopped by" in text:
-            break
-        if kind == "end" and now >= wanted and started.processes[0].poll() is None:
-            for process in started.processes:
-                process.send_signal(signal.SIGTERM)
-            wanted = 1 << 60
-        time.sleep(0.005)
-    return kind
-
-
-def soak(folder: Path, count: int, kills: int, steps: int, rng: random.Random) -> list[str]:
-    """Kill a run `kills` times and let it finish; return what was wrong."""
-    wrong: list[str] = []
-    arguments = (f"steps={steps}", "run_name=killed")
-    run = folder / "outputs" / "killed"
-    figures: Counter[str] = Counter()
-    longest = 0.0
-    for number in range(kills):
-        started = start(folder, count, arguments)
-        when = moment(started, run, rng)
-        sent, victim = rng.choice(SIGNALS), rng.randrange(count)
-        if started.processes[victim].poll() is None:
-            started.processes[victim].send_signal(sent)
+    def _kill(self, number: int) -> bool:
+        """Start the run and kill it; return whether it was killed."""
+        run = self._path("killed")
+        if len(records(run)) > self.steps - 20:
+            return False
+        started = self._start("killed", self.count)
+        moment = self.rng.choice(MOMENTS)
+        sent, victim = self.rng.choice(SIGNALS), self.rng.randrange(self.count)
+        if moment == "start-up":
+            time.sleep(self.rng.uniform(0.0, 3.0))
+        else:
+            reach(started, run, moment, victim)
+            time.sleep(self.rng.choice((0.0, self.rng.uniform(0.0, 0.5))))
+        started.processes[victim].send_signal(sent)
         took = wait(started, GONE_S)
         codes = [process.returncode for process in started.processes]
-        figures[f"{sent.name} at {when}"] += 1
-        longest = max(longest, took)
-        allowed = {0, 75, -signal.SIGKILL if sent == signal.SIGKILL else 75}
-        # Before Python has installed a handler, the system's default ends a process.
-        if when == "start-up":
-            allowed |= {-sent, 130, 1}
+        self.figures[f"{sent.name} at {moment}"] += 1
+        self.longest = max(self.longest, took)
+        allowed = _CODES | ({-signal.SIGKILL} if sent == signal.SIGKILL else set())
+        if moment == "start-up":  # before Python has a handler, the system's default ends it
+            allowed |= {-sent}
         noisy = [mark for mark in NOISE for text in started.texts() if mark in text]
-        if took > GONE_S or not set(codes) <= allowed or (noisy and when != "start-up"):
+        what = f"{number + 1}: {sent.name} to process {victim} at {moment}: {codes} {took:.1f} s"
+        if took > GONE_S or not set(codes) <= allowed or noisy:
             tail = " | ".join(text[-600:] for text in started.texts())
-            wrong.append(
-                f"{number}: {sent.name} to {victim} at {when}: {codes}, {took:.0f} s: {tail}"
+            self.wrong.append(f"{self.count} processes, {what}: {tail}")
+        print(f"{what}, {len(records(run))} steps", flush=True)
+        return True
+
+    def _finish(self, name: str, count: int, *mesh: str) -> None:
+        started = self._start(name, count, *mesh)
+        took = wait(started, 1200)
+        if took > 1200 or any(process.returncode for process in started.processes):
+            self.wrong.append(f"{name} did not finish: {started.texts()[0][-600:]}")
+
+    def _same(self, name: str, other: str) -> None:
+        found, wanted = (computed(self._path(each)) for each in (name, other))
+        if found != wanted or len(found) != self.steps:
+            self.wrong.append(f"{name} and {other} differ: {len(found)}, {len(wanted)} records")
+
+    def _near(self, name: str) -> None:
+        """Compare a copy that was finished in another way with the run left alone."""
+        here, there, copy = (
+            computed(self._path(each)) for each in ("alone", f"{name}-alone", name)
+        )
+        rounding, found = largest_difference(there, here), largest_difference(copy, here)
+        self.differences[name] = (found, rounding)
+        if len(copy) != self.steps or found > 2 * rounding or max(found, rounding) > _MOST:
+            self.wrong.append(
+                f"{name}: {len(copy)} records, differs by {found:.1e}; rounding is {rounding:.1e}"
             )
-        print(f"{number + 1}: {sent.name} to process {victim} at {when}: {codes} {took:.1f} s, "
-              f"{len(records(run))} steps", flush=True)  # fmt: skip
-        if 0 in codes:
-            print("finished: more --steps leave room for more kills", flush=True)
-            break
-    last = start(folder, count, arguments)
-    if wait(last, 1200) == float("inf") or any(p.returncode for p in last.processes):
-        wrong.append("the last start did not finish: " + last.texts()[0][-600:])
-    alone = start(folder, count, (f"steps={steps}", "run_name=alone"))
-    wait(alone, 1200)
-    found, wanted = (
-        [[each[name] for name in ("step", *COMPUTED)] for each in records(run.with_name(name))]
-        for name in ("killed", "alone")
-    )
-    of_layers = [layer_records(run.with_name(name)) for name in ("killed", "alone")]
-    if of_layers[0] != of_layers[1] or len(of_layers[0]) != steps:
-        wrong.append("the records of layers.jsonl differ")
-    if found != wanted or len(found) != steps:
-        wrong.append(f"metrics differ: {len(found)} and {len(wanted)} records of {steps}")
-    for what, times in sorted(figures.items()):
-        print(f"  {times} x {what}")
-    print(f"{count} processes: {kills} kills, {steps} steps, gone after {longest:.1f} s at most, "
-          f"{len(wrong)} wrong", flush=True)  # fmt: skip
-    return wrong
+
+
+def largest_difference(found: Sequence[Sequence[Any]], wanted: Sequence[Sequence[Any]]) -> float:
+    """Return the largest difference of a metric, relative to its largest value over all steps."""
+    worst = 0.0
+    for column in range(1, len(COMPUTED) + 1):
+        pairs = [(a[column], b[column]) for a, b in zip(found, wanted, strict=False)]
+        largest = max((abs(b) for _, b in pairs), default=0.0)
+        worst = max(worst, *(abs(a - b) / (largest or 1.0) for a, b in pairs))
+    return worst
+
+
+def table(done: Sequence[dict[str, Any]]) -> str:
+    """Format the figures of several soaks as Markdown."""
+    lines = [
+        f"| processes | kills | {' | '.join(f'at {each}' for each in MOMENTS)} | gone after "
+        "| same mesh and processes | another mesh | another number of processes | wrong |",
+        f"|---|---|{'---|' * len(MOMENTS)}---|---|---|---|---|",
+    ]
+    for count in sorted({each["processes"] for each in done}):
+        of = [each for each in done if each["processes"] == count]
+        at: Counter[str] = Counter()
+        for each in of:
+            for what, times in each["figures"].items():
+                at[what.rpartition(" at ")[2]] += times
+        near = [
+            " of ".join(f"{max(each['differences'][name][i] for each in of):.0e}" for i in (0, 1))
+            for name in ("elsewhere", "otherwise")
+        ]
+        wrong = sum(len(each["wrong"]) for each in of)
+        same = not any("differ:" in line for each in of for line in each["wrong"])
+        lines.append(
+            f"| {count} | {sum(each['kills'] for each in of)} | "
+            f"{' | '.join(str(at[each]) for each in MOMENTS)} | "
+            f"{max(each['longest'] for each in of):.1f} s | "
+            f"{sum(each['steps'] for each in of)} steps {'equal' if same else 'NOT equal'} | "
+            f"{near[0]} | {near[1]} | {wrong} |"
+        )
+    return "\n".join(lines)
 
 
 def main() -> int:
     """Run the command line; return 1 if anything was wrong."""
     parser = argparse.ArgumentParser(description="Kill a training again and again.")
-    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--kills", type=int, default=100, help="over all seeds and processes")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--keep", type=Path, help="folder of the figures")
     args = parser.parse_args()
-    rng = random.Random(args.seed)
-    wrong = []
-    for count in args.processes:
+    parts = [(seed, count) for seed in args.seeds for count in args.processes]
+    done: list[dict[str, Any]] = []
+    for seed, count in parts:
+        kept = args.keep / f"{seed}-{count}.json" if args.keep else None
+        if kept and kept.exists():
+            done.append(json.loads(kept.read_text()))
+            continue
         with tempfile.TemporaryDirectory() as folder:
-            kills = args.kills // len(args.processes)
-            wrong += soak(Path(folder), count, kills, args.steps, rng)
-    print(*wrong, sep="\n")
-    return 1 if wrong else 0
+            figures = Soak(Path(folder), count, args.kills // len(parts), seed).run()
+        print(
+            f"seed {seed}, {count} processes: {figures['kills']} kills, "
+            f"{figures['seconds_a_kill']:.1f} s each, {len(figures['wrong'])} wrong",
+            *figures["wrong"],
+            sep="\n",
+            flush=True,
+        )
+        done.append(figures)
+        if kept:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(figures))
+    print(f"\n{table(done)}")
+    return 1 if any(each["wrong"] for each in done) else 0
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.quick import FLAGS
-from tests.soak.kills import GONE_S, NOISE, Start, records, start, wait
+from tests.soak.runs import GONE_S, NOISE, Start, records, start, wait
 
 ARGUMENTS = ("steps=5000", "run_name=two")
 
