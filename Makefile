@@ -95,7 +95,8 @@ format: $(READY)  ## rewrite to the style
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-soak: $(READY)  ## kill a training 100 times, alone and as two processes (hours; SOAK="--kills 20" for less)
+soak: $(READY)  ## kill a training 100 times, alone and as two processes, and signal two at every moment (hours; SOAK="--kills 20" for less)
+	$(RUN) -m tests.soak.matrix
 	$(RUN) -m tests.soak.kills $(SOAK)
 
 bench: $(READY)  ## one MoE layer, every strategy, flag on and off
