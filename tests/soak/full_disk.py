@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.soak.kills import COMPUTED, ROOT, TINY, records
+from tests.soak.runs import COMPUTED, ROOT, TINY, records
 
 STEPS, PERIOD = 12, 2
 KEYS = (
