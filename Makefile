@@ -83,7 +83,7 @@ browser:  ## a browser, from the distribution
 	@command -v chromium chromium-browser google-chrome chrome-headless-shell >/dev/null || \
 	  { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; }
 
-test-browser: $(READY) browser  ## the lowering page in a real browser
+test-browser: $(READY) browser  ## the pages of reports and of runs in a real browser
 	$(RUN) -m pytest -m browser
 
 lint: $(READY)  ## style and types

@@ -56,12 +56,12 @@ def lines(series: Mapping[str, Points], *, logarithmic: bool = False) -> str:
 
 
 def heat_map(records: Sequence[LayerRecord], name: str, *, low_is_bad: bool) -> str:
-    """Draw one number of each layer over the steps, a row a layer; what is bad is dark.
+    """Draw one number of each layer over the steps, a row a layer; what is bad is strong.
 
     Args:
         records: by step.
         name: the number, see `BY_LAYER`.
-        low_is_bad: whether the lowest is dark, and not the highest.
+        low_is_bad: whether the lowest is strong, and not the highest.
     """
     last = records[-1]
     same = [each for each in records if each.layers == last.layers and name in each.by_layer]
@@ -108,14 +108,14 @@ def heat_map(records: Sequence[LayerRecord], name: str, *, low_is_bad: bool) -> 
         for row in _rows(last)
         if row % every == 0
     )
-    light, dark = (high, low) if low_is_bad else (low, high)
+    faint, strong = (high, low) if low_is_bad else (low, high)
     return (
         f'<svg viewBox="0 0 {_WIDTH} {bottom + _BOTTOM:.0f}" role="img">'
         f'<rect class="ground" x="{_LEFT}" y="{_TOP}" width="{_WIDTH - _LEFT - _RIGHT}" '
         f'height="{bottom - _TOP:.1f}"/>{paths}{names}'
         f"{_steps(same[0].step, same[-1].step, bottom + 16)}"
         f'<text x="{(_LEFT + _WIDTH) / 2:.0f}" y="{bottom + 16:.1f}" text-anchor="middle">'
-        f"light {short(light)}, dark {short(dark)}</text></svg>"
+        f"faint {short(faint)}, strong {short(strong)}</text></svg>"
     )
 
 

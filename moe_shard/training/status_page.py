@@ -20,7 +20,9 @@ from moe_shard.units import human_time_left
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _LOW_IS_BAD = frozenset({"expert_load_min_over_mean", "expert_load_entropy"})
+_FEW_LAYERS = 12
 _STYLE = """
+summary { margin: 18px 0 6px; color: var(--soft); cursor: pointer; }
 main h2 { margin-top: 34px; }
 .bar.steps { background: var(--all-to-all); }
 .bar.compile { background: var(--permute); }
@@ -111,7 +113,13 @@ def _experts(records: Sequence[LayerRecord]) -> str:
         (str(layer), *("-" if x is None else f"{x:.4g}" for x in values))
         for layer, *values in zip(last.layers, *last.by_layer.values(), strict=True)
     ]
-    return f"<h2>Experts, by layer</h2>{maps}<h3>At step {last.step}</h3>{_table([head, *rows])}"
+    table = _table([head, *rows])
+    # Of many layers the maps show the worst, and the numbers are a click away.
+    shown = " open" if len(last.layers) <= _FEW_LAYERS else ""
+    return (
+        f"<h2>Experts, by layer</h2>{maps}<details{shown}><summary>each layer at step {last.step}"
+        f"</summary>{table}</details>"
+    )
 
 
 def _kinds(records: Sequence[LayerRecord]) -> str:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,11 @@ document.getElementById("page").onload = (event) => {{
   const box = (each) => each.getBoundingClientRect();
   const found = {{
     scroll: page.documentElement.scrollWidth, client: page.documentElement.clientWidth,
+    cut: [...page.querySelectorAll("svg text")].filter((text) => {{
+      const inner = box(text), outer = box(text.closest("svg"));
+      return inner.left < outer.left - 1 || inner.right > outer.right + 1;
+    }}).map((text) => text.textContent),
+    drawn: [...page.querySelectorAll("svg")].map((each) => box(each).width),
     requests: view.performance.getEntriesByType("resource").map((each) => each.name),
     panels: [...page.querySelectorAll(".panel")].map((panel) => ({{
       left: box(panel).left, top: box(panel).top,
@@ -85,11 +91,18 @@ def site(tmp_path: Path) -> Iterator[tuple[Path, str, list[str]]]:
     command = [sys.executable, "tools/hlo_report.py", str(on), "--beside", str(off)]
     command += ["--mesh", "data=1,fsdp=1,expert=8", "--html", str(tmp_path / "page.html")]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    handler = functools.partial(Quiet, directory=str(tmp_path))
+    with served(tmp_path) as address:
+        yield tmp_path, address, Quiet.asked
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """Serve a folder on this machine while the block runs."""
+    handler = functools.partial(Quiet, directory=str(folder))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield tmp_path, f"http://127.0.0.1:{server.server_port}", Quiet.asked
+    yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
     thread.join()
