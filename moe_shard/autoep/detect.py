@@ -10,12 +10,14 @@ import gc
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moe_shard.autoep.attributes import Attributes
 from moe_shard.autoep.family import Family, choose_family, list_families, load_family
+from moe_shard.autoep.head import KEY as TIE_KEY
+from moe_shard.autoep.head import TABLE, read_head
 from moe_shard.autoep.headers import TensorHeader, read_headers
 from moe_shard.autoep.lines import report_lines
 from moe_shard.autoep.pieces import Pieces
@@ -31,6 +33,7 @@ from moe_shard.config.overlays import Overlay
 from moe_shard.errors import UserError
 
 CONFIG = "config.json"
+_TIED, _TABLE_PATH = "logits_via_embedding", tuple(TABLE.split("."))
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _QUANTIZED = re.compile(r".*(_blocks|_scales|_scale_inv|_scale|\.qweight|\.qzeros|\.scales)")
 """Names of tensors from which weights are still to be computed, such as scales."""
@@ -91,13 +94,15 @@ def _nothing_is_garbage() -> Iterator[None]:
 
 
 @_nothing_is_garbage()
-def detect(directory: Path, family: str = "") -> Detected:
+def detect(directory: Path, family: str = "", tied: bool | None = None) -> Detected:
     """Read and describe a model directory.
 
     Args:
         directory: a directory with `config.json` and safetensors files.
         family: a name in `configs/families/` or the path of a YAML file; empty: the family that
             `config.json` names.
+        tied: whether the parameters that are to be read or written have one array for embedding
+            and head; None: see `read_head`.
 
     Raises:
         UserError: something is missing, wrong, or unsupported, or `config.json` and the
@@ -113,6 +118,15 @@ def detect(directory: Path, family: str = "") -> Detected:
     _check_plain(headers, names, directory)
     beyond = _layers_beyond(headers, names, known, attributes)
     settings = model_settings(attributes, known)
+    head = read_head(
+        names,
+        headers,
+        # A model around the decoder has its own word, which transformers goes by.
+        configured=settings[_TIED] or written.get(TIE_KEY) is True,
+        asked=tied,
+        where=directory,
+    )
+    settings[_TIED] = head.tied
     model = _model(settings, where)
     _check_expert_layers(model, names, known, attributes)
 
@@ -131,7 +145,13 @@ def detect(directory: Path, family: str = "") -> Detected:
     pieces = Pieces(
         model=model, family=known, names=names, headers=headers, where=directory, explain=explain
     )
-    plan = _plan(tuple(pieces.find()), headers, names, known, model, beyond, directory)
+    found = tuple(pieces.find())
+    copies = tuple(
+        replace(piece, tensor=head.copy)
+        for piece in found
+        if head.copy and piece.param == _TABLE_PATH
+    )
+    plan = _plan(found, copies, headers, names, known, beyond, directory)
     dtype = _dtype(plan, headers, directory)
     settings |= {"weight_dtype": dtype, "dtype": dtype}
     lines = report_lines(
@@ -143,6 +163,7 @@ def detect(directory: Path, family: str = "") -> Detected:
         fused=pieces.fused,
         dtype=dtype,
     )
+    lines += (head.note,) if head.note else ()
     own = family and (
         family not in list_families() or written.get("model_type") not in known.model_type
     )
@@ -231,18 +252,16 @@ def _check_expert_layers(
 
 def _plan(
     pieces: tuple[Piece, ...],
+    copies: tuple[Piece, ...],
     headers: Mapping[str, TensorHeader],
     names: Names,
     family: Family,
-    model: ModelConfig,
     beyond: set[str],
     where: Path,
 ) -> TensorPlan:
     """Make the plan once every tensor has been assigned."""
-    used = {piece.tensor for piece in pieces}
+    used = {piece.tensor for piece in (*pieces, *copies)}
     carried = set(beyond)
-    if model.logits_via_embedding:
-        carried |= set(names.roles.get("embedding.kernel", {}).values())
     patterns = [re.compile(pattern) for pattern in family.carried]
     for name in headers:
         if name in used or name in carried:
@@ -262,7 +281,7 @@ def _plan(
             f"{where}: {shown(name)} is {role}, which by config.json the model has not\n"
             f"fix: the config.json of these tensors, or {key} in settings of family {family.name}"
         )
-    return TensorPlan(pieces, tuple(name for name in headers if name in carried))
+    return TensorPlan(pieces, tuple(name for name in headers if name in carried), copies)
 
 
 def _dtype(plan: TensorPlan, headers: Mapping[str, TensorHeader], where: Path) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from moe_shard.autoep.head import KEY
 from moe_shard.autoep.headers import TensorHeader
 from moe_shard.autoep.manifest import (
     CARRIED,
@@ -19,10 +22,13 @@ from moe_shard.autoep.manifest import (
     save_carried,
 )
 from moe_shard.autoep.plain import is_quantized, plain_files
+from moe_shard.autoep.strict_json import read_object
 from moe_shard.autoep.tensor_plan import TensorPlan
 from moe_shard.autoep.tensors import view, write
 from moe_shard.errors import UserError
-from moe_shard.files import expanded, new_folder
+from moe_shard.files import expanded, new_folder, write_text
+
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -42,12 +48,13 @@ class HfSource:
     attention_scale: float = -1
 
 
-def read_hf_source(directory: Path, family: str = "") -> HfSource:
-    """Describe a Hugging Face directory; of its weights only the headers are read.
+def read_hf_source(directory: Path, family: str = "", *, tied: bool | None = None) -> HfSource:
+    """Describe a Hugging Face directory; of its weights only embedding and head are read.
 
     Args:
         directory: a directory with config.json and safetensors files.
         family: name or file of its family; empty: the one that config.json names.
+        tied: whether embedding and head are one parameter; None: their tensors decide.
 
     Raises:
         UserError: its family is unknown, or something is missing.
@@ -55,7 +62,7 @@ def read_hf_source(directory: Path, family: str = "") -> HfSource:
     # Imported here: copying files needs no family.
     from moe_shard.autoep.detect import detect
 
-    found = detect(directory, family)
+    found = detect(directory, family, tied)
     scale = found.settings.get("attention_scale", -1)
     return HfSource(found.family, found.plan, found.headers, scale)
 
@@ -97,12 +104,18 @@ def keep_hf(source: str, folder: Path, family: str = "") -> None:
             shutil.copyfile(family, aside / FAMILY)
 
 
-def lay_out_again(hf: Path, directory: Path) -> HfSource:
+def lay_out_again(
+    hf: Path, directory: Path, *, tied: bool, say: Callable[[str], object]
+) -> HfSource:
     """Make a Hugging Face directory again, with zeros for the weights of parameters.
 
     Args:
         hf: the folder that `keep_hf` made.
         directory: an empty folder.
+        tied: whether embedding and head are one parameter. Where they are two and `config.json`
+            says that they are one, the directory's says that they are not: other readers would
+            drop the head.
+        say: receives a line on that.
 
     Returns:
         A description of the directory; its headers tell where the weights go.
@@ -114,7 +127,10 @@ def lay_out_again(hf: Path, directory: Path) -> HfSource:
     copy_small_files(hf, directory)
     manifest.make(directory)
     family = str(hf / FAMILY) if (hf / FAMILY).is_file() else manifest.family
-    found = read_hf_source(directory, family)
+    if not tied and (changed := untied(read_object(directory / CONFIG))):
+        write_text(directory / CONFIG, json.dumps(changed, indent=2, ensure_ascii=False) + "\n")
+        say(f"{CONFIG}: {KEY}=false, because the head is not the embedding")
+    found = read_hf_source(directory, family, tied=tied)
     kept = carried_in(hf)
     for name in found.plan.carried:
         place = found.headers[name]
@@ -125,3 +141,14 @@ def lay_out_again(hf: Path, directory: Path) -> HfSource:
             )
         write(place, view(kept[name]))
     return found
+
+
+def untied(config: dict[str, Any]) -> dict[str, Any] | None:
+    """Return a `config.json` that ties nothing, in no section; None where it ties nothing."""
+    changed: dict[str, Any] = {}
+    for name, value in config.items():
+        if name == KEY and value is True:
+            changed[name] = False
+        elif isinstance(value, dict) and (inner := untied(value)):
+            changed[name] = inner
+    return config | changed if changed else None

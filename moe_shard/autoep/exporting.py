@@ -17,7 +17,7 @@ import numpy as np
 
 from moe_shard.autoep.fitting import naming, pieces_by_param, seen
 from moe_shard.autoep.headers import DTYPE_BYTES, TensorHeader
-from moe_shard.autoep.host_blocks import HostBlock, Index
+from moe_shard.autoep.host_blocks import HostBlock, Index, ParamPath
 from moe_shard.autoep.tensor_plan import Piece, TensorPlan
 from moe_shard.autoep.tensors import copy, writable
 from moe_shard.errors import UserError
@@ -47,7 +47,10 @@ def export_params(
         OSError: the disk is too small for the files.
     """
     pieces = pieces_by_param(plan, headers)
-    used = {piece.tensor for piece in plan.pieces}
+    copies: dict[tuple[ParamPath, Index], list[Piece]] = {}
+    for copy_of in plan.copies:
+        copies.setdefault((copy_of.param, copy_of.index), []).append(copy_of)
+    used = {piece.tensor for piece in (*plan.pieces, *plan.copies)}
     for file in {headers[name].file for name in used}:
         _reserve(file)
     total = sum(headers[name].nbytes for name in used)
@@ -63,11 +66,12 @@ def export_params(
         lows = [low for low, _ in block.bounds]
         for at in np.ndindex(block.values.shape[:depth]):
             index = tuple(map(sum, zip(lows, at, strict=False)))
-            piece = _piece(of_param, index, block)
-            entry = headers[piece.tensor]
-            size = _write(piece, entry, block, at)
-            filled[piece.tensor] += size
-            done += size * DTYPE_BYTES[entry.dtype]
+            first = _piece(of_param, index, block)
+            for piece in (first, *copies.get((block.param, index), ())):
+                entry = headers[piece.tensor]
+                size = _write(piece, entry, block, at)
+                filled[piece.tensor] += size
+                done += size * DTYPE_BYTES[entry.dtype]
         # Otherwise it would stay in memory while the next one is read.
         del block
         progress(done, total)

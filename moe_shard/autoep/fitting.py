@@ -24,7 +24,8 @@ def pieces_by_param(
     Raises:
         UserError: the plan has other tensors, or fills a part twice.
     """
-    same_names("tensor", tensors, {piece.tensor for piece in plan.pieces} | {*plan.carried})
+    written = {piece.tensor for piece in (*plan.pieces, *plan.copies)}
+    same_names("tensor", tensors, written | {*plan.carried})
     found: dict[ParamPath, dict[Index, Piece]] = {}
     for piece in plan.pieces:
         of_param = found.setdefault(piece.param, {})

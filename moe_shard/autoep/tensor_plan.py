@@ -79,7 +79,10 @@ class TensorPlan:
     Attributes:
         pieces: pieces that together fill each parameter and use up each tensor.
         carried: names of tensors that fill no parameter and are exported unchanged.
+        copies: pieces of tensors that repeat what another one has, as a head the embedding: they
+            are not read, and an export writes them like the other.
     """
 
     pieces: tuple[Piece, ...]
     carried: tuple[str, ...] = ()
+    copies: tuple[Piece, ...] = ()

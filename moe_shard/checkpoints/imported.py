@@ -19,11 +19,12 @@ from rich.console import Console
 
 from moe_shard.autoep.directory import keep_hf, lay_out_again, read_hf_source
 from moe_shard.autoep.exporting import export_params
+from moe_shard.autoep.head import KERNEL
 from moe_shard.autoep.importing import import_params
 from moe_shard.checkpoints.checksums import CUSTOM_METADATA, committed_with_checksums
 from moe_shard.checkpoints.convert import is_fused, other_layout, to_layout
 from moe_shard.checkpoints.run_params import restore_params
-from moe_shard.checkpoints.stored import stored_blocks
+from moe_shard.checkpoints.stored import open_stored
 from moe_shard.config.model_config import ModelConfig
 from moe_shard.config.schema import Config
 from moe_shard.errors import UserError
@@ -79,7 +80,8 @@ def load_params(
         with bytes_line(console, "reading parameters") as line:
             params = read_params(folder, stored, model, say=say, progress=line)
         return to_layout(params, wanted)
-    source = read_hf_source(folder.parent, family)
+    tied = model.logits_via_embedding if model else None
+    source = read_hf_source(folder.parent, family, tied=tied)
     _check_factor(folder.parent, source.attention_scale, model)
     with bytes_line(console, "reading parameters") as line:
         params = import_params(source.plan, source.headers, stored, say=say, progress=line)
@@ -186,10 +188,11 @@ def export_model(source: Path, target: Path, *, console: Console) -> None:
             "fix: an imported model, or a run with load_parameters_path= one"
         )
     with written_aside(target) as directory:
-        layout = lay_out_again(source / "hf", directory)
-        blocks = stored_blocks(weights, say=_plainly(console))
+        stored = open_stored(weights, say=_plainly(console))
+        tied = tuple(KERNEL.split(".")) not in stored.paths
+        layout = lay_out_again(source / "hf", directory, tied=tied, say=console.print)
         with bytes_line(console, "writing tensors") as line:
-            export_params(layout.plan, layout.headers, blocks, progress=line)
+            export_params(layout.plan, layout.headers, stored.blocks(), progress=line)
 
 
 @contextmanager

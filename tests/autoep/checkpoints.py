@@ -249,10 +249,11 @@ def interleaved(random: Any) -> tuple[Tensors, list[Piece], dict[str, np.ndarray
 KINDS = {"one-by-one": one_by_one, "fused": fused, "interleaved": interleaved}
 
 
-def detect(directory: Path, family: str = "") -> SimpleNamespace:
+def detect(directory: Path, family: str = "", tied: bool | None = None) -> SimpleNamespace:
     """Replace autoep's `detect`: return the plan by hand of the kind that config.json names."""
     kind = json.loads((directory / "config.json").read_text())["model_type"]
     assert family in {"", kind}
+    assert not tied
     _, pieces, _ = KINDS[kind](lambda *shape: np.zeros(shape, BF16))
     return SimpleNamespace(
         family=kind,

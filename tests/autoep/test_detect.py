@@ -177,15 +177,6 @@ def test_the_dtype_that_holds_all_weights(
     assert settings["weight_dtype"] == settings["dtype"] == expected
 
 
-def test_a_head_that_is_tied_and_stored_is_carried(tmp_path: Path) -> None:
-    model = SMALL["mixtral-1"]
-    assert model["config"]["tie_word_embeddings"]
-    shapes = model["saved"] | {"lm_head.weight": model["saved"]["model.embed_tokens.weight"]}
-    detected = detect(write_model(tmp_path / "model", model["config"], shapes))
-    assert detected.plan.carried == ("lm_head.weight",)
-    assert detected.lines[-1].endswith("1 more tensors are carried: lm_head.weight")
-
-
 def test_buffers_of_old_are_carried(tmp_path: Path) -> None:
     model = SMALL["mixtral-0"]
     buffers = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": [3] for n in range(2)}

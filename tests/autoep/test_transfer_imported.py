@@ -21,7 +21,7 @@ from rich.console import Console
 from moe_shard.autoep.directory import keep_hf
 from moe_shard.checkpoints import imported
 from moe_shard.checkpoints.imported import export_model, import_model, load_params, written_aside
-from moe_shard.checkpoints.stored import stored_blocks
+from moe_shard.checkpoints.stored import open_stored
 from moe_shard.config import Config, load_config
 from moe_shard.errors import UserError
 from moe_shard.models.params import Params, describe
@@ -145,7 +145,7 @@ def test_an_export_reads_chunks_of_any_size(
     monkeypatch.setattr(imported, "_CHUNK", 512)
     made = make_checkpoint(tmp_path / "hf", "interleaved")
     import_into(tmp_path / "model", made.directory, *overrides, ep=2)
-    blocks = list(stored_blocks(tmp_path / "model" / "params"))
+    blocks = list(open_stored(tmp_path / "model" / "params").blocks())
     assert max(block.values.nbytes for block in blocks) <= 512
     assert {block.param[-1] for block in blocks} >= {"gate", "up", "down"}
     export_model(tmp_path / "model", tmp_path / "again", console=console())

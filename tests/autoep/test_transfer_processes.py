@@ -76,11 +76,11 @@ print(json.dumps({"size": size, "imported": imported}))
 """
 
 STORED = """
-from moe_shard.checkpoints.stored import stored_blocks
+from moe_shard.checkpoints.stored import open_stored
 # What is loaded once is not counted.
-next(stored_blocks(Path(rest[0])))
+next(open_stored(Path(rest[0])).blocks())
 before = Path(file).read_bytes()
-_, exported = during(lambda: export_params(plan, headers, stored_blocks(Path(rest[0]))))
+_, exported = during(lambda: export_params(plan, headers, open_stored(Path(rest[0])).blocks()))
 assert Path(file).read_bytes() == before
 print(json.dumps({"exported": exported}))
 """
