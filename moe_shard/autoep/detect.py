@@ -24,7 +24,7 @@ from moe_shard.autoep.pieces import Pieces
 from moe_shard.autoep.quantized import CONFIG_KEY, read_scheme, with_scales
 from moe_shard.autoep.settings import model_settings, setting_rules
 from moe_shard.autoep.strict_json import read_object
-from moe_shard.autoep.tensor_names import Names, sort_names
+from moe_shard.autoep.tensor_names import Names, sort_names, unwrapped
 from moe_shard.autoep.tensor_plan import Piece, TensorPlan
 from moe_shard.config.keys import shown
 from moe_shard.config.load import load_settings
@@ -164,6 +164,11 @@ def detect(directory: Path, family: str = "", tied: bool | None = None) -> Detec
         dtype=dtype,
     )
     lines += (head.note,) if head.note else ()
+    if wrapped := [name for name in headers if unwrapped(name) != name]:
+        lines += (
+            f"names: {len(wrapped):,} of {len(headers):,} have a wrapper's part, which is passed "
+            f"over and exported again: {wrapped[0]}",
+        )
     own = family and (
         family not in list_families() or written.get("model_type") not in known.model_type
     )
@@ -202,7 +207,7 @@ def _layers_beyond(
         raise attributes.error(f"{text}, but no tensor is of layer {missing}", fix)
     carried = attributes.value("base_num_decoder_layers", family.carried_layers)
     number = re.compile(re.escape(f"{family.prefix}{family.layers}.") + r"([0-9]{1,9})\..*")
-    matches = {name: number.fullmatch(name) for name in headers}
+    matches = {name: number.fullmatch(unwrapped(name)) for name in headers}
     of = {name: int(match[1]) for name, match in matches.items() if match}
     # A layer of multi-token prediction has tensors that the model's layers lack.
     special = {of[name] for name in names.others if name in of}
@@ -266,7 +271,7 @@ def _plan(
     for name in headers:
         if name in used or name in carried:
             continue
-        if any(pattern.fullmatch(name) for pattern in patterns):
+        if any(pattern.fullmatch(unwrapped(name)) for pattern in patterns):
             carried.add(name)
             continue
         role = next((role for role, at in names.roles.items() if name in at.values()), "")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_shard.autoep.not_a_model import refuse_foreign_file
 from moe_shard.autoep.strict_json import parse_json, read_object
 from moe_shard.config.keys import shown
 from moe_shard.errors import UserError
@@ -28,6 +29,7 @@ DTYPE_BYTES: Mapping[str, int] = {
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LENGTH_BYTES = 8
+_START = 512
 _LONGEST_HEADER = 100_000_000
 _MOST_DIMS = 16
 _AGAIN = "fix: download or save the file again"
@@ -89,6 +91,8 @@ def read_file(path: Path) -> dict[str, TensorHeader]:
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
+            refuse_foreign_file(path, file.read(_START))
+            file.seek(0)
             length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
             start = _LENGTH_BYTES + length
             if start > size or length > _LONGEST_HEADER:
@@ -194,30 +198,19 @@ def _merged(directory: Path, files: Mapping[str, str]) -> dict[str, TensorHeader
 
 
 def _inside(directory: Path, name: str, named_by: str) -> Path:
-    """Return the path of a file in the directory, or where the hub's cache stores it.
-
-    In that cache `snapshots/<revision>/` has links to `blobs/` next to `snapshots/`.
-    """
+    """Return the path of a file in the directory; it may be a link to wherever weights are kept."""
     if name != Path(name).name or not name.isprintable():
         raise UserError(
             f"{directory / named_by}: {shown(name)} is not the name of a file beside it\n"
             "fix: the index that came with the files"
         )
-    path, home = directory / name, directory.resolve()
-    allowed = [home]
-    if home.parent.name == "snapshots":
-        allowed.append(home.parent.parent / "blobs")
+    path = directory / name
     try:
         target = path.resolve(strict=True)
     except (OSError, RuntimeError):  # a missing file, or links in a circle
         raise UserError(f"{path}: missing\nfix: download the model again") from None
     if not target.is_file():
         raise UserError(f"{path}: not a file\nfix: download the model again")
-    if target.parent not in allowed:
-        raise UserError(
-            f"{path}: a link that leaves the directory, to {shown(target)}\n"
-            "fix: put the file itself there"
-        )
     return path
 
 

@@ -142,16 +142,17 @@ def copy_small_files(source: Path, folder: Path) -> None:
 
 
 def copy_file(file: Path, folder: Path) -> None:
-    """Copy one file, which may be a link within its directory or into the hub's cache.
+    """Copy one file, which may be a link to shared storage or into the hub's cache.
+
+    An exported directory is often published. What a link leads to therefore has to be a file of
+    that name, or one of the hub's cache, where files are called by their hashes.
 
     Raises:
-        UserError: it is a link that leads elsewhere.
+        UserError: it is a link to something else.
     """
-    directory, real = file.parent.resolve(), file.resolve()
-    allowed = [directory]
-    if directory.parent.name == "snapshots":
-        allowed.append(directory.parents[1] / "blobs")
-    if not any(real.is_relative_to(place) for place in allowed):
+    real, within = file.resolve(), file.parent.resolve()
+    of_hub = real.parent.name == "blobs" and real.parents[1].name.startswith("models--")
+    if not (of_hub or real.name == file.name or real.is_relative_to(within)):
         raise UserError(
             f"{file} is a link out of its directory, to {real}\n"
             "fix: put the file itself there, if it belongs there"

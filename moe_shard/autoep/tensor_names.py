@@ -21,6 +21,13 @@ FUSED, LISTED = "mlp.fused.", EXPERTS
 _OUTSIDE = ("embedding.", "final_norm.")
 """Prefixes of the paths of parameters outside the layers."""
 
+_WRAPPERS = re.compile(
+    r"^(?:(?:module|_forward_module|base_model\.model)\.)+"
+    r"|(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+"""Parts of names that are of a wrapper around a module: of data parallelism, compilation, FSDP,
+checkpointing, peft."""
+
 _DIGITS = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 
 
@@ -63,11 +70,20 @@ class Names:
             self._experts.setdefault(place[0], set()).add(place[1])
 
 
+def unwrapped(tensor: str) -> str:
+    """Return a tensor's name without what wrappers around its module have put into it.
+
+    >>> unwrapped("module._orig_mod.model.layers.0.mlp.gate.weight")
+    'model.layers.0.mlp.gate.weight'
+    """
+    return _WRAPPERS.sub("", tensor)
+
+
 def sort_names(tensors: Iterable[str], family: Family, where: Path) -> Names:
     """Sort tensors by role.
 
     Args:
-        tensors: their names.
+        tensors: their names; what wrappers have put into them does not count.
         family: its names and patterns.
         where: the directory, for messages.
 
@@ -79,7 +95,7 @@ def sort_names(tensors: Iterable[str], family: Family, where: Path) -> Names:
     patterns = [(role, re.compile(text)) for role, text in _patterns(family)]
     known: dict[str, str] = {}
     for tensor in tensors:
-        name = tensor.removeprefix(family.prefix)
+        name = unwrapped(tensor).removeprefix(family.prefix)
         # Names that differ only in their numbers are one case: a checkpoint has tens of thousands
         # of tensors and a few dozen cases.
         case = _DIGITS.sub("0", name)

@@ -21,6 +21,7 @@ from moe_shard.autoep.directory import keep_hf, lay_out_again, read_hf_source
 from moe_shard.autoep.exporting import export_params
 from moe_shard.autoep.head import KERNEL
 from moe_shard.autoep.importing import import_params
+from moe_shard.autoep.not_a_model import refuse_foreign
 from moe_shard.checkpoints.checksums import CUSTOM_METADATA, committed_with_checksums
 from moe_shard.checkpoints.convert import is_fused, other_layout, to_layout
 from moe_shard.checkpoints.run_params import restore_params
@@ -116,6 +117,7 @@ def find_weights(path: str) -> Path:
             return folder / name
     if (folder / _HF_CONFIG).is_file():
         return folder / _HF_CONFIG
+    refuse_foreign(path)
     raise UserError(
         f"{path} holds no parameters: no config.json, params, checkpoints or items in it\n"
         "fix: a Hugging Face directory, an imported model, a run, or a MaxText checkpoint"

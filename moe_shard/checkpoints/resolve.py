@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_shard.autoep.detect import CONFIG, Detected, detect
+from moe_shard.autoep.not_a_model import refuse_foreign
 from moe_shard.config.load import base_settings, list_models, load_config, load_settings
 from moe_shard.config.overlays import Overlay, parse_overrides
 from moe_shard.config.schema import Config
@@ -32,7 +33,11 @@ def load_model(model: str, overrides: Sequence[str] = ()) -> Config:
         UserError: anything that a person got wrong, with the fix, in at most three lines.
     """
     directory = expanded(model)
-    if model in list_models() or not os.path.isdir(directory):  # False where the name is too long
+    if model in list_models():
+        return load_config(model, overrides)
+    if not os.path.isdir(directory):  # False where the name is too long
+        if not model.endswith((".yml", ".yaml")):
+            refuse_foreign(model)
         return load_config(model, overrides)
     if not (directory / CONFIG).is_file():
         if (directory / "config.yml").is_file():
@@ -42,6 +47,7 @@ def load_model(model: str, overrides: Sequence[str] = ()) -> Config:
                 f"{model}: a MaxText checkpoint, which does not record which model it is of\n"
                 f"fix: MODEL load_parameters_path={model}, or moe-shard import --model MODEL"
             )
+        refuse_foreign(str(directory))
         raise UserError(
             f"{model}: a directory without {CONFIG}\n"
             "fix: a Hugging Face model directory, or what `moe-shard import` makes of one"

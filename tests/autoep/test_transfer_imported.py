@@ -350,7 +350,9 @@ def test_a_link_out_of_the_directory_is_not_followed(
     assert not (tmp_path / "run" / "hf").exists()
 
 
-def test_links_within_the_directory_and_into_the_hubs_cache_are_followed(tmp_path: Path) -> None:
+def test_links_in_it_to_the_hubs_cache_and_to_a_file_of_that_name_are_followed(
+    tmp_path: Path,
+) -> None:
     hub = tmp_path / "models--a--b"
     made = make_checkpoint(hub / "snapshots" / "abc")
     (hub / "blobs").mkdir()
@@ -358,10 +360,14 @@ def test_links_within_the_directory_and_into_the_hubs_cache_are_followed(tmp_pat
     (made.directory / "chat_template.jinja").unlink()
     (made.directory / "chat_template.jinja").symlink_to("../../blobs/123")
     (made.directory / "vocab.json").symlink_to("tokenizer.json")
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "merges.txt").write_text("merges")
+    (made.directory / "merges.txt").symlink_to(tmp_path / "shared" / "merges.txt")
     (tmp_path / "run").mkdir()
     keep_hf(str(made.directory), tmp_path / "run")
     assert (tmp_path / "run" / "hf" / "chat_template.jinja").read_text() == "template"
     assert (tmp_path / "run" / "hf" / "vocab.json").read_text() == "{}"
+    assert (tmp_path / "run" / "hf" / "merges.txt").read_text() == "merges"
 
 
 def test_hf_is_kept_once_and_from_an_imported_model_too(tmp_path: Path, model: Path) -> None:
