@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_shard.autoep.family import Family, SettingRule
+from moe_shard.autoep.strict_json import fix_of, in_json
 from moe_shard.config.keys import shown
 from moe_shard.config.load import base_settings
 from moe_shard.config.overlays import TYPES_IN_WORDS
@@ -51,10 +52,8 @@ class Attributes:
                 continue
             value = self.written.pop(other)
             if self.written.setdefault(name, value) != value:
-                raise self.error(
-                    f"{other}={shown(value)} and {name}={shown(self.written[name])} are one thing",
-                    "keep one of them",
-                )
+                both = f"{other}={in_json(value)} and {name}={in_json(self.written[name])}"
+                raise self.error(f"{both} are one thing", "keep one of them")
         self._values = {**family.attributes, **self.written}
         self._family = family
         self._read: set[str] = set()
@@ -87,12 +86,12 @@ class Attributes:
             named.update(rule.sources, (name for name, _ in rule.when))
         roots = {str(name).partition(".")[0] for name in named} | self._read | _WITHOUT_EFFECT
         unread = [
-            f"{name}={shown(value)}"
+            f"{name}={in_json(value)}"
             for name, value in self.written.items()
             if value and name not in roots
         ]
         assumed = [
-            f"{name}={shown(value)}"
+            f"{name}={in_json(value)}"
             for name, value in at.attributes.items()
             if name in self._read and name not in self.written and value is not None
         ]
@@ -105,7 +104,7 @@ class Attributes:
 
     def as_text(self, name: str) -> str:
         """Return `name=value`, for messages."""
-        return f"{name}={shown(self.get(name))}"
+        return f"{name}={in_json(self.get(name))}"
 
     def number(self, name: str, default: int) -> int:
         """Return an attribute that is a whole number of 0 or more, or -1.
@@ -121,7 +120,7 @@ class Attributes:
         if value is None:
             return default
         if type(value) is not int or value < -1:
-            raise self.error(f"{self.as_text(name)} is not a whole number", "as the model has it")
+            raise self.error(f"{self.as_text(name)} is not a whole number", fix_of(value))
         return value
 
     def numbers(self, name: str) -> list[int] | None:
@@ -176,9 +175,7 @@ class Attributes:
         # Attributes that switch something may be numbers, but not lists or text.
         accepted = {bool: (bool, int), float: (int, float)}.get(kind, (kind,))
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            raise self.error(
-                f"{self.as_text(name)} is not {TYPES_IN_WORDS[kind]}", "as the model has it"
-            )
+            raise self.error(f"{self.as_text(name)} is not {TYPES_IN_WORDS[kind]}", fix_of(value))
         return kind(value)
 
     def _check_computed(self, family: Family) -> None:
@@ -187,5 +184,5 @@ class Attributes:
             if self.get(name) is not None and self.get(name) not in values:
                 raise self.error(
                     f"{self.as_text(name)} is not computed here",
-                    f"a model with {name}={' or '.join(map(shown, values))}",
+                    f"a model with {name}={' or '.join(map(in_json, values))}",
                 )

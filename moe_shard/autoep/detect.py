@@ -127,7 +127,7 @@ def detect(directory: Path, family: str = "", tied: bool | None = None) -> Detec
         where=directory,
     )
     settings[_TIED] = head.tied
-    model = _model(settings, where)
+    model = _model(settings, where, _names_there(settings, known, attributes))
     _check_expert_layers(model, names, known, attributes)
 
     def explain(keys: Sequence[str]) -> str:
@@ -220,13 +220,30 @@ def _layers_beyond(
     return {name for name, layer in of.items() if layer >= layers}
 
 
-def _model(settings: Mapping[str, Any], where: Path) -> ModelConfig:
+def _model(settings: Mapping[str, Any], where: Path, names: Mapping[str, str]) -> ModelConfig:
+    """Make the model, with errors in the words of its `config.json`.
+
+    Args:
+        settings: key of `base.yml` -> value.
+        where: the file, for messages.
+        names: key of `base.yml` -> the attribute that its value is from.
+    """
     layer = Overlay(str(where), dict(settings), {}, ())
     try:
         return load_settings(layer, name=where.parent.name).model
     except UserError as error:
-        text = str(error)
+        text = re.sub(r"\b[a-z]\w*\b", lambda word: names.get(word[0], word[0]), str(error))
         raise UserError(text if text.startswith(str(where)) else f"{where}: {text}") from error
+
+
+def _names_there(
+    settings: Mapping[str, Any], family: Family, attributes: Attributes
+) -> dict[str, str]:
+    """Return, for each key of `base.yml` whose value is an attribute's, the attribute."""
+    names = {key: attributes.source(rule) for key, rule in setting_rules(family).items()}
+    names["sliding_window_size"] = family.spans.window
+    names["chunk_attn_window_size"] = family.spans.chunk
+    return {key: name for key, name in names.items() if attributes.get(name) == settings[key]}
 
 
 def _check_expert_layers(

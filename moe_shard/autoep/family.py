@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from moe_shard.autoep.strict_json import in_json
 from moe_shard.config.keys import shown
 from moe_shard.config.load import base_settings, configs_dir, find_file, list_names
 from moe_shard.config.strict_yaml import read_mapping
@@ -174,13 +175,13 @@ def choose_family(config: Mapping[str, Any], where: Path) -> Family:
     """
     families = [_shipped(name) for name in list_families()]
     model_type, named = config.get("model_type"), config.get("architectures")
-    architectures = named if isinstance(named, list) else []
+    architectures = [named] if isinstance(named, str) else named if isinstance(named, list) else []
     found = [family for family in families if model_type in family.model_type]
     if not found:
         found = [one for one in families if any(a in one.architectures for a in architectures)]
     if len(found) == 1:
         return found[0]
-    what = f"{where}: model_type={shown(model_type)}, architectures={shown(architectures)}"
+    what = f"{where}: model_type={in_json(model_type)}, architectures={in_json(named)}"
     if found:
         names = " or ".join(f"hf_family={family.name}" for family in found)
         raise UserError(f"{what}: several families match\nfix: {names}")

@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 from moe_shard.autoep.attributes import Attributes
+from moe_shard.autoep.strict_json import fix_of, in_json
 from moe_shard.config.keys import shown
 
 _TYPES = {
@@ -20,6 +21,7 @@ _TYPES = {
     "su": "longrope",
 }
 """Name in `config.json` -> `rope_type`."""
+_AS_IT_IS = "as the model has it"
 _PARAMETERS = (
     *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"),
     *("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "truncate"),
@@ -54,7 +56,8 @@ def rope_settings(attributes: Attributes, *, latent: bool) -> dict[str, Any]:
     original = longest if original is None else original
     if type(original) is not int or original < 2:
         raise attributes.error(
-            f"original_max_position_embeddings={shown(original)} is not a length", "a whole number"
+            f"original_max_position_embeddings={in_json(original)} is not a length",
+            "a whole number",
         )
     settings["original_max_position_embeddings"] = original
     stretch = {"llama3.1": _llama3, "yarn": _yarn, "longrope": _longrope}[written.type]
@@ -89,7 +92,7 @@ class _Parameters:
         kind = _or(values.get("rope_type"), values.get("type"), "default")
         if not isinstance(kind, str) or kind not in _TYPES:
             raise attributes.error(
-                f"{self.name}.rope_type={shown(kind)} is not computed here",
+                f"{self.name}.rope_type={in_json(kind)} is not computed here",
                 f"one of {', '.join(_TYPES)}",
             )
         self.type = _TYPES[kind]
@@ -99,7 +102,7 @@ class _Parameters:
         value = _or(self.values.get(key), default)
         if not _is_number(value):
             raise self.attributes.error(
-                f"{self.name}.{key}={shown(value)} is not a number", "as the model has it"
+                f"{self.name}.{key}={in_json(value)} is not a number", fix_of(value)
             )
         return float(value)
 
@@ -107,14 +110,17 @@ class _Parameters:
         """Return a parameter that is a finite number; by default the attribute of that name."""
         if self.values.get(key) is not None:
             return self.number(key)
-        return self.number(key, _or(self.attributes.get(key), default))
+        value = _or(self.attributes.get(key), default)
+        if not _is_number(value):
+            raise self.attributes.error(f"{key}={in_json(value)} is not a number", fix_of(value))
+        return float(value)
 
     def numbers(self, key: str) -> list[float]:
         """Return a parameter that is a list of numbers."""
         values = self.values.get(key)
         if not isinstance(values, list) or not all(map(_is_number, values)):
             raise self.attributes.error(
-                f"{self.name}.{key}={shown(values)} is not a list of numbers", "as the model has it"
+                f"{self.name}.{key}={in_json(values)} is not a list of numbers", _AS_IT_IS
             )
         return [float(value) for value in values]
 
@@ -154,7 +160,7 @@ def _longrope(written: _Parameters, original: int, ratio: float, _latent: bool) 
     short, long = (written.values.get(key) for key in ("short_mscale", "long_mscale"))
     if short != long:
         raise written.attributes.error(
-            f"{written.name}: short_mscale={shown(short)} and long_mscale={shown(long)}",
+            f"{written.name}: short_mscale={in_json(short)} and long_mscale={in_json(long)}",
             "a model where they are equal: cos and sin have one factor here",
         )
     magnitude = written.number("short_mscale", magnitude)

@@ -9,6 +9,7 @@ from typing import Any
 from moe_shard.autoep.attributes import Attributes
 from moe_shard.autoep.family import Family, SettingRule
 from moe_shard.autoep.rope_settings import rope_settings
+from moe_shard.autoep.strict_json import in_json
 from moe_shard.config.keys import shown
 
 _SPANS = {
@@ -103,7 +104,7 @@ def _spans(attributes: Attributes, family: Family, layers: int) -> dict[str, Any
     """Return the keys that state what each layer attends to and which layers have RoPE."""
     at = family.spans
     flags = _rope_flags(attributes, family, layers)
-    window, chunk = attributes.number(at.window, 0), attributes.number(at.chunk, 0)
+    window, chunk = (_tokens(attributes, name) for name in (at.window, at.chunk))
     if at.switch and not attributes.get(at.switch):
         window = 0
     types = attributes.get(at.types)
@@ -132,6 +133,16 @@ def _spans(attributes: Attributes, family: Family, layers: int) -> dict[str, Any
     }
 
 
+def _tokens(attributes: Attributes, name: str) -> int:
+    """Return the length of a window or a chunk, 0 where there is none."""
+    tokens = attributes.number(name, 0)
+    if tokens < 0:
+        raise attributes.error(
+            f"{attributes.as_text(name)} is not a number of tokens", "null: none"
+        )
+    return tokens
+
+
 def _rope_flags(attributes: Attributes, family: Family, layers: int) -> list[bool]:
     """Return whether each layer has RoPE."""
     at = family.spans
@@ -155,7 +166,7 @@ def _named_spans(attributes: Attributes, name: str, types: Any, layers: int) -> 
     unknown = next((each for each in types if shown(each) not in _SPANS), None)
     if unknown is not None:
         raise attributes.error(
-            f"{name}: {shown(unknown)} is not computed here", f"one of {', '.join(_SPANS)}"
+            f"{name}: {in_json(unknown)} is not computed here", f"one of {', '.join(_SPANS)}"
         )
     return [_SPANS[each] for each in types]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -66,3 +67,24 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> Any:
     raise UserError(f"{name} is not a number of JSON")
+
+
+def in_json(value: Any) -> str:
+    """Write a value for a message as the file has it: text in quotes, on one line, not too long.
+
+    >>> in_json("2"), in_json(2), in_json(["a", None])
+    ('"2"', '2', '["a", null]')
+    """
+    if isinstance(value, str):
+        return f'"{shown(value)}"'
+    if isinstance(value, list):
+        text = f"[{', '.join(map(in_json, value[:20]))}]"
+        return text if len(text) <= 60 else f"{text[:57]}..."
+    return shown(value)
+
+
+def fix_of(value: Any) -> str:
+    """Return the fix for a value of another type than it has to be."""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?", value):
+        return "the number without quotes"
+    return "as the model has it"

@@ -76,6 +76,9 @@ def unwrapped(tensor: str) -> str:
     >>> unwrapped("module._orig_mod.model.layers.0.mlp.gate.weight")
     'model.layers.0.mlp.gate.weight'
     """
+    # Most have none, and a checkpoint may have a hundred thousand names.
+    if not any(mark in tensor for mark in ("mod", "base_")):
+        return tensor
     return _WRAPPERS.sub("", tensor)
 
 

@@ -262,7 +262,7 @@ def test_a_pattern_for_two_tensors(tmp_path: Path) -> None:
 def test_attributes_that_config_json_and_a_family_of_ones_own_do_not_share(tmp_path: Path) -> None:
     config, shapes = own_model()
     assumed = "not in config.json, as family my_moe has it: "
-    usual = "rope_theta=10000.0, tie_word_embeddings=false, hidden_act=silu"
+    usual = 'rope_theta=10000.0, tie_word_embeddings=false, hidden_act="silu"'
     notes = detect(write_model(tmp_path / "all", config, shapes), own_family(tmp_path)).notes
     assert notes == (assumed + usual,)
     more = {"sliding_window": 4, "use_cache": True, "rope_scaling": None, "tanh": False}
