@@ -16,8 +16,7 @@ from typing import Any
 
 from moe_shard.autoep.attributes import Attributes
 from moe_shard.autoep.family import Family, choose_family, list_families, load_family
-from moe_shard.autoep.head import KEY as TIE_KEY
-from moe_shard.autoep.head import TABLE, read_head
+from moe_shard.autoep.head import EMBEDDING_ROLE, TIE_KEY, read_head
 from moe_shard.autoep.headers import TensorHeader, read_headers
 from moe_shard.autoep.lines import report_lines
 from moe_shard.autoep.pieces import Pieces
@@ -33,7 +32,7 @@ from moe_shard.config.overlays import Overlay
 from moe_shard.errors import UserError
 
 CONFIG = "config.json"
-_TIED, _TABLE_PATH = "logits_via_embedding", tuple(TABLE.split("."))
+_TIED, _TABLE_PATH = "logits_via_embedding", tuple(EMBEDDING_ROLE.split("."))
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _QUANTIZED = re.compile(r".*(_blocks|_scales|_scale_inv|_scale|\.qweight|\.qzeros|\.scales)")
 """Names of tensors from which weights are still to be computed, such as scales."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_shard.autoep.head import KEY
+from moe_shard.autoep.head import TIE_KEY
 from moe_shard.autoep.headers import TensorHeader
 from moe_shard.autoep.manifest import (
     CARRIED,
@@ -28,7 +28,7 @@ from moe_shard.autoep.tensors import view, write
 from moe_shard.errors import UserError
 from moe_shard.files import expanded, new_folder, write_text
 
-CONFIG = "config.json"
+_CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,9 @@ def lay_out_again(
     copy_small_files(hf, directory)
     manifest.make(directory)
     family = str(hf / FAMILY) if (hf / FAMILY).is_file() else manifest.family
-    if not tied and (changed := untied(read_object(directory / CONFIG))):
-        write_text(directory / CONFIG, json.dumps(changed, indent=2, ensure_ascii=False) + "\n")
-        say(f"{CONFIG}: {KEY}=false, because the head is not the embedding")
+    if not tied and (changed := untied(read_object(directory / _CONFIG))):
+        write_text(directory / _CONFIG, json.dumps(changed, indent=2, ensure_ascii=False) + "\n")
+        say(f"{_CONFIG}: {TIE_KEY}=false, because the head is not the embedding")
     found = read_hf_source(directory, family, tied=tied)
     kept = carried_in(hf)
     for name in found.plan.carried:
@@ -147,7 +147,7 @@ def untied(config: dict[str, Any]) -> dict[str, Any] | None:
     """Return a `config.json` that ties nothing, in no section; None where it ties nothing."""
     changed: dict[str, Any] = {}
     for name, value in config.items():
-        if name == KEY and value is True:
+        if name == TIE_KEY and value is True:
             changed[name] = False
         elif isinstance(value, dict) and (inner := untied(value)):
             changed[name] = inner

@@ -20,8 +20,8 @@ from moe_shard.autoep.tensor_names import Names
 from moe_shard.config.keys import shown
 from moe_shard.errors import UserError
 
-TABLE, KERNEL = "embedding.table", "embedding.kernel"
-KEY = "tie_word_embeddings"
+EMBEDDING_ROLE, HEAD_ROLE = "embedding.table", "embedding.kernel"
+TIE_KEY = "tie_word_embeddings"
 _BLOCK = 2**20
 """Elements that are compared at once."""
 
@@ -67,9 +67,9 @@ def read_head(
     Raises:
         UserError: they are asked to be one and differ.
     """
-    table, kernel = (names.roles.get(role, {}).get(()) for role in (TABLE, KERNEL))
+    table, kernel = (names.roles.get(role, {}).get(()) for role in (EMBEDDING_ROLE, HEAD_ROLE))
     if table is None and kernel is not None and (configured if asked is None else asked):
-        names.roles[TABLE] = names.roles.pop(KERNEL)
+        names.roles[EMBEDDING_ROLE] = names.roles.pop(HEAD_ROLE)
         return Head(tied=True)
     if table is None or kernel is None:
         return Head(tied=configured if asked is None else asked)
@@ -87,7 +87,7 @@ def read_head(
         what = "equals" if tied else "differs from"
         note = (
             f"head: {kernel} {what} {table}, so they are {'one' if tied else 'two'} "
-            f"({KEY}={shown(configured)} in config.json)"
+            f"({TIE_KEY}={shown(configured)} in config.json)"
         )
     return Head(tied, kernel if tied else "", note)
 

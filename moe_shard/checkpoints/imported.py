@@ -19,7 +19,7 @@ from rich.console import Console
 
 from moe_shard.autoep.directory import keep_hf, lay_out_again, read_hf_source
 from moe_shard.autoep.exporting import export_params
-from moe_shard.autoep.head import KERNEL
+from moe_shard.autoep.head import HEAD_ROLE
 from moe_shard.autoep.importing import import_params
 from moe_shard.autoep.not_a_model import refuse_foreign
 from moe_shard.checkpoints.checksums import CUSTOM_METADATA, committed_with_checksums
@@ -191,7 +191,7 @@ def export_model(source: Path, target: Path, *, console: Console) -> None:
         )
     with written_aside(target) as directory:
         stored = open_stored(weights, say=_plainly(console))
-        tied = tuple(KERNEL.split(".")) not in stored.paths
+        tied = tuple(HEAD_ROLE.split(".")) not in stored.paths
         layout = lay_out_again(source / "hf", directory, tied=tied, say=console.print)
         with bytes_line(console, "writing tensors") as line:
             export_params(layout.plan, layout.headers, stored.blocks(), progress=line)
