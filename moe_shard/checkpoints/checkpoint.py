@@ -29,6 +29,7 @@ from moe_shard.checkpoints.together import FailedElsewhere, SavesTogether, of_pr
 from moe_shard.checkpoints.whole import (
     find_whole,
     on_all_processes,
+    on_first,
     remove_unfinished,
     said_by_all,
 )
@@ -36,6 +37,7 @@ from moe_shard.config.keys import shown
 from moe_shard.config.schema import Config
 from moe_shard.data.corpus import Say
 from moe_shard.errors import Finding, UserError
+from moe_shard.files import write_text
 from moe_shard.program.step import TrainState
 
 _SHAPING_KEYS = (
@@ -92,7 +94,8 @@ class Checkpointer:
         self._folder = folder
         found = find_whole(folder, verify=train.verify_checkpoints, set_aside=True, say=say)
         kept = found.manifest if found else None
-        self._run = kept.run if kept else uuid.uuid4().hex
+        self._saved_by = kept.run if kept else None
+        self._run = self._saved_by or uuid.uuid4().hex
         self._size = kept.bytes if kept else None
         self._train, self._say = train, say
         self._in_flight: int | None = None
@@ -140,6 +143,27 @@ class Checkpointer:
         """Return the updates made in the newest complete checkpoint; None if there is none."""
         return self._manager.latest_step()
 
+    def first(self) -> int:
+        """Return the updates made in what the run goes on from; 0: it starts."""
+        return self.latest() or 0
+
+    def lasting_name(self) -> str:
+        """Return what names the run from now on, also when it has not saved yet.
+
+        Checkpoints that are elsewhere are told by it from those of a run that was here before.
+        """
+
+        def kept() -> str:
+            path = self._folder / "run"
+            named = path.read_text().strip() if path.is_file() else None
+            name = self._saved_by or named or self._run
+            if name != named:
+                write_text(path, name + "\n")
+            return name
+
+        self._run = on_first(kept)
+        return self._run
+
     def complete(self) -> set[int]:
         """Return the updates of all complete checkpoints."""
         return {*self._manager.all_steps()} - {self._in_flight}
@@ -150,7 +174,7 @@ class Checkpointer:
         A save that fails is said, now or by `poll`, and leaves the checkpoints before it as they
         are; the next is tried as if nothing had happened.
         """
-        self._settle()
+        self.settle()
         if updates == self.latest():
             return
         if self._failed:  # its last writes may have ended later than it was given up
@@ -187,7 +211,7 @@ class Checkpointer:
         if self._train.async_checkpointing:
             self.poll()
         else:
-            self._settle()
+            self.settle()
 
     def _hindrance(self) -> str:
         """Return why a checkpoint cannot be written by this process; empty if it may be."""
@@ -196,12 +220,15 @@ class Checkpointer:
             return "it cannot fit on the disk"
         return why_not_writable(self._folder)
 
+    def save_locally(self, state: TrainState, *, updates: int) -> None:
+        """Save to each machine's own disk; nothing does without `enable_emergency_checkpoint`."""
+
     def poll(self) -> None:
         """Say it if the save in the background has failed; cheap, for every step."""
         if self._in_flight is not None and not self._manager.is_saving_in_progress():
-            self._settle()
+            self.settle()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Wait for the save in the background, and say it if it has failed."""
         updates, self._in_flight = self._in_flight, None
         if updates is None:
@@ -259,7 +286,7 @@ class Checkpointer:
         Raises:
             Finding: the last checkpoint could not be saved.
         """
-        self._settle()
+        self.settle()
         failed: str | None = None
         try:
             with on_all_processes():
@@ -348,6 +375,6 @@ class Checkpointer:
 
     def close(self) -> None:
         """Wait until everything is written or has failed, and release what is held."""
-        self._settle()
+        self.settle()
         self._manager.close()
         self._remove_unfinished()

@@ -23,6 +23,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from moe_shard.errors import first_line
+from moe_shard.files import write_text
 
 CHECKSUMS = "checksums.json"
 CUSTOM_METADATA = {"checksums": CHECKSUMS}
@@ -67,7 +68,7 @@ def write_manifest(folder: Path, *, updates: int, run: str) -> None:
     files = {name: [size, sha] for name, size, sha in zip(names, sizes, sums, strict=True)}
     content = {"algorithm": "sha256", "updates": updates, "run": run, "files": files}
     text = json.dumps(content | {"of_this": _of_content(content)}, indent=1)
-    (folder / CHECKSUMS).write_text(text + "\n")
+    write_text(folder / CHECKSUMS, text + "\n")
 
 
 def read_manifest(folder: Path) -> Checksums | None:

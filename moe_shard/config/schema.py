@@ -80,6 +80,9 @@ class TrainConfig:
             none.
         async_checkpointing: whether training continues while a checkpoint is written.
         save_checkpoint_on_completion: whether to save after the last update as well.
+        enable_emergency_checkpoint: whether to save to each machine's own disk as well, more often.
+        local_checkpoint_directory: folder on that disk, or RAM disk.
+        local_checkpoint_period: updates between two checkpoints there.
         verify_checkpoints: whether the checksums of a checkpoint's files are compared before a
             run continues from it; otherwise their names and sizes are.
         enable_tensorboard: whether to write `tensorboard/`.
@@ -137,6 +140,9 @@ class TrainConfig:
     checkpoint_keep_period: Annotated[int, Key(least=1, off=-1)] = -1
     async_checkpointing: Annotated[bool, Key()] = True
     save_checkpoint_on_completion: Annotated[bool, Key()] = True
+    enable_emergency_checkpoint: Annotated[bool, Key()] = False
+    local_checkpoint_directory: Annotated[str, Key()] = ""
+    local_checkpoint_period: Annotated[int, Key(least=0)] = 0
     verify_checkpoints: Annotated[bool, Key()] = True
     enable_tensorboard: Annotated[bool, Key()] = True
     enable_wandb: Annotated[bool, Key()] = False
@@ -154,6 +160,39 @@ class TrainConfig:
                 f"checkpoint_keep_period={self.checkpoint_keep_period} keeps what is kept anyway: "
                 "max_num_checkpoints_to_keep=-1 keeps all\nfix: max_num_checkpoints_to_keep=3"
             )
+        self._check_local()
+
+    def _check_local(self) -> None:
+        """Refuse keys of local checkpoints that go together and do not.
+
+        Raises:
+            UserError: some are set without the others, or with what they cannot do.
+        """
+        directory, period = self.local_checkpoint_directory, self.local_checkpoint_period
+        if not self.enable_emergency_checkpoint:
+            if directory or period:
+                raise UserError(
+                    "local_checkpoint_directory and local_checkpoint_period do nothing by "
+                    "themselves\nfix: enable_emergency_checkpoint=true, or neither of them"
+                )
+            return
+        if not directory or "://" in directory or period == 0 or not self.enable_checkpointing:
+            raise UserError(
+                "enable_emergency_checkpoint=true needs a folder on each machine, how often, and "
+                "checkpoints beside it\nfix: local_checkpoint_directory=FOLDER "
+                "local_checkpoint_period=UPDATES enable_checkpointing=true"
+            )
+        for key in ("shard_optimizer_over_data", "optimizer_memory_host_offload"):
+            if getattr(self, key):
+                raise UserError(
+                    f"enable_emergency_checkpoint=true saves a state that each replica has whole "
+                    f"on its devices, which {key}=true does not leave it\n"
+                    f"fix: {key}=false, or checkpoint_period_minutes=MINUTES"
+                )
+
+    def saves_locally(self, updates: int) -> bool:
+        """Return whether a checkpoint on each machine's own disk is due after some updates."""
+        return self.enable_emergency_checkpoint and updates % self.local_checkpoint_period == 0
 
     @property
     def schedule_steps(self) -> int:

@@ -72,6 +72,7 @@ _KEYS: dict[Kind, str] = {
         shared_expert_mlp_dim shared_expert_gate optimizer muon_include_routers
         """,
     Kind.FREE: """
+        enable_emergency_checkpoint local_checkpoint_directory local_checkpoint_period
         model_name hf_family load_parameters_path run_name base_output_directory jax_cache_dir
         jax_distributed_initialization_timeout
         remat_policy decoder_layer_input query_proj key_proj value_proj context attention_out

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from moe_shard.checkpoints.checkpoint import Checkpointer
 from moe_shard.checkpoints.imported import find_weights, load_params
+from moe_shard.checkpoints.tiers import open_checkpoints
 from moe_shard.config.hardware import find_hardware
 from moe_shard.config.schema import Config
 from moe_shard.data.batches import Batches, batches
@@ -90,9 +91,12 @@ class Trainer:
         microbatches, rows, seq_len = shape = program.abstract_batch["inputs"].shape
         with ExitStack() as opening:
             if train.enable_checkpointing and train.steps > 0:
-                self.checkpointer = Checkpointer(folder / "checkpoints", config, say=say)
+                checkpoints = folder / "checkpoints"
+                self.checkpointer = open_checkpoints(
+                    checkpoints, config, program.abstract_state, say=say
+                )
                 opening.callback(self.checkpointer.close)
-                self.first = self.checkpointer.latest() or 0
+                self.first = self.checkpointer.first()
                 if self.first:
                     self.checkpointer.check_fits(self.first)
             if config.run.load_parameters_path and not self.first:
@@ -247,7 +251,8 @@ class Trainer:
             stopping = team.reached(updates)
             owed = owed or clock.due(updates) or updates % train.checkpoint_period == 0
             evaluating = self.evaluation.due(updates)
-            if stopping or owed or last or evaluating:
+            local = train.saves_locally(updates)
+            if stopping or owed or last or evaluating or local:
                 # Know what became of the step before saving.
                 self._record(*pending, state)
                 pending = None
@@ -263,6 +268,9 @@ class Trainer:
                     with self.wall.part("save"):
                         self.checkpointer.save(state, updates=updates)
                     clock.saved()
+                elif self.checkpointer and local and not self.bad_steps.in_a_row:
+                    with self.wall.part("save"):
+                        self.checkpointer.save_locally(state, updates=updates)
                 owed = owed and not due
             if stopping:
                 return updates
