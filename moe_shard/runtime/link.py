@@ -28,6 +28,7 @@ REACH_SECONDS = 2.0
 """How long a process that ends before all have come tries to tell those that start beside it."""
 _ANSWER_SECONDS = 30.0
 """How long a process may take to say at which step it is; a thread of its own answers."""
+_CONNECT_SECONDS = 30.0
 _LINE = 65_536
 
 
@@ -95,7 +96,7 @@ class Hub:
             first = json.loads(_first_line(connection))
             if first["kind"] == "jax":
                 connection.settimeout(None)
-                _pipe(connection, socket.create_connection(("127.0.0.1", self._jax_port), 30))
+                _pipe(connection, _connected(("127.0.0.1", self._jax_port)))
                 return
             index, count = int(first["index"]), int(first["count"])
             name = str(first["who"])[:100]
@@ -257,8 +258,7 @@ def serve_jax(address: tuple[str, int]) -> str:
         while True:
             near, _ = listener.accept()
             with contextlib.suppress(OSError):
-                far = socket.create_connection(address, 30)
-                far.settimeout(None)
+                far = _connected(address)
                 prepare(far)
                 _send(far, {"kind": "jax"})
                 _pipe(near, far, hold_first=True)
@@ -320,6 +320,12 @@ def send_message(connection: socket.socket, message: Message) -> None:
 def _send(connection: socket.socket, message: Message) -> None:
     with contextlib.suppress(OSError):
         connection.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _connected(address: tuple[str, int]) -> socket.socket:
+    connection = socket.create_connection(address, _CONNECT_SECONDS)
+    connection.settimeout(None)  # else it would end whatever is silent for as long
+    return connection
 
 
 def _first_line(connection: socket.socket) -> bytes:

@@ -50,6 +50,25 @@ def main():
 run_command(main)
 """
 
+SILENCE = """
+import socket, time
+from moe_shard.runtime import launch, link
+link._CONNECT_SECONDS = 0.2
+service = socket.create_server(("127.0.0.1", 0))
+listener = link.listen("127.0.0.1", 0, "a free port")
+hub = link.Hub(listener, 2, service.getsockname()[1])
+address = link.serve_jax(("127.0.0.1", listener.getsockname()[1]))
+client = socket.create_connection(launch.split_address(address, "it"))
+served, _ = service.accept()
+time.sleep(0.6)
+words = []
+for source, target in ((served, client), (client, served)):
+    source.sendall(b"word")
+    target.settimeout(10)
+    words.append(target.recv(4).decode())
+print(*words)
+"""
+
 
 class Processes:
     """Start processes of one run, and read what they print."""
@@ -218,6 +237,11 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
         time.sleep(0.2)
     ((code, _, err),) = run.end()
     assert (code, err) == (130, "ended by a second Ctrl-C, nothing saved\n")
+
+
+def test_jax_may_be_silent_for_longer_than_it_may_take_to_connect() -> None:
+    done = subprocess.run([sys.executable, "-c", SILENCE], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "word word\n"), done.stderr
 
 
 def test_a_request_costs_nothing_until_it_is_made() -> None:
