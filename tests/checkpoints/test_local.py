@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from moe_shard.checkpoints import local as local_checkpoints
 from moe_shard.checkpoints.checksums import write_manifest
 from moe_shard.checkpoints.local import LocalCheckpoints, require_replicas
 from moe_shard.errors import UserError
@@ -55,7 +56,9 @@ def test_two_processes_go_on_from_their_own_disks_bit_for_bit(tmp_path: Path) ->
     assert metrics[0] == metrics[1]
 
 
-def test_parts_that_cannot_be_used_are_set_aside(tmp_path: Path) -> None:
+def test_parts_that_cannot_be_used_are_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for number in (3, 6, 9, 12, 15):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "array").write_bytes(bytes(100))
@@ -76,6 +79,10 @@ def test_parts_that_cannot_be_used_are_set_aside(tmp_path: Path) -> None:
     ]
     # One without checksums was not finished.
     assert {path.name for path in local._parts()} == {"3"}
+    assert LocalCheckpoints._hindrance(local) == ""
+    monkeypatch.setattr(local_checkpoints, "free_bytes", lambda _: 99)
+    assert "cannot fit in" in LocalCheckpoints._hindrance(local)
+    assert "(99 B free, needs about 100 B)" in LocalCheckpoints._hindrance(local)
 
 
 def test_what_has_no_replicas_is_refused() -> None:
