@@ -19,11 +19,12 @@ def concerns(status: RunStatus) -> Iterator[str]:
     """
     step_s, recent_s = status.step_seconds(), status.step_seconds(20)
     unfinished = status.steps is not None and status.updates < status.steps
-    if status.running and status.age_s is not None and status.age_s > max(20 * (step_s or 0), 300):
+    silent = status.age_s is None or status.age_s > max(20 * (step_s or 0), 300)
+    if status.running and silent and status.age_s is not None:
         yield f"no step for {human_time_left(status.age_s)}" + (
             f"; a step takes {step_s:.2g} s" if step_s else ""
         )
-    if not status.running and unfinished:
+    if not status.running and silent and unfinished:  # else another machine may be at it
         yield "it has not made all its steps, and no process of this machine is at it"
     if step_s and recent_s and len(status.records) > 200 and recent_s > 1.5 * step_s:
         yield f"steps take {recent_s:.3g} s now, and {step_s:.3g} s in the median of the run"

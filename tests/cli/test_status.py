@@ -80,6 +80,11 @@ def evaluation_lines(*losses: float | None) -> str:
     return "".join(json.dumps(each) + "\n" for each in records)
 
 
+def make_old(run: Path) -> None:
+    for name in ("metrics.jsonl", "lowering.json"):
+        os.utime(run / name, (time.time() - 4000, time.time() - 4000))
+
+
 def test_layers_norms_evaluations_and_what_to_look_at(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,6 +95,8 @@ def test_layers_norms_evaluations_and_what_to_look_at(
         "bad_step_3.json": "{}",
     }
     run = make_run(tmp_path / "run", records, **files)
+    assert "it has not made" not in "\n".join(concerns(read_status(run)))  # just now written
+    make_old(run)
     assert main(["status", str(run)]) == 0
     out = capsys.readouterr().out
     for line in (
@@ -132,8 +139,7 @@ def test_a_page_of_layers_and_kinds(tmp_path: Path) -> None:
 
 def test_a_run_that_stands_still(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [record(step) for step in range(50)])
-    for name in ("metrics.jsonl", "lowering.json"):
-        os.utime(run / name, (time.time() - 4000, time.time() - 4000))
+    make_old(run)
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         found = list(concerns(read_status(run)))
