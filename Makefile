@@ -9,7 +9,7 @@ TARGETS := $(VENV)/.targets
 PARITY := $(VENV)/.parity
 MAXTEXT := .venv-maxtext
 
-.PHONY: demo test test-newest test-parity record-parity test-recorded test-maxtext test-wheel targets test-targets test-targets-slow goldens test-goldens browser test-browser lint format soak bench fuzz clean help
+.PHONY: demo test test-newest test-parity record-parity test-recorded test-maxtext test-wheel targets test-targets test-targets-slow goldens test-goldens browser test-browser lint format soak gradients bench fuzz clean help
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -98,6 +98,9 @@ format: $(READY)  ## rewrite to the style
 soak: $(READY)  ## kill a training 100 times, alone and as two processes, and signal two at every moment (hours; SOAK="--kills 20" for less)
 	$(RUN) -m tests.soak.matrix
 	$(RUN) -m tests.soak.kills $(SOAK)
+
+gradients: $(READY)  ## a step's gradient against NumPy's, over expert axes, processes and microbatches (minutes)
+	$(RUN) -m tests.program.grid
 
 bench: $(READY)  ## one MoE layer, every strategy, flag on and off
 	$(RUN) -m moe_shard bench
