@@ -45,10 +45,11 @@ _CONTINUES = "the same command continues"
 
 
 def judge(started: Start, sent: signal.Signals, victim: int, moment: str, took: float) -> list[str]:
-    """Return what was wrong with how two processes ended."""
+    """Return what was wrong with how the processes of a start ended."""
     codes = [process.returncode for process in started.processes]
+    several = len(codes) > 1
     wrong = [] if took <= GONE_S else [f"not gone within {GONE_S:.0f} s"]
-    wanted = [{75}, {75}]
+    wanted = [{75} for _ in codes]
     if sent == signal.SIGKILL:
         wanted[victim] = {-signal.SIGKILL} | ({75} if moment == "end" else set())
     if any(code not in each for code, each in zip(codes, wanted, strict=True)):
@@ -58,13 +59,15 @@ def judge(started: Start, sent: signal.Signals, victim: int, moment: str, took: 
         wrong += [f"process {index} wrote {mark!r}" for mark in NOISE if mark in text]
         killed = sent == signal.SIGKILL and index == victim
         lines = [line for line in text.splitlines() if re.search(r"stopped by|: ends: ", line)]
-        gone = rf"process {index}: ends: process {victim} .*gone; {_CONTINUES}"
-        stopped = rf"process {index}: stopped by {name} to process {victim} .*; {_CONTINUES}"
+        me = f"process {index}: " if several else ""
+        to, last = (f" to process {each}" if several else "" for each in (victim, 1))
+        gone = rf"{me}ends: process {victim} .*gone; {_CONTINUES}"
+        stopped = rf"{me}stopped by {name}{to} .*; {_CONTINUES}"
         allowed = [gone if sent == signal.SIGKILL else stopped]
         if moment == "start-up":  # where they had not met
-            allowed += [rf"process {index}: ends: process {victim} .*(did not come|reached).*"]
+            allowed += [rf"{me}ends: process {victim} .*(did not come|reached).*"]
         if moment == "end":  # it was stopped before
-            allowed += [rf"process {index}: stopped by SIGTERM to process 1 .*; {_CONTINUES}"]
+            allowed += [rf"{me}stopped by SIGTERM{last} .*; {_CONTINUES}"]
         most = 2 if moment == "end" else 1
         whole = all(any(re.fullmatch(each, line) for each in allowed) for line in lines)
         if not killed and not (whole and 1 <= len(lines) <= most):

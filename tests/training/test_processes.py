@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from tests.quick import FLAGS
-from tests.soak.runs import GONE_S, NOISE, Start, records, start, wait
+from tests.soak.matrix import judge
+from tests.soak.runs import GONE_S, NOISE, Start, checkpoints, reach, records, start, wait
 
 ARGUMENTS = ("steps=5000", "run_name=two")
 
@@ -33,10 +34,6 @@ def after_steps(started: Start, run: Path, steps: int) -> None:
     until(started, lambda: len(records(run)) >= made + steps)
 
 
-def checkpoints(run: Path) -> list[int]:
-    return sorted(int(path.name) for path in run.glob("checkpoints/*") if path.name.isdecimal())
-
-
 @contextmanager
 def files_of_at_most(started: Start, process: int, size: int) -> Iterator[None]:
     """Let no file of a process grow beyond a size in bytes, as a full disk does."""
@@ -50,6 +47,15 @@ def files_of_at_most(started: Start, process: int, size: int) -> Iterator[None]:
 
 def test_a_failed_save_a_signal_to_one_and_a_death_of_one(tmp_path: Path) -> None:
     run = tmp_path / "outputs" / "two"
+    for moment, sent, victim in (
+        ("start-up", signal.SIGTERM, 0),
+        ("compile", signal.SIGKILL, 1),
+    ):
+        started = start(tmp_path, 2, ARGUMENTS, XLA_FLAGS=FLAGS)
+        assert reach(started, run, moment, victim), started.texts()
+        started.processes[victim].send_signal(sent)
+        assert judge(started, sent, victim, moment, wait(started, GONE_S)) == []
+
     started = start(tmp_path, 2, ARGUMENTS, XLA_FLAGS=FLAGS)
     until(started, lambda: bool(checkpoints(run)))
     with files_of_at_most(started, 1, 4000):
