@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Literal, get_args
 
-from moe_shard.config.keys import Key, check_leaves, divisors, shown
+from moe_shard.config.keys import MOST_SIZE, Key, check_leaves, divisors, shown
 from moe_shard.errors import UserError
 
 RopeType = Literal["default", "llama3.1", "yarn", "longrope"]
@@ -147,13 +147,13 @@ class AttentionConfig:
     context_parallel_load_balance: Annotated[bool, Key()] = True
     attention_type: Annotated[AttentionType, Key(choices=get_args(AttentionType))] = "global"
     num_query_heads: Annotated[int, Key("base_num_query_heads", least=1, most=MOST_HEADS)] = 16
-    num_kv_heads: Annotated[int, Key("base_num_kv_heads", least=1)] = 16
-    head_dim: Annotated[int, Key(least=2)] = -1
-    q_lora_rank: Annotated[int, Key(least=0)] = 0
-    kv_lora_rank: Annotated[int, Key(least=1)] = 512
-    qk_nope_head_dim: Annotated[int, Key(least=1)] = 128
-    qk_rope_head_dim: Annotated[int, Key(least=2)] = 64
-    v_head_dim: Annotated[int, Key(least=1)] = 128
+    num_kv_heads: Annotated[int, Key("base_num_kv_heads", least=1, most=MOST_HEADS)] = 16
+    head_dim: Annotated[int, Key(least=2, most=MOST_SIZE)] = -1
+    q_lora_rank: Annotated[int, Key(least=0, most=MOST_SIZE)] = 0
+    kv_lora_rank: Annotated[int, Key(least=1, most=MOST_SIZE)] = 512
+    qk_nope_head_dim: Annotated[int, Key(least=1, most=MOST_SIZE)] = 128
+    qk_rope_head_dim: Annotated[int, Key(least=2, most=MOST_SIZE)] = 64
+    v_head_dim: Annotated[int, Key(least=1, most=MOST_SIZE)] = 128
     latent_norm_epsilon: Annotated[float, Key(above=0)] = 1e-06
     attention_pattern: Annotated[tuple[AttentionSpan, ...], Key(each=get_args(AttentionSpan))] = (
         "global",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from moe_shard.errors import UserError
 
@@ -42,7 +42,7 @@ class Key:
             "at most": self.most,
             "below": self.below,
         }
-        words = [f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None]
+        words = [f"{word} {bound:.10g}" for word, bound in bounds.items() if bound is not None]
         return " and ".join(words) + (f", or {self.off:g}" if self.off is not None else "")
 
     def admits(self, value: float) -> bool:
@@ -56,15 +56,26 @@ class Key:
         )
 
 
+MOST_SIZE = 2**24
+"""Largest size of a dim of the parameters; far above any model."""
+_MOST_INT32 = 2**31 - 1
+"""Largest whole number of a key without a bound of its own: programs count in 32 bits."""
+
+
 def leaf_keys(schema: type) -> dict[str, Key]:
     """Return {attribute name: key} of the leaves of one dataclass."""
     hints = get_type_hints(schema, include_extras=True)
-    return {
+    keys = {
         attribute: dataclasses.replace(extra, name=extra.name or attribute)
         for attribute, hint in hints.items()
         for extra in getattr(hint, "__metadata__", ())
         if isinstance(extra, Key)
     }
+    for attribute, key in keys.items():
+        whole = get_args(hints[attribute])[0] is int
+        if whole and key.most is None and key.below is None:
+            keys[attribute] = dataclasses.replace(key, most=_MOST_INT32)
+    return keys
 
 
 def check_leaves(part: object) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Annotated, Literal, NamedTuple, get_args
 
 from moe_shard.config.attention_config import AttentionConfig, AttentionSpan
-from moe_shard.config.keys import Key, check_leaves, shown
+from moe_shard.config.keys import MOST_SIZE, Key, check_leaves, shown
 from moe_shard.config.moe_config import MoEConfig
 from moe_shard.config.remat_config import RematConfig, RematPolicy
 from moe_shard.errors import UserError
@@ -105,12 +105,12 @@ class ModelConfig:
         UserError: on a value out of range or a contradiction between keys.
     """
 
-    emb_dim: Annotated[int, Key("base_emb_dim", least=1)] = 2048
+    emb_dim: Annotated[int, Key("base_emb_dim", least=1, most=MOST_SIZE)] = 2048
     num_decoder_layers: Annotated[
         int, Key("base_num_decoder_layers", least=1, most=MOST_LAYERS)
     ] = 16
-    mlp_dim: Annotated[int, Key("base_mlp_dim", least=1)] = 7168
-    vocab_size: Annotated[int, Key(least=2)] = 32000
+    mlp_dim: Annotated[int, Key("base_mlp_dim", least=1, most=MOST_SIZE)] = 7168
+    vocab_size: Annotated[int, Key(least=2, most=MOST_SIZE)] = 32000
     normalization_type: Annotated[Normalization, Key(choices=get_args(Normalization))] = "rms"
     normalization_layer_epsilon: Annotated[float, Key(above=0)] = 1e-05
     logits_via_embedding: Annotated[bool, Key()] = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Literal, get_args
 
-from moe_shard.config.keys import Key, check_leaves, divisors
+from moe_shard.config.keys import MOST_SIZE, Key, check_leaves, divisors
 from moe_shard.config.strategies import check_strategy_name
 from moe_shard.errors import UserError
 
@@ -146,9 +146,9 @@ class MoEConfig:
 
     num_experts: Annotated[int, Key(least=1, most=MOST_EXPERTS)] = 1
     num_experts_per_tok: Annotated[int, Key(least=1)] = 1
-    moe_mlp_dim: Annotated[int, Key("base_moe_mlp_dim", least=1)] = -1
+    moe_mlp_dim: Annotated[int, Key("base_moe_mlp_dim", least=1, most=MOST_SIZE)] = -1
     shared_experts: Annotated[int, Key(least=0)] = 0
-    shared_expert_mlp_dim: Annotated[int, Key(least=1, off=-1)] = -1
+    shared_expert_mlp_dim: Annotated[int, Key(least=1, most=MOST_SIZE, off=-1)] = -1
     shared_expert_gate: Annotated[bool, Key()] = False
     capacity_factor: Annotated[float, Key()] = -1.0
     capacity_rule: Annotated[CapacityRule, Key(choices=get_args(CapacityRule))] = "maxtext"
@@ -160,7 +160,7 @@ class MoEConfig:
     grouped_product: Annotated[GroupedProductName, Key(choices=get_args(GroupedProductName))] = (
         "auto"
     )
-    num_moe_token_chunks: Annotated[int, Key(least=1)] = 1
+    num_moe_token_chunks: Annotated[int, Key(least=1, most=2**16)] = 1
     prefuse_moe_weights: Annotated[bool, Key()] = False
     moe_dispatch_no_expert_sharding: Annotated[bool, Key()] = False
     load_balance_loss_weight: Annotated[float, Key(least=0)] = 0.01

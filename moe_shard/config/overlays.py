@@ -136,8 +136,8 @@ def lay_over(base: Mapping[str, Any], overlays: Sequence[Overlay]) -> dict[str, 
                 settings[key] = _prepared(key, value, base[key])
             except (TypeError, ValueError, OverflowError):
                 raise UserError(
-                    f"{overlay.source}: {key}={shown(value)} is not "
-                    f"{TYPES_IN_WORDS[type(base[key])]}\n"
+                    f"{overlay.source}: {key}={shown(value)} is "
+                    f"{_what_is_wrong(value, type(base[key]))}\n"
                     f"fix: {key}={_example(base[key])}, for example"
                 ) from None
     return {key: _plain(settings[key]) for key in base}
@@ -174,7 +174,7 @@ def coerced(source: str, key: str, value: Any, default: Any) -> Any:
             raise TypeError(key)
     except (TypeError, ValueError, OverflowError):
         raise UserError(
-            f"{source}: {key}={shown(value)} is not {TYPES_IN_WORDS[kind]}\n"
+            f"{source}: {key}={shown(value)} is {_what_is_wrong(value, kind)}\n"
             f"fix: {key}={shown(default)}, for example"
         ) from None
     return value
@@ -208,6 +208,13 @@ def _prepared(key: str, value: Any, default: Any) -> Any:
     if isinstance(default, list) and key != "logical_axis_rules":
         return [_item(item, _LISTS_OF.get(key, str)) for item in value]
     return value
+
+
+def _what_is_wrong(value: Any, kind: type) -> str:
+    """Say why a value is not of a kind: the words after "is"."""
+    if kind in (int, float) and type(value) is int:
+        return "larger than any number here"
+    return f"not {TYPES_IN_WORDS[kind]}"
 
 
 def _item(item: Any, kind: type) -> Any:

@@ -99,9 +99,9 @@ class TrainConfig:
     """
 
     per_device_batch_size: Annotated[float, Key(above=0, most=2**20)] = 1.0
-    max_target_length: Annotated[int, Key(least=1)] = 2048
+    max_target_length: Annotated[int, Key(least=1, most=2**26)] = 2048
     steps: Annotated[int, Key(least=0)] = 1000
-    gradient_accumulation_steps: Annotated[int, Key(least=1)] = 1
+    gradient_accumulation_steps: Annotated[int, Key(least=1, most=2**20)] = 1
     cross_entropy: Annotated[CrossEntropyName, Key(choices=get_args(CrossEntropyName))] = "auto"
     num_vocab_tiling: Annotated[int, Key(least=1, off=-1)] = -1
     cast_weights_once: Annotated[bool, Key()] = True

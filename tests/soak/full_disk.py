@@ -126,8 +126,6 @@ def read_output(row: Row, output: str) -> None:
     row.held = ["tensorboard" if name.startswith("events") else name for name in row.held]
     if "Traceback" in output or "Exception ignored" in output:
         row.wrong.append("a traceback")
-    if row.late > 1:
-        row.wrong.append(f"said {row.late} steps late")
 
 
 def whole_checkpoints(run: Path) -> tuple[list[int], list[str]]:
@@ -172,7 +170,9 @@ def evaluated(run: Path) -> list[Any]:
     return [json.loads(line) for line in (run / "eval.jsonl").read_bytes().splitlines()]
 
 
-def compare(row: Row, run: Path, alone: Path, code: int, output: str) -> None:
+def compare(
+    row: Row, run: Path, alone: Path, code: int, output: str, *, steps: int = STEPS
+) -> None:
     """Compare a run that had room in the end with one that always had."""
     if code:
         row.wrong.append(f"exit code {code} with room: {output[-300:]!r}")
@@ -183,7 +183,7 @@ def compare(row: Row, run: Path, alone: Path, code: int, output: str) -> None:
     elif evaluated(run) != evaluated(alone):
         row.wrong.append("other evaluations")
     whole, broken = whole_checkpoints(run)
-    if broken or STEPS not in whole:
+    if broken or steps not in whole:
         row.wrong.append(f"checkpoints {whole}, broken {broken}")
 
 
@@ -207,6 +207,8 @@ def one_size(folder: Path, alone: Path, size: int, *, background: bool) -> Row:
         read_output(row, output)
         if row.code not in (0, 1, 2):
             row.wrong.append(f"exit code {row.code}: {output[-300:]!r}")
+        if row.late > 1:
+            row.wrong.append(f"said {row.late} steps late")
         row.whole, broken = whole_checkpoints(outputs / "full")
         row.wrong += [f"broken: {each}" for each in broken]
         if row.code == 0 and STEPS not in row.whole:
