@@ -176,7 +176,12 @@ class Attributes:
         accepted = {bool: (bool, int), float: (int, float)}.get(kind, (kind,))
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
             raise self.error(f"{self.as_text(name)} is not {TYPES_IN_WORDS[kind]}", fix_of(value))
-        return kind(value)
+        try:
+            return kind(value)
+        except OverflowError:
+            raise self.error(
+                f"{self.as_text(name)} is out of range", "as the model has it"
+            ) from None
 
     def _check_computed(self, family: Family) -> None:
         for name, allowed in family.require.items():

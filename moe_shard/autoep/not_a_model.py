@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -69,9 +70,9 @@ def refuse_foreign(given: str) -> None:
             GGUF, or another file that is recognised.
     """
     path = Path(given)
-    if path.is_dir():
+    if os.path.isdir(path):  # also of a name that is too long for the system
         _refuse_directory(path)
-    elif path.is_file():
+    elif os.path.isfile(path):
         if path.suffix == ".safetensors":
             raise UserError(f"{path}: one file of a model\nfix: the directory that it lies in")
         with path.open("rb") as file:

@@ -172,7 +172,9 @@ def _longrope(written: _Parameters, original: int, ratio: float, _latent: bool) 
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
 
 
 def _or(*values: Any) -> Any:

@@ -27,7 +27,7 @@ from tests.config.helpers import check_message, error_of, load, says, write_mode
         ("steps=true", ["steps=true is not a whole number"]),
         ("steps=null", ["steps=null is not a whole number"]),
         ("steps=[1", ["command line: steps=[1", "expected"]),
-        ("steps=99999999999999999999", ["is not a whole number"]),
+        ("steps=99999999999999999999", ["is larger than any number here"]),
         ("learning_rate=fast", ["learning_rate=fast is not a number"]),
         ("learning_rate=.nan", ["learning_rate=nan is out of range"]),
         ("learning_rate=-1", ["learning_rate=-1.0 is out of range", "at least 0"]),
@@ -223,3 +223,12 @@ def test_a_command_prints_the_message_and_leaves_with_two(
     assert output.out == ""
     assert output.err.startswith("error: command line: unknown key num_expert\nfix:")
     assert sys.exc_info() == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    "key", ["vocab_size", "max_target_length", "steps", "log_period", "min_capacity"]
+)
+def test_a_number_that_no_program_counts_to_is_out_of_range(key: str) -> None:
+    with pytest.raises(UserError, match=f"{key}=1000000000000 is out of range") as caught:
+        load_config("mixtral-tiny", [f"{key}=1000000000000"])
+    assert "at most" in str(caught.value)

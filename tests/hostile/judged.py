@@ -195,7 +195,11 @@ def _start_training(case: Case, config: Config) -> None:
         make_program(config, sharding)
     one = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("data",)), PartitionSpec())
     shape = jax.ShapeDtypeStruct((1, 2, min(config.train.max_target_length, 4096)), np.int32)
-    program: Any = SimpleNamespace(abstract_batch={"inputs": shape}, batch_sharding=one)
+    program: Any = SimpleNamespace(
+        abstract_batch={"inputs": shape},
+        batch_sharding=one,
+        abstract_state=_abstract(saved_state(7)),
+    )
     say = cast(Any, print)
     with (
         open_run(config.run) as folder,
