@@ -121,7 +121,8 @@ def reach(started: Start, run: Path, moment: str, process: int) -> bool:
         # The first start has nothing to restore.
         "restore": lambda: seen("continuing from")() or seen("parameters: ")(),
         "step": lambda: len(records(run)) >= made + 3,
-        "save": lambda: saving(run),
+        # Not before what an earlier start has left unfinished is removed.
+        "save": lambda: seen("parameters: ")() and saving(run),
         "end": lambda: len(records(run)) >= made + 3,
     }
     if not _until(started, conditions[moment]):
