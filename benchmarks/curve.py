@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     killed = ", ".join(f"{count} x {name}" for name, count in sorted(done.items()))
     verdict = (
         f"The second run was killed {sum(done.values())} times ({killed or 'not at all'}): "
-        f"{len(records[1])} records and {len(evaluations[1])} evaluations, "
+        f"{len(records[1]):,} records and {len(evaluations[1])} evaluations, "
         f"{'bit for bit those of the first' if equal else 'NOT those of the first'}."
     )
     where = f"8 simulated devices on {os.cpu_count()} CPU cores"
