@@ -166,7 +166,9 @@ def steps_of_files(run: Path) -> dict[str, list[Any]]:
 
 
 def evaluated(run: Path) -> list[Any]:
-    """Return the evaluations of a run."""
+    """Return the evaluations of a run; none where it made none."""
+    if not (run / "eval.jsonl").exists():
+        return []
     return [json.loads(line) for line in (run / "eval.jsonl").read_bytes().splitlines()]
 
 

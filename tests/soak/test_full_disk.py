@@ -7,7 +7,10 @@ from pathlib import Path
 from tests.soak.full_disk import Row, compare, read_output, train, whole_checkpoints
 
 STEPS = 4
-SMALL = (f"steps={STEPS}", "max_target_length=64", "per_device_batch_size=1", "eval_interval=2")
+SMALL = (
+    *(f"steps={STEPS}", "max_target_length=64", "per_device_batch_size=1", "eval_interval=-1"),
+    *("num_simulated_devices=1", "ici_expert_parallelism=1"),
+)
 
 
 def test_it_says_what_is_not_saved_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
