@@ -155,7 +155,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, Record | None]]:
     with path.open("rb") as file:
         while line := file.readline(_LONGEST_LINE):
             try:
-                record = json.loads(line)
+                record = json.loads(line) if line.lstrip().startswith(b"{") else None
             except (ValueError, RecursionError):
                 record = None
             is_record = isinstance(record, dict) and type(record.get("step")) is int
