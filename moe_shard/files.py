@@ -7,6 +7,7 @@ for the disk, and what a run cannot lose, its checkpoints, Orbax writes.
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import os
 import select
@@ -16,6 +17,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from moe_shard.errors import UserError
 
@@ -77,6 +79,21 @@ def read_small(path: Path, most: int = SMALL) -> bytes:
         f"{path}: more than {most >> 20} MiB, which is no file of settings\n"
         "fix: the path of a .yml file"
     )
+
+
+def pass_over_hole(file: BinaryIO) -> None:
+    """Move an open file on to its next byte that was ever written, or to its end.
+
+    A file that a crash has left may hold gigabytes of zeros that no disk has.
+    """
+    at = file.tell()
+    try:
+        file.seek(os.lseek(file.fileno(), at, os.SEEK_DATA))
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # nothing but a hole follows
+            file.seek(0, os.SEEK_END)
+        else:  # a file system that does not know
+            file.seek(at)
 
 
 def find_below(folder: Path, pattern: str) -> list[Path]:

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from moe_shard.errors import UserError
-from moe_shard.files import expanded, find_below, new_folder, read_small, write_bytes, write_text
+from moe_shard.files import (
+    expanded,
+    find_below,
+    new_folder,
+    pass_over_hole,
+    read_small,
+    write_bytes,
+    write_text,
+)
 
 
 def cut_off(self: Path, content: bytes) -> int:
@@ -144,3 +152,19 @@ def test_a_search_below_a_folder_has_an_end(
     monkeypatch.setattr("moe_shard.files._MOST_FILES", 7)
     with pytest.raises(UserError, match="more than 7 files are below it"):
         find_below(tmp_path, "*.pb")
+
+
+def test_a_hole_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "sparse"
+    with path.open("wb") as file:
+        file.write(b"first\n")
+        file.seek(8 << 30)
+        file.write(b"last\n")
+        file.truncate(16 << 30)
+    with path.open("rb") as file:
+        assert file.readline() == b"first\n"
+        file.seek(1 << 20)
+        pass_over_hole(file)
+        assert file.read(1 << 20).strip(b"\0") == b"last\n"
+        pass_over_hole(file)
+        assert not file.read(1)

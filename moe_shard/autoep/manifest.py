@@ -19,12 +19,14 @@ from moe_shard.autoep.dequantize import read
 from moe_shard.autoep.headers import TensorHeader, read_file
 from moe_shard.autoep.tensors import write
 from moe_shard.errors import UserError, first_line
+from moe_shard.files import read_small
 
 MANIFEST = "manifest.json"
 CARRIED = "carried.safetensors"
 FAMILY = "family.yml"
 _AGAIN = "fix: import the Hugging Face directory again"
 _VERSION = 1
+_LARGEST = 100_000_000  # bytes
 _SMALL = frozenset({".json", ".jinja", ".txt", ".model", ".tiktoken"})
 """Endings of the files that are kept; code is not, nor weights in other formats."""
 _LENGTH_BYTES = 8
@@ -103,7 +105,7 @@ class Manifest:
         """
         path = folder / MANIFEST
         try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
+            kept = json.loads(read_small(path, _LARGEST))
             if kept["version"] != _VERSION:
                 raise ValueError(f"version {kept['version']} is not {_VERSION}")
             for name in kept["files"]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from moe_shard.config.keys import shown
 from moe_shard.errors import UserError
+from moe_shard.files import read_small
 
 _HUB = re.compile(r"(?:hf:/{1,2}|https?:/{1,2}(?:www\.)?huggingface\.co/)?([\w.-]+/[\w.-]+)/?")
 _PLAIN_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -120,7 +121,7 @@ def _refuse_directory(directory: Path) -> None:
 
 def _text_in(file: Path, key: str) -> str:
     try:
-        value = json.loads(file.read_text(encoding="utf-8")[: 2**20])[key]
+        value = json.loads(read_small(file))[key]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     return shown(value) if isinstance(value, str) else ""

@@ -10,6 +10,7 @@ from typing import Any
 
 from moe_shard.config.keys import shown
 from moe_shard.errors import UserError, first_line
+from moe_shard.files import read_small
 
 _LARGEST_FILE = 100_000_000  # bytes; an index of a hundred thousand tensors takes a tenth
 
@@ -45,7 +46,7 @@ def read_object(path: Path) -> dict[str, Any]:
         size = path.stat().st_size
         if size > _LARGEST_FILE:
             raise UserError(f"{path}: {size:,} bytes\nfix: a file of at most {_LARGEST_FILE:,}")
-        text = path.read_bytes()
+        text = read_small(path, _LARGEST_FILE)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}\nfix: a JSON file that can be read") from error
     try:

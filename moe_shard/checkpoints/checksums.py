@@ -23,9 +23,10 @@ import jax
 import orbax.checkpoint as ocp
 
 from moe_shard.errors import first_line
-from moe_shard.files import write_text
+from moe_shard.files import read_small, write_text
 
 CHECKSUMS = "checksums.json"
+_LARGEST = 100_000_000  # bytes
 CUSTOM_METADATA = {"checksums": CHECKSUMS}
 """What Orbax stores in `_CHECKPOINT_METADATA`, so that a missing manifest is missed."""
 _THREADS = 8
@@ -78,7 +79,7 @@ def read_manifest(folder: Path) -> Checksums | None:
         Damage: it is damaged, or is missing from a checkpoint that was saved with one.
     """
     try:
-        content = json.loads((folder / CHECKSUMS).read_bytes())
+        content = json.loads(read_small(folder / CHECKSUMS, _LARGEST))
         if content.pop("of_this") != _of_content(content):
             raise ValueError("its own checksum differs")
         files = {name: (int(size), str(sha)) for name, (size, sha) in content["files"].items()}

@@ -223,7 +223,7 @@ def batch_line(folder: Path, config: Config, num_devices: int) -> str:
     """
     try:
         earlier = parse_yaml(read_small(folder / "config.yml").decode())
-        devices = json.loads((folder / "lowering.json").read_text(encoding="utf-8"))["num_devices"]
+        devices = json.loads(read_small(folder / "lowering.json"))["num_devices"]
         rows = devices * earlier["per_device_batch_size"] * earlier["gradient_accumulation_steps"]
     except (OSError, ValueError, KeyError, TypeError):
         return ""  # not a run of this version, or damaged: nothing to compare with

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_shard.files import pass_over_hole
+
 NORMS = {
     "grad_norm": "norm of the gradient",
     "param_norm": "norm of the parameters",
@@ -74,8 +76,11 @@ def read_layers(path: Path, most: int = 300) -> tuple[LayerRecord, ...]:
     with path.open("rb") as file:
         starts, at = [], 0
         while line := file.readline(_LONGEST_LINE):
-            starts.append(at)
-            at += len(line)
+            if line.strip(b"\0"):
+                starts.append(at)
+            else:
+                pass_over_hole(file)
+            at = file.tell()
         count = min(most, len(starts))
         chosen = {len(starts) - 1 - index * len(starts) // count for index in range(count)}
         found = []

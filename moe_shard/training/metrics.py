@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moe_shard.errors import Finding
-from moe_shard.files import next_numbered, write_bytes
+from moe_shard.files import next_numbered, pass_over_hole, write_bytes
 from moe_shard.training.appended import AppendedFile
 from moe_shard.training.events import Events
 
@@ -144,13 +144,14 @@ def read_metrics(path: Path) -> list[Record]:
     """
     if not path.is_file():
         return []
-    return [record for _, record in _lines(path) if record is not None]
+    return [record for _, record in _lines(path, over_holes=True) if record is not None]
 
 
-def _lines(path: Path) -> Iterator[tuple[bytes, Record | None]]:
+def _lines(path: Path, *, over_holes: bool = False) -> Iterator[tuple[bytes, Record | None]]:
     """Yield every line and the record in it; None where it is torn, or something else.
 
-    What has no line breaks, such as the zeros that a crash of the machine leaves, comes in pieces.
+    What has no line breaks, such as the zeros that a crash of the machine leaves, comes in pieces;
+    with `over_holes`, zeros that no disk has do not come.
     """
     with path.open("rb") as file:
         while line := file.readline(_LONGEST_LINE):
@@ -160,6 +161,8 @@ def _lines(path: Path) -> Iterator[tuple[bytes, Record | None]]:
                 record = None
             is_record = isinstance(record, dict) and type(record.get("step")) is int
             yield line, record if is_record else None
+            if over_holes and not line.strip(b"\0"):
+                pass_over_hole(file)
 
 
 def _keep_before(path: Path, first_step: int, say: Callable[[str], object]) -> None:

@@ -20,7 +20,7 @@ import yaml
 
 from moe_shard.config.schema import Config
 from moe_shard.errors import UserError, first_line
-from moe_shard.files import write_text
+from moe_shard.files import read_small, write_text
 from moe_shard.training.metrics import Sink
 
 WANDB_FILE = "wandb.json"
@@ -119,7 +119,7 @@ def _kept_id(path: Path) -> str:
         OSError: it cannot be written.
     """
     with suppress(OSError, ValueError, RecursionError):
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json.loads(read_small(path))
         if isinstance(content, dict) and isinstance(kept := content.get("id"), str) and kept:
             return kept
     found = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]

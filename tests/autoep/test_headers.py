@@ -193,6 +193,14 @@ def test_files_that_are_none(
     fails(directory, *words)
 
 
+def test_an_index_that_is_a_pipe_does_not_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe_shard.files._WAIT_S", 0.1)
+    os.mkfifo(tmp_path / INDEX)
+    fails(tmp_path, INDEX)
+
+
 def test_weights_may_be_links_to_shared_storage(tmp_path: Path) -> None:
     write_file(tmp_path / "anywhere", ONE)
     (tmp_path / "model").mkdir()
