@@ -80,7 +80,7 @@ def test_names_and_files_are_as_ever(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 def test_a_family_of_ones_own(tmp_path: Path) -> None:
     directory = str(write_model(tmp_path / "model", *own_model()))
-    with pytest.raises(UserError, match=r"model_type=my_moe.*no family.*\nfix: hf_family=FILE"):
+    with pytest.raises(UserError, match=r'model_type="my_moe".*no family.*\nfix: hf_family=FILE'):
         load_model(directory)
     path = own_family(tmp_path)
     config = load_model(directory, [f"hf_family={path}"])
