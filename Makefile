@@ -95,8 +95,9 @@ format: $(READY)  ## rewrite to the style
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-soak: $(READY)  ## kill a training 100 times, alone and as two processes, and signal two at every moment (hours; SOAK="--kills 20" for less)
+soak: $(READY)  ## kill a training 100 times, signal two processes at every moment, fill its disk (an hour; SOAK="--kills 20" for less)
 	$(RUN) -m tests.soak.matrix
+	$(RUN) -m tests.soak.full_disk
 	$(RUN) -m tests.soak.kills $(SOAK)
 
 gradients: $(READY)  ## a step's gradient against NumPy's, over expert axes, processes and microbatches (minutes)
