@@ -23,7 +23,7 @@ _OF_FILES: tuple[tuple[Callable[[bytes], bool], str, str], ...] = (
         "`git lfs pull` in its directory, or `hf download ID --local-dir DIR`",
     ),
     (
-        lambda head: head.lstrip()[:9].lower() in (b"<!doctype", b"<html lan") or b"<html" in head,
+        lambda head: head.lstrip().lower().startswith((b"<!doctype", b"<html")),
         "a web page, as a download without a login gives",
         "download it again with a token: `hf auth login`, `hf download ID --local-dir DIR`",
     ),

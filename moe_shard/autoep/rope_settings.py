@@ -57,7 +57,7 @@ def rope_settings(attributes: Attributes, *, latent: bool) -> dict[str, Any]:
     if type(original) is not int or original < 2:
         raise attributes.error(
             f"original_max_position_embeddings={in_json(original)} is not a length",
-            "a whole number",
+            fix_of(original),
         )
     settings["original_max_position_embeddings"] = original
     stretch = {"llama3.1": _llama3, "yarn": _yarn, "longrope": _longrope}[written.type]

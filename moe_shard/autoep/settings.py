@@ -137,9 +137,8 @@ def _tokens(attributes: Attributes, name: str) -> int:
     """Return the length of a window or a chunk, 0 where there is none."""
     tokens = attributes.number(name, 0)
     if tokens < 0:
-        raise attributes.error(
-            f"{attributes.as_text(name)} is not a number of tokens", "null: none"
-        )
+        what = f"{attributes.as_text(name)} is not a number of tokens"
+        raise attributes.error(what, "null where no layer has one")
     return tokens
 
 

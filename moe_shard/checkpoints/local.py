@@ -44,6 +44,7 @@ from moe_shard.checkpoints.room import (
 from moe_shard.checkpoints.whole import said_by_all
 from moe_shard.data.corpus import Say
 from moe_shard.errors import UserError
+from moe_shard.files import next_numbered
 from moe_shard.program.step import TrainState
 
 ASIDE = ".aside"
@@ -244,7 +245,8 @@ class LocalCheckpoints:
             except Damage as damage:
                 what = f"is damaged: {damage}"
             aside = part.with_name(part.name + ASIDE)
-            shutil.rmtree(aside, ignore_errors=True)
+            if aside.exists():
+                aside = next_numbered(aside)
             part.rename(aside)
             lines.append(f"the local checkpoint {part} {what}; set aside as {aside.name}")
         return lines
