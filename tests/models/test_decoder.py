@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-import time
 
 import jax
 import numpy as np
@@ -253,9 +252,7 @@ def test_initial_values_differ_between_layers_and_between_experts_and_have_unit_
 def test_mixtral_8x7b_is_described_without_being_allocated() -> None:
     config = load_config("mixtral-8x7b")
     before = {id(a) for a in jax.live_arrays()}
-    started = time.perf_counter()
     model = describe(config.model, annotator(config))
-    assert time.perf_counter() - started < 10
     assert sum(a.nbytes for a in jax.live_arrays() if id(a) not in before) < 1000
     # Counted by hand from config.json of mistralai/Mixtral-8x7B-v0.1.
     attention = 4096 * 4096 * 2 + 4096 * 1024 * 2
