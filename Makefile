@@ -9,7 +9,7 @@ TARGETS := $(VENV)/.targets
 PARITY := $(VENV)/.parity
 MAXTEXT := .venv-maxtext
 
-.PHONY: demo test test-newest test-parity record-parity test-recorded test-maxtext test-wheel targets test-targets test-targets-slow goldens test-goldens browser test-browser lint format soak gradients bench fuzz clean help
+.PHONY: demo test test-newest test-parity record-parity test-recorded test-maxtext test-wheel targets test-targets test-targets-slow test-survival goldens test-goldens browser test-browser lint format soak gradients bench fuzz clean help
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,10 +24,10 @@ demo: $(READY)  ## train mixtral-tiny for 60 steps, its expert parallelism shown
 	@rm -rf outputs/demo
 	@$(RUN) -m moe_shard.train mixtral-tiny run_name=demo dump_hlo=true
 
-test: $(READY)  ## the whole suite
+test: $(READY)  ## the suite; kills, compilers and other programs have targets of their own
 	$(RUN) -m pytest -n 2 --dist worksteal $(TESTS)
 
-test-newest:  ## the whole suite on the newest jax, which needs NEWEST_PYTHON (TESTS="..." for some)
+test-newest:  ## the suite on the newest jax, which needs NEWEST_PYTHON (TESTS="..." for some)
 	@$(MAKE) test PYTHON=$(NEWEST_PYTHON) VENV=.venv-newest PINS=
 
 fuzz: $(READY)  ## 20,000 generated hostile inputs of every command (COUNT=... FIRST=...; minutes)
@@ -56,6 +56,9 @@ test-maxtext: $(MAXTEXT)/.installed  ## MaxText itself, watched and compared wit
 
 test-recorded: $(READY)  ## all families against recorded numbers of transformers, without torch
 	$(RUN) -m pytest -n 2 -m recorded tests/autoep/test_recorded.py
+
+test-survival: $(READY)  ## kills, several processes and full disks (minutes)
+	$(RUN) -m pytest -n 2 -m survival
 
 test-wheel: $(READY)  ## the commands of a wheel, in an environment without a checkout
 	$(RUN) -m pytest -m wheel tests/test_wheel.py

@@ -125,6 +125,7 @@ def test_layer(
         layer.main(["--json"])
 
 
+@pytest.mark.survival
 def test_curve_of_a_run_that_is_killed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

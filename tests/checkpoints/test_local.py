@@ -30,6 +30,7 @@ KEYS = (
 )
 
 
+@pytest.mark.survival
 def test_two_processes_go_on_from_their_own_disks_bit_for_bit(tmp_path: Path) -> None:
     run = tmp_path / "outputs" / "two"
     metrics = []

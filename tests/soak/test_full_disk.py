@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.soak.full_disk import Row, compare, read_output, train, whole_checkpoints
+
+pytestmark = pytest.mark.survival
 
 STEPS = 4
 SMALL = (

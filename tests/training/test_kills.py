@@ -5,9 +5,13 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import pytest
+
 from tests.quick import FLAGS
 from tests.soak.matrix import judge
 from tests.soak.runs import GONE_S, MOMENTS, Start, computed, reach, start, wait
+
+pytestmark = pytest.mark.survival
 
 STEPS = 60
 SIGNALS = (

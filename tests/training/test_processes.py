@@ -11,10 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.quick import FLAGS
 from tests.soak.matrix import judge
 from tests.soak.runs import GONE_S, NOISE, Start, checkpoints, reach, records, start, wait
+
+pytestmark = pytest.mark.survival
 
 ARGUMENTS = ("steps=5000", "run_name=two")
 
