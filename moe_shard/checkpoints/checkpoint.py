@@ -12,32 +12,19 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from moe_shard.checkpoints.checksums import CUSTOM_METADATA, Damage, committed_with_checksums
+from moe_shard.checkpoints.checksums import CUSTOM_METADATA, Damage
 from moe_shard.checkpoints.convert import is_fused, other_layout, to_layout
+from moe_shard.checkpoints.in_bucket import place_of
 from moe_shard.checkpoints.optimizer_state import as_saved
 from moe_shard.checkpoints.reading import reading
 from moe_shard.checkpoints.retention import retention
-from moe_shard.checkpoints.room import (
-    free_bytes,
-    hide_late_callbacks,
-    least_bytes,
-    room_words,
-    why_not_writable,
-    why_not_written,
-)
+from moe_shard.checkpoints.room import hide_late_callbacks, least_bytes, why_not_written
 from moe_shard.checkpoints.together import FailedElsewhere, SavesTogether, of_process
-from moe_shard.checkpoints.whole import (
-    find_whole,
-    on_all_processes,
-    on_first,
-    remove_unfinished,
-    said_by_all,
-)
+from moe_shard.checkpoints.whole import find_whole, on_all_processes, on_first, said_by_all
 from moe_shard.config.keys import shown
 from moe_shard.config.schema import Config
 from moe_shard.data.corpus import Say
 from moe_shard.errors import Finding, UserError
-from moe_shard.files import write_text
 from moe_shard.program.step import TrainState
 
 _SHAPING_KEYS = (
@@ -79,7 +66,7 @@ class Checkpointer:
         when_saved: called when a checkpoint is complete, before or with the next save.
 
     Args:
-        folder: the run's `checkpoints/`.
+        folder: the run's `checkpoints/`, in a folder or a bucket (`place_of`).
         config: states how often to save, how many to keep, and the shapes of the state.
         say: receives a line on each damaged checkpoint.
 
@@ -91,8 +78,9 @@ class Checkpointer:
         train = config.train
         flat = config.as_flat_dict()
         self._shaping = {key: flat[key] for key in _SHAPING_KEYS if key in flat}
-        self._folder = folder
-        found = find_whole(folder, verify=train.verify_checkpoints, set_aside=True, say=say)
+        self._place = place_of(folder)
+        self._folder = self._place.path
+        found = find_whole(self._place, verify=train.verify_checkpoints, set_aside=True, say=say)
         kept = found.manifest if found else None
         self._saved_by = kept.run if kept else None
         self._run = self._saved_by or uuid.uuid4().hex
@@ -124,7 +112,7 @@ class Checkpointer:
                     if several
                     else None,
                     create=True,
-                    temporary_path_class=committed_with_checksums(lambda: self._run),
+                    temporary_path_class=self._place.committed(lambda: self._run),
                     lightweight_initialize=True,  # reads no metadata, which may be damaged
                 ),
                 # Without them the structure of a checkpoint cannot be read apart from its arrays.
@@ -136,7 +124,7 @@ class Checkpointer:
         except OSError as error:
             raise UserError(
                 f"cannot write checkpoints to {self._folder}: {error.strerror or error}\n"
-                "fix: base_output_directory=FOLDER that you may write to"
+                f"fix: {self._place.allow}"
             ) from error
 
     def latest(self) -> int | None:
@@ -154,11 +142,10 @@ class Checkpointer:
         """
 
         def kept() -> str:
-            path = self._folder / "run"
-            named = path.read_text().strip() if path.is_file() else None
+            named = self._place.kept_text("run")
             name = self._saved_by or named or self._run
             if name != named:
-                write_text(path, name + "\n")
+                self._place.keep_text("run", name)
             return name
 
         self._run = on_first(kept)
@@ -181,7 +168,7 @@ class Checkpointer:
             self._remove_unfinished()
         self._needed = least_bytes(state, self._size)
         # Begun by all processes or by none, as they wait for each other.
-        if hindered := said_by_all(self._hindrance()):
+        if hindered := said_by_all(self._place.hindrance(self._needed)):
             own = hindered.get(jax.process_index())
             first, why = next(iter(hindered.items()))
             self._give_up(updates, own or of_process(first, why), here=own is not None)
@@ -212,13 +199,6 @@ class Checkpointer:
             self.poll()
         else:
             self.settle()
-
-    def _hindrance(self) -> str:
-        """Return why a checkpoint cannot be written by this process; empty if it may be."""
-        free = free_bytes(self._folder)
-        if free is not None and free < self._needed:
-            return "it cannot fit on the disk"
-        return why_not_writable(self._folder)
 
     def save_locally(self, state: TrainState, *, updates: int) -> None:
         """Save to each machine's own disk; nothing does without `enable_emergency_checkpoint`."""
@@ -251,21 +231,22 @@ class Checkpointer:
             why: a line.
             here: whether it was this process that could not write.
         """
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 and self._place.closes_after_failure:
             with suppress(Exception):
                 self._manager.close()
             self._remove_unfinished()
             self._manager = self._open()
         else:
             # The others may not know yet: nothing here may wait for them.
-            self._manager.reload()
-        room = room_words(free_bytes(self._folder), self._needed)
+            with suppress(OSError):
+                self._manager.reload()
+        room = self._place.room(self._needed)
         self._failed = f"the checkpoint after step {updates} was not saved in {self._folder}: {why}"
         if not here:
             self._tell(f"{self._failed}; training goes on")
             return
         self._tell(
-            f"{self._failed} ({room})\nfix: make room there; training goes on, the checkpoints "
+            f"{self._failed} ({room})\nfix: {self._place.fix}; training goes on, the checkpoints "
             "before it are whole, and the next is tried when it is due"
         )
 
@@ -278,7 +259,7 @@ class Checkpointer:
 
     def _remove_unfinished(self) -> None:
         if jax.process_index() == 0:
-            remove_unfinished(self._folder)
+            self._place.remove_unfinished()
 
     def finish(self) -> None:
         """Wait until everything is written.
@@ -298,7 +279,9 @@ class Checkpointer:
             self._remove_unfinished()
             newest = self.latest()
             start = f"the checkpoint after step {newest}" if newest else "the start"
-            raise Finding(f"{failed}\nfix: make room; the same command continues from {start}")
+            raise Finding(
+                f"{failed}\nfix: {self._place.fix}; the same command continues from {start}"
+            )
 
     def check_fits(self, updates: int) -> None:
         """Refuse a checkpoint with other arrays than this run's state.

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from moe_shard.errors import first_line
+from moe_shard.errors import UserError, first_line
 from moe_shard.files import read_small, write_text
 
 CHECKSUMS = "checksums.json"
@@ -43,7 +43,8 @@ class Checksums:
     Attributes:
         updates: the number of updates after which the checkpoint was saved.
         run: names the run that saved it; empty for an imported model.
-        files: path in the checkpoint -> size in bytes, SHA-256 in hexadecimal.
+        files: path in the checkpoint -> size in bytes, SHA-256 in hexadecimal; in a bucket, the
+            checksums that it has itself.
     """
 
     updates: int
@@ -66,10 +67,41 @@ def write_manifest(folder: Path, *, updates: int, run: str) -> None:
     sizes = [(folder / name).stat().st_size for name in names]
     with ThreadPoolExecutor(_THREADS) as pool:
         sums = list(pool.map(lambda name: _sha256(folder / name), names))
-    files = {name: [size, sha] for name, size, sha in zip(names, sizes, sums, strict=True)}
-    content = {"algorithm": "sha256", "updates": updates, "run": run, "files": files}
-    text = json.dumps(content | {"of_this": _of_content(content)}, indent=1)
-    write_text(folder / CHECKSUMS, text + "\n")
+    files = {name: (size, sha) for name, size, sha in zip(names, sizes, sums, strict=True)}
+    text = manifest_text(files, algorithm="sha256", updates=updates, run=run)
+    write_text(folder / CHECKSUMS, text)
+
+
+def manifest_text(
+    files: Mapping[str, tuple[int, str]], *, algorithm: str, updates: int, run: str
+) -> str:
+    """Return the text of a manifest, which carries a checksum of itself.
+
+    Args:
+        files: path in the checkpoint -> size in bytes, checksum.
+        algorithm: what the checksums are.
+        updates: the number of updates that names the checkpoint.
+        run: names the run.
+    """
+    listed = {name: [*each] for name, each in files.items()}
+    content = {"algorithm": algorithm, "updates": updates, "run": run, "files": listed}
+    return json.dumps(content | {"of_this": _of_content(content)}, indent=1) + "\n"
+
+
+def parse_manifest(text: bytes) -> Checksums:
+    """Read the text of a manifest.
+
+    Raises:
+        Damage: it is damaged.
+    """
+    try:
+        content = json.loads(text)
+        if content.pop("of_this") != _of_content(content):
+            raise ValueError("its own checksum differs")
+        files = {name: (int(size), str(of_it)) for name, (size, of_it) in content["files"].items()}
+        return Checksums(int(content["updates"]), str(content["run"]), files)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Damage(f"{CHECKSUMS} cannot be read: {first_line(error, 80)}") from error
 
 
 def read_manifest(folder: Path) -> Checksums | None:
@@ -79,17 +111,18 @@ def read_manifest(folder: Path) -> Checksums | None:
         Damage: it is damaged, or is missing from a checkpoint that was saved with one.
     """
     try:
-        content = json.loads(read_small(folder / CHECKSUMS, _LARGEST))
-        if content.pop("of_this") != _of_content(content):
-            raise ValueError("its own checksum differs")
-        files = {name: (int(size), str(sha)) for name, (size, sha) in content["files"].items()}
-        return Checksums(int(content["updates"]), str(content["run"]), files)
+        return parse_manifest(read_small(folder / CHECKSUMS, _LARGEST))
     except FileNotFoundError:
         if _had_manifest(folder):
             raise Damage(f"{CHECKSUMS} is missing") from None
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, UserError) as error:
         raise Damage(f"{CHECKSUMS} cannot be read: {first_line(error, 80)}") from error
+
+
+def says_manifest(metadata: bytes) -> bool:
+    """Return whether `_CHECKPOINT_METADATA` says that its checkpoint has a manifest."""
+    return f'"{CHECKSUMS}"'.encode() in metadata
 
 
 def check_sizes(folder: Path, manifest: Checksums) -> tuple[str, ...]:
@@ -184,7 +217,7 @@ def committed_with_checksums(run: Callable[[], str]) -> type[Any]:
 
 def _had_manifest(folder: Path) -> bool:
     try:
-        return f'"{CHECKSUMS}"' in (folder / "_CHECKPOINT_METADATA").read_text(errors="replace")
+        return says_manifest((folder / "_CHECKPOINT_METADATA").read_bytes())
     except OSError:
         return False
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from moe_shard.checkpoints.whole import DAMAGED
+from moe_shard.checkpoints.place import DAMAGED
 from moe_shard.errors import UserError, first_line
 
 # Orbax logs every phase of a save as information, some of it as warnings, and a save that fails

@@ -18,11 +18,14 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from moe_shard.autoep.host_blocks import Bounds
+from moe_shard.checkpoints.bucket import is_address
 
 
 def open_array(leaf: Any) -> Any:
     """Open an array, given what Orbax's metadata says of it."""
-    store = {"driver": "ocdbt", "base": f"file://{leaf.directory}/", "path": f"{leaf.name}/"}
+    where = str(leaf.directory)
+    base = f"{where}/" if is_address(where) else f"file://{where}/"
+    store = {"driver": "ocdbt", "base": base, "path": f"{leaf.name}/"}
     return tensorstore.open({"driver": "zarr", "kvstore": store}, read=True).result()
 
 

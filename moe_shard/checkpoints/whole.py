@@ -7,9 +7,6 @@ deleted. A run whose checkpoints are all damaged is refused: it does not start f
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,24 +20,15 @@ import jax
 import numpy as np
 from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
 
-from moe_shard.checkpoints.checksums import (
-    CHECKSUMS,
-    Checksums,
-    Damage,
-    check_sizes,
-    check_sums,
-    read_manifest,
-)
+from moe_shard.checkpoints.checksums import CHECKSUMS, Checksums, Damage
+from moe_shard.checkpoints.in_bucket import place_of
+from moe_shard.checkpoints.place import CheckpointPlace
 from moe_shard.checkpoints.stored_arrays import read_all
 from moe_shard.data.corpus import Say
 from moe_shard.errors import UserError, first_line
 from moe_shard.units import human_bytes
 
-DAMAGED = ".damaged"
-_UNFINISHED = ".orbax-checkpoint-tmp"
-_NUMBER = re.compile(r"0|[1-9]\d{0,17}")
 _LONG_S = 5.0
-_TRIES = 100
 _MESSAGE_BYTES = 1024
 
 
@@ -58,7 +46,7 @@ class Whole:
 
 
 def find_whole(
-    folder: Path,
+    folder: Path | CheckpointPlace,
     *,
     updates: int | None = None,
     verify: bool = True,
@@ -71,7 +59,7 @@ def find_whole(
     answer.
 
     Args:
-        folder: `checkpoints/` of a run, or `params/` of an imported model.
+        folder: `checkpoints/` of a run, in a folder or a bucket; or `params/` of an imported model.
         updates: the only one to consider; None: all.
         verify: whether to read every file and compare checksums; otherwise names and sizes are.
         set_aside: whether to rename damaged ones, and to remove what killed processes left
@@ -84,17 +72,19 @@ def find_whole(
     Raises:
         UserError: there are some, but none is whole; or the folder cannot be read.
     """
-    names = on_first(lambda: _numbers(folder, updates))
-    run = on_first(lambda: _run_of(folder, names))
-    damaged: list[tuple[Path, Damage]] = []
+    place = folder if isinstance(folder, CheckpointPlace) else place_of(folder)
+    names = on_first(place.numbers)
+    if updates is not None:
+        names = [name for name in names if int(name) == updates]
+    run = on_first(lambda: _run_of(place, names))
+    damaged: list[tuple[str, Damage]] = []
     for name in names:
-        path = folder / name
         started = time.perf_counter()
         try:
             with on_all_processes():
-                manifest, notes = _examine(path, run, verify=verify)
+                manifest, notes = _examine(place, name, run, verify=verify)
         except Damage as damage:
-            damaged.append((path, damage))
+            damaged.append((name, damage))
             continue
         if (seconds := time.perf_counter() - started) > _LONG_S and manifest is not None:
             notes.append(
@@ -103,20 +93,20 @@ def find_whole(
             )
         # Only now is anything renamed: without a whole one everything is left as it is.
         for at, why in damaged:
-            kept = f"; set aside as {on_first(partial(_set_aside, at))}" if set_aside else ""
-            say(f"the checkpoint {at} is damaged: {why}{kept}")
+            kept = f"; set aside as {on_first(partial(place.set_aside, at))}" if set_aside else ""
+            say(f"the checkpoint {place.path / at} is damaged: {why}{kept}")
         for note in notes:
             say(note)
         if set_aside:
-            on_first(lambda: remove_unfinished(folder))
+            on_first(place.remove_unfinished)
         return Whole(int(name), manifest)
-    _refuse(folder, damaged, [] if updates is not None else on_first(lambda: _damaged_in(folder)))
+    _refuse(place.path, damaged, [] if updates is not None else on_first(place.aside))
     if set_aside:
-        on_first(lambda: remove_unfinished(folder))
+        on_first(place.remove_unfinished)
     return None
 
 
-def _refuse(folder: Path, damaged: list[tuple[Path, Damage]], aside: list[str]) -> None:
+def _refuse(folder: Path, damaged: list[tuple[str, Damage]], aside: list[str]) -> None:
     """Refuse a folder whose checkpoints are all damaged, or have all been set aside.
 
     Raises:
@@ -125,7 +115,9 @@ def _refuse(folder: Path, damaged: list[tuple[Path, Damage]], aside: list[str]) 
     if damaged:
         newest, why = damaged[0]
         many = f"none of the {len(damaged)} checkpoints in {folder} is whole; "
-        what = f"{many if len(damaged) > 1 else ''}the checkpoint {newest} is damaged: {why}"
+        what = (
+            f"{many if len(damaged) > 1 else ''}the checkpoint {folder / newest} is damaged: {why}"
+        )
     elif aside:
         what = f"{folder} holds only damaged checkpoints: {', '.join(aside[:3])}"
     else:
@@ -138,28 +130,27 @@ def _refuse(folder: Path, damaged: list[tuple[Path, Damage]], aside: list[str]) 
     raise UserError(f"{what}\nfix: {fix}")
 
 
-def _examine(path: Path, run: str | None, *, verify: bool) -> tuple[Checksums | None, list[str]]:
+def _examine(
+    place: CheckpointPlace, name: str, run: str | None, *, verify: bool
+) -> tuple[Checksums | None, list[str]]:
     """Return a checkpoint's manifest and notes on it.
 
     Raises:
         Damage: it is not whole, is of another run, or has another number.
     """
-    if not path.is_dir():
-        is_link = path.is_symlink() and not path.exists()
-        raise Damage("a link to nothing" if is_link else "not a folder")
-    manifest = read_manifest(path)
+    path = place.path / name
+    manifest = place.manifest(name)
     if manifest is None:
         # Saved before there were checksums. What can be said is whether the arrays can be read.
         if jax.process_index() == 0:
             read_all(path)
         return None, [f"{path} has no {CHECKSUMS}: its arrays can be read, but are not verified"]
-    if manifest.updates != int(path.name):
+    if manifest.updates != int(name):
         raise Damage(f"it was saved after step {manifest.updates}")
     if run is not None and manifest.run != run:
         raise Damage("it is of another run than the others there")
-    foreign = check_sizes(path, manifest)
-    if verify:
-        check_sums(path, manifest, part=jax.process_index(), parts=jax.process_count())
+    part, parts = jax.process_index(), jax.process_count()
+    foreign = place.compare(name, manifest, verify=verify, part=part, parts=parts)
     notes = []
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
@@ -167,76 +158,17 @@ def _examine(path: Path, run: str | None, *, verify: bool) -> tuple[Checksums | 
     return manifest, notes
 
 
-def _numbers(folder: Path, only: int | None) -> list[str]:
-    """Return the names of checkpoints, whole or not, from the newest.
-
-    Raises:
-        UserError: the folder is none, or cannot be read.
-    """
-    if folder.is_symlink() and not folder.exists():
-        raise UserError(f"{folder} is a link to nothing\nfix: restore what it points to")
-    try:
-        names = [each.name for each in os.scandir(folder)] if os.path.lexists(folder) else []
-    except OSError as error:
-        raise UserError(
-            f"cannot read {folder}: {error.strerror}\nfix: a folder of checkpoints there"
-        ) from error
-    numbers = sorted((int(name) for name in names if _NUMBER.fullmatch(name)), reverse=True)
-    return [str(number) for number in numbers if only is None or number == only]
-
-
-def _run_of(folder: Path, names: list[str]) -> str | None:
+def _run_of(place: CheckpointPlace, names: list[str]) -> str | None:
     """Return the run that most of the checkpoints are of; None where none tells."""
     runs: Counter[str] = Counter()
     for name in reversed(names):  # of equally many, the run that began here
         try:
-            manifest = read_manifest(folder / name)
+            manifest = place.manifest(name)
         except Damage:
             continue
         if manifest is not None and manifest.updates == int(name):
             runs[manifest.run] += 1
     return runs.most_common(1)[0][0] if runs else None
-
-
-def _set_aside(path: Path) -> str:
-    """Rename a damaged checkpoint and return its new name.
-
-    Raises:
-        UserError: it cannot be renamed.
-    """
-    for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
-        target = path.with_name(f"{path.name}{DAMAGED}{suffix}")
-        if os.path.lexists(target):
-            continue
-        try:
-            path.rename(target)
-        except OSError as error:
-            raise UserError(
-                f"{path} is damaged and cannot be renamed: {error.strerror}\n"
-                "fix: move it out of that folder; the run then continues from the one before it"
-            ) from error
-        return target.name
-    raise UserError(f"{path} is damaged, as are 999 others of its name\nfix: move those away")
-
-
-def _damaged_in(folder: Path) -> list[str]:
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(name for name in names if DAMAGED in name)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process, or a save that failed, has not finished.
-
-    The run's folder is locked against other runs. Writes that are still on their way may put a
-    folder back that is being removed, so it is tried for a while.
-    """
-    for _ in range(_TRIES):
-        left = list(folder.glob(f"*{_UNFINISHED}*"))
-        if not left:
-            return
-        for path in left:
-            shutil.rmtree(path, ignore_errors=True)
-        time.sleep(0.01)
 
 
 def on_first(work: Callable[[], Any]) -> Any:

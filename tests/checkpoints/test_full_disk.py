@@ -92,7 +92,7 @@ def test_what_cannot_fit_is_not_tried(tmp_path: Path, monkeypatch: pytest.Monkey
     lines: list[str] = []
     config = small_config({"data": 8})
     checkpointer = Checkpointer(tmp_path / "checkpoints", config, say=lines.append)
-    monkeypatch.setattr("moe_shard.checkpoints.checkpoint.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("moe_shard.checkpoints.place.free_bytes", lambda _: 1000)
     checkpointer.save(state_of(4), updates=4)
     assert "it cannot fit on the disk (1.0 kB free, needs about 6" in lines[0]
     monkeypatch.undo()
