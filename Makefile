@@ -9,7 +9,7 @@ TARGETS := $(VENV)/.targets
 PARITY := $(VENV)/.parity
 MAXTEXT := .venv-maxtext
 
-.PHONY: demo test test-newest test-parity record-parity test-recorded test-maxtext test-wheel targets test-targets test-targets-slow test-survival goldens test-goldens browser test-browser lint format soak gradients bench fuzz clean help
+.PHONY: demo test test-newest test-parity test-parity-all record-parity test-recorded test-maxtext test-wheel targets test-targets test-targets-slow test-survival goldens test-goldens browser test-browser lint format soak gradients bench fuzz clean help
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,9 @@ $(PARITY): $(READY)
 	@touch $@
 
 test-parity: $(PARITY)  ## small models of every family against transformers (minutes; ATTENTION=blockwise)
+	$(RUN) -m pytest -n 2 -m "parity and not parity_all" tests/parity $(if $(ATTENTION),--attention $(ATTENTION))
+
+test-parity-all: $(PARITY)  ## the same, with every shape and mesh of the newer families (half an hour)
 	$(RUN) -m pytest -n 2 -m parity tests/parity $(if $(ATTENTION),--attention $(ATTENTION))
 
 record-parity: $(PARITY)  ## keep transformers' numbers for the tests that run without it

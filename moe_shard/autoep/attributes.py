@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,31 @@ class Attributes:
         if not isinstance(value, list) or not all(type(n) is int and n >= 0 for n in value):
             raise self.error(
                 f"{self.as_text(name)} is not a list of numbers", "as the model has it"
+            )
+        return value
+
+    def names(self, name: str, layers: int, known: Collection[str]) -> list[str] | None:
+        """Return an attribute that is a list of names, one for each layer; None where it is null.
+
+        Args:
+            name: the attribute.
+            layers: number of layers.
+            known: the names that mean something here.
+
+        Raises:
+            UserError: it is something else.
+        """
+        value = self.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != layers:
+            raise self.error(
+                f"{self.as_text(name)} is not a list of {layers} names", "one for each layer"
+            )
+        unknown = next((each for each in value if shown(each) not in known), None)
+        if unknown is not None:
+            raise self.error(
+                f"{name}: {in_json(unknown)} is not computed here", f"one of {', '.join(known)}"
             )
         return value
 

@@ -262,7 +262,7 @@ def _check_expert_layers(
     for layer, kind in enumerate(model.layer_kinds):
         if kind.moe != ((layer,) in routers):
             at = family.moe_layers
-            keys = (at.list, at.first, at.last, at.step, at.excluded)
+            keys = (at.list, at.types, at.first, at.last, at.step, at.excluded)
             texts = ", ".join(attributes.as_text(key) for key in keys if key)
             raise attributes.error(
                 f"layer {layer} has {'experts' if kind.moe else 'none'} by {texts or family.name}, "

@@ -50,6 +50,7 @@ class LayersWithExperts:
 
     Attributes:
         list: numbers of these layers; unless it is null, the other attributes are ignored.
+        types: sparse or dense for each layer; unless it is null, those below are ignored.
         first: number of the first such layer.
         last: number of the last such layer; -1: the model's last layer.
         step: the last of every so many layers has experts.
@@ -57,6 +58,7 @@ class LayersWithExperts:
     """
 
     list: str = ""
+    types: str = ""
     first: str = ""
     last: str = ""
     step: str = ""
@@ -68,10 +70,11 @@ class Spans:
     """Name the attributes that state what layers attend to; empty: no such attribute.
 
     Attributes:
-        types: a name for each layer; unless it is null, `every` and `below` are ignored.
+        types: a name for each layer; unless it is null, `every`, `first` and `below` are ignored.
         window: tokens that a layer with a window attends to; null: no layer has one.
         switch: false: no layer has a window.
         every: the first of every so many layers has the window; a number, not an attribute.
+        first: layers before this number have no window.
         below: layers from this number on have no window.
         chunk: tokens of a chunk; null: no chunks. The layers with RoPE are chunked.
         rope_flags: 0 for each layer without RoPE, 1 for the others; ignored if null or empty.
@@ -82,6 +85,7 @@ class Spans:
     window: str = ""
     switch: str = ""
     every: int = 1
+    first: str = ""
     below: str = ""
     chunk: str = ""
     rope_flags: str = ""
@@ -123,6 +127,7 @@ class Family:
     num_limited_groups: SettingRule
     moe_layers: LayersWithExperts
     spans: Spans
+    rope_without_effect: tuple[str, ...]
     attributes: Mapping[str, Any]
     aliases: Mapping[str, str]
     require: Mapping[str, Any]

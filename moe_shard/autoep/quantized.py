@@ -28,6 +28,7 @@ DTYPE = "BF16"
 
 _SCALE, _BLOCKS, _SCALES = "_scale_inv", "_blocks", "_scales"
 _DEFAULT_BLOCK = [128, 128]
+_E4M3 = ("e4m3", "float8_e4m3fn")
 _GROUP, _GROUP_BYTES = 32, 16
 _SCALE_DTYPES = frozenset({"F32", "BF16", "F16", "F8_E8M0"})
 
@@ -82,7 +83,7 @@ def read_scheme(content: Any, where: Path) -> Scheme | None:
     if method == "mxfp4":
         return Scheme(method, (1, _GROUP))
     block = content.get("weight_block_size", _DEFAULT_BLOCK)
-    if method == "fp8" and content.get("fmt", "e4m3") == "e4m3" and _is_block(block):
+    if method == "fp8" and content.get("fmt", "e4m3") in _E4M3 and _is_block(block):
         return Scheme(method, tuple(block))
     more = [key for key in ("fmt", "weight_block_size") if method == "fp8" and key in content]
     stored = ", ".join([shown(method), *(f"{key}={shown(content[key])}" for key in more)])

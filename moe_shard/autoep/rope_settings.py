@@ -7,6 +7,7 @@ sines, and `mscale_all_dim` multiplies the scores of latent attention, twice.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 from moe_shard.autoep.attributes import Attributes
@@ -30,21 +31,24 @@ _PARAMETERS = (
 )
 
 
-def rope_settings(attributes: Attributes, *, latent: bool) -> dict[str, Any]:
+def rope_settings(
+    attributes: Attributes, *, latent: bool, without_effect: Collection[str] = ()
+) -> dict[str, Any]:
     """Return the keys of `base.yml` for rotary positions.
 
     Args:
         attributes: the model's attributes.
         latent: whether its attention is MLA.
+        without_effect: parameters that change nothing where all tokens are text.
 
     Raises:
         UserError: positions are stretched in an unsupported way.
     """
-    written = _Parameters(attributes)
+    written = _Parameters(attributes, without_effect)
     settings = {
         "rope_type": written.type,
         "rope_max_timescale": written.or_attribute("rope_theta"),
-        "partial_rotary_factor": written.or_attribute("partial_rotary_factor", 1.0),
+        "partial_rotary_factor": written.or_attribute("partial_rotary_factor", _turned(attributes)),
     }
     if written.type == "default":
         return settings
@@ -64,10 +68,23 @@ def rope_settings(attributes: Attributes, *, latent: bool) -> dict[str, Any]:
     return settings | stretch(written, original, longest / original, latent)
 
 
+def _turned(attributes: Attributes) -> float:
+    """Return the fraction of a head that turns where only `rotary_dim`, if that, says it."""
+    elements, of = attributes.number("rotary_dim", -1), attributes.number("head_dim", 0)
+    if elements == -1:
+        return 1.0
+    if not 0 < elements <= of:
+        raise attributes.error(
+            f"{attributes.as_text('rotary_dim')} of {attributes.as_text('head_dim')} elements",
+            "as many as a head has, or fewer",
+        )
+    return elements / of
+
+
 class _Parameters:
     """Read the one dictionary of parameters, whichever form it has."""
 
-    def __init__(self, attributes: Attributes) -> None:
+    def __init__(self, attributes: Attributes, without_effect: Collection[str]) -> None:
         self.attributes = attributes
         self.name = "rope_scaling" if attributes.get("rope_scaling") else "rope_parameters"
         values = _or(attributes.get(self.name), {})
@@ -83,7 +100,7 @@ class _Parameters:
                 )
             values = nested[0]
         for key in values:
-            if key not in _PARAMETERS:
+            if key not in _PARAMETERS and key not in without_effect:
                 raise attributes.error(
                     f"{self.name}.{shown(key)} is not computed here",
                     f"parameters among {', '.join(_PARAMETERS[4:])}",

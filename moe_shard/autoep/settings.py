@@ -9,8 +9,6 @@ from typing import Any
 from moe_shard.autoep.attributes import Attributes
 from moe_shard.autoep.family import Family, SettingRule
 from moe_shard.autoep.rope_settings import rope_settings
-from moe_shard.autoep.strict_json import in_json
-from moe_shard.config.keys import shown
 
 _SPANS = {
     "full_attention": "global",
@@ -18,6 +16,7 @@ _SPANS = {
     "chunked_attention": "chunked",
 }
 """Name in `layer_types` -> name in `attention_pattern`."""
+_MLP_TYPES = ("dense", "sparse")
 
 
 def model_settings(attributes: Attributes, family: Family) -> dict[str, Any]:
@@ -34,7 +33,11 @@ def model_settings(attributes: Attributes, family: Family) -> dict[str, Any]:
     layers = settings["base_num_decoder_layers"]
     settings |= _expert_layers(attributes, family, layers)
     settings |= _spans(attributes, family, layers)
-    settings |= rope_settings(attributes, latent=settings.get("attention_type") == "mla")
+    settings |= rope_settings(
+        attributes,
+        latent=settings.get("attention_type") == "mla",
+        without_effect=family.rope_without_effect,
+    )
     return settings
 
 
@@ -63,7 +66,10 @@ def _expert_layers(attributes: Attributes, family: Family, layers: int) -> dict[
     """Return the keys that state which layers have experts."""
     at = family.moe_layers
     numbers = attributes.numbers(at.list)
-    if numbers is None:
+    types = attributes.names(at.types, layers, _MLP_TYPES)
+    if numbers is None and types is not None:
+        numbers = [layer for layer, name in enumerate(types) if name == "sparse"]
+    elif numbers is None:
         first, last = attributes.number(at.first, 0), attributes.number(at.last, -1)
         last = layers - 1 if last == -1 else last
         step = max(attributes.number(at.step, 1), 1)
@@ -78,7 +84,7 @@ def _expert_layers(attributes: Attributes, family: Family, layers: int) -> dict[
             f"{attributes.as_text(at.list)} of {layers} layers", f"numbers below {layers}"
         )
     if not numbers:
-        names = [name for name in (at.list, at.first, at.last, at.step) if name]
+        names = [name for name in (at.list, at.types, at.first, at.last, at.step) if name]
         raise attributes.error(
             f"no layer has experts: {', '.join(map(attributes.as_text, names))}",
             "a model with experts",
@@ -107,14 +113,14 @@ def _spans(attributes: Attributes, family: Family, layers: int) -> dict[str, Any
     window, chunk = (_tokens(attributes, name) for name in (at.window, at.chunk))
     if at.switch and not attributes.get(at.switch):
         window = 0
-    types = attributes.get(at.types)
+    types = attributes.names(at.types, layers, _SPANS)
     if types is not None:
-        spans = _named_spans(attributes, at.types, types, layers)
+        spans = [_SPANS[name] for name in types]
     else:
-        below = attributes.number(at.below, layers)
+        first, below = attributes.number(at.first, 0), attributes.number(at.below, layers)
         spans = ["global"] * layers
         for layer, rope in enumerate(flags):
-            if window and layer % at.every == 0 and layer < below:
+            if window and layer % at.every == 0 and first <= layer < below:
                 spans[layer] = "sliding"
             elif chunk and rope:
                 spans[layer] = "chunked"
@@ -155,19 +161,6 @@ def _rope_flags(attributes: Attributes, family: Family, layers: int) -> list[boo
         return [bool(flag) for flag in flags]
     interval = attributes.number(at.nope_interval, -1)
     return [interval < 1 or (layer + 1) % interval != 0 for layer in range(layers)]
-
-
-def _named_spans(attributes: Attributes, name: str, types: Any, layers: int) -> list[str]:
-    if not isinstance(types, list) or len(types) != layers:
-        raise attributes.error(
-            f"{attributes.as_text(name)} is not a list of {layers} names", "one for each layer"
-        )
-    unknown = next((each for each in types if shown(each) not in _SPANS), None)
-    if unknown is not None:
-        raise attributes.error(
-            f"{name}: {in_json(unknown)} is not computed here", f"one of {', '.join(_SPANS)}"
-        )
-    return [_SPANS[each] for each in types]
 
 
 def _nope_interval(flags: Sequence[bool]) -> int | None:

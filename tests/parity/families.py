@@ -1,13 +1,15 @@
-"""Read the small models that both sides compute from `shapes.yml`."""
+"""Read the small models that both sides compute from `shapes.yml` and `newer_shapes.yml`."""
 
 from __future__ import annotations
 
 import dataclasses
 import zlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import yaml
 
 HERE = Path(__file__).parent
@@ -67,13 +69,43 @@ COMMON: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
 }
 
-SHAPES = tuple(
-    Shape(**each) for each in yaml.safe_load((HERE / "shapes.yml").read_text())["shapes"]
-)
-"""All of `shapes.yml`, which says how they were chosen."""
+
+def _read(name: str) -> tuple[Shape, ...]:
+    return tuple(Shape(**each) for each in yaml.safe_load((HERE / name).read_text())["shapes"])
+
+
+NEWER = _read("newer_shapes.yml")
+"""Of families beyond the first twelve."""
+
+SHAPES = (*_read("shapes.yml"), *NEWER)
+"""All shapes; `shapes.yml` says how they were chosen."""
 
 FAMILIES = tuple(dict.fromkeys(shape.family for shape in SHAPES))
 """In the order of `SHAPES`."""
 
-TRAINED = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
+TRAINED = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", *(shape.family for shape in NEWER))
 """Families whose gradients and updates are compared too."""
+
+
+def each_shape(
+    shapes: Iterable[Shape] = SHAPES, also: Sequence[int] = (), quick: Sequence[int] = ()
+) -> pytest.MarkDecorator:
+    """Run a test for each shape; newer families are part of `make test-parity-all` alone.
+
+    Args:
+        shapes: the shapes.
+        also: sizes of the expert axis, a second argument; empty: there is none.
+        quick: sizes for which the first shape of a newer family is part of `make test-parity` too.
+    """
+    first = {shape.family: shape for shape in reversed(NEWER)}
+
+    def case(shape: Shape, *size: int) -> Any:
+        is_quick = shape not in NEWER or (shape is first[shape.family] and {*size} & {*quick})
+        marks = [] if is_quick else [pytest.mark.parity_all]
+        return pytest.param(shape, *size, marks=marks, id="-".join((shape.id, *map(str, size))))
+
+    if not also:
+        return pytest.mark.parametrize("shape", [case(shape) for shape in shapes])
+    return pytest.mark.parametrize(
+        ("shape", "experts"), [case(shape, size) for shape in shapes for size in also]
+    )

@@ -1,5 +1,7 @@
 """Record the first shape of every family for machines without torch: `make record-parity`.
 
+    python -m tests.parity.record dots1 flex_olmo      (only these)
+
 Weights are not kept: `weights.tensor` makes them again from their names, shapes and the seed.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -55,9 +58,9 @@ def record(shape: Shape, reference: Reference) -> bytes:
 
 
 def main() -> None:
-    """Write all fixtures."""
+    """Write the fixtures of the families that are named; of all where none is."""
     RECORDED.mkdir(exist_ok=True)
-    for family in FAMILIES:
+    for family in sys.argv[1:] or FAMILIES:
         shape = next(shape for shape in SHAPES if shape.family == family)
         with tempfile.TemporaryDirectory() as folder:
             content = record(shape, make(shape, Path(folder)))

@@ -187,7 +187,9 @@ def _balance_of_choices(model: Any, router_logits: tuple[torch.Tensor, ...]) -> 
     probs = torch.stack(router_logits).softmax(dim=-1)
     biases = torch.stack(_correction_biases(model))
     k, experts = model.config.num_experts_per_tok, probs.shape[-1]
-    chosen = (probs + biases[:, None]).topk(k, dim=-1).indices
+    logits = torch.stack(router_logits)
+    scores = probs if model.config.model_type.startswith("ernie") else logits.sigmoid()
+    chosen = (scores + biases[:, None]).topk(k, dim=-1).indices
     load = torch.nn.functional.one_hot(chosen, experts).sum(dim=-2).float()
     return experts * (probs.mean(dim=(0, 1)) * load.mean(dim=(0, 1))).sum()
 

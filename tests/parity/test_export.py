@@ -13,15 +13,13 @@ import numpy as np
 import pytest
 
 from tests.parity import weights
-from tests.parity.families import SHAPES, Shape
+from tests.parity.families import Shape, each_shape
 from tests.parity.package import open_model, overwrite
 
 pytestmark = pytest.mark.parity
 
-each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.id)
 
-
-@each_shape
+@each_shape()
 def test_there_and_back(shape: Shape, reference: Callable[[Shape], Any], tmp_path: Path) -> None:
     from rich.console import Console
 
@@ -41,7 +39,7 @@ def test_there_and_back(shape: Shape, reference: Callable[[Shape], Any], tmp_pat
     np.testing.assert_array_equal(answer["logits"].detach().numpy(), known.logits)
 
 
-@each_shape
+@each_shape()
 def test_stacked_experts_are_the_same_model(
     shape: Shape, reference: Callable[[Shape], Any], tmp_path: Path
 ) -> None:

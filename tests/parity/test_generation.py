@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.parity.families import PROMPT_LENGTH, PROMPTS, SHAPES, Shape
+from tests.parity.families import PROMPT_LENGTH, PROMPTS, Shape, each_shape
 from tests.parity.package import greedy, open_model
 
 pytestmark = pytest.mark.parity
 
 
-@pytest.mark.parametrize("experts", [1, 8])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.id)
+@each_shape(also=(1, 8))
 def test_greedy(shape: Shape, experts: int, reference: Callable[[Shape], Any]) -> None:
     known = reference(shape)
     opened = open_model(known.directory, experts)

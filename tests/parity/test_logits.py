@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 
 from tests.parity.compare import assert_forward
-from tests.parity.families import SHAPES, Shape
+from tests.parity.families import Shape, each_shape
 from tests.parity.package import evaluate, open_model
 
 pytestmark = pytest.mark.parity
 
 
-@pytest.mark.parametrize("experts", [1, 2, 4, 8])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.id)
+@each_shape(also=(1, 2, 4, 8), quick=(8,))
 def test_forward(shape: Shape, experts: int, reference: Callable[[Shape], Any]) -> None:
     known = reference(shape)
     opened = open_model(known.directory, experts)

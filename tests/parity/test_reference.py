@@ -12,11 +12,9 @@ import pytest
 from tests.models import oracle
 from tests.moe.oracle import Settings
 from tests.parity import weights
-from tests.parity.families import COMMON, FAMILIES, SHAPES, Shape
+from tests.parity.families import COMMON, FAMILIES, NEWER, SHAPES, Shape, each_shape
 
 pytestmark = pytest.mark.parity
-
-each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.id)
 
 # The value of a setting that turns its feature off or changes it. The tensors stay the same.
 OFF: dict[str, Callable[[Any], Any]] = {
@@ -46,7 +44,12 @@ NOT_ALONE = {("phimoe", "num_experts_per_tok"), ("glm4_moe", "use_qk_norm")}
 
 
 SWITCHES = [
-    pytest.param(shape, key, id=f"{shape.id}-{key}")
+    pytest.param(
+        shape,
+        key,
+        id=f"{shape.id}-{key}",
+        marks=[pytest.mark.parity_all] if shape in NEWER else [],
+    )
     for shape in SHAPES
     for key in OFF
     if shape.settings.get(key) is not None and (shape.family, key) not in NOT_ALONE
@@ -70,14 +73,14 @@ def test_what_a_shape_sets_acts(
     assert np.abs(other.detach().numpy() - known.logits).max() > 1e-2
 
 
-@each_shape
+@each_shape()
 def test_nothing_is_near_a_tie(shape: Shape, reference: Callable[[Shape], Any]) -> None:
     known = reference(shape)
     assert known.margin > 1e-4
     assert known.greedy_margin > 1e-4
 
 
-@each_shape
+@each_shape()
 def test_routing_is_diverse(shape: Shape, reference: Callable[[Shape], Any]) -> None:
     k = shape.settings.get("num_experts_per_tok") or shape.settings["moe_k"]
     for logits in reference(shape).router_logits:
@@ -85,7 +88,7 @@ def test_routing_is_diverse(shape: Shape, reference: Callable[[Shape], Any]) -> 
         assert len(np.unique(chosen)) > 0.8 * logits.shape[-1]
 
 
-@each_shape
+@each_shape()
 def test_a_cache_does_not_change_what_is_written(
     shape: Shape, reference: Callable[[Shape], Any]
 ) -> None:
@@ -94,7 +97,7 @@ def test_a_cache_does_not_change_what_is_written(
     assert len(set(known.greedy.ravel())) > 5
 
 
-@each_shape
+@each_shape()
 def test_every_weight_is_as_the_rule_says(shape: Shape, reference: Callable[[Shape], Any]) -> None:
     tensors = weights.read(reference(shape).directory)
     for name, values in tensors.items():

@@ -10,18 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.parity.families import SHAPES, TRAINED, Shape
+from tests.parity.families import SHAPES, TRAINED, Shape, each_shape
 from tests.parity.package import gradients, open_model, train
 
 pytestmark = pytest.mark.parity
 
-each_trained = pytest.mark.parametrize(
-    "shape", [shape for shape in SHAPES if shape.family in TRAINED], ids=lambda shape: shape.id
-)
+TRAINED_SHAPES = [shape for shape in SHAPES if shape.family in TRAINED]
 
 
-@pytest.mark.parametrize("experts", [1, 2, 4, 8])
-@each_trained
+@each_shape(TRAINED_SHAPES, also=(1, 2, 4, 8))
 def test_gradients(
     shape: Shape,
     experts: int,
@@ -49,7 +46,7 @@ def test_gradients(
     assert not wrong
 
 
-@each_trained
+@each_shape(TRAINED_SHAPES)
 def test_updates(shape: Shape, reference: Callable[[Shape], Any]) -> None:
     """Run the training step itself, with 8-way expert parallelism."""
     known = reference(shape)
