@@ -27,13 +27,13 @@ from moe_shard.autoep.tensor_names import Names, sort_names, unwrapped
 from moe_shard.autoep.tensor_plan import Piece, TensorPlan
 from moe_shard.config.keys import shown
 from moe_shard.config.load import load_settings
-from moe_shard.config.model_config import ModelConfig
+from moe_shard.config.model_config import DType, ModelConfig
 from moe_shard.config.overlays import Overlay
 from moe_shard.errors import UserError
 
 CONFIG = "config.json"
 _TIED, _TABLE_PATH = "logits_via_embedding", tuple(EMBEDDING_ROLE.split("."))
-_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_DTYPES: Mapping[str, DType] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _QUANTIZED = re.compile(r".*(_blocks|_scales|_scale_inv|_scale|\.qweight|\.qzeros|\.scales)")
 """Names of tensors from which weights are still to be computed, such as scales."""
 
@@ -67,6 +67,8 @@ class Detected:
         headers: all tensors, by name; quantized ones by the names of their decoded tensors.
         lines: what was found, one line each, for people.
         notes: what to check where the family is the user's own, or belongs to another model.
+        dtype: the narrowest dtype that holds all weights; they are computed with in it, and trained
+            in float32.
     """
 
     family: str
@@ -75,6 +77,7 @@ class Detected:
     headers: dict[str, TensorHeader]
     lines: tuple[str, ...]
     notes: tuple[str, ...]
+    dtype: DType
 
 
 @contextmanager
@@ -152,7 +155,8 @@ def detect(directory: Path, family: str = "", tied: bool | None = None) -> Detec
     )
     plan = _plan(found, copies, headers, names, known, beyond, directory)
     dtype = _dtype(plan, headers, directory)
-    settings |= {"weight_dtype": dtype, "dtype": dtype}
+    # Float32 whatever the file's dtype: narrower parameters lose the small steps of an optimizer.
+    settings |= {"weight_dtype": "float32", "dtype": dtype}
     lines = report_lines(
         family=known.name,
         model=model,
@@ -173,7 +177,7 @@ def detect(directory: Path, family: str = "", tied: bool | None = None) -> Detec
     )
     # No test compares models of such a family with this one.
     notes = tuple(attributes.notes()) if own else ()
-    return Detected(known.name, settings, plan, headers, lines, notes)
+    return Detected(known.name, settings, plan, headers, lines, notes, dtype)
 
 
 def _check_plain(headers: Mapping[str, TensorHeader], names: Names, where: Path) -> None:
@@ -305,9 +309,9 @@ def _plan(
     return TensorPlan(pieces, tuple(name for name in headers if name in carried), copies)
 
 
-def _dtype(plan: TensorPlan, headers: Mapping[str, TensorHeader], where: Path) -> str:
+def _dtype(plan: TensorPlan, headers: Mapping[str, TensorHeader], where: Path) -> DType:
     """Return the narrowest dtype that holds all weights; a router's are float32 in any case."""
-    found = set()
+    found: set[DType] = set()
     for piece in plan.pieces:
         dtype = headers[piece.tensor].dtype
         if dtype not in _DTYPES:

@@ -18,6 +18,7 @@ import numpy as np
 from moe_shard.autoep.fitting import naming, pieces_by_param, seen
 from moe_shard.autoep.headers import DTYPE_BYTES, TensorHeader
 from moe_shard.autoep.host_blocks import HostBlock, Index, ParamPath
+from moe_shard.autoep.rounding import Rounding
 from moe_shard.autoep.tensor_plan import Piece, TensorPlan
 from moe_shard.autoep.tensors import copy, writable
 from moe_shard.errors import UserError
@@ -28,17 +29,19 @@ def export_params(
     headers: Mapping[str, TensorHeader],
     blocks: Iterable[HostBlock],
     *,
+    rounding: Rounding | None = None,
     progress: Callable[[int, int], object] = lambda _done, _all: None,
 ) -> None:
     """Write parameters into a checkpoint's files, which have their full lengths.
 
-    Each tensor keeps its own dtype, so that what was imported is written bit for bit. The caller
-    writes the tensors that the plan only carries.
+    Each tensor keeps its own dtype, so that what was imported is written bit for bit; trained
+    parameters in a wider one are rounded. The caller writes the tensors that the plan only carries.
 
     Args:
         plan: which tensor takes which part of which parameter.
         headers: where each tensor goes.
         blocks: all parts of all parameters.
+        rounding: rounds to narrower dtypes, and counts; None: to nearest.
         progress: called with the bytes written and all bytes.
 
     Raises:
@@ -46,6 +49,7 @@ def export_params(
             is too large for its dtype.
         OSError: the disk is too small for the files.
     """
+    rounding = rounding or Rounding()
     pieces = pieces_by_param(plan, headers)
     copies: dict[tuple[ParamPath, Index], list[Piece]] = {}
     for copy_of in plan.copies:
@@ -69,7 +73,7 @@ def export_params(
             first = _piece(of_param, index, block)
             for piece in (first, *copies.get((block.param, index), ())):
                 entry = headers[piece.tensor]
-                size = _write(piece, entry, block, at)
+                size = _write(piece, entry, block, at, rounding, counts=piece is first)
                 filled[piece.tensor] += size
                 done += size * DTYPE_BYTES[entry.dtype]
         # Otherwise it would stay in memory while the next one is read.
@@ -93,14 +97,28 @@ def _piece(of_param: Mapping[Index, Piece], index: Index, block: HostBlock) -> P
     return of_param[index]
 
 
-def _write(piece: Piece, entry: TensorHeader, block: HostBlock, at: Index) -> int:
+def _write(
+    piece: Piece, entry: TensorHeader, block: HostBlock, at: Index, rounding: Rounding, counts: bool
+) -> int:
     """Write a part of a block to its place in the tensor; return the number of its elements."""
     here: Any = (*at, ...)
     part = block.values[here]
-    within: Any = (*(slice(*bound) for bound in block.bounds[len(piece.index) :]), ...)
+    bounds = block.bounds[len(piece.index) :]
+    within: Any = (*(slice(*bound) for bound in bounds), ...)
     target = seen(piece, writable(entry), block.shape)[within]
     with naming(piece):
-        copy(target, part)
+        copy(
+            target,
+            rounding.to(
+                part,
+                target.dtype,
+                param=block.param,
+                index=piece.index,
+                bounds=bounds,
+                shape=block.shape,
+                counts=counts,
+            ),
+        )
     return part.size
 
 

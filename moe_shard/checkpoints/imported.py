@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental.multihost_utils import sync_global_devices
 from rich.console import Console
@@ -20,12 +21,15 @@ from rich.console import Console
 from moe_shard.autoep.directory import keep_hf, lay_out_again, read_hf_source
 from moe_shard.autoep.exporting import export_params
 from moe_shard.autoep.head import HEAD_ROLE
+from moe_shard.autoep.host_blocks import leaves_of
 from moe_shard.autoep.importing import import_params
 from moe_shard.autoep.not_a_model import refuse_foreign
+from moe_shard.autoep.rounding import Rounding
 from moe_shard.checkpoints.checksums import CUSTOM_METADATA, committed_with_checksums
 from moe_shard.checkpoints.convert import is_fused, other_layout, to_layout
 from moe_shard.checkpoints.run_params import restore_params
 from moe_shard.checkpoints.stored import open_stored
+from moe_shard.config.load import STORED_DTYPE
 from moe_shard.config.model_config import ModelConfig
 from moe_shard.config.schema import Config
 from moe_shard.errors import UserError
@@ -153,9 +157,15 @@ def import_model(
             manager.save(
                 0,
                 args=ocp.args.Composite(state=saved),
-                custom_metadata=dict(CUSTOM_METADATA),
+                custom_metadata=CUSTOM_METADATA | {STORED_DTYPE: dtype_of(specs)},
             )
             manager.wait_until_finished()
+
+
+def dtype_of(specs: Params) -> str:
+    """Return the dtype of all parameters but routers, which are float32; float32 for several."""
+    found = {np.dtype(leaf.dtype).name for path, leaf in leaves_of(specs) if "router" not in path}
+    return found.pop() if len(found) == 1 else "float32"
 
 
 def _movable(config: Config, source: Path) -> Config:
@@ -167,7 +177,9 @@ def _movable(config: Config, source: Path) -> Config:
     return dataclasses.replace(config, run=run, data=data)
 
 
-def export_model(source: Path, target: Path, *, console: Console) -> None:
+def export_model(
+    source: Path, target: Path, *, console: Console, stochastic: int | None = None
+) -> None:
     """Write the Hugging Face directory of an imported model, or of a run that began with one.
 
     The parameters are read a chunk at a time, which is a shard of the run that saved them, and are
@@ -176,7 +188,8 @@ def export_model(source: Path, target: Path, *, console: Console) -> None:
     Args:
         source: the folder; the newest checkpoint of a run is read.
         target: the directory; new or empty.
-        console: shows the progress.
+        console: shows the progress, and how many values were rounded to the checkpoint's dtypes.
+        stochastic: seed of stochastic rounding; None: to nearest.
 
     Raises:
         UserError: the source does not come from a Hugging Face directory or cannot be read, or the
@@ -193,8 +206,11 @@ def export_model(source: Path, target: Path, *, console: Console) -> None:
         stored = open_stored(weights, say=_plainly(console))
         tied = tuple(HEAD_ROLE.split(".")) not in stored.paths
         layout = lay_out_again(source / "hf", directory, tied=tied, say=console.print)
+        rounding = Rounding(stochastic)
         with bytes_line(console, "writing tensors") as line:
-            export_params(layout.plan, layout.headers, stored.blocks(), progress=line)
+            blocks = stored.blocks()
+            export_params(layout.plan, layout.headers, blocks, rounding=rounding, progress=line)
+        console.print(f"dtypes of the checkpoint: {rounding.line()}", markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -52,11 +52,16 @@ def load_model(model: str, overrides: Sequence[str] = ()) -> Config:
             f"{model}: a directory without {CONFIG}\n"
             "fix: a Hugging Face model directory, or what `moe-shard import` makes of one"
         )
-    family = parse_overrides(overrides, base_settings()).get("hf_family", "")
-    detected = detect(directory, family)
+    asked = parse_overrides(overrides, base_settings())
+    detected = detect(directory, asked.get("hf_family", ""))
     overlay = Overlay(str(directory / CONFIG), directory_settings(directory, detected), {}, ())
     config = load_settings(overlay, overrides, name=directory.resolve().name)
-    return replace(config, detected=detected.lines, warnings=(*config.warnings, *detected.notes))
+    return replace(
+        config,
+        detected=detected.lines,
+        warnings=(*config.warnings, *detected.notes),
+        stored_dtype="" if "weight_dtype" in asked else detected.dtype,
+    )
 
 
 def directory_settings(directory: Path, detected: Detected) -> dict[str, Any]:

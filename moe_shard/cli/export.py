@@ -4,13 +4,15 @@
     moe-shard export outputs/mixtral Mixtral-trained
 
 Every tensor keeps its name, shape, dtype and file; without training in between every file is the
-same to the byte. Tensors that were fp8 or mxfp4 are written as bfloat16. For a run, the newest
-checkpoint is exported. The parameters are copied from checkpoint to files one shard at a time; no
-accelerator is used. DST is written completely or not at all.
+same to the byte. Trained parameters are rounded to the checkpoint's dtypes, to nearest or, with
+--stochastic-rounding SEED, by chance; how many is said. Tensors that were fp8 or mxfp4 are written
+as bfloat16. For a run, the newest checkpoint is exported. The parameters are copied from checkpoint
+to files one shard at a time; no accelerator is used. DST is written completely or not at all.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -26,6 +28,12 @@ def main(argv: Sequence[str], prog: str = "moe-shard export") -> int:
     parser = CommandParser(prog=prog, description="Write a Hugging Face directory.")
     parser.add_argument("source", metavar="SRC", type=Path, help="imported model or run")
     parser.add_argument("target", metavar="DST", type=Path, help="new directory")
+    parser.add_argument(
+        "--stochastic-rounding",
+        metavar="SEED",
+        type=_seed,
+        help="round to either neighbour, each as likely as it is near",
+    )
     arguments = parser.parse_args(argv)
     # The CPU is enough, and an accelerator may be in use.
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -34,6 +42,18 @@ def main(argv: Sequence[str], prog: str = "moe-shard export") -> int:
 
     # A pipe has no width of its own.
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    export_model(arguments.source, arguments.target, console=console)
+    export_model(
+        arguments.source,
+        arguments.target,
+        console=console,
+        stochastic=arguments.stochastic_rounding,
+    )
     console.print(f"exported: {arguments.target}", markup=False)
     return EXIT_DONE
+
+
+def _seed(text: str) -> int:
+    """Read a seed."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError("SEED is a whole number below 2**32")
+    return int(text)

@@ -58,7 +58,8 @@ def main(argv: Sequence[str], prog: str = "moe-shard import") -> int:
         arguments.source,
         arguments.target,
         config,
-        describe(config.model, sharding).specs,
+        # Nothing is trained here: float32 would double the folder and hold the same numbers.
+        describe(config.as_stored().model, sharding).specs,
         family=config.run.hf_family,
         console=console,
     )

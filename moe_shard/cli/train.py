@@ -56,7 +56,7 @@ def _read(argv: Sequence[str], prog: str) -> Config:
     """
     from moe_shard.checkpoints.resolve import MODEL_HELP, load_model
     from moe_shard.config import list_models
-    from moe_shard.training.changed_settings import refuse_impossible
+    from moe_shard.training.changed_settings import keep_weight_dtype, refuse_impossible
 
     parser = CommandParser(
         prog=prog,
@@ -72,7 +72,7 @@ def _read(argv: Sequence[str], prog: str) -> Config:
         raise UserError(
             f"MODEL is missing\nusage: {prog} MODEL [key=value ...], for example mixtral-tiny"
         )
-    config = load_model(args.model, args.overrides)
+    config = keep_weight_dtype(load_model(args.model, args.overrides))
     config.require_built()
     refuse_impossible(config)
     return config

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import difflib
 import functools
+import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from moe_shard.config.attention_config import AttentionConfig, RopeConfig
 from moe_shard.config.eval_config import EvalConfig
@@ -20,7 +22,7 @@ from moe_shard.config.generate_config import GenerateConfig
 from moe_shard.config.keys import leaf_keys, shown
 from moe_shard.config.maxtext import is_maxtext, read_run, why_tokens_cannot_move
 from moe_shard.config.maxtext_keys import MaxTextKeys, read_maxtext_keys
-from moe_shard.config.model_config import GatingConfig, ModelConfig
+from moe_shard.config.model_config import DType, GatingConfig, ModelConfig
 from moe_shard.config.moe_config import MoEConfig, RouterConfig
 from moe_shard.config.overlays import COMMAND_LINE, Overlay, lay_over, parse_overrides, short_name
 from moe_shard.config.remat_config import RematConfig
@@ -29,11 +31,15 @@ from moe_shard.config.strategies import find_strategy
 from moe_shard.config.strict_yaml import read_mapping
 from moe_shard.config.tables import build_mesh, read_rules_file
 from moe_shard.errors import UserError
+from moe_shard.files import read_small
 
 T = TypeVar("T")
 
 LOADER_KEYS = ("custom_mesh_and_rule", "override_logical_axis_rules")
 """Keys of `base.yml` that steer loading; `MeshConfig` holds what results from them."""
+
+STORED_DTYPE = "weights"
+"""What names, in the metadata of an imported model's parameters, the dtype that they are in."""
 
 
 @functools.cache
@@ -92,9 +98,12 @@ def load_config(model: str, overrides: Sequence[str] = ()) -> Config:
             rest = [each for each in overrides if each.partition("=")[0].strip() != "model_name"]
             return load_config(named, rest)
     overlay = sift(short_name(path), written, base, known)
-    if (path.parent / "params").is_dir():
-        _complete_imported(overlay.values, path.parent.resolve())
-    return load_settings(overlay, overrides, name=path.stem)
+    if not (path.parent / "params").is_dir():
+        return load_settings(overlay, overrides, name=path.stem)
+    _complete_imported(overlay.values, path.parent.resolve())
+    config = load_settings(overlay, overrides, name=path.stem)
+    asked = "weight_dtype" in parse_overrides(overrides, base)
+    return config if asked else replace(config, stored_dtype=_stored_dtype(path.parent))
 
 
 def _complete_imported(values: dict[str, Any], folder: Path) -> None:
@@ -103,6 +112,16 @@ def _complete_imported(values: dict[str, Any], folder: Path) -> None:
         values["load_parameters_path"] = str(folder)
     if not values.get("tokenizer_path") and (folder / "hf" / "tokenizer.json").is_file():
         values["tokenizer_path"] = str(folder / "hf")
+
+
+def _stored_dtype(folder: Path) -> DType | Literal[""]:
+    """Return the dtype that an imported model's weights are stored in; empty where it is untold."""
+    try:
+        text = read_small(folder / "params" / "0" / "_CHECKPOINT_METADATA")
+        found = json.loads(text)["custom_metadata"][STORED_DTYPE]
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return ""
+    return next((dtype for dtype in get_args(DType) if dtype == found), "")
 
 
 def load_settings(overlay: Overlay, overrides: Sequence[str] = (), *, name: str) -> Config:

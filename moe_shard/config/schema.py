@@ -15,7 +15,7 @@ from moe_shard.config.eval_config import EvalConfig
 from moe_shard.config.generate_config import GenerateConfig
 from moe_shard.config.keys import Key, check_leaves, keyed_values, shown, to_plain
 from moe_shard.config.mesh_config import MeshConfig
-from moe_shard.config.model_config import CrossEntropyName, ModelConfig
+from moe_shard.config.model_config import CrossEntropyName, DType, ModelConfig
 from moe_shard.config.strict_yaml import format_yaml
 from moe_shard.errors import UserError
 
@@ -328,6 +328,8 @@ class Config:
         unbuilt: key, value, and what it requests, for what the model needs and this version does
             not build.
         detected: what was found where the model is a Hugging Face directory, one line each.
+        stored_dtype: dtype of the weights of a Hugging Face directory or an imported model, where
+            the command does not say `weight_dtype`; empty elsewhere.
     """
 
     run: RunConfig
@@ -340,6 +342,7 @@ class Config:
     warnings: tuple[str, ...] = ()
     unbuilt: tuple[tuple[str, Any, str], ...] = ()
     detected: tuple[str, ...] = ()
+    stored_dtype: DType | Literal[""] = ""
 
     def __post_init__(self) -> None:
         held_out = self.data.eval_dataset_path or self.data.eval_holdout_fraction
@@ -348,6 +351,13 @@ class Config:
                 f"eval_interval={self.evaluation.eval_interval} without text to evaluate on\n"
                 "fix: eval_dataset_path=FILES, or eval_holdout_fraction=0.05 of dataset_path"
             )
+
+    def as_stored(self) -> Config:
+        """Return the same with parameters in the checkpoint's dtype, for what does not train."""
+        if not self.stored_dtype:
+            return self
+        model = dataclasses.replace(self.model, weight_dtype=self.stored_dtype)
+        return dataclasses.replace(self, model=model)
 
     @property
     def not_built(self) -> tuple[str, ...]:

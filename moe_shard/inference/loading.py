@@ -91,7 +91,8 @@ def load_generation_config(source: ModelSource, overrides: Sequence[str]) -> Con
     Raises:
         UserError: see `load_model`; or the configuration drops tokens.
     """
-    config = load_model(source.model, [*SETTINGS, *overrides])
+    # Wider parameters would take more memory and hold the same numbers.
+    config = load_model(source.model, [*SETTINGS, *overrides]).as_stored()
     config.require_built()
     moe = config.model.moe
     if moe is not None:

@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from moe_shard.config.keys import shown
 from moe_shard.config.load import base_settings
 from moe_shard.config.mesh_config import LEVELS, MESH_AXES, parallelism_key
+from moe_shard.config.model_config import DType
 from moe_shard.config.schema import Config, brief_list
 from moe_shard.config.strict_yaml import parse_yaml, read_mapping
 from moe_shard.errors import UserError
@@ -200,6 +201,27 @@ def find_changes(folder: Path, config: Config) -> Changes | None:
         optimizer=config.train.optimizer,
         stretched=config.train.learning_rate_schedule_steps == -1,
     )
+
+
+def keep_weight_dtype(config: Config) -> Config:
+    """Keep the dtype of the parameters that a run began with, unless the command says another.
+
+    A run of an earlier version has parameters in the dtype of the checkpoint that it began with.
+
+    Args:
+        config: this start's configuration.
+    """
+    changes = find_changes(run_path(config.run), config) if config.stored_dtype else None
+    begun: Any
+    begun, here = changes.differing.get("weight_dtype", ("", "")) if changes else ("", "")
+    if changes is None or not changes.resumes or begun not in get_args(DType):
+        return config
+    line = (
+        f"parameters stay in {begun}, as this run began (weight_dtype={begun}); a run of another "
+        f"run_name keeps them in {here}"
+    )
+    model = replace(config.model, weight_dtype=begun)
+    return replace(config, model=model, warnings=(*config.warnings, line))
 
 
 def refuse_impossible(config: Config) -> None:

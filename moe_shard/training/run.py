@@ -43,6 +43,7 @@ from moe_shard.training.goodput import WallTime
 from moe_shard.training.loop import Outcome, Trainer
 from moe_shard.training.profile import show_times
 from moe_shard.training.run_folder import open_run
+from moe_shard.training.state_memory import state_lines
 from moe_shard.training.wandb_log import require_wandb
 
 Records = Mapping[str, Mapping[str, AttentionRecord | MoERecord]]
@@ -131,6 +132,7 @@ def run(config: Config, team: Team | None = None) -> Outcome:
                 for layers, record in each.items()
                 for line in record.lines(layers)
             ]
+            lines += state_lines(config, program)
             lines += loss_lines(config, sharding) + option_lines(step)
             lines += bound_lines(config, sharding, report)
             if found := estimate_step(config, hardware, report):

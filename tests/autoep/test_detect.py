@@ -173,8 +173,9 @@ def test_the_dtype_that_holds_all_weights(
         name: dtype for part, dtype in dtypes.items() for name in model["saved"] if part in name
     }
     directory = write_model(tmp_path / "model", model["config"], model["saved"], dtypes=each)
-    settings = detect(directory).settings
-    assert settings["weight_dtype"] == settings["dtype"] == expected
+    found = detect(directory)
+    assert found.dtype == found.settings["dtype"] == expected
+    assert found.settings["weight_dtype"] == "float32"
 
 
 def test_buffers_of_old_are_carried(tmp_path: Path) -> None:

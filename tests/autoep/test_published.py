@@ -104,7 +104,7 @@ def test_every_tensor_has_its_place(name: str, published: Any) -> None:
     if name in PARAMETERS:
         assert elements == PARAMETERS[name]
     assert f"{elements:,}" in detected.lines[-1]
-    assert detected.settings["weight_dtype"] == detected.settings["dtype"] == "bfloat16"
+    assert detected.dtype == detected.settings["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("name", SAME)

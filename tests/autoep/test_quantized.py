@@ -99,7 +99,7 @@ def test_the_exponent_that_stands_for_no_number(tmp_path: Path) -> None:
 
 
 def specs_of(directory: Path, *overrides: str) -> tuple[Any, Params]:
-    config = load_model(str(directory), ["num_simulated_devices=8", *overrides])
+    config = load_model(str(directory), ["num_simulated_devices=8", *overrides]).as_stored()
     sharding = Sharding(
         mesh_from_config(config.mesh), RuleTable(config.mesh.logical_axis_rules), "record"
     )
@@ -168,7 +168,7 @@ def test_the_report_says_how_weights_are_stored(tmp_path: Path) -> None:
     make_quantized(tmp_path / "b", QWEN)
     found = detect(tmp_path / "a")
     assert found.lines[-1].endswith("bfloat16; 4 of them stored as mxfp4, a scale for each 1 x 32")
-    assert found.settings["weight_dtype"] == "bfloat16"
+    assert found.dtype == found.settings["dtype"] == "bfloat16"
     assert "56 of them stored as fp8, a scale for each 16 x 16" in detect(tmp_path / "b").lines[-1]
 
 
