@@ -7,6 +7,7 @@ from typing import Any
 
 from moe_shard.config.keys import shown
 from moe_shard.config.maxtext import RENAMED, no_meaning, refused
+from moe_shard.config.maxtext_data import DATA_KEYS
 from moe_shard.config.maxtext_keys import UNSET, MaxTextKeys
 from moe_shard.config.overlays import Overlay, unknown_key
 from moe_shard.errors import UserError
@@ -76,6 +77,12 @@ def _in_our_words(source: str, name: str, value: Any, keys: MaxTextKeys) -> tupl
         return "profile", value == "xplane"
     if name == "enable_dropout" or value in (*UNSET, keys.defaults[name]):
         return "", None
+    if name in DATA_KEYS:
+        raise UserError(
+            f"{source}: {name}={shown(value)} asks for a dataset of MaxText's pipelines, and this "
+            "model is none of its files\nfix: dataset_path=FILES or folders of text, JSON Lines, "
+            "Parquet or ArrayRecord"
+        )
     raise UserError(
         f"{source}: {name}={shown(value)} means something in MaxText's files, and this model is "
         f"none of them\nfix: {keys.translated[name]}, as configs/base.yml has it"

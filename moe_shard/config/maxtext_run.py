@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_shard.config.keys import shown
+from moe_shard.config.maxtext_data import DATA_KEYS, data_values
 from moe_shard.config.maxtext_keys import UNSET, MaxTextKeys
 from moe_shard.config.maxtext_model import Translation
 from moe_shard.errors import UserError
@@ -15,7 +16,7 @@ KEYS = frozenset(
         *("base_config", "model_name", "steps", "opt_type", "weight_dtype", "mu_dtype"),
         *("attention", "moe_x_sorted", "muon_consistent_rms", "remat_policy", "profiler"),
         *("init_weights_seed", "data_shuffle_seed"),
-        *("dataset_type", "dataset_path", "tokenizer_path"),
+        *DATA_KEYS,
         *("cosine_learning_rate_final_fraction", "num_vocab_tiling"),
     )
 )
@@ -82,7 +83,7 @@ def run_values(
             )
         values["profile"] = True
     _seeds(values, explicit, given)
-    _data(values, translation, explicit, given, arguments)
+    data_values(values, translation, explicit, given, arguments)
 
 
 def _seeds(values: dict[str, Any], explicit: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -94,36 +95,6 @@ def _seeds(values: dict[str, Any], explicit: Mapping[str, Any], given: Mapping[s
             f"fix: the same for both, for example data_shuffle_seed={first}"
         )
     values["seed"] = first if "init_weights_seed" in explicit else data
-
-
-def _data(
-    values: dict[str, Any],
-    translation: Translation,
-    explicit: Mapping[str, Any],
-    given: Mapping[str, Any],
-    arguments: Mapping[str, Any],
-) -> None:
-    kind, path = given["dataset_type"], given["dataset_path"]
-    here = arguments.get("dataset_path")
-    if here not in UNSET and arguments.get("dataset_type", "text") == "text":
-        kind = "text"  # the command line names text to read
-    if kind not in {"text", "synthetic"}:
-        raise UserError(
-            f"dataset_type={shown(kind)} is a pipeline of MaxText's, which is not built here\n"
-            "fix: dataset_path=FILES (text, jsonl, parquet or folders), or dataset_type=synthetic"
-        )
-    values["dataset_type"] = kind
-    values.pop("dataset_path", None)
-    values.pop("tokenizer_path", None)
-    if kind == "text":
-        values["dataset_path"] = path
-        values["tokenizer_path"] = given["tokenizer_path"] or ""
-        return
-    translation.words.append(
-        "dataset_type=synthetic: one batch of random tokens, the same in every step"
-    )
-    if "tokenizer_path" in explicit or "dataset_path" in explicit:
-        translation.words.append("nothing is read from tokenizer_path or dataset_path")
 
 
 def check_data(explicit: Mapping[str, Any], kind: str, keys: MaxTextKeys, source: str) -> None:

@@ -37,6 +37,8 @@ _NULL_MEANS: Mapping[str, Any] = {
     "run_name": "",
     "base_output_directory": "",
 }
+_ONE_OR_MORE = ("dataset_path", "eval_dataset_path", "train_data_columns", "eval_data_columns")
+"""Keys whose list may be written as its only item."""
 _LISTS_OF: Mapping[str, type] = {
     "dense_layers": int,
     "rope_short_factors": float,
@@ -99,7 +101,7 @@ def parse_overrides(overrides: Sequence[str], base: Mapping[str, Any]) -> dict[s
             quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
             values[name] = text[1:-1] if quoted else text
             continue
-        if name == "dataset_path" and not text.startswith("["):
+        if name in _ONE_OR_MORE and not text.startswith("["):
             values[name] = text
             continue
         try:
@@ -156,8 +158,8 @@ def coerced(source: str, key: str, value: Any, default: Any) -> Any:
         UserError: a value of another type.
     """
     kind = type(default)
-    is_path = kind is list and isinstance(value, str) and key == "dataset_path"
-    if kind not in TYPES_IN_WORDS or is_path:
+    is_item = kind is list and isinstance(value, str) and key in _ONE_OR_MORE
+    if kind not in TYPES_IN_WORDS or is_item:
         return value
     try:
         if isinstance(value, bool) != (kind is bool) or (kind is list) != isinstance(value, list):
@@ -201,7 +203,7 @@ def _prepared(key: str, value: Any, default: Any) -> Any:
         raise ValueError(key)
     if isinstance(default, str) and not isinstance(value, str):
         raise TypeError(key)
-    if key == "dataset_path" and isinstance(value, str):
+    if key in _ONE_OR_MORE and isinstance(value, str):
         return [value] if value else []
     if isinstance(default, list) and not isinstance(value, list):
         raise TypeError(key)

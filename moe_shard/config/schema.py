@@ -23,6 +23,7 @@ Optimizer = Literal["adamw", "sgd", "adafactor", "muon"]
 MomentDType = Literal["", "bfloat16", "float16", "float32"]
 LearningRateRule = Literal["plain", "maxtext"]
 DatasetType = Literal["text", "synthetic"]
+CorruptRecords = Literal["stop", "skip"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -238,20 +239,33 @@ class DataConfig:
     Attributes:
         dataset_type: a `DatasetType`; "synthetic" is one batch of random tokens, the same in every
             step, for benchmarks.
-        dataset_path: files or directories of text; empty: the source text of Python's standard
-            library.
+        dataset_path: files, directories or globs of text, JSON Lines, Parquet and the like; empty:
+            the source text of Python's standard library.
+        train_data_columns: the one field of a record that holds its text.
+        train_split: split that is read of a directory whose files are named by split.
+        dataset_encoding: codec of text that is not UTF-8 and has no byte-order mark; empty: it is
+            read as bytes, or each byte that is none of UTF-8's as U+FFFD.
+        corrupt_records: a `CorruptRecords`; "stop" ends the command, "skip" counts and names them.
         tokenizer_path: a Hugging Face model directory or a tokenizer.json; empty: each byte is a
             token.
         eval_dataset_path: text to evaluate on, each a dataset of its own; NAME=PATH names it.
         eval_holdout_fraction: fraction of the documents of `dataset_path` that are evaluated on and
             not trained on.
+        eval_data_columns: as `train_data_columns`, of `eval_dataset_path`.
+        eval_split: as `train_split`, of `eval_dataset_path`.
         seed: see `TrainConfig`.
     """
 
     dataset_type: Annotated[DatasetType, Key(choices=get_args(DatasetType))] = "text"
     dataset_path: Annotated[tuple[str, ...], Key()] = ()
+    train_data_columns: Annotated[tuple[str, ...], Key()] = ("text",)
+    train_split: Annotated[str, Key()] = "train"
+    dataset_encoding: Annotated[str, Key()] = ""
+    corrupt_records: Annotated[CorruptRecords, Key(choices=get_args(CorruptRecords))] = "stop"
     tokenizer_path: Annotated[str, Key()] = ""
     eval_dataset_path: Annotated[tuple[str, ...], Key()] = ()
+    eval_data_columns: Annotated[tuple[str, ...], Key()] = ("text",)
+    eval_split: Annotated[str, Key()] = "validation"
     eval_holdout_fraction: Annotated[float, Key(least=0, below=1)] = 0.0
     seed: Annotated[int, Key(least=0, below=2**32)] = 0
 
@@ -262,6 +276,25 @@ class DataConfig:
                 f"dataset_path={shown(self.dataset_path)} with dataset_type=synthetic, which reads "
                 "no text\nfix: dataset_type=text, or no dataset_path"
             )
+        for key, columns in (
+            ("train_data_columns", self.train_data_columns),
+            ("eval_data_columns", self.eval_data_columns),
+        ):
+            if len(columns) != 1 or not columns[0]:
+                raise UserError(
+                    f"{key}={shown(columns)} is not one field, and a document is one text here\n"
+                    f"fix: {key}=[text], or the name of another field"
+                )
+        if self.dataset_encoding:
+            try:
+                b"a".decode(self.dataset_encoding)
+            except UnicodeError:
+                pass  # a codec of text that needs more bytes
+            except (LookupError, ValueError):
+                raise UserError(
+                    f"dataset_encoding={shown(self.dataset_encoding)} is no codec of text\n"
+                    "fix: dataset_encoding=latin-1, cp1252 or shift_jis, for example"
+                ) from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

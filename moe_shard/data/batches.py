@@ -9,7 +9,6 @@ of its number.
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from jaxtyping import Int32, Int64
 
 from moe_shard.config.schema import DataConfig
 from moe_shard.data.corpus import ByteCorpus, Corpus, Say, TokenCorpus
+from moe_shard.data.spans import Documents, scattered
 from moe_shard.data.split import split_documents
 from moe_shard.data.synthetic import HostBatch, SyntheticSteps
 from moe_shard.data.tokenizer import (
@@ -41,6 +41,15 @@ PackedSequence = dict[str, Int32[np.ndarray, "S"]]
 DeviceBatch = dict[str, Int32[jax.Array, "A R S"]]
 
 
+def _shuffled(documents: Documents, seed: int) -> Int64[np.ndarray, "documents"]:
+    """Order the documents by the seed, in a way that no library's version changes."""
+    if not documents.whole:
+        return scattered(len(documents), seed)
+    # Grain's shuffle and not NumPy's, whose random streams may change with its version.
+    shuffled = grain.MapDataset.range(len(documents)).shuffle(seed)
+    return np.array([shuffled[i] for i in range(len(shuffled))], np.int64)
+
+
 class PackedText:
     """Cut documents, as one token stream, into sequences: a random-access source for Grain.
 
@@ -50,7 +59,6 @@ class PackedText:
     may read.
 
     Attributes:
-        paths: the documents, shuffled by seed.
         starts: stream position of each document's first mark, then the length of the stream.
         seq_len: S, tokens in a sequence.
         bytes_per_token: bytes of text per token, marks counted as tokens.
@@ -68,7 +76,7 @@ class PackedText:
         """Index the documents by their lengths.
 
         Args:
-            documents: files, from `find_documents`.
+            documents: `Documents`, or files that are one each.
             seq_len: S, tokens in a sequence.
             seed: seed of the documents' order, in [0, 2**32).
             tokenizer: tokenizer of the text; None for bytes.
@@ -78,10 +86,9 @@ class PackedText:
             UserError: there is less than one sequence of text, or more sequences than can be
                 shuffled.
         """
-        # Grain's shuffle and not NumPy's, whose random streams may change with its version.
-        shuffled = grain.MapDataset.range(len(documents)).shuffle(seed)
-        self._order = tuple(int(shuffled[i]) for i in range(len(shuffled)))
-        self.paths: tuple[str, ...] = tuple(os.fspath(documents[i]) for i in self._order)
+        documents = Documents.of_files(documents)
+        self._documents = documents
+        self._order = _shuffled(documents, seed)
         self._corpus: Corpus
         if tokenizer is None:
             tokenizer, self._corpus = ByteTokenizer(), ByteCorpus(documents)
@@ -90,7 +97,7 @@ class PackedText:
         self._before = np.array(tokenizer.before, np.int32)
         self._after = np.array(tokenizer.after, np.int32)
         self._digest = tokenizer.digest
-        lengths = self._corpus.lengths[list(self._order)]
+        lengths = self._corpus.lengths[self._order]
         self.starts: Int64[np.ndarray, "documents+1"] = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(lengths + len(self._before) + len(self._after), out=self.starts[1:])
         self.seq_len = seq_len
@@ -98,7 +105,7 @@ class PackedText:
         self.bytes_per_token = self._corpus.num_bytes / max(tokens, 1)
         if tokens < seq_len + 1:
             raise UserError(
-                f"dataset_path holds {tokens} tokens in {len(self.paths)} files; one sequence "
+                f"dataset_path holds {tokens} tokens in {len(documents)} documents; one sequence "
                 f"takes max_target_length + 1 = {seq_len + 1}\n"
                 f"fix: more text, or max_target_length={max(1, tokens - 1)} or less"
             )
@@ -107,6 +114,12 @@ class PackedText:
                 f"max_target_length={seq_len} cuts dataset_path into {len(self)} sequences; "
                 f"at most 2**32 - 1 can be shuffled\nfix: max_target_length={tokens >> 31} or more"
             )
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Return the file of each document, in the shuffled order."""
+        origins = self._documents.origins
+        return tuple(origins[number] for number in self._documents.file[self._order])
 
     def __len__(self) -> int:
         return (int(self.starts[-1]) - 1) // self.seq_len
@@ -158,9 +171,20 @@ class PackedText:
         ]
         first, last = max(offset, text_start), min(end, text_end)
         if first < last:
-            text = self._corpus.read(self._order[document], first - text_start, last - first)
+            text = self._corpus.read(int(self._order[document]), first - text_start, last - first)
             parts.insert(1, text)
         return parts
+
+    def summary(self, sequences: int) -> str:
+        """Say how much text there is.
+
+        Args:
+            sequences: sequences of an update.
+        """
+        return (
+            f"text: {int(self.starts[-1]):,} tokens in {len(self):,} sequences of {self.seq_len}, "
+            f"which {max(1, round(len(self) / sequences)):,} updates read once"
+        )
 
     def fingerprint(self) -> Int32[np.ndarray, "4"]:
         """Hash the tokenizer and the lengths in order; equal hashes mean equal sequences."""
@@ -286,14 +310,18 @@ def batches(
         return Batches(same, sharding, shape, bytes_per_token=0.0)
     tokenizer = find_tokenizer(config.tokenizer_path)
     require_vocabulary(tokenizer, vocab_size)
+    split = split_documents(config, say=say)
+    for line in (*split.lines, f"tokenizer: {tokenizer.name}"):
+        say(line)
     text = PackedText(
-        split_documents(config).training,
+        split.training,
         seq_len=seq_len,
         seed=config.seed,
         tokenizer=tokenizer if config.tokenizer_path else None,
         say=say,
     )
     require_same_text(text)
+    say(text.summary(microbatches * rows))
     stream = grain.MapDataset.source(text).shuffle(config.seed).repeat()
 
     def read(step: int) -> HostBatch:

@@ -10,22 +10,24 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from jaxtyping import Int32, Int64
 
 from moe_shard.data.documents import unreadable
+from moe_shard.data.spans import Documents
 from moe_shard.data.tokenizer import Tokenizer
 from moe_shard.errors import UserError
 from moe_shard.files import cache_folder, new_folder
 
 PIECE_BYTES = 4 * 2**20
 """Size of the pieces, ending at a line's end, in which longer documents are tokenized."""
-_VERSION = b"1"
+_VERSION = b"2"
 _TOKEN = np.dtype("<u4")
 
 Say = Callable[[str], object]
@@ -50,9 +52,9 @@ class ByteCorpus:
     """Use the bytes of documents as tokens, read on demand."""
 
     def __init__(self, documents: Sequence[Path]) -> None:
-        self.paths = tuple(map(os.fspath, documents))
-        self.lengths = np.array([os.stat(path).st_size for path in self.paths], np.int64)
-        self.num_bytes = int(self.lengths.sum())
+        self._documents = Documents.of_files(documents)
+        self.lengths = self._documents.length
+        self.num_bytes = self._documents.num_bytes
 
     def read(self, document: int, offset: int, size: int) -> Int32[np.ndarray, "size"]:
         """Return tokens of a document; see `Corpus`.
@@ -60,8 +62,10 @@ class ByteCorpus:
         Raises:
             UserError: a file was removed or has another size than before.
         """
-        path, length = self.paths[document], int(self.lengths[document])
-        text = _read(path, offset, size, length)
+        of = self._documents
+        number = int(of.file[document])
+        path, length = of.files[number], int(of.sizes[number])
+        text = _read(path, int(of.start[document]) + offset, size, length)
         if text is None:
             raise UserError(
                 f"dataset_path: {path} was {length} bytes long at the start of the run and has "
@@ -85,6 +89,7 @@ class TokenCorpus:
     def __init__(
         self, documents: Sequence[Path], tokenizer: Tokenizer, *, say: Say = lambda _: None
     ) -> None:
+        documents = Documents.of_files(documents)
         folder = corpus_cache() / _key(documents, tokenizer)
         self._file = os.fspath(folder / "tokens")
         found = _lengths(folder)
@@ -94,7 +99,7 @@ class TokenCorpus:
         if found is None:
             raise UserError(f"{folder} is incomplete\nfix: remove it; the next run makes it again")
         self.lengths = found
-        self.num_bytes = sum(path.stat().st_size for path in documents)
+        self.num_bytes = documents.num_bytes
         self._starts = np.cumsum(found) - found
         self._file_size = int(found.sum()) * _TOKEN.itemsize
 
@@ -131,13 +136,13 @@ def _read(path: str, offset: int, size: int, whole: int) -> bytes | None:
     return None if changed or len(content) != size else content
 
 
-def _key(documents: Sequence[Path], tokenizer: Tokenizer) -> str:
-    """Derive a name from the tokenizer and each document's path, size and modification time."""
+def _key(documents: Documents, tokenizer: Tokenizer) -> str:
+    """Derive a name from the tokenizer, the content of each file and where the documents are."""
     key = hashlib.blake2b(_VERSION + tokenizer.digest, digest_size=16)
-    for path in documents:
-        info = path.stat()
-        facts = os.fsencode(path.resolve()), info.st_size, info.st_mtime_ns
-        key.update(repr(facts).encode())
+    for file in documents.keys:
+        key.update(file.encode())
+    for places in (documents.file, documents.start, documents.length):
+        key.update(places.tobytes())
     return key.hexdigest()
 
 
@@ -151,7 +156,7 @@ def _lengths(folder: Path) -> Int64[np.ndarray, "documents"] | None:
     return lengths if whole else None
 
 
-def _tokenize(documents: Sequence[Path], tokenizer: Tokenizer, folder: Path, say: Say) -> None:
+def _tokenize(documents: Documents, tokenizer: Tokenizer, folder: Path, say: Say) -> None:
     started = time.perf_counter()
     lengths = np.zeros(len(documents), np.int64)
     num_bytes = 0
@@ -181,29 +186,59 @@ def _tokenize(documents: Sequence[Path], tokenizer: Tokenizer, folder: Path, say
     )
 
 
-def _batches(documents: Sequence[Path]) -> Iterator[list[tuple[int, bytes]]]:
+def _batches(documents: Documents) -> Iterator[list[tuple[int, bytes]]]:
     """Yield documents, or pieces of them, with their numbers: batches that keep all cores busy."""
     batch: list[tuple[int, bytes]] = []
     size = 0
-    for document, path in enumerate(documents):
-        for piece in _pieces(path):
-            batch.append((document, piece))
-            size += len(piece)
-            if size >= PIECE_BYTES:
-                yield batch
-                batch, size = [], 0
+    for document, piece in _all_pieces(documents):
+        batch.append((document, piece))
+        size += len(piece)
+        if size >= PIECE_BYTES:
+            yield batch
+            batch, size = [], 0
     if batch:
         yield batch
 
 
-def _pieces(path: Path) -> Iterator[bytes]:
+def _all_pieces(documents: Documents) -> Iterator[tuple[int, bytes]]:
+    """Yield every document's pieces; neighbours in one file are read with the file open."""
+    opened: BinaryIO | None = None
+    number = -1
+    try:
+        for document in range(len(documents)):
+            start, length = int(documents.start[document]), int(documents.length[document])
+            if documents.file[document] != number or opened is None:
+                number = int(documents.file[document])
+                if opened:
+                    opened.close()
+                opened = _open(documents.files[number])
+            if length > PIECE_BYTES:
+                pieces = _pieces(Path(documents.files[number]), start, start + length)
+                yield from ((document, piece) for piece in pieces)
+            else:
+                opened.seek(start)
+                yield document, opened.read(length)
+    finally:
+        if opened:
+            opened.close()
+
+
+def _open(path: str) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def _pieces(path: Path, start: int = 0, end: int = sys.maxsize) -> Iterator[bytes]:
     try:
         with path.open("rb") as file:
-            while piece := file.read(PIECE_BYTES):
+            file.seek(start)
+            while piece := file.read(min(PIECE_BYTES, end - file.tell())):
                 # Read to the end of the line; cut an endless line between two characters.
-                piece += file.readline(PIECE_BYTES)
+                piece += file.readline(min(PIECE_BYTES, end - file.tell()))
                 for _ in range(3):
-                    if not _continues(file.peek(1)[:1]):
+                    if file.tell() >= end or not _continues(file.peek(1)[:1]):
                         break
                     piece += file.read(1)
                 yield piece

@@ -1,4 +1,4 @@
-"""Find the text files that `dataset_path` names, each once, in the same order on every machine."""
+"""Find the files that `dataset_path` names, each once, in the same order on every machine."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import os
 import stat
 import sysconfig
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from moe_shard.data.formats import PROBE_BYTES, FileFormat, find_format
+from moe_shard.data.left_out import left_out
 from moe_shard.errors import UserError
 
-PROBE_BYTES = 4096
 _OF_THE_SYSTEM = frozenset({"/", "/dev", "/proc", "/sys"})
 """Folders that take hours to read, or have no end."""
 NOT_LIBRARY_TEXT = frozenset(
@@ -19,30 +21,73 @@ NOT_LIBRARY_TEXT = frozenset(
 )
 
 
+@dataclass(frozen=True)
+class FoundFile:
+    """Describe a file that documents are read from.
+
+    Attributes:
+        path: its path.
+        form: what it is.
+        named: whether `dataset_path` names it by itself, not a folder or glob.
+    """
+
+    path: Path
+    form: FileFormat
+    named: bool
+
+
+@dataclass(frozen=True)
+class FoundFiles:
+    """Hold what `dataset_path` names.
+
+    Attributes:
+        files: files to read, each once.
+        passed_over: other files of its folders and globs, with the reason.
+    """
+
+    files: tuple[FoundFile, ...]
+    passed_over: tuple[tuple[Path, str], ...] = ()
+
+
 def find_documents(paths: Sequence[str]) -> tuple[Path, ...]:
-    """List the text files that `dataset_path` names, each file once.
+    """List the files that `find_files` finds, by path."""
+    return tuple(found.path for found in find_files(paths).files)
+
+
+def find_files(paths: Sequence[str], *, split: str = "train") -> FoundFiles:
+    """List the files of text that `dataset_path` names, each file once.
 
     The order is that of `paths`, then of the names below each: the same on every machine that
     has the same files, whatever their folder.
 
     Args:
         paths: files; folders, searched recursively; globs, in which `**` spans folders. Inside
-            folders and globs, hidden, empty and binary files are skipped. If empty, the source
-            text of the running interpreter's standard library, without its tests.
+            folders and globs, hidden and empty files are skipped, and those without text. If
+            empty, the source text of the running interpreter's standard library, without its
+            tests.
+        split: split of a folder whose files are named by split.
 
     Raises:
         UserError: a path matches no text; a file named by itself is empty, binary or not a file; a
             file or folder cannot be read.
     """
     if not paths:
-        return _standard_library()
-    found: dict[tuple[int, int], Path] = {}
+        found = (FoundFile(path, FileFormat("text"), named=True) for path in _standard_library())
+        return FoundFiles(tuple(found))
+    files: dict[tuple[int, int], FoundFile] = {}
+    passed: dict[Path, str] = {}
     for pattern in paths:
+        kept, others = _files_of(pattern, split)
+        passed |= others
         # Overlapping patterns and links may name a file twice; it counts once.
-        for path in _text_files(pattern):
-            info = path.stat()
-            found.setdefault((info.st_dev, info.st_ino), path)
-    return tuple(found.values())
+        for each in kept:
+            info = each.path.stat()
+            files.setdefault((info.st_dev, info.st_ino), each)
+    chosen = {each.path for each in files.values()}
+    return FoundFiles(
+        tuple(files.values()),
+        tuple((path, reason) for path, reason in passed.items() if path not in chosen),
+    )
 
 
 def _standard_library() -> tuple[Path, ...]:
@@ -57,13 +102,23 @@ def _standard_library() -> tuple[Path, ...]:
     return documents
 
 
-def _text_files(pattern: str) -> list[Path]:
+def _files_of(pattern: str, split: str) -> tuple[list[FoundFile], dict[Path, str]]:
+    """Return the files of one item of `dataset_path`, and what is passed over, with reasons."""
+    if "://" in pattern:
+        raise UserError(
+            f"dataset_path: {pattern} is an address, and files are read here by path\n"
+            "fix: a folder, where a bucket may be mounted (gcsfuse, s3fs), or a downloaded copy"
+        )
     path = Path(os.path.expanduser(pattern))
     named = pattern != "" and os.path.lexists(path)
     if named and not os.path.isdir(path):
-        if problem := _not_text(path):
-            raise UserError(f"dataset_path: {path} {problem}\nfix: name a file of UTF-8 text")
-        return [path]
+        form = _look(path)
+        if isinstance(form, str):
+            raise UserError(
+                f"dataset_path: {path} {form}\n"
+                "fix: name a file of UTF-8 text, JSON Lines or Parquet, compressed or not"
+            )
+        return [FoundFile(path, form, named=True)], {}
     if named and os.path.realpath(path) in _OF_THE_SYSTEM:
         raise UserError(
             f"dataset_path: {pattern} is the system's, not a folder of text\n"
@@ -76,17 +131,31 @@ def _text_files(pattern: str) -> list[Path]:
             f"dataset_path: {pattern!r} matches nothing{where}\n"
             "fix: an existing file, folder or glob ('**' spans folders; hidden files do not match)"
         )
-    documents = [file for file in files if _not_text(file) is None]
-    if not documents:
+    looked = {file: _look(file) for file in files}
+    passed = {file: form for file, form in looked.items() if isinstance(form, str)}
+    forms = {file: form for file, form in looked.items() if not isinstance(form, str)}
+    if named:
+        passed |= left_out(forms, path, split)
+    kept = [
+        FoundFile(file, form, named=False) for file, form in forms.items() if file not in passed
+    ]
+    if not kept:
+        reasons = sorted(set(passed.values()))
+        why = "all empty or binary" if not forms and all(map(_is_hollow, reasons)) else ""
+        why = why or "; ".join(f"{file.name} {reason}" for file, reason in list(passed.items())[:3])
         raise UserError(
-            f"dataset_path: {pattern!r} holds no text: {len(files)} files, all empty or binary\n"
-            "fix: a folder or glob with at least one file of UTF-8 text that is not hidden"
+            f"dataset_path: {pattern!r} holds no text: {len(files)} files, {why}\n"
+            "fix: a folder or glob with at least one file of text or records that is not hidden"
         )
-    return documents
+    return kept, passed
 
 
-def _not_text(path: Path) -> str | None:
-    """Explain why a file is not text; return None if it is."""
+def _is_hollow(reason: str) -> bool:
+    return reason.startswith(("is empty", "is binary"))
+
+
+def _look(path: Path) -> FileFormat | str:
+    """Return what a file is, or why it is not text."""
     try:
         info = path.stat()
         if not stat.S_ISREG(info.st_mode):  # opening a pipe would wait for its writer
@@ -94,12 +163,12 @@ def _not_text(path: Path) -> str | None:
         if info.st_size == 0:
             return "is empty"
         with path.open("rb", buffering=0) as file:
-            binary = b"\0" in file.read(PROBE_BYTES)
+            head = file.read(PROBE_BYTES)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP):
             return "is a link to nothing"
         raise unreadable(path, error) from error
-    return f"is binary: a zero byte in its first {PROBE_BYTES}" if binary else None
+    return find_format(path, head)
 
 
 def unreadable(path: str | Path, error: OSError) -> UserError:

@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding
 from moe_shard.config.schema import DataConfig
 from moe_shard.data.batches import Batches, PackedText, held_rows, require_same_text
 from moe_shard.data.corpus import Say
-from moe_shard.data.documents import find_documents
+from moe_shard.data.found_text import find_text
+from moe_shard.data.spans import Documents
 from moe_shard.data.split import split_documents
 from moe_shard.data.synthetic import HostBatch
 from moe_shard.data.tokenizer import find_tokenizer, require_vocabulary
@@ -112,14 +113,23 @@ def held_out_texts(
     """
     tokenizer = find_tokenizer(config.tokenizer_path)
     require_vocabulary(tokenizer, vocab_size)
-    named: dict[str, tuple[Path, ...]] = {}
+    named: dict[str, Documents] = {}
     for entry in config.eval_dataset_path:
         name, path = _named(entry)
         if name in named:
             raise UserError(
                 f"eval_dataset_path names two datasets {name}\nfix: NAME=PATH for each of them"
             )
-        named[name] = find_documents((path,))
+        named[name], lines = find_text(
+            config,
+            (path,),
+            key="eval_dataset_path",
+            columns=config.eval_data_columns,
+            split=config.eval_split,
+            say=say,
+        )
+        for line in lines:
+            say(f"evaluation on {name}: {line}")
     if config.eval_holdout_fraction:
         named[HELD_OUT] = split_documents(config).held_out
     found = []

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from moe_shard.config.schema import DataConfig
-from moe_shard.data.documents import find_documents
+from moe_shard.data.corpus import Say
+from moe_shard.data.found_text import find_text
+from moe_shard.data.spans import Documents
 from moe_shard.errors import UserError
 
 
@@ -16,33 +19,34 @@ class SplitDocuments(NamedTuple):
     Attributes:
         training: documents to train on.
         held_out: documents to evaluate on.
+        lines: what was read and what was not, for people.
     """
 
-    training: tuple[Path, ...]
-    held_out: tuple[Path, ...]
+    training: Documents
+    held_out: Documents
+    lines: tuple[str, ...] = ()
 
 
-def split_documents(config: DataConfig) -> SplitDocuments:
+def split_documents(config: DataConfig, *, say: Say = lambda _: None) -> SplitDocuments:
     """Hold out evenly spaced documents, the same whatever the seed.
 
     Args:
         config: paths of the text and `eval_holdout_fraction`; with 0, all are trained on.
+        say: see `find_text`.
 
     Raises:
-        UserError: see `find_documents`; or one of the two parts would be empty.
+        UserError: see `find_text`; or one of the two parts would be empty.
     """
-    documents = find_documents(config.dataset_path)
+    documents, lines = find_text(config, config.dataset_path, say=say)
     fraction = config.eval_holdout_fraction
-    if not fraction:
-        return SplitDocuments(documents, ())
     # Document i is held out where i * fraction passes a whole number: every 20th for 0.05.
-    out = [int((i + 1) * fraction + 1e-9) > int(i * fraction + 1e-9) for i in range(len(documents))]
-    training = tuple(path for path, held in zip(documents, out, strict=True) if not held)
-    held_out = tuple(path for path, held in zip(documents, out, strict=True) if held)
-    if not training or not held_out:
+    passed = np.floor(np.arange(len(documents) + 1) * fraction + 1e-9)
+    out = passed[1:] > passed[:-1]
+    training, held_out = documents.select(~out), documents.select(out)
+    if fraction and (not len(training) or not len(held_out)):
         raise UserError(
             f"eval_holdout_fraction={fraction:g} holds out {len(held_out)} of {len(documents)} "
             "documents of dataset_path: one part is empty\n"
-            "fix: another fraction, more files, or eval_dataset_path=FILES"
+            "fix: another fraction, more documents, or eval_dataset_path=FILES"
         )
-    return SplitDocuments(training, held_out)
+    return SplitDocuments(training, held_out, lines)

@@ -42,13 +42,15 @@ _KEYS: dict[Kind, str] = {
         router_z_loss_weight routed_bias_update_rate log_period enable_checkpointing
         checkpoint_period checkpoint_period_minutes checkpoint_keep_period
         eval_start_step eval_steps eval_patience eval_interval eval_dataset_path target_eval_loss
+        eval_data_columns eval_split
         max_consecutive_bad_steps skip_step_on_spikes skip_step_interval skip_step_scaling_factor
         max_num_checkpoints_to_keep async_checkpointing
         save_checkpoint_on_completion verify_checkpoints enable_tensorboard resume_strict
         enable_wandb wandb_project_name wandb_run_name
         """,
     Kind.RUN: """
-        seed dataset_type dataset_path tokenizer_path eval_holdout_fraction
+        seed dataset_type dataset_path tokenizer_path eval_holdout_fraction train_data_columns
+        train_split dataset_encoding corrupt_records
         per_device_batch_size max_target_length gradient_accumulation_steps dtype
         mlp_activations mlp_activations_limit mlp_linear_offset
         normalization_layer_epsilon embedding_multiplier residual_multiplier logits_scaling
