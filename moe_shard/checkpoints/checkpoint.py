@@ -201,7 +201,7 @@ class Checkpointer:
             self.settle()
 
     def save_locally(self, state: TrainState, *, updates: int) -> None:
-        """Save to each machine's own disk; nothing does without `enable_emergency_checkpoint`."""
+        """Save to each machine's own disk; nothing does where there are no such checkpoints."""
 
     def poll(self) -> None:
         """Say it if the save in the background has failed; cheap, for every step."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from moe_shard.checkpoints.checkpoint import Checkpointer
+from moe_shard.checkpoints.emergency import EmergencyCheckpoints
 from moe_shard.checkpoints.local import LocalCheckpoints
+from moe_shard.checkpoints.replicated import ReplicatedCheckpoints
 from moe_shard.config.schema import Config
 from moe_shard.data.corpus import Say
 from moe_shard.files import expanded
@@ -15,7 +17,7 @@ from moe_shard.program.step import TrainState
 def open_checkpoints(
     folder: Path, config: Config, state: TrainState, *, say: Say = lambda _: None
 ) -> Checkpointer:
-    """Open the checkpoints of a run, and those of this machine with `enable_emergency_checkpoint`.
+    """Open the checkpoints of a run, and those of this machine where the configuration has any.
 
     Args:
         folder: the run's `checkpoints/`.
@@ -24,9 +26,9 @@ def open_checkpoints(
         say: see `Checkpointer`.
 
     Raises:
-        UserError: see `Checkpointer` and `LocalCheckpoints`.
+        UserError: see `Checkpointer`, `EmergencyCheckpoints` and `ReplicatedCheckpoints`.
     """
-    if not config.train.enable_emergency_checkpoint:
+    if not config.local.key:
         return Checkpointer(folder, config, say=say)
     return _Tiers(folder, config, state, say=say)
 
@@ -41,14 +43,7 @@ class _Tiers(Checkpointer):
     def __init__(self, folder: Path, config: Config, state: TrainState, *, say: Say) -> None:
         super().__init__(folder, config, say=say)
         name = self.lasting_name()
-        root = expanded(config.train.local_checkpoint_directory).resolve()
-        self._local = LocalCheckpoints(
-            root / f"{config.run.run_name}-{name[:8]}",
-            name,
-            state,
-            verify=config.train.verify_checkpoints,
-            say=say,
-        )
+        self._local = _open_local(config, name, state, say)
         newest, here = super().first(), self._local.latest or 0
         self._from_local = here if here > newest else None
         self._local.begin(max(newest, here))
@@ -87,3 +82,15 @@ class _Tiers(Checkpointer):
     def close(self) -> None:
         self._local.close()
         super().close()
+
+
+def _open_local(config: Config, name: str, state: TrainState, say: Say) -> LocalCheckpoints:
+    folder = expanded(config.local.local_checkpoint_directory).resolve()
+    job = f"{config.run.run_name}-{name[:8]}"
+    verify = config.train.verify_checkpoints
+    if config.local.enable_emergency_checkpoint:
+        return EmergencyCheckpoints(folder / job, name, state, verify=verify, say=say)
+    seconds = config.run.jax_distributed_initialization_timeout
+    return ReplicatedCheckpoints(
+        folder, name, job, state, config.local, seconds=seconds, verify=verify, say=say
+    )

@@ -20,6 +20,7 @@ from moe_shard.config.eval_config import EvalConfig
 from moe_shard.config.foreign_keys import sift
 from moe_shard.config.generate_config import GenerateConfig
 from moe_shard.config.keys import leaf_keys, shown
+from moe_shard.config.local_config import LocalConfig
 from moe_shard.config.maxtext import is_maxtext, read_run, why_tokens_cannot_move
 from moe_shard.config.maxtext_keys import MaxTextKeys, read_maxtext_keys
 from moe_shard.config.model_config import DType, GatingConfig, ModelConfig
@@ -179,6 +180,7 @@ def _assemble(
         train=_build(TrainConfig, settings),
         data=_build(DataConfig, settings),
         evaluation=_build(EvalConfig, settings),
+        local=_build(LocalConfig, settings),
         generate=_build(GenerateConfig, settings),
         warnings=warnings,
         unbuilt=_unbuilt(overlays),

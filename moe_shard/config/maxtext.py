@@ -35,6 +35,7 @@ RENAMED = {
 _OURS_UNLESS_SET = (
     *("run_name", "base_output_directory", "log_period", "load_parameters_path"),
     *("jax_cache_dir", "jax_distributed_initialization_timeout"),
+    *(f"multi_tier_checkpointing_backup_interval_{unit}" for unit in ("minutes", "steps")),
 )
 _EMPTY_IS_OFF = ("jax_cache_dir",)
 """Keys for which an empty value is a choice, not "not set"."""

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 from moe_shard.config.eval_config import EvalConfig
 from moe_shard.config.generate_config import GenerateConfig
 from moe_shard.config.keys import Key, check_leaves, keyed_values, shown, to_plain
+from moe_shard.config.local_config import LocalConfig
 from moe_shard.config.mesh_config import MeshConfig
 from moe_shard.config.model_config import CrossEntropyName, DType, ModelConfig
 from moe_shard.config.strict_yaml import format_yaml
@@ -81,9 +82,6 @@ class TrainConfig:
             none.
         async_checkpointing: whether training continues while a checkpoint is written.
         save_checkpoint_on_completion: whether to save after the last update as well.
-        enable_emergency_checkpoint: whether to save to each machine's own disk as well, more often.
-        local_checkpoint_directory: folder on that disk, or RAM disk.
-        local_checkpoint_period: updates between two checkpoints there.
         verify_checkpoints: whether the checksums of a checkpoint's files are compared before a
             run continues from it; otherwise their names and sizes are.
         enable_tensorboard: whether to write `tensorboard/`.
@@ -141,9 +139,6 @@ class TrainConfig:
     checkpoint_keep_period: Annotated[int, Key(least=1, off=-1)] = -1
     async_checkpointing: Annotated[bool, Key()] = True
     save_checkpoint_on_completion: Annotated[bool, Key()] = True
-    enable_emergency_checkpoint: Annotated[bool, Key()] = False
-    local_checkpoint_directory: Annotated[str, Key()] = ""
-    local_checkpoint_period: Annotated[int, Key(least=0)] = 0
     verify_checkpoints: Annotated[bool, Key()] = True
     enable_tensorboard: Annotated[bool, Key()] = True
     enable_wandb: Annotated[bool, Key()] = False
@@ -161,39 +156,6 @@ class TrainConfig:
                 f"checkpoint_keep_period={self.checkpoint_keep_period} keeps what is kept anyway: "
                 "max_num_checkpoints_to_keep=-1 keeps all\nfix: max_num_checkpoints_to_keep=3"
             )
-        self._check_local()
-
-    def _check_local(self) -> None:
-        """Refuse keys of local checkpoints that go together and do not.
-
-        Raises:
-            UserError: some are set without the others, or with what they cannot do.
-        """
-        directory, period = self.local_checkpoint_directory, self.local_checkpoint_period
-        if not self.enable_emergency_checkpoint:
-            if directory or period:
-                raise UserError(
-                    "local_checkpoint_directory and local_checkpoint_period do nothing by "
-                    "themselves\nfix: enable_emergency_checkpoint=true, or neither of them"
-                )
-            return
-        if not directory or "://" in directory or period == 0 or not self.enable_checkpointing:
-            raise UserError(
-                "enable_emergency_checkpoint=true needs a folder on each machine, how often, and "
-                "checkpoints beside it\nfix: local_checkpoint_directory=FOLDER "
-                "local_checkpoint_period=UPDATES enable_checkpointing=true"
-            )
-        for key in ("shard_optimizer_over_data", "optimizer_memory_host_offload"):
-            if getattr(self, key):
-                raise UserError(
-                    f"enable_emergency_checkpoint=true saves a state that each replica has whole "
-                    f"on its devices, which {key}=true does not leave it\n"
-                    f"fix: {key}=false, or checkpoint_period_minutes=MINUTES"
-                )
-
-    def saves_locally(self, updates: int) -> bool:
-        """Return whether a checkpoint on each machine's own disk is due after some updates."""
-        return self.enable_emergency_checkpoint and updates % self.local_checkpoint_period == 0
 
     @property
     def schedule_steps(self) -> int:
@@ -356,6 +318,7 @@ class Config:
         train: batch, schedule, optimizer.
         data: where the text comes from.
         evaluation: when the run is evaluated on held-out text.
+        local: checkpoints on each machine's own disk.
         generate: how text is generated.
         warnings: one line each, for standard error.
         unbuilt: key, value, and what it requests, for what the model needs and this version does
@@ -371,6 +334,7 @@ class Config:
     train: TrainConfig
     data: DataConfig
     evaluation: EvalConfig
+    local: LocalConfig
     generate: GenerateConfig
     warnings: tuple[str, ...] = ()
     unbuilt: tuple[tuple[str, Any, str], ...] = ()
@@ -384,6 +348,18 @@ class Config:
                 f"eval_interval={self.evaluation.eval_interval} without text to evaluate on\n"
                 "fix: eval_dataset_path=FILES, or eval_holdout_fraction=0.05 of dataset_path"
             )
+        if self.local.key and not self.train.enable_checkpointing:
+            raise UserError(
+                f"{self.local.key}=true saves beside the run's own checkpoints, and "
+                "enable_checkpointing=false saves none\nfix: enable_checkpointing=true"
+            )
+        for key in ("shard_optimizer_over_data", "optimizer_memory_host_offload"):
+            if self.local.enable_emergency_checkpoint and getattr(self.train, key):
+                raise UserError(
+                    f"enable_emergency_checkpoint=true saves a state that each replica has whole "
+                    f"on its devices, which {key}=true does not leave it\n"
+                    f"fix: {key}=false, or checkpoint_period_minutes=MINUTES"
+                )
 
     def as_stored(self) -> Config:
         """Return the same with parameters in the checkpoint's dtype, for what does not train."""
@@ -422,7 +398,8 @@ class Config:
             flat["num_experts"] = 1
         else:
             parts += [moe, moe.router]
-        for part in (*parts, self.mesh, self.train, self.data, self.evaluation, self.generate):
+        parts += [self.mesh, self.train, self.local, self.data, self.evaluation, self.generate]
+        for part in parts:
             flat |= keyed_values(part)
         flat |= self.mesh.flat_sizes()
         # The table is complete: rules that it lacks must not come back from base.yml.

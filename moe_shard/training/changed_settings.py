@@ -76,6 +76,8 @@ _KEYS: dict[Kind, str] = {
         """,
     Kind.FREE: """
         enable_emergency_checkpoint local_checkpoint_directory local_checkpoint_period
+        enable_multi_tier_checkpointing multi_tier_checkpointing_backup_interval_minutes
+        multi_tier_checkpointing_backup_interval_steps mtc_data_parallelism
         model_name hf_family load_parameters_path run_name base_output_directory jax_cache_dir
         jax_distributed_initialization_timeout
         remat_policy decoder_layer_input query_proj key_proj value_proj context attention_out

@@ -251,7 +251,7 @@ class Trainer:
             stopping = team.reached(updates)
             owed = owed or clock.due(updates) or updates % train.checkpoint_period == 0
             evaluating = self.evaluation.due(updates)
-            local = train.saves_locally(updates)
+            local = self.config.local.due(updates)
             if stopping or owed or last or evaluating or local:
                 # Know what became of the step before saving.
                 self._record(*pending, state)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from moe_shard.checkpoints import local as local_checkpoints
 from moe_shard.checkpoints.checksums import write_manifest
-from moe_shard.checkpoints.local import LocalCheckpoints, require_replicas
+from moe_shard.checkpoints.emergency import EmergencyCheckpoints, require_replicas
 from moe_shard.errors import UserError
 from tests.checkpoints.damage import bit_flipped
 from tests.models.build import small_config
@@ -69,8 +69,9 @@ def test_parts_that_cannot_be_used_are_set_aside(
     (tmp_path / "6" / "array").write_bytes(bytes(99) + b"1")
     shutil.move(tmp_path / "12", tmp_path / "18")
     local: Any = SimpleNamespace(_folder=tmp_path, _id="this")
-    local._parts = lambda: LocalCheckpoints._parts(local)
-    lines = LocalCheckpoints._examine(local, verify=True)
+    local._parts = lambda: EmergencyCheckpoints._parts(local)
+    local._needed = lambda: EmergencyCheckpoints._needed(local)
+    lines = EmergencyCheckpoints._examine(local, verify=True)
     assert sorted(
         line.partition("checkpoint ")[2].replace(str(tmp_path), "") for line in lines
     ) == [
@@ -80,10 +81,10 @@ def test_parts_that_cannot_be_used_are_set_aside(
     ]
     # One without checksums was not finished.
     assert {path.name for path in local._parts()} == {"3"}
-    assert LocalCheckpoints._hindrance(local) == ""
+    assert EmergencyCheckpoints._hindrance(local) == ""
     monkeypatch.setattr(local_checkpoints, "free_bytes", lambda _: 99)
-    assert "cannot fit in" in LocalCheckpoints._hindrance(local)
-    assert "(99 B free, needs about 100 B)" in LocalCheckpoints._hindrance(local)
+    assert "cannot fit in" in EmergencyCheckpoints._hindrance(local)
+    assert "(99 B free, needs about 100 B)" in EmergencyCheckpoints._hindrance(local)
 
 
 def test_what_has_no_replicas_is_refused() -> None:

@@ -14,6 +14,7 @@ from moe_shard.config.eval_config import EvalConfig
 from moe_shard.config.generate_config import GenerateConfig
 from moe_shard.config.keys import leaf_keys, to_plain
 from moe_shard.config.load import LOADER_KEYS, maxtext_keys
+from moe_shard.config.local_config import LocalConfig
 from moe_shard.config.mesh_config import LEVELS, MESH_AXES, MeshConfig, parallelism_key
 from moe_shard.config.model_config import GatingConfig, ModelConfig
 from moe_shard.config.moe_config import MoEConfig, RouterConfig
@@ -37,6 +38,7 @@ SCHEMAS = (
     TrainConfig,
     DataConfig,
     EvalConfig,
+    LocalConfig,
     GenerateConfig,
 )
 

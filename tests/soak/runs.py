@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,23 @@ class Start:
         return all(each.poll() is None for each in self.processes)
 
 
-def start(folder: Path, count: int, arguments: Sequence[str], **environment: str) -> Start:
-    """Start a run of `count` processes on four simulated devices."""
+def start(
+    folder: Path,
+    count: int,
+    arguments: Sequence[str],
+    *,
+    own: Sequence[Mapping[str, str]] = (),
+    **environment: str,
+) -> Start:
+    """Start a run of `count` processes on four simulated devices.
+
+    Args:
+        folder: where they run.
+        count: number of processes.
+        arguments: of the command.
+        own: variables of each process; none where it is empty.
+        environment: variables of all.
+    """
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | environment
     if count > 1:
@@ -59,12 +74,13 @@ def start(folder: Path, count: int, arguments: Sequence[str], **environment: str
         env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
     processes, outputs = [], []
     for index in range(count):
-        own = {"JAX_PROCESS_ID": str(index)} if count > 1 else {}
+        variables = env | ({"JAX_PROCESS_ID": str(index)} if count > 1 else {})
+        variables |= own[index] if own else {}
         outputs.append(folder / f"output-{index}.txt")
         with outputs[-1].open("wb") as output:
             command = [sys.executable, "-m", "moe_shard.train", *TINY, *arguments]
             processes.append(
-                subprocess.Popen(command, cwd=folder, env=env | own, stdout=output, stderr=output)
+                subprocess.Popen(command, cwd=folder, env=variables, stdout=output, stderr=output)
             )
     return Start(processes, outputs)
 
