@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -16,24 +14,21 @@ from rich.console import Console
 from moe_shard.checkpoints.checkpoint import Checkpointer
 from moe_shard.checkpoints.imported import find_weights, load_params
 from moe_shard.checkpoints.tiers import open_checkpoints
-from moe_shard.config.hardware import find_hardware
 from moe_shard.config.schema import Config
 from moe_shard.data.batches import Batches, batches
 from moe_shard.data.corpus import Say
 from moe_shard.data.held_out import HeldOutText, held_out_texts
-from moe_shard.models.flops import train_flops_per_token
 from moe_shard.program.norms import require_finite
 from moe_shard.program.step import Batch, Metrics, Program, TrainState
 from moe_shard.runtime.team import Team
 from moe_shard.training.bad_steps import BadSteps
 from moe_shard.training.goodput import STEPS, WallTime
 from moe_shard.training.held_out_loss import HeldOutLoss
-from moe_shard.training.layer_records import LayerRecords
 from moe_shard.training.metrics import MetricsWriter, Record
-from moe_shard.training.pace import Pace
 from moe_shard.training.profile import StepProfile
 from moe_shard.training.progress import ProgressLine
 from moe_shard.training.save_clock import SaveClock
+from moe_shard.training.step_records import StepRecords
 from moe_shard.training.wandb_log import wandb_sinks
 
 
@@ -88,7 +83,7 @@ class Trainer:
         self.data: Batches | None = None
         self.held_out: tuple[HeldOutText, ...] = ()
         self.first = 0
-        microbatches, rows, seq_len = shape = program.abstract_batch["inputs"].shape
+        microbatches, rows, seq_len = program.abstract_batch["inputs"].shape
         with ExitStack() as opening:
             if train.enable_checkpointing and train.steps > 0:
                 checkpoints = folder / "checkpoints"
@@ -124,13 +119,6 @@ class Trainer:
                         say=say,
                     )
             self._open = opening.pop_all()
-        hardware = find_hardware(jax.devices()[0].device_kind)
-        self.pace = Pace(
-            tokens=math.prod(shape) / jax.device_count(),
-            flops_per_token=train_flops_per_token(config.model, seq_len=seq_len),
-            peak_flops=hardware.peak_flops.get(config.model.dtype) if hardware else None,
-        )
-        self.last: Record | None = None
 
     def __enter__(self) -> Trainer:
         return self
@@ -175,9 +163,16 @@ class Trainer:
             bytes_per_token=self.data.bytes_per_token,
         )
         profile = StepProfile(self.folder / "profile", train, first_step=self.first)
-        self.writer, self.progress, self.profile, self.step = writer, progress, profile, step
-        self.layers = LayerRecords(self.config.model, self.program)
+        self.profile, self.step = profile, step
         self.bad_steps = BadSteps(self.config, self.program, self.folder, console.print)
+        self.records = StepRecords(
+            self.config,
+            self.program,
+            writer=writer,
+            progress=progress,
+            wall=self.wall,
+            bad_steps=self.bad_steps,
+        )
         self.evaluation = HeldOutLoss(
             self.config.evaluation,
             self.held_out,
@@ -196,7 +191,7 @@ class Trainer:
         early = updates < train.steps
         ended = self.evaluation.end if early else None
         stopped = team.reason if early and not ended else None
-        return Outcome(updates, stopped, self.last, ended)
+        return Outcome(updates, stopped, self.records.last, ended)
 
     def _first_state(self, console: Console) -> TrainState:
         if self.checkpointer and self.first:
@@ -229,12 +224,12 @@ class Trainer:
         clock = SaveClock(train.checkpoint_period_minutes)
         ending = False
         owed = False  # a checkpoint that waits for a step that is not skipped
-        self.finished_at = time.perf_counter()
+        self.records.start_clock()
         for step in range(self.first, train.steps):
             if self.evaluation.end:
                 return step
             if pending and self.bad_steps.next_may_end_the_run:
-                self._record(*pending, state)
+                self.records.write(*pending, state)
                 pending = None
             self.profile.before(step, pending)
             flying = pending[1] if pending else {}
@@ -244,7 +239,7 @@ class Trainer:
             if self.checkpointer:
                 self.checkpointer.poll()
             if pending:
-                self._record(*pending, state)
+                self.records.write(*pending, state)
             pending = step, metrics, batch
             updates = step + 1
             last = updates == train.steps
@@ -254,12 +249,12 @@ class Trainer:
             local = self.config.local.due(updates)
             if stopping or owed or last or evaluating or local:
                 # Know what became of the step before saving.
-                self._record(*pending, state)
+                self.records.write(*pending, state)
                 pending = None
                 if evaluating:
                     with self.wall.part("evaluate"):
                         owed = self.evaluation.run(state, updates) or owed
-                    self.finished_at = time.perf_counter()
+                    self.records.start_clock()
                     ending = self.evaluation.end is not None
                 # While steps are bad, the weights may be what is wrong: older ones stay the newest.
                 due = owed and not self.bad_steps.in_a_row
@@ -275,28 +270,6 @@ class Trainer:
             if stopping:
                 return updates
         return train.steps
-
-    def _record(self, step: int, metrics: Metrics, batch: Batch, state: TrainState) -> None:
-        """Wait for a step, write its record and show it; see `BadSteps` for one that was skipped.
-
-        Args:
-            step: its number.
-            metrics: what it computes.
-            batch: its batch.
-            state: the newest state.
-        """
-        scalars = {name: value for name, value in metrics.items() if not value.ndim}
-        values = {name: float(value) for name, value in jax.device_get(scalars).items()}
-        now = time.perf_counter()
-        seconds, self.finished_at = now - self.finished_at, now
-        record = self.pace.record(step, values, seconds)
-        self.writer.write(record)
-        if step % self.config.train.log_period == 0:
-            self.writer.write_layers(self.layers.record(step, metrics))
-        self.wall.made(step + 1)
-        self.progress.show(record)
-        self.last = record
-        self.bad_steps.see(step, values, state, batch)
 
 
 def in_flight(metrics: Metrics) -> bool:

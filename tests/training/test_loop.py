@@ -49,7 +49,9 @@ def make_steps(
     trainer.bad_steps = SimpleNamespace(  # type: ignore[assignment]
         next_may_end_the_run=False, in_a_row=0
     )
-    monkeypatch.setattr(trainer, "_record", lambda step, *_: events.append(f"record {step}"))
+    trainer.records = SimpleNamespace(  # type: ignore[assignment]
+        start_clock=lambda: None, write=lambda step, *_: events.append(f"record {step}")
+    )
     data: Any = repeat(None)
     state: Any = 0
     profile = StepProfile(trainer.folder, trainer.config.train, first_step=0)
