@@ -185,6 +185,8 @@ class Trainer:
         )
         with writer, team.running(self.first), profile, progress, self.wall.part(STEPS):
             updates = self._steps(state, self.data, team)
+            if updates == train.steps or self.evaluation.end:
+                self.records.write_layers()
             if self.checkpointer:
                 self.checkpointer.finish()
             self.evaluation.finish()
