@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ from jax._src.clusters import ClusterEnv, GceTpuCluster
 
 from moe_shard.errors import UserError, first_line
 from moe_shard.quiet import hide_accelerator_warnings
-from moe_shard.runtime.launch import Launch
+from moe_shard.runtime.launch import Launch, why_alone
 from moe_shard.runtime.team import Team
 
 _ARITHMETIC = "this package computes in the dtypes of its keys, with jax's usual promotion"
@@ -48,7 +49,8 @@ def start_devices(num_simulated: int, team: Team | None = None) -> str:
             but are not asked to stop.
 
     Returns:
-        One line on what the command runs on.
+        One line on what the command runs on, and another where it is alone and several processes
+        seem to be meant.
 
     Raises:
         UserError: an accelerator's runtime is installed and does not start, jax has settings that
@@ -68,6 +70,11 @@ def start_devices(num_simulated: int, team: Team | None = None) -> str:
         raise UserError(
             f"jax cannot start its devices: {why}\nfix: JAX_PLATFORMS=cpu simulates them on the CPU"
         ) from error
+    why = why_alone(os.environ) if jax.process_count() == 1 else ""
+    return "\n".join(filter(None, (_device_line(devices), why)))
+
+
+def _device_line(devices: Sequence[jax.Device]) -> str:
     if devices[0].platform == "cpu":
         return (
             f"no accelerator: simulating {len(devices)} devices on the CPU "

@@ -132,6 +132,36 @@ def find_launch(env: Mapping[str, str]) -> Launch | None:
     return Launch(count, index, address, _owns_host(env, launcher), name)
 
 
+def why_alone(env: Mapping[str, str]) -> str:
+    """Return why a process is alone although its environment speaks of several; empty if not.
+
+    Args:
+        env: the environment, in which `find_launch` has found no other processes.
+    """
+    if any(env.get(name) for name in (_ADDRESS, _COUNT, _INDEX)):
+        return ""
+
+    def several(name: str) -> bool:
+        value = env.get(name, "").strip()
+        return value.isascii() and value.isdigit() and len(value) < 10 and int(value) > 1
+
+    for launcher in _LAUNCHERS:
+        if env.get(launcher.mark) and env.get(launcher.count):
+            return ""  # which says that there is one
+    if several("WORLD_SIZE"):
+        return (
+            f"one process, alone: WORLD_SIZE={env['WORLD_SIZE'].strip()} without torchrun's "
+            f"TORCHELASTIC_RUN_ID is not read; several need torchrun, or {_ADDRESS}, {_COUNT} and "
+            f"{_INDEX} in each"
+        )
+    if several("SLURM_NTASKS"):
+        return (
+            f"one process, alone: it is not one of srun's, and SLURM_NTASKS="
+            f"{env['SLURM_NTASKS'].strip()}; the same command after srun starts all"
+        )
+    return ""
+
+
 def _count(env: Mapping[str, str], launcher: _Launcher | None) -> int | None:
     found: dict[str, int] = {}
     names = (_COUNT, *((launcher.count, launcher.same) if launcher else ()))

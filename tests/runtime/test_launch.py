@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moe_shard.errors import UserError
-from moe_shard.runtime.launch import Launch, find_launch
+from moe_shard.runtime.launch import Launch, find_launch, why_alone
 
 EXPLICIT = {
     "JAX_COORDINATOR_ADDRESS": "node0:1234",
@@ -73,6 +73,33 @@ TORCHRUN = {
 )
 def test_processes_are_found(env: dict[str, str], wanted: Launch | None) -> None:
     assert find_launch(env) == wanted
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ({}, ""),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, ""),
+        ({"WORLD_SIZE": "many", "RANK": "0"}, ""),
+        ({"WORLD_SIZE": "4", "RANK": "1", "MASTER_ADDR": "node0"}, "WORLD_SIZE=4 without torchrun"),
+        ({"WORLD_SIZE": "4", "RANK": "1"} | EXPLICIT | {"JAX_NUM_PROCESSES": "1"}, ""),
+        (TORCHRUN | {"WORLD_SIZE": "1", "RANK": "0"}, ""),
+        (
+            {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"},
+            "SLURM_NTASKS=4; the sa",
+        ),
+        ({"SLURM_JOB_ID": "77", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, ""),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"}, ""),
+        ({"JOB_COMPLETION_INDEX": "3"}, ""),  # a sweep
+    ],
+)
+def test_one_process_where_several_were_meant_is_said(env: dict[str, str], words: str) -> None:
+    if "JAX_PROCESS_ID" not in env:
+        assert find_launch(env) is None
+    said = why_alone(env)
+    assert bool(said) == bool(words)
+    assert words in said
+    assert "\n" not in said
 
 
 def test_open_mpi_5_on_one_host_has_one_port_for_all_ranks() -> None:
