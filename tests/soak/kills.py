@@ -1,6 +1,7 @@
 """Kill a training again and again, and compare it bit for bit with one that was left alone.
 
     python -m tests.soak.kills [--kills 100] [--processes 1 2] [--seeds 0 1 2 3] [--keep FOLDER]
+    python -m tests.soak.kills --local [--kills 50] [--seeds 0 1]
 
 A kill is one of SIGKILL, SIGTERM and SIGINT, to one of the processes, at a random moment of a
 start: while it starts or compiles, restores, steps, saves or ends. After each, all processes have
@@ -13,6 +14,9 @@ the next start goes on. Then the run is finished three times, from copies of its
   metrics differ by float32's rounding, the more the longer the two train apart. How much that is,
   two runs tell that were left alone, one here and one there: in its first 40 steps a copy may
   differ from the run left alone by twice as much as they do up to there, and by 1e-3 at most.
+
+With --local two processes, replicas of each other, save to disks of their own as well
+(`enable_emergency_checkpoint`), and one in five kills loses the folder of one of them.
 
 With --keep the figures of each seed are kept in a folder: what is done is not done again, and the
 table is of all of them.
@@ -49,7 +53,13 @@ from tests.soak.runs import (
     wait,
 )
 
-OTHER_MESH = ("ici_expert_parallelism=2", "ici_fsdp_parallelism=2")
+OTHER_MESH = ("ici_data_parallelism=1", "ici_expert_parallelism=2", "ici_fsdp_parallelism=2")
+REPLICAS = ("ici_data_parallelism=2", "ici_expert_parallelism=2")
+LOCAL = (
+    *("enable_emergency_checkpoint=true", "local_checkpoint_directory=disks"),
+    "local_checkpoint_period=4",
+)
+OWN_DISKS = "is read from the machines' own disks"
 STEPS_A_KILL = 25
 _MOST, _STEPS_APART = 1e-3, 40
 _CODES = {0, 75}
@@ -63,10 +73,13 @@ class Soak:
         count: number of processes.
         kills: how often they are killed.
         seed: decides which, by what, and when.
+        local: whether the processes save to disks of their own as well.
     """
 
-    def __init__(self, folder: Path, count: int, kills: int, seed: int) -> None:
-        self.folder, self.count, self.kills = folder, count, kills
+    def __init__(
+        self, folder: Path, count: int, kills: int, seed: int, *, local: bool = False
+    ) -> None:
+        self.folder, self.count, self.kills, self.local = folder, count, kills, local
         self.rng = random.Random(f"{seed} {count}")
         self.steps = kills * STEPS_A_KILL + 40
         self.wrong: list[str] = []
@@ -107,8 +120,20 @@ class Soak:
         return self.folder / "outputs" / name
 
     def _start(self, name: str, count: int, *mesh: str) -> Start:
-        arguments = (f"steps={self.steps}", f"run_name={name}", f"jax_cache_dir={self.folder}/jax")
-        return start(self.folder, count, (*arguments, *mesh), XLA_FLAGS=FLAGS)
+        return start(self.folder, count, self.arguments(name, *mesh), XLA_FLAGS=FLAGS)
+
+    def arguments(self, name: str, *mesh: str) -> tuple[str, ...]:
+        """Return the arguments of a run; only the one that is killed has disks of its own."""
+        own = f"steps={self.steps}", f"run_name={name}", f"jax_cache_dir={self.folder}/jax"
+        replicas = REPLICAS if self.local else ()
+        return (*own, *replicas, *(LOCAL if self.local and name == "killed" else ()), *mesh)
+
+    def _lose(self) -> None:
+        """Lose the folder of one process's disk, now and then."""
+        disks = sorted(self.folder.glob("disks/*/*"))
+        if disks and self.rng.random() < 0.2:
+            shutil.rmtree(self.rng.choice(disks))
+            self.figures["lost disks"] += 1
 
     def _kill(self, number: int) -> bool:
         """Start the run and kill it; return whether it was killed."""
@@ -127,6 +152,8 @@ class Soak:
         took = wait(started, GONE_S)
         codes = [process.returncode for process in started.processes]
         self.figures[f"{sent.name} at {moment}"] += 1
+        self.figures[OWN_DISKS] += OWN_DISKS in started.texts()[0]
+        self._lose()
         self.longest = max(self.longest, took)
         allowed = _CODES | ({-signal.SIGKILL} if sent == signal.SIGKILL else set())
         if moment == "start-up":  # before Python has a handler, the system's default ends it
@@ -208,20 +235,32 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100, help="over all seeds and processes")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--local", action="store_true", help="two processes with own disks")
     parser.add_argument("--keep", type=Path, help="folder of the figures")
     args = parser.parse_args()
-    parts = [(seed, count) for seed in args.seeds for count in args.processes]
+    counts = [2] if args.local else args.processes
+    parts = [(seed, count) for seed in args.seeds for count in counts]
     done: list[dict[str, Any]] = []
     for seed, count in parts:
-        kept = args.keep / f"{seed}-{count}.json" if args.keep else None
+        kept = args.keep / f"{seed}-{count}{'-local' * args.local}.json" if args.keep else None
         if kept and kept.exists():
             done.append(json.loads(kept.read_text()))
             continue
         with tempfile.TemporaryDirectory() as folder:
-            figures = Soak(Path(folder), count, args.kills // len(parts), seed).run()
+            figures = Soak(
+                Path(folder), count, args.kills // len(parts), seed, local=args.local
+            ).run()
         print(
             f"seed {seed}, {count} processes: {figures['kills']} kills, "
             f"{figures['seconds_a_kill']:.1f} s each, {len(figures['wrong'])} wrong",
+            *(
+                [
+                    f"starts of {figures['figures'].get(OWN_DISKS, 0)} kills read from own disks, "
+                    f"{figures['figures'].get('lost disks', 0)} were lost"
+                ]
+                if args.local
+                else []
+            ),
             *figures["wrong"],
             sep="\n",
             flush=True,
