@@ -75,7 +75,8 @@ class Attributes:
         """Return lines on how `config.json` and the family differ; call it once all is read.
 
         They name attributes that nothing reads, except those that are null, false, 0 or empty or
-        that do not affect the computation, and values of the family that `config.json` lacks.
+        that do not affect the computation, values of the family that `config.json` lacks, and what
+        the family's own file says to no effect.
         """
         at = self._family
         named = {getattr(at.spans, each.name) for each in fields(at.spans)}
@@ -100,6 +101,33 @@ class Attributes:
             lines.append(f"in config.json, and read by nothing: {', '.join(unread)}")
         if assumed:
             lines.append(f"not in config.json, as family {at.name} has it: {', '.join(assumed)}")
+        return lines + self._without_effect()
+
+    def _without_effect(self) -> list[str]:
+        """Return lines on what the family's own file says, and `config.json` makes nothing of."""
+        own, lines = self._family.own, []
+        attributes = own.get("attributes") or {}
+        replaced = [
+            f"{name}={in_json(value)} (config.json: {in_json(self.written[name])})"
+            for name, value in attributes.items()
+            if name in self.written and self.written[name] != value
+        ]
+        if replaced:
+            lines.append(
+                f"attributes of family {self._family.name} that config.json has otherwise, which "
+                f"counts; under settings they would: {', '.join(replaced)}"
+            )
+        missing = [
+            f"{key}.{entry}: {name}"
+            for key in ("spans", "moe_layers")
+            for entry, name in (own.get(key) or {}).items()
+            if isinstance(name, str) and name and name not in self._values
+        ]
+        if missing:
+            lines.append(
+                f"attributes that family {self._family.name} names and neither it nor config.json "
+                f"has: {', '.join(missing)}"
+            )
         return lines
 
     def as_text(self, name: str) -> str:
@@ -168,6 +196,11 @@ class Attributes:
         if any(self.get(name) != value for name, value in rule.when):
             return ""
         return next((name for name in rule.sources if self.get(name) is not None), "")
+
+    def rule_text(self, key: str, rule: SettingRule) -> str:
+        """Return where a setting's value is from and the value, for messages."""
+        source = self.source(rule)
+        return self.as_text(source) if source else f"{key}={shown(rule.default)}"
 
     def value(self, key: str, rule: SettingRule) -> Any:
         """Return a setting's value.

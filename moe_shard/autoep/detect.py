@@ -16,6 +16,7 @@ from typing import Any
 
 from moe_shard.autoep.attributes import Attributes
 from moe_shard.autoep.family import Family, choose_family, list_families, load_family
+from moe_shard.autoep.family_chain import EXPERT_LAYERS
 from moe_shard.autoep.head import EMBEDDING_ROLE, TIE_KEY, read_head
 from moe_shard.autoep.headers import TensorHeader, read_headers
 from moe_shard.autoep.lines import report_lines
@@ -23,7 +24,7 @@ from moe_shard.autoep.pieces import Pieces
 from moe_shard.autoep.quantized import CONFIG_KEY, read_scheme, with_scales
 from moe_shard.autoep.settings import model_settings, setting_rules
 from moe_shard.autoep.strict_json import read_object
-from moe_shard.autoep.tensor_names import Names, sort_names, unwrapped
+from moe_shard.autoep.tensor_names import Names, sort_names, switch_of, unwrapped
 from moe_shard.autoep.tensor_plan import Piece, TensorPlan
 from moe_shard.config.keys import shown
 from moe_shard.config.load import load_settings
@@ -32,6 +33,7 @@ from moe_shard.config.overlays import Overlay
 from moe_shard.errors import UserError
 
 CONFIG = "config.json"
+_LAYERS = "base_num_decoder_layers"
 _TIED, _TABLE_PATH = "logits_via_embedding", tuple(EMBEDDING_ROLE.split("."))
 _DTYPES: Mapping[str, DType] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _QUANTIZED = re.compile(r".*(_blocks|_scales|_scale_inv|_scale|\.qweight|\.qzeros|\.scales)")
@@ -40,20 +42,6 @@ _QUANTIZED = re.compile(r".*(_blocks|_scales|_scale_inv|_scale|\.qweight|\.qzero
 
 _MADE_OF = {"head_dim": "base_num_query_heads", "shared_expert_mlp_dim": "base_moe_mlp_dim"}
 """Settings that may be derived -> one that they are derived from."""
-
-_SWITCHES = (
-    (r"attention\.(query|key|value|query_down|latent_down)_bias", "attention_bias"),
-    (r"attention\.out_bias", "attention_out_bias"),
-    (r"attention\.(query|key)_norm\..*", "use_qk_norm"),
-    (r"attention\.sink", "attention_sink"),
-    (r"attention\.(query_down|query_up|latent_.*)", "attention_type"),
-    (r".*norm\.bias", "normalization_type"),
-    (r"embedding\.bias", "logits_bias"),
-    (r"mlp\.router\.bias", "router_bias"),
-    (r"mlp\.shared\..*", "shared_experts"),
-    (r"mlp\..*_bias", "mlp_bias"),
-)
-"""Optional parameters, as regular expressions -> the setting that adds them."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +111,7 @@ def detect(directory: Path, family: str = "", tied: bool | None = None) -> Detec
     head = read_head(
         names,
         headers,
-        # A model around the decoder has its own word, which transformers goes by.
-        configured=settings[_TIED] or written.get(TIE_KEY) is True,
+        configured=_configured_tied(settings, known, written),
         asked=tied,
         where=directory,
     )
@@ -138,10 +125,7 @@ def detect(directory: Path, family: str = "", tied: bool | None = None) -> Detec
         for given in keys:
             key = _MADE_OF.get(given, given) if settings.get(given, -1) == -1 else given
             if key in rules:
-                source = attributes.source(rules[key])
-                texts.append(
-                    attributes.as_text(source) if source else f"{key}={shown(settings[key])}"
-                )
+                texts.append(attributes.rule_text(key, rules[key]))
         return ", ".join(dict.fromkeys(texts))
 
     pieces = Pieces(
@@ -156,7 +140,7 @@ def detect(directory: Path, family: str = "", tied: bool | None = None) -> Detec
     plan = _plan(found, copies, headers, names, known, beyond, directory)
     dtype = _dtype(plan, headers, directory)
     # Float32 whatever the file's dtype: narrower parameters lose the small steps of an optimizer.
-    settings |= {"weight_dtype": "float32", "dtype": dtype}
+    settings = {"weight_dtype": "float32", "dtype": dtype} | settings
     lines = report_lines(
         family=known.name,
         model=model,
@@ -180,6 +164,17 @@ def detect(directory: Path, family: str = "", tied: bool | None = None) -> Detec
     return Detected(known.name, settings, plan, headers, lines, notes, dtype)
 
 
+def _configured_tied(
+    settings: Mapping[str, Any], family: Family, written: Mapping[str, Any]
+) -> bool:
+    """Return whether head and embedding are one by the family or `config.json`.
+
+    A model around the decoder has its own word, which transformers goes by.
+    """
+    by_config = bool(setting_rules(family)[_TIED].sources)
+    return settings[_TIED] or (by_config and written.get(TIE_KEY) is True)
+
+
 def _check_plain(headers: Mapping[str, TensorHeader], names: Names, where: Path) -> None:
     scales = {name for name in names.others if _QUANTIZED.fullmatch(name)}
     for name, tensor in headers.items():
@@ -198,9 +193,9 @@ def _layers_beyond(
     Raises:
         UserError: the layers are not those of `config.json`.
     """
-    rule = family.settings["base_num_decoder_layers"]
-    layers = attributes.value("base_num_decoder_layers", rule)
-    text = attributes.as_text(attributes.source(rule))
+    rule = family.settings[_LAYERS]
+    layers = attributes.value(_LAYERS, rule)
+    text = attributes.rule_text(_LAYERS, rule)
     found = names.layers()
     missing = next((layer for layer in range(layers) if layer not in found), None)
     if missing is not None:
@@ -208,7 +203,7 @@ def _layers_beyond(
         if not found:
             fix += f", or prefix and layers of family {family.name}"
         raise attributes.error(f"{text}, but no tensor is of layer {missing}", fix)
-    carried = attributes.value("base_num_decoder_layers", family.carried_layers)
+    carried = attributes.value(_LAYERS, family.carried_layers)
     number = re.compile(re.escape(f"{family.prefix}{family.layers}.") + r"([0-9]{1,9})\..*")
     matches = {name: number.fullmatch(unwrapped(name)) for name in headers}
     of = {name: int(match[1]) for name, match in matches.items() if match}
@@ -253,10 +248,8 @@ def _check_expert_layers(
     model: ModelConfig, names: Names, family: Family, attributes: Attributes
 ) -> None:
     if model.moe is None:
-        source = attributes.source(family.num_experts_attr)
-        raise attributes.error(
-            f"{attributes.as_text(source)}: no MoE layer", "a model with experts"
-        )
+        text = attributes.rule_text("num_experts", setting_rules(family)["num_experts"])
+        raise attributes.error(f"{text}: no MoE layer", "a model with experts")
     routers = names.roles.get("mlp.router.kernel", {})
     if not routers:
         raise UserError(
@@ -268,6 +261,9 @@ def _check_expert_layers(
             at = family.moe_layers
             keys = (at.list, at.types, at.first, at.last, at.step, at.excluded)
             texts = ", ".join(attributes.as_text(key) for key in keys if key)
+            if {*EXPERT_LAYERS} & family.settings.keys():
+                own = {key: family.settings[key] for key in EXPERT_LAYERS if key in family.settings}
+                texts = ", ".join(attributes.rule_text(key, rule) for key, rule in own.items())
             raise attributes.error(
                 f"layer {layer} has {'experts' if kind.moe else 'none'} by {texts or family.name}, "
                 f"and its tensors {'no router' if kind.moe else shown(routers[(layer,)])}",
@@ -301,7 +297,7 @@ def _plan(
                 "fix: the config.json of these tensors, or hf_family with a name, or with a "
                 "pattern under carried where the model computes nothing with it"
             )
-        key = next((key for roles, key in _SWITCHES if re.fullmatch(roles, role)), "another value")
+        key = switch_of(role) or "another value"
         raise UserError(
             f"{where}: {shown(name)} is {role}, which by config.json the model has not\n"
             f"fix: the config.json of these tensors, or {key} in settings of family {family.name}"

@@ -10,13 +10,15 @@ import difflib
 import functools
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from moe_shard.autoep.family_chain import lay_families
 from moe_shard.autoep.strict_json import in_json
 from moe_shard.config.keys import shown
 from moe_shard.config.load import base_settings, configs_dir, find_file, list_names
+from moe_shard.config.overlays import TYPES_IN_WORDS
 from moe_shard.config.strict_yaml import read_mapping
 from moe_shard.errors import UserError
 
@@ -94,7 +96,12 @@ class Spans:
 
 @dataclass(frozen=True)
 class Family:
-    """Hold the keys of one family file, see `configs/families/defaults.yml`."""
+    """Hold the keys of one family file, see `configs/families/defaults.yml`.
+
+    Attributes:
+        name: the file's name without `.yml`.
+        own: the keys that the file itself has, without those of its bases.
+    """
 
     model_type: tuple[str, ...]
     architectures: tuple[str, ...]
@@ -136,9 +143,10 @@ class Family:
     carried: tuple[str, ...]
     carried_layers: SettingRule
     name: str = ""
+    own: Mapping[str, Any] = field(default_factory=dict)
 
 
-_KINDS = {name: hint for name, hint in get_type_hints(Family).items() if name != "name"}
+_KINDS = {key: kind for key, kind in get_type_hints(Family).items() if key not in ("name", "own")}
 _PATTERNS = tuple(name for name in _KINDS if name.endswith(("_pattern", "_w1", "_w2", "_w3")))
 """Keys whose values are regular expressions."""
 _CHOICES = {"score_func": ("softmax", "sigmoid", "sparsemixer"), "score_apply": ("pre", "post")}
@@ -165,7 +173,7 @@ def load_family(given: str) -> Family:
         raise UserError(
             f"{path}: no moe_layer_pattern\nfix: for example model\\.layers\\.\\d+\\.mlp"
         )
-    return Family(**values, name=path.stem)
+    return Family(**values, name=path.stem, own=read_mapping(path))
 
 
 def choose_family(config: Mapping[str, Any], where: Path) -> Family:
@@ -211,17 +219,9 @@ def _merged(path: Path) -> dict[str, Any]:
             raise UserError(f"{chain[-1]}: based_on={shown(base)}\nfix: the name of a family")
         chain.append(find_file("families", base, "based_on"))
         contents.append(_checked(chain[-1]))
-    merged: dict[str, Any] = {}
-    for content in reversed(contents):
-        for key, value in content.items():
-            both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-            merged[key] = merged[key] | value if both and _is_open(key) else value
-    return merged
-
-
-def _is_open(key: str) -> bool:
-    """Return whether entries are added to a key's mapping instead of replacing it."""
-    return _KINDS[key] is not SettingRule
+    files = [*zip(chain, contents, strict=True)][::-1]
+    # A rule's entries belong together: they replace those of a base.
+    return lay_families(files, lambda key: _KINDS[key] is not SettingRule)
 
 
 def _checked(path: Path) -> dict[str, Any]:
@@ -283,7 +283,16 @@ def _read(path: Path, key: str, value: Any) -> Any:
     if key == "settings":
         for name in value:
             _check_known(path, f"{key}.", name, base_settings())
-        return {name: read_rule(path, name, each) for name, each in value.items()}
+        rules = {name: read_rule(path, name, each) for name, each in value.items()}
+        for name, rule in rules.items():
+            kind = type(base_settings()[name])
+            is_number = kind is float and type(rule.default) is int
+            if not rule.sources and type(rule.default) is not kind and not is_number:
+                raise UserError(
+                    f"{path}: settings.{name}={shown(rule.default)} is not {TYPES_IN_WORDS[kind]}\n"
+                    "fix: a value as in configs/base.yml, or the name of an attribute"
+                )
+        return rules
     if key == "tensors":
         for name in value:
             _check_known(path, f"{key}.", name, _default_tensors())

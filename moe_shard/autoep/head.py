@@ -87,7 +87,7 @@ def read_head(
         what = "equals" if tied else "differs from"
         note = (
             f"head: {kernel} {what} {table}, so they are {'one' if tied else 'two'} "
-            f"({TIE_KEY}={shown(configured)} in config.json)"
+            f"({TIE_KEY}={shown(configured)} by config.json or its family)"
         )
     return Head(tied, kernel if tied else "", note)
 

@@ -10,7 +10,7 @@ from moe_shard.autoep.family import Family
 from moe_shard.autoep.fused import Fused, read_fused
 from moe_shard.autoep.headers import TensorHeader
 from moe_shard.autoep.param_shapes import Slot, slots_of
-from moe_shard.autoep.tensor_names import FUSED, LISTED, Names, Place, expected
+from moe_shard.autoep.tensor_names import FUSED, LISTED, Names, Place, expected, switch_of
 from moe_shard.autoep.tensor_plan import Layout, Piece
 from moe_shard.config.keys import shown
 from moe_shard.config.model_config import ModelConfig
@@ -158,10 +158,12 @@ class Pieces:
         if tensor is None:
             words = zip(("layer", "expert"), place, strict=False)
             of = "".join(f" of {word} {number}" for word, number in words)
+            switch = switch_of(role)
             raise UserError(
                 f"{self.where}: no tensor for {role}{of}, which family {self.family.name} calls\n"
                 f"{expected(role, self.family, place)}\n"
                 "fix: the rest of the files, or another config.json or hf_family"
+                + (f", or {switch} in its settings" if switch else "")
             )
         return tensor
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from moe_shard.autoep.attributes import Attributes
 from moe_shard.autoep.family import Family, SettingRule
+from moe_shard.autoep.family_chain import EXPERT_LAYERS
 from moe_shard.autoep.rope_settings import rope_settings
 
 _SPANS = {
@@ -22,6 +23,8 @@ _MLP_TYPES = ("dense", "sparse")
 def model_settings(attributes: Attributes, family: Family) -> dict[str, Any]:
     """Return the settings of the model, by key of `base.yml`.
 
+    What the family's settings say is laid over what is found layer by layer or among positions.
+
     Args:
         attributes: the model's attributes.
         family: states where each setting is found.
@@ -31,20 +34,23 @@ def model_settings(attributes: Attributes, family: Family) -> dict[str, Any]:
     """
     settings = {key: attributes.value(key, rule) for key, rule in setting_rules(family).items()}
     layers = settings["base_num_decoder_layers"]
-    settings |= _expert_layers(attributes, family, layers)
-    settings |= _spans(attributes, family, layers)
-    settings |= rope_settings(
+    found = _spans(attributes, family, layers, settings.get("attention_pattern"))
+    if not {*EXPERT_LAYERS} & family.settings.keys():
+        found |= _expert_layers(attributes, family, layers)
+    rope = rope_settings(
         attributes,
         latent=settings.get("attention_type") == "mla",
         without_effect=family.rope_without_effect,
     )
-    return settings
+    if settings.get("rope_type", rope["rope_type"]) != rope["rope_type"]:
+        # How config.json stretches positions means nothing to another way of doing it.
+        rope = {key: rope[key] for key in ("rope_max_timescale", "partial_rotary_factor")}
+    return found | rope | settings
 
 
 def setting_rules(family: Family) -> dict[str, SettingRule]:
     """Return the rule of every setting that is one attribute or value, like AutoEP's keys."""
     rules = {
-        **family.settings,
         "num_experts": family.num_experts_attr,
         "num_experts_per_tok": family.top_k_attr,
         "routed_score_func": SettingRule(default=family.score_func),
@@ -59,7 +65,7 @@ def setting_rules(family: Family) -> dict[str, SettingRule]:
     if not family.has_shared_experts:
         rules["shared_experts"] = SettingRule(default=0)
         rules["shared_expert_gate"] = SettingRule(default=False)
-    return rules
+    return {**rules, **family.settings}
 
 
 def _expert_layers(attributes: Attributes, family: Family, layers: int) -> dict[str, Any]:
@@ -106,8 +112,17 @@ def _with_step(numbers: Sequence[int], layers: int, step: int) -> dict[str, Any]
     }
 
 
-def _spans(attributes: Attributes, family: Family, layers: int) -> dict[str, Any]:
-    """Return the keys that state what each layer attends to and which layers have RoPE."""
+def _spans(
+    attributes: Attributes, family: Family, layers: int, pattern: list[str] | None
+) -> dict[str, Any]:
+    """Return the keys that state what each layer attends to and which layers have RoPE.
+
+    Args:
+        attributes: the model's attributes.
+        family: names those that are read.
+        layers: number of layers.
+        pattern: the layers' spans as the family's settings have them; None: as found.
+    """
     at = family.spans
     flags = _rope_flags(attributes, family, layers)
     window, chunk = (_tokens(attributes, name) for name in (at.window, at.chunk))
@@ -131,8 +146,9 @@ def _spans(attributes: Attributes, family: Family, layers: int) -> dict[str, Any
             "every so many",
             "a model where they are",
         )
+    spans = _shortest(spans) if pattern is None else pattern
     return {
-        "attention_pattern": _shortest(spans),
+        "attention_pattern": spans,
         "sliding_window_size": window if "sliding" in spans else 0,
         "chunk_attn_window_size": chunk if "chunked" in spans else 0,
         "nope_layer_interval": interval,

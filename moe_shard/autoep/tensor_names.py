@@ -31,6 +31,27 @@ checkpointing, peft."""
 _DIGITS = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 
 
+_SWITCHES = (
+    (r"attention\.(query|key|value|query_down|latent_down)_bias", "attention_bias"),
+    (r"attention\.out_bias", "attention_out_bias"),
+    (r"attention\.(query|key)_norm\..*", "use_qk_norm"),
+    (r"attention\.sink", "attention_sink"),
+    (r"attention\.(query_down|query_up|latent_.*)", "attention_type"),
+    (r".*norm\.bias", "normalization_type"),
+    (r"mlp\.router\.correction_bias", "routed_bias"),
+    (r"embedding\.bias", "logits_bias"),
+    (r"mlp\.router\.bias", "router_bias"),
+    (r"mlp\.shared\..*", "shared_experts"),
+    (r"mlp\..*_bias", "mlp_bias"),
+)
+"""Optional parameters, as regular expressions -> the setting that adds them."""
+
+
+def switch_of(role: str) -> str:
+    """Return the setting that adds a parameter to the model; empty where none does."""
+    return next((key for roles, key in _SWITCHES if re.fullmatch(roles, role)), "")
+
+
 @dataclass
 class Names:
     """Hold the tensors of a checkpoint by role.

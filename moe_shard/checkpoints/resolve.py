@@ -56,11 +56,12 @@ def load_model(model: str, overrides: Sequence[str] = ()) -> Config:
     detected = detect(directory, asked.get("hf_family", ""))
     overlay = Overlay(str(directory / CONFIG), directory_settings(directory, detected), {}, ())
     config = load_settings(overlay, overrides, name=directory.resolve().name)
+    said = "weight_dtype" in asked or detected.settings["weight_dtype"] != "float32"
     return replace(
         config,
         detected=detected.lines,
         warnings=(*config.warnings, *detected.notes),
-        stored_dtype="" if "weight_dtype" in asked else detected.dtype,
+        stored_dtype="" if said else detected.dtype,
     )
 
 
@@ -73,5 +74,5 @@ def directory_settings(directory: Path, detected: Detected) -> dict[str, Any]:
     """
     settings = {**detected.settings, "load_parameters_path": str(directory)}
     if (directory / "tokenizer.json").is_file():
-        settings["tokenizer_path"] = str(directory)
+        settings.setdefault("tokenizer_path", str(directory))
     return settings

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Mapping
 from typing import Any, get_args, get_type_hints
 
 from moe_shard.errors import UserError
@@ -62,8 +64,13 @@ _MOST_INT32 = 2**31 - 1
 """Largest whole number of a key without a bound of its own: programs count in 32 bits."""
 
 
-def leaf_keys(schema: type) -> dict[str, Key]:
+def leaf_keys(schema: type) -> Mapping[str, Key]:
     """Return {attribute name: key} of the leaves of one dataclass."""
+    return _leaf_keys(schema)
+
+
+@functools.cache
+def _leaf_keys(schema: Any) -> Mapping[str, Key]:
     hints = get_type_hints(schema, include_extras=True)
     keys = {
         attribute: dataclasses.replace(extra, name=extra.name or attribute)
