@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_shard.autoep.attributes import Attributes
+from moe_shard.autoep.carried import layers_beyond, plan_tensors
 from moe_shard.autoep.family import Family, choose_family, list_families, load_family
 from moe_shard.autoep.family_chain import EXPERT_LAYERS
 from moe_shard.autoep.head import EMBEDDING_ROLE, TIE_KEY, read_head
@@ -24,8 +25,8 @@ from moe_shard.autoep.pieces import Pieces
 from moe_shard.autoep.quantized import CONFIG_KEY, read_scheme, with_scales
 from moe_shard.autoep.settings import model_settings, setting_rules
 from moe_shard.autoep.strict_json import read_object
-from moe_shard.autoep.tensor_names import Names, sort_names, switch_of, unwrapped
-from moe_shard.autoep.tensor_plan import Piece, TensorPlan
+from moe_shard.autoep.tensor_names import Names, sort_names, unwrapped
+from moe_shard.autoep.tensor_plan import TensorPlan
 from moe_shard.config.keys import shown
 from moe_shard.config.load import load_settings
 from moe_shard.config.model_config import DType, ModelConfig
@@ -33,7 +34,6 @@ from moe_shard.config.overlays import Overlay
 from moe_shard.errors import UserError
 
 CONFIG = "config.json"
-_LAYERS = "base_num_decoder_layers"
 _TIED, _TABLE_PATH = "logits_via_embedding", tuple(EMBEDDING_ROLE.split("."))
 _DTYPES: Mapping[str, DType] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _QUANTIZED = re.compile(r".*(_blocks|_scales|_scale_inv|_scale|\.qweight|\.qzeros|\.scales)")
@@ -106,7 +106,7 @@ def detect(directory: Path, family: str = "", tied: bool | None = None) -> Detec
     headers = with_scales(read_headers(directory), scheme, directory)
     names = sort_names(headers, known, directory)
     _check_plain(headers, names, directory)
-    beyond = _layers_beyond(headers, names, known, attributes)
+    beyond = layers_beyond(headers, names, known, attributes)
     settings = model_settings(attributes, known)
     head = read_head(
         names,
@@ -137,7 +137,7 @@ def detect(directory: Path, family: str = "", tied: bool | None = None) -> Detec
         for piece in found
         if head.copy and piece.param == _TABLE_PATH
     )
-    plan = _plan(found, copies, headers, names, known, beyond, directory)
+    plan = plan_tensors(found, copies, headers, names, known, beyond, directory)
     dtype = _dtype(plan, headers, directory)
     # Float32 whatever the file's dtype: narrower parameters lose the small steps of an optimizer.
     settings = {"weight_dtype": "float32", "dtype": dtype} | settings
@@ -183,39 +183,6 @@ def _check_plain(headers: Mapping[str, TensorHeader], names: Names, where: Path)
                 f"{where}: {shown(name)} ({tensor.dtype}) belongs to quantized weights\n"
                 f"fix: a config.json with the {CONFIG_KEY} of these tensors, or plain weights"
             )
-
-
-def _layers_beyond(
-    headers: Mapping[str, TensorHeader], names: Names, family: Family, attributes: Attributes
-) -> set[str]:
-    """Return the tensors of layers after the model's last, which are carried unchanged.
-
-    Raises:
-        UserError: the layers are not those of `config.json`.
-    """
-    rule = family.settings[_LAYERS]
-    layers = attributes.value(_LAYERS, rule)
-    text = attributes.rule_text(_LAYERS, rule)
-    found = names.layers()
-    missing = next((layer for layer in range(layers) if layer not in found), None)
-    if missing is not None:
-        fix = "the config.json of these tensors"
-        if not found:
-            fix += f", or prefix and layers of family {family.name}"
-        raise attributes.error(f"{text}, but no tensor is of layer {missing}", fix)
-    carried = attributes.value(_LAYERS, family.carried_layers)
-    number = re.compile(re.escape(f"{family.prefix}{family.layers}.") + r"([0-9]{1,9})\..*")
-    matches = {name: number.fullmatch(unwrapped(name)) for name in headers}
-    of = {name: int(match[1]) for name, match in matches.items() if match}
-    # A layer of multi-token prediction has tensors that the model's layers lack.
-    special = {of[name] for name in names.others if name in of}
-    for name, layer in of.items():
-        if layer >= layers + carried or (layer >= layers and layer not in special):
-            raise attributes.error(
-                f"{text}, but the tensors go on to layer {layer} ({shown(name)})",
-                "the config.json of these tensors",
-            )
-    return {name for name, layer in of.items() if layer >= layers}
 
 
 def _model(settings: Mapping[str, Any], where: Path, names: Mapping[str, str]) -> ModelConfig:
@@ -269,40 +236,6 @@ def _check_expert_layers(
                 f"and its tensors {'no router' if kind.moe else shown(routers[(layer,)])}",
                 f"the config.json of these tensors, or moe_layers of family {family.name}",
             )
-
-
-def _plan(
-    pieces: tuple[Piece, ...],
-    copies: tuple[Piece, ...],
-    headers: Mapping[str, TensorHeader],
-    names: Names,
-    family: Family,
-    beyond: set[str],
-    where: Path,
-) -> TensorPlan:
-    """Make the plan once every tensor has been assigned."""
-    used = {piece.tensor for piece in (*pieces, *copies)}
-    carried = set(beyond)
-    patterns = [re.compile(pattern) for pattern in family.carried]
-    for name in headers:
-        if name in used or name in carried:
-            continue
-        if any(pattern.fullmatch(unwrapped(name)) for pattern in patterns):
-            carried.add(name)
-            continue
-        role = next((role for role, at in names.roles.items() if name in at.values()), "")
-        if not role:
-            raise UserError(
-                f"{where}: {shown(name)} fits no name or pattern of family {family.name}\n"
-                "fix: the config.json of these tensors, or hf_family with a name, or with a "
-                "pattern under carried where the model computes nothing with it"
-            )
-        key = switch_of(role) or "another value"
-        raise UserError(
-            f"{where}: {shown(name)} is {role}, which by config.json the model has not\n"
-            f"fix: the config.json of these tensors, or {key} in settings of family {family.name}"
-        )
-    return TensorPlan(pieces, tuple(name for name in headers if name in carried), copies)
 
 
 def _dtype(plan: TensorPlan, headers: Mapping[str, TensorHeader], where: Path) -> DType:
