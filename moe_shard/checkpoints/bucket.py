@@ -20,6 +20,8 @@ from typing import Any
 from moe_shard.errors import UserError, first_line
 
 SCHEME = "gs://"
+COMMITTED = "commit_success.txt"
+"""Orbax's marker of a checkpoint that is complete."""
 _PROBE_S, _TRY_S = 10.0, 4.0
 """Seconds that the first look at a bucket may take, and one request of it with its retries."""
 _PATIENCE_S, _REQUEST_S = 60.0, (5.0, 30.0)
@@ -70,8 +72,11 @@ class Bucket:
 
         return storage.Client().bucket(self.name)
 
-    def reach(self) -> None:
-        """See that the bucket is there and may be read and written; in seconds, not minutes.
+    def reach(self, *, writes: bool = True) -> None:
+        """See that the bucket is there and may be used; in seconds, not minutes.
+
+        Args:
+            writes: whether something is to be written.
 
         Raises:
             UserError: it cannot be, with the reason.
@@ -85,7 +90,7 @@ class Bucket:
 
         def probe() -> None:
             try:
-                self._probe()
+                self._probe(writes)
             except Exception as error:  # of several libraries, named below
                 failed.append(error)
 
@@ -99,11 +104,14 @@ class Bucket:
             what, fix = _reason(failed[0], self.name)
             raise UserError(f"{self.address}: {what}\nfix: {fix}") from failed[0]
 
-    def _probe(self) -> None:
+    def _probe(self, writes: bool) -> None:
         from google.cloud.storage.retry import DEFAULT_RETRY
 
         limits = {"timeout": _TRY_S, "retry": DEFAULT_RETRY.with_timeout(_TRY_S)}
         bucket = self._bucket.client.get_bucket(self.name, **limits)  # Orbax asks for it as well
+        if not writes:
+            next(iter(bucket.list_blobs(prefix=self._prefix, max_results=1, **limits)), None)
+            return
         blob = bucket.blob(f"{self._prefix}.probe-{uuid.uuid4().hex[:12]}")
         blob.upload_from_string(b"", **limits)
         blob.delete(**limits)
@@ -117,6 +125,12 @@ class Bucket:
             folders = [each.removeprefix(prefix).rstrip("/") for each in found.prefixes]
         objects.pop("", None)  # what some tools make in place of a folder
         return objects, sorted(folders)
+
+    def checkpoints(self) -> tuple[list[str], list[str]]:
+        """Return the names of the folders, and those of them that have Orbax's marker."""
+        folders = self.listed()[1]
+        numbers = [each for each in folders if each.isdecimal()]
+        return folders, [each for each in numbers if COMMITTED in self.listed(each)[0]]
 
     def find(self, path: str) -> dict[str, StoredObject]:
         """List all objects below a folder."""

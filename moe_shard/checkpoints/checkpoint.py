@@ -63,7 +63,8 @@ class Checkpointer:
 
     Attributes:
         to_keep: returns the updates of checkpoints that stay however old they are.
-        when_saved: called when a checkpoint is complete, before or with the next save.
+        when_saved: each is called, in order, when a checkpoint is complete, before or with the
+            next save.
 
     Args:
         folder: the run's `checkpoints/`, in a folder or a bucket (`place_of`).
@@ -89,7 +90,7 @@ class Checkpointer:
         self._in_flight: int | None = None
         self._failed: str | None = None
         self.to_keep: Callable[[], Collection[int | None]] = tuple
-        self.when_saved: Callable[[], object] = tuple
+        self.when_saved: list[Callable[[], object]] = []
         self._together = SavesTogether()
         self._manager = self._open()
         hide_late_callbacks()
@@ -221,7 +222,8 @@ class Checkpointer:
             self._give_up(updates, why, here=not isinstance(error, FailedElsewhere))
         else:
             self._failed = None
-            self.when_saved()
+            for call in self.when_saved:
+                call()
 
     def _give_up(self, updates: int, why: str, *, here: bool = True) -> None:
         """Remove what was written of a checkpoint, say why, and get ready for the next.

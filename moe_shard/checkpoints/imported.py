@@ -27,6 +27,7 @@ from moe_shard.autoep.not_a_model import refuse_foreign
 from moe_shard.autoep.rounding import Rounding
 from moe_shard.checkpoints.checksums import CUSTOM_METADATA, committed_with_checksums
 from moe_shard.checkpoints.convert import is_fused, other_layout, to_layout
+from moe_shard.checkpoints.run_files import address_of, checkpoints_of, opened
 from moe_shard.checkpoints.run_params import restore_params
 from moe_shard.checkpoints.stored import open_stored
 from moe_shard.config.load import STORED_DTYPE
@@ -107,13 +108,15 @@ def _check_factor(directory: Path, there: float, model: ModelConfig | None) -> N
         )
 
 
-def find_weights(path: str) -> Path:
+def find_weights(path: str) -> Any:
     """Find what holds the weights in a folder: `checkpoints`, `params`, `items`, `config.json`.
 
     Raises:
         UserError: there is none of them.
     """
-    folder = expanded(path).resolve()
+    folder = opened(path).resolve()
+    if address_of(folder):
+        return checkpoints_of(folder)
     if (items := find_items(folder)) is not None:
         return items
     for name in ("checkpoints", _PARAMS):
@@ -178,7 +181,7 @@ def _movable(config: Config, source: Path) -> Config:
 
 
 def export_model(
-    source: Path, target: Path, *, console: Console, stochastic: int | None = None
+    source: str | Path, target: Path, *, console: Console, stochastic: int | None = None
 ) -> None:
     """Write the Hugging Face directory of an imported model, or of a run that began with one.
 
@@ -186,7 +189,7 @@ def export_model(
     written directly into the files, without a device.
 
     Args:
-        source: the folder; the newest checkpoint of a run is read.
+        source: the folder, or the address of a run in a bucket, whose newest checkpoint is read.
         target: the directory; new or empty.
         console: shows the progress, and how many values were rounded to the checkpoint's dtypes.
         stochastic: seed of stochastic rounding; None: to nearest.
@@ -195,7 +198,7 @@ def export_model(
         UserError: the source does not come from a Hugging Face directory or cannot be read, or the
             target is not empty or cannot be written.
     """
-    source = expanded(source)
+    source = opened(source)
     weights = find_weights(str(source))
     if not (source / "hf").is_dir() or weights.name in (_HF_CONFIG, ITEMS):
         raise UserError(

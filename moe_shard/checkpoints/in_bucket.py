@@ -19,7 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from moe_shard.checkpoints.bucket import Bucket, is_address
+from moe_shard.checkpoints.bucket import COMMITTED, Bucket, is_address
 from moe_shard.checkpoints.checksums import (
     CHECKSUMS,
     Checksums,
@@ -32,8 +32,6 @@ from moe_shard.checkpoints.place import DAMAGED, CheckpointPlace, InFolder
 from moe_shard.errors import UserError, first_line
 from moe_shard.units import human_bytes
 
-COMMITTED = "commit_success.txt"
-"""Orbax's marker."""
 _METADATA = "_CHECKPOINT_METADATA"
 _AT_THE_END = {CHECKSUMS, COMMITTED, _METADATA}
 """Objects that are written, or written again, when the others have been listed."""
@@ -65,11 +63,9 @@ class InBucket(CheckpointPlace):
 
     def numbers(self) -> list[str]:
         """Return those that have the marker."""
-        return [name for name in super().numbers() if self._is_committed(name)]
-
-    def _is_committed(self, name: str) -> bool:
         with self._readable():
-            return COMMITTED in self._bucket.listed(name)[0]
+            committed = {*self._bucket.checkpoints()[1]}
+        return [name for name in super().numbers() if name in committed]
 
     def manifest(self, name: str) -> Checksums | None:
         """Read `checksums.json`."""

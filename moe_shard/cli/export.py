@@ -26,7 +26,7 @@ from moe_shard.terminal import Console
 def main(argv: Sequence[str], prog: str = "moe-shard export") -> int:
     """Plan the files and write them."""
     parser = CommandParser(prog=prog, description="Write a Hugging Face directory.")
-    parser.add_argument("source", metavar="SRC", type=Path, help="imported model or run")
+    parser.add_argument("source", metavar="SRC", help="imported model or run")
     parser.add_argument("target", metavar="DST", type=Path, help="new directory")
     parser.add_argument(
         "--stochastic-rounding",

@@ -3,7 +3,8 @@
     moe-shard status outputs/mixtral-tiny
     moe-shard status outputs/mixtral-tiny --html run.html
 
-RUN is the folder of a run, which may be going on. Nothing in it is written.
+RUN is the folder of a run, which may be going on, or its address in a bucket. Nothing there is
+written.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from moe_shard.cli.page_file import page_path
 from moe_shard.errors import EXIT_DONE, CommandParser, UserError
@@ -21,19 +21,20 @@ from moe_shard.files import write_text
 def main(argv: Sequence[str], prog: str = "moe-shard status") -> int:
     """Read the run's files, and print lines or one JSON object, or write the page."""
     parser = CommandParser(prog=prog, description="Show how a run is doing.")
-    parser.add_argument("folder", metavar="RUN", help="a run's folder")
+    parser.add_argument("folder", metavar="RUN", help="a run's folder, or its address in a bucket")
     parser.add_argument("--html", metavar="FILE", help="write a page with the curves")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
     path = page_path(arguments.html) if arguments.html else None
     # Only now: --help and bad usage are answered before anything is loaded.
+    from moe_shard.checkpoints.run_files import opened
     from moe_shard.terminal import Console
     from moe_shard.training.concerns import concerns
     from moe_shard.training.run_status import read_status, spark
     from moe_shard.training.status_lines import norm_rows, status_lines
     from moe_shard.training.status_page import render_status
 
-    status = read_status(Path(arguments.folder))
+    status = read_status(opened(arguments.folder))
     if path is not None:
         try:
             write_text(path, render_status(status))

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from moe_shard.checkpoints.run_files import checkpoint_names
 from moe_shard.errors import EXIT_STOPPED, CommandParser, UserError
 
 MAX_RESTARTS = 3
@@ -140,10 +141,8 @@ def progress(folder: Path) -> int:
     Args:
         folder: folder of the run, which need not exist.
     """
-    made = 0
-    checkpoints = folder / "checkpoints"
-    if checkpoints.is_dir():
-        made = max((int(p.name) for p in checkpoints.iterdir() if p.name.isdecimal()), default=0)
+    names = checkpoint_names(folder)
+    made = max((int(name) for name in names if name.isdecimal()), default=0)
     try:
         with (folder / "metrics.jsonl").open("rb") as file:
             file.seek(0, 2)

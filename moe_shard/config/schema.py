@@ -17,6 +17,7 @@ from moe_shard.config.keys import Key, check_leaves, keyed_values, shown, to_pla
 from moe_shard.config.local_config import LocalConfig
 from moe_shard.config.mesh_config import MeshConfig
 from moe_shard.config.model_config import CrossEntropyName, DType, ModelConfig
+from moe_shard.config.output_address import check_output
 from moe_shard.config.strict_yaml import format_yaml
 from moe_shard.errors import UserError
 
@@ -264,7 +265,7 @@ class RunConfig:
     """Describe the names and paths of a run.
 
     Attributes:
-        base_output_directory: directory that runs are written into.
+        base_output_directory: directory that runs are written into, or gs://BUCKET/PATH.
         run_name: directory of this run; by default the model's name, so that the same command
             resumes the same run.
         model_name: the model YAML's name without `.yml`.
@@ -295,8 +296,8 @@ class RunConfig:
                 f"run_name={shown(self.run_name)} is not the name of a directory\n"
                 "fix: a name without slashes; base_output_directory is where it stands"
             )
+        check_output(self.base_output_directory, self.run_name)
         for key, path in (
-            ("base_output_directory", self.base_output_directory),
             ("load_parameters_path", self.load_parameters_path),
             ("jax_cache_dir", self.jax_cache_dir),
         ):

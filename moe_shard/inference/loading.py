@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
 
+from moe_shard.checkpoints.bucket import is_address
 from moe_shard.checkpoints.imported import load_params
 from moe_shard.checkpoints.resolve import load_model
+from moe_shard.checkpoints.run_files import address_of, checkpoints_of, opened
 from moe_shard.checkpoints.run_params import restore_params
 from moe_shard.config import Config, list_models
 from moe_shard.errors import UserError
@@ -31,6 +35,8 @@ Dropped tokens would make a text depend on the others in its batch. Gate and up 
 product when the parameters are loaded. The batch size follows from the prompts.
 """
 
+_OF_RUN = re.compile(r"(?P<run>.+)/checkpoints(/(?P<updates>\d{1,18}))?/?")
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -38,12 +44,12 @@ class ModelSource:
 
     Attributes:
         model: argument of `load_model`.
-        checkpoints: folder of a run's checkpoints; None if MODEL is no run.
+        checkpoints: path of a run's checkpoints, also in a bucket; None if MODEL is no run.
         updates: number of updates that names the checkpoint; None for the newest.
     """
 
     model: str
-    checkpoints: Path | None = None
+    checkpoints: Any = None
     updates: int | None = None
 
 
@@ -53,6 +59,8 @@ def find_source(model: str) -> ModelSource:
     Raises:
         UserError: the directory holds no model.
     """
+    if is_address(model) or address_of(expanded(model)):
+        return _in_bucket(model)
     path = expanded(model)
     of_run = path.parent.name == "checkpoints" and path.name.isdecimal() and path.parent.is_dir()
     if model in list_models() or not (of_run or path.is_dir()) or _holds_a_model(path):
@@ -74,6 +82,18 @@ def find_source(model: str) -> ModelSource:
             "fix: train with enable_checkpointing=true; its config.yml alone has random parameters"
         )
     return ModelSource(str(run / "config.yml"), run / "checkpoints", updates)
+
+
+def _in_bucket(model: str) -> ModelSource:
+    """Resolve the address of a run or of one of its checkpoints, or a run's folder here.
+
+    Raises:
+        UserError: there is no such run, or it cannot be reached.
+    """
+    found = _OF_RUN.fullmatch(model) if is_address(model) else None
+    run = opened(found["run"] if found else model)
+    updates = int(found["updates"]) if found and found["updates"] else None
+    return ModelSource(str(run / "config.yml"), checkpoints_of(run), updates)
 
 
 def _holds_a_model(path: Path) -> bool:

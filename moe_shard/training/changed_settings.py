@@ -13,6 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, get_args
 
+from moe_shard.checkpoints.run_files import checkpoint_names
 from moe_shard.config.keys import shown
 from moe_shard.config.load import base_settings
 from moe_shard.config.mesh_config import LEVELS, MESH_AXES, parallelism_key
@@ -21,7 +22,7 @@ from moe_shard.config.schema import Config, brief_list
 from moe_shard.config.strict_yaml import parse_yaml, read_mapping
 from moe_shard.errors import UserError
 from moe_shard.files import next_numbered, read_small, write_bytes
-from moe_shard.training.run_folder import run_path
+from moe_shard.training.run_folder import reach_run
 
 
 class Kind(Enum):
@@ -182,7 +183,7 @@ def find_changes(folder: Path, config: Config) -> Changes | None:
     path = folder / "config.yml"
     if not os.path.lexists(path):
         return None
-    resumes = _has_checkpoint(folder / "checkpoints")
+    resumes = any(name.isdecimal() for name in checkpoint_names(folder))
     try:
         earlier = read_mapping(path)
     except UserError as error:
@@ -215,7 +216,7 @@ def keep_weight_dtype(config: Config) -> Config:
     Args:
         config: this start's configuration.
     """
-    changes = find_changes(run_path(config.run), config) if config.stored_dtype else None
+    changes = find_changes(reach_run(config.run), config) if config.stored_dtype else None
     begun: Any
     begun, here = changes.differing.get("weight_dtype", ("", "")) if changes else ("", "")
     if changes is None or not changes.resumes or begun not in get_args(DType):
@@ -234,7 +235,7 @@ def refuse_impossible(config: Config) -> None:
     Raises:
         UserError: as `Changes.require_possible`.
     """
-    changes = find_changes(run_path(config.run), config)
+    changes = find_changes(reach_run(config.run), config)
     if changes:
         changes.require_possible(strict=config.train.resume_strict)
 
@@ -281,13 +282,6 @@ def keep_earlier(folder: Path, text: str) -> Path | None:
     kept = next_numbered(path)
     write_bytes(kept, content)
     return kept
-
-
-def _has_checkpoint(folder: Path) -> bool:
-    try:
-        return any(each.name.isdecimal() for each in folder.iterdir())
-    except OSError:
-        return False
 
 
 def _listed(differing: dict[str, tuple[Any, Any]]) -> str:

@@ -74,7 +74,7 @@ class HeldOutLoss:
             self._weigh(updates)
         if checkpointer:
             checkpointer.to_keep = lambda: {self._best_at, self._named}
-            checkpointer.when_saved = self._write
+            checkpointer.when_saved.insert(0, self._write)  # before these files are copied
         self._write()
 
     @property

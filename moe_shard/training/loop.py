@@ -13,6 +13,7 @@ from rich.console import Console
 
 from moe_shard.checkpoints.checkpoint import Checkpointer
 from moe_shard.checkpoints.imported import find_weights, load_params
+from moe_shard.checkpoints.run_files import checkpoints_of
 from moe_shard.checkpoints.tiers import open_checkpoints
 from moe_shard.config.schema import Config
 from moe_shard.data.batches import Batches, batches
@@ -86,9 +87,8 @@ class Trainer:
         microbatches, rows, seq_len = program.abstract_batch["inputs"].shape
         with ExitStack() as opening:
             if train.enable_checkpointing and train.steps > 0:
-                checkpoints = folder / "checkpoints"
                 self.checkpointer = open_checkpoints(
-                    checkpoints, config, program.abstract_state, say=say
+                    checkpoints_of(folder), config, program.abstract_state, say=say
                 )
                 opening.callback(self.checkpointer.close)
                 self.first = self.checkpointer.first()

@@ -39,6 +39,7 @@ from moe_shard.runtime.devices import start_devices
 from moe_shard.runtime.team import Team
 from moe_shard.terminal import Console, LastingOutput
 from moe_shard.training.changed_settings import Kind, batch_line, find_changes, keep_earlier
+from moe_shard.training.copies import kept_in_bucket
 from moe_shard.training.goodput import WallTime
 from moe_shard.training.loop import Outcome, Trainer
 from moe_shard.training.profile import show_times
@@ -99,12 +100,14 @@ def run(config: Config, team: Team | None = None) -> Outcome:
             note(line)
         with (
             open_run(config.run, writer=writer) as folder,
+            kept_in_bucket(folder, writer=writer, say=say) as copied_after,
             WallTime(folder, writer=writer) as wall,
             Trainer(config, program, folder, wall=wall, say=say) as trainer,
             # Here too: what is opened above waits for the other processes when it is closed.
             team.failing(),
             out_of_memory_is_a_finding(),
         ):
+            copied_after(trainer.checkpointer)
             if writer:
                 _keep_settings(config, folder, console, note)
                 if config.run.load_parameters_path:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moe_shard.checkpoints.bucket import is_address
+from moe_shard.checkpoints.run_files import COPIED, address_of, fetch, here, mark
 from moe_shard.config.schema import RunConfig
 from moe_shard.errors import UserError
 from moe_shard.files import expanded
@@ -24,7 +26,22 @@ def run_path(config: RunConfig) -> Path:
             f"run_name={config.run_name!r} is not the name of a folder\n"
             "fix: a name without '/'; base_output_directory says where it is made"
         )
+    if is_address(config.base_output_directory):
+        return here(_address(config))
     return expanded(config.base_output_directory).resolve() / config.run_name
+
+
+def reach_run(config: RunConfig) -> Path:
+    """Return a run's folder, with its files in it where they are in a bucket and ahead.
+
+    Raises:
+        UserError: as `run_path`; or the bucket cannot be reached.
+    """
+    return fetch(_address(config)) if is_address(config.base_output_directory) else run_path(config)
+
+
+def _address(config: RunConfig) -> str:
+    return f"{config.base_output_directory.rstrip('/')}/{config.run_name}"
 
 
 @contextmanager
@@ -37,16 +54,19 @@ def open_run(config: RunConfig, *, writer: bool = True) -> Iterator[Path]:
             folder against other runs.
 
     Yields:
-        `<base_output_directory>/<run_name>`, absolute.
+        `<base_output_directory>/<run_name>`, absolute; this machine's part of it, if that is in a
+        bucket.
 
     Raises:
         UserError: the run's name is no folder name, the folder cannot be written, or another
             process is writing to it.
     """
-    folder = run_path(config)
+    folder = reach_run(config)
     _check_names(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if is_address(config.base_output_directory) and address_of(folder) is None:
+            mark(folder, _address(config), 0)
         lock = (folder / ".lock").open("w") if writer else None
     except OSError as error:
         raise UserError(
@@ -70,7 +90,7 @@ def open_run(config: RunConfig, *, writer: bool = True) -> Iterator[Path]:
 
 _FILES = (
     *(".lock", "config.yml", "lowering.json", "metrics.jsonl", "layers.jsonl"),
-    *("goodput.json", "eval.jsonl", "best.json", "wandb.json"),
+    *("goodput.json", "eval.jsonl", "best.json", "wandb.json", COPIED),
 )
 _FOLDERS = ("tensorboard", "checkpoints", "hlo", "profile", "wandb")
 

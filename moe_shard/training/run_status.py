@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import re
 import shutil
 import statistics
@@ -18,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from moe_shard.checkpoints.run_files import address_of, checkpoint_bytes, checkpoint_names
 from moe_shard.errors import UserError
 from moe_shard.files import read_small
 from moe_shard.training.goodput import Goodput, goodput, read_starts
@@ -59,7 +59,7 @@ class RunStatus:
         set_aside: names of checkpoints that were found damaged.
         post_mortems: names of the files about steps that ended a start of the run.
         newest_bytes: size of the newest checkpoint; None where there is none.
-        disk_free_bytes: room on the run's disk; None where that is not known.
+        disk_free_bytes: room on the disk of its checkpoints; None where that is not known.
     """
 
     name: str
@@ -138,7 +138,7 @@ def read_status(folder: Path) -> RunStatus:
     if steps is not None and records and updates < steps:
         recent = [finite(each.get("step_time_s")) or 0.0 for each in records[-_RECENT:]]
         left = statistics.median(recent) * (steps - updates)
-    names = _names(folder / "checkpoints")
+    names = checkpoint_names(folder)
     checkpoints = tuple(sorted(int(name) for name in names if name.isdecimal()))
     return RunStatus(
         name=folder.resolve().name,
@@ -157,8 +157,8 @@ def read_status(folder: Path) -> RunStatus:
         post_mortems=tuple(
             sorted(each for each in _names(folder) if re.fullmatch(r"bad_step_\d+\.json", each))
         ),
-        newest_bytes=_size(folder / "checkpoints" / str(checkpoints[-1])) if checkpoints else None,
-        disk_free_bytes=_disk_free(folder),
+        newest_bytes=checkpoint_bytes(folder, str(checkpoints[-1])) if checkpoints else None,
+        disk_free_bytes=None if address_of(folder) else _disk_free(folder),
     )
 
 
@@ -193,16 +193,6 @@ def _age(folder: Path) -> float | None:
         with suppress(OSError):
             times.append((folder / name).stat().st_mtime)
     return max(time.time() - max(times), 0.0) if times else None
-
-
-def _size(folder: Path) -> int:
-    """Add up the files of a folder; those that are removed meanwhile are left out."""
-    total = 0
-    for where, _, names in os.walk(folder):
-        for name in names:
-            with suppress(OSError):
-                total += os.lstat(os.path.join(where, name)).st_size
-    return total
 
 
 def _disk_free(folder: Path) -> int | None:

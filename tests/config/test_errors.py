@@ -58,7 +58,7 @@ from tests.config.helpers import check_message, error_of, load, says, write_mode
         ("decode_sampling_temperature=0", ["temperature=0.0 is out of range", "above 0"]),
         ("max_new_tokens=0", ["max_new_tokens=0 is out of range", "at least 1"]),
         ("run_name=a/b", ["run_name=a/b", "not the name of a directory"]),
-        ("base_output_directory=gs://b/x", ["gs://b/x is an address", "base_output_directory=a"]),
+        ("base_output_directory=s3://b/x", ["Amazon S3", "gs://BUCKET/PATH, or a folder"]),
         ("load_parameters_path=gs://b/0/items", ["gs://b/0/items is an address"]),
         ("ici_data_parallelism=0", ["ici_data_parallelism=0", "at least 1, or -1"]),
         ("force_load_balance=1", ["force_load_balance=1 is not true or false"]),

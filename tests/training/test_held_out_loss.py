@@ -131,7 +131,7 @@ def scripted(
     show: Any = len,
 ) -> Scripted:
     text: Any = SimpleNamespace(name="t", tokens=10, bytes_per_token=1.0)
-    checkpointer: Any = SimpleNamespace(complete=lambda: saved)
+    checkpointer: Any = SimpleNamespace(complete=lambda: saved, when_saved=[])
     program: Any = SimpleNamespace()
     evaluation = Scripted(
         config, (text,), program, folder, first=first, checkpointer=checkpointer, say=len, show=show
@@ -169,7 +169,7 @@ def test_only_a_complete_checkpoint_is_named_the_best(tmp_path: Path) -> None:
     checkpointer: Any = evaluation._checkpointer
     assert best(tmp_path) == {"step": 2, "loss": 4.0, "checkpoint": None}
     saved.add(2)
-    checkpointer.when_saved()
+    checkpointer.when_saved[0]()
     assert best(tmp_path) == {"step": 2, "loss": 4.0, "checkpoint": "checkpoints/2"}
     for updates, loss in ((4, 3.0), (6, 3.5)):
         state: Any = loss
@@ -178,9 +178,10 @@ def test_only_a_complete_checkpoint_is_named_the_best(tmp_path: Path) -> None:
         assert best(tmp_path)["checkpoint"] == "checkpoints/2"
         assert checkpointer.to_keep() == {2, 4}
     saved.add(6)
-    checkpointer.when_saved()
+    checkpointer.when_saved[0]()
     assert best(tmp_path) == {"step": 6, "loss": 3.5, "checkpoint": "checkpoints/6"}
     # Also by a start that does not evaluate, and finds it set aside as damaged.
+    checkpointer.when_saved.clear()
     idle = HeldOutLoss(
         EvalConfig(eval_patience=1), (), SimpleNamespace(), tmp_path,  # type: ignore[arg-type]
         first=6, checkpointer=checkpointer, say=len,
@@ -188,7 +189,7 @@ def test_only_a_complete_checkpoint_is_named_the_best(tmp_path: Path) -> None:
     assert checkpointer.to_keep() == {6, 4}
     assert idle.end is None
     saved.remove(6)
-    checkpointer.when_saved()
+    checkpointer.when_saved[0]()
     assert best(tmp_path)["checkpoint"] == "checkpoints/2"
 
 
