@@ -40,7 +40,9 @@ class Attributes:
     def __init__(self, written: Mapping[str, Any], family: Family, where: Path) -> None:
         self.where = where
         if family.config_section:
-            section = written.get(family.config_section)
+            section: Any = written
+            for part in family.config_section.split("."):
+                section = section.get(part) if isinstance(section, dict) else None
             if not isinstance(section, dict):
                 raise self.error(f"no {family.config_section}", "the config.json of the model")
             written = section | {
@@ -195,7 +197,8 @@ class Attributes:
         """Return the attribute that a rule's value comes from; empty where none applies."""
         if any(self.get(name) != value for name, value in rule.when):
             return ""
-        return next((name for name in rule.sources if self.get(name) is not None), "")
+        found = ((name, self.get(name)) for name in rule.sources)
+        return next((name for name, value in found if value not in (None, *rule.skip)), "")
 
     def rule_text(self, key: str, rule: SettingRule) -> str:
         """Return where a setting's value is from and the value, for messages."""
@@ -221,6 +224,8 @@ class Attributes:
                     fix += f" as {{value: {wanted}}} where that is text, not an attribute"
                 raise self.error(f"no {wanted}, from which {key} is read", fix)
             return rule.default
+        if rule.some is not None:
+            return rule.some
         value = self.get(name)
         if rule.mapping:
             known = dict(rule.mapping)
@@ -230,6 +235,14 @@ class Attributes:
                 )
             return known[shown(value)]
         kind = type(base_settings()[key])
+        if isinstance(value, list) and value and kind is not list:
+            # A value for each layer.
+            if any(each != value[0] for each in value):
+                raise self.error(
+                    f"{self.as_text(name)} differs between layers, which is not computed here",
+                    "a model where all layers have one",
+                )
+            value = value[0]
         # Attributes that switch something may be numbers, but not lists or text.
         accepted = {bool: (bool, int), float: (int, float)}.get(kind, (kind,))
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):

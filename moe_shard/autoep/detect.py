@@ -18,7 +18,7 @@ from moe_shard.autoep.attributes import Attributes
 from moe_shard.autoep.carried import layers_beyond, plan_tensors
 from moe_shard.autoep.family import Family, choose_family, list_families, load_family
 from moe_shard.autoep.family_chain import EXPERT_LAYERS
-from moe_shard.autoep.head import EMBEDDING_ROLE, TIE_KEY, read_head
+from moe_shard.autoep.head import EMBEDDING_ROLE, HEAD_ROLE, TIE_KEY, read_head
 from moe_shard.autoep.headers import TensorHeader, read_headers
 from moe_shard.autoep.lines import report_lines
 from moe_shard.autoep.pieces import Pieces
@@ -111,7 +111,7 @@ def detect(directory: Path, family: str = "", tied: bool | None = None) -> Detec
     head = read_head(
         names,
         headers,
-        configured=_configured_tied(settings, known, written),
+        configured=_configured_tied(settings, known, written, names),
         asked=tied,
         where=directory,
     )
@@ -165,14 +165,19 @@ def detect(directory: Path, family: str = "", tied: bool | None = None) -> Detec
 
 
 def _configured_tied(
-    settings: Mapping[str, Any], family: Family, written: Mapping[str, Any]
+    settings: Mapping[str, Any], family: Family, written: Mapping[str, Any], names: Names
 ) -> bool:
     """Return whether head and embedding are one by the family or `config.json`.
 
-    A model around the decoder has its own word, which transformers goes by.
+    A model around the decoder has its own word, which transformers goes by; without a head among
+    the tensors one word of the two is enough.
     """
-    by_config = bool(setting_rules(family)[_TIED].sources)
-    return settings[_TIED] or (by_config and written.get(TIE_KEY) is True)
+    own, around = settings[_TIED], written.get(TIE_KEY)
+    if not setting_rules(family)[_TIED].sources:
+        return bool(own)
+    if HEAD_ROLE in names.roles and isinstance(around, bool):
+        return around
+    return own or around is True
 
 
 def _check_plain(headers: Mapping[str, TensorHeader], names: Names, where: Path) -> None:

@@ -144,7 +144,12 @@ def lay_out_again(
 
 
 def untied(config: dict[str, Any]) -> dict[str, Any] | None:
-    """Return a `config.json` that ties nothing, in no section; None where it ties nothing."""
+    """Return a `config.json` that ties nothing, in no section; None where it ties nothing.
+
+    What it says itself counts for its sections too.
+    """
+    if config.get(TIE_KEY) is False:
+        return None
     changed: dict[str, Any] = {}
     for name, value in config.items():
         if name == TIE_KEY and value is True:

@@ -37,6 +37,8 @@ class SettingRule:
         required: whether it is an error if all are null.
         mapping: the attribute's value as text -> the setting's value; empty: the same value.
         when: attribute -> the value that it must have for the sources to apply.
+        skip: values of the sources that count as null.
+        some: the setting's value wherever a source applies; None: that source's.
     """
 
     sources: tuple[str, ...] = ()
@@ -44,6 +46,8 @@ class SettingRule:
     required: bool = False
     mapping: tuple[tuple[str, Any], ...] = ()
     when: tuple[tuple[str, Any], ...] = ()
+    skip: tuple[Any, ...] = ()
+    some: Any = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,8 @@ class Spans:
         chunk: tokens of a chunk; null: no chunks. The layers with RoPE are chunked.
         rope_flags: 0 for each layer without RoPE, 1 for the others; ignored if null or empty.
         nope_interval: the last of every so many layers has no RoPE, unless the flags apply.
+        nope_types: names in `types` of layers without RoPE where some layer has a window.
+        full_every: the last of every so many layers has no window, unless it is null.
     """
 
     types: str = ""
@@ -92,6 +98,8 @@ class Spans:
     chunk: str = ""
     rope_flags: str = ""
     nope_interval: str = ""
+    nope_types: tuple[str, ...] = ()
+    full_every: str = ""
 
 
 @dataclass(frozen=True)
@@ -135,11 +143,12 @@ class Family:
     moe_layers: LayersWithExperts
     spans: Spans
     rope_without_effect: tuple[str, ...]
+    rope_alpha: bool
     attributes: Mapping[str, Any]
     aliases: Mapping[str, str]
     require: Mapping[str, Any]
     settings: Mapping[str, SettingRule]
-    tensors: Mapping[str, str]
+    tensors: Mapping[str, tuple[str, ...]]
     carried: tuple[str, ...]
     carried_layers: SettingRule
     name: str = ""
@@ -169,6 +178,7 @@ def load_family(given: str) -> Family:
     path = find_file("families", given, "hf_family")
     merged = _merged(path)
     values = {key: _read(path, key, merged.get(key)) for key in _KINDS}
+    _check_distinct(path, values["tensors"])
     if not values["moe_layer_pattern"]:
         raise UserError(
             f"{path}: no moe_layer_pattern\nfix: for example model\\.layers\\.\\d+\\.mlp"
@@ -176,8 +186,21 @@ def load_family(given: str) -> Family:
     return Family(**values, name=path.stem, own=read_mapping(path))
 
 
+def _check_distinct(path: Path, tensors: Mapping[str, tuple[str, ...]]) -> None:
+    """Refuse two parameters whose tensors have one name."""
+    roles: dict[str, str] = {}
+    for role, name in ((role, name) for role, names in tensors.items() for name in names):
+        if (other := roles.setdefault(name, role)) != role:
+            raise UserError(
+                f"{path}: tensors.{other} and tensors.{role} are both {shown(name)}\n"
+                "fix: one name each; attention.query_key_value and mlp.gate_up are several in one"
+            )
+
+
 def choose_family(config: Mapping[str, Any], where: Path) -> Family:
     """Choose the family that a `config.json` names, by `model_type`, else by `architectures`.
+
+    Where several have its `model_type`, its `architectures` choose among them.
 
     Args:
         config: the file's content.
@@ -190,8 +213,11 @@ def choose_family(config: Mapping[str, Any], where: Path) -> Family:
     model_type, named = config.get("model_type"), config.get("architectures")
     architectures = [named] if isinstance(named, str) else named if isinstance(named, list) else []
     found = [family for family in families if model_type in family.model_type]
-    if not found:
-        found = [one for one in families if any(a in one.architectures for a in architectures)]
+    if len(found) != 1:
+        named_so = [
+            one for one in found or families if any(a in one.architectures for a in architectures)
+        ]
+        found = named_so or found
     if len(found) == 1:
         return found[0]
     what = f"{where}: model_type={in_json(model_type)}, architectures={in_json(named)}"
@@ -277,9 +303,12 @@ def _read(path: Path, key: str, value: Any) -> Any:
         known = {field.name: field for field in fields(kind)}
         for name, each in value.items():
             _check_known(path, f"{key}.", name, known)
-            if type(each) is not type(known[name].default):
+            kinds = (
+                (list,) if isinstance(known[name].default, tuple) else (type(known[name].default),)
+            )
+            if type(each) not in kinds:
                 raise wrong("a mapping to attributes")
-        return kind(**value)
+        return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in value.items()})
     if key == "settings":
         for name in value:
             _check_known(path, f"{key}.", name, base_settings())
@@ -296,7 +325,12 @@ def _read(path: Path, key: str, value: Any) -> Any:
     if key == "tensors":
         for name in value:
             _check_known(path, f"{key}.", name, _default_tensors())
-    if key in ("tensors", "aliases") and not all(isinstance(v, str) for v in value.values()):
+        value = {role: [name] if isinstance(name, str) else name for role, name in value.items()}
+        if not all(isinstance(each, list) for each in value.values()):
+            raise wrong("a mapping to names or lists of them")
+        value = {role: tuple(name for name in names if name) for role, names in value.items()}
+    texts = sum(value.values(), ()) if key == "tensors" else value.values()
+    if key in ("tensors", "aliases") and not all(isinstance(text, str) for text in texts):
         raise wrong("a mapping to names")
     return value
 
@@ -325,7 +359,9 @@ def read_rule(path: Path, key: str, value: Any) -> SettingRule:
     if not isinstance(value, dict):
         return SettingRule(default=value)
     for name in value:
-        _check_known(path, f"{key}.", name, ("from", "else", "map", "when", "value"))
+        _check_known(
+            path, f"{key}.", name, ("from", "else", "map", "when", "skip", "some", "value")
+        )
     if set(value) == {"value"}:
         return SettingRule(default=value["value"])
     sources, mapping, when = value.get("from"), value.get("map", {}), value.get("when", {})
@@ -342,6 +378,8 @@ def read_rule(path: Path, key: str, value: Any) -> SettingRule:
         required="else" not in value,
         mapping=tuple((shown(name), each) for name, each in mapping.items()),
         when=tuple(when.items()),
+        skip=(value["skip"],) if "skip" in value else (),
+        some=value.get("some"),
     )
 
 

@@ -31,10 +31,12 @@ SAID_BY: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(EXPERT_LAYERS, ("moe_layers",)),
     "attention_pattern": (
         *("spans.types", "spans.every", "spans.first", "spans.below", "spans.switch"),
+        "spans.full_every",
     ),
     "sliding_window_size": ("spans.window",),
     "chunk_attn_window_size": ("spans.chunk",),
-    "nope_layer_interval": ("spans.rope_flags", "spans.nope_interval"),
+    "nope_layer_interval": ("spans.rope_flags", "spans.nope_interval", "spans.nope_types"),
+    "nope_layers": ("spans.rope_flags", "spans.nope_interval", "spans.nope_types"),
     "rope_max_timescale": ("attributes.rope_theta",),
     "partial_rotary_factor": ("attributes.partial_rotary_factor",),
 }

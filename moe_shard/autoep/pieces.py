@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from moe_shard.autoep.family import Family
 from moe_shard.autoep.fused import Fused, read_fused
 from moe_shard.autoep.headers import TensorHeader
 from moe_shard.autoep.param_shapes import Slot, slots_of
-from moe_shard.autoep.tensor_names import FUSED, LISTED, Names, Place, expected, switch_of
+from moe_shard.autoep.tensor_names import (
+    FUSED,
+    LISTED,
+    Names,
+    Place,
+    expected,
+    named_roles,
+    switch_of,
+)
 from moe_shard.autoep.tensor_plan import Layout, Piece
 from moe_shard.config.keys import shown
 from moe_shard.config.model_config import ModelConfig
@@ -18,6 +27,19 @@ from moe_shard.errors import UserError
 from moe_shard.models.cycles import stacks_of
 
 _FUSED = ("gate_up", "down")
+_JOINED = {
+    "attention.query_key_value": ("attention.query", "attention.key", "attention.value"),
+    "mlp.gate_up": ("mlp.gate", "mlp.up"),
+    "mlp.shared.gate_up": ("mlp.shared.gate", "mlp.shared.up"),
+    f"{LISTED}gate_up": (f"{LISTED}gate", f"{LISTED}up"),
+}
+"""Role of a tensor -> the parameters whose outputs are its rows, one after the other."""
+_JOINED_BY_PART = {
+    f"{part}{end}": (f"{whole}{end}", tuple(f"{each}{end}" for each in parts))
+    for whole, parts in _JOINED.items()
+    for part in parts
+    for end in ("", "_bias")
+}
 
 Explain = Callable[[tuple[str, ...]], str]
 """Maps settings to the attributes of `config.json` behind them, as `name=value, ...`."""
@@ -47,6 +69,7 @@ class Pieces:
     ) -> None:
         self.model, self.family, self.names = model, family, names
         self.headers, self.where, self.explain = headers, where, explain
+        self._named = named_roles(family)
         self.fused: Fused | None = None
         """How experts of the last layer seen are stored if fused; None: one by one."""
 
@@ -57,8 +80,8 @@ class Pieces:
             UserError: a tensor is missing, or its shape or the number of experts differs.
         """
         slots = slots_of(self.model)
-        for role, slot in slots.outer.items():
-            yield self._piece(role, (), slot, tuple(role.split(".")), ())
+        for role in slots.outer:
+            yield self._piece(role, (), slots.outer, tuple(role.split(".")), ())
         for stack, _, numbers in stacks_of(self.model.layer_kinds):
             for index, layer in enumerate(numbers):
                 yield from self._layer(layer, slots.layers[stack], stack, index)
@@ -67,9 +90,9 @@ class Pieces:
         self, layer: int, slots: Mapping[str, Slot], stack: str, index: int
     ) -> Iterator[Piece]:
         experts = {role: slot for role, slot in slots.items() if role.startswith(LISTED)}
-        for role, slot in slots.items():
+        for role in slots:
             if role not in experts:
-                yield self._piece(role, (layer,), slot, (stack, *role.split(".")), (index,))
+                yield self._piece(role, (layer,), slots, (stack, *role.split(".")), (index,))
         if not experts:
             return
         is_fused = any((layer,) in self.names.roles.get(f"{FUSED}{part}", {}) for part in _FUSED)
@@ -121,30 +144,32 @@ class Pieces:
             self._check_count(count, f"layer {layer} has experts 0 to {count - 1}")
         for expert in range(self.model.num_experts):
             place = (layer, expert)
-            for role, slot in slots.items():
-                path = (stack, *role.split("."))
-                if self.family.expert_w3 or "down" in role:
-                    yield self._piece(role, place, slot, path, (index, expert))
-                else:
-                    yield self._half(role, place, slot, path, (index, expert))
-
-    def _half(
-        self, role: str, place: Place, slot: Slot, path: tuple[str, ...], index: Place
-    ) -> Piece:
-        """Return gate or up of one expert where both are one tensor, gate first."""
-        both = role.replace(".gate", ".gate_up").replace(".up", ".gate_up")
-        tensor = self._tensor(both, place)
-        hidden, *rest = (slot.shape[-1], *slot.shape[:-1])
-        if self.headers[tensor].shape != (2 * hidden, *rest):
-            raise self._other_shape(tensor, slot.keys, shown((2 * hidden, *rest)))
-        start = hidden if ".up" in role else 0
-        order = (1, 0) if rest else ()
-        return Piece(tensor, path, index, Layout((slice(start, start + hidden),), (), order))
+            for role in slots:
+                yield self._piece(role, place, slots, (stack, *role.split(".")), (index, expert))
 
     def _piece(
-        self, role: str, place: Place, slot: Slot, path: tuple[str, ...], index: Place
+        self,
+        role: str,
+        place: Place,
+        slots: Mapping[str, Slot],
+        path: tuple[str, ...],
+        index: Place,
     ) -> Piece:
         """Return the piece of a tensor that fills a parameter, or a layer's or expert's part."""
+        slot = slots[role]
+        whole, parts = _JOINED_BY_PART.get(role, ("", ()))
+        if whole and (
+            place in self.names.roles.get(whole, {}) or self._is_never_alone(role, whole)
+        ):
+            tensor = self._tensor(whole, place)
+            rows = [_stored(each, slots[each])[0] for each in parts]
+            stored = (sum(rows), *_stored(role, slot)[1:])
+            if self.headers[tensor].shape != stored:
+                raise self._other_shape(tensor, slot.keys, shown(stored))
+            end = sum(rows[: parts.index(role) + 1])
+            own = (rows[parts.index(role)], *stored[1:])
+            take = (slice(end - own[0], end),)
+            return Piece(tensor, path, index, replace(_layout(slot, own), take=take))
         tensor = self._tensor(role, place)
         stored = self.headers[tensor].shape
         allowed = _stored(role, slot)
@@ -152,6 +177,10 @@ class Pieces:
         if stored != allowed and not (len(allowed) == 1 and stored == (1, *allowed)):
             raise self._other_shape(tensor, slot.keys, shown(allowed))
         return Piece(tensor, path, index, _layout(slot, stored))
+
+    def _is_never_alone(self, role: str, whole: str) -> bool:
+        """Return whether the family has a name for what holds several parameters alone."""
+        return whole in self._named and role not in self._named
 
     def _tensor(self, role: str, place: Place) -> str:
         tensor = self.names.roles.get(role, {}).get(place)

@@ -18,6 +18,7 @@ _TYPES = {
     "default": "default",
     "llama3": "llama3.1",
     "yarn": "yarn",
+    "deepseek_yarn": "yarn",
     "longrope": "longrope",
     "su": "longrope",
 }
@@ -32,7 +33,11 @@ _PARAMETERS = (
 
 
 def rope_settings(
-    attributes: Attributes, *, latent: bool, without_effect: Collection[str] = ()
+    attributes: Attributes,
+    *,
+    latent: bool,
+    without_effect: Collection[str] = (),
+    alpha: bool = False,
 ) -> dict[str, Any]:
     """Return the keys of `base.yml` for rotary positions.
 
@@ -40,14 +45,20 @@ def rope_settings(
         attributes: the model's attributes.
         latent: whether its attention is MLA.
         without_effect: parameters that change nothing where all tokens are text.
+        alpha: whether `alpha` stretches theta, once for all lengths (NTK-aware), in place of what
+            type "dynamic" is elsewhere.
 
     Raises:
         UserError: positions are stretched in an unsupported way.
     """
-    written = _Parameters(attributes, without_effect)
+    written = _Parameters(attributes, {*without_effect, *(["alpha"] if alpha else [])})
+    theta = written.or_attribute("rope_theta")
+    if alpha and written.values.get("alpha") is not None:
+        size = attributes.number("head_dim", _head_dim(attributes))
+        theta *= written.number("alpha") ** (size / (size - 2))
     settings = {
         "rope_type": written.type,
-        "rope_max_timescale": written.or_attribute("rope_theta"),
+        "rope_max_timescale": theta,
         "partial_rotary_factor": written.or_attribute("partial_rotary_factor", _turned(attributes)),
     }
     if written.type == "default":
@@ -70,15 +81,20 @@ def rope_settings(
 
 def _turned(attributes: Attributes) -> float:
     """Return the fraction of a head that turns where only `rotary_dim`, if that, says it."""
-    elements, of = attributes.number("rotary_dim", -1), attributes.number("head_dim", 0)
+    elements = attributes.number("rotary_dim", -1)
+    of = attributes.number("head_dim", _head_dim(attributes))
     if elements == -1:
         return 1.0
     if not 0 < elements <= of:
         raise attributes.error(
-            f"{attributes.as_text('rotary_dim')} of {attributes.as_text('head_dim')} elements",
+            f"{attributes.as_text('rotary_dim')} of a head of {of} elements",
             "as many as a head has, or fewer",
         )
     return elements / of
+
+
+def _head_dim(attributes: Attributes) -> int:
+    return attributes.number("hidden_size", 0) // attributes.number("num_attention_heads", 1)
 
 
 class _Parameters:
@@ -107,6 +123,8 @@ class _Parameters:
                 )
         self.values: dict[str, Any] = values
         kind = _or(values.get("rope_type"), values.get("type"), "default")
+        if kind == "dynamic" and "alpha" in without_effect and values.get("alpha"):
+            kind = "default"  # with another theta
         if not isinstance(kind, str) or kind not in _TYPES:
             raise attributes.error(
                 f"{self.name}.rope_type={in_json(kind)} is not computed here",

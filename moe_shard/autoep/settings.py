@@ -18,6 +18,8 @@ _SPANS = {
 }
 """Name in `layer_types` -> name in `attention_pattern`."""
 _MLP_TYPES = ("dense", "sparse")
+_WITHOUT_ROPE = ("nope_layer_interval", "nope_layers")
+"""Settings that state together which layers have no RoPE."""
 
 
 def model_settings(attributes: Attributes, family: Family) -> dict[str, Any]:
@@ -37,10 +39,13 @@ def model_settings(attributes: Attributes, family: Family) -> dict[str, Any]:
     found = _spans(attributes, family, layers, settings.get("attention_pattern"))
     if not {*EXPERT_LAYERS} & family.settings.keys():
         found |= _expert_layers(attributes, family, layers)
+    if {*_WITHOUT_ROPE} & family.settings.keys():
+        found = {key: value for key, value in found.items() if key not in _WITHOUT_ROPE}
     rope = rope_settings(
         attributes,
         latent=settings.get("attention_type") == "mla",
         without_effect=family.rope_without_effect,
+        alpha=family.rope_alpha,
     )
     if settings.get("rope_type", rope["rope_type"]) != rope["rope_type"]:
         # How config.json stretches positions means nothing to another way of doing it.
@@ -131,6 +136,9 @@ def _spans(
     types = attributes.names(at.types, layers, _SPANS)
     if types is not None:
         spans = [_SPANS[name] for name in types]
+    elif window and attributes.get(at.full_every) is not None:
+        every = attributes.number(at.full_every, 1)
+        spans = ["global" if (n + 1) % max(every, 1) == 0 else "sliding" for n in range(layers)]
     else:
         first, below = attributes.number(at.first, 0), attributes.number(at.below, layers)
         spans = ["global"] * layers
@@ -139,19 +147,17 @@ def _spans(
                 spans[layer] = "sliding"
             elif chunk and rope:
                 spans[layer] = "chunked"
+    if window:
+        without = {_SPANS[name] for name in at.nope_types}
+        flags = [rope and span not in without for rope, span in zip(flags, spans, strict=True)]
     interval = _nope_interval(flags)
-    if interval is None:
-        raise attributes.error(
-            f"{attributes.as_text(at.rope_flags)}: the layers without RoPE are not the last of "
-            "every so many",
-            "a model where they are",
-        )
     spans = _shortest(spans) if pattern is None else pattern
     return {
         "attention_pattern": spans,
         "sliding_window_size": window if "sliding" in spans else 0,
         "chunk_attn_window_size": chunk if "chunked" in spans else 0,
-        "nope_layer_interval": interval,
+        "nope_layer_interval": -1 if interval is None else interval,
+        "nope_layers": [layer for layer, rope in enumerate(flags) if not rope and interval is None],
     }
 
 

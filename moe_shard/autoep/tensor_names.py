@@ -149,17 +149,23 @@ def expected(role: str, family: Family, place: Place) -> str:
         family: its names and patterns.
         place: its layer and expert.
     """
-    if role in family.tensors:
+    if family.tensors.get(role):
         below = "".join(f"{family.layers}.{layer}." for layer in place)
-        return f"{family.prefix}{below}{family.tensors[role]}"
+        return f"{family.prefix}{below}{family.tensors[role][0]}"
     text = dict(_patterns(family)).get(role)
     return f"{family.prefix}{text}" if text else "no name or pattern in the family's file"
 
 
+def named_roles(family: Family) -> set[str]:
+    """Return the roles that a tensor may have by a family's names and patterns."""
+    return {role for role, name in family.tensors.items() if name} | dict(_patterns(family)).keys()
+
+
 def _exact(family: Family) -> Iterator[tuple[str, str]]:
     """Yield (name with each number replaced by 0, role)."""
-    for role, name in family.tensors.items():
-        yield name if role.startswith(_OUTSIDE) else f"{family.layers}.0.{name}", role
+    for role, names in family.tensors.items():
+        for name in names:
+            yield name if role.startswith(_OUTSIDE) else f"{family.layers}.0.{name}", role
 
 
 def _patterns(family: Family) -> Iterator[tuple[str, str]]:
@@ -176,12 +182,13 @@ def _patterns(family: Family) -> Iterator[tuple[str, str]]:
         yield "mlp.router.correction_bias", of(family.correction_bias_pattern, end="")
     if family.has_shared_experts:
         for part, name in (
-            ("gate", family.shared_expert_w1),
+            ("gate" if family.shared_expert_w3 else "gate_up", family.shared_expert_w1),
             ("down", family.shared_expert_w2),
             ("up", family.shared_expert_w3),
         ):
-            yield f"mlp.shared.{part}", of(family.shared_experts_pattern, name)
-            yield f"mlp.shared.{part}_bias", of(family.shared_experts_pattern, name, end=bias)
+            if name:
+                yield f"mlp.shared.{part}", of(family.shared_experts_pattern, name)
+                yield f"mlp.shared.{part}_bias", of(family.shared_experts_pattern, name, end=bias)
         if family.shared_experts_gate_pattern:
             yield "mlp.shared_gate", of(family.shared_experts_gate_pattern)
     # Where gate and up are one tensor, expert_w1 names it, also for all experts in one tensor.

@@ -44,7 +44,7 @@ _SHAPING_KEYS = (
     *("attention_type", "q_lora_rank", "kv_lora_rank"),
     *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
     *("attention_bias", "attention_out_bias", "attention_sink", "qk_norm_type"),
-    *("attention_pattern", "nope_layer_interval"),
+    *("attention_pattern", "nope_layer_interval", "nope_layers"),
     *("first_num_dense_layers", "interleave_moe_layer_step", "dense_layers"),
     *("shared_experts", "shared_expert_mlp_dim", "shared_expert_gate"),
     *("mlp_bias", "logits_bias", "router_bias", "routed_bias", "normalization_type"),

@@ -12,7 +12,7 @@ RopeType = Literal["default", "llama3.1", "yarn", "longrope"]
 AttentionType = Literal["global", "mla"]
 AttentionSpan = Literal["global", "sliding", "chunked"]
 ContextStrategy = Literal["all_gather", "ring"]
-QKNorm = Literal["head", "projection", "l2"]
+QKNorm = Literal["head", "projection", "l2", "head_after_rope"]
 AttentionName = Literal["autoselected", "dot_product", "blockwise", "flash", "cudnn_flash_jax"]
 MOST_HEADS = 2**16  # far above any model; keeps the divisors in a fix countable
 
@@ -117,6 +117,7 @@ class AttentionConfig:
         chunk_attn_window_size: tokens of a chunk; a token of a "chunked" layer attends within its
             own chunk only.
         nope_layer_interval: the last of every so many layers has no RoPE; -1: all layers have it.
+        nope_layers: numbers, from 0, of further layers that have no RoPE.
         attention_bias: whether the projections to queries, keys and values have biases; in MLA,
             those to the latents.
         attention_out_bias: whether the projection back to the model dim has a bias.
@@ -128,7 +129,7 @@ class AttentionConfig:
         use_qk_norm: whether queries and keys are normalised.
         qk_norm_type: how they are normalised, a `QKNorm`: RMSNorm of each head before RoPE; of all
             heads together before they are split; or after RoPE, without a scale, in the layers that
-            have RoPE.
+            have RoPE; or of each head with a scale, after RoPE in the layers that have it.
         clip_qkv: largest magnitude of queries, keys and values; -1: no clipping.
         temperature_tuning: whether queries of layers without RoPE grow with the position p, by the
             factor 1 + temperature_tuning_scale * ln(1 + floor((p + 1) / temperature_tuning_floor)).
@@ -161,6 +162,7 @@ class AttentionConfig:
     sliding_window_size: Annotated[int, Key(least=0)] = 0
     chunk_attn_window_size: Annotated[int, Key(least=0)] = 0
     nope_layer_interval: Annotated[int, Key(least=1, off=-1)] = -1
+    nope_layers: Annotated[tuple[int, ...], Key(least=0)] = ()
     attention_bias: Annotated[bool, Key()] = False
     attention_out_bias: Annotated[bool, Key()] = False
     attention_sink: Annotated[bool, Key()] = False

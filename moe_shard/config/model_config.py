@@ -14,6 +14,7 @@ from moe_shard.errors import UserError
 DType = Literal["bfloat16", "float16", "float32"]
 CrossEntropyName = Literal["auto", "tokamax"]
 Normalization = Literal["rms", "layer"]
+NormPlacement = Literal["input", "output"]
 MOST_LAYERS = 2**12  # far above any model; the cycle of their kinds is looked for layer by layer
 GATE_ACTIVATIONS = ("silu", "gelu", "gelu_exact", "quick_gelu", "relu")
 """Values of the first entry of `mlp_activations`; the second is `linear`. `gelu` is the tanh form,
@@ -83,6 +84,8 @@ class ModelConfig:
         vocab_size: V, tokens of the vocabulary.
         normalization_type: a `Normalization`: "rms" is RMSNorm, "layer" LayerNorm with a bias.
         normalization_layer_epsilon: number added to the mean square.
+        norm_placement: a `NormPlacement`: whether attention and MLP are of normalised activations,
+            or what they add to the residual stream is normalised (OLMo 2, arXiv 2501.00656).
         logits_via_embedding: whether the output projection is the embedding table, transposed.
         logits_bias: whether the output projection has a bias.
         embedding_multiplier: factor of the token embeddings.
@@ -113,6 +116,7 @@ class ModelConfig:
     vocab_size: Annotated[int, Key(least=2, most=MOST_SIZE)] = 32000
     normalization_type: Annotated[Normalization, Key(choices=get_args(Normalization))] = "rms"
     normalization_layer_epsilon: Annotated[float, Key(above=0)] = 1e-05
+    norm_placement: Annotated[NormPlacement, Key(choices=get_args(NormPlacement))] = "input"
     logits_via_embedding: Annotated[bool, Key()] = False
     logits_bias: Annotated[bool, Key()] = False
     embedding_multiplier: Annotated[float, Key(above=0)] = 1.0
@@ -132,12 +136,16 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_leaves(self)
-        beyond = [layer for layer in self.dense_layers if layer >= self.num_decoder_layers]
-        if beyond:
-            raise UserError(
-                f"dense_layers={shown(self.dense_layers)} names layer {beyond[0]} of "
-                f"{self.num_decoder_layers}\nfix: numbers below {self.num_decoder_layers}"
-            )
+        for key, numbers in (
+            ("dense_layers", self.dense_layers),
+            ("nope_layers", self.attention.nope_layers),
+        ):
+            beyond = [layer for layer in numbers if layer >= self.num_decoder_layers]
+            if beyond:
+                raise UserError(
+                    f"{key}={shown(numbers)} names layer {beyond[0]} of "
+                    f"{self.num_decoder_layers}\nfix: numbers below {self.num_decoder_layers}"
+                )
         if self.moe is not None and not any(kind.moe for kind in self.layer_kinds):
             raise UserError(
                 f"num_experts={self.moe.num_experts}, but no layer has experts: "
@@ -162,7 +170,8 @@ class ModelConfig:
                 and (layer + 1) % self.interleave_moe_layer_step == 0
                 and layer not in self.dense_layers,
                 span=pattern[layer % len(pattern)],
-                rope=interval == -1 or (layer + 1) % interval != 0,
+                rope=(interval == -1 or (layer + 1) % interval != 0)
+                and layer not in self.attention.nope_layers,
             )
             for layer in range(self.num_decoder_layers)
         )

@@ -41,6 +41,7 @@ _ONE_OR_MORE = ("dataset_path", "eval_dataset_path", "train_data_columns", "eval
 """Keys whose list may be written as its only item."""
 _LISTS_OF: Mapping[str, type] = {
     "dense_layers": int,
+    "nope_layers": int,
     "rope_short_factors": float,
     "rope_long_factors": float,
 }

@@ -123,12 +123,20 @@ class Attention(Heads):
         query = self._by_weight(x, self.query, self.query_bias, "heads", "query")
         key = self._by_weight(x, self.key, self.key_bias, "kv_heads", "key")
         value = self._by_weight(x, self.value, self.value_bias, "kv_heads", "value")
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
+        if self.config.qk_norm_type != "head_after_rope":
+            query, key = self._normalised(query, key)
         most = self.config.clip_qkv
         if most != -1:
             query, key, value = (jnp.clip(each, -most, most) for each in (query, key, value))
         return Projected(query, key, value)
+
+    def _normalised(
+        self, query: Float[Array, "B S N D"], key: Float[Array, "B S J D"]
+    ) -> tuple[Float[Array, "B S N D"], Float[Array, "B S J D"]]:
+        """Normalise queries and keys, where they have norms with scales."""
+        if self.query_norm is None or self.key_norm is None:
+            return query, key
+        return self.query_norm(query), self.key_norm(key)
 
     def _by_weight(
         self,
@@ -149,12 +157,13 @@ class Attention(Heads):
         """Rotate queries and keys by their positions or, without RoPE, scale the queries."""
         query, key, value = projected
         config = self.config
-        if not self.kind.rope:
-            if config.temperature_tuning:
-                query = _tempered(query, positions, config)
-            return Projected(query, key, value)
-        query, key = self._turn(query, positions, memory), self._turn(key, positions, memory)
-        if config.use_qk_norm and config.qk_norm_type == "l2":
+        if self.kind.rope:
+            query, key = self._turn(query, positions, memory), self._turn(key, positions, memory)
+        elif config.temperature_tuning:
+            query = _tempered(query, positions, config)
+        if config.qk_norm_type == "head_after_rope":
+            query, key = self._normalised(query, key)
+        if self.kind.rope and config.use_qk_norm and config.qk_norm_type == "l2":
             query, key = (
                 normalise(each.astype(jnp.float32), epsilon=self.norm_epsilon).astype(each.dtype)
                 for each in (query, key)

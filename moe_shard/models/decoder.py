@@ -24,6 +24,7 @@ from moe_shard.sharding.annotate import Sharding
 
 StackCaches = dict[str, dict[str, Shaped[Array, "layers B T ..."]]]
 """Cached arrays by stack and name."""
+Norm = RMSNorm | LayerNorm
 
 
 class Cache(NamedTuple):
@@ -43,13 +44,14 @@ class Cache(NamedTuple):
 
 
 class DecoderLayer(nnx.Module):
-    """Add attention, then MoE or MLP, each of normalised input, to the residual stream."""
+    """Add attention, then MoE or MLP, to the residual stream; the input or output is normalised."""
 
     def __init__(
         self, config: ModelConfig, kind: LayerKind, sharding: Sharding, *, rngs: nnx.Rngs
     ) -> None:
         dtypes = {"dtype": config.dtype, "weight_dtype": config.weight_dtype}
         self.residual_multiplier = config.residual_multiplier
+        self.normalises_input = config.norm_placement == "input"
         self.attention_norm = make_norm(config)
         self.attention = make_attention(
             config=config.attention,
@@ -92,16 +94,23 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "B S M"], MoEStats | None, LayerCache]:
         """Apply the layer. Statistics are None for a dense layer."""
         x = checkpoint_name(x, LAYER_INPUT)
-        normalised = self.attention_norm(x)
-        attended, cache = self.attention(normalised, positions, segment_ids, memory, order)
-        x = self._add(x, attended)
-        normalised = self.mlp_norm(x)
+        taken = self._taken(x, self.attention_norm)
+        attended, cache = self.attention(taken, positions, segment_ids, memory, order)
+        x = self._add(x, attended, self.attention_norm)
+        taken = self._taken(x, self.mlp_norm)
         if isinstance(self.mlp, MoELayer):
-            y, stats = self.mlp(normalised)
-            return self._add(x, y), stats, cache
-        return self._add(x, self.mlp(normalised)), None, cache
+            y, stats = self.mlp(taken)
+            return self._add(x, y, self.mlp_norm), stats, cache
+        return self._add(x, self.mlp(taken), self.mlp_norm), None, cache
 
-    def _add(self, x: Float[Array, "B S M"], y: Float[Array, "B S M"]) -> Float[Array, "B S M"]:
+    def _taken(self, x: Float[Array, "B S M"], norm: Norm) -> Float[Array, "B S M"]:
+        """Return what attention or MLP takes in."""
+        return norm(x) if self.normalises_input else x
+
+    def _add(
+        self, x: Float[Array, "B S M"], y: Float[Array, "B S M"], norm: Norm
+    ) -> Float[Array, "B S M"]:
+        y = y if self.normalises_input else norm(y)
         return x + y if self.residual_multiplier == 1 else x + y * self.residual_multiplier
 
 
@@ -271,7 +280,7 @@ class Decoder(nnx.Module):
         return x, stats, dict(zip(cycle.names, caches, strict=True))
 
 
-def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
+def make_norm(config: ModelConfig) -> Norm:
     """Make the normalisation of the residual stream."""
     kind = RMSNorm if config.normalization_type == "rms" else LayerNorm
     return kind(

@@ -41,6 +41,7 @@ _PLAIN = {
     "clip_qkv": -1.0,
     "mlp_bias": False,
     "normalization_type": "rms",
+    "norm_placement": "input",
     "rope_type": "default",
     "routed_score_func": "softmax",
     "router_bias": False,

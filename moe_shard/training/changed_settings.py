@@ -54,7 +54,8 @@ _KEYS: dict[Kind, str] = {
         train_split dataset_encoding corrupt_records
         per_device_batch_size max_target_length gradient_accumulation_steps dtype
         mlp_activations mlp_activations_limit mlp_linear_offset
-        normalization_layer_epsilon embedding_multiplier residual_multiplier logits_scaling
+        normalization_layer_epsilon norm_placement
+        embedding_multiplier residual_multiplier logits_scaling
         final_logits_soft_cap latent_norm_epsilon sliding_window_size chunk_attn_window_size
         attn_logits_soft_cap attention_scale clip_qkv temperature_tuning temperature_tuning_scale
         temperature_tuning_floor rope_type rope_max_timescale partial_rotary_factor rope_interleave
@@ -71,7 +72,7 @@ _KEYS: dict[Kind, str] = {
         logits_via_embedding logits_bias first_num_dense_layers interleave_moe_layer_step
         dense_layers weight_dtype attention_type base_num_query_heads base_num_kv_heads head_dim
         q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim attention_pattern
-        nope_layer_interval attention_bias attention_out_bias attention_sink use_qk_norm
+        nope_layer_interval nope_layers attention_bias attention_out_bias attention_sink use_qk_norm
         qk_norm_type num_experts base_moe_mlp_dim router_bias routed_bias shared_experts
         shared_expert_mlp_dim shared_expert_gate optimizer muon_include_routers
         """,

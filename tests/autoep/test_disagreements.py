@@ -158,7 +158,6 @@ def put(**new: list[int]) -> Callable[[Shapes], None]:
             {"shared_expert_intermediate_size": 17},
             ["shared_expert.down_proj.weight", "shared_expert_intermediate_size=17"],
         ),
-        ("llama4_text-0", {"no_rope_layers": [1, 0, 0, 1]}, ["no_rope_layers=[1, 0, 0, 1]"]),
         ("llama4_text-0", {"no_rope_layers": [1]}, ["no_rope_layers=[1] has 1 entries for 4"]),
         ("gpt_oss-0", {"layer_types": ["full_attention"]}, ["layer_types=", "a list of 2 names"]),
         (

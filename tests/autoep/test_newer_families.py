@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from moe_shard.autoep.detect import detect
+from moe_shard.autoep.directory import untied
+from moe_shard.autoep.family import load_family
 from moe_shard.autoep.quantized import Scheme, read_scheme
 from moe_shard.errors import UserError
+from tests.autoep.directory import write_model
 from tests.autoep.published import CONFIGS
 from tests.autoep.test_settings import settings
 
@@ -18,11 +23,19 @@ SMALL: dict[str, dict[str, Any]] = {
     "dots1": {**SHAPE, "n_shared_experts": 2, "n_routed_experts": 8, "num_experts_per_tok": 2},
     "glm4_moe_lite": SHAPE,
     "minimax_m2": SHAPE,
+    "exaone_moe": SHAPE,
+    "granitemoeshared": {**SHAPE, "num_key_value_heads": 8},
+    "hunyuan_v1_moe": {**SHAPE, "num_experts": 8, "moe_topk": 2, "head_dim": 128},
+    "llama4_text": {**SHAPE, "attention_chunk_size": None},
 }
 KEYS = {
     "windows": ("attention_pattern", "sliding_window_size"),
     "experts": ("first_num_dense_layers", "interleave_moe_layer_step", "dense_layers"),
     "turned": ("partial_rotary_factor",),
+    "positions": ("nope_layer_interval", "nope_layers"),
+    "shared": ("shared_experts", "shared_expert_mlp_dim"),
+    "theta": ("rope_type", "rope_max_timescale"),
+    "chosen": ("num_experts_per_tok",),
 }
 
 
@@ -66,6 +79,27 @@ def found(family: str, keys: str, **changes: Any) -> tuple[Any, ...]:
             {"rotary_dim": 64, "rope_parameters": {"rope_theta": 2.0, "partial_rotary_factor": 1}},
             (1.0,),
         ),
+        ("exaone_moe", "windows", {}, (["sliding"] * 3 + ["global"], 4096)),
+        ("exaone_moe", "positions", {}, (4, [])),
+        ("exaone_moe", "positions", {"sliding_window_pattern": 3}, (3, [])),
+        (
+            "exaone_moe",
+            "positions",
+            {"layer_types": [f"{name}_attention" for name in ("full", *["sliding"] * 2, "full")]},
+            (-1, [0, 3]),
+        ),
+        ("exaone_moe", "positions", {"sliding_window": None}, (-1, [])),
+        ("exaone_moe", "windows", {"sliding_window": None}, (["global"], 0)),
+        ("llama4_text", "positions", {"no_rope_layers": [1, 0, 0, 1]}, (-1, [1, 2])),
+        ("granitemoeshared", "shared", {}, (0, -1)),
+        ("granitemoeshared", "shared", {"shared_intermediate_size": 7}, (1, 7)),
+        ("hunyuan_v1_moe", "chosen", {"moe_topk": [3] * 4}, (3,)),
+        (
+            "hunyuan_v1_moe",
+            "theta",
+            {"rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}},
+            ("default", 5e4 * 1000 ** (128 / 126)),
+        ),
     ],
 )
 def test_what_a_config_says(
@@ -80,7 +114,15 @@ def test_what_a_config_says(
         ("glm4_moe_lite", {"mlp_layer_types": ["dense"] * 4}, "no layer has experts: mlp_layer_ty"),
         ("glm4_moe_lite", {"mlp_layer_types": ["moe"] * 4}, 'mlp_layer_types: "moe" is not comp'),
         ("glm4_moe_lite", {"mlp_layer_types": ["sparse"]}, "is not a list of 4 names"),
-        ("minimax_m2", {"rotary_dim": 256}, "rotary_dim=256 of head_dim=128 elements"),
+        ("minimax_m2", {"rotary_dim": 256}, "rotary_dim=256 of a head of 128 elements"),
+        ("hunyuan_v1_moe", {"moe_topk": [3, 2, 3, 3]}, "moe_topk=.* differs between layers"),
+        ("hunyuan_v1_moe", {"use_cla": True}, "use_cla=true is not computed"),
+        (
+            "minimax_m2",
+            {"rope_scaling": {"type": "dynamic", "alpha": 10.0}},
+            "rope_scaling.alpha is not computed here",
+        ),
+        ("minimax_m2", {"rope_scaling": {"mrope_section": [1]}}, "mrope_section is not computed"),
         ("minimax_m2", {"scoring_func": "softmax"}, 'scoring_func="softmax" is not computed'),
         ("minimax_m2", {"qk_norm_type": "per_head"}, 'qk_norm_type="per_head" is not computed'),
     ],
@@ -93,6 +135,115 @@ def test_what_is_not_computed_is_refused(family: str, changes: dict[str, Any], w
 def test_kimi_k2_is_deepseek_v3_by_another_name() -> None:
     config = CONFIGS["DeepSeek-V3"]
     assert settings(config, model_type="kimi_k2") == settings(config)
+
+
+LING: dict[str, Any] = {
+    **{"hidden_size": 12, "num_hidden_layers": 2, "vocab_size": 300, "intermediate_size": 10},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 4},
+    **{"moe_intermediate_size": 8, "num_experts_per_tok": 2, "num_shared_experts": 1},
+    **{"max_position_embeddings": 64, "rms_norm_eps": 1e-6, "use_qkv_bias": True},
+}
+
+
+def ling(**changes: Any) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """Return config.json and tensors of a small Ling, as its published code names them."""
+    named = {"architectures": ["BailingMoeForCausalLM"], "model_type": "bailing_moe"}
+    config: dict[str, Any] = {**named, **LING, "use_bias": False, **changes}
+    shapes = {"model.word_embeddings.weight": [300, 12], "lm_head.weight": [300, 12]}
+    shapes["model.norm.weight"] = [12]
+    for layer in range(2):
+        at = f"model.layers.{layer}"
+        shapes |= {f"{at}.{name}_layernorm.weight": [12] for name in ("input", "post_attention")}
+        shapes[f"{at}.attention.query_key_value.weight"] = [(4 + 2 + 2) * 8, 12]
+        shapes[f"{at}.attention.query_key_value.bias"] = [(4 + 2 + 2) * 8]
+        shapes[f"{at}.attention.dense.weight"] = [12, 32]
+        if config.get("use_qk_norm"):
+            shapes |= {f"{at}.attention.{n}_layernorm.weight": [8] for n in ("query", "key")}
+        blocks = {"shared_experts": 8} | {f"experts.{e}": 8 for e in range(4)}
+        if layer < config.get("first_k_dense_replace", 0):
+            blocks = {"": 10}
+        else:
+            shapes[f"{at}.mlp.gate.weight"] = [4, 12]
+            if config.get("moe_router_enable_expert_bias"):
+                shapes[f"{at}.mlp.gate.expert_bias"] = [4]
+        for block, size in blocks.items():
+            inside = f"{at}.mlp.{block}".removesuffix(".")
+            shapes |= {f"{inside}.{name}_proj.weight": [size, 12] for name in ("gate", "up")}
+            shapes[f"{inside}.down_proj.weight"] = [12, size]
+    return config, shapes
+
+
+def test_a_fused_tensor_is_queries_then_keys_then_values(tmp_path: Path) -> None:
+    detected = detect(write_model(tmp_path / "ling", *ling()))
+    assert detected.settings["routed_score_func"] == "softmax"
+    rng = np.random.default_rng(0)
+    fused, bias = rng.standard_normal((64, 12)), rng.standard_normal(64)
+    at = "model.layers.1.attention.query_key_value"
+    parts = {
+        ".".join(piece.param[1:]): piece.layout.view(fused if "weight" in piece.tensor else bias)
+        for piece in detected.plan.pieces
+        if piece.tensor.startswith(at)
+    }
+    # As the published code splits it: into heads first, then 4, 2 and 2 of them.
+    heads = fused.reshape(8, 8, 12)
+    for name, head in (("query", heads[:4]), ("key", heads[4:6]), ("value", heads[6:])):
+        np.testing.assert_array_equal(parts[f"attention.{name}"], head.transpose(2, 0, 1))
+        start = {"query": 0, "key": 32, "value": 48}[name]
+        expected = bias[start : start + head.shape[0] * 8].reshape(-1, 8)
+        np.testing.assert_array_equal(parts[f"attention.{name}_bias"], expected)
+    assert len(parts) == 6
+
+
+def test_a_fused_tensor_of_another_size(tmp_path: Path) -> None:
+    config, shapes = ling()
+    shapes["model.layers.0.attention.query_key_value.weight"] = [42, 12]
+    with pytest.raises(UserError, match=r"query_key_value.* has shape .*42.*, not .*64"):
+        detect(write_model(tmp_path / "ling", config, shapes))
+
+
+V2: dict[str, Any] = {
+    **{"architectures": ["BailingMoeV2ForCausalLM"], "use_qk_norm": True, "n_group": 2},
+    **{"moe_router_enable_expert_bias": True, "score_function": "sigmoid", "topk_group": 1},
+    **{"first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "rope_theta": 5e5},
+}
+
+
+def test_ling_2_is_sarvam_by_other_names(tmp_path: Path) -> None:
+    """Compare with the family that transformers has, and that the parity suite runs."""
+    config, shapes = ling(**V2)
+    found = detect(write_model(tmp_path / "ling", config, shapes))
+    assert found.family == "bailing_moe_v2"
+    half = {"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.5}}
+    other = config | {"model_type": "sarvam_moe", "architectures": ["Glm4MoeForCausalLM"]} | half
+    known = detect(write_model(tmp_path / "sarvam", other, shapes))
+    assert (found.settings, found.plan) == (known.settings, known.plan)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"norm_head": True}, "norm_head=true is not computed here"),
+        ({"architectures": ["Other"]}, "hf_family=bailing_moe or hf_family=bailing_moe_v2"),
+    ],
+)
+def test_what_of_ling_is_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        detect(write_model(tmp_path / "ling", *ling(**changes)))
+
+
+def test_one_name_for_several_parameters_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yml"
+    names = "".join(f"  attention.{each}: attn.qkv.weight\n" for each in ("query", "key", "value"))
+    path.write_text(f"based_on: mixtral\ntensors:\n{names}")
+    with pytest.raises(UserError, match=r"query and .*key are both attn.*\n.*query_key_value"):
+        load_family(str(path))
+
+
+def test_the_outer_word_on_the_head_counts() -> None:
+    assert untied({"tie_word_embeddings": False, "text": {"tie_word_embeddings": True}}) is None
+    assert untied({"text": {"tie_word_embeddings": True}}) == {
+        "text": {"tie_word_embeddings": False}
+    }
 
 
 def test_both_names_of_a_float8() -> None:

@@ -40,6 +40,7 @@ COMMON = {
     "sliding_window_size": 0,
     "chunk_attn_window_size": 0,
     "nope_layer_interval": -1,
+    "nope_layers": [],
     "first_num_dense_layers": 0,
     "interleave_moe_layer_step": 1,
     "dense_layers": [],

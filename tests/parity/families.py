@@ -34,6 +34,8 @@ class Shape:
         about: what it tests.
         settings: arguments of the configuration class, in addition to `COMMON`.
         seed: the seed of its weights and tokens.
+        around: arguments of the class that are not the text decoder's, where it has other parts;
+            `settings` are its `text_config` then.
     """
 
     family: str
@@ -41,6 +43,7 @@ class Shape:
     about: str
     settings: dict[str, Any]
     seed: int
+    around: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -50,7 +53,15 @@ class Shape:
     @property
     def config(self) -> dict[str, Any]:
         """Return the keyword arguments of the configuration class."""
-        return COMMON | self.settings
+        return self.config_with(self.settings)
+
+    def config_with(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return those of a model with other settings."""
+        text = COMMON | settings
+        if not self.around:
+            return text
+        tied = {"tie_word_embeddings": text.get("tie_word_embeddings", False)}
+        return self.around | tied | {"text_config": text}
 
     def tokens(self) -> np.ndarray:
         """Draw ids [B, S + 1]: of a sequence, inputs omit the last token and targets the first."""

@@ -18,6 +18,7 @@ import transformers
 
 from tests.parity import weights
 from tests.parity.families import (
+    COMMON,
     LEARNING_RATE,
     LENGTH,
     NEW_TOKENS,
@@ -31,6 +32,9 @@ from tests.parity.families import (
 torch.set_num_threads(1)
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+
+RENAMED = {"kimi_k25": ("language_model.model.blocks.", "language_model.model.layers.")}
+"""Family -> a part of names that transformers saves -> what it is in published files."""
 
 # The position of the logits in a router's output; the other routers return them first.
 ROUTER_LOGITS_AT = {"llama4_text": 1}
@@ -119,18 +123,24 @@ def write(shape: Shape, directory: Path) -> None:
     (path,) = directory.glob("*.safetensors")
     drawn = {
         name: weights.tensor(name, values.shape, shape.seed)
-        for name, values in weights.read(directory).items()
+        for name, values in _published(shape.family, weights.read(directory)).items()
     }
     weights.write(path, drawn)
 
 
+def _published(family: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return tensors by the names of published files, where transformers saves others."""
+    old, new = RENAMED.get(family, ("", ""))
+    return {name.replace(old, new) if old else name: each for name, each in tensors.items()}
+
+
 def load(shape: Shape, directory: Path) -> Any:
     """Load a directory's model in evaluation mode; no tensor may be missing or unused."""
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+    model, report = _auto(shape.family).from_pretrained(
         directory, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
     )
     assert not any(report.values()), report
-    rope = shape.config["rope_parameters"]
+    rope = (COMMON | shape.settings)["rope_parameters"]
     if rope["rope_type"] == "longrope" and rope["original_max_position_embeddings"] < LENGTH:
         # In 5.24 this family's rotary module computes its frequencies without the sequence length,
         # and so never uses the long factors. The model's authors do.
@@ -141,7 +151,7 @@ def load(shape: Shape, directory: Path) -> Any:
 
 def forward(shape: Shape, model: Any, inputs: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
     """Compute logits, router logits and losses of a batch."""
-    routers = [m for m in model.modules() if type(m).__name__.lower().endswith("router")]
+    routers = [m for m in model.modules() if type(m).__name__.lower().endswith(("router", "gate"))]
     at = ROUTER_LOGITS_AT.get(shape.family, 0)
     seen: list[torch.Tensor] = []
     hooks = [
@@ -159,7 +169,7 @@ def forward(shape: Shape, model: Any, inputs: np.ndarray, targets: np.ndarray) -
     for hook in hooks:
         hook.remove()
     aux: Any = answer.aux_loss if balanced else None
-    weight = model.config.router_aux_loss_coef if balanced else 0.0
+    weight = model.config.get_text_config().router_aux_loss_coef if balanced else 0.0
     ce_loss = answer.loss - weight * aux if balanced else answer.loss
     if balanced and _correction_biases(model):
         aux = _balance_of_choices(model, answer.router_logits)
@@ -182,15 +192,21 @@ def _balance_of_choices(model: Any, router_logits: tuple[torch.Tensor, ...]) -> 
     """Compute the auxiliary loss from the experts that tokens really go to.
 
     transformers counts the k most probable experts, though the router adds its correction bias
-    first: with a bias it balances a load that does not occur.
+    first, to sigmoids in most families: with a bias it balances a load that does not occur.
     """
-    probs = torch.stack(router_logits).softmax(dim=-1)
+    config, logits = model.config.get_text_config(), torch.stack(router_logits)
+    probs = logits.softmax(dim=-1)
+    scores = probs if config.model_type.startswith("ernie") else logits.sigmoid()
     biases = torch.stack(_correction_biases(model))
-    k, experts = model.config.num_experts_per_tok, probs.shape[-1]
-    logits = torch.stack(router_logits)
-    scores = probs if model.config.model_type.startswith("ernie") else logits.sigmoid()
-    chosen = (scores + biases[:, None]).topk(k, dim=-1).indices
-    load = torch.nn.functional.one_hot(chosen, experts).sum(dim=-2).float()
+    scores = scores + biases[:, None]
+    groups = getattr(config, "n_group", 1)
+    if groups > 1:
+        split = scores.unflatten(-1, (groups, -1))
+        best = split.topk(2, dim=-1).values.sum(-1)
+        kept = torch.zeros_like(best).scatter(-1, best.topk(config.topk_group).indices, 1.0)
+        scores = torch.where(kept[..., None] > 0, split, -torch.inf).flatten(-2)
+    k, experts = config.num_experts_per_tok, probs.shape[-1]
+    load = torch.nn.functional.one_hot(scores.topk(k, dim=-1).indices, experts).sum(-2).float()
     return experts * (probs.mean(dim=(0, 1)) * load.mean(dim=(0, 1))).sum()
 
 
@@ -212,7 +228,7 @@ def margin(shape: Shape, model: Any, router_logits: np.ndarray) -> float:
     The gap is between logits if only the softmax, which keeps their order, is between them and the
     choice; else between scores. A gap far above rounding makes the choice the same everywhere.
     """
-    config = model.config
+    config = model.config.get_text_config()
     biases = _correction_biases(model)
     gaps = []
     for layer, logits in enumerate(router_logits.astype(np.float64)):
@@ -245,22 +261,32 @@ def _gap(scores: np.ndarray, k: int) -> float:
     return float((order[..., -k] - order[..., -k - 1]).min())
 
 
+def _auto(family: str) -> Any:
+    """Return the class that makes a family's models: of text, or of more than text."""
+    causal = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    is_causal = family in causal
+    return (
+        transformers.AutoModelForCausalLM if is_causal else transformers.AutoModelForImageTextToText
+    )
+
+
 def _model(config: Any) -> Any:
-    return transformers.AutoModelForCausalLM.from_config(
+    return _auto(config.model_type).from_config(
         config, attn_implementation="eager", dtype=torch.float32
     )
 
 
 def _gradients(model: Any, folder: Path) -> dict[str, np.ndarray]:
     """Return the gradients by the checkpoint's names: they are saved as if they were weights."""
-    twin = _model(model.config)
+    config = model.config
+    twin = _model(config)
     given = {name: value.grad for name, value in model.named_parameters()}
     with torch.no_grad():
         for name, value in [*twin.named_parameters(), *twin.named_buffers()]:
             gradient = given.get(name)
             value.copy_(torch.zeros_like(value) if gradient is None else gradient)
     twin.save_pretrained(folder)
-    return weights.read(folder)
+    return _published(config.model_type, weights.read(folder))
 
 
 def _train(shape: Shape, directory: Path, inputs: np.ndarray, targets: np.ndarray) -> list[float]:

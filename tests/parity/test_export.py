@@ -12,11 +12,15 @@ import jax
 import numpy as np
 import pytest
 
+from moe_shard.autoep.directory import read_hf_source
 from tests.parity import weights
-from tests.parity.families import Shape, each_shape
+from tests.parity.families import SHAPES, Shape, each_shape
 from tests.parity.package import open_model, overwrite
 
 pytestmark = pytest.mark.parity
+
+NATIVE_NAMES = ("kimi_k25", "qwen3_omni_moe_thinker")
+"""Families whose tensors transformers names otherwise inside than in any file that is published."""
 
 
 @each_shape()
@@ -39,7 +43,7 @@ def test_there_and_back(shape: Shape, reference: Callable[[Shape], Any], tmp_pat
     np.testing.assert_array_equal(answer["logits"].detach().numpy(), known.logits)
 
 
-@each_shape()
+@each_shape(shape for shape in SHAPES if shape.family not in NATIVE_NAMES)
 def test_stacked_experts_are_the_same_model(
     shape: Shape, reference: Callable[[Shape], Any], tmp_path: Path
 ) -> None:
@@ -52,5 +56,6 @@ def test_stacked_experts_are_the_same_model(
     shutil.copytree(known.fused, tmp_path, dirs_exist_ok=True)
     weights.write(tmp_path / path.name, {name: np.zeros_like(a) for name, a in tensors.items()})
     overwrite(tmp_path, one_by_one.params)
+    carried = read_hf_source(known.fused).plan.carried
     for name, values in weights.read(tmp_path).items():
-        np.testing.assert_array_equal(values, tensors[name])
+        np.testing.assert_array_equal(values, 0 if name in carried else tensors[name])

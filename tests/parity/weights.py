@@ -4,7 +4,7 @@ The rule: the values of a tensor are drawn by NumPy's PCG64, seeded by the crc32
 model's seed, and scaled by its kind, which follows from its name and shape:
 
 - a norm's weight: uniform from 0.5 to 1.5;
-- a bias, a sink, a correction bias, an embedding table: normal, times 0.3;
+- a bias, a sink, a correction bias, any other vector, an embedding table: normal, times 0.3;
 - a router's matrix: normal, times 2 over the root of its input dim, so that tokens differ in the
   experts they choose, and the chosen scores are well above the others;
 - any other matrix, or stack of them: normal, over the fourth root of the product of its last two
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROUTERS = (".gate.weight", ".router.weight", ".router.layer.weight")
+ROUTERS = (".gate.weight", ".router.weight", ".router.layer.weight", ".gate.wg.weight")
 
 
 def tensor(name: str, shape: Iterable[int], seed: int) -> np.ndarray:
@@ -36,7 +36,7 @@ def tensor(name: str, shape: Iterable[int], seed: int) -> np.ndarray:
     kind = name.rsplit(".", 1)[-1]
     if "norm" in name and kind == "weight":
         return rng.uniform(0.5, 1.5, shape).astype(np.float32)
-    if "bias" in kind or kind == "sinks" or "embed_tokens" in name:
+    if "bias" in kind or kind == "sinks" or "embed" in name or len(shape) < 2:
         scale = 0.3
     elif name.endswith(ROUTERS):
         scale = 2 * shape[-1] ** -0.5
