@@ -73,6 +73,6 @@ def directory_settings(directory: Path, detected: Detected) -> dict[str, Any]:
         detected: what `detect` found in it.
     """
     settings = {**detected.settings, "load_parameters_path": str(directory)}
-    if (directory / "tokenizer.json").is_file():
-        settings.setdefault("tokenizer_path", str(directory))
+    # Its tokenizer, or the error that it has none, where text is read: never bytes unasked for.
+    settings.setdefault("tokenizer_path", str(directory))
     return settings

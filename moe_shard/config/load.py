@@ -111,7 +111,7 @@ def _complete_imported(values: dict[str, Any], folder: Path) -> None:
     """Fill in the paths of an imported model's parts; it records none, as it may be moved."""
     if not values.get("load_parameters_path"):
         values["load_parameters_path"] = str(folder)
-    if not values.get("tokenizer_path") and (folder / "hf" / "tokenizer.json").is_file():
+    if not values.get("tokenizer_path") and (folder / "hf").is_dir():
         values["tokenizer_path"] = str(folder / "hf")
 
 

@@ -209,8 +209,11 @@ class DataConfig:
         dataset_encoding: codec of text that is not UTF-8 and has no byte-order mark; empty: it is
             read as bytes, or each byte that is none of UTF-8's as U+FFFD.
         corrupt_records: a `CorruptRecords`; "stop" ends the command, "skip" counts and names them.
-        tokenizer_path: a Hugging Face model directory or a tokenizer.json; empty: each byte is a
-            token.
+        tokenizer_path: a Hugging Face model directory, a tokenizer.json, a tokenizer.model of
+            SentencePiece or ranks of tiktoken; "bytes": each byte is a token, as without it where
+            the vocabulary is that small.
+        split_special_tokens: read special tokens that the text has, such as "</s>", as its
+            letters; transformers' name and default.
         eval_dataset_path: text to evaluate on, each a dataset of its own; NAME=PATH names it.
         eval_holdout_fraction: fraction of the documents of `dataset_path` that are evaluated on and
             not trained on.
@@ -226,6 +229,7 @@ class DataConfig:
     dataset_encoding: Annotated[str, Key()] = ""
     corrupt_records: Annotated[CorruptRecords, Key(choices=get_args(CorruptRecords))] = "stop"
     tokenizer_path: Annotated[str, Key()] = ""
+    split_special_tokens: Annotated[bool, Key()] = False
     eval_dataset_path: Annotated[tuple[str, ...], Key()] = ()
     eval_data_columns: Annotated[tuple[str, ...], Key()] = ("text",)
     eval_split: Annotated[str, Key()] = "validation"

@@ -30,7 +30,10 @@ from moe_shard.data.tokenizer import (
     ByteTokenizer,
     Tokenizer,
     find_tokenizer,
+    is_bytes,
+    require_chosen,
     require_vocabulary,
+    tokenizer_line,
 )
 from moe_shard.errors import UserError
 
@@ -308,16 +311,19 @@ def batches(
             held_a, held_r, rows=rows, seq_len=seq_len, vocab_size=vocab_size, seed=config.seed
         )
         return Batches(same, sharding, shape, bytes_per_token=0.0)
-    tokenizer = find_tokenizer(config.tokenizer_path)
+    require_chosen(config, vocab_size)
+    tokenizer = find_tokenizer(
+        config.tokenizer_path, split_special_tokens=config.split_special_tokens
+    )
     require_vocabulary(tokenizer, vocab_size)
     split = split_documents(config, say=say)
-    for line in (*split.lines, f"tokenizer: {tokenizer.name}"):
+    for line in (*split.lines, tokenizer_line(config, tokenizer)):
         say(line)
     text = PackedText(
         split.training,
         seq_len=seq_len,
         seed=config.seed,
-        tokenizer=tokenizer if config.tokenizer_path else None,
+        tokenizer=None if is_bytes(config) else tokenizer,
         say=say,
     )
     require_same_text(text)

@@ -159,7 +159,8 @@ def _lengths(folder: Path) -> Int64[np.ndarray, "documents"] | None:
 def _tokenize(documents: Documents, tokenizer: Tokenizer, folder: Path, say: Say) -> None:
     started = time.perf_counter()
     lengths = np.zeros(len(documents), np.int64)
-    num_bytes = 0
+    num_bytes = written = 0
+    special = np.array(sorted(tokenizer.special), np.int32)
     try:
         with new_folder(folder) as aside:
             with open(aside / "tokens", "wb") as file:
@@ -169,6 +170,7 @@ def _tokenize(documents: Documents, tokenizer: Tokenizer, folder: Path, say: Say
                         file.write(tokens.astype(_TOKEN).tobytes())
                         lengths[document] += len(tokens)
                         num_bytes += len(text)
+                        written += int(np.isin(tokens, special).sum())
             np.save(aside / "lengths.npy", lengths)
             if _lengths(folder) is None:  # missing or damaged
                 shutil.rmtree(folder, ignore_errors=True)
@@ -180,9 +182,10 @@ def _tokenize(documents: Documents, tokenizer: Tokenizer, folder: Path, say: Say
                 "fix: XDG_CACHE_HOME=FOLDER in the environment, where you may write"
             ) from error
     seconds = time.perf_counter() - started
+    marks = f"; {written:,} special tokens were written in the text" if written else ""
     say(
         f"tokenized {num_bytes / 1e6:,.1f} MB to {int(lengths.sum()):,} tokens in {seconds:.1f} s, "
-        f"kept in {folder}"
+        f"kept in {folder}{marks}"
     )
 
 

@@ -15,7 +15,7 @@ from moe_shard.data.found_text import find_text
 from moe_shard.data.spans import Documents
 from moe_shard.data.split import split_documents
 from moe_shard.data.synthetic import HostBatch
-from moe_shard.data.tokenizer import find_tokenizer, require_vocabulary
+from moe_shard.data.tokenizer import find_tokenizer, is_bytes, require_vocabulary
 from moe_shard.errors import UserError
 
 HELD_OUT = "held_out"
@@ -111,7 +111,9 @@ def held_out_texts(
     Raises:
         UserError: a text is missing or too short, or two have one name.
     """
-    tokenizer = find_tokenizer(config.tokenizer_path)
+    tokenizer = find_tokenizer(
+        config.tokenizer_path, split_special_tokens=config.split_special_tokens
+    )
     require_vocabulary(tokenizer, vocab_size)
     named: dict[str, Documents] = {}
     for entry in config.eval_dataset_path:
@@ -138,7 +140,7 @@ def held_out_texts(
             documents,
             seq_len=seq_len,
             seed=0,  # another seed of the run must not change what it is judged by
-            tokenizer=tokenizer if config.tokenizer_path else None,
+            tokenizer=None if is_bytes(config) else tokenizer,
             say=say,
         )
         require_same_text(text)

@@ -1,28 +1,38 @@
-"""Turn text into tokens and back: by bytes, or by a tokenizer of a Hugging Face directory."""
+"""Turn text into tokens and back: by bytes, or by the tokenizer that `tokenizer_path` names."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import tokenizers
 from jaxtyping import Int32
 
 from moe_shard.config.keys import shown
-from moe_shard.errors import UserError, first_line
+from moe_shard.config.schema import DataConfig
+from moe_shard.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from moe_shard.data.tiktoken_tokenizer import TiktokenTokenizer, has_ranks
+from moe_shard.data.tokenizer_files import (
+    end_tokens,
+    marks_in_words,
+    read_tokenizer,
+    refused_by_library,
+)
+from moe_shard.errors import UserError
 from moe_shard.files import expanded
 
 DOCUMENT = 256
 """Mark of the byte tokenizer: it begins a document and, as a target, ends the one before."""
 
-_LARGEST_FILE = 2**29
-_ANOTHER = 'fix: another tokenizer_path; tokenizer_path="" reads bytes'
+
+BYTES = "bytes"
+"""Value of `tokenizer_path` that asks for bytes."""
+_MOST_BYTE_VOCABULARY = 1024
+_FILES = ("tokenizer.json", "tokenizer.model", "tiktoken.model")
 
 
 class Tokenizer(Protocol):
@@ -30,6 +40,8 @@ class Tokenizer(Protocol):
 
     Attributes:
         name: name for messages.
+        marks: what a document looks like, in words.
+        special: tokens that stand for no text.
         before: tokens that begin a document, before its text.
         after: tokens that end a document; empty if `before` of the next document does.
         ends: tokens at which generation stops.
@@ -38,6 +50,8 @@ class Tokenizer(Protocol):
     """
 
     name: str
+    marks: str
+    special: frozenset[int]
     before: tuple[int, ...]
     after: tuple[int, ...]
     ends: frozenset[int]
@@ -45,7 +59,7 @@ class Tokenizer(Protocol):
     digest: bytes
 
     def encode_texts(self, texts: Sequence[bytes]) -> list[Int32[np.ndarray, "T"]]:
-        """Encode texts for training; nothing in them is read as a mark."""
+        """Encode texts for training, without marks."""
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Encode the beginning of a document, with its marks; the result is never empty."""
@@ -58,6 +72,8 @@ class ByteTokenizer:
     """Use one token per byte, and `DOCUMENT`."""
 
     name = "bytes (256 of them and the document mark)"
+    marks = f"[{DOCUMENT}] TEXT"
+    special = frozenset({DOCUMENT})
     before: tuple[int, ...] = (DOCUMENT,)
     after: tuple[int, ...] = ()
     ends = frozenset({DOCUMENT})
@@ -88,44 +104,50 @@ class FileTokenizer:
 
     Args:
         path: a Hugging Face model directory, or a tokenizer.json in one.
+        split_special_tokens: in training, read special tokens that a text has as its letters.
 
     Raises:
         UserError: the file is missing or cannot be read, or no file names the end token.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, split_special_tokens: bool = True) -> None:
         file = path / "tokenizer.json" if path.is_dir() else path
-        content = _read(file)
+        content = read_tokenizer(file)
         self.name = f"tokenizer_path={path}"
-        with _refused(f"{file} is no tokenizer"):
+        self._split = split_special_tokens
+        with refused_by_library(f"{file} is no tokenizer"):
             self._rust = tokenizers.Tokenizer.from_buffer(content)
             # The file may hold truncation and padding lengths of its original training.
             self._rust.no_truncation()
             self._rust.no_padding()
             beginning = self._rust.encode("a")
             ids = self._rust.get_vocab().values()
+            added = self._rust.get_added_tokens_decoder()
         self.vocab_size = max(ids, default=0) + 1
-        ends = _ends(file, self._rust)
+        self.special = frozenset(number for number, token in added.items() if token.special)
+        rust = self._rust
+        ends = end_tokens(file, rust.token_to_id, lambda token: rust.id_to_token(token) is not None)
         self.ends = frozenset(ends)
         marks = zip(beginning.ids, beginning.special_tokens_mask, strict=True)
         begins = tuple(token for token, _ in takewhile(lambda each: each[1], marks))
         self.before = begins or ends[:1]
         self.after = ends[:1] if begins else ()
-        marked = repr((self.before, self.after)).encode()
+        self.marks = marks_in_words(self.before, self.after, self._rust.id_to_token)
+        marked = repr((self.before, self.after, split_special_tokens)).encode()
         self.digest = hashlib.blake2b(content + marked, digest_size=16).digest()
 
     def encode_texts(self, texts: Sequence[bytes]) -> list[Int32[np.ndarray, "T"]]:
         """Encode texts in UTF-8, on all cores; bytes that are not UTF-8 become U+FFFD."""
-        self._rust.encode_special_tokens = True  # "</s>" in a text is four characters
+        self._rust.encode_special_tokens = self._split
         read = [text.decode("utf-8", "replace") for text in texts]
-        with _refused(f"{self.name} fails on the text"):
+        with refused_by_library(f"{self.name} fails on the text"):
             encoded = self._rust.encode_batch_fast(read, add_special_tokens=False)
         return [np.array(each.ids, np.int32) for each in encoded]
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Encode as the model's own tokenizer does: marks written out in the prompt are marks."""
         self._rust.encode_special_tokens = False
-        with _refused(f"{self.name} fails on the prompt"):
+        with refused_by_library(f"{self.name} fails on the prompt"):
             encoded = self._rust.encode(prompt.encode("utf-8", "replace").decode())
         return encoded.ids or [*self.before]
 
@@ -134,13 +156,94 @@ class FileTokenizer:
         return self._rust.decode(list(ids), skip_special_tokens=True)
 
 
-def find_tokenizer(tokenizer_path: str) -> Tokenizer:
+def is_bytes(config: DataConfig) -> bool:
+    """Return whether tokens are bytes, which are read without a tokenizer."""
+    return config.tokenizer_path in ("", BYTES)
+
+
+def find_tokenizer(tokenizer_path: str, *, split_special_tokens: bool = True) -> Tokenizer:
     """Load the tokenizer that the key `tokenizer_path` names, bytes if it is empty.
 
+    Args:
+        tokenizer_path: the key.
+        split_special_tokens: the key; see `FileTokenizer`.
+
     Raises:
-        UserError: see `FileTokenizer`.
+        UserError: there is none, or it cannot be read.
     """
-    return FileTokenizer(expanded(tokenizer_path)) if tokenizer_path else ByteTokenizer()
+    if tokenizer_path in ("", BYTES):
+        return ByteTokenizer()
+    path = expanded(tokenizer_path)
+    file = tokenizer_file(path) if path.is_dir() else path
+    if file is None:
+        raise UserError(
+            f"tokenizer_path: {path}/tokenizer.json: No such file or directory, nor a "
+            f"tokenizer.model or *.tiktoken{_beside(path)}\n"
+            "fix: a Hugging Face model directory or a tokenizer.json; tokenizer_path=bytes reads "
+            "bytes"
+        )
+    if file.suffix == ".json":
+        return FileTokenizer(
+            path if path.is_dir() else file, split_special_tokens=split_special_tokens
+        )
+    if has_ranks(read_tokenizer(file)):
+        return TiktokenTokenizer(file, split_special_tokens=split_special_tokens)
+    if file.suffix == ".model":
+        return SentencePieceTokenizer(file, split_special_tokens=split_special_tokens)
+    return FileTokenizer(file, split_special_tokens=split_special_tokens)
+
+
+def tokenizer_file(folder: Path) -> Path | None:
+    """Return the file of a directory that a tokenizer is read from; None if there is none."""
+    names = [*_FILES, *sorted(path.name for path in folder.glob("*.tiktoken"))]
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _beside(folder: Path) -> str:
+    """Say what to do with files from which tokenizer.json can be made."""
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return (
+            "; transformers makes a tokenizer.json of its vocab.json and merges.txt: "
+            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        )
+    return ""
+
+
+def require_chosen(config: DataConfig, vocab_size: int) -> None:
+    """Refuse bytes that nobody asked for, of a model whose vocabulary is no vocabulary of bytes.
+
+    Args:
+        config: configuration of the text.
+        vocab_size: V of the model.
+
+    Raises:
+        UserError: there is no `tokenizer_path`, and V is larger than any model of bytes has.
+    """
+    if not config.tokenizer_path and vocab_size > _MOST_BYTE_VOCABULARY:
+        raise UserError(
+            f"no tokenizer: vocab_size={vocab_size} is no vocabulary of bytes, and tokenizer_path "
+            "is not set\nfix: tokenizer_path=DIR (tokenizer.json, tokenizer.model or *.tiktoken), "
+            "or tokenizer_path=bytes"
+        )
+
+
+def tokenizer_line(config: DataConfig, tokenizer: Tokenizer) -> str:
+    """Say which tokenizer reads the text, and what it makes of a document.
+
+    Args:
+        config: configuration of the text.
+        tokenizer: what `find_tokenizer` found.
+    """
+    if not config.tokenizer_path:
+        return f"tokenizer: {tokenizer.name}, as tokenizer_path is not set"
+    if is_bytes(config):
+        return f"tokenizer: {tokenizer.name}"
+    written = "as letters" if config.split_special_tokens else "as these"
+    return (
+        f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} tokens; a document is "
+        f"{shown(tokenizer.marks)}; special tokens written in the text are read {written} "
+        f"(split_special_tokens={str(config.split_special_tokens).lower()})"
+    )
 
 
 def require_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -158,78 +261,3 @@ def require_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
             f"vocab_size={vocab_size} is less than the {tokenizer.vocab_size} tokens of "
             f"{tokenizer.name}\nfix: vocab_size={tokenizer.vocab_size} or more"
         )
-
-
-@contextmanager
-def _refused(what: str) -> Iterator[None]:
-    """Turn whatever the library raises within the block into a `UserError`."""
-    try:
-        yield
-    except BaseException as error:  # Rust's panics are no Exceptions
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        raise UserError(f"{what}: {shown(first_line(error))}\n{_ANOTHER}") from error
-
-
-def _read(file: Path) -> bytes:
-    try:
-        if file.stat().st_size > _LARGEST_FILE:
-            raise UserError(f"{file} is larger than any tokenizer: over 512 MiB\n{_ANOTHER}")
-        if not file.is_file():  # opening a pipe would wait for its writer
-            raise UserError(f"{file} is not a regular file\n{_ANOTHER}")
-        return file.read_bytes()
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError(
-            f"tokenizer_path: {file}: {reason}\n"
-            'fix: a Hugging Face model directory or a tokenizer.json; tokenizer_path="" reads bytes'
-        ) from error
-
-
-def _ends(file: Path, rust: tokenizers.Tokenizer) -> tuple[int, ...]:
-    """Read the end-of-document ids from the first file beside `file` that names them."""
-    beside = ("generation_config.json", "config.json", "tokenizer_config.json")
-    for name in beside:
-        settings = _read_settings(file.with_name(name))
-        ids = settings.get("eos_token_id")
-        if ids is None and (token := settings.get("eos_token")) is not None:
-            token = token.get("content") if isinstance(token, dict) else token
-            ids = rust.token_to_id(token) if isinstance(token, str) else token
-            if ids is None:
-                raise UserError(
-                    f"{file.with_name(name)}: eos_token {shown(token)} is not in {file.name}\n"
-                    "fix: the two files of one model"
-                )
-        if ids is None or ids == []:
-            continue
-        ids = ids if isinstance(ids, list) else [ids]
-        for token in ids:
-            # The library refuses numbers that do not fit 32 bits with an overflow.
-            if type(token) is not int or not 0 <= token < 2**32 or rust.id_to_token(token) is None:
-                raise UserError(
-                    f"{file.with_name(name)}: eos_token_id {shown(token)} is no token of "
-                    f"{file.name}\nfix: the two files of one model"
-                )
-        return tuple(ids)
-    raise UserError(
-        f"{file.parent} does not say which token ends a document: no eos_token_id in "
-        f"{', '.join(beside)}\n"
-        'fix: a generation_config.json with {"eos_token_id": N} beside tokenizer.json'
-    )
-
-
-def _read_settings(file: Path) -> dict[str, Any]:
-    """Read a JSON object; a missing file is an empty one."""
-    if not file.exists():
-        return {}
-    try:
-        content = json.loads(_read(file))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{file} is not JSON: {shown(first_line(error))}\n{_ANOTHER}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} is not a JSON object\n{_ANOTHER}")
-    return content

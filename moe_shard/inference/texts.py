@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from moe_shard.config import Config
-from moe_shard.data.tokenizer import Tokenizer, find_tokenizer, require_vocabulary
+from moe_shard.data.tokenizer import Tokenizer, find_tokenizer, require_chosen, require_vocabulary
 from moe_shard.errors import UserError
 from moe_shard.inference.generator import Generator
 from moe_shard.inference.loading import ModelSource, load_parameters
@@ -109,6 +109,7 @@ def generate(
         Finding: the model does not fit in memory.
     """
     notes = Console(stderr=True, soft_wrap=True, highlight=False)
+    require_chosen(config.data, config.model.vocab_size)
     tokenizer = find_tokenizer(config.data.tokenizer_path)
     require_vocabulary(tokenizer, config.model.vocab_size)
     texts = [Text(prompt, tokenizer.encode_prompt(prompt)) for prompt in prompts]

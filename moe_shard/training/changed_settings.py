@@ -51,7 +51,7 @@ _KEYS: dict[Kind, str] = {
         """,
     Kind.RUN: """
         seed dataset_type dataset_path tokenizer_path eval_holdout_fraction train_data_columns
-        train_split dataset_encoding corrupt_records
+        train_split dataset_encoding corrupt_records split_special_tokens
         per_device_batch_size max_target_length gradient_accumulation_steps dtype
         mlp_activations mlp_activations_limit mlp_linear_offset
         normalization_layer_epsilon norm_placement
