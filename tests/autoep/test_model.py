@@ -30,7 +30,7 @@ def test_a_directory(mixtral: Path) -> None:
     config = load_model(str(mixtral))
     assert (config.run.model_name, config.run.run_name) == ("Small-Mixtral", "Small-Mixtral")
     assert config.run.load_parameters_path == str(mixtral)
-    assert config.data.tokenizer_path == ""
+    assert config.data.tokenizer_path == str(mixtral)  # whose error shows where text is read
     model, moe = config.model, config.model.moe
     assert moe is not None
     assert (model.emb_dim, model.num_decoder_layers, model.dtype) == (24, 2, "bfloat16")

@@ -44,7 +44,7 @@ EXTRA = {"<|im_start|>": 5000, "<|im_end|>": 5001}
 
 def piece_model(folder: Path, kind: str, **settings: Any) -> Path:
     """Train a tokenizer.model as one of the published families has it."""
-    trained = {
+    trained: dict[str, dict[str, Any]] = {
         "llama": {"model_type": "bpe", "byte_fallback": True, "split_digits": True,
                   "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
                   "allow_whitespace_only_pieces": True},
