@@ -26,6 +26,31 @@ CONFIG_KEY = "quantization_config"
 DTYPE = "BF16"
 """Dtype of decoded tensors."""
 
+_BASE = (
+    "the bfloat16 model that it was made from, which its card names: "
+    "`hf download ID --local-dir DIR`"
+)
+_LOADED = (
+    "AutoModelForCausalLM.from_pretrained(DIR, dtype='bfloat16'{0}) of transformers, then "
+    "{1}save_pretrained(NEW), and NEW"
+)
+_UNREAD: Mapping[str, tuple[str, str]] = {
+    "gptq": ("integers by groups, rounded one by one", _BASE),
+    "awq": ("integers by groups, scaled by activations", _BASE),
+    "compressed-tensors": (
+        "llm-compressor's formats",
+        _LOADED.format(", quantization_config=CompressedTensorsConfig(run_compressed=False)", ""),
+    ),
+    "bitsandbytes": ("blocks of 8 or 4 bits", _LOADED.format("", "dequantize() and ")),
+    "fbgemm_fp8": ("fp8 with a scale for each row", _BASE),
+    **dict.fromkeys(
+        ("aqlm", "auto-round", "bitnet", "eetq", "higgs", "hqq", "modelopt", "quanto", "quark"),
+        ("a format of its own", _BASE),
+    ),
+    **dict.fromkeys(("spqr", "torchao", "vptq"), ("a format of its own", _BASE)),
+}
+"""Other values of `quant_method` -> what they are, and how to come by a model that is read."""
+
 _SCALE, _BLOCKS, _SCALES = "_scale_inv", "_blocks", "_scales"
 _DEFAULT_BLOCK = [128, 128]
 _E4M3 = ("e4m3", "float8_e4m3fn")
@@ -85,6 +110,14 @@ def read_scheme(content: Any, where: Path) -> Scheme | None:
     block = content.get("weight_block_size", _DEFAULT_BLOCK)
     if method == "fp8" and content.get("fmt", "e4m3") in _E4M3 and _is_block(block):
         return Scheme(method, tuple(block))
+    if method in _UNREAD:
+        kind, fix = _UNREAD[method]
+        bits = content.get("bits", content.get("w_bit"))
+        each = f", {bits} bits a weight" if type(bits) is int else ""
+        raise UserError(
+            f"{where}: {CONFIG_KEY}: the weights are stored as {method}{each} ({kind}), which is "
+            f"not read\nfix: {fix}"
+        )
     more = [key for key in ("fmt", "weight_block_size") if method == "fp8" and key in content]
     stored = ", ".join([shown(method), *(f"{key}={shown(content[key])}" for key in more)])
     raise UserError(

@@ -52,17 +52,31 @@ def load_model(model: str, overrides: Sequence[str] = ()) -> Config:
             f"{model}: a directory without {CONFIG}\n"
             "fix: a Hugging Face model directory, or what `moe-shard import` makes of one"
         )
+    return load_directory(directory, overrides)[0]
+
+
+def load_directory(directory: Path, overrides: Sequence[str] = ()) -> tuple[Config, Detected]:
+    """Load one run's configuration from a Hugging Face directory, and what was found there.
+
+    Args:
+        directory: the directory of the model.
+        overrides: `key=value` arguments, which override all else.
+
+    Raises:
+        UserError: as `load_model`.
+    """
     asked = parse_overrides(overrides, base_settings())
     detected = detect(directory, asked.get("hf_family", ""))
     overlay = Overlay(str(directory / CONFIG), directory_settings(directory, detected), {}, ())
     config = load_settings(overlay, overrides, name=directory.resolve().name)
     said = "weight_dtype" in asked or detected.settings["weight_dtype"] != "float32"
-    return replace(
+    config = replace(
         config,
         detected=detected.lines,
         warnings=(*config.warnings, *detected.notes),
         stored_dtype="" if said else detected.dtype,
     )
+    return config, detected
 
 
 def directory_settings(directory: Path, detected: Detected) -> dict[str, Any]:

@@ -29,6 +29,7 @@ COMMANDS = {
     "diff": "report what changed between two lowerings",
     "explain": "explain where every array of a model is on the mesh, and why",
     "compile": "compile the training step for hardware that is not there",
+    "detect": "show what a Hugging Face model directory holds",
     "import": "import a Hugging Face model directory",
     "export": "write the Hugging Face directory of an imported model or a run",
     "generate": "continue prompts with a model",

@@ -19,6 +19,7 @@ from tests.hostile.processes import process
 OPTIONS = {
     "train": ["--help"],
     "explain": ["--rules", "--strict", "--json"],
+    "detect": ["--json"],
     "compile": ["--expect", "--json", "--dump", "--html"],
     "import": ["--model", "--json"],
     "export": ["--json", "--force"],
