@@ -10,6 +10,7 @@ from typing import Any
 from moe_shard.config.keys import shown
 from moe_shard.config.maxtext_keys import UNSET
 from moe_shard.config.maxtext_model import Translation
+from moe_shard.config.strict_yaml import parse_yaml
 from moe_shard.errors import UserError
 
 DATA_KEYS = (
@@ -102,6 +103,8 @@ def _hugging_face(given: Mapping[str, Any]) -> list[str]:
     if name in UNSET:
         raise UserError(f"dataset_type=hf without hf_path\nfix: hf_path=parquet, or {_OURS}")
     if files not in UNSET:
+        if isinstance(files, str) and files.startswith("["):  # a list on the command line
+            files = parse_yaml(files)
         found = files if isinstance(files, list) else [files]
         if name in _BUILDERS:
             return [str(each) for each in found]

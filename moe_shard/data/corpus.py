@@ -159,7 +159,7 @@ def _lengths(folder: Path) -> Int64[np.ndarray, "documents"] | None:
 def _tokenize(documents: Documents, tokenizer: Tokenizer, folder: Path, say: Say) -> None:
     started = time.perf_counter()
     lengths = np.zeros(len(documents), np.int64)
-    num_bytes = written = 0
+    num_bytes = written = invalid = 0
     special = np.array(sorted(tokenizer.special), np.int32)
     try:
         with new_folder(folder) as aside:
@@ -170,7 +170,8 @@ def _tokenize(documents: Documents, tokenizer: Tokenizer, folder: Path, say: Say
                         file.write(tokens.astype(_TOKEN).tobytes())
                         lengths[document] += len(tokens)
                         num_bytes += len(text)
-                        written += int(np.isin(tokens, special).sum())
+                        invalid += not _is_utf8(text)
+                    written += int(np.isin(np.concatenate(all_tokens), special).sum())
             np.save(aside / "lengths.npy", lengths)
             if _lengths(folder) is None:  # missing or damaged
                 shutil.rmtree(folder, ignore_errors=True)
@@ -183,10 +184,20 @@ def _tokenize(documents: Documents, tokenizer: Tokenizer, folder: Path, say: Say
             ) from error
     seconds = time.perf_counter() - started
     marks = f"; {written:,} special tokens were written in the text" if written else ""
+    if invalid:
+        marks += f"; {invalid:,} documents (or pieces of 4 MiB) are not UTF-8 and have U+FFFD"
     say(
         f"tokenized {num_bytes / 1e6:,.1f} MB to {int(lengths.sum()):,} tokens in {seconds:.1f} s, "
         f"kept in {folder}{marks}"
     )
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _batches(documents: Documents) -> Iterator[list[tuple[int, bytes]]]:

@@ -604,6 +604,62 @@ def test_data(tmp_path: Path) -> None:
     says(message, "add_bos=false asks for text read in another way", "add_bos=true")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "paths"),
+    [
+        (["dataset_type=grain", "grain_train_files=/d/*.array_record"], ["/d/*.array_record"]),
+        (["dataset_type=grain", "grain_train_files=/d/x*,1.0", "grain_file_type=parquet"],
+         ["/d/x*"]),
+        (["dataset_type=hf", "hf_path=parquet", "hf_train_files=/d/*.parquet"], ["/d/*.parquet"]),
+        (["dataset_type=hf", "hf_path=json", "hf_train_files=[/a.jsonl, /b.jsonl]"],
+         ["/a.jsonl", "/b.jsonl"]),
+        (["dataset_type=hf", "hf_path={here}"], ["{here}"]),
+        (["dataset_type=hf", "hf_path={here}", "hf_data_dir=fr"], ["{here}/fr"]),
+    ],
+)  # fmt: skip
+def test_the_files_of_its_pipelines_are_the_text(
+    tmp_path: Path, overrides: list[str], paths: list[str]
+) -> None:
+    here = str(tmp_path)
+    given = [each.replace("{here}", here) for each in overrides]
+    more = ["train_data_columns=[body]", "tokenizer_path=/t", "train_split=test"]
+    data = load(tmp_path, MIXTRAL, *given, *more).data
+    assert data.dataset_path == tuple(each.replace("{here}", here) for each in paths)
+    assert (data.dataset_type, data.train_data_columns) == ("text", ("body",))
+    assert (data.tokenizer_path, data.train_split) == ("/t", "test")
+
+
+def test_the_evaluation_files_of_its_pipelines(tmp_path: Path) -> None:
+    files = ["grain_train_files=/d", "grain_eval_files=/e", "eval_interval=5"]
+    config = load(tmp_path, MIXTRAL, "dataset_type=grain", *files)
+    assert config.data.eval_dataset_path == ("/e",)
+    by_split = ["hf_path=" + str(tmp_path), "hf_eval_split=dev", "eval_interval=5"]
+    config = load(tmp_path, MIXTRAL, "dataset_type=hf", *by_split)
+    assert config.data.eval_dataset_path == (str(tmp_path),)
+    assert config.data.eval_split == "dev"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["dataset_type=hf"], ["without hf_path"]),
+        (["dataset_type=grain"], ["without grain_train_files"]),
+        (["dataset_type=hf", "hf_path=allenai/c4"], ["hub", "hf download", "dataset_path=DIR"]),
+        (["dataset_type=hf", "hf_path=org/x", "hf_train_files=a*"], ["hub"]),
+        (["dataset_type=hf", "hf_path=json", "grain_train_files=a"], ["grain_train_files=a"]),
+        (["dataset_type=grain", "grain_train_files=a,0.3;b,0.7"], ["mixture with weights"]),
+        (["dataset_type=grain", "grain_train_files=a", "grain_file_type=tfrecord"], ["tfrecord"]),
+        (["dataset_type=text", "hf_path=x"], ["hf_path=x", "dataset_type=text"]),
+        (["dataset_type=grain", "grain_train_files=a", "train_data_columns=[a, b]"],
+         ["not one field"]),
+    ],
+)  # fmt: skip
+def test_what_is_not_read_of_its_pipelines_is_refused(
+    tmp_path: Path, overrides: list[str], parts: list[str]
+) -> None:
+    says(error(tmp_path, MIXTRAL, *overrides), *parts)
+
+
 def test_our_keys_in_a_file_of_theirs(tmp_path: Path) -> None:
     config = load(tmp_path, MIXTRAL + "\nmoe_dispatch: einsum", "num_simulated_devices=3")
     assert (moe_of(config).moe_dispatch, config.mesh.num_simulated_devices) == ("einsum", 3)

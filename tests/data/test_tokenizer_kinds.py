@@ -144,6 +144,16 @@ def test_special_tokens_in_the_text_are_those_or_letters_and_are_counted(
     assert "split_special_tokens=false" in line
 
 
+def test_text_that_is_not_utf8_throughout_is_counted(tmp_path: Path, model: bytes) -> None:
+    folder = directory(tmp_path / "model", model)
+    paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    paths[0].write_bytes(b"the cat " * 1000 + b"\xff")  # beyond what is looked at first
+    paths[1].write_bytes(b"the cat")
+    said: list[str] = []
+    TokenCorpus(paths, find_tokenizer(str(folder)), say=said.append)
+    assert "1 documents (or pieces of 4 MiB) are not UTF-8" in said[0]
+
+
 def test_a_directory_without_a_tokenizer_is_never_read_as_bytes(
     tmp_path: Path, model: bytes
 ) -> None:
