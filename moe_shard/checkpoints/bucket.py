@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -43,10 +43,12 @@ class StoredObject:
         size: its bytes.
         sums: checksums of its content. MD5 is among them, as the CRC32C of Orbax's files says
             little: they end with their own, by which that of the whole is always the same.
+        written: when it was, in seconds since 1970.
     """
 
     size: int
     sums: str
+    written: float = field(compare=False)
 
 
 def is_address(path: object) -> bool:
@@ -202,7 +204,8 @@ def _each(work: Callable[[Any], None], items: Iterable[Any]) -> None:
 
 
 def _stored(blob: Any) -> StoredObject:
-    return StoredObject(int(blob.size), f"crc32c={blob.crc32c} md5={blob.md5_hash}")
+    sums = f"crc32c={blob.crc32c} md5={blob.md5_hash}"
+    return StoredObject(int(blob.size), sums, blob.updated.timestamp())
 
 
 def _is_installed(module: str) -> bool:

@@ -129,10 +129,13 @@ def fetch(address: str, *, writes: bool = True) -> Path:
         there = copies_of(lambda: bucket.read(COPIED))
         if there > copies_of((folder / COPIED).read_bytes):
             folder.mkdir(parents=True, exist_ok=True)
-            names = [name for name in bucket.listed()[0] if name != COPIED and name[0] != "."]
-            for name in (*names, *(f"{_HF}/{each}" for each in bucket.find(_HF))):
+            found = {name: each for name, each in bucket.listed()[0].items() if name[0] != "."}
+            del found[COPIED]  # the last to be written
+            found |= {f"{_HF}/{name}": each for name, each in bucket.find(_HF).items()}
+            for name, each in found.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 write_bytes(folder / name, bucket.read(name))
+                os.utime(folder / name, (each.written, each.written))  # `status` tells its age
             mark(folder, address, there)
     except OSError as error:
         raise UserError(

@@ -144,6 +144,8 @@ def test_files_follow_a_run_to_another_machine(
     (other := tmp_path / "other").mkdir()
     monkeypatch.chdir(other)
     assert fetch(bucket) == here(bucket)
+    written = Bucket(bucket).listed()[0]["metrics.jsonl"].written
+    assert abs((here(bucket) / "metrics.jsonl").stat().st_mtime - written) < 0.01
     assert {each.name for each in here(bucket).iterdir()} == {"metrics.jsonl", COPIED}
     # It goes on there, and the first machine comes back behind it.
     with open_run(config) as second, kept_in_bucket(second, writer=True, say=said.append):
@@ -251,4 +253,9 @@ def test_names_of_checkpoints_here_and_there(bucket: str, tmp_path: Path) -> Non
     (tmp_path / "checkpoints" / "9").mkdir(parents=True)
     assert checkpoint_names(tmp_path) == ["9"]
     assert checkpoint_names(tmp_path / "none") == []
+    place = InBucket(f"{bucket}/checkpoints")
+    assert place.kept_text("run") is None
+    place.keep_text("run", "a name")
+    assert place.kept_text("run") == "a name"
+    assert place.names() == ["7"]
     assert read_manifest(tmp_path / "checkpoints" / "9") is None
