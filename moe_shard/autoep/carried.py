@@ -13,13 +13,13 @@ from pathlib import Path
 
 from moe_shard.autoep.attributes import Attributes
 from moe_shard.autoep.family import Family
+from moe_shard.autoep.fewer_layers import KEY, layer_of
 from moe_shard.autoep.headers import TensorHeader
 from moe_shard.autoep.tensor_names import Names, switch_of, unwrapped
 from moe_shard.autoep.tensor_plan import Piece, TensorPlan
 from moe_shard.config.keys import shown
 from moe_shard.errors import UserError
 
-_LAYERS = "base_num_decoder_layers"
 _ROTARY = re.compile(r".*\.rotary_emb\.(?:original_)?(?:inv_freq|cos_cached|sin_cached)")
 
 
@@ -31,9 +31,9 @@ def layers_beyond(
     Raises:
         UserError: the layers are not those of `config.json`.
     """
-    rule = family.settings[_LAYERS]
-    layers = attributes.value(_LAYERS, rule)
-    text = attributes.rule_text(_LAYERS, rule)
+    rule = family.settings[KEY]
+    layers = attributes.value(KEY, rule)
+    text = attributes.rule_text(KEY, rule)
     found = names.layers()
     missing = next((layer for layer in range(layers) if layer not in found), None)
     if missing is not None:
@@ -41,7 +41,7 @@ def layers_beyond(
         if not found:
             fix += f", or prefix and layers of family {family.name}"
         raise attributes.error(f"{text}, but no tensor is of layer {missing}", fix)
-    carried = attributes.value(_LAYERS, family.carried_layers)
+    carried = attributes.value(KEY, family.carried_layers)
     of = _layers_of(headers, family)
     # A layer of multi-token prediction has tensors that the model's layers lack.
     special = {of[name] for name in names.others if name in of}
@@ -49,7 +49,7 @@ def layers_beyond(
         if layer >= layers + carried or (layer >= layers and layer not in special):
             raise attributes.error(
                 f"{text}, but the tensors go on to layer {layer} ({shown(name)})",
-                "the config.json of these tensors",
+                f"the config.json of these tensors, or {KEY}={layers} for these layers alone",
             )
     return {name for name, layer in of.items() if layer >= layers}
 
@@ -134,14 +134,8 @@ def _no_place(name: str, role: str, within: bool, family: Family, where: Path) -
 
 def _layers_of(headers: Mapping[str, TensorHeader], family: Family) -> dict[str, int]:
     """Return the layer of each tensor of a decoder layer: the model's, and those after it."""
-    below, found = f"{family.prefix}{family.layers}.", {}
-    for name in headers:
-        plain = unwrapped(name)
-        if plain.startswith(below):
-            number, dot, _ = plain[len(below) :].partition(".")
-            if dot and number.isascii() and number.isdecimal() and len(number) < 10:
-                found[name] = int(number)
-    return found
+    layers = ((name, layer_of(name, family)) for name in headers)
+    return {name: layer for name, layer in layers if layer is not None}
 
 
 def _is_buffer(name: str, tensor: TensorHeader) -> bool:

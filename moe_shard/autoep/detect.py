@@ -18,6 +18,7 @@ from moe_shard.autoep.attributes import Attributes
 from moe_shard.autoep.carried import layers_beyond, plan_tensors
 from moe_shard.autoep.family import Family, choose_family, list_families, load_family
 from moe_shard.autoep.family_chain import EXPERT_LAYERS
+from moe_shard.autoep.fewer_layers import KEY, layer_of, with_layers
 from moe_shard.autoep.head import EMBEDDING_ROLE, HEAD_ROLE, TIE_KEY, read_head
 from moe_shard.autoep.headers import TensorHeader, read_headers
 from moe_shard.autoep.lines import report_lines
@@ -57,6 +58,7 @@ class Detected:
         notes: what to check where the family is the user's own, or belongs to another model.
         dtype: the narrowest dtype that holds all weights; they are computed with in it, and trained
             in float32.
+        cut: the content of `config.json` as it is for the first layers alone; None: all are there.
     """
 
     family: str
@@ -66,6 +68,7 @@ class Detected:
     lines: tuple[str, ...]
     notes: tuple[str, ...]
     dtype: DType
+    cut: Mapping[str, Any] | None = None
 
 
 @contextmanager
@@ -84,7 +87,9 @@ def _nothing_is_garbage() -> Iterator[None]:
 
 
 @_nothing_is_garbage()
-def detect(directory: Path, family: str = "", tied: bool | None = None) -> Detected:
+def detect(
+    directory: Path, family: str = "", tied: bool | None = None, layers: int | None = None
+) -> Detected:
     """Read and describe a model directory.
 
     Args:
@@ -93,6 +98,7 @@ def detect(directory: Path, family: str = "", tied: bool | None = None) -> Detec
             `config.json` names.
         tied: whether the parameters that are to be read or written have one array for embedding
             and head; None: see `read_head`.
+        layers: number of layers, if the rest of them is to be left out; None: all.
 
     Raises:
         UserError: something is missing, wrong, or unsupported, or `config.json` and the
@@ -101,10 +107,17 @@ def detect(directory: Path, family: str = "", tied: bool | None = None) -> Detec
     where = directory / CONFIG
     written = read_object(where)
     known = load_family(family) if family else choose_family(written, where)
+    whole = written
+    if layers is not None:
+        written = with_layers(whole, known, layers, where)
     attributes = Attributes(written, known, where)
     scheme = read_scheme(attributes.get(CONFIG_KEY), where)
     headers = with_scales(read_headers(directory), scheme, directory)
     names = sort_names(headers, known, directory)
+    left_out = _left_out(headers, names, known, attributes, layers)
+    if left_out:
+        headers = {name: entry for name, entry in headers.items() if name not in left_out}
+        names = sort_names(headers, known, directory)
     _check_plain(headers, names, directory)
     beyond = layers_beyond(headers, names, known, attributes)
     settings = model_settings(attributes, known)
@@ -151,6 +164,11 @@ def detect(directory: Path, family: str = "", tied: bool | None = None) -> Detec
         dtype=dtype,
     )
     lines += (head.note,) if head.note else ()
+    if left_out:
+        lines += (
+            f"layers: the first {layers} on request ({KEY}={layers}); {len(left_out):,} tensors of "
+            f"those after them are left out, and an export is of {layers} layers",
+        )
     if wrapped := [name for name in headers if unwrapped(name) != name]:
         lines += (
             f"names: {len(wrapped):,} of {len(headers):,} have a wrapper's part, which is passed "
@@ -161,7 +179,32 @@ def detect(directory: Path, family: str = "", tied: bool | None = None) -> Detec
     )
     # No test compares models of such a family with this one.
     notes = tuple(attributes.notes()) if own else ()
-    return Detected(known.name, settings, plan, headers, lines, notes, dtype)
+    cut = written if left_out else None
+    return Detected(known.name, settings, plan, headers, lines, notes, dtype, cut)
+
+
+def _left_out(
+    headers: Mapping[str, TensorHeader],
+    names: Names,
+    family: Family,
+    attributes: Attributes,
+    layers: int | None,
+) -> set[str]:
+    """Return the tensors of layers after the first ones that are asked for.
+
+    Layers of multi-token prediction, which have tensors of their own, stay where `config.json`
+    has them.
+    """
+    if layers is None:
+        return set()
+    last = layers + attributes.value(KEY, family.carried_layers)
+    special = {layer_of(name, family) for name in names.others}
+    numbers = ((name, layer_of(name, family)) for name in headers)
+    return {
+        name
+        for name, layer in numbers
+        if layer is not None and (layer >= last or (layer >= layers and layer not in special))
+    }
 
 
 def _configured_tied(

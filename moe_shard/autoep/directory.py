@@ -40,21 +40,26 @@ class HfSource:
         plan: which tensor fills which parameter.
         headers: where the tensors are.
         attention_scale: the model's value of that key.
+        cut: the content of `config.json` for the first layers alone; None: all are there.
     """
 
     family: str
     plan: TensorPlan
     headers: Mapping[str, TensorHeader]
     attention_scale: float = -1
+    cut: Mapping[str, Any] | None = None
 
 
-def read_hf_source(directory: Path, family: str = "", *, tied: bool | None = None) -> HfSource:
+def read_hf_source(
+    directory: Path, family: str = "", *, tied: bool | None = None, layers: int | None = None
+) -> HfSource:
     """Describe a Hugging Face directory; of its weights only embedding and head are read.
 
     Args:
         directory: a directory with config.json and safetensors files.
         family: name or file of its family; empty: the one that config.json names.
         tied: whether embedding and head are one parameter; None: their tensors decide.
+        layers: number of layers, the rest being left out; None: all.
 
     Raises:
         UserError: its family is unknown, or something is missing.
@@ -62,12 +67,12 @@ def read_hf_source(directory: Path, family: str = "", *, tied: bool | None = Non
     # Imported here: copying files needs no family.
     from moe_shard.autoep.detect import detect
 
-    found = detect(directory, family, tied)
+    found = detect(directory, family, tied, layers)
     scale = found.settings.get("attention_scale", -1)
-    return HfSource(found.family, found.plan, found.headers, scale)
+    return HfSource(found.family, found.plan, found.headers, scale, found.cut)
 
 
-def keep_hf(source: str, folder: Path, family: str = "") -> None:
+def keep_hf(source: str, folder: Path, family: str = "", layers: int | None = None) -> None:
     """Make `hf/` in a folder, once, so that its parameters can be exported.
 
     Args:
@@ -75,6 +80,7 @@ def keep_hf(source: str, folder: Path, family: str = "") -> None:
             run. Nothing is kept of a run that started without one.
         folder: an imported model or a run, locked by this process.
         family: see `read_hf_source`.
+        layers: see `read_hf_source`.
 
     Raises:
         UserError: the source cannot be read, or has a link to a file outside of it.
@@ -92,10 +98,12 @@ def keep_hf(source: str, folder: Path, family: str = "") -> None:
                 if (kept / name).is_file():
                     copy_file(kept / name, aside)
             return
-        found = read_hf_source(directory, family)
+        found = read_hf_source(directory, family, layers=layers)
         copy_small_files(directory, aside)
         save_carried(found.headers, found.plan.carried, aside)
-        if is_quantized(found.headers):
+        if found.cut is not None:
+            write_text(aside / _CONFIG, _as_json(found.cut))
+        if found.cut is not None or is_quantized(found.headers):
             Manifest(found.family, plain_files(found.headers, aside)).save(aside)
         else:
             files = {entry.file for entry in found.headers.values()}
@@ -128,7 +136,7 @@ def lay_out_again(
     manifest.make(directory)
     family = str(hf / FAMILY) if (hf / FAMILY).is_file() else manifest.family
     if not tied and (changed := untied(read_object(directory / _CONFIG))):
-        write_text(directory / _CONFIG, json.dumps(changed, indent=2, ensure_ascii=False) + "\n")
+        write_text(directory / _CONFIG, _as_json(changed))
         say(f"{_CONFIG}: {TIE_KEY}=false, because the head is not the embedding")
     found = read_hf_source(directory, family, tied=tied)
     kept = carried_in(hf)
@@ -141,6 +149,10 @@ def lay_out_again(
             )
         write(place, view(kept[name]))
     return found
+
+
+def _as_json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def untied(config: dict[str, Any]) -> dict[str, Any] | None:

@@ -87,7 +87,10 @@ def load_params(
             params = read_params(folder, stored, model, say=say, progress=line)
         return to_layout(params, wanted)
     tied = model.logits_via_embedding if model else None
-    source = read_hf_source(folder.parent, family, tied=tied)
+    layers = model.num_decoder_layers if model else None
+    source = read_hf_source(folder.parent, family, tied=tied, layers=layers)
+    if source.cut is not None:
+        say(f"the first {layers} layers alone, as base_num_decoder_layers has it")
     _check_factor(folder.parent, source.attention_scale, model)
     with bytes_line(console, "reading parameters") as line:
         params = import_params(source.plan, source.headers, stored, say=say, progress=line)
@@ -150,7 +153,7 @@ def import_model(
     with written_aside(target) as folder:
         if jax.process_index() == 0:
             write_text(folder / "config.yml", _movable(config, source).to_yaml())
-            keep_hf(str(source), folder, family)
+            keep_hf(str(source), folder, family, config.model.num_decoder_layers)
         params = load_params(str(source), specs, model=config.model, family=family, console=console)
         require_finite(params, specs, str(source))
         with console.status("writing the parameters"), _manager(folder / _PARAMS) as manager:

@@ -17,6 +17,7 @@ from moe_shard.errors import UserError
 from moe_shard.files import expanded
 from moe_shard.maxtext.folders import find_items
 
+_LAYERS = "base_num_decoder_layers"
 MODEL_HELP = "a name in configs/models/, a .yml file, or a Hugging Face model directory"
 """The help text of MODEL on command lines."""
 
@@ -66,7 +67,10 @@ def load_directory(directory: Path, overrides: Sequence[str] = ()) -> tuple[Conf
         UserError: as `load_model`.
     """
     asked = parse_overrides(overrides, base_settings())
-    detected = detect(directory, asked.get("hf_family", ""))
+    layers = asked.get(_LAYERS)
+    # Of another type it is refused below, by name.
+    layers = layers if type(layers) is int and layers > 0 else None
+    detected = detect(directory, asked.get("hf_family", ""), layers=layers)
     overlay = Overlay(str(directory / CONFIG), directory_settings(directory, detected), {}, ())
     config = load_settings(overlay, overrides, name=directory.resolve().name)
     said = "weight_dtype" in asked or detected.settings["weight_dtype"] != "float32"

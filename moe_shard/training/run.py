@@ -111,7 +111,9 @@ def run(config: Config, team: Team | None = None) -> Outcome:
             if writer:
                 _keep_settings(config, folder, console, note)
                 if config.run.load_parameters_path:
-                    keep_hf(config.run.load_parameters_path, folder, config.run.hf_family)
+                    layers = config.model.num_decoder_layers
+                    begun_with, family = config.run.load_parameters_path, config.run.hf_family
+                    keep_hf(begun_with, folder, family, layers)
             with console.status("compiling the training step"), wall.part("compile"):
                 step = compile_step(program, compiler_options(config, sharding.platform))
             in_cache = cache.words(step.cached)

@@ -249,7 +249,9 @@ def interleaved(random: Any) -> tuple[Tensors, list[Piece], dict[str, np.ndarray
 KINDS = {"one-by-one": one_by_one, "fused": fused, "interleaved": interleaved}
 
 
-def detect(directory: Path, family: str = "", tied: bool | None = None) -> SimpleNamespace:
+def detect(
+    directory: Path, family: str = "", tied: bool | None = None, _layers: int | None = None
+) -> SimpleNamespace:
     """Replace autoep's `detect`: return the plan by hand of the kind that config.json names."""
     kind = json.loads((directory / "config.json").read_text())["model_type"]
     assert family in {"", kind}
@@ -260,6 +262,7 @@ def detect(directory: Path, family: str = "", tied: bool | None = None) -> Simpl
         plan=TensorPlan((*plan_of_attention_and_norms(), *pieces), CARRIED),
         headers=read_headers(directory),
         settings={},
+        cut=None,
     )
 
 
