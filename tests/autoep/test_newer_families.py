@@ -122,7 +122,7 @@ def test_what_a_config_says(
             {"rope_scaling": {"type": "dynamic", "alpha": 10.0}},
             "rope_scaling.alpha is not computed here",
         ),
-        ("minimax_m2", {"rope_scaling": {"mrope_section": [1]}}, "mrope_section is not computed"),
+        ("minimax_m2", {"rope_scaling": {"rope_3d": [1]}}, "rope_3d is not computed here"),
         ("minimax_m2", {"scoring_func": "softmax"}, 'scoring_func="softmax" is not computed'),
         ("minimax_m2", {"qk_norm_type": "per_head"}, 'qk_norm_type="per_head" is not computed'),
     ],

@@ -90,7 +90,8 @@ def test_nothing_is_near_a_tie(shape: Shape, reference: Callable[[Shape], Any]) 
 
 @each_shape()
 def test_routing_is_diverse(shape: Shape, reference: Callable[[Shape], Any]) -> None:
-    k = shape.settings.get("num_experts_per_tok") or shape.settings["moe_k"]
+    names = ("num_experts_per_tok", "moe_k", "moe_topk")
+    k = next(shape.settings[name] for name in names if name in shape.settings)
     for logits in reference(shape).router_logits:
         chosen = np.argsort(logits)[..., -k:]
         assert len(np.unique(chosen)) > 0.8 * logits.shape[-1]
