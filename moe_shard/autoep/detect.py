@@ -88,7 +88,11 @@ def _nothing_is_garbage() -> Iterator[None]:
 
 @_nothing_is_garbage()
 def detect(
-    directory: Path, family: str = "", tied: bool | None = None, layers: int | None = None
+    directory: Path,
+    family: str = "",
+    tied: bool | None = None,
+    layers: int | None = None,
+    outside: bool = False,
 ) -> Detected:
     """Read and describe a model directory.
 
@@ -99,6 +103,7 @@ def detect(
         tied: whether the parameters that are to be read or written have one array for embedding
             and head; None: see `read_head`.
         layers: number of layers, if the rest of them is to be left out; None: all.
+        outside: whether the weights' index may name files outside of the directory.
 
     Raises:
         UserError: something is missing, wrong, or unsupported, or `config.json` and the
@@ -112,7 +117,7 @@ def detect(
         written = with_layers(whole, known, layers, where)
     attributes = Attributes(written, known, where)
     scheme = read_scheme(attributes.get(CONFIG_KEY), where)
-    headers = with_scales(read_headers(directory), scheme, directory)
+    headers = with_scales(read_headers(directory, outside=outside), scheme, directory)
     names = sort_names(headers, known, directory)
     left_out = _left_out(headers, names, known, attributes, layers)
     if left_out:

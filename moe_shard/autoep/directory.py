@@ -51,7 +51,12 @@ class HfSource:
 
 
 def read_hf_source(
-    directory: Path, family: str = "", *, tied: bool | None = None, layers: int | None = None
+    directory: Path,
+    family: str = "",
+    *,
+    tied: bool | None = None,
+    layers: int | None = None,
+    outside: bool = False,
 ) -> HfSource:
     """Describe a Hugging Face directory; of its weights only embedding and head are read.
 
@@ -60,6 +65,7 @@ def read_hf_source(
         family: name or file of its family; empty: the one that config.json names.
         tied: whether embedding and head are one parameter; None: their tensors decide.
         layers: number of layers, the rest being left out; None: all.
+        outside: whether the weights' index may name files outside of the directory.
 
     Raises:
         UserError: its family is unknown, or something is missing.
@@ -67,12 +73,18 @@ def read_hf_source(
     # Imported here: copying files needs no family.
     from moe_shard.autoep.detect import detect
 
-    found = detect(directory, family, tied, layers)
+    found = detect(directory, family, tied, layers, outside)
     scale = found.settings.get("attention_scale", -1)
     return HfSource(found.family, found.plan, found.headers, scale, found.cut)
 
 
-def keep_hf(source: str, folder: Path, family: str = "", layers: int | None = None) -> None:
+def keep_hf(
+    source: str,
+    folder: Path,
+    family: str = "",
+    layers: int | None = None,
+    outside: bool = False,
+) -> None:
     """Make `hf/` in a folder, once, so that its parameters can be exported.
 
     Args:
@@ -81,6 +93,7 @@ def keep_hf(source: str, folder: Path, family: str = "", layers: int | None = No
         folder: an imported model or a run, locked by this process.
         family: see `read_hf_source`.
         layers: see `read_hf_source`.
+        outside: see `read_hf_source`; what lies there is exported beside the rest.
 
     Raises:
         UserError: the source cannot be read, or has a link to a file outside of it.
@@ -98,12 +111,13 @@ def keep_hf(source: str, folder: Path, family: str = "", layers: int | None = No
                 if (kept / name).is_file():
                     copy_file(kept / name, aside)
             return
-        found = read_hf_source(directory, family, layers=layers)
+        found = read_hf_source(directory, family, layers=layers, outside=outside)
         copy_small_files(directory, aside)
         save_carried(found.headers, found.plan.carried, aside)
         if found.cut is not None:
             write_text(aside / _CONFIG, _as_json(found.cut))
-        if found.cut is not None or is_quantized(found.headers):
+        elsewhere = any(entry.file.parent != directory for entry in found.headers.values())
+        if found.cut is not None or elsewhere or is_quantized(found.headers):
             Manifest(found.family, plain_files(found.headers, aside)).save(aside)
         else:
             files = {entry.file for entry in found.headers.values()}

@@ -46,6 +46,7 @@ _SHARED = ("shared_experts", "shared_expert_gate")
 _OF_THE_COMMAND = {
     "load_parameters_path": "the directory that is read",
     "hf_family": "this file",
+    "weights_outside_directory": "for the command to say",
 }
 """Settings that the command has said when a family's file is read -> what they are."""
 

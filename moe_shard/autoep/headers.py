@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from moe_shard.autoep.not_a_model import refuse_foreign_file
@@ -27,6 +27,7 @@ DTYPE_BYTES: Mapping[str, int] = {
 }
 """Name of a dtype in a header -> bytes of one element."""
 
+OUTSIDE_KEY = "weights_outside_directory"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LENGTH_BYTES = 8
 _START = 512
@@ -59,7 +60,7 @@ class TensorHeader:
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
-def read_headers(directory: Path) -> dict[str, TensorHeader]:
+def read_headers(directory: Path, *, outside: bool = False) -> dict[str, TensorHeader]:
     """Read the headers of all tensors of a model directory, by name.
 
     `model.safetensors` is read where there is one, as transformers does; else the files that
@@ -67,6 +68,7 @@ def read_headers(directory: Path) -> dict[str, TensorHeader]:
 
     Args:
         directory: the directory of the model.
+        outside: whether the index may name files outside of the directory.
 
     Raises:
         UserError: there are no such files, or one is incomplete or contradicts itself or the index.
@@ -75,7 +77,7 @@ def read_headers(directory: Path) -> dict[str, TensorHeader]:
     if (directory / SINGLE).exists():
         return read_file(_inside(directory, SINGLE, SINGLE))
     if index.exists():
-        return _read_indexed(directory, index)
+        return _read_indexed(directory, index, outside)
     names = sorted(path.name for path in directory.glob("*.safetensors"))
     if not names:
         raise _no_files(directory)
@@ -157,7 +159,7 @@ def _check_cover(path: Path, tensors: Mapping[str, TensorHeader], start: int, si
         raise UserError(f"{path}: {what}: {size:,} bytes, {at:,} by its header\n{_AGAIN}")
 
 
-def _read_indexed(directory: Path, index: Path) -> dict[str, TensorHeader]:
+def _read_indexed(directory: Path, index: Path, outside: bool) -> dict[str, TensorHeader]:
     places = read_object(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise UserError(f"{index}: no weight_map\nfix: the index that came with the files")
@@ -167,9 +169,9 @@ def _read_indexed(directory: Path, index: Path) -> dict[str, TensorHeader]:
                 f"{index}: the file of {shown(name)} is {shown(file)}, not a name\n"
                 "fix: the index that came with the files"
             )
-    tensors = _merged(directory, dict.fromkeys(places.values(), INDEX))
+    tensors = _merged(directory, dict.fromkeys(places.values(), INDEX), outside)
     for name, file in places.items():
-        if name not in tensors or tensors[name].file.name != file:
+        if name not in tensors or tensors[name].file != directory / file:
             raise UserError(
                 f"{index}: tensor {shown(name)} is not in {shown(file)}, where it should be\n"
                 "fix: download the file and the index again"
@@ -177,16 +179,19 @@ def _read_indexed(directory: Path, index: Path) -> dict[str, TensorHeader]:
     return tensors
 
 
-def _merged(directory: Path, files: Mapping[str, str]) -> dict[str, TensorHeader]:
+def _merged(
+    directory: Path, files: Mapping[str, str], outside: bool = False
+) -> dict[str, TensorHeader]:
     """Merge the tensors of several files.
 
     Args:
         directory: the directory of the model.
         files: name of a file -> the file or index that names it.
+        outside: whether a name may lead out of the directory.
     """
     tensors: dict[str, TensorHeader] = {}
     for name, named_by in files.items():
-        found = read_file(_inside(directory, name, named_by))
+        found = read_file(_inside(directory, name, named_by, outside))
         twice = next((tensor for tensor in found if tensor in tensors), None)
         if twice is not None:
             raise UserError(
@@ -197,12 +202,22 @@ def _merged(directory: Path, files: Mapping[str, str]) -> dict[str, TensorHeader
     return tensors
 
 
-def _inside(directory: Path, name: str, named_by: str) -> Path:
-    """Return the path of a file in the directory; it may be a link to wherever weights are kept."""
-    if name != Path(name).name or not name.isprintable():
+def _inside(directory: Path, name: str, named_by: str, outside: bool = False) -> Path:
+    """Return the path of a file in the directory; it may be a link to wherever weights are kept.
+
+    Args:
+        directory: the directory of the model.
+        name: the file's name or path.
+        named_by: the file or index that names it.
+        outside: whether the path may lead out of the directory.
+    """
+    path = PurePath(name)
+    leaves = path.is_absolute() or ".." in path.parts
+    if not path.name or not name.isprintable() or (leaves and not outside):
+        where = f", and leads out of it\nfix: {OUTSIDE_KEY}=true if its weights lie there, or "
         raise UserError(
-            f"{directory / named_by}: {shown(name)} is not the name of a file beside it\n"
-            "fix: the index that came with the files"
+            f"{directory / named_by}: {shown(name)} is not the name of a file beside it"
+            f"{where if leaves else chr(10) + 'fix: '}the index that came with the files"
         )
     path = directory / name
     try:

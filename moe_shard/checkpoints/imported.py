@@ -52,6 +52,7 @@ def load_params(
     *,
     model: ModelConfig | None = None,
     family: str = "",
+    outside: bool = False,
     say: Callable[[str], object] | None = None,
     console: Console | None = None,
 ) -> Params:
@@ -63,6 +64,7 @@ def load_params(
         specs: the parameters' specs: leaves with a shape, a dtype and a sharding.
         model: the model that has the parameters; needed only for MaxText and Hugging Face.
         family: family of a Hugging Face directory, as in `read_hf_source`.
+        outside: see `read_hf_source`.
         say: receives lines on the source and on conversions; None: they are printed.
         console: shows the progress of reading; None: no progress is shown.
 
@@ -88,7 +90,7 @@ def load_params(
         return to_layout(params, wanted)
     tied = model.logits_via_embedding if model else None
     layers = model.num_decoder_layers if model else None
-    source = read_hf_source(folder.parent, family, tied=tied, layers=layers)
+    source = read_hf_source(folder.parent, family, tied=tied, layers=layers, outside=outside)
     if source.cut is not None:
         say(f"the first {layers} layers alone, as base_num_decoder_layers has it")
     _check_factor(folder.parent, source.attention_scale, model)
@@ -153,8 +155,16 @@ def import_model(
     with written_aside(target) as folder:
         if jax.process_index() == 0:
             write_text(folder / "config.yml", _movable(config, source).to_yaml())
-            keep_hf(str(source), folder, family, config.model.num_decoder_layers)
-        params = load_params(str(source), specs, model=config.model, family=family, console=console)
+            outside = config.run.weights_outside_directory
+            keep_hf(str(source), folder, family, config.model.num_decoder_layers, outside)
+        params = load_params(
+            str(source),
+            specs,
+            model=config.model,
+            family=family,
+            outside=config.run.weights_outside_directory,
+            console=console,
+        )
         require_finite(params, specs, str(source))
         with console.status("writing the parameters"), _manager(folder / _PARAMS) as manager:
             state = {"params": params}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_shard.autoep.detect import CONFIG, Detected, detect
+from moe_shard.autoep.headers import OUTSIDE_KEY
 from moe_shard.autoep.not_a_model import refuse_foreign
 from moe_shard.config.load import base_settings, list_models, load_config, load_settings
 from moe_shard.config.overlays import Overlay, parse_overrides
@@ -70,7 +71,8 @@ def load_directory(directory: Path, overrides: Sequence[str] = ()) -> tuple[Conf
     layers = asked.get(_LAYERS)
     # Of another type it is refused below, by name.
     layers = layers if type(layers) is int and layers > 0 else None
-    detected = detect(directory, asked.get("hf_family", ""), layers=layers)
+    outside = asked.get(OUTSIDE_KEY) is True
+    detected = detect(directory, asked.get("hf_family", ""), layers=layers, outside=outside)
     overlay = Overlay(str(directory / CONFIG), directory_settings(directory, detected), {}, ())
     config = load_settings(overlay, overrides, name=directory.resolve().name)
     said = "weight_dtype" in asked or detected.settings["weight_dtype"] != "float32"

@@ -70,10 +70,14 @@ class LocalConfig:
         minutes = self.multi_tier_checkpointing_backup_interval_minutes
         steps = self.multi_tier_checkpointing_backup_interval_steps
         if not self.enable_multi_tier_checkpointing:
-            if minutes or steps or self.mtc_data_parallelism:
+            given = {
+                "mtc_data_parallelism": self.mtc_data_parallelism,
+                "multi_tier_checkpointing_backup_interval_minutes": minutes,
+                "multi_tier_checkpointing_backup_interval_steps": steps,
+            }
+            if names := [key for key, value in given.items() if value]:
                 raise UserError(
-                    "mtc_data_parallelism and multi_tier_checkpointing_backup_interval_* are of "
-                    "GKE's replicator service, which is not asked for\n"
+                    f"{' and '.join(names)}: of GKE's replicator service, which is not asked for\n"
                     "fix: enable_multi_tier_checkpointing=true, or none of them"
                 )
         elif bool(minutes) == bool(steps):

@@ -277,6 +277,8 @@ class RunConfig:
             imported model or a run; empty: they are initialised from `seed`.
         hf_family: name or file of the family by which a Hugging Face directory is read; empty: the
             one that its config.json names.
+        weights_outside_directory: whether the index of a Hugging Face directory may name files of
+            weights outside of it, by `..` or absolute paths.
         jax_cache_dir: directory that compiled programs are kept in for later starts; "auto":
             `moe_shard/jax` in the user's cache directory; empty: none are kept.
         jax_distributed_initialization_timeout: seconds for which processes wait for each other.
@@ -290,6 +292,7 @@ class RunConfig:
     model_name: Annotated[str, Key()]
     load_parameters_path: Annotated[str, Key()] = ""
     hf_family: Annotated[str, Key()] = ""
+    weights_outside_directory: Annotated[bool, Key()] = False
     jax_cache_dir: Annotated[str, Key()] = "auto"
     jax_distributed_initialization_timeout: Annotated[int, Key(least=1, most=86_400)] = 50
 

@@ -156,7 +156,15 @@ def load_parameters(
     if run.load_parameters_path:
         path = run.load_parameters_path
         specs, family = model.specs, run.hf_family
-        return load_params(path, specs, model=config.model, family=family, say=say, console=console)
+        return load_params(
+            path,
+            specs,
+            model=config.model,
+            family=family,
+            outside=run.weights_outside_directory,
+            say=say,
+            console=console,
+        )
     say(f"random, drawn from seed={config.train.seed}: {run.model_name} names no checkpoint")
     places = jax.tree.map(lambda spec: spec.sharding, model.specs)
     params: Params = jax.jit(model.init, out_shardings=places)(jax.random.key(config.train.seed))

@@ -81,6 +81,7 @@ _KEYS: dict[Kind, str] = {
         enable_multi_tier_checkpointing multi_tier_checkpointing_backup_interval_minutes
         multi_tier_checkpointing_backup_interval_steps mtc_data_parallelism
         model_name hf_family load_parameters_path run_name base_output_directory jax_cache_dir
+        weights_outside_directory
         jax_distributed_initialization_timeout
         remat_policy decoder_layer_input query_proj key_proj value_proj context attention_out
         out_proj query_wa_proj mla_q kv_wa_proj mla_kv mlpwi_0 mlpwi_1 mlpwo moe_mlpwi_0

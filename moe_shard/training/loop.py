@@ -207,6 +207,7 @@ class Trainer:
                 self.program.model.specs,
                 model=self.config.model,
                 family=run.hf_family,
+                outside=run.weights_outside_directory,
                 console=console,
             )
             require_finite(params, self.program.model.specs, run.load_parameters_path)

@@ -111,9 +111,13 @@ def run(config: Config, team: Team | None = None) -> Outcome:
             if writer:
                 _keep_settings(config, folder, console, note)
                 if config.run.load_parameters_path:
-                    layers = config.model.num_decoder_layers
-                    begun_with, family = config.run.load_parameters_path, config.run.hf_family
-                    keep_hf(begun_with, folder, family, layers)
+                    keep_hf(
+                        config.run.load_parameters_path,
+                        folder,
+                        config.run.hf_family,
+                        config.model.num_decoder_layers,
+                        config.run.weights_outside_directory,
+                    )
             with console.status("compiling the training step"), wall.part("compile"):
                 step = compile_step(program, compiler_options(config, sharding.platform))
             in_cache = cache.words(step.cached)

@@ -250,7 +250,11 @@ KINDS = {"one-by-one": one_by_one, "fused": fused, "interleaved": interleaved}
 
 
 def detect(
-    directory: Path, family: str = "", tied: bool | None = None, _layers: int | None = None
+    directory: Path,
+    family: str = "",
+    tied: bool | None = None,
+    _layers: int | None = None,
+    _outside: bool = False,
 ) -> SimpleNamespace:
     """Replace autoep's `detect`: return the plan by hand of the kind that config.json names."""
     kind = json.loads((directory / "config.json").read_text())["model_type"]
