@@ -277,9 +277,8 @@ def _parquet(path: Path, _: FileFormat, column: str, __: str) -> Iterator[Read]:
     parquet = needed("pyarrow.parquet", str(path))
     # Without pre_buffer no more of a row group is held than the pages being read.
     with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
-        names = tuple(file.schema_arrow.names)
-        if column not in names:
-            yield Problem("its schema", f"no column {shown(column)}", names[:20], rest=True)
+        if problem := _schema_problem(file.schema_arrow, column):
+            yield problem
             return
         row = 0
         for batch in file.iter_batches(_ROWS, columns=[column], use_threads=False):
@@ -298,15 +297,28 @@ def _arrow(path: Path, _: FileFormat, column: str, __: str) -> Iterator[Read]:
             source.seek(0)
             reader = ipc.open_stream(source)
             batches = iter(reader)
-        names = tuple(reader.schema.names)
-        if column not in names:
-            yield Problem("its schema", f"no column {shown(column)}", names[:20], rest=True)
+        if problem := _schema_problem(reader.schema, column):
+            yield problem
             return
         row = 0
         for batch in batches:
             for first in range(0, batch.num_rows, _ROWS):
                 yield from _column(batch.column(column).slice(first, _ROWS), column, row)
                 row += min(_ROWS, batch.num_rows - first)
+
+
+def _schema_problem(schema: Any, column: str) -> Problem | None:
+    """Return what is wrong with a table that has no text in the column."""
+    names = tuple(schema.names)
+    if column not in names:
+        what = f"no column {shown(column)}"
+    else:
+        kind = str(schema.field(column).type)
+        nested = "list" in kind or kind.startswith(("struct", "map"))
+        if not nested and ("string" in kind or "binary" in kind or kind == "null"):
+            return None
+        what = f"column {shown(column)} is {kind}, not text"
+    return Problem("its schema", what, names[:20], rest=True)
 
 
 def _column(array: Any, column: str, first: int) -> Iterator[Read]:

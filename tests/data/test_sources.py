@@ -358,6 +358,14 @@ def test_json_values(
         assert problem in "\n".join(result.lines)
 
 
+def test_a_column_of_something_else_is_refused_by_its_type(tmp_path: Path) -> None:
+    table = pa.table({"messages": [[{"role": "user"}]], "n": [1], "b": [b"bytes"]})
+    pa.parquet.write_table(table, tmp_path / "a.parquet")
+    for column, kind in {"messages": "list", "n": "int64", "text": "no column text"}.items():
+        refused(kind, "fields: messages, n, b", path=tmp_path, train_data_columns=(column,))
+    assert texts(read(tmp_path, train_data_columns=("b",)).documents) == ["bytes"]
+
+
 def test_archives_and_addresses_are_refused_with_the_fix(tmp_path: Path) -> None:
     for name in ("a.tar.gz", "a.zip"):
         (tmp_path / name).write_bytes(gzip.compress(b"text"))
