@@ -104,11 +104,6 @@ def _standard_library() -> tuple[Path, ...]:
 
 def _files_of(pattern: str, split: str) -> tuple[list[FoundFile], dict[Path, str]]:
     """Return the files of one item of `dataset_path`, and what is passed over, with reasons."""
-    if "://" in pattern:
-        raise UserError(
-            f"dataset_path: {pattern} is an address, and files are read here by path\n"
-            "fix: a folder, where a bucket may be mounted (gcsfuse, s3fs), or a downloaded copy"
-        )
     path = Path(os.path.expanduser(pattern))
     named = pattern != "" and os.path.lexists(path)
     if named and not os.path.isdir(path):

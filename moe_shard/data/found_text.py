@@ -13,6 +13,7 @@ from moe_shard.data.corpus import Say
 from moe_shard.data.decoded import CorruptRecord, FileCounts, decode, text_cache
 from moe_shard.data.documents import FoundFile, find_files
 from moe_shard.data.records import Problem
+from moe_shard.data.remote_files import fetched, is_remote
 from moe_shard.data.spans import Documents, FilePart
 from moe_shard.errors import UserError
 
@@ -57,7 +58,8 @@ def find_text(
     """
     columns = config.train_data_columns if columns is None else columns
     column_key = "train_data_columns" if key == "dataset_path" else "eval_data_columns"
-    found = find_files(paths, split=config.train_split if split is None else split)
+    local = [fetched(path, say) if is_remote(path) else path for path in paths]
+    found = find_files(local, split=config.train_split if split is None else split)
     passed = dict(found.passed_over)
     parts: list[tuple[FoundFile, FilePart]] = []
     counts: dict[Path, FileCounts] = {}

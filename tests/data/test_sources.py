@@ -12,10 +12,12 @@ import io
 import json
 import lzma
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import jax
 import numpy as np
 import pyarrow as pa
@@ -366,11 +368,40 @@ def test_a_column_of_something_else_is_refused_by_its_type(tmp_path: Path) -> No
     assert texts(read(tmp_path, train_data_columns=("b",)).documents) == ["bytes"]
 
 
-def test_archives_and_addresses_are_refused_with_the_fix(tmp_path: Path) -> None:
+def test_archives_are_refused_with_the_fix(tmp_path: Path) -> None:
     for name in ("a.tar.gz", "a.zip"):
         (tmp_path / name).write_bytes(gzip.compress(b"text"))
         refused("is an archive (unpack it)", path=tmp_path / name)
-    refused("is an address", "gcsfuse", path="gs://bucket/x.jsonl")
+
+
+def test_addresses_are_copied_once_and_read_as_folders_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    lines = gzip.compress(b'{"text": "a"}\n{"text": "b"}\n')
+    files = {"d/train-0.jsonl.gz": lines, "d/test-0.jsonl.gz": lines, "d/README.md": b"x"}
+    for name, content in files.items():
+        system.pipe_file(f"/bucket/{name}", content)
+    said: list[str] = []
+    config = DataConfig(dataset_path=("memory://bucket/d",))
+    found = find_text(config, config.dataset_path, say=said.append)
+    assert texts(found.documents) == ["a", "b"]
+    assert "2 documents in 1 files (1 jsonl.gz), 0.00 MB: memory://bucket/d" in found.lines[0]
+    assert "3 files" in said[0]
+    assert texts(read("memory://bucket/d/test*").documents) == ["a", "b"]
+    assert texts(read("memory://bucket/d/README.md").documents) == ["x"]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(system), "get_file", None)
+        assert texts(read("memory://bucket/d").documents) == ["a", "b"]
+    system.pipe_file("/bucket/d/train-0.jsonl.gz", gzip.compress(b'{"text": "new"}'))
+    assert texts(read("memory://bucket/d").documents) == ["new"]
+    refused("matches nothing", path="memory://bucket/none*")
+    refused("cannot be read", "fix: the address", path="memory://bucket/none")
+    refused("cannot be read", "pip install", path="nosuch://bucket/none")
+    monkeypatch.setattr("moe_shard.data.remote_files._ANSWER_S", 0.05)
+    monkeypatch.setattr(type(system), "info", lambda *_: threading.Event().wait(1))
+    refused("no answer in 0.05 s", path="memory://bucket/d")
 
 
 def test_array_records_of_text_and_of_examples(tmp_path: Path) -> None:
