@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from moe_shard.autoep.directory import untied
 from moe_shard.autoep.family import load_family
 from moe_shard.autoep.quantized import Scheme, read_scheme
 from moe_shard.errors import UserError
-from tests.autoep.directory import write_model
+from tests.autoep.directory import HERE, write_model
 from tests.autoep.published import CONFIGS
 from tests.autoep.test_settings import settings
 
@@ -229,6 +230,46 @@ def test_ling_2_is_sarvam_by_other_names(tmp_path: Path) -> None:
 def test_what_of_ling_is_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=words):
         detect(write_model(tmp_path / "ling", *ling(**changes)))
+
+
+def recorded(family: str) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """Return config.json and tensors of a small model as transformers wrote them."""
+    with np.load(HERE / "recorded" / f"{family}.npz") as content:
+        model = json.loads(str(content["model"]))
+    return model["config"], {name: entry["shape"] for name, entry in model["tensors"].items()}
+
+
+def test_a_whole_omni_is_its_thinker_and_what_is_carried(tmp_path: Path) -> None:
+    config, shapes = recorded("qwen3_omni_moe_thinker")
+    thinker = detect(write_model(tmp_path / "thinker", config, shapes))
+    assert {name.split(".")[0] for name in thinker.plan.carried} == {"visual", "audio_tower"}
+    whole = {"model_type": "qwen3_omni_moe", "thinker_config": config}
+    inside = {f"thinker.{name}": shape for name, shape in shapes.items()}
+    beside = {
+        "talker.model.layers.0.mlp.gate.weight": [4, 2],
+        "code2wav.code_embedding.weight": [3],
+    }
+    found = detect(write_model(tmp_path / "whole", whole, inside | beside))
+    assert found.settings == thinker.settings
+    assert {piece.tensor for piece in found.plan.pieces} == {
+        f"thinker.{piece.tensor}" for piece in thinker.plan.pieces
+    }
+    assert {*found.plan.carried} == {
+        *(f"thinker.{name}" for name in thinker.plan.carried),
+        *beside,
+    }
+
+
+def test_kimi_vl_is_read_as_kimi_k25(tmp_path: Path) -> None:
+    config, shapes = recorded("kimi_k25")
+    known = detect(write_model(tmp_path / "k25", config, shapes))
+    section = config["text_config"] | {"model_type": "kimi_k2"}
+    renamed = {
+        name.replace("mm_projector", "multi_modal_projector"): s for name, s in shapes.items()
+    }
+    other = config | {"model_type": "kimi_vl", "text_config": section}
+    found = detect(write_model(tmp_path / "vl", other, renamed))
+    assert (found.settings, found.plan.pieces) == (known.settings, known.plan.pieces)
 
 
 def test_one_name_for_several_parameters_is_refused(tmp_path: Path) -> None:
