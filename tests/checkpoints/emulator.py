@@ -1,7 +1,8 @@
 """Serve Google Cloud Storage from memory, in a process of its own: `python -m` with a port.
 
-gcp-storage-emulator serves one request at a time, and leaves out a header of downloads that
-tensorstore needs: the generation of the object. Both are added here.
+gcp-storage-emulator serves one connection at a time, and leaves out a header of downloads that
+tensorstore needs: the generation of the object. Both are added here. Its store in memory is not made
+for several threads, so that requests are handled one by one.
 """
 
 from __future__ import annotations
@@ -75,6 +76,13 @@ def serve(port: int) -> None:
             response["x-goog-generation"] = stored["generation"]
         download(request, response, storage, *rest)
 
+    handle, one_by_one = server.Router.handle, threading.Lock()
+
+    def handle_alone(router: Any, method: str) -> None:
+        with one_by_one:
+            handle(router, method)
+
+    server.Router.handle = handle_alone
     objects.download = with_generation
     server.server.HTTPServer = ThreadingHTTPServer
     server.HANDLERS = tuple(

@@ -41,11 +41,11 @@ def begin(machine: Path, *keys: str, **variables: str) -> subprocess.Popen[bytes
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": FLAGS,
-        "JAX_COMPILATION_CACHE_DIR": "",
+        "JAX_COMPILATION_CACHE_DIR": str(machine.parent / "cache"),
     }
     with (machine / "output.txt").open("wb") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "moe_shard.train", *TINY, "jax_cache_dir=", *keys],
+            [sys.executable, "-m", "moe_shard.train", *TINY, *keys],
             cwd=machine,
             env=environment | variables,
             stdout=output,
