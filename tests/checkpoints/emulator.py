@@ -1,8 +1,8 @@
 """Serve Google Cloud Storage from memory, in a process of its own: `python -m` with a port.
 
 gcp-storage-emulator serves one connection at a time, and leaves out a header of downloads that
-tensorstore needs: the generation of the object. Both are added here. Its store in memory is not made
-for several threads, so that requests are handled one by one.
+tensorstore needs: the generation of the object. Both are added here. Its store in memory is not
+made for several threads, so that requests are handled one by one.
 """
 
 from __future__ import annotations
