@@ -12,10 +12,10 @@ from moe_shard.autoep.detect import Detected
 from moe_shard.autoep.headers import TensorHeader
 from moe_shard.autoep.quantized import Quantized
 from moe_shard.config.schema import Config
+from moe_shard.data.tokenizer import tokenizer_file
 from moe_shard.units import human_bytes, human_count
 
-TOKENIZER = "tokenizer.json"
-_OTHER_TOKENIZERS = ("tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
+_NO_TOKENIZER = "none that is read; training on text asks for tokenizer_path"
 
 
 def describe_directory(directory: Path, config: Config, found: Detected) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def describe_directory(directory: Path, config: Config, found: Detected) -> dict
         },
         "quantization": quantized[0].scheme.words if quantized else None,
         "tied_head": model.logits_via_embedding,
-        "tokenizer": TOKENIZER if (directory / TOKENIZER).is_file() else None,
+        "tokenizer": tokenizer.name if (tokenizer := tokenizer_file(directory)) else None,
         "parameters": sum(math.prod(found.headers[name].shape) for name in used),
         "tensors": {
             "all": len(found.headers),
@@ -108,17 +108,11 @@ def description_lines(directory: Path, config: Config, found: Detected) -> Itera
             f"{human_count(each['tensors'], 'tensor')} in {dtype}" for dtype, each in stored.items()
         )
     )
-    yield f"tokenizer: {told['tokenizer'] or _no_tokenizer(directory)}"
+    yield f"tokenizer: {told['tokenizer'] or _NO_TOKENIZER}"
     yield (
         f"training: computes in {config.model.dtype}, parameters in {config.model.weight_dtype}; "
         f"float32 parameters take {human_bytes(4 * told['parameters'])}, AdamW's moments twice that"
     )
-
-
-def _no_tokenizer(directory: Path) -> str:
-    other = next((name for name in _OTHER_TOKENIZERS if (directory / name).is_file()), "")
-    found = f"none that is read ({other} is not)" if other else "none"
-    return f"{found}; tokens are bytes unless tokenizer_path= names a {TOKENIZER}"
 
 
 def _stored(entry: TensorHeader) -> tuple[TensorHeader, ...]:

@@ -30,7 +30,7 @@ def test_json_counts_what_is_in_the_files(
     shapes |= {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": [3] for n in range(2)}
     dtypes = {each: "F32" for each in shapes if each.endswith("inv_freq")}
     where = write_model(tmp_path / "model", config, shapes, dtypes=dtypes, files=2)
-    (where / "tokenizer.model").write_text("")
+    (where / "vocab.json").write_text("{}")
     found: dict[str, Any] = json.loads(shown(capsys, where, "--json"))
     assert found["family"] == name.removesuffix("-0")
     layers = {key.split(".")[2] for key in shapes if key.startswith("model.layers.")}
@@ -56,7 +56,9 @@ def test_json_counts_what_is_in_the_files(
     assert found["tokenizer"] is None
     text = shown(capsys, where)
     assert f"family: {found['family']}; layers: {len(layers)}" in text
-    assert "tokenizer: none that is read (tokenizer.model is not)" in text
+    assert "tokenizer: none that is read; training on text asks for tokenizer_path" in text
+    (where / "tokenizer.model").write_text("")
+    assert "tokenizer: tokenizer.model\n" in shown(capsys, where)
     assert "parameters in float32" in text
 
 
