@@ -28,6 +28,7 @@ from moe_shard.checkpoints.checksums import (
     read_manifest,
     write_manifest,
 )
+from moe_shard.checkpoints.place import UNFINISHED
 from moe_shard.checkpoints.room import (
     free_bytes,
     room_words,
@@ -114,6 +115,7 @@ class LocalCheckpoints:
 
     def _hindrance(self) -> str:
         """Return why this process cannot write one; empty if it may be able to."""
+        self._remove_unfinished()
         free, needed = free_bytes(self._folder), self._needed()
         if free is not None and free < needed:
             return f"it cannot fit in {self._folder} ({room_words(free, needed)})"
@@ -129,6 +131,9 @@ class LocalCheckpoints:
 
     def poll(self) -> None:
         """Write the checksums when Orbax has named a checkpoint; cheap, for every step."""
+        self._begin_sums()
+
+    def _begin_sums(self) -> None:
         if self._in_flight is None or self._sums is not None:
             return
         if (part := self._part(self._in_flight)).is_dir():
@@ -146,7 +151,7 @@ class LocalCheckpoints:
             return
         try:
             self._manager.wait_until_finished()
-            self.poll()
+            self._begin_sums()
         except Exception as error:
             self._fail(self._in_flight, error)
         if self._sums is not None:
@@ -173,6 +178,12 @@ class LocalCheckpoints:
         self.settle()
         with suppress(Exception):
             self._manager.close()
+        self._remove_unfinished()
+
+    def _remove_unfinished(self) -> None:
+        """Remove what one that has failed has left; none is being saved."""
+        for left in self._folder.glob(f"*{UNFINISHED}*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def _tell(self, lines: list[str]) -> bool:
         """Say what any process has to say of its own disk; return whether one had something."""

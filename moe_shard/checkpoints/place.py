@@ -27,7 +27,7 @@ from moe_shard.errors import UserError
 from moe_shard.files import write_text
 
 DAMAGED = ".damaged"
-_UNFINISHED = ".orbax-checkpoint-tmp"
+UNFINISHED = ".orbax-checkpoint-tmp"
 _NUMBER = re.compile(r"0|[1-9]\d{0,17}")
 _TRIES = 100
 
@@ -199,7 +199,7 @@ class InFolder(CheckpointPlace):
         # The run's folder is locked against other runs. Writes that are still on their way may put
         # a folder back that is being removed, so it is tried for a while.
         for _ in range(_TRIES):
-            left = list(self.path.glob(f"*{_UNFINISHED}*"))
+            left = list(self.path.glob(f"*{UNFINISHED}*"))
             if not left:
                 return
             for path in left:

@@ -8,24 +8,26 @@ travel with it, also from another machine or the bucket.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint._src.multihost import multihost
-from orbax.checkpoint.experimental.emergency.replicator_checkpoint_manager import (
-    ReplicatorCheckpointManager,
-    ReplicatorCheckpointManagerOptions,
+from orbax.checkpoint.experimental.emergency.multi_tier_checkpointing import (
+    replicator_checkpoint_manager as orbax,
 )
 
 from moe_shard.checkpoints.checksums import read_manifest, write_manifest
 from moe_shard.checkpoints.local import OTHER_FORM, LocalCheckpoints, mesh_of, why_unusable
 from moe_shard.checkpoints.replicator import ERRORS, FAILED, Node, Replicator
 from moe_shard.checkpoints.room import why_not_writable, why_not_written
+from moe_shard.checkpoints.together import FailedElsewhere, SavesTogether
 from moe_shard.checkpoints.whole import said_by_all
 from moe_shard.config.local_config import LocalConfig
 from moe_shard.data.corpus import Say
@@ -92,13 +94,15 @@ class ReplicatedCheckpoints(LocalCheckpoints):
         say(f"GKE's replicator service is there; of {count} processes, {same} hold the same")
         self.latest = self._bring(verify=verify)
         self._bytes = 0
-        self._manager = ReplicatorCheckpointManager(
-            folder,
-            ReplicatorCheckpointManagerOptions(
-                step_name_format=ocp.path.step.standard_name_format(step_prefix=_WRITTEN)
-            ),
-            global_mesh=mesh_of(state),
-        )
+        self._together = SavesTogether("local")
+        with _barriers(self._together.wait):
+            self._manager = orbax.ReplicatorCheckpointManager(
+                folder,
+                orbax.ReplicatorCheckpointManagerOptions(
+                    step_name_format=ocp.path.step.standard_name_format(step_prefix=_WRITTEN)
+                ),
+                global_mesh=mesh_of(state),
+            )
 
     def _bring(self, *, verify: bool) -> int | None:
         """Take the checkpoint that the service brings, if all processes can use theirs."""
@@ -159,6 +163,29 @@ class ReplicatedCheckpoints(LocalCheckpoints):
     def _needed(self) -> int:
         return self._bytes
 
+    def save(self, state: TrainState, *, updates: int) -> None:
+        """Save in the background; one that fails on a process is given up by all."""
+        self.finish()
+        self._together.begin()
+        super().save(state, updates=updates)
+
+    def poll(self) -> None:
+        """Write the checksums of one that is complete, or give up one that has failed."""
+        super().poll()
+        if (
+            self._in_flight is not None
+            and not self._manager.is_saving_in_progress()
+            and not self._part(self._in_flight).is_dir()
+            and self._sums is None
+        ):
+            self.settle()
+
+    def _fail(self, updates: int, error: Exception) -> None:
+        super()._fail(updates, error)
+        self._together.tell(error, why_not_written(error))
+        if isinstance(error, FailedElsewhere):
+            self._failed = ""  # the other says it
+
     def _hindrance(self) -> str:
         if failed := self._service.complaint(FAILED):
             return f"GKE's replicator service has given up: {failed}"
@@ -184,6 +211,25 @@ class ReplicatedCheckpoints(LocalCheckpoints):
         super().finish()
         error = self._service.complaint(ERRORS)
         self._tell([f"GKE's replicator service: {error}"] if error else [])
+
+
+@contextmanager
+def _barriers(wait: Callable[..., None]) -> Iterator[None]:
+    """Give managers that are opened in the block barriers of ours, which their options lack.
+
+    At Orbax's own, the background threads of the others wait 20 minutes for one that has failed.
+    """
+    made = orbax._get_checkpoint_manager_options
+
+    def with_ours(*arguments: Any) -> ocp.CheckpointManagerOptions:
+        ours = ocp.AsyncOptions(barrier_sync_fn=wait)
+        return dataclasses.replace(made(*arguments), async_options=ours)
+
+    orbax._get_checkpoint_manager_options = with_ours
+    try:
+        yield
+    finally:
+        orbax._get_checkpoint_manager_options = made
 
 
 def identical_groups(parts: Sequence[object]) -> int:

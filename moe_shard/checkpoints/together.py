@@ -26,9 +26,14 @@ class FailedElsewhere(Exception):
 
 
 class SavesTogether:
-    """Be the barriers of a checkpoint manager's background threads."""
+    """Be the barriers of a checkpoint manager's background threads.
 
-    def __init__(self) -> None:
+    Args:
+        manager: names it among those of a run.
+    """
+
+    def __init__(self, manager: str = "saves") -> None:
+        self._manager = manager
         self._saves = 0  # counts alike on all processes, which save after the same steps
         self._at = _WRITTEN
 
@@ -69,7 +74,7 @@ class SavesTogether:
         threading.Thread(target=self._come, args=(at,), daemon=True).start()
 
     def _name(self, at: str) -> str:
-        return f"moe_shard/saves/{self._saves}/{at}"
+        return f"moe_shard/{self._manager}/{self._saves}/{at}"
 
     def _come(self, at: str) -> None:
         with suppress(jax.errors.JaxRuntimeError):  # the run may have ended meanwhile

@@ -71,6 +71,7 @@ def test_parts_that_cannot_be_used_are_set_aside(
     local: Any = SimpleNamespace(_folder=tmp_path, _id="this")
     local._parts = lambda: EmergencyCheckpoints._parts(local)
     local._needed = lambda: EmergencyCheckpoints._needed(local)
+    local._remove_unfinished = lambda: EmergencyCheckpoints._remove_unfinished(local)
     lines = EmergencyCheckpoints._examine(local, verify=True)
     assert sorted(
         line.partition("checkpoint ")[2].replace(str(tmp_path), "") for line in lines
@@ -82,6 +83,7 @@ def test_parts_that_cannot_be_used_are_set_aside(
     # One without checksums was not finished.
     assert {path.name for path in local._parts()} == {"3"}
     assert EmergencyCheckpoints._hindrance(local) == ""
+    assert not (tmp_path / "15.orbax-checkpoint-tmp").exists()
     monkeypatch.setattr(local_checkpoints, "free_bytes", lambda _: 99)
     assert "cannot fit in" in EmergencyCheckpoints._hindrance(local)
     assert "(99 B free, needs about 100 B)" in EmergencyCheckpoints._hindrance(local)

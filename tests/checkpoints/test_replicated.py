@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import resource
 import threading
 import time
 from pathlib import Path
@@ -90,6 +91,25 @@ def test_lost_parts_come_back_from_a_peer_and_from_the_bucket(tmp_path: Path) ->
     outputs = tmp_path / "outputs"
     assert len(computed(outputs / "two")) == 40
     assert computed(outputs / "two") == computed(outputs / "alone")
+
+
+@pytest.mark.survival
+def test_a_save_that_fails_on_one_process_is_given_up_by_all(tmp_path: Path) -> None:
+    nodes, bucket = [tmp_path / "node-0", tmp_path / "node-1"], tmp_path / "bucket"
+    with StandIn(nodes, bucket) as service:
+        run = started(tmp_path, nodes, "run_name=one", "steps=12")
+        # Parts have files of 100 kB.
+        resource.prlimit(run.processes[1].pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
+        assert wait(run, 300) < 300
+    assert [each.returncode for each in run.processes] == [0, 0], run.texts()
+    assert service.taken == []
+    assert len(computed(tmp_path / "outputs" / "one")) == 12
+    said = [line for line in run.texts()[0].splitlines() if "local checkpoint" in line]
+    assert len(said) == 3
+    for step, line in zip((4, 8, 12), said, strict=True):
+        assert line.startswith(f"process 1: the local checkpoint after step {step} was not saved")
+        assert "File too large" in line
+    assert not [*nodes[0].glob("written*")]
 
 
 @pytest.mark.survival
