@@ -11,7 +11,7 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,7 +21,8 @@ from moe_shard.errors import UserError, first_line
 from moe_shard.files import cache_folder
 
 _VERSIONS = ("etag", "ETag", "md5Hash", "generation", "mtime", "LastModified", "updated", "created")
-_ANSWER_S = 20.0
+_ANSWER_S = 10.0
+"""Longest wait for a server's first answer, and for credentials."""
 _PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "abfs": "adlfs", "hf": "huggingface_hub"}
 
 
@@ -49,13 +50,18 @@ def fetched(pattern: str, say: Callable[[str], object] = lambda _: None) -> str:
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs the errors that it raises
     scheme = pattern.partition("://")[0]
     with _refused_by_server(pattern, scheme):
-        system, path = library.core.url_to_fs(pattern)
-        _reach(system, path)
+        system, path = _reached(library, pattern)
         names = _names(system, path)
         files = {name: system.info(name) for name in names}
     if not files:
         raise UserError(
             f"dataset_path: {pattern} matches nothing\nfix: an address of files, a folder or a glob"
+        )
+    # Names in a bucket are any text, and become paths here.
+    if leaving := [name for name in files if ".." in PurePosixPath(name).parts]:
+        raise UserError(
+            f"dataset_path: {pattern} names {shown(leaving[0])}, which leaves its folder\n"
+            "fix: an address of files whose names have no '..' in their path"
         )
     root = cache_folder() / "remote"
     copied = total = 0
@@ -79,28 +85,38 @@ def fetched(pattern: str, say: Callable[[str], object] = lambda _: None) -> str:
     return os.fspath(_tree(root / "trees", pattern, links))
 
 
-def _reach(system: Any, path: str) -> None:
-    """See that a server answers, in seconds: its library may try for minutes.
+def _reached(library: Any, pattern: str) -> tuple[Any, str]:
+    """Return an address's file system and the path in it, if its server answers in seconds.
+
+    Libraries try for minutes, also to find who is asking.
 
     Raises:
         Exception: whatever the library raises, or a TimeoutError.
     """
+    found: list[tuple[Any, str]] = []
     failed: list[Exception] = []
-    above = path[: min(path.find(char) for char in "*?[" if char in path)] if _is_glob(path) else ""
 
     def probe() -> None:
         try:
-            system.ls(above.rpartition("/")[0]) if above else system.info(path)
+            system, path = library.core.url_to_fs(pattern)
+            if _is_glob(path):
+                above = path[: min(path.find(char) for char in "*?[" if char in path)]
+                with suppress(FileNotFoundError):
+                    system.ls(above.rpartition("/")[0])
+            else:
+                system.info(path)
+            found.append((system, path))
         except Exception as error:  # each system has its own
             failed.append(error)
 
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
     thread.join(_ANSWER_S)
-    if thread.is_alive():
-        raise TimeoutError(f"no answer in {_ANSWER_S:g} s")
-    if failed and not (above and isinstance(failed[0], FileNotFoundError)):
+    if failed:
         raise failed[0]
+    if not found:
+        raise TimeoutError(f"no answer in {_ANSWER_S:g} s")
+    return found[0]
 
 
 def _is_glob(path: str) -> bool:

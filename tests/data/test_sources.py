@@ -396,6 +396,9 @@ def test_addresses_are_copied_once_and_read_as_folders_are(
         assert texts(read("memory://bucket/d").documents) == ["a", "b"]
     system.pipe_file("/bucket/d/train-0.jsonl.gz", gzip.compress(b'{"text": "new"}'))
     assert texts(read("memory://bucket/d").documents) == ["new"]
+    system.store["/bucket/d/../../out.txt"] = system.store["/bucket/d/README.md"]
+    refused("leaves its folder", "fix: an address", path="memory://bucket/d")
+    del system.store["/bucket/d/../../out.txt"]
     refused("matches nothing", path="memory://bucket/none*")
     refused("cannot be read", "fix: the address", path="memory://bucket/none")
     refused("cannot be read", "pip install", path="nosuch://bucket/none")
