@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_shard.checkpoints.bucket import SCHEME, Bucket, is_address
+from moe_shard.config.keys import shown
 from moe_shard.errors import UserError
 from moe_shard.files import expanded, write_bytes, write_text
 
@@ -132,6 +133,12 @@ def fetch(address: str, *, writes: bool = True) -> Path:
             found = {name: each for name, each in bucket.listed()[0].items() if name[0] != "."}
             del found[COPIED]  # the last to be written
             found |= {f"{_HF}/{name}": each for name, each in bucket.find(_HF).items()}
+            # Names in a bucket are any text, and become paths here.
+            if leaving := [name for name in found if ".." in Path(name).parts]:
+                raise UserError(
+                    f"{address} has an object {shown(leaving[0])}, which leaves the run's folder\n"
+                    "fix: remove that object; no run has written it"
+                )
             for name, each in found.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 write_bytes(folder / name, bucket.read(name))

@@ -154,6 +154,18 @@ def test_files_follow_a_run_to_another_machine(
     assert (fetch(bucket) / "metrics.jsonl").read_text() == "1\n2\n3\n"
 
 
+def test_a_name_that_leaves_the_folder_is_refused(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Bucket(bucket).write("x.json", b"{}")
+    Bucket(bucket).write(COPIED, b'{"address": "x", "copies": 9}')
+    # The emulator takes no such name, which is a file's to it; a bucket does.
+    (stored,) = (each for name, each in Bucket(bucket).listed()[0].items() if name == "x.json")
+    monkeypatch.setattr(Bucket, "find", lambda *_: {"../../../x.json": stored})
+    with pytest.raises(UserError, match=r"hf/\.\./\.\./\.\./x.json.*leaves the run's folder"):
+        fetch(bucket)
+
+
 def test_what_is_ahead_here_stays(bucket: str) -> None:
     with open_run(config_of(bucket)) as folder, kept_in_bucket(folder, writer=True, say=print):
         (folder / "metrics.jsonl").write_text("1\n")
