@@ -98,7 +98,7 @@ def unwrapped(tensor: str) -> str:
     'model.layers.0.mlp.gate.weight'
     """
     # Most have none, and a checkpoint may have a hundred thousand names.
-    if not any(mark in tensor for mark in ("mod", "base_")):
+    if "module" not in tensor and "_mod" not in tensor:
         return tensor
     return _WRAPPERS.sub("", tensor)
 

@@ -18,7 +18,6 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from moe_shard.data.tokenizer import find_tokenizer
 
-transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.parity
 
 CORPUS = [
@@ -121,8 +120,17 @@ def fast(folder: Path, kind: str) -> Path:
     return folder
 
 
+def theirs_of(folder: Path) -> Any:
+    """Return what transformers reads from a directory."""
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
 def ranks(folder: Path) -> tuple[Path, Any]:
     """Write a tiktoken file, and return what transformers makes of it."""
+    import transformers
+
     made = byte_level(folder)
     converter = transformers.convert_slow_tokenizer.bytes_to_unicode()
     back = {char: byte for byte, char in converter.items()}
@@ -171,7 +179,7 @@ def assert_equal(folder: Path, theirs: Any, *, begins: bool = True) -> None:
 @pytest.mark.parametrize("kind", ["gpt", "llama3", "wordpiece", "unigram"])
 def test_tokenizer_json(tmp_path: Path, kind: str) -> None:
     folder = fast(tmp_path / kind, kind)
-    assert_equal(folder, transformers.AutoTokenizer.from_pretrained(folder))
+    assert_equal(folder, theirs_of(folder))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +198,7 @@ def test_tokenizer_json(tmp_path: Path, kind: str) -> None:
 )  # fmt: skip
 def test_sentencepiece(tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
     folder = piece_model(tmp_path / kind, kind, **settings)
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs = theirs_of(folder)
     if "added_tokens_decoder" in settings:  # theirs gives new tokens the next free ids
         numbers = {name: theirs.convert_tokens_to_ids(name) for name in EXTRA}
         settings["added_tokens_decoder"] = {
