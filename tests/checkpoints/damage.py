@@ -87,7 +87,9 @@ def foreign_inside(checkpoint: Path, rng: random.Random) -> str:
 
 def foreign_beside(checkpoint: Path, rng: random.Random) -> str:
     """Put something that is no checkpoint where the next one would be."""
-    path = checkpoint.with_name(str(int(checkpoint.name) + rng.randrange(1, 50)))
+    number = int(checkpoint.name) + rng.randrange(1, 50)
+    while os.path.lexists(path := checkpoint.with_name(str(number))):  # of another harm
+        number += 1
     kind = rng.randrange(4)
     if kind == 0:
         path.write_bytes(rng.randbytes(30))
