@@ -6,6 +6,7 @@ The tokenizers are trained here, on that corpus: nothing is downloaded.
 from __future__ import annotations
 
 import base64
+import importlib
 import io
 import json
 from pathlib import Path
@@ -132,7 +133,9 @@ def ranks(folder: Path) -> tuple[Path, Any]:
     import transformers
 
     made = byte_level(folder)
-    converter = transformers.convert_slow_tokenizer.bytes_to_unicode()
+    # As an attribute of transformers the name is also a function's, whichever came last.
+    slow = importlib.import_module("transformers.convert_slow_tokenizer")
+    converter = slow.bytes_to_unicode()
     back = {char: byte for byte, char in converter.items()}
     vocab = made.get_vocab()
     lines = []
@@ -147,7 +150,7 @@ def ranks(folder: Path) -> tuple[Path, Any]:
     written = {"added_tokens_decoder": added, "bos_token": "<s>", "eos_token": "</s>",
                "add_bos_token": True}  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(written))
-    converted = transformers.convert_slow_tokenizer.TikTokenConverter(
+    converted = slow.TikTokenConverter(
         vocab_file=str(folder / "tokenizer.model"), extra_special_tokens=names
     ).converted()
     return folder, transformers.PreTrainedTokenizerFast(tokenizer_object=converted)
