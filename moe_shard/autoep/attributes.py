@@ -186,10 +186,10 @@ class Attributes:
             raise self.error(
                 f"{self.as_text(name)} is not a list of {layers} names", "one for each layer"
             )
-        unknown = next((each for each in value if shown(each) not in known), None)
-        if unknown is not None:
+        unknown = [each for each in value if not isinstance(each, str) or each not in known]
+        if unknown:
             raise self.error(
-                f"{name}: {in_json(unknown)} is not computed here", f"one of {', '.join(known)}"
+                f"{name}: {in_json(unknown[0])} is not computed here", f"one of {', '.join(known)}"
             )
         return value
 

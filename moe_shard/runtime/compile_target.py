@@ -29,6 +29,7 @@ from moe_shard.runtime.compile import (
     option_lines,
     report_step,
 )
+from moe_shard.runtime.jax_settings import refuse_settings_of_jax
 from moe_shard.runtime.targets.target import Target, compiled_with, devices_for
 from moe_shard.sharding.annotate import Sharding
 from moe_shard.units import human_bytes
@@ -136,9 +137,10 @@ def compile_for_target(config: Config, target: Target) -> TargetReport:
         target: the result of `parse_target`.
 
     Raises:
-        UserError: the target's compiler is not installed, or the configuration does not fit the
-            target's devices.
+        UserError: the target's compiler is not installed, the configuration does not fit the
+            target's devices, or jax has settings that this package does not support.
     """
+    refuse_settings_of_jax()
     jax.config.update("jax_enable_compilation_cache", False)  # a cached program has no compile time
     sharding, notes = lay_out(config, devices_for(target))
     program = make_program(config, sharding)

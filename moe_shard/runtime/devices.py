@@ -12,23 +12,10 @@ from jax._src.clusters import ClusterEnv, GceTpuCluster
 
 from moe_shard.errors import UserError, first_line
 from moe_shard.quiet import hide_accelerator_warnings
+from moe_shard.runtime.jax_settings import refuse_settings_of_jax
 from moe_shard.runtime.launch import Launch, why_alone
 from moe_shard.runtime.team import Team
 
-_ARITHMETIC = "this package computes in the dtypes of its keys, with jax's usual promotion"
-_MOVED = "batches go to the devices, and checkpoints come from them"
-_TRANSFERS = (None, "allow", "log", "log_explicit")
-_SETTINGS: dict[str, tuple[tuple[object, ...], str]] = {
-    "jax_enable_x64": ((False,), _ARITHMETIC),
-    "jax_numpy_rank_promotion": (("allow", "warn"), _ARITHMETIC),
-    "jax_numpy_dtype_promotion": (("standard",), _ARITHMETIC),
-    "jax_disable_jit": ((False,), "the step is compiled before it runs"),
-    "jax_transfer_guard": (_TRANSFERS, _MOVED),
-    "jax_transfer_guard_host_to_device": (_TRANSFERS, _MOVED),
-    "jax_transfer_guard_device_to_device": (_TRANSFERS, _MOVED),
-    "jax_transfer_guard_device_to_host": (_TRANSFERS, _MOVED),
-}
-"""Settings of jax -> the values under which this package works, and why not under others."""
 _TPU_NODES = ("/dev/accel0", "/dev/vfio/0")
 _HEARTBEAT_S = 600
 _DETECTION_S = 60
@@ -56,7 +43,7 @@ def start_devices(num_simulated: int, team: Team | None = None) -> str:
         UserError: an accelerator's runtime is installed and does not start, jax has settings that
             this package does not support, or the processes cannot be joined.
     """
-    _refuse_settings_of_jax()
+    refuse_settings_of_jax()
     sharing = _join_processes(team)
     if _COUNT_FLAG not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", max(num_simulated // sharing, 1))
@@ -82,20 +69,6 @@ def _device_line(devices: Sequence[jax.Device]) -> str:
         )
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return f"{len(devices)} x {devices[0].device_kind}{processes}"
-
-
-def _refuse_settings_of_jax() -> None:
-    """Refuse settings of jax under which the layers, Flax, Optax or Orbax cannot work.
-
-    Raises:
-        UserError: there is one.
-    """
-    for name, (works, why) in _SETTINGS.items():
-        found = getattr(jax.config, name)
-        if found not in works:
-            raise UserError(
-                f"{name.upper()}={found}: {why}\nfix: take {name.upper()} out of the environment"
-            )
 
 
 def _join_processes(team: Team | None) -> int:

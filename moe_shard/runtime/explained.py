@@ -19,6 +19,7 @@ from moe_shard.config.foreign import ASSUMED_SIZE, read_foreign_table, take_size
 from moe_shard.config.load import maxtext_keys
 from moe_shard.config.tables import is_maxtext_table
 from moe_shard.program.step import Program, make_program
+from moe_shard.runtime.jax_settings import refuse_settings_of_jax
 from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.explain.explanation import (
     Explanation,
@@ -127,6 +128,7 @@ def _abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
 
 def _trace(config: Config, sharding: Sharding) -> Program:
     """Trace the step so that `sharding` records its arrays."""
+    refuse_settings_of_jax()
     program = make_program(config, sharding)
     jax.eval_shape(program.step, program.abstract_state, program.abstract_batch)
     return program

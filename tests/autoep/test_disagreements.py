@@ -160,6 +160,8 @@ def put(**new: list[int]) -> Callable[[Shapes], None]:
         ),
         ("llama4_text-0", {"no_rope_layers": [1]}, ["no_rope_layers=[1] has 1 entries for 4"]),
         ("gpt_oss-0", {"layer_types": ["full_attention"]}, ["layer_types=", "a list of 2 names"]),
+        ("gpt_oss-0", {"layer_types": [None, "full_attention"]}, ["layer_types: null is not"]),
+        ("gpt_oss-0", {"layer_types": [["full_attention"]] * 2}, ["layer_types: [", "is not"]),
         (
             "gpt_oss-0",
             {"layer_types": ["linear_attention"] * 2},

@@ -5,39 +5,51 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import jax
 import pytest
 
 from moe_shard import quiet
+from moe_shard.config import load_config
 from moe_shard.errors import UserError
+from moe_shard.runtime.compile_target import compile_for_target
 from moe_shard.runtime.devices import start_devices
+from moe_shard.runtime.explained import explain_config
+from moe_shard.runtime.targets.target import parse_target
 
 
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
-        (jax.enable_x64(True), "JAX_ENABLE_X64=True"),
-        (jax.numpy_rank_promotion("raise"), "JAX_NUMPY_RANK_PROMOTION=raise"),
-        (jax.numpy_dtype_promotion("strict"), "JAX_NUMPY_DTYPE_PROMOTION=strict"),
-        (jax.disable_jit(), "JAX_DISABLE_JIT=True"),
-        (jax.transfer_guard("disallow"), "JAX_TRANSFER_GUARD=disallow"),
+        (partial(jax.enable_x64, True), "JAX_ENABLE_X64=True"),
+        (partial(jax.numpy_rank_promotion, "raise"), "JAX_NUMPY_RANK_PROMOTION=raise"),
+        (partial(jax.numpy_dtype_promotion, "strict"), "JAX_NUMPY_DTYPE_PROMOTION=strict"),
+        (jax.disable_jit, "JAX_DISABLE_JIT=True"),
+        (partial(jax.transfer_guard, "disallow"), "JAX_TRANSFER_GUARD=disallow"),
         (
-            jax.transfer_guard_device_to_host("disallow_explicit"),
+            partial(jax.transfer_guard_device_to_host, "disallow_explicit"),
             "JAX_TRANSFER_GUARD_DEVICE_TO_HOST=disallow_explicit",
         ),
     ],
 )
 def test_settings_under_which_nothing_works_are_refused(
-    setting: AbstractContextManager[None], told: str
+    setting: Callable[[], AbstractContextManager[None]], told: str
 ) -> None:
-    with setting, pytest.raises(UserError) as raised:
-        start_devices(8)
-    what, fix = str(raised.value).splitlines()
-    assert what.startswith(f"{told}: ")
-    assert fix.startswith("fix: take JAX_")
+    config, target = load_config("mixtral-tiny"), parse_target("cpu:8")
+    for command in (
+        lambda: start_devices(8),
+        lambda: explain_config(config),
+        lambda: compile_for_target(config, target),
+    ):
+        with setting(), pytest.raises(UserError) as raised:
+            command()
+        what, fix = str(raised.value).splitlines()
+        assert what.startswith(f"{told}: ")
+        assert fix.startswith("fix: take JAX_")
 
 
 def test_a_platform_that_is_not_there() -> None:
