@@ -479,7 +479,8 @@ def test_base_yml_and_the_models_name_come_to_the_same_model(name: str) -> None:
 OUR_OWN = {
     *("run_name", "base_output_directory", "log_period", "max_num_checkpoints_to_keep"),
     *("mesh_axes", "logical_axis_rules", "override_logical_axis_rules", "custom_mesh_and_rule"),
-    *("load_parameters_path", "jax_cache_dir"),
+    *("load_parameters_path", "jax_cache_dir", "jax_distributed_initialization_timeout"),
+    *(f"multi_tier_checkpointing_backup_interval_{unit}" for unit in ("minutes", "steps")),
 }
 """Keys of one name whose values are ours where nobody says any, or are spelt otherwise."""
 
