@@ -170,6 +170,32 @@ def check_sums(folder: Path, manifest: Checksums, *, part: int = 0, parts: int =
         raise Damage(f"{found} has other contents than were saved")
 
 
+class CreatedOrHeard:
+    """Let the other processes go on where this one cannot create a checkpoint's folder.
+
+    They wait until it is there, and hear of errors at the end. Goes before one of Orbax's classes
+    of temporary paths.
+    """
+
+    _not_created: Exception | None = None
+
+    async def create(self) -> Any:
+        """Create the folder, or keep the reason why not."""
+        base: Any = super()
+        try:
+            return await base.create()
+        except Exception as error:
+            if jax.process_count() == 1:
+                raise
+            self._not_created = error
+            return base.get()
+
+    def require_created(self) -> None:
+        """Raise what kept the folder from being created."""
+        if self._not_created:
+            raise self._not_created
+
+
 def committed_with_checksums(run: Callable[[], str]) -> type[Any]:
     """Return the class by which Orbax names a checkpoint that is complete, with its manifest.
 
@@ -179,23 +205,11 @@ def committed_with_checksums(run: Callable[[], str]) -> type[Any]:
         run: returns the name of the run; called when a checkpoint is complete.
     """
 
-    class SavedWithChecksums(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    class SavedWithChecksums(CreatedOrHeard, ocp.path.atomicity.AtomicRenameTemporaryPath):
         _final_path: Any
-        _not_created: OSError | None = None
-
-        async def create(self) -> Any:
-            try:
-                return await super().create()
-            except OSError as error:
-                if jax.process_count() == 1:
-                    raise
-                # The other processes wait until it is there, and hear of errors at the end.
-                self._not_created = error
-                return self.get()
 
         async def finalize(self) -> None:
-            if self._not_created:
-                raise self._not_created
+            self.require_created()
             final = Path(self._final_path)
             if not final.name.isdigit():  # a part of a checkpoint
                 await super().finalize()

@@ -15,7 +15,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -23,6 +22,7 @@ from moe_shard.checkpoints.bucket import COMMITTED, Bucket, is_address
 from moe_shard.checkpoints.checksums import (
     CHECKSUMS,
     Checksums,
+    CreatedOrHeard,
     Damage,
     manifest_text,
     parse_manifest,
@@ -143,22 +143,9 @@ class InBucket(CheckpointPlace):
         """Return the class that writes the marker."""
         place = self
 
-        class CommittedWithChecksums(ocp.path.atomicity.CommitFileTemporaryPath):
-            _not_created: Exception | None = None
-
-            async def create(self) -> Any:
-                try:
-                    return await super().create()
-                except Exception as error:
-                    if jax.process_count() == 1:
-                        raise
-                    # The others wait until it is there, and hear of errors at the end.
-                    self._not_created = error
-                    return self.get()
-
+        class CommittedWithChecksums(CreatedOrHeard, ocp.path.atomicity.CommitFileTemporaryPath):
             async def finalize(self) -> None:
-                if self._not_created:
-                    raise self._not_created
+                self.require_created()
                 name = self.get_final().name
                 if name.isdigit():  # and not a part of a checkpoint
                     await asyncio.to_thread(place._write_manifest, name, run())

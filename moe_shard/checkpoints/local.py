@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import threading
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ OTHER_FORM = "is of another mesh, other processes or another optimizer"
 """Why a part that is whole cannot be used."""
 
 
-class LocalCheckpoints:
+class LocalCheckpoints(ABC):
     """Save and restore the checkpoints of one run on this machine's disk.
 
     All processes call each method alike.
@@ -70,9 +71,9 @@ class LocalCheckpoints:
         self._failed = ""
         _prepare_orbax()
 
+    @abstractmethod
     def begin(self, updates: int) -> None:
         """Remove what is of no use to a run that goes on from a number of updates."""
-        raise NotImplementedError
 
     def restore(self) -> TrainState:
         """Read the newest, each device its own shards.
@@ -93,8 +94,9 @@ class LocalCheckpoints:
         placed: TrainState = jax.device_put(TrainState(*state), places)
         return placed
 
+    @abstractmethod
     def _read(self) -> Any:
-        raise NotImplementedError
+        """Read the newest by Orbax's manager."""
 
     def save(self, state: TrainState, *, updates: int) -> None:
         """Save in the background; one that fails is said with the next, on any process."""
@@ -121,13 +123,13 @@ class LocalCheckpoints:
             return f"it cannot fit in {self._folder} ({room_words(free, needed)})"
         return why_not_writable(self._folder)
 
+    @abstractmethod
     def _needed(self) -> int:
         """Return the bytes that the one before took; 0 if unknown."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _part(self, updates: int) -> Path:
         """Return where Orbax writes this process's part."""
-        raise NotImplementedError
 
     def poll(self) -> None:
         """Write the checksums when Orbax has named a checkpoint; cheap, for every step."""
