@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import normal
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_shard.config.model_config import CrossEntropyName, ModelConfig
 from moe_shard.layers.lookup import lay_out_lookup
@@ -97,6 +97,7 @@ class Embedding(nnx.Module):
         targets: Int[Array, "B S"],
         routine: CrossEntropyName = "auto",
         num_vocab_tiling: int = -1,
+        counted: Bool[Array, "B S"] | None = None,
     ) -> Float[Array, ""]:
         """Compute the mean negative log-likelihood of targets, in nats, without [B S V] logits.
 
@@ -105,15 +106,17 @@ class Embedding(nnx.Module):
             targets: ids of the tokens to predict.
             routine: see `loss_of`, as the next.
             num_vocab_tiling: chunks that a device divides its tokens into; -1: by size.
+            counted: the tokens that the mean is over; None: all.
 
         Raises:
             UserError: more chunks than tokens, or tokamax where it cannot run.
         """
         tokens = x.shape[0], x.shape[1]
-        loss = loss_of(self.config, self.sharding, tokens, routine, num_vocab_tiling)
+        masked = counted is not None
+        loss = loss_of(self.config, self.sharding, tokens, routine, num_vocab_tiling, masked=masked)
         weight = self.table if self.kernel is None else self.kernel
         bias = None if self.bias is None else self.bias[...]
-        return loss(x, targets, weight[...], bias)
+        return loss(x, targets, weight[...], bias, counted)
 
 
 def loss_of(
@@ -122,6 +125,8 @@ def loss_of(
     tokens: tuple[int, int],
     routine: CrossEntropyName,
     num_vocab_tiling: int,
+    *,
+    masked: bool = False,
 ) -> CrossEntropy:
     """Describe a model's loss; nothing is traced or run.
 
@@ -131,6 +136,7 @@ def loss_of(
         tokens: [B S], of a microbatch on all devices together.
         routine: "auto": by chunks of tokens; "tokamax": its kernel.
         num_vocab_tiling: chunks of a device's tokens; -1: see `loss.number_of_chunks`.
+        masked: whether some tokens may not count.
 
     Raises:
         UserError: more chunks than tokens, or tokamax where it cannot run.
@@ -146,4 +152,5 @@ def loss_of(
         chunks=num_vocab_tiling,
         routine=routine,
         biased=config.logits_bias,
+        masked=masked,
     )

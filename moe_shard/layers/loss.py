@@ -72,6 +72,7 @@ def lay_out_loss(
     chunks: int,
     routine: CrossEntropyName = "auto",
     biased: bool = False,
+    masked: bool = False,
 ) -> CrossEntropy:
     """Describe the loss of a batch, as the rule table lays its arrays out.
 
@@ -86,6 +87,7 @@ def lay_out_loss(
         chunks: chunks of a device's tokens; -1: `number_of_chunks`.
         routine: "auto": chunks; "tokamax": its kernel.
         biased: whether the logits have a bias.
+        masked: whether some tokens may not count.
 
     Raises:
         UserError: see `RuleTable.resolve`; or more chunks than tokens, or tokamax where it cannot
@@ -116,7 +118,7 @@ def lay_out_loss(
         )
     split = math.prod(sharding.mesh.shape[axis] for axis in vocab_axes)
     if routine == "tokamax":
-        plain = not biased and scaling == 1 and soft_cap == 0
+        plain = not biased and not masked and scaling == 1 and soft_cap == 0
         tokamax_loss.check_tokamax_loss(sharding.platform, parts=split, plain=plain, chunks=chunks)
     return CrossEntropy(
         mesh=sharding.mesh,
@@ -194,6 +196,7 @@ class CrossEntropy:
         targets: Int[Array, "B S"],
         weight: Float[Array, "_ _"],
         bias: Float[Array, "V"] | None,
+        counted: Bool[Array, "B S"] | None = None,
     ) -> Float[Array, ""]:
         """Compute the mean negative log-likelihood, in nats per token.
 
@@ -202,8 +205,9 @@ class CrossEntropy:
             targets: ids of the tokens to predict.
             weight: the kernel, or the embedding table, as stored.
             bias: of the logits.
+            counted: the tokens that the mean is over, 0 where there are none; None: all.
         """
-        return _mean(self, hidden, targets, weight, bias)
+        return _mean(self, hidden, targets, weight, bias, counted)
 
     def run(
         self,
@@ -211,20 +215,22 @@ class CrossEntropy:
         targets: Int[Array, "B S"],
         weight: Float[Array, "_ _"],
         bias: Float[Array, "V"] | None,
+        counted: Bool[Array, "B S"] | None,
         *,
         differentiate: bool,
     ) -> tuple[Float[Array, ""], Gradients | None]:
         """Compute the loss and, in the same pass, its gradients if asked for."""
         of_bias = None if bias is None else PartitionSpec(self.vocab_axes or None)
         specs: Any = (self.tokens, self.weight, of_bias)
+        by_token = PartitionSpec(*self.tokens[:2])
         run: Callable[..., tuple[Float[Array, ""], Gradients | None]] = jax.shard_map(
             partial(self._on_device, count=targets.size, differentiate=differentiate),
             mesh=self.mesh,
-            in_specs=(self.tokens, PartitionSpec(*self.tokens[:2]), self.weight, of_bias),
+            in_specs=(self.tokens, by_token, self.weight, of_bias, by_token),
             out_specs=(PartitionSpec(), Gradients(*specs) if differentiate else None),
             check_vma=self.routine == "chunks",  # tokamax does not declare how its results vary
         )
-        return run(hidden, targets, weight, bias)
+        return run(hidden, targets, weight, bias, counted)
 
     def _on_device(
         self,
@@ -232,6 +238,7 @@ class CrossEntropy:
         targets: Int[Array, "b s"],
         weight: Float[Array, "_ _"],
         bias: Float[Array, "v"] | None,
+        counted: Bool[Array, "b s"] | None,
         *,
         count: int,
         differentiate: bool,
@@ -249,15 +256,20 @@ class CrossEntropy:
                 w = jax.lax.all_gather(w, stored_axes, axis=self._embed_dim, tiled=True)
             b = None if bias is None else vary_over(bias.astype(jnp.float32), everywhere)
         rows, ids = x.reshape(-1, x.shape[2]), vary_over(targets.reshape(-1), everywhere)
-        share = 1 / count if differentiate else None
+        total: Any = count
+        if counted is not None:
+            total = jnp.sum(counted, dtype=jnp.float32)
+            total = jnp.maximum(jax.lax.psum(total, token_axes) if token_axes else total, 1)
+            counted = counted.reshape(-1)
+        share = 1 / total if differentiate else None
         if self.routine == "tokamax":
             kernel = w if self.vocab_dim else w.T
             losses, dx, dw = tokamax_loss.summed(rows, ids, kernel, share=share)
             dw, db = (dw if self.vocab_dim or dw is None else dw.T), None
         else:
-            losses, dx, dw, db = self._by_chunks(rows, ids, w, b, share=share)
+            losses, dx, dw, db = self._by_chunks(rows, ids, w, b, counted, share=share)
         with jax.named_scope("loss"):
-            loss = jnp.sum(losses) / count
+            loss = jnp.sum(losses) / total
             loss = jax.lax.psum(loss, token_axes) if token_axes else loss
         if not differentiate:
             return loss, None
@@ -288,19 +300,22 @@ class CrossEntropy:
         ids: Int[Array, "T"],
         weight: Float[Array, "_ _"],
         bias: Float[Array, "v"] | None,
+        counted: Bool[Array, "T"] | None,
         *,
-        share: float | None,
+        share: Any,
     ) -> tuple[Float[Array, "..."], Any, Any, Any]:
         """Return the losses and the gradients of all chunks; the last one is filled with zeros."""
         tokens, size = ids.size, -(-ids.size // self.chunks)
         chunk = partial(self._chunk, weight=weight, bias=bias, share=share)
         if self.chunks == 1:
-            return chunk(x, ids, None)
+            return chunk(x, ids, counted)
         missing = self.chunks * size - tokens
-        counted = None
         if missing:
             x, ids = jnp.pad(x, ((0, missing), (0, 0))), jnp.pad(ids, (0, missing))
-            counted = (jnp.arange(ids.size) < tokens).reshape(self.chunks, size)
+            there = jnp.arange(ids.size) < tokens
+            counted = there if counted is None else there & jnp.pad(counted, (0, missing))
+        if counted is not None:
+            counted = counted.reshape(self.chunks, size)
         xs = (x.reshape(self.chunks, size, -1), ids.reshape(self.chunks, size), counted)
 
         def add(sums: Any, each: tuple[Any, Any, Any]) -> tuple[Any, Any]:
@@ -321,17 +336,17 @@ class CrossEntropy:
         *,
         weight: Float[Array, "_ _"],
         bias: Float[Array, "v"] | None,
-        share: float | None,
+        share: Any,
     ) -> tuple[Float[Array, "t"], Any, Any, Any]:
         """Return the tokens' losses; and, of `share` of their sum, the gradients of x and so on.
 
         Args:
             x: hidden states.
             ids: the tokens to predict.
-            counted: which tokens are none that fill the chunk up; None: all.
+            counted: which tokens count, and do not only fill the chunk up; None: all.
             weight: the projection.
             bias: of the logits.
-            share: factor of the gradients; None: no gradients.
+            share: factor of the gradients, a number; None: no gradients.
         """
         vocab, axes = self.vocab_dim, self.vocab_axes
         product = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
@@ -375,8 +390,9 @@ def _mean(
     targets: Int[Array, "B S"],
     weight: Float[Array, "_ _"],
     bias: Float[Array, "V"] | None,
+    counted: Bool[Array, "B S"] | None,
 ) -> Float[Array, ""]:
-    return loss.run(hidden, targets, weight, bias, differentiate=False)[0]
+    return loss.run(hidden, targets, weight, bias, counted, differentiate=False)[0]
 
 
 def _mean_fwd(
@@ -385,8 +401,9 @@ def _mean_fwd(
     targets: Int[Array, "B S"],
     weight: Float[Array, "_ _"],
     bias: Float[Array, "V"] | None,
+    counted: Bool[Array, "B S"] | None,
 ) -> tuple[Float[Array, ""], Gradients | None]:
-    return loss.run(hidden, targets, weight, bias, differentiate=True)
+    return loss.run(hidden, targets, weight, bias, counted, differentiate=True)
 
 
 def _mean_bwd(
@@ -396,7 +413,7 @@ def _mean_bwd(
         return (gradient.astype(jnp.float32) * cotangent).astype(gradient.dtype)
 
     hidden, weight, bias = jax.tree.map(times, gradients)
-    return hidden, None, weight, bias
+    return hidden, None, weight, bias, None
 
 
 _mean.defvjp(_mean_fwd, _mean_bwd)

@@ -21,7 +21,8 @@ def check_tokamax_loss(platform: str, *, parts: int, plain: bool, chunks: int) -
     Args:
         platform: "cpu", "tpu", "cuda" or "rocm"; "unknown" is accepted.
         parts: parts of the vocabulary, each on another device.
-        plain: whether logits are hidden states times a kernel, and nothing more.
+        plain: whether logits are hidden states times a kernel, and nothing more, of tokens that all
+            count.
         chunks: chunks asked for; -1: none.
 
     Raises:
@@ -32,7 +33,10 @@ def check_tokamax_loss(platform: str, *, parts: int, plain: bool, chunks: int) -
     elif parts > 1:
         why = f"tokamax's kernel needs the whole vocabulary, which is in {parts} parts"
     elif not plain:
-        why = "tokamax's kernel knows no logits_bias, logits_scaling or final_logits_soft_cap"
+        why = (
+            "tokamax's kernel knows no logits_bias, logits_scaling or final_logits_soft_cap, and "
+            "counts all tokens"
+        )
     elif chunks != -1:
         why = f"num_vocab_tiling={chunks}, but tokamax's kernel chooses its own blocks"
     elif importlib.util.find_spec("tokamax") is None:

@@ -53,14 +53,15 @@ MESHES: list[Sizes] = [
 
 
 def by_hand(
-    x: np.ndarray, targets: np.ndarray, p: Params, keys: dict[str, Any]
+    x: np.ndarray, targets: np.ndarray, counted: np.ndarray, p: Params, keys: dict[str, Any]
 ) -> tuple[float, Any]:
     """Compute loss and gradients in float64, with the chain rule written out."""
+    share = counted / max(counted.sum(), 1)
     logits = oracle.logits(x, p, keys)
     scores = np.exp(logits - logits.max(-1, keepdims=True))
     probs = scores / scores.sum(-1, keepdims=True)
     chosen = np.take_along_axis(probs, targets[..., None], -1)[..., 0]
-    d = (probs - np.eye(logits.shape[-1])[targets]) / targets.size
+    d = (probs - np.eye(logits.shape[-1])[targets]) * share[..., None]
     if cap := keys["final_logits_soft_cap"]:
         d *= 1 - (logits / cap) ** 2
     d /= keys["logits_scaling"]
@@ -69,25 +70,33 @@ def by_hand(
     grads = {"kernel": of_kernel} if "kernel" in p else {"table": of_kernel.T}
     if "bias" in p:
         grads["bias"] = d.sum((0, 1))
-    return float(-np.log(chosen).mean()), (grads, d @ kernel.T)
+    return float(-(np.log(chosen) * share).sum()), (grads, d @ kernel.T)
 
 
 def computed(
-    sizes: Sizes, overrides: tuple[str, ...], chunks: int, rows: int, routine: Any
+    sizes: Sizes,
+    overrides: tuple[str, ...],
+    chunks: int,
+    rows: int,
+    routine: Any,
+    share: float | None,
 ) -> tuple[Any, tuple[float, Any]]:
     """Return loss and gradients of the package, and by hand."""
     config = layer_config(sizes, *overrides)
     sharding = layer_annotator(config, sizes)
     layer = describe(lambda rngs: Embedding(config.model, sharding, rngs=rngs), sharding)
     x, params = packed(rows).x, random_like(layer.shapes)
-    targets = np.random.default_rng(3).integers(0, config.model.vocab_size, x.shape[:2])
+    rng = np.random.default_rng(3)
+    targets = rng.integers(0, config.model.vocab_size, x.shape[:2])
+    counted = np.ones(x.shape[:2], bool) if share is None else rng.random(x.shape[:2]) < share
     place = sharding.named_sharding(
         "x", ("activation_batch", "activation_length", "activation_embed"), x.shape
     )
 
     def loss(params: Params, x: jax.Array) -> jax.Array:
         module = nnx.merge(layer.graph, params)
-        return 3 * module.cross_entropy(x, jnp.asarray(targets), routine, chunks)
+        mask = None if share is None else jnp.asarray(counted)
+        return 3 * module.cross_entropy(x, jnp.asarray(targets), routine, chunks, mask)
 
     compiled = (
         jax.jit(
@@ -100,15 +109,24 @@ def computed(
     )
     narrow = jax.tree.map(lambda a: np.asarray(a, np.float32), (params, x))
     found = jax.device_get(compiled(*jax.device_put(narrow, (layer.places, place))))
-    return found, by_hand(x.astype(np.float64), targets, params, config.as_flat_dict())
+    return found, by_hand(x.astype(np.float64), targets, counted, params, config.as_flat_dict())
 
 
 def check(
-    sizes: Sizes, overrides: tuple[str, ...], chunks: int, rows: int, routine: str = "auto"
+    sizes: Sizes,
+    overrides: tuple[str, ...],
+    chunks: int,
+    rows: int,
+    routine: str = "auto",
+    share: float | None = None,
 ) -> None:
-    found, by_numpy = computed(sizes, overrides, chunks, rows, routine)
+    found, by_numpy = computed(sizes, overrides, chunks, rows, routine, share)
     (loss, (grads, dx)), (expected, (by_name, of_x)) = found, by_numpy
     np.testing.assert_allclose(loss / 3, expected, rtol=1e-5)
+    if share == 0:
+        assert loss == 0
+        assert not any(grad.any() for grad in jax.tree.leaves((grads, dx)))
+        return
     for name, grad in grads.items():
         if name in by_name:
             assert_close({name: grad / 3}, {name: by_name[name]})
@@ -127,6 +145,18 @@ def test_on_one_device(case: str, chunks: int) -> None:
 @pytest.mark.parametrize("sizes", MESHES, ids=label)
 def test_all_options_together_on_meshes(sizes: Sizes, tied: str) -> None:
     check(sizes, (*EVERYTHING, f"logits_via_embedding={tied}"), chunks=5, rows=8)
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "context": 2}], ids=label
+)
+def test_the_mean_is_over_the_tokens_that_count(sizes: Sizes, chunks: int) -> None:
+    check(sizes, EVERYTHING, chunks, rows=8, share=0.3)
+
+
+def test_no_token_counts() -> None:
+    check({"data": 8}, (), 1, rows=8, share=0.0)
 
 
 @pytest.mark.parametrize("tokens", [1, 12, 4096, 8192, 28672, 131072, 5000, 4099])
