@@ -103,6 +103,8 @@ def _notes(config: Config, sizes: Mapping[str, int]) -> tuple[str, ...]:
     if moe.moe_dispatch_no_expert_sharding and (why := _flag_is_idle(config, moe, sizes)):
         notes.append(f"{_FLAG} has no effect: {why}")
     notes += [f"{what} has no effect: {why}" for what, why in _idle_keys(moe)]
+    if moe.prefuse_moe_weights and not model.gating.has_gate:
+        notes.append("prefuse_moe_weights=true has no effect: the experts have no gate")
     return tuple(notes)
 
 

@@ -16,9 +16,9 @@ CrossEntropyName = Literal["auto", "tokamax"]
 Normalization = Literal["rms", "layer"]
 NormPlacement = Literal["input", "output"]
 MOST_LAYERS = 2**12  # far above any model; the cycle of their kinds is looked for layer by layer
-GATE_ACTIVATIONS = ("silu", "gelu", "gelu_exact", "quick_gelu", "relu")
-"""Values of the first entry of `mlp_activations`; the second is `linear`. `gelu` is the tanh form,
-as in JAX; `quick_gelu` is x * sigmoid(1.702 x)."""
+GATE_ACTIVATIONS = ("silu", "gelu", "gelu_exact", "quick_gelu", "relu", "relu2")
+"""Values of the first entry of `mlp_activations`; the second, if any, is `linear`. `gelu` is the
+tanh form, as in JAX; `quick_gelu` is x * sigmoid(1.702 x), `relu2` the square of relu."""
 
 
 class LayerKind(NamedTuple):
@@ -37,14 +37,17 @@ class LayerKind(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GatingConfig:
-    """Describe the gated MLP of dense layers and experts: down(act(gate(x)) * (up(x) + offset)).
+    """Describe the MLP of dense layers and experts: down(act(gate(x)) * (up(x) + offset)).
+
+    Without a gate it is down(act(up(x))).
 
     >>> import moe_shard as ms
     >>> ms.GatingConfig(mlp_activations=("gelu", "linear"), mlp_bias=True).activation
     'gelu'
 
     Attributes:
-        mlp_activations: activation of the gate, then "linear".
+        mlp_activations: activation of the gate, then "linear"; or, alone, the activation of an MLP
+            without a gate.
         mlp_activations_limit: before all else, gate is clamped from above and up on both sides to
             this magnitude; -1: no clamp.
         mlp_linear_offset: number added to up.
@@ -61,16 +64,34 @@ class GatingConfig:
 
     def __post_init__(self) -> None:
         check_leaves(self)
-        if self.mlp_activations not in [(name, "linear") for name in GATE_ACTIVATIONS]:
+        first, *others = self.mlp_activations or ("",)
+        if first not in GATE_ACTIVATIONS or others not in ([], ["linear"]):
             raise UserError(
                 f"mlp_activations={shown(self.mlp_activations)} is not a known pair\n"
-                f"fix: [ACTIVATION, linear] with ACTIVATION one of {', '.join(GATE_ACTIVATIONS)}"
+                f"fix: [ACTIVATION, linear] with ACTIVATION one of {', '.join(GATE_ACTIVATIONS)}; "
+                "without a gate, [ACTIVATION]"
+            )
+        if not self.has_gate and (self.mlp_activations_limit != -1 or self.mlp_linear_offset != 0):
+            raise UserError(
+                f"mlp_activations={shown(self.mlp_activations)} has no gate, which "
+                "mlp_activations_limit and mlp_linear_offset are for\n"
+                f"fix: neither of them, or mlp_activations=[{first}, linear]"
             )
 
     @property
     def activation(self) -> str:
-        """Return the gate's activation, a name in `GATE_ACTIVATIONS`."""
+        """Return the gate's activation, or the MLP's, a name in `GATE_ACTIVATIONS`."""
         return self.mlp_activations[0]
+
+    @property
+    def has_gate(self) -> bool:
+        """Return whether a gate multiplies the up projection."""
+        return len(self.mlp_activations) == 2
+
+    @property
+    def projections(self) -> int:
+        """Return the number of an MLP's projections."""
+        return 2 + self.has_gate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
-"""Combine the gate and up projections of a gated MLP, be it dense, shared or an expert's."""
+"""Activate the gate and up projections of an MLP, be it dense, shared or an expert's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -16,14 +16,33 @@ def _quick_gelu(x: Float[Array, "*R F"]) -> Float[Array, "*R F"]:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
+def _relu2(x: Float[Array, "*R F"]) -> Float[Array, "*R F"]:
+    return jnp.square(jax.nn.relu(x))
+
+
 ACTIVATIONS: dict[str, Callable[[Float[Array, "*R F"]], Float[Array, "*R F"]]] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=True),
     "gelu_exact": partial(jax.nn.gelu, approximate=False),
     "quick_gelu": _quick_gelu,
     "relu": jax.nn.relu,
+    "relu2": _relu2,
 }
 """Name in `mlp_activations` -> nonlinearity of the gate."""
+
+
+def activated(inward: Sequence[Float[Array, "*R F"]], gating: GatingConfig) -> Float[Array, "*R F"]:
+    """Compute the hidden activations from gate and up, or without a gate from up alone.
+
+    Args:
+        inward: outputs of the projections, with their biases.
+        gating: activation, limit, offset.
+    """
+    if gating.has_gate:
+        gate, up = inward
+        return gated(gate, up, gating)
+    (up,) = inward
+    return ACTIVATIONS[gating.activation](up)
 
 
 def gated(

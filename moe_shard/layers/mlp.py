@@ -1,4 +1,7 @@
-"""Compute the dense gated MLP, `down(act(gate(x)) * (up(x) + offset))` (arXiv 2002.05202)."""
+"""Compute the dense MLP, `down(act(gate(x)) * (up(x) + offset))` (arXiv 2002.05202).
+
+Without a gate it is `down(act(up(x)))`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from moe_shard.config.model_config import GatingConfig
-from moe_shard.layers.activation import gated
+from moe_shard.layers.activation import activated
 from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.parameter import parameter
 
@@ -19,12 +22,12 @@ WEIGHT_IN, WEIGHT_OUT = ("embed", "mlp"), ("mlp", "embed")
 
 
 class MLP(nnx.Module):
-    """Apply a gated MLP.
+    """Apply an MLP.
 
     Args:
         model_dim: M, the model dim.
         hidden_dim: F, the hidden dim.
-        gating: activation, clamps, offset, biases.
+        gating: activation, gate, clamps, offset, biases.
         dtype: dtype of the products.
         weight_dtype: dtype of the parameters.
         sharding: the mesh and its rules.
@@ -44,8 +47,12 @@ class MLP(nnx.Module):
     ) -> None:
         init = variance_scaling(1.0, "fan_in", "truncated_normal")
         shape_in, shape_out = (model_dim, hidden_dim), (hidden_dim, model_dim)
-        self.gate = parameter(init(rngs.params(), shape_in, weight_dtype), WEIGHT_IN)
-        self.up = parameter(init(rngs.params(), shape_in, weight_dtype), WEIGHT_IN)
+
+        def inward() -> nnx.Param[Array]:
+            return parameter(init(rngs.params(), shape_in, weight_dtype), WEIGHT_IN)
+
+        self.gate = inward() if gating.has_gate else None
+        self.up = inward()
         self.down = parameter(init(rngs.params(), shape_out, weight_dtype), WEIGHT_OUT)
 
         def bias(size: int, axis: str) -> nnx.Param[Array] | None:
@@ -53,7 +60,8 @@ class MLP(nnx.Module):
                 return None
             return parameter(jnp.zeros((size,), weight_dtype), (axis,))
 
-        self.gate_bias, self.up_bias = bias(hidden_dim, "mlp"), bias(hidden_dim, "mlp")
+        self.gate_bias = bias(hidden_dim, "mlp") if gating.has_gate else None
+        self.up_bias = bias(hidden_dim, "mlp")
         self.down_bias = bias(model_dim, "norm")
         self.gating = gating
         self.dtype = dtype
@@ -62,16 +70,18 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "B S M"]) -> Float[Array, "B S M"]:
         """Apply the MLP."""
         with jax.named_scope("mlp"):
-            gate = self._project(x, self.gate, self.gate_bias, "mlp gate")
-            up = self._project(x, self.up, self.up_bias, "mlp up")
-            gate, up = checkpoint_name(gate, "mlpwi_0"), checkpoint_name(up, "mlpwi_1")
+            inward = []
+            if self.gate is not None:
+                inward.append(self._project(x, self.gate, self.gate_bias, "mlp gate"))
+            inward.append(self._project(x, self.up, self.up_bias, "mlp up"))
+            inward = [checkpoint_name(each, f"mlpwi_{n}") for n, each in enumerate(inward)]
             down = self.sharding.use_weight(
                 self.down[...].astype(self.dtype),
                 WEIGHT_OUT,
                 ("activation_mlp", None),
                 name="mlp down",
             )
-            y = jnp.einsum("bsf,fm->bsm", gated(gate, up, self.gating), down)
+            y = jnp.einsum("bsf,fm->bsm", activated(inward, self.gating), down)
             y = self.sharding(
                 y, "activation_batch", "activation_length", "activation_embed", name="mlp output"
             )

@@ -13,9 +13,6 @@ from moe_shard.config.attention_config import AttentionConfig
 from moe_shard.config.model_config import ModelConfig
 from moe_shard.config.moe_config import MoEConfig
 
-_PROJECTIONS = 3
-"""Projections of a gated MLP: gate, up, down."""
-
 
 def matmul_params_per_token(config: ModelConfig) -> int:
     """Count the parameters that a token is multiplied with, without norms and lookup."""
@@ -23,9 +20,9 @@ def matmul_params_per_token(config: ModelConfig) -> int:
     for kind in config.layer_kinds:
         total += _attention_params(config.attention, config.emb_dim)
         if kind.moe and config.moe is not None:
-            total += _moe_params(config.moe, config.emb_dim)
+            total += _moe_params(config.moe, config.emb_dim, config.gating.projections)
         else:
-            total += _PROJECTIONS * config.emb_dim * config.mlp_dim
+            total += config.gating.projections * config.emb_dim * config.mlp_dim
     return total
 
 
@@ -61,7 +58,7 @@ def _head_dims(config: AttentionConfig) -> tuple[int, int]:
     return config.head_dim, config.head_dim
 
 
-def _moe_params(config: MoEConfig, emb_dim: int) -> int:
+def _moe_params(config: MoEConfig, emb_dim: int, projections: int) -> int:
     hidden = config.num_experts_per_tok * config.moe_mlp_dim + config.shared_dim
     router = emb_dim * (config.num_experts + config.shared_expert_gate)
-    return router + _PROJECTIONS * emb_dim * hidden
+    return router + projections * emb_dim * hidden

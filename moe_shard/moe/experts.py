@@ -1,4 +1,6 @@
-"""Compute the experts: E gated MLPs, `down(act(gate(x)) * up(x))`. Arithmetic only; no mesh.
+"""Compute the experts: E MLPs, `down(act(gate(x)) * up(x))`. Arithmetic only; no mesh.
+
+Without a gate they are `down(act(up(x)))`.
 
 The product of token copies and experts' weights is an argument: a batched product over capacity
 slots, or a grouped product over copies that are sorted by expert. So is the placement of the arrays
@@ -22,7 +24,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from moe_shard.config.model_config import GatingConfig
-from moe_shard.layers.activation import gated
+from moe_shard.layers.activation import activated
 from moe_shard.moe.axes import (
     EXPERT_BIAS_FUSED,
     EXPERT_BIAS_IN,
@@ -72,7 +74,7 @@ def gated_mlp(
         x: token copies; `product` knows which expert each belongs to.
         weights: weights of the experts on this device, in the dtype of the products.
         product: see `Product`.
-        gating: activation, clamps and offset between the products.
+        gating: activation, gate, clamps and offset between the products.
         fused_mlp: does all of this at once, where gate and up are two arrays of weights; None:
             `product` is called for each.
         pin_hidden: places the hidden activations; not called with `fused_mlp`.
@@ -82,9 +84,10 @@ def gated_mlp(
     biases = weights.inward_bias or (None,) * len(weights.inward)
     pairs = zip(weights.inward, biases, strict=True)
     inward = [product(x, w, bias) for w, bias in pairs]
-    gate, up = unfuse(inward[0]) if weights.fused else inward
-    gate, up = checkpoint_name(gate, "moe_mlpwi_0"), checkpoint_name(up, "moe_mlpwi_1")
-    hidden = gated(pin_hidden(gate), pin_hidden(up), gating)
+    if weights.fused:
+        inward = [*unfuse(inward[0])]
+    inward = [checkpoint_name(each, f"moe_mlpwi_{n}") for n, each in enumerate(inward)]
+    hidden = activated([pin_hidden(each) for each in inward], gating)
     return checkpoint_name(product(hidden, weights.down, weights.down_bias), "moe_mlpwo")
 
 
@@ -139,7 +142,7 @@ class Experts(nnx.Module):
         num_experts: E, experts of the layer.
         model_dim: M, the model dim.
         hidden_dim: H, hidden size of one expert.
-        gating: activation, clamps, offset, biases.
+        gating: activation, gate, clamps, offset, biases.
         fused: whether gate and up are one parameter `gate_up`, [E M 2 H], and so their biases.
         dtype: dtype of the products.
         weight_dtype: dtype of the parameters.
@@ -161,17 +164,17 @@ class Experts(nnx.Module):
         init = variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=(0,))
         shape_in = (num_experts, model_dim, hidden_dim)
         shape_out = (num_experts, hidden_dim, model_dim)
-        gate = init(rngs.params(), shape_in, weight_dtype)
-        up = init(rngs.params(), shape_in, weight_dtype)
+        inward = [init(rngs.params(), shape_in, weight_dtype) for _ in range(1 + gating.has_gate)]
         if fused:
-            self.gate_up = parameter(fuse(gate, up), EXPERT_WEIGHT_FUSED)
+            self.gate_up = parameter(fuse(*inward), EXPERT_WEIGHT_FUSED)
         else:
-            self.gate = parameter(gate, EXPERT_WEIGHT_IN)
-            self.up = parameter(up, EXPERT_WEIGHT_IN)
+            if gating.has_gate:
+                self.gate = parameter(inward[0], EXPERT_WEIGHT_IN)
+            self.up = parameter(inward[-1], EXPERT_WEIGHT_IN)
         self.down = parameter(init(rngs.params(), shape_out, weight_dtype), EXPERT_WEIGHT_OUT)
+        self.fused, self.gating = fused, gating
         if gating.mlp_bias:
             self._make_biases(num_experts, hidden_dim, model_dim, fused, weight_dtype)
-        self.fused, self.gating = fused, gating
         self.dtype = dtype
 
     def weights(self) -> ExpertWeights:
@@ -183,12 +186,16 @@ class Experts(nnx.Module):
         def cast(*params: nnx.Param[Array]) -> tuple[Array, ...]:
             return tuple(param[...].astype(self.dtype) for param in params)
 
-        inward = cast(self.gate_up) if self.fused else cast(self.gate, self.up)
+        inward = cast(*((self.gate_up,) if self.fused else self._inward("")))
         (down,) = cast(self.down)
         if not self.gating.mlp_bias:
             return ExpertWeights(inward, down)
-        biases = cast(self.gate_up_bias) if self.fused else cast(self.gate_bias, self.up_bias)
+        biases = cast(*((self.gate_up_bias,) if self.fused else self._inward("_bias")))
         return ExpertWeights(inward, down, biases, *cast(self.down_bias))
+
+    def _inward(self, end: str) -> list[nnx.Param[Array]]:
+        """Return the weights, or biases, of gate and up, or without a gate of up."""
+        return [getattr(self, part + end) for part in ("gate", "up")[not self.gating.has_gate :]]
 
     def _make_biases(
         self, experts: int, hidden_dim: int, model_dim: int, fused: bool, dtype: DTypeLike
@@ -199,6 +206,7 @@ class Experts(nnx.Module):
         if fused:
             self.gate_up_bias = zeros(EXPERT_BIAS_FUSED, 2, hidden_dim)
         else:
-            self.gate_bias = zeros(EXPERT_BIAS_IN, hidden_dim)
+            if self.gating.has_gate:
+                self.gate_bias = zeros(EXPERT_BIAS_IN, hidden_dim)
             self.up_bias = zeros(EXPERT_BIAS_IN, hidden_dim)
         self.down_bias = zeros(EXPERT_BIAS_OUT, model_dim)

@@ -45,7 +45,7 @@ class MoEStats(NamedTuple):
 
 
 class MoELayer(nnx.Module):
-    """Apply a routed mixture of gated MLPs, in place of a dense MLP.
+    """Apply a routed mixture of MLPs, in place of a dense MLP.
 
     >>> import jax, jax.numpy as jnp, moe_shard as ms
     >>> from flax import nnx
@@ -73,7 +73,7 @@ class MoELayer(nnx.Module):
         model_dim: M, the model dim.
         sharding: the mesh and its rules.
         rngs: source of the initial weights (the stream `params`).
-        gating: the experts' activation, clamps, offset and biases.
+        gating: the experts' activation, gate, clamps, offset and biases.
         dtype: dtype of the experts' products and the layer's output.
         weight_dtype: dtype of the experts' parameters; the router is always float32.
 
@@ -106,7 +106,7 @@ class MoELayer(nnx.Module):
             model_dim=model_dim,
             hidden_dim=config.moe_mlp_dim,
             gating=gating,
-            fused=config.prefuse_moe_weights,
+            fused=config.prefuse_moe_weights and gating.has_gate,
             dtype=dtype,
             weight_dtype=weight_dtype,
             rngs=rngs,
@@ -199,7 +199,8 @@ class MoELayer(nnx.Module):
         Args:
             tokens: [B S M], the shape of the layer's input on all devices together.
         """
-        return self.strategy.record(tokens, self.experts.dtype)
+        record = self.strategy.record(tokens, self.experts.dtype)
+        return record if self.experts.gating.has_gate else record.without_gate()
 
     def _of_shared(self, x: Float[Array, "B S M"]) -> Float[Array, "B S M"] | None:
         """Apply the shared experts; return None where there are none."""

@@ -6,7 +6,7 @@ nothing has to be traced for it.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from moe_shard.config.moe_config import MoEConfig
@@ -86,6 +86,15 @@ class MoERecord:
                 f"product {grouped_product[0]}": grouped_product[1],
             },
             not_taken={path: why for path, why in why_not.items() if why},
+        )
+
+    def without_gate(self) -> MoERecord:
+        """Return the record of a layer whose experts have no gate, so none to fuse."""
+        path = "fused-gate-up"
+        return replace(
+            self,
+            fast_paths=tuple(each for each in self.fast_paths if each != path),
+            not_taken=self.not_taken | {path: "the experts have no gate"},
         )
 
     def lines(self, layers: str) -> list[str]:

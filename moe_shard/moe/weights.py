@@ -1,4 +1,4 @@
-"""Hold the experts' weights as arrays: gate and up separate, or fused."""
+"""Hold the experts' weights as arrays: gate and up separate, or fused, or up alone."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class ExpertWeights(NamedTuple):
     """Hold the weights of the experts on a device.
 
     Attributes:
-        inward: gate and up, [E M H] each; or, fused, the one array [E M 2 H] of both.
+        inward: gate and up, [E M H] each; or, fused, the one array [E M 2 H] of both; or, without a
+            gate, up.
         down: the second projection.
-        inward_bias: biases of gate and up, [E H] each, or of both, [E 2 H]; empty where there are
-            none.
+        inward_bias: their biases, [E H] each, or of both, [E 2 H]; empty where there are none.
         down_bias: the second projection's bias; None where there is none.
     """
 
@@ -27,7 +27,7 @@ class ExpertWeights(NamedTuple):
     @property
     def fused(self) -> bool:
         """Return whether gate and up are one array, and so one product."""
-        return len(self.inward) == 1
+        return self.inward[0].ndim == 4
 
 
 def fuse(gate: Float[Array, "*E H"], up: Float[Array, "*E H"]) -> Float[Array, "*E 2 H"]:

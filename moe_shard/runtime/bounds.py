@@ -25,7 +25,7 @@ from moe_shard.units import human_bytes, human_flops
 LAYER_EXCHANGES = 4
 """Exchanges of a layer: to the experts and back, in the forward and in the backward pass."""
 PRODUCTS = 3 * 3
-"""Products of an expert: gate, up and down, each once forward and twice backward."""
+"""Products of an expert with a gate: gate, up and down, each once forward and twice backward."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,10 @@ def moe_bounds(config: Config, table: BoundTable, *, copies_per_sequence: int) -
     slots = sequences * copies_per_sequence
     choices = sequences * config.train.max_target_length * moe.num_experts_per_tok
     sent = LAYER_EXCHANGES * token_bytes / shards("activation_embed_moe") * (experts - 1) / experts
-    multiplied = (
-        2 * PRODUCTS * config.model.emb_dim * moe.moe_mlp_dim / shards("activation_mlp_moe")
-    )
-    weights = 3 * moe.num_experts * config.model.emb_dim * moe.moe_mlp_dim / experts
+    projections = config.model.gating.projections
+    elements = projections * config.model.emb_dim * moe.moe_mlp_dim
+    multiplied = 2 * 3 * elements / shards("activation_mlp_moe")
+    weights = moe.num_experts * elements / experts
     weights *= layers / shards("activation_mlp_moe")
     itemsize = jnp.dtype(config.model.dtype).itemsize
     weight_bytes = weights * config.train.gradient_accumulation_steps * 3 * itemsize

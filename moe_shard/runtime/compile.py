@@ -213,6 +213,8 @@ def moe_records(config: Config, sharding: Sharding) -> dict[str, MoERecord]:
     sequences = config.train.microbatch_rows(sharding.mesh.size)
     tokens = (sequences, config.train.max_target_length, config.model.emb_dim)
     record = moe_record(config.model.moe, sharding, tokens, config.model.dtype)
+    if not config.model.gating.has_gate:
+        record = record.without_gate()
     layers = [layer for layer, kind in enumerate(config.model.layer_kinds) if kind.moe]
     name = f"layer{'s' if len(layers) > 1 else ''} {human_ranges(layers)}"
     return {name: record}

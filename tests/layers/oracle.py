@@ -202,6 +202,7 @@ ACTIVATIONS = {
     "gelu_exact": lambda u: 0.5 * u * (1 + _erf(u / math.sqrt(2))),
     "quick_gelu": lambda u: u / (1 + np.exp(-1.702 * u)),
     "relu": lambda u: np.where(u > 0, u, 0.0),
+    "relu2": lambda u: np.where(u > 0, u * u, 0.0),
 }
 
 
@@ -217,6 +218,8 @@ def mlp(x: np.ndarray, p: Params, keys: Keys) -> np.ndarray:
         y = y @ p[name]
         return y + p[f"{name}_bias"] if keys["mlp_bias"] else y
 
+    if "gate" not in p:
+        return project("down", ACTIVATIONS[keys["mlp_activations"][0]](project("up", x)))
     return project("down", gated(project("gate", x), project("up", x), keys))
 
 

@@ -25,12 +25,14 @@ from tests.models.build import assert_close, label
 
 CLAMPED = ("mlp_activations_limit=0.6", "mlp_linear_offset=1.0")
 EVERYTHING = ("mlp_activations=[quick_gelu, linear]", "mlp_bias=true", *CLAMPED)
+NO_GATE = ("mlp_activations=[relu2]", "mlp_bias=true")
 CASES = {
     "plain": (),
     "bias": ("mlp_bias=true",),
     "offset": ("mlp_linear_offset=1.0",),
     "clamped": CLAMPED,
     "everything": EVERYTHING,
+    "no gate": NO_GATE,
 }
 MESHES: list[Sizes] = [
     {"fsdp": 8},

@@ -232,12 +232,14 @@ def build_layer(
     dtype: Any = jnp.float32,
     rules: Sequence[tuple[str, Sequence[str]]] = RULES,
     biases: bool = False,
+    gate: bool = True,
     **route: Any,
 ) -> BuiltLayer:
     """Trace the layer's constructor and place what it declares by its logical axes.
 
     Args:
         biases: whether the experts have biases.
+        gate: whether they have a gate.
     """
     sharding = Sharding(mesh, RuleTable(rules), "record")
     config = moe_config(
@@ -249,7 +251,7 @@ def build_layer(
             model_dim=model,
             gating=dataclasses.replace(
                 TINY.model.gating,
-                mlp_activations=(settings.activation, "linear"),
+                mlp_activations=(settings.activation, "linear")[: 1 + gate],
                 mlp_activations_limit=-1 if math.isinf(settings.limit) else settings.limit,
                 mlp_linear_offset=settings.offset,
                 mlp_bias=biases,

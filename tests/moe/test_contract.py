@@ -103,6 +103,27 @@ def test_top_k(sizes: dict[str, int], route: dict[str, Any], k: int) -> None:
     check(sizes, dataclasses.replace(WHOLE, k=k), random_inputs(**DIMS), **route)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "dispatch"), [(MESHES[0], "ragged"), (MESHES[1], "gather")], ids=str
+)
+def test_experts_without_a_gate(sizes: dict[str, int], dispatch: str) -> None:
+    """Their relu, squared, is a relu of a gate that equals the up projection, times it."""
+    inputs = random_inputs(**DIMS)
+    both = inputs.params | {"gate": inputs.params["up"]}
+    expected = moe_layer(
+        inputs.x, both, inputs.cotangent, dataclasses.replace(WHOLE, activation="relu")
+    )
+    expected.grads["up"] = expected.grads["up"] + expected.grads.pop("gate")
+    alone = {name: each for name, each in both.items() if name != "gate"}
+    squared = dataclasses.replace(WHOLE, activation="relu2")
+    layer = build_layer(
+        mesh_of(sizes), squared, flag=True, **DIMS, dispatch=dispatch, gate=False,
+        prefuse_moe_weights=True,
+    )  # fmt: skip
+    found = layer.run(dataclasses.replace(inputs, params=alone))
+    assert_equal_to_oracle(found, expected)
+
+
 @every_mesh
 def test_an_odd_number_of_tokens(sizes: dict[str, int], route: dict[str, Any]) -> None:
     # A device has 1 or 2 sequences of 13 tokens: not a power of two, and not a multiple of a block.

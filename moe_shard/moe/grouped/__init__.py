@@ -86,7 +86,7 @@ class GroupedProduct:
 
 def can_fuse(using: GroupedProduct, gating: GatingConfig) -> bool:
     """Return whether a routine computes gate, up and this activation at once."""
-    if using.name == "pallas" and gating.activation in _NOT_IN_KERNELS:
+    if not gating.has_gate or (using.name == "pallas" and gating.activation in _NOT_IN_KERNELS):
         return False
     return not using.why_not_gated
 
