@@ -49,6 +49,7 @@ class RouterConfig:
         routing_group_score: how groups are ranked, a `GroupScore`: by their best expert
             (DeepSeek-V2) or by the sum of their best two (DeepSeek-V3).
         norm_topk_prob: whether a token's K combine weights are divided by their sum.
+        norm_topk_epsilon: number added to that sum.
         routed_scaling_factor: factor of the combine weights, after that.
         routed_score_on_input: whether the combine weights multiply the experts' input, not their
             output (Llama 4).
@@ -72,6 +73,7 @@ class RouterConfig:
     topk_routing_group: Annotated[int, Key(least=1, off=-1)] = -1
     routing_group_score: Annotated[GroupScore, Key(choices=get_args(GroupScore))] = "top2_sum"
     norm_topk_prob: Annotated[bool, Key()] = True
+    norm_topk_epsilon: Annotated[float, Key(least=0)] = 0.0
     routed_scaling_factor: Annotated[float, Key(above=0)] = 1.0
     routed_score_on_input: Annotated[bool, Key()] = False
     load_balance_probs: Annotated[BalanceProbs, Key(choices=get_args(BalanceProbs))] = "scores"

@@ -17,7 +17,8 @@ def _quick_gelu(x: Float[Array, "*R F"]) -> Float[Array, "*R F"]:
 
 
 def _relu2(x: Float[Array, "*R F"]) -> Float[Array, "*R F"]:
-    return jnp.square(jax.nn.relu(x))
+    positive = jax.nn.relu(x)
+    return positive * positive
 
 
 ACTIVATIONS: dict[str, Callable[[Float[Array, "*R F"]], Float[Array, "*R F"]]] = {

@@ -11,8 +11,8 @@ this is a product of queries and keys, masked and decayed, as in attention; betw
 state is handed on. A chunk of one token is the recurrence itself, so generating token by token
 needs no other code. All of it is in float32.
 
-Dims: B sequences, S tokens, C chunks, Q tokens of a chunk, N heads, G groups of N / G heads that
-share keys and queries, R heads of a group, P elements of a value, D elements of a key.
+    G  groups of heads, which share keys and queries      R  heads of a group
+    P  elements of a value      D  elements of a key      Q  tokens of a chunk
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _FASTEST = 80.0
 
 
 def scan_states(
-    value: Float[Array, "B S N P"],
+    value: Float[Array, "B S G R P"],
     key: Float[Array, "B S G D"],
     query: Float[Array, "B S G D"],
-    step: Float[Array, "B S N"],
-    decay: Float[Array, "B S N"],
+    step: Float[Array, "B S G R"],
+    decay: Float[Array, "B S G R"],
     starts: Bool[Array, "B S"],
-    state: Float[Array, "B N P D"] | None = None,
+    state: Float[Array, "B G R P D"],
     *,
     chunk: int,
-) -> tuple[Float32[Array, "B S N P"], Float32[Array, "B N P D"]]:
+) -> tuple[Float32[Array, "B S G R P"], Float32[Array, "B G R P D"]]:
     """Return the output of each token, and the state after the last one.
 
     Args:
@@ -47,36 +47,26 @@ def scan_states(
         step: factor of what a token adds.
         decay: logarithm of the factor of the state before it, 0 or less.
         starts: whether a document starts at the token: its state is 0 before it.
-        state: state before the first token; None: 0.
+        state: state before the first token.
         chunk: Q, tokens of a chunk; it changes rounding, time and memory only.
     """
-    batch, length, heads, size = value.shape
-    groups, of_key = key.shape[2:]
+    batch, length = value.shape[:2]
     chunk = min(chunk, length)
     more = -length % chunk
 
-    def split(array: Array, *last: int) -> Array:
+    def split(array: Array) -> Array:
         # A token of zeros changes no state: its factor is exp(0) and it adds nothing.
         padded = jnp.pad(array, ((0, 0), (0, more), *((0, 0),) * (array.ndim - 2)))
-        return padded.reshape(batch, -1, chunk, *last).swapaxes(0, 1)
+        return padded.reshape(batch, -1, chunk, *array.shape[2:]).swapaxes(0, 1)
 
-    by_group = groups, heads // groups
-    value32, decay32 = value.astype(jnp.float32), jnp.maximum(decay.astype(jnp.float32), -_FASTEST)
-    added = value32 * step.astype(jnp.float32)[..., None]
-    chunks = (
-        split(added, *by_group, size),
-        split(key.astype(jnp.float32), groups, of_key),
-        split(query.astype(jnp.float32), groups, of_key),
-        split(decay32, *by_group),
-        split(starts),
+    value, key, query, step, decay = (
+        each.astype(jnp.float32) for each in (value, key, query, step, decay)
     )
-    if state is None:
-        state = jnp.zeros((batch, heads, size, of_key), jnp.float32)
-    before = state.astype(jnp.float32).reshape(batch, *by_group, size, of_key)
+    each = (value * step[..., None], key, query, jnp.maximum(decay, -_FASTEST), starts)
     # A chunk's Q x Q scores are computed again in the backward pass, which keeps states alone.
-    after, found = jax.lax.scan(jax.checkpoint(_chunk), before, chunks)
-    output = found.swapaxes(0, 1).reshape(batch, -1, heads, size)[:, :length]
-    return output, after.reshape(batch, heads, size, of_key)
+    run = jax.checkpoint(_chunk)
+    after, found = jax.lax.scan(run, state.astype(jnp.float32), tuple(map(split, each)))
+    return found.swapaxes(0, 1).reshape(batch, -1, *value.shape[2:])[:, :length], after
 
 
 def _chunk(

@@ -63,11 +63,12 @@ def _at(values: Float[Array, "B S E"], index: Int[Array, "B S"]) -> Float[Array,
     return jnp.sum(values * jax.nn.one_hot(index, values.shape[-1]), axis=-1)
 
 
-def _normalised(scores: Float[Array, "B S N"]) -> Float[Array, "B S N"]:
-    """Divide each score by the sum of its token's scores; if all are 0 they stay 0."""
+def _normalised(scores: Float[Array, "B S N"], epsilon: float = 0.0) -> Float[Array, "B S N"]:
+    """Divide each score by the sum of its token's scores and epsilon; if all are 0 they stay 0."""
     # Sigmoids of logits far below 0 may all be 0. The derivative divides by the square of the sum,
     # which must not be 0 either.
-    return scores / jnp.maximum(jnp.sum(scores, axis=-1, keepdims=True), 1e-15)
+    total = jnp.sum(scores, axis=-1, keepdims=True)
+    return scores / jnp.maximum(total + epsilon if epsilon else total, 1e-15)
 
 
 def round_robin(*, tokens: int, k: int, num_experts: int) -> Int[np.ndarray, "S K"]:
@@ -193,7 +194,7 @@ def route(
     else:
         weights = jnp.stack([_at(scores, indices[..., slot]) for slot in range(k)], axis=-1)
     if config.norm_topk_prob:
-        weights = _normalised(weights)
+        weights = _normalised(weights, config.norm_topk_epsilon)
     if config.routed_scaling_factor != 1:
         weights = weights * config.routed_scaling_factor
     return Routing(logits, probs, indices, weights)

@@ -64,7 +64,8 @@ _KEYS: dict[Kind, str] = {
         rope_high_freq_factor rope_short_factors rope_long_factors num_experts_per_tok
         capacity_factor capacity_rule min_capacity drop_policy moe_dispatch ragged_buffer_factor
         force_load_balance use_random_routing routed_score_func n_routing_groups topk_routing_group
-        routing_group_score norm_topk_prob routed_scaling_factor routed_score_on_input
+        routing_group_score norm_topk_prob norm_topk_epsilon routed_scaling_factor
+        routed_score_on_input
         sparsemixer_jitter
         """,
     Kind.FIXED: """

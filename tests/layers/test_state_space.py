@@ -12,7 +12,7 @@ import pytest
 from moe_shard.layers.state_space import scan_states
 from tests.quick import QUICK
 
-B, N, G, P, D = 2, 4, 2, 3, 5
+B, G, R, P, D = 2, 2, 2, 3, 5
 
 
 def forward(
@@ -23,40 +23,32 @@ def forward(
     `state` is before the first token.
     """
     states, outputs = [state], []
-    group = np.arange(N) // (N // G)
     for t in range(value.shape[1]):
-        before = np.where(starts[:, t, None, None, None], 0.0, states[-1])
-        added = step[:, t, :, None, None] * value[:, t, :, :, None] * key[:, t, group, None]
+        before = np.where(starts[:, t, None, None, None, None], 0.0, states[-1])
+        added = step[:, t, ..., None, None] * value[:, t, ..., None] * key[:, t, :, None, None]
         states.append(np.exp(decay[:, t])[..., None, None] * before + added)
-        outputs.append((states[-1] * query[:, t, group, None]).sum(-1))
+        outputs.append((states[-1] * query[:, t, :, None, None]).sum(-1))
     return states, np.stack(outputs, 1)
-
-
-def by_group(of_heads: np.ndarray) -> Any:
-    """Sum over the heads of each group."""
-    return of_heads.reshape(B, G, N // G, -1).sum(2)
 
 
 def adjoint(arrays: dict[str, Any], d_output: Any, d_state: Any) -> dict[str, np.ndarray]:
     """Return the gradients by every array of the sum of outputs and last state times these."""
     value, key, query, step, decay, starts, _state = arrays.values()
     states, _ = forward(**arrays)
-    group = np.arange(N) // (N // G)
     of = {name: np.zeros_like(each) for name, each in arrays.items() if name != "starts"}
     back = d_state
     for t in reversed(range(value.shape[1])):
-        went = d_output[:, t, :, :, None] * states[t + 1]
-        of["query"][:, t] = by_group(went.sum(2))
-        back = back + d_output[:, t, :, :, None] * query[:, t, group, None]
-        outer = value[:, t, :, :, None] * key[:, t, group, None]
-        of["step"][:, t] = (back * outer).sum((2, 3))
-        scaled = back * step[:, t, :, None, None]
-        of["value"][:, t] = (scaled * key[:, t, group, None]).sum(3)
-        of["key"][:, t] = by_group((scaled * value[:, t, ..., None]).sum(2))
-        before = np.where(starts[:, t, None, None, None], 0.0, states[t])
+        of["query"][:, t] = (d_output[:, t, ..., None] * states[t + 1]).sum((2, 3))
+        back = back + d_output[:, t, ..., None] * query[:, t, :, None, None]
+        outer = value[:, t, ..., None] * key[:, t, :, None, None]
+        of["step"][:, t] = (back * outer).sum((3, 4))
+        scaled = back * step[:, t, ..., None, None]
+        of["value"][:, t] = (scaled * key[:, t, :, None, None]).sum(4)
+        of["key"][:, t] = (scaled * value[:, t, ..., None]).sum((2, 3))
+        first = starts[:, t, None, None, None, None]
         kept = np.exp(decay[:, t])[..., None, None]
-        of["decay"][:, t] = (back * kept * before).sum((2, 3))
-        back = np.where(starts[:, t, None, None, None], 0.0, back * kept)
+        of["decay"][:, t] = (back * kept * np.where(first, 0.0, states[t])).sum((3, 4))
+        back = np.where(first, 0.0, back * kept)
     return of | {"state": back}
 
 
@@ -65,16 +57,16 @@ def arrays_of(seed: int, length: int, starts: tuple[int, ...] = ()) -> dict[str,
     rng = np.random.default_rng(seed)
     flags = np.zeros((B, length), bool)
     flags[0, list(starts)] = True  # the second sequence is one document
-    decay = -np.exp(rng.uniform(-6, 1, (B, length, N)))
+    decay = -np.exp(rng.uniform(-6, 1, (B, length, G, R)))
     decay = np.where(rng.random(decay.shape) < 0.1, decay - 60, decay)
     return {
-        "value": rng.standard_normal((B, length, N, P)),
+        "value": rng.standard_normal((B, length, G, R, P)),
         "key": rng.standard_normal((B, length, G, D)),
         "query": rng.standard_normal((B, length, G, D)),
-        "step": np.exp(rng.uniform(-3, 1, (B, length, N))),
+        "step": np.exp(rng.uniform(-3, 1, (B, length, G, R))),
         "decay": decay,
         "starts": flags,
-        "state": rng.standard_normal((B, N, P, D)),
+        "state": rng.standard_normal((B, G, R, P, D)),
     }
 
 
@@ -120,11 +112,11 @@ def test_outputs_and_gradients_equal_those_of_the_recurrence(
 
 def test_documents_run_apart_give_the_same() -> None:
     arrays = arrays_of(3, 11, (4, 9))
-    given = narrow(arrays) | {"state": None}
+    given = narrow(arrays | {"state": np.zeros((B, G, R, P, D))})
     run = jax.jit(scan_states, static_argnames="chunk", compiler_options=QUICK)
     packed, last = run(**given, chunk=4)
     for first, end in ((0, 4), (4, 9), (9, 11)):
-        one = {n: a if a is None else a[:1, first:end] for n, a in given.items()}
+        one = {n: a[:1] if n == "state" else a[:1, first:end] for n, a in given.items()}
         alone, state = run(**one, chunk=4)
         np.testing.assert_allclose(alone, packed[:1, first:end], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(state, last[:1], rtol=1e-5, atol=1e-6)
@@ -146,7 +138,7 @@ def test_a_text_in_two_calls_is_the_text_in_one() -> None:
 def test_fast_and_slow_decays_in_one_chunk_keep_their_digits() -> None:
     """A plain sum of 300 decays is some thousands, and has three digits after the point."""
     arrays = arrays_of(5, 300)
-    arrays["decay"] = np.where(np.arange(300)[:, None] % 4 == 0, -70.0, arrays["decay"] / 10)
+    arrays["decay"] = np.where(np.arange(300)[:, None, None] % 4 == 0, -70.0, arrays["decay"] / 10)
     arrays = {n: a if n == "starts" else np.float64(np.float32(a)) for n, a in arrays.items()}
     _, outputs = forward(**arrays)
     given = narrow(arrays)

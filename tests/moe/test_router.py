@@ -56,6 +56,13 @@ def test_renormalised_weights_sum_to_one_and_keep_their_ratio() -> None:
     np.testing.assert_allclose(weights[..., 0] / weights[..., 1], raw[..., 0] / raw[..., 1], 1e-6)
 
 
+def test_an_epsilon_is_part_of_the_sum() -> None:
+    raw = np.asarray(route(jnp.array(LOGITS[None]), 2, config=RAW).weights, np.float64)
+    config = replace(NORMED, norm_topk_epsilon=0.25)
+    weights = route(jnp.array(LOGITS[None]), 2, config=config).weights
+    np.testing.assert_allclose(weights, raw / (raw.sum(-1, keepdims=True) + 0.25), rtol=1e-6)
+
+
 def test_one_renormalised_expert_teaches_the_router_nothing() -> None:
     # p / p = 1 for every p. This is why Switch does not renormalise.
     def weight(logits: jax.Array, config: RouterConfig) -> jax.Array:

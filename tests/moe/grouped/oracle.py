@@ -95,10 +95,16 @@ def _relu(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.maximum(x, 0), 1.0 * (x > 0)
 
 
+def _relu2(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    value, slope = _relu(x)
+    return value**2, 2 * value * slope
+
+
 ACTIVATIONS = {
     "silu": _silu,
     "gelu": _gelu,
     "gelu_exact": _gelu_exact,
     "quick_gelu": _quick_gelu,
     "relu": _relu,
+    "relu2": _relu2,
 }
