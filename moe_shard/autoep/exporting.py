@@ -56,7 +56,7 @@ def export_params(
         copies.setdefault((copy_of.param, copy_of.index), []).append(copy_of)
     used = {piece.tensor for piece in (*plan.pieces, *plan.copies)}
     for file in {headers[name].file for name in used}:
-        _reserve(file)
+        reserve(file)
     total = sum(headers[name].nbytes for name in used)
     done, filled = 0, Counter[str]()
     for block in blocks:
@@ -122,8 +122,8 @@ def _write(
     return part.size
 
 
-def _reserve(file: Path) -> None:
-    """Reserve the disk space that a file needs.
+def reserve(file: Path) -> None:
+    """Reserve the disk space that a file needs, which has its full length.
 
     The file is written through a memory map, where a full disk causes a signal and not an error.
     """

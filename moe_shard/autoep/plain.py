@@ -13,7 +13,7 @@ from moe_shard.autoep.quantized import CONFIG_KEY, Quantized
 from moe_shard.autoep.strict_json import read_object
 
 _CONFIG = "config.json"
-_METADATA = {"format": "pt"}
+PT_METADATA = {"format": "pt"}
 """Metadata without which transformers refuses a file."""
 
 
@@ -39,7 +39,7 @@ def plain_files(headers: Mapping[str, TensorHeader], folder: Path) -> dict[str, 
     files: dict[str, dict[str, TensorHeader]] = {}
     for name, tensor in sorted(headers.items(), key=lambda item: (item[1].file, item[1].begin)):
         files.setdefault(tensor.file.name, {})[name] = tensor
-    return {name: new_header(tensors, _METADATA) for name, tensors in files.items()}
+    return {name: new_header(tensors, PT_METADATA) for name, tensors in files.items()}
 
 
 def _without_scheme(config: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ Two formats are read, both as published by the models' authors:
   the low half first, [E, O, I / 32, 16], and `<name>_scales`, an exponent of two for every 32
   numbers. Together they encode `<name>`, [E, I, O].
 
-Weights are read as bfloat16 and exported as bfloat16: this package does not quantize.
+Weights are read as bfloat16 and exported as bfloat16, or stored in one of the two formats again
+where that is asked for (`quantize`).
 """
 
 from __future__ import annotations
@@ -130,6 +131,13 @@ def read_scheme(content: Any, where: Path) -> Scheme | None:
 def _is_block(value: Any) -> bool:
     is_pair = isinstance(value, list) and len(value) == 2
     return is_pair and all(type(n) is int and n > 0 for n in value)
+
+
+def stored_names(name: str, method: str) -> tuple[str, str]:
+    """Return the names of a tensor's bits and of their scales."""
+    if method == "mxfp4":
+        return name + _BLOCKS, name + _SCALES
+    return name, name + _SCALE
 
 
 class _Found(NamedTuple):

@@ -24,6 +24,7 @@ from moe_shard.autoep.head import HEAD_ROLE
 from moe_shard.autoep.host_blocks import leaves_of
 from moe_shard.autoep.importing import import_params
 from moe_shard.autoep.not_a_model import refuse_foreign
+from moe_shard.autoep.quantize import Method, quantize_directory
 from moe_shard.autoep.rounding import Rounding
 from moe_shard.checkpoints.checksums import CUSTOM_METADATA, committed_with_checksums
 from moe_shard.checkpoints.convert import is_fused, other_layout, to_layout
@@ -194,7 +195,12 @@ def _movable(config: Config, source: Path) -> Config:
 
 
 def export_model(
-    source: str | Path, target: Path, *, console: Console, stochastic: int | None = None
+    source: str | Path,
+    target: Path,
+    *,
+    console: Console,
+    stochastic: int | None = None,
+    quantize: Method | None = None,
 ) -> None:
     """Write the Hugging Face directory of an imported model, or of a run that began with one.
 
@@ -206,6 +212,7 @@ def export_model(
         target: the directory; new or empty.
         console: shows the progress, and how many values were rounded to the checkpoint's dtypes.
         stochastic: seed of stochastic rounding; None: to nearest.
+        quantize: format of few bits that the projections are then stored in; None: plain weights.
 
     Raises:
         UserError: the source does not come from a Hugging Face directory or cannot be read, or the
@@ -227,6 +234,10 @@ def export_model(
             blocks = stored.blocks()
             export_params(layout.plan, layout.headers, blocks, rounding=rounding, progress=line)
         console.print(f"dtypes of the checkpoint: {rounding.line()}", markup=False, soft_wrap=True)
+        if quantize is not None:
+            with bytes_line(console, f"storing as {quantize}") as line:
+                stored_as = quantize_directory(directory, layout.plan, quantize, progress=line)
+            console.print(stored_as, markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -2,12 +2,15 @@
 
     moe-shard export imported/mixtral Mixtral-again
     moe-shard export outputs/mixtral Mixtral-trained
+    moe-shard export outputs/mixtral Mixtral-FP8 --quantize fp8
 
 Every tensor keeps its name, shape, dtype and file; without training in between every file is the
 same to the byte. Trained parameters are rounded to the checkpoint's dtypes, to nearest or, with
 --stochastic-rounding SEED, by chance; how many is said. Tensors that were fp8 or mxfp4 are written
-as bfloat16. For a run, the newest checkpoint is exported. The parameters are copied from checkpoint
-to files one shard at a time; no accelerator is used. DST is written completely or not at all.
+as bfloat16. With --quantize the matrices of attention, MLPs and experts (mxfp4: stacked experts)
+are stored in few bits, and how far that is from the plain numbers is said. For a run, the newest
+checkpoint is exported. The parameters are copied from checkpoint to files one shard at a time; no
+accelerator is used. DST is written completely or not at all.
 """
 
 from __future__ import annotations
@@ -34,6 +37,11 @@ def main(argv: Sequence[str], prog: str = "moe-shard export") -> int:
         type=_seed,
         help="round to either neighbour, each as likely as it is near",
     )
+    parser.add_argument(
+        "--quantize",
+        choices=("fp8", "mxfp4"),
+        help="store projections in 8 bits with a scale for each 128 x 128, or stacked experts in 4",
+    )
     arguments = parser.parse_args(argv)
     # The CPU is enough, and an accelerator may be in use.
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -47,6 +55,7 @@ def main(argv: Sequence[str], prog: str = "moe-shard export") -> int:
         arguments.target,
         console=console,
         stochastic=arguments.stochastic_rounding,
+        quantize=arguments.quantize,
     )
     console.print(f"exported: {arguments.target}", markup=False)
     return EXIT_DONE

@@ -193,6 +193,23 @@ def make_quantized(
     return found
 
 
+def make_plain(directory: Path, config: Mapping[str, Any], *, seed: int = 0) -> Path:
+    """Write a directory with random bfloat16 weights, in two files; return it.
+
+    The largest magnitude of each matrix is 7, so that its scale in fp8 is a power of two.
+    """
+    rng = np.random.default_rng(seed)
+    tensors: Tensors = {}
+    for name, shape in plain(dict(config)):
+        values = np.clip(rng.standard_normal(shape), -6, 6)
+        values.reshape(-1)[0] = 7
+        values = values * (0.01 if len(shape) == 1 else 1 / 32) + ("norm" in name)
+        tensors[name] = values.astype(BF16)
+    directory.mkdir()
+    write(directory, config, tensors, 2)
+    return directory
+
+
 def write(directory: Path, config: Mapping[str, Any], tensors: Tensors, files: int) -> None:
     """Write the configuration, the index and the tensors."""
     names = [f"model-{number + 1:05}-of-{files:05}.safetensors" for number in range(files)]

@@ -1,4 +1,4 @@
-"""Compare published fp8 and mxfp4 models with transformers' own reading of them."""
+"""Compare fp8 and mxfp4 models, published and written, with transformers' reading of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.autoep.quantize import DEEPSEEK, GPT_OSS, QWEN, make_quantized
+from moe_shard.autoep.detect import detect
+from moe_shard.autoep.quantize import quantize_directory
+from tests.autoep.quantize import DEEPSEEK, GPT_OSS, QWEN, make_plain, make_quantized
 from tests.parity.families import LENGTH, ROWS, VOCAB
 from tests.parity.package import evaluate, open_model
 
@@ -33,6 +35,16 @@ def test_logits(name: str, tmp_path: Path) -> None:
     answer = evaluate(opened, inputs, np.roll(inputs, -1, axis=1))
     expected = logits(tmp_path / "model", inputs)
     np.testing.assert_allclose(answer.logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "method"), [("qwen3_moe", "fp8"), ("gpt_oss", "mxfp4")])
+def test_transformers_reads_what_is_written(name: str, method: Any, tmp_path: Path) -> None:
+    folder = make_plain(tmp_path / "model", MODELS[name])
+    quantize_directory(folder, detect(folder).plan, method)
+    rng = np.random.default_rng(1)
+    inputs = rng.integers(0, VOCAB, (ROWS, LENGTH))
+    answer = evaluate(open_model(folder, 8), inputs, np.roll(inputs, -1, axis=1))
+    np.testing.assert_allclose(answer.logits, logits(folder, inputs), rtol=1e-4, atol=1e-4)
 
 
 def logits(directory: Path, inputs: np.ndarray) -> np.ndarray:
