@@ -8,7 +8,10 @@ from __future__ import annotations
 MOE_SCOPES = ("router", "dispatch", "experts", "combine")
 """The stages of an MoE layer."""
 
-SCOPES = (*MOE_SCOPES, "attention", "mlp", "embedding", "logits", "loss", "optimizer")
+SCOPES = (
+    *(*MOE_SCOPES, "attention", "token_mixer", "mlp"),
+    *("embedding", "logits", "loss", "optimizer"),
+)
 """All stages that a report names."""
 
 FURTHER_ROUNDS = "moe_shard-further_rounds-6e1f0b9c"

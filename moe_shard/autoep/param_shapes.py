@@ -59,6 +59,19 @@ _LATENT_KEYS: dict[str, dict[str, tuple[str, ...]]] = {
 """The same where multi-head latent attention gives an axis another size."""
 
 
+_OF_KEY, _OF_VALUE = ("gdn_num_key_heads", "gdn_key_head_dim"), ("gdn_num_value_heads",)
+_DELTA_KEYS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("query", "key"), (*_OF_KEY, _MODEL_DIM)),
+    **dict.fromkeys(("query_conv", "key_conv"), (*_OF_KEY, "gdn_conv_kernel_dim")),
+    **dict.fromkeys(("value", "gate", "out"), (*_OF_VALUE, "gdn_value_head_dim", _MODEL_DIM)),
+    "value_conv": (*_OF_VALUE, "gdn_value_head_dim", "gdn_conv_kernel_dim"),
+    **dict.fromkeys(("rate", "decay"), (*_OF_VALUE, _MODEL_DIM)),
+    **dict.fromkeys(("decay_log", "decay_bias"), _OF_VALUE),
+    "norm.scale": ("gdn_value_head_dim",),
+}
+"""Parameter of a gated delta net -> the settings that determine its size."""
+
+
 class Slot(NamedTuple):
     """Describe one parameter of one layer (of one expert, in `mlp.experts`) or the whole model.
 
@@ -123,6 +136,8 @@ def slots_of(model: ModelConfig) -> ParamSlots:
 def _slot(path: str, spec: ParamSpec, stacked: int, latent: bool) -> Slot:
     """Describe one parameter without its leading dims of layers and experts."""
     shape, axes = spec.shape[stacked:], spec.logical_axes[stacked:]
+    if path.startswith("delta."):
+        return Slot(shape, _inputs(axes), _DELTA_KEYS[path.removeprefix("delta.")])
     own: Mapping[str, tuple[str, ...]] = {}
     if path.startswith("mlp.shared."):
         own = _SHARED_KEYS

@@ -12,6 +12,7 @@ from moe_shard.config.moe_config import MoEConfig
 from moe_shard.config.schema import Config
 from moe_shard.config.strategies import find_strategy, imported_strategies
 from moe_shard.errors import UserError
+from moe_shard.units import human_ranges
 
 _FLAG = "moe_dispatch_no_expert_sharding=true"
 
@@ -42,8 +43,10 @@ def check_against_mesh(config: Config, sizes: Mapping[str, int]) -> tuple[str, .
         Notes, one line each, about settings that change nothing on this mesh.
 
     Raises:
-        UserError: experts or sequences that their mesh axes do not divide.
+        UserError: experts or sequences that their mesh axes do not divide, or sequences that
+            devices share where layers pass a state over them.
     """
+    _check_states(config, sizes)
     batch_axes = ["activation_batch"]
     if config.model.moe is not None:
         batch_axes += ["activation_batch_moe", "activation_batch_no_exp"]
@@ -51,6 +54,22 @@ def check_against_mesh(config: Config, sizes: Mapping[str, int]) -> tuple[str, .
     for name in batch_axes:
         _check_batch(config, sizes, name)
     return _notes(config, sizes)
+
+
+def _check_states(config: Config, sizes: Mapping[str, int]) -> None:
+    axes = [axis for axis in config.mesh.axes_of("activation_length") if sizes[axis] > 1]
+    kinds = enumerate(config.model.layer_kinds)
+    layers = [(number, kind.mixer) for number, kind in kinds if kind.carries_state]
+    if axes and layers:
+        split = " * ".join(f"{axis}={sizes[axis]}" for axis in axes)
+        named = human_ranges([number for number, _ in layers], most=4)
+        raise UserError(
+            f"{split} splits sequences (rule of activation_length), and "
+            f"layer{'s' if len(layers) > 1 else ''} {named} "
+            f"({', '.join(sorted({mixer for _, mixer in layers}))})\npass a state from token to "
+            "token, which is not done across devices\nfix: "
+            + " ".join(f"ici_{axis}_parallelism=1" for axis in axes)
+        )
 
 
 def _check_experts(config: Config, sizes: Mapping[str, int]) -> None:

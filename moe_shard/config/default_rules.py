@@ -14,6 +14,8 @@ DEFAULT_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("activation_kv_heads", ("tensor",)),  # key and value heads
     ("activation_kv_length", ()),  # positions of keys and values
     ("activation_head_dim", ()),  # elements of a head
+    # key heads of gated delta nets, with their value heads:
+    ("activation_gdn_head", ("tensor",)),
     ("activation_mlp", ("tensor",)),  # hidden dim of a dense MLP
     ("activation_vocab", ("tensor",)),  # logits
     # activations in the MoE layer
@@ -43,6 +45,8 @@ DEFAULT_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("heads", ("tensor",)),  # query heads
     ("kv_heads", ("tensor",)),  # key and value heads
     ("head_dim", ()),  # elements of a head
+    ("gdn_head", ("tensor",)),  # key heads of gated delta nets
+    ("gdn_value", ()),  # value heads of one key head
     ("vocab", ("tensor",)),  # rows of the embedding table
     # model dim of the embedding table:
     ("embed_vocab", ("fsdp", "fsdp_transpose", "context", "expert")),

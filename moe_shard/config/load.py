@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from moe_shard.config.attention_config import AttentionConfig, RopeConfig
+from moe_shard.config.delta_config import DeltaConfig
 from moe_shard.config.eval_config import EvalConfig
 from moe_shard.config.foreign_keys import sift
 from moe_shard.config.generate_config import GenerateConfig
@@ -261,6 +262,7 @@ def _build_model(settings: Mapping[str, Any]) -> ModelConfig:
         remat=_build(RematConfig, settings),
         gating=_build(GatingConfig, settings),
         attention=_build(AttentionConfig, settings, rope=_build(RopeConfig, settings)),
+        delta=_build(DeltaConfig, settings),
         moe=moe if moe.num_experts > 1 else None,
     )
 

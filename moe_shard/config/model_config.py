@@ -6,15 +6,18 @@ import dataclasses
 from typing import Annotated, Literal, NamedTuple, get_args
 
 from moe_shard.config.attention_config import AttentionConfig, AttentionSpan
+from moe_shard.config.delta_config import DeltaConfig
 from moe_shard.config.keys import MOST_SIZE, Key, check_leaves, shown
 from moe_shard.config.moe_config import MoEConfig
 from moe_shard.config.remat_config import RematConfig, RematPolicy
 from moe_shard.errors import UserError
+from moe_shard.units import human_ranges
 
 DType = Literal["bfloat16", "float16", "float32"]
 CrossEntropyName = Literal["auto", "tokamax"]
 Normalization = Literal["rms", "layer"]
 NormPlacement = Literal["input", "output"]
+MixerName = Literal["attention", "gated_delta_net", "none"]
 MOST_LAYERS = 2**12  # far above any model; the cycle of their kinds is looked for layer by layer
 GATE_ACTIVATIONS = ("silu", "gelu", "gelu_exact", "quick_gelu", "relu", "relu2")
 """Values of the first entry of `mlp_activations`; the second, if any, is `linear`. `gelu` is the
@@ -26,13 +29,25 @@ class LayerKind(NamedTuple):
 
     Attributes:
         moe: whether it has routed experts rather than one dense MLP.
-        span: span of its attention.
-        rope: whether its queries and keys are rotated by their positions.
+        span: span of its attention; "global" in a layer without attention.
+        rope: whether its queries and keys are rotated by their positions; false without attention.
+        mixer: what moves information between its tokens; "none": nothing does.
+        mlp: whether it has experts or an MLP.
     """
 
     moe: bool
     span: AttentionSpan
     rope: bool
+    mixer: MixerName = "attention"
+    mlp: bool = True
+
+    @property
+    def carries_state(self) -> bool:
+        """Return whether a token's output needs a state that the token before it leaves.
+
+        All mixers do but attention, which reaches earlier tokens by their keys and values.
+        """
+        return self.mixer not in ("attention", "none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,6 +120,8 @@ class ModelConfig:
         vocab_size: V, tokens of the vocabulary.
         normalization_type: a `Normalization`: "rms" is RMSNorm, "layer" LayerNorm with a bias.
         normalization_layer_epsilon: number added to the mean square.
+        normalization_zero_centered: whether RMSNorms multiply by 1 + scale, which begins at 0, and
+            not by scale, which begins at 1.
         norm_placement: a `NormPlacement`: whether attention and MLP are of normalised activations,
             or what they add to the residual stream is normalised (OLMo 2, arXiv 2501.00656).
         logits_via_embedding: whether the output projection is the embedding table, transposed.
@@ -117,12 +134,16 @@ class ModelConfig:
         interleave_moe_layer_step: the last of every so many layers has experts, the others are
             dense.
         dense_layers: numbers, from 0, of further layers that are dense.
+        mixer_pattern: what moves information between the tokens of each layer, a `MixerName`,
+            repeated over the layers.
+        layers_without_mlp: numbers, from 0, of layers that have a mixer only.
         dtype: dtype of activations and matrix products.
         weight_dtype: dtype of the stored parameters.
         remat_policy: what the forward pass saves for the backward pass: a `RematPolicy`.
         remat: the tensors of `remat_policy="custom"`.
         gating: the gated MLPs.
-        attention: attention of every layer.
+        attention: attention of the layers whose mixer it is.
+        delta: the gated delta net, likewise.
         moe: the MoE layer, or None for a dense model (`num_experts: 1`).
 
     Raises:
@@ -137,6 +158,7 @@ class ModelConfig:
     vocab_size: Annotated[int, Key(least=2, most=MOST_SIZE)] = 32000
     normalization_type: Annotated[Normalization, Key(choices=get_args(Normalization))] = "rms"
     normalization_layer_epsilon: Annotated[float, Key(above=0)] = 1e-05
+    normalization_zero_centered: Annotated[bool, Key()] = False
     norm_placement: Annotated[NormPlacement, Key(choices=get_args(NormPlacement))] = "input"
     logits_via_embedding: Annotated[bool, Key()] = False
     logits_bias: Annotated[bool, Key()] = False
@@ -147,12 +169,15 @@ class ModelConfig:
     first_num_dense_layers: Annotated[int, Key(least=0)] = 0
     interleave_moe_layer_step: Annotated[int, Key(least=1)] = 1
     dense_layers: Annotated[tuple[int, ...], Key(least=0)] = ()
+    mixer_pattern: Annotated[tuple[MixerName, ...], Key(each=get_args(MixerName))] = ("attention",)
+    layers_without_mlp: Annotated[tuple[int, ...], Key(least=0)] = ()
     dtype: Annotated[DType, Key(choices=get_args(DType))] = "bfloat16"
     weight_dtype: Annotated[DType, Key(choices=get_args(DType))] = "float32"
     remat_policy: Annotated[RematPolicy, Key(choices=get_args(RematPolicy))] = "save_exchanged"
     remat: RematConfig = dataclasses.field(default_factory=RematConfig)
     gating: GatingConfig = dataclasses.field(default_factory=GatingConfig)
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
+    delta: DeltaConfig = dataclasses.field(default_factory=DeltaConfig)
     moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
@@ -160,6 +185,7 @@ class ModelConfig:
         for key, numbers in (
             ("dense_layers", self.dense_layers),
             ("nope_layers", self.attention.nope_layers),
+            ("layers_without_mlp", self.layers_without_mlp),
         ):
             beyond = [layer for layer in numbers if layer >= self.num_decoder_layers]
             if beyond:
@@ -167,12 +193,28 @@ class ModelConfig:
                     f"{key}={shown(numbers)} names layer {beyond[0]} of "
                     f"{self.num_decoder_layers}\nfix: numbers below {self.num_decoder_layers}"
                 )
+        self._check_mixers()
         if self.moe is not None and not any(kind.moe for kind in self.layer_kinds):
             raise UserError(
                 f"num_experts={self.moe.num_experts}, but no layer has experts: "
                 f"first_num_dense_layers={self.first_num_dense_layers}, interleave_moe_layer_step="
                 f"{self.interleave_moe_layer_step}, {self.num_decoder_layers} layers\n"
                 "fix: fewer dense layers, or num_experts=1"
+            )
+
+    def _check_mixers(self) -> None:
+        if not self.mixer_pattern:
+            raise UserError("mixer_pattern=[] names no mixer\nfix: [attention], for example")
+        if self.normalization_zero_centered and self.normalization_type != "rms":
+            raise UserError(
+                f"normalization_zero_centered=true with normalization_type="
+                f"{self.normalization_type}: it is about RMSNorm\nfix: normalization_type=rms"
+            )
+        empty = [n for n, kind in enumerate(self.layer_kinds) if kind[3:] == ("none", False)]
+        if empty:
+            raise UserError(
+                f"layer {human_ranges(empty, most=4)} has neither a mixer (mixer_pattern) nor an "
+                "MLP (layers_without_mlp)\nfix: one of the two"
             )
 
     @property
@@ -183,16 +225,22 @@ class ModelConfig:
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """Return the kind of every layer, in order."""
+        return tuple(self._kind(layer) for layer in range(self.num_decoder_layers))
+
+    def _kind(self, layer: int) -> LayerKind:
         pattern, interval = self.attention.attention_pattern, self.attention.nope_layer_interval
-        return tuple(
-            LayerKind(
-                moe=self.moe is not None
-                and layer >= self.first_num_dense_layers
-                and (layer + 1) % self.interleave_moe_layer_step == 0
-                and layer not in self.dense_layers,
-                span=pattern[layer % len(pattern)],
-                rope=(interval == -1 or (layer + 1) % interval != 0)
-                and layer not in self.attention.nope_layers,
-            )
-            for layer in range(self.num_decoder_layers)
+        mixer = self.mixer_pattern[layer % len(self.mixer_pattern)]
+        attends, mlp = mixer == "attention", layer not in self.layers_without_mlp
+        return LayerKind(
+            moe=self.moe is not None
+            and mlp
+            and layer >= self.first_num_dense_layers
+            and (layer + 1) % self.interleave_moe_layer_step == 0
+            and layer not in self.dense_layers,
+            span=pattern[layer % len(pattern)] if attends else "global",
+            rope=attends
+            and (interval == -1 or (layer + 1) % interval != 0)
+            and layer not in self.attention.nope_layers,
+            mixer=mixer,
+            mlp=mlp,
         )

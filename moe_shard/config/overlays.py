@@ -42,6 +42,7 @@ _ONE_OR_MORE = ("dataset_path", "eval_dataset_path", "train_data_columns", "eval
 _LISTS_OF: Mapping[str, type] = {
     "dense_layers": int,
     "nope_layers": int,
+    "layers_without_mlp": int,
     "rope_short_factors": float,
     "rope_long_factors": float,
 }

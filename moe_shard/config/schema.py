@@ -401,7 +401,8 @@ class Config:
         """
         flat: dict[str, Any] = {}
         model, moe = self.model, self.model.moe
-        parts = [self.run, model, model.remat, model.gating, model.attention, model.attention.rope]
+        parts: list[Any] = [self.run, model, model.remat, model.gating, model.attention]
+        parts += [model.attention.rope, model.delta]
         if moe is None:
             flat["num_experts"] = 1
         else:

@@ -36,6 +36,7 @@ class Attention(Heads):
         kind: the layer's span, and whether it has RoPE.
         model_dim: M, the model dim.
         norm_epsilon: epsilon of the norms of queries and keys.
+        zero_centered: whether these norms multiply by 1 + scale.
         dtype: dtype of the products.
         weight_dtype: dtype of the parameters.
         sharding: the mesh and its rules.
@@ -53,6 +54,7 @@ class Attention(Heads):
         weight_dtype: DTypeLike,
         sharding: Sharding,
         rngs: nnx.Rngs,
+        zero_centered: bool = False,
     ) -> None:
         super().__init__(config=config, kind=kind, dtype=dtype, sharding=sharding)
         self.norm_epsilon = norm_epsilon
@@ -81,6 +83,7 @@ class Attention(Heads):
                 epsilon=norm_epsilon,
                 weight_dtype=weight_dtype,
                 axis=(axis, None) if both else "head_dim",
+                zero_centered=zero_centered,
             )
 
         queries, keys = (config.num_query_heads, "heads"), (config.num_kv_heads, "kv_heads")
@@ -190,6 +193,7 @@ def make_attention(
     weight_dtype: DTypeLike,
     sharding: Sharding,
     rngs: nnx.Rngs,
+    zero_centered: bool = False,
 ) -> Attention | LatentAttention:
     """Make the attention that `attention_type` names; see the classes for the arguments."""
     if config.attention_type == "mla":
@@ -211,4 +215,5 @@ def make_attention(
         weight_dtype=weight_dtype,
         sharding=sharding,
         rngs=rngs,
+        zero_centered=zero_centered,
     )

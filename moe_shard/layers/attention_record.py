@@ -59,6 +59,8 @@ def attention_records(
 ) -> dict[str, AttentionRecord]:
     """Return {layers: their record} for training, one for all layers that attend alike.
 
+    Layers without attention have none.
+
     Args:
         config: the model.
         sharding: the mesh and its rules.
@@ -69,7 +71,8 @@ def attention_records(
     """
     layers = defaultdict(list)
     for number, kind in enumerate(config.layer_kinds):
-        layers[kind.span].append((number, kind))
+        if kind.mixer == "attention":
+            layers[kind.span].append((number, kind))
     return {
         _named([number for number, _ in alike]): _record(config, alike[0][1], sharding, tokens)
         for alike in layers.values()

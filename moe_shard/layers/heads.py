@@ -72,6 +72,28 @@ def make_vector(
     return parameter(jnp.zeros(shape, dtype), axes)
 
 
+def param_in_use(
+    param: nnx.Param[Array],
+    used: tuple[str | None, ...],
+    *,
+    dtype: DTypeLike,
+    sharding: Sharding,
+    name: str,
+) -> Float[Array, "*D"]:
+    """Return a parameter in a dtype, placed where a product needs it.
+
+    Args:
+        param: the parameter; the leading dims of a stack of layers are not counted.
+        used: the logical axes that it is used with.
+        dtype: dtype of the product.
+        sharding: the mesh and its rules.
+        name: its name in reports.
+    """
+    axes = param.get_metadata("out_sharding")
+    stored = axes[-len(used) :]  # stacked parameters have `layers` first
+    return sharding.use_weight(param[...].astype(dtype), stored, used, name=name)
+
+
 class Heads(nnx.Module):
     """Share what every kind of attention has; subclasses make the weights.
 
@@ -151,10 +173,8 @@ class Heads(nnx.Module):
         self, param: nnx.Param[Array], used: tuple[str | None, ...], name: str
     ) -> Float[Array, "*D"]:
         """Return a parameter in the dtype of the products, placed where they use it."""
-        axes = param.get_metadata("out_sharding")
-        stored = axes[-len(used) :]  # stacked parameters have `layers` first
-        return self.sharding.use_weight(
-            param[...].astype(self.dtype), stored, used, name=f"attention {name}"
+        return param_in_use(
+            param, used, dtype=self.dtype, sharding=self.sharding, name=f"attention {name}"
         )
 
     def _by_head(

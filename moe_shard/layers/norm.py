@@ -27,11 +27,14 @@ def normalise(x: Float[Array, "*B M"], *, epsilon: float, dims: int = 1) -> Floa
 class RMSNorm(nnx.Module):
     """Divide by the root mean square over the last dim or dims, in float32, then scale.
 
+    The scale is a factor that begins at 1 or, where it is zero-centered, what is added to 1.
+
     Args:
         dim: size of the last dim, or of the last dims.
         epsilon: number added to the mean square.
         weight_dtype: dtype of the scale.
         axis: logical axis of each of the scale's dims.
+        zero_centered: whether to multiply by 1 + scale.
     """
 
     def __init__(
@@ -41,16 +44,18 @@ class RMSNorm(nnx.Module):
         epsilon: float,
         weight_dtype: DTypeLike,
         axis: str | tuple[str | None, ...] = "norm",
+        zero_centered: bool = False,
     ) -> None:
         shape = (dim,) if isinstance(dim, int) else dim
         axes = (axis,) if isinstance(axis, str) else axis
-        self.scale = parameter(jnp.ones(shape, weight_dtype), axes)
-        self.epsilon, self.dims = epsilon, len(shape)
+        self.scale = parameter(jnp.full(shape, not zero_centered, weight_dtype), axes)
+        self.epsilon, self.dims, self.zero_centered = epsilon, len(shape), zero_centered
 
     def __call__(self, x: Float[Array, "*B M"]) -> Float[Array, "*B M"]:
         """Normalise `x`; the result has its dtype."""
         normalised = normalise(x.astype(jnp.float32), epsilon=self.epsilon, dims=self.dims)
-        return (normalised * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        scale = self.scale[...].astype(jnp.float32)
+        return (normalised * (1 + scale if self.zero_centered else scale)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

@@ -1,4 +1,4 @@
-"""Compute the decoder: embedding, scanned layers of attention and MoE or MLP, logits."""
+"""Compute the decoder: embedding, scanned layers of a token mixer and MoE or MLP, logits."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Shaped
 
 from moe_shard.config.model_config import LayerKind, ModelConfig
-from moe_shard.layers.attention import make_attention
 from moe_shard.layers.cache import EMPTY, LayerCache, Memory
 from moe_shard.layers.embedding import Embedding
 from moe_shard.layers.mlp import MLP
 from moe_shard.layers.norm import LayerNorm, RMSNorm
 from moe_shard.models.cycles import Cycle, cycles_of
+from moe_shard.models.mixers import MIXERS, TokenMixer
 from moe_shard.models.remat import LAYER_INPUT, remat
 from moe_shard.moe.layer import MoELayer, MoEStats
 from moe_shard.sharding.annotate import Sharding
 
-StackCaches = dict[str, dict[str, Shaped[Array, "layers B T ..."]]]
+StackCaches = dict[str, dict[str, Shaped[Array, "layers B ..."]]]
 """Cached arrays by stack and name."""
 Norm = RMSNorm | LayerNorm
 
@@ -44,7 +44,12 @@ class Cache(NamedTuple):
 
 
 class DecoderLayer(nnx.Module):
-    """Add attention, then MoE or MLP, to the residual stream; the input or output is normalised."""
+    """Add a token mixer, then MoE or MLP, to the residual stream; input or output is normalised.
+
+    A layer may lack one of the two. The mixer stands at the attribute that its entry in `MIXERS`
+    names, so that the parameters of each kind have names of their own; its norm is
+    `attention_norm` whatever the kind.
+    """
 
     def __init__(
         self, config: ModelConfig, kind: LayerKind, sharding: Sharding, *, rngs: nnx.Rngs
@@ -52,18 +57,15 @@ class DecoderLayer(nnx.Module):
         dtypes = {"dtype": config.dtype, "weight_dtype": config.weight_dtype}
         self.residual_multiplier = config.residual_multiplier
         self.normalises_input = config.norm_placement == "input"
-        self.attention_norm = make_norm(config)
-        self.attention = make_attention(
-            config=config.attention,
-            kind=kind,
-            model_dim=config.emb_dim,
-            norm_epsilon=config.normalization_layer_epsilon,
-            sharding=sharding,
-            rngs=rngs,
-            **dtypes,
-        )
-        self.mlp_norm = make_norm(config)
-        self.mlp: MoELayer | MLP
+        self.mixer_attribute = ""
+        if kind.mixer != "none":
+            entry = MIXERS[kind.mixer]
+            self.attention_norm = make_norm(config)
+            self.mixer_attribute = entry.attribute
+            setattr(self, entry.attribute, entry.make(config, kind, sharding, rngs))
+        self.mlp: MoELayer | MLP | None
+        if kind.mlp:
+            self.mlp_norm = make_norm(config)
         if kind.moe:
             assert config.moe is not None, "a layer kind with experts needs config.moe"
             self.mlp = MoELayer(
@@ -74,6 +76,8 @@ class DecoderLayer(nnx.Module):
                 rngs=rngs,
                 **dtypes,
             )
+        elif not kind.mlp:
+            self.mlp = None
         else:
             self.mlp = MLP(
                 model_dim=config.emb_dim,
@@ -94,17 +98,31 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "B S M"], MoEStats | None, LayerCache]:
         """Apply the layer. Statistics are None for a dense layer."""
         x = checkpoint_name(x, LAYER_INPUT)
-        taken = self._taken(x, self.attention_norm)
-        attended, cache = self.attention(taken, positions, segment_ids, memory, order)
-        x = self._add(x, attended, self.attention_norm)
+        cache: LayerCache = {}
+        if self.mixer is not None:
+            taken = self._taken(x, self.attention_norm)
+            mixed, cache = self.mixer(taken, positions, segment_ids, memory, order)
+            x = self._add(x, mixed, self.attention_norm)
+        if self.mlp is None:
+            return x, None, cache
         taken = self._taken(x, self.mlp_norm)
         if isinstance(self.mlp, MoELayer):
             y, stats = self.mlp(taken)
             return self._add(x, y, self.mlp_norm), stats, cache
         return self._add(x, self.mlp(taken), self.mlp_norm), None, cache
 
+    @property
+    def mixer(self) -> TokenMixer | None:
+        """Return what mixes tokens; None where the layer has an MLP only."""
+        mixer: TokenMixer | None = getattr(self, self.mixer_attribute or "_", None)
+        return mixer
+
+    def empty_cache(self, rows: int, places: int) -> LayerCache:
+        """Make a cache without tokens, see `Decoder.empty_cache`; one layer's."""
+        return {} if self.mixer is None else self.mixer.empty_cache(rows, places)
+
     def _taken(self, x: Float[Array, "B S M"], norm: Norm) -> Float[Array, "B S M"]:
-        """Return what attention or MLP takes in."""
+        """Return what a mixer or MLP takes in."""
         return norm(x) if self.normalises_input else x
 
     def _add(
@@ -213,7 +231,7 @@ class Decoder(nnx.Module):
         stacks: StackCaches = {}
         for cycle in self.cycles:
             for name in cycle.names:
-                one = getattr(self, name).attention.empty_cache(rows, places)
+                one = getattr(self, name).empty_cache(rows, places)
                 stacks[name] = {
                     key: jnp.broadcast_to(array, (cycle.turns, *array.shape))
                     for key, array in one.items()
@@ -282,11 +300,14 @@ class Decoder(nnx.Module):
 
 def make_norm(config: ModelConfig) -> Norm:
     """Make the normalisation of the residual stream."""
-    kind = RMSNorm if config.normalization_type == "rms" else LayerNorm
-    return kind(
-        dim=config.emb_dim,
-        epsilon=config.normalization_layer_epsilon,
+    dim, epsilon = config.emb_dim, config.normalization_layer_epsilon
+    if config.normalization_type == "layer":
+        return LayerNorm(dim=dim, epsilon=epsilon, weight_dtype=config.weight_dtype)
+    return RMSNorm(
+        dim=dim,
+        epsilon=epsilon,
         weight_dtype=config.weight_dtype,
+        zero_centered=config.normalization_zero_centered,
     )
 
 

@@ -22,6 +22,7 @@ _OTHER: Final = "other"
 _TABLE: Final = (
     ("norms", r"norm\."),
     ("attention", r"(^|\.)attention\."),
+    ("delta_net", r"(^|\.)delta\."),
     ("router", r"\.router\."),
     ("experts", r"\.experts\."),
     ("shared_experts", r"\.shared(\.|_gate$)"),

@@ -10,6 +10,7 @@ its mesh axes. Dims of a matrix that belong together, heads and their elements, 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,7 +23,8 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from moe_shard.models.params import Params, ParamSpec
 
-_HEADS = frozenset({"heads", "kv_heads"})
+_HEADS = frozenset({"heads", "kv_heads", "gdn_head", "gdn_value"})
+_OF_HEADS = _HEADS | {"head_dim"}
 
 
 class MatrixDims(NamedTuple):
@@ -50,7 +52,9 @@ def _dims(spec: ParamSpec) -> MatrixDims:
     stacked = sum(_is_stacked(spec, axis) for axis in axes)
     if not spec.is_matrix:
         return MatrixDims(stacked, len(axes) - stacked, 0)
-    inputs = 2 if axes[stacked] in _HEADS and axes[stacked + 1] == "head_dim" else 1
+    inputs = 1
+    if axes[stacked] in _HEADS:
+        inputs = sum(1 for _ in itertools.takewhile(_OF_HEADS.__contains__, axes[stacked:]))
     return MatrixDims(stacked, inputs, len(axes) - stacked - inputs)
 
 

@@ -66,7 +66,7 @@ _KEYS: dict[Kind, str] = {
         force_load_balance use_random_routing routed_score_func n_routing_groups topk_routing_group
         routing_group_score norm_topk_prob norm_topk_epsilon routed_scaling_factor
         routed_score_on_input
-        sparsemixer_jitter
+        sparsemixer_jitter normalization_zero_centered use_qk_norm_in_gdn
         """,
     Kind.FIXED: """
         base_emb_dim base_num_decoder_layers base_mlp_dim vocab_size mlp_bias normalization_type
@@ -76,6 +76,8 @@ _KEYS: dict[Kind, str] = {
         nope_layer_interval nope_layers attention_bias attention_out_bias attention_sink use_qk_norm
         qk_norm_type num_experts base_moe_mlp_dim router_bias routed_bias shared_experts
         shared_expert_mlp_dim shared_expert_gate optimizer muon_include_routers
+        mixer_pattern layers_without_mlp gdn_num_key_heads gdn_num_value_heads gdn_key_head_dim
+        gdn_value_head_dim gdn_conv_kernel_dim
         """,
     Kind.FREE: """
         enable_emergency_checkpoint local_checkpoint_directory local_checkpoint_period
@@ -89,7 +91,7 @@ _KEYS: dict[Kind, str] = {
         moe_mlpwi_1 moe_mlpwo moe_exchanged attention context_parallel_strategy
         context_parallel_load_balance ragged_transport grouped_product num_moe_token_chunks
         prefuse_moe_weights moe_dispatch_no_expert_sharding cross_entropy num_vocab_tiling
-        cast_weights_once shard_optimizer_over_data optimizer_memory_host_offload
+        gdn_chunk_size cast_weights_once shard_optimizer_over_data optimizer_memory_host_offload
         decode_sampling_strategy decode_sampling_temperature decode_sampling_nucleus_p
         decode_sampling_top_k max_new_tokens dump_hlo profile skip_first_n_steps_for_profiler
         profiler_steps mesh_axes logical_axis_rules rule_conflicts num_simulated_devices

@@ -10,6 +10,7 @@ import yaml
 
 from moe_shard.config import configs_dir, list_models, load_config
 from moe_shard.config.attention_config import AttentionConfig, RopeConfig
+from moe_shard.config.delta_config import DeltaConfig
 from moe_shard.config.eval_config import EvalConfig
 from moe_shard.config.generate_config import GenerateConfig
 from moe_shard.config.keys import leaf_keys, to_plain
@@ -32,6 +33,7 @@ SCHEMAS = (
     GatingConfig,
     AttentionConfig,
     RopeConfig,
+    DeltaConfig,
     MoEConfig,
     RouterConfig,
     MeshConfig,

@@ -38,6 +38,17 @@ MODELS = {
         "temperature_tuning_floor=2",
     ),
     "mla": (*MLA, "q_lora_rank=8"),
+    "states-and-one-block-layers": (
+        "base_num_decoder_layers=4",
+        "mixer_pattern=[gated_delta_net, attention, none, gated_delta_net]",
+        "layers_without_mlp=[1, 3]",
+        "gdn_num_key_heads=2",
+        "gdn_num_value_heads=4",
+        "gdn_key_head_dim=8",
+        "gdn_value_head_dim=6",
+        "gdn_chunk_size=4",
+        "normalization_zero_centered=true",
+    ),
 }
 TOKENS = 12
 

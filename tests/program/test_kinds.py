@@ -15,6 +15,11 @@ from tests.models.build import annotator, random_params, small_config
 
 EVERYTHING = (
     "dense_layers=[0]",
+    "mixer_pattern=[attention, gated_delta_net]",
+    "gdn_num_key_heads=2",
+    "gdn_num_value_heads=4",
+    "gdn_key_head_dim=8",
+    "gdn_value_head_dim=8",
     "shared_experts=1",
     "shared_expert_gate=true",
     "routed_bias=true",

@@ -1,0 +1,42 @@
+"""Count the parameters and floating-point operations of attention from its configuration."""
+
+from __future__ import annotations
+
+from moe_shard.config.attention_config import AttentionConfig
+
+
+def attention_params(config: AttentionConfig, model_dim: int) -> int:
+    """Count the parameters that a token is multiplied with.
+
+    Args:
+        config: heads and latents.
+        model_dim: M, the model dim.
+    """
+    heads = config.num_query_heads
+    of_key, of_value = _head_dims(config)
+    out = heads * of_value * model_dim
+    if config.attention_type == "mla":
+        inner = config.q_lora_rank or model_dim
+        queries = model_dim * config.q_lora_rank + inner * heads * of_key
+        latent = model_dim * (config.kv_lora_rank + config.qk_rope_head_dim)
+        expanded = config.kv_lora_rank * heads * (config.qk_nope_head_dim + of_value)
+        return queries + latent + expanded + out
+    return model_dim * (heads * of_key + config.num_kv_heads * (of_key + of_value)) + out
+
+
+def attention_flops(config: AttentionConfig, seq_len: int) -> int:
+    """Count the operations of one token's scores and values, forward and backward.
+
+    Args:
+        config: heads and their sizes.
+        seq_len: S, tokens in a sequence, all of which count for each.
+    """
+    of_key, of_value = _head_dims(config)
+    return 6 * config.num_query_heads * (of_key + of_value) * seq_len
+
+
+def _head_dims(config: AttentionConfig) -> tuple[int, int]:
+    """Return the number of elements of a key and of a value."""
+    if config.attention_type == "mla":
+        return config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    return config.head_dim, config.head_dim
