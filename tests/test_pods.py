@@ -16,14 +16,17 @@ PODS = {
     "deepseek2-16b": ("mi355x:8", "per_device_batch_size=1"),
     "deepseek3-671b": ("mi355x:256", "per_device_batch_size=1"),
     "glm4.5-air": ("mi355x:32", "per_device_batch_size=1"),
+    "glm4.7-flash": ("mi355x:8", "per_device_batch_size=1"),
     "gpt-oss-120b": ("mi355x:32", "per_device_batch_size=1"),
     "gpt-oss-20b": ("h100:8", "per_device_batch_size=1"),
     "llama4-17b-16e": ("mi355x:32", "per_device_batch_size=1"),
+    "minimax-m2": ("mi355x:64", "per_device_batch_size=1"),
     "mixtral-8x22b": ("mi355x:32", "per_device_batch_size=1"),
     "mixtral-8x7b": ("mi355x:8", "per_device_batch_size=4"),
     "olmoe-1b-7b": ("v6e:2x4", "per_device_batch_size=1"),
     "qwen3-235b-a22b": ("v6e:16x16", "per_device_batch_size=1"),
     "qwen3-30b-a3b": ("v6e:8x8", "per_device_batch_size=1"),
+    "solar-open-100b": ("mi355x:32", "per_device_batch_size=1"),
 }
 """Model -> a target that it fits on, and the batch that fits with it."""
 

@@ -244,12 +244,14 @@ def _derive(settings: dict[str, Any], name: str) -> None:
         settings["base_moe_mlp_dim"] = settings["base_mlp_dim"]
     emb_dim, heads = settings["base_emb_dim"], settings["base_num_query_heads"]
     if settings["head_dim"] == -1:
-        if heads < 1 or emb_dim % heads:
+        # Latent attention has sizes of its own, and reads none of this.
+        latent = settings["attention_type"] == "mla"
+        if heads < 1 or (emb_dim % heads and not latent):
             raise UserError(
                 f"head_dim=-1 is base_emb_dim / base_num_query_heads, and {emb_dim} / {heads} is "
                 "not a whole number\nfix: set head_dim, for example head_dim=128"
             )
-        settings["head_dim"] = emb_dim // heads
+        settings["head_dim"] = max(emb_dim // heads, 2) if latent else emb_dim // heads
 
 
 def _build_model(settings: Mapping[str, Any]) -> ModelConfig:

@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from moe_shard.autoep.attributes import Attributes
 from moe_shard.autoep.detect import detect
+from moe_shard.autoep.family import load_family
+from moe_shard.autoep.settings import model_settings
 from moe_shard.checkpoints.resolve import load_model
 from moe_shard.config import load_config
+from moe_shard.config.model_config import ModelConfig
 from tests.autoep.directory import write_model
 from tests.autoep.published import CONFIGS, tensors
 from tests.counted import counted
@@ -30,6 +35,13 @@ SAME = {
     "GLM-4.5-Air": "glm4.5-air",
 }
 """Models that configs/models/ has too, written down by another hand."""
+
+CONFIG_ALONE: dict[str, tuple[str, dict[str, Any]]] = {
+    "glm4.7-flash": ("glm4_moe_lite", {"rope_theta": 1000000}),
+    "minimax-m2": ("minimax_m2", {"rotary_dim": 64, "scoring_func": "sigmoid"}),
+    "solar-open-100b": ("solar_open", {}),
+}
+"""Model in configs/models/ -> its family, and what its config.json has other than the default."""
 
 TRAINING = {
     *(
@@ -109,14 +121,29 @@ def test_every_tensor_has_its_place(name: str, published: Any) -> None:
 
 @pytest.mark.parametrize("name", SAME)
 def test_the_same_model_as_the_one_in_configs(name: str, published: Any) -> None:
+    assert not differences(load_model(str(published(name))).model, SAME[name])
+
+
+@pytest.mark.parametrize("name", CONFIG_ALONE)
+def test_a_config_is_the_model_in_configs(name: str, tmp_path: Path) -> None:
+    """Of the models whose tensors are named as another's here."""
+    family, written = CONFIG_ALONE[name]
+    attributes = Attributes(written, load_family(family), tmp_path)
+    settings = model_settings(attributes, load_family(family))
+    (tmp_path / "model.yml").write_text(yaml.safe_dump(settings))
+    assert not differences(load_config(str(tmp_path / "model.yml")).model, name)
+
+
+def differences(model: ModelConfig, name: str) -> dict[str, Any]:
+    """Return what of a model differs from one in configs/models, by key."""
+
     def flat(part: Any) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for key, value in part.items():
             values |= flat(value) if isinstance(value, dict) else {key: value}
         return values
 
-    found = flat(asdict(load_model(str(published(name))).model))
-    known = flat(asdict(load_config(SAME[name]).model))
+    found, known = flat(asdict(model)), flat(asdict(load_config(name).model))
     if known["rope_attention_scaling"]:
         # The detected settings give it as a number.
         known |= {"rope_attention_factor": 0.1 * math.log(known["rope_factor"]) + 1}
@@ -125,17 +152,16 @@ def test_the_same_model_as_the_one_in_configs(name: str, published: Any) -> None
         known["rope_attention_factor"] = 1.0
     if found["n_routing_groups"] == found["topk_routing_group"] == 1:
         found |= {"n_routing_groups": -1, "topk_routing_group": -1}
-    of_others = UNREAD["latent" if "deepseek" in SAME[name] else "heads"]
+    of_others = UNREAD["latent" if known["attention_type"] == "mla" else "heads"]
     if known["rope_type"] == "default":
         of_others = of_others | UNREAD["plain positions"]
     if known["n_routing_groups"] == -1:
         of_others = of_others | UNREAD["one group"]
-    different = {
+    return {
         key: (found[key], known[key])
         for key in found
         if key not in TRAINING | of_others and found[key] != known[key]
     }
-    assert not different
 
 
 def test_torch_is_not_imported_and_no_device_is_started(published: Any) -> None:
