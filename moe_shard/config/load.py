@@ -26,6 +26,7 @@ from moe_shard.config.maxtext import is_maxtext, read_run, why_tokens_cannot_mov
 from moe_shard.config.maxtext_keys import MaxTextKeys, read_maxtext_keys
 from moe_shard.config.model_config import DType, GatingConfig, ModelConfig
 from moe_shard.config.moe_config import MoEConfig, RouterConfig
+from moe_shard.config.mtp_config import MTPConfig
 from moe_shard.config.overlays import COMMAND_LINE, Overlay, lay_over, parse_overrides, short_name
 from moe_shard.config.remat_config import RematConfig
 from moe_shard.config.schema import Config, DataConfig, RunConfig, TrainConfig
@@ -266,6 +267,7 @@ def _build_model(settings: Mapping[str, Any]) -> ModelConfig:
         attention=_build(AttentionConfig, settings, rope=_build(RopeConfig, settings)),
         delta=_build(DeltaConfig, settings),
         moe=moe if moe.num_experts > 1 else None,
+        mtp=_build(MTPConfig, settings),
     )
 
 

@@ -9,6 +9,7 @@ from moe_shard.config.attention_config import AttentionConfig, AttentionSpan
 from moe_shard.config.delta_config import DeltaConfig
 from moe_shard.config.keys import MOST_SIZE, Key, check_leaves, shown
 from moe_shard.config.moe_config import MoEConfig
+from moe_shard.config.mtp_config import MTPConfig
 from moe_shard.config.remat_config import RematConfig, RematPolicy
 from moe_shard.errors import UserError
 from moe_shard.units import human_ranges
@@ -145,6 +146,7 @@ class ModelConfig:
         attention: attention of the layers whose mixer it is.
         delta: the gated delta net, likewise.
         moe: the MoE layer, or None for a dense model (`num_experts: 1`).
+        mtp: multi-token prediction.
 
     Raises:
         UserError: on a value out of range or a contradiction between keys.
@@ -179,6 +181,7 @@ class ModelConfig:
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
     delta: DeltaConfig = dataclasses.field(default_factory=DeltaConfig)
     moe: MoEConfig | None = None
+    mtp: MTPConfig = dataclasses.field(default_factory=MTPConfig)
 
     def __post_init__(self) -> None:
         check_leaves(self)
@@ -244,3 +247,13 @@ class ModelConfig:
             mixer=mixer,
             mlp=mlp,
         )
+
+    @property
+    def mtp_kinds(self) -> tuple[LayerKind, ...]:
+        """Return the kind of every MTP layer: that of the last decoder layer."""
+        return self.layer_kinds[-1:] * self.mtp.mtp_num_layers
+
+    @property
+    def all_layer_kinds(self) -> tuple[LayerKind, ...]:
+        """Return the kinds of the decoder's layers, then those of the MTP layers after them."""
+        return self.layer_kinds + self.mtp_kinds

@@ -70,7 +70,7 @@ def attention_records(
         UserError: as the layers' calls.
     """
     layers = defaultdict(list)
-    for number, kind in enumerate(config.layer_kinds):
+    for number, kind in enumerate(config.all_layer_kinds):
         if kind.mixer == "attention":
             layers[kind.span].append((number, kind))
     return {

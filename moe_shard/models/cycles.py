@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from moe_shard.config.model_config import LayerKind
+from moe_shard.config.model_config import LayerKind, ModelConfig
+
+PREDICTION = "mtp"
+"""Name of the stack of MTP layers, which are no part of any cycle."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,14 @@ def stacks_of(kinds: Sequence[LayerKind]) -> Iterator[tuple[str, LayerKind, rang
     for cycle in cycles_of(kinds):
         for place, (name, kind) in enumerate(zip(cycle.names, cycle.kinds, strict=True)):
             yield name, kind, cycle.numbers(place)
+
+
+def all_stacks(config: ModelConfig) -> Iterator[tuple[str, LayerKind, range]]:
+    """Yield the stacks of a model as `stacks_of`, then that of its MTP layers, if it has any."""
+    yield from stacks_of(config.layer_kinds)
+    if kinds := config.mtp_kinds:
+        last = len(config.layer_kinds)
+        yield PREDICTION, kinds[0], range(last, last + len(kinds))
 
 
 def _turns(kinds: Sequence[LayerKind], period: int) -> int:

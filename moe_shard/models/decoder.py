@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +151,8 @@ class Decoder(nnx.Module):
         self.cycles = cycles_of(config.layer_kinds)
         for cycle in self.cycles:
             for name, kind in zip(cycle.names, cycle.kinds, strict=True):
-                setattr(self, name, _stack(config, kind, cycle.turns, sharding, rngs))
+                stack = make_stack(DecoderLayer, config, kind, cycle.turns, sharding, rngs)
+                setattr(self, name, stack)
         self.final_norm = make_norm(config)
         self.remat_policy, self.remat = config.remat_policy, config.remat
 
@@ -188,8 +189,19 @@ class Decoder(nnx.Module):
 
         Arguments and statistics are those of a call.
         """
-        x, stats, _ = self._layers(tokens, positions, segment_ids, None, order)
+        x, stats = self.residual_stream(tokens, positions, segment_ids, order)
         return self.final_norm(x), stats
+
+    def residual_stream(
+        self,
+        tokens: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        segment_ids: Int[Array, "B S"],
+        order: Int[np.ndarray, "S"] | None = None,
+    ) -> tuple[Float[Array, "B S M"], MoEStats | None]:
+        """Compute what the last layer leaves, before the final norm, as `hidden_states` does."""
+        x, stats, _ = self._layers(tokens, positions, segment_ids, None, order)
+        return x, stats
 
     def extend(
         self,
@@ -257,8 +269,7 @@ class Decoder(nnx.Module):
                 stacks |= kept
         if not found:
             return x, None, stacks
-        together = found[0] if len(found) == 1 else jax.tree.map(_joined, *found)
-        return x, together, stacks
+        return x, join_layers(*found), stacks
 
     def _turn(
         self,
@@ -311,18 +322,40 @@ def make_norm(config: ModelConfig) -> Norm:
     )
 
 
-def _stack(
-    config: ModelConfig, kind: LayerKind, layers: int, sharding: Sharding, rngs: nnx.Rngs
-) -> DecoderLayer:
-    """Make layers of one kind, their parameters stacked."""
+Layer = TypeVar("Layer", bound=DecoderLayer)
+
+
+def make_stack(
+    layer: type[Layer],
+    config: ModelConfig,
+    kind: LayerKind,
+    layers: int,
+    sharding: Sharding,
+    rngs: nnx.Rngs,
+) -> Layer:
+    """Make layers of one kind, their parameters stacked.
+
+    Args:
+        layer: the module.
+        config: the model.
+        kind: the layers' kind.
+        layers: their number.
+        sharding: the mesh and its rules.
+        rngs: source of the initial weights.
+    """
 
     @nnx.split_rngs(splits=layers)
     @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers"})
-    def make(rngs: nnx.Rngs) -> DecoderLayer:
-        return DecoderLayer(config, kind, sharding, rngs=rngs)
+    def make(rngs: nnx.Rngs) -> Layer:
+        return layer(config, kind, sharding, rngs=rngs)
 
-    stack: DecoderLayer = make(rngs)
+    stack: Layer = make(rngs)
     return stack
+
+
+def join_layers(*stats: MoEStats) -> MoEStats:
+    """Join the statistics of MoE layers that follow one another."""
+    return stats[0] if len(stats) == 1 else jax.tree.map(_joined, *stats)
 
 
 def _joined(*parts: Shaped[Array, "_ *dims"]) -> Shaped[Array, "layers *dims"]:

@@ -18,14 +18,16 @@ from moe_shard.models.mixers import MIXERS
 def matmul_params_per_token(config: ModelConfig) -> int:
     """Count the parameters that a token is multiplied with, without norms and lookup."""
     total = config.emb_dim * config.vocab_size
-    for kind in config.layer_kinds:
+    for kind in config.all_layer_kinds:
         if kind.mixer != "none":
             total += MIXERS[kind.mixer].params(config)
         if kind.moe and config.moe is not None:
             total += _moe_params(config.moe, config.emb_dim, config.gating.projections)
         elif kind.mlp:
             total += config.gating.projections * config.emb_dim * config.mlp_dim
-    return total
+    # An MTP layer also projects two vectors to one, and the head makes its logits.
+    ahead = 2 * config.emb_dim**2 + config.emb_dim * config.vocab_size
+    return total + config.mtp.mtp_num_layers * ahead
 
 
 def train_flops_per_token(config: ModelConfig, *, seq_len: int) -> int:
@@ -37,7 +39,7 @@ def train_flops_per_token(config: ModelConfig, *, seq_len: int) -> int:
     """
     mixed = sum(
         MIXERS[kind.mixer].flops(config, seq_len)
-        for kind in config.layer_kinds
+        for kind in config.all_layer_kinds
         if kind.mixer != "none"
     )
     return 6 * matmul_params_per_token(config) + mixed

@@ -19,6 +19,7 @@ from jaxtyping import PRNGKeyArray
 
 from moe_shard.config.model_config import ModelConfig
 from moe_shard.models.decoder import Decoder
+from moe_shard.models.mtp import PredictingDecoder
 from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.init_sharded import place
 from moe_shard.sharding.parameter import logical_axes_of
@@ -88,9 +89,10 @@ def describe(config: ModelConfig, sharding: Sharding) -> AbstractModel:
         UserError: a parameter has a dim that its mesh axes do not divide, or a logical axis without
             a rule.
     """
+    decoder = PredictingDecoder if config.mtp_kinds else Decoder
 
     def build(key: PRNGKeyArray) -> Decoder:
-        return Decoder(config, sharding, rngs=nnx.Rngs(params=key))
+        return decoder(config, sharding, rngs=nnx.Rngs(params=key))
 
     def spec(path: tuple[str, ...], param: nnx.Param[Any]) -> ParamSpec:
         name, shape, dtype = ".".join(path), param.get_value().shape, param.get_value().dtype

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_shard.config.model_config import ModelConfig
-from moe_shard.models.cycles import stacks_of
+from moe_shard.models.cycles import all_stacks
 from moe_shard.models.params import Params
 
 
@@ -29,10 +29,10 @@ def balanced(config: ModelConfig, params: Params, counts: Float[Array, "L E"]) -
     if moe is None or moe.router.routed_bias_update_rate == 0:
         return params
     change = moe.router.routed_bias_update_rate * _direction(counts.astype(jnp.int32))
-    kinds = config.layer_kinds
+    kinds = config.all_layer_kinds
     index = {layer: i for i, layer in enumerate(n for n, kind in enumerate(kinds) if kind.moe)}
     moved = dict(params)
-    for name, kind, layers in stacks_of(kinds):
+    for name, kind, layers in all_stacks(config):
         if kind.moe:
             of_stack = change[jnp.array([index[layer] for layer in layers])]
             moved[name] = _moved(params[name], of_stack)
@@ -42,7 +42,7 @@ def balanced(config: ModelConfig, params: Params, counts: Float[Array, "L E"]) -
 def bias_norms(config: ModelConfig, params: Params) -> dict[str, Float[Array, "L"]]:
     """Return the norm of each router's correction bias, as a metric; none where there is none."""
     found: dict[int, Float[Array, ""]] = {}
-    for name, kind, layers in stacks_of(config.layer_kinds):
+    for name, kind, layers in all_stacks(config):
         router = params[name]["mlp"]["router"] if kind.moe else {}
         if "correction_bias" in router:
             bias = router["correction_bias"].astype(jnp.float32)

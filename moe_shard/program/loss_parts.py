@@ -25,6 +25,7 @@ class Losses(NamedTuple):
         expert_counts: choices of each expert, before drops.
         layer_dropped: `dropped` of each MoE layer.
         layer_z: mean squared logsumexp of each router's logits, the z loss before its weight.
+        mtp_loss: weighted cross entropy of multi-token prediction; None without.
     """
 
     ce_loss: Float[Array, ""]
@@ -33,15 +34,28 @@ class Losses(NamedTuple):
     expert_counts: Float[Array, "L E"]
     layer_dropped: Float[Array, "L"]
     layer_z: Float[Array, "L"]
+    mtp_loss: Float[Array, ""] | None = None
 
 
-def loss_parts(config: Config, ce_loss: Float[Array, ""], stats: MoEStats | None) -> Losses:
-    """Reduce the layers' statistics over sequences, and to the auxiliary losses."""
+def loss_parts(
+    config: Config,
+    ce_loss: Float[Array, ""],
+    stats: MoEStats | None,
+    mtp_loss: Float[Array, ""] | None = None,
+) -> Losses:
+    """Reduce the layers' statistics over sequences, and to the auxiliary losses.
+
+    Args:
+        config: model and training.
+        ce_loss: cross entropy.
+        stats: statistics of the MoE layers; None: there are none.
+        mtp_loss: see `Losses`.
+    """
     zero = jnp.zeros((), jnp.float32)
     moe = config.model.moe
     if stats is None or moe is None:
         none = jnp.zeros((0,), jnp.float32)
-        return Losses(ce_loss, zero, zero, jnp.zeros((0, 1), jnp.float32), none, none)
+        return Losses(ce_loss, zero, zero, jnp.zeros((0, 1), jnp.float32), none, none, mtp_loss)
     balance = moe.load_balance_loss_weight * load_balance_loss(
         stats.mean_probs,
         stats.expert_counts,
@@ -59,6 +73,7 @@ def loss_parts(config: Config, ce_loss: Float[Array, ""], stats: MoEStats | None
         expert_counts=expert_counts,
         layer_dropped=dropped / jnp.sum(expert_counts, axis=1),
         layer_z=layer_z,
+        mtp_loss=mtp_loss,
     )
 
 
@@ -76,6 +91,8 @@ def expert_metrics(losses: Losses) -> dict[str, Float[Array, "..."]]:
         # In the layer where it is worst; 1 without one.
         "expert_load_max_over_mean": jnp.max(load, initial=1.0),
     }
+    if losses.mtp_loss is not None:
+        metrics["mtp_loss"] = losses.mtp_loss
     if counts.shape[0]:
         metrics |= {
             "expert_counts": counts,

@@ -24,6 +24,7 @@ from moe_shard.program.balance import balanced, bias_norms
 from moe_shard.program.guard import all_finite, change, choose_opt_state, choose_params
 from moe_shard.program.kinds import norms_by_kind
 from moe_shard.program.loss_parts import Losses, expert_metrics, loss_parts
+from moe_shard.program.mtp_loss import add_mtp_loss, tokens_ahead
 from moe_shard.program.norms import Norms, norms
 from moe_shard.program.opt_state import HOST, on_device, over_data, place_state
 from moe_shard.program.optimizer import make_optimizer, make_schedule
@@ -107,7 +108,7 @@ def make_program(config: Config, sharding: Sharding) -> Program:
     optimizer = make_optimizer(config.train, stored)
     schedule = make_schedule(config.train)
     grad_fn = make_grad(config, model, stored)
-    loss_fn = make_loss(config, model)
+    held_out_loss_fn = make_loss(config, model, ahead=False)
 
     def init_rest(params: Params) -> tuple[Int[Array, ""], Any]:
         opt_state = optimizer.init(params)
@@ -130,7 +131,7 @@ def make_program(config: Config, sharding: Sharding) -> Program:
         weights = working_weights(
             params, model.specs, stored, config.model.dtype, cast=config.train.cast_weights_once
         )
-        return loss_fn(weights, jax.tree.map(lambda x: x[0], batch))[1].ce_loss
+        return held_out_loss_fn(weights, jax.tree.map(lambda x: x[0], batch))[1].ce_loss
 
     def norms_of(params: Params, batch: Batch) -> Norms:
         loss, _, grads = gradient(params, batch)
@@ -216,26 +217,38 @@ GradFn = Callable[[Params, dict[str, Int[Array, "R S"]]], tuple[Float[Array, ""]
 LossFn = Callable[[Params, dict[str, Int[Array, "R S"]]], tuple[Float[Array, ""], Losses]]
 
 
-def make_loss(config: Config, model: AbstractModel) -> LossFn:
-    """Make the function of cross entropy plus weighted auxiliary losses, and their parts."""
+def make_loss(config: Config, model: AbstractModel, *, ahead: bool = True) -> LossFn:
+    """Make the function of cross entropy plus weighted auxiliary losses, and their parts.
+
+    Args:
+        config: model and training.
+        model: the decoder.
+        ahead: whether the loss of multi-token prediction is one of them, if the model has any.
+    """
 
     def loss_fn(
         params: Params, batch: dict[str, Int[Array, "R S"]]
     ) -> tuple[Float[Array, ""], Losses]:
         order = order_tokens(config.model, model.sharding, batch["inputs"].shape[-1]).order
+        further = tokens_ahead(config, batch) if ahead else None
         if order is not None:
             # Means over tokens do not depend on their order, nor does any layer but attention.
-            batch = {field: x[:, order] for field, x in batch.items()}
+            batch, further = jax.tree.map(lambda x: x[..., order], (batch, further))
         decoder = model.apply(params)
-        x, stats = decoder.hidden_states(
+        x, stats = decoder.residual_stream(
             batch["inputs"], batch["positions"], batch["segment_ids"], order
         )
         ce_loss = decoder.embedding.cross_entropy(
-            x, batch["targets"], config.train.cross_entropy, config.train.num_vocab_tiling
+            decoder.final_norm(x),
+            batch["targets"],
+            config.train.cross_entropy,
+            config.train.num_vocab_tiling,
         )
+        mtp_loss, stats = add_mtp_loss(config, decoder, x, further, batch, order, stats)
         with jax.named_scope("loss"):
-            losses = loss_parts(config, ce_loss, stats)
-            return ce_loss + losses.aux_loss, losses
+            losses = loss_parts(config, ce_loss, stats, mtp_loss)
+            loss = ce_loss + losses.aux_loss
+            return loss if mtp_loss is None else loss + mtp_loss, losses
 
     return loss_fn
 

@@ -104,7 +104,7 @@ def moe_bounds(config: Config, table: BoundTable, *, copies_per_sequence: int) -
 
     experts = math.prod(sizes[axis] for axis in table.expert_axes)
     token_bytes = config.model.emb_dim * jnp.dtype(config.model.dtype).itemsize
-    layers = sum(kind.moe for kind in config.model.layer_kinds)
+    layers = sum(kind.moe for kind in config.model.all_layer_kinds)
     # For the sequences that one device holds, over all layers.
     sequences = layers * rows / shards("activation_batch_moe")
     slots = sequences * copies_per_sequence

@@ -37,7 +37,7 @@ from moe_shard.sharding.annotate import RuleConflicts, Sharding
 from moe_shard.sharding.mesh import mesh_from_config
 from moe_shard.sharding.rules import RuleTable
 from moe_shard.stderr import collect_lines
-from moe_shard.units import human_ranges
+from moe_shard.units import human_count, human_ranges
 
 _OVERLAP = {
     "tpu": ("xla_tpu_enable_async_all_to_all", "xla_tpu_enable_async_ragged_all_to_all"),
@@ -215,7 +215,7 @@ def moe_records(config: Config, sharding: Sharding) -> dict[str, MoERecord]:
     record = moe_record(config.model.moe, sharding, tokens, config.model.dtype)
     if not config.model.gating.has_gate:
         record = record.without_gate()
-    layers = [layer for layer, kind in enumerate(config.model.layer_kinds) if kind.moe]
+    layers = [layer for layer, kind in enumerate(config.model.all_layer_kinds) if kind.moe]
     name = f"layer{'s' if len(layers) > 1 else ''} {human_ranges(layers)}"
     return {name: record}
 
@@ -232,7 +232,20 @@ def loss_lines(config: Config, sharding: Sharding) -> list[str]:
     tokens = (config.train.microbatch_rows(sharding.mesh.size), config.train.max_target_length)
     train = config.train
     loss = loss_of(config.model, sharding, tokens, train.cross_entropy, train.num_vocab_tiling)
-    return [loss.line()]
+    return [loss.line(), *_mtp_lines(config)]
+
+
+def _mtp_lines(config: Config) -> list[str]:
+    """Write what MTP layers there are, and what their loss counts for, for people."""
+    mtp, last = config.model.mtp, config.model.num_decoder_layers
+    layers = range(last, last + mtp.mtp_num_layers)
+    if not layers:
+        return []
+    what = f"{human_count(len(layers), 'layer')} after the last ({human_ranges(layers)})"
+    return [
+        f"multi-token prediction: {what}, of tokens up to {len(layers) + 1} ahead in their "
+        f"document; their mean loss counts {mtp.mtp_loss_scaling_factor:g} times"
+    ]
 
 
 def estimate_step(

@@ -40,7 +40,8 @@ _KEYS: dict[Kind, str] = {
         learning_rate_schedule_steps gradient_clipping_threshold adam_b1 adam_b2 adam_eps
         adam_weight_decay adam_decay_vectors mu_dtype muon_beta muon_weight_decay
         muon_consistent_rms load_balance_loss_weight load_balance_loss_type load_balance_probs
-        router_z_loss_weight routed_bias_update_rate log_period enable_checkpointing
+        router_z_loss_weight routed_bias_update_rate mtp_loss_scaling_factor log_period
+        enable_checkpointing
         checkpoint_period checkpoint_period_minutes checkpoint_keep_period
         eval_start_step eval_steps eval_patience eval_interval eval_dataset_path target_eval_loss
         eval_data_columns eval_split
@@ -66,7 +67,7 @@ _KEYS: dict[Kind, str] = {
         force_load_balance use_random_routing routed_score_func n_routing_groups topk_routing_group
         routing_group_score norm_topk_prob norm_topk_epsilon routed_scaling_factor
         routed_score_on_input
-        sparsemixer_jitter normalization_zero_centered use_qk_norm_in_gdn
+        sparsemixer_jitter normalization_zero_centered use_qk_norm_in_gdn mtp_after_final_norm
         """,
     Kind.FIXED: """
         base_emb_dim base_num_decoder_layers base_mlp_dim vocab_size mlp_bias normalization_type
@@ -77,7 +78,7 @@ _KEYS: dict[Kind, str] = {
         qk_norm_type num_experts base_moe_mlp_dim router_bias routed_bias shared_experts
         shared_expert_mlp_dim shared_expert_gate optimizer muon_include_routers
         mixer_pattern layers_without_mlp gdn_num_key_heads gdn_num_value_heads gdn_key_head_dim
-        gdn_value_head_dim gdn_conv_kernel_dim
+        gdn_value_head_dim gdn_conv_kernel_dim mtp_num_layers
         """,
     Kind.FREE: """
         enable_emergency_checkpoint local_checkpoint_directory local_checkpoint_period

@@ -29,7 +29,7 @@ class LayerRecords:
     """
 
     def __init__(self, model: ModelConfig, program: Program) -> None:
-        self._layers = [at for at, kind in enumerate(model.layer_kinds) if kind.moe]
+        self._layers = [at for at, kind in enumerate(model.all_layer_kinds) if kind.moe]
         self._kinds = kinds_of(program.model.specs)
 
     def record(self, step: int, metrics: Metrics) -> dict[str, Any]:

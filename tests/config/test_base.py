@@ -19,6 +19,7 @@ from moe_shard.config.local_config import LocalConfig
 from moe_shard.config.mesh_config import LEVELS, MESH_AXES, MeshConfig, parallelism_key
 from moe_shard.config.model_config import GatingConfig, ModelConfig
 from moe_shard.config.moe_config import MoEConfig, RouterConfig
+from moe_shard.config.mtp_config import MTPConfig
 from moe_shard.config.remat_config import RematConfig
 from moe_shard.config.schema import DataConfig, RunConfig, TrainConfig
 from moe_shard.errors import UserError
@@ -36,6 +37,7 @@ SCHEMAS = (
     DeltaConfig,
     MoEConfig,
     RouterConfig,
+    MTPConfig,
     MeshConfig,
     TrainConfig,
     DataConfig,

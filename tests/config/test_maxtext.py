@@ -417,7 +417,6 @@ def test_positions_of_the_other_blocks_are_halves_of_a_head(tmp_path: Path) -> N
          "routed_score_func: softmax", ["sparse attention by an indexer (DSA)"]),
         ("decoder_block: qwen3_moe\nuse_multimodal: true\nuse_mrope: true",
          ["a vision tower (use_multimodal=true)", "M-RoPE"]),
-        ("decoder_block: mixtral\nmtp_num_layers: 1", ["multi-token prediction"]),
         ("decoder_block: mixtral\nquantization: fp8", ["quantized products (quantization=fp8)"]),
         ("decoder_block: mixtral\nrouted_score_func: sigmoid", ["a sigmoid of the logits"]),
         ("decoder_block: deepseek\nattention_type: mla\nrouted_score_func: sqrtsoftplus",
@@ -454,8 +453,18 @@ def test_muon_and_moments_of_their_own_dtype(tmp_path: Path) -> None:
 
 
 def test_what_is_asked_for_can_be_taken_back(tmp_path: Path) -> None:
-    text = "decoder_block: mixtral\ndropout_rate: 0.1\nmtp_num_layers: 1\nopt_type: adam_pax"
-    load(tmp_path, text, "enable_dropout=false", "mtp_num_layers=0", "opt_type=sgd").require_built()
+    text = "decoder_block: mixtral\ndropout_rate: 0.1\nmoba: true\nopt_type: adam_pax"
+    load(tmp_path, text, "enable_dropout=false", "moba=false", "opt_type=sgd").require_built()
+
+
+def test_multi_token_prediction_is_maxtexts(tmp_path: Path) -> None:
+    text = "decoder_block: mixtral\nmtp_num_layers: 2\nmtp_loss_scaling_factor: 0.3\n"
+    config = load(tmp_path, text + "mtp_reuse_input_embedding: true")
+    config.require_built()
+    told = (config.model.mtp.mtp_num_layers, config.model.mtp.mtp_loss_scaling_factor)
+    assert told == (2, 0.3)
+    assert not config.model.mtp.mtp_after_final_norm
+    says(error(tmp_path, text + "mtp_eval_target_module: 1"), "rates of acceptance")
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,8 @@ def architecture(config: Config) -> Architecture:
         epsilon=model.normalization_layer_epsilon,
         activation=model.gating.activation,
         moe=settings,
+        mtp_weight=model.mtp.mtp_loss_scaling_factor,
+        mtp_after_final_norm=model.mtp.mtp_after_final_norm,
     )
 
 

@@ -31,12 +31,16 @@ class Architecture:
     epsilon: float
     activation: str
     moe: Settings | None
+    mtp_weight: float = 0.0
+    mtp_after_final_norm: bool = False
 
 
 class Answer(NamedTuple):
-    """Hold the model's outputs for a batch. Statistics have a leading dim of layers."""
+    """Hold the model's outputs for a batch. Statistics have a leading dim of layers, MTP's last."""
 
     logits: np.ndarray
+    ahead: np.ndarray
+    """Logits of each MTP layer."""
     load_balance: np.ndarray
     z_loss: np.ndarray
     counts: np.ndarray
@@ -97,8 +101,8 @@ def forward(
     epsilon, settings = architecture.epsilon, architecture.moe
     x = params["embedding"]["table"][tokens]
     answers = []
-    for index in range(params["layers"]["mlp_norm"]["scale"].shape[0]):
-        p = jax.tree.map(lambda a, i=index: a[i], params["layers"])
+
+    def layer(x: np.ndarray, p: dict[str, Any]) -> np.ndarray:
         normalised = _rms_norm(x, p["attention_norm"]["scale"], epsilon)
         rows = zip(normalised, positions, segments, strict=True)
         x = x + np.stack(
@@ -107,25 +111,69 @@ def forward(
         normalised = _rms_norm(x, p["mlp_norm"]["scale"], epsilon)
         if settings is None:
             gated, _ = activation(architecture.activation, normalised @ p["mlp"]["gate"])
-            x = x + (gated * (normalised @ p["mlp"]["up"])) @ p["mlp"]["down"]
-            continue
+            return x + (gated * (normalised @ p["mlp"]["up"])) @ p["mlp"]["down"]
         weights = {"kernel": p["mlp"]["router"]["kernel"], **p["mlp"]["experts"]}
         answers.append(moe_layer(normalised, weights, np.zeros_like(x), settings))
-        x = x + answers[-1].y
-    x = _rms_norm(x, params["final_norm"]["scale"], epsilon)
+        return x + answers[-1].y
+
+    for index in range(params["layers"]["mlp_norm"]["scale"].shape[0]):
+        x = layer(x, jax.tree.map(lambda a, i=index: a[i], params["layers"]))
+    left, x = x, _rms_norm(x, params["final_norm"]["scale"], epsilon)
     embedding = params["embedding"]
+    kernel = embedding["kernel"] if "kernel" in embedding else embedding["table"].T
+    further, h = [], x if architecture.mtp_after_final_norm else left
+    for depth, there in enumerate(_ahead(segments, _depths(params)), 1):
+        p = jax.tree.map(lambda a, i=depth - 1: a[i], params["mtp"])
+        e = embedding["table"][np.where(there >= 0, np.take_along_axis(tokens, there, 1), 0)]
+        e = _rms_norm(e, p["embedding_norm"]["scale"], epsilon)
+        h = _rms_norm(h, p["hidden_norm"]["scale"], epsilon)
+        h = layer(np.concatenate([e, h], -1) @ p["projection"].reshape(-1, h.shape[-1]), p)
+        further.append(_rms_norm(h, p["prediction_norm"]["scale"], epsilon) @ kernel)
 
     def of_layers(name: str) -> np.ndarray:
         return np.stack([getattr(a, name) for a in answers]) if answers else np.zeros(0)
 
     return Answer(
-        logits=x @ (embedding["kernel"] if "kernel" in embedding else embedding["table"].T),
+        logits=x @ kernel,
+        ahead=np.stack(further) if further else np.zeros(0),
         load_balance=of_layers("load_balance"),
         z_loss=of_layers("z_loss"),
         counts=of_layers("counts"),
         dropped=of_layers("dropped"),
         margin=min((a.margin for a in answers), default=math.inf),
     )
+
+
+def _depths(params: dict[str, Any]) -> int:
+    return len(params["mtp"]["projection"]) if "mtp" in params else 0
+
+
+def _ahead(segments: np.ndarray, depths: int) -> list[np.ndarray]:
+    """Return, for each depth, the place of the token that far ahead; -1: of another document."""
+    found = []
+    for depth in range(1, depths + 1):
+        places = np.full(segments.shape, -1)
+        for row, of in enumerate(segments):
+            for at in range(len(of) - depth):
+                if of[at] == of[at + depth]:
+                    places[row, at] = at + depth
+        found.append(places)
+    return found
+
+
+def mtp_loss(
+    params: dict[str, Any], batch: dict[str, np.ndarray], architecture: Architecture
+) -> float:
+    """Compute the mean cross entropy over all that the MTP layers predict, one by one."""
+    segments = batch["segment_ids"]
+    answer = forward(params, batch["inputs"], batch["positions"], segments, architecture)
+    losses, places = [], _ahead(segments, len(answer.ahead))
+    for logits, there in zip(answer.ahead, places, strict=True):
+        for row, at in zip(*np.nonzero(there >= 0), strict=True):
+            scores = logits[row, at]
+            target = batch["targets"][row, there[row, at]]
+            losses.append(np.log(np.sum(np.exp(scores - scores[target]))))
+    return float(np.mean(losses))
 
 
 def _dense_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
@@ -176,10 +224,10 @@ def dense_loss(
     x = params["embedding"]["table"][batch["inputs"]]
     seen = segments[:, :, None] == segments[:, None, :]
     seen = seen & (jnp.arange(x.shape[1])[:, None] >= jnp.arange(x.shape[1]))
-    layers = params["layers"]["mlp_norm"]["scale"].shape[0]
-    aux = jnp.zeros(())
-    for index in range(layers):
-        p = jax.tree.map(lambda a, i=index: a[i], params["layers"])
+    layers, depths = params["layers"]["mlp_norm"]["scale"].shape[0], _depths(params)
+    further = []
+
+    def layer(x: jax.Array, p: dict[str, Any]) -> jax.Array:
         normalised = _dense_norm(x, p["attention_norm"]["scale"], epsilon)
         project = {
             name: jnp.einsum("bsm,mnd->bsnd", normalised, p["attention"][name])
@@ -199,20 +247,42 @@ def dense_loss(
         x = x + jnp.einsum("bqnd,ndm->bqm", attended, p["attention"]["out"])
         normalised = _dense_norm(x, p["mlp_norm"]["scale"], epsilon)
         if architecture.moe is None:
-            x = (
-                x
-                + (act(normalised @ p["mlp"]["gate"]) * (normalised @ p["mlp"]["up"]))
+            return x + (
+                (act(normalised @ p["mlp"]["gate"]) * (normalised @ p["mlp"]["up"]))
                 @ (p["mlp"]["down"])
             )
-        else:
-            y, loss = _dense_moe(normalised, p["mlp"], architecture.moe, act)
-            x, aux = x + y, aux + loss / layers
-    x = _dense_norm(x, params["final_norm"]["scale"], epsilon)
+        y, loss = _dense_moe(normalised, p["mlp"], architecture.moe, act)
+        further.append(loss / (layers + depths))
+        return x + y
+
+    for index in range(layers):
+        x = layer(x, jax.tree.map(lambda a, i=index: a[i], params["layers"]))
+    h, x = x, _dense_norm(x, params["final_norm"]["scale"], epsilon)
     embedding = params["embedding"]
-    logits = x @ (embedding["kernel"] if "kernel" in embedding else embedding["table"].T)
-    log_probs = logits - jnp.log(jnp.sum(jnp.exp(logits), axis=-1, keepdims=True))
-    picked = jnp.take_along_axis(log_probs, batch["targets"][..., None], axis=-1)
-    return aux - jnp.mean(picked), logits
+    kernel = embedding["kernel"] if "kernel" in embedding else embedding["table"].T
+
+    def surprise(x: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = x @ kernel
+        log_probs = logits - jnp.log(jnp.sum(jnp.exp(logits), axis=-1, keepdims=True))
+        return logits, -jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+
+    logits, losses = surprise(x, batch["targets"])
+    predicted, count = jnp.zeros(()), 0
+    h = x if architecture.mtp_after_final_norm else h
+    for depth, there in enumerate(_ahead(np.asarray(segments), depths), 1):
+        p = jax.tree.map(lambda a, i=depth - 1: a[i], params["mtp"])
+        tokens = jnp.where(there >= 0, jnp.take_along_axis(batch["inputs"], there, 1), 0)
+        joined = [
+            _dense_norm(embedding["table"][tokens], p["embedding_norm"]["scale"], epsilon),
+            _dense_norm(h, p["hidden_norm"]["scale"], epsilon),
+        ]
+        h = layer(sum(a @ w for a, w in zip(joined, p["projection"], strict=True)), p)
+        ahead = jnp.take_along_axis(batch["targets"], there, 1)
+        x = _dense_norm(h, p["prediction_norm"]["scale"], epsilon)
+        predicted += jnp.sum(surprise(x, ahead)[1] * (there >= 0))
+        count += int(np.sum(there >= 0))
+    ahead_loss = architecture.mtp_weight * predicted / max(count, 1)
+    return sum(further, jnp.mean(losses)) + ahead_loss, logits
 
 
 def dense_grads(
@@ -221,7 +291,7 @@ def dense_grads(
     """Compute `dense_loss` and its gradients, in float64."""
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), params)
-        fields = {name: jnp.asarray(a) for name, a in batch.items()}
+        fields = {name: np.asarray(a) for name, a in batch.items()}
         grad_fn = jax.jit(
             jax.value_and_grad(lambda p: dense_loss(p, fields, architecture)[0]),
             compiler_options=QUICK,

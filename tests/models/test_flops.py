@@ -65,6 +65,15 @@ def test_latent_attention(rank: int, queries: int) -> None:
     assert train_flops_per_token(config, seq_len=7) == 6 * by_hand + scores
 
 
+def test_mtp_layers_are_layers_with_a_projection_and_logits_of_their_own() -> None:
+    overrides = ("first_num_dense_layers=1", "mtp_num_layers=2")
+    by_hand = 6 * ATTENTION + 5 * MOE + DENSE + 2 * (2 * 16 * 16) + 3 * LOGITS
+    assert active(*overrides) == by_hand
+    config = small_config({"data": 8}, *SMALL, *overrides).model
+    scores = 6 * 6 * 4 * (8 + 8) * 7  # of 7 tokens, 4 heads, in 6 layers
+    assert train_flops_per_token(config, seq_len=7) == 6 * by_hand + scores
+
+
 @pytest.mark.parametrize(
     ("model", "billions"),
     [

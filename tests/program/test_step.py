@@ -91,7 +91,7 @@ def check_layers(config: Config, metrics: Mapping[str, Any], rows: Mapping[str, 
 
 
 def one_step(
-    config: Config, batch: Mapping[str, np.ndarray]
+    config: Config, batch: Mapping[str, np.ndarray], further: frozenset[str] = frozenset()
 ) -> tuple[Any, Any, dict[str, jax.Array]]:
     """Return the gradient (the weights' change divided by the rate), new weights and metrics."""
     program = make_program(config, annotator(config))
@@ -103,7 +103,7 @@ def one_step(
     fields = jax.device_put(dict(batch), program.batch_sharding)
     after, metrics = compiled(state, fields)
     assert int(after.step) == 1
-    assert set(metrics) == METRICS if config.model.moe else METRICS - BY_LAYER
+    assert set(metrics) == (METRICS if config.model.moe else METRICS - BY_LAYER) | further
     new = jax.device_get(after.params)
     return jax.tree.map(lambda a, b: (a - b) / RATE, params, new), new, metrics
 
