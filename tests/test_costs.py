@@ -53,7 +53,7 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     # A configuration key: a line of base.yml, an attribute of a dataclass.
     line = "dataset_path: []  # paths of text files"
     replace_once(base, line, f"data_repeats: 1  # times; a corpus is read\n{line}")
-    schema = copy / "moe_shard" / "config" / "schema.py"
+    schema = copy / "moe_shard" / "config" / "data_config.py"
     attribute = "    dataset_path: Annotated"
     key = "    data_repeats: Annotated[int, Key(least=1)] = 1\n"
     replace_once(schema, attribute, f"{key}{attribute}")

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args
 
+from moe_shard.config.data_config import DataConfig as DataConfig
 from moe_shard.config.eval_config import EvalConfig
 from moe_shard.config.generate_config import GenerateConfig
 from moe_shard.config.keys import Key, check_leaves, keyed_values, shown, to_plain
@@ -24,8 +25,6 @@ from moe_shard.errors import UserError
 Optimizer = Literal["adamw", "sgd", "adafactor", "muon"]
 MomentDType = Literal["", "bfloat16", "float16", "float32"]
 LearningRateRule = Literal["plain", "maxtext"]
-DatasetType = Literal["text", "synthetic"]
-CorruptRecords = Literal["stop", "skip"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,75 +195,6 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Describe where the text comes from.
-
-    Attributes:
-        dataset_type: a `DatasetType`; "synthetic" is one batch of random tokens, the same in every
-            step, for benchmarks.
-        dataset_path: files, directories or globs of text, JSON Lines, Parquet and the like; empty:
-            the source text of Python's standard library.
-        train_data_columns: the one field of a record that holds its text.
-        train_split: split that is read of a directory whose files are named by split.
-        dataset_encoding: codec of text that is not UTF-8 and has no byte-order mark; empty: it is
-            read as bytes, or each byte that is none of UTF-8's as U+FFFD.
-        corrupt_records: a `CorruptRecords`; "stop" ends the command, "skip" counts and names them.
-        tokenizer_path: a Hugging Face model directory, a tokenizer.json, a tokenizer.model of
-            SentencePiece or ranks of tiktoken; "bytes": each byte is a token, as without it where
-            the vocabulary is that small.
-        split_special_tokens: read special tokens that the text has, such as "</s>", as its
-            letters; transformers' name and default.
-        eval_dataset_path: text to evaluate on, each a dataset of its own; NAME=PATH names it.
-        eval_holdout_fraction: fraction of the documents of `dataset_path` that are evaluated on and
-            not trained on.
-        eval_data_columns: as `train_data_columns`, of `eval_dataset_path`.
-        eval_split: as `train_split`, of `eval_dataset_path`.
-        seed: see `TrainConfig`.
-    """
-
-    dataset_type: Annotated[DatasetType, Key(choices=get_args(DatasetType))] = "text"
-    dataset_path: Annotated[tuple[str, ...], Key()] = ()
-    train_data_columns: Annotated[tuple[str, ...], Key()] = ("text",)
-    train_split: Annotated[str, Key()] = "train"
-    dataset_encoding: Annotated[str, Key()] = ""
-    corrupt_records: Annotated[CorruptRecords, Key(choices=get_args(CorruptRecords))] = "stop"
-    tokenizer_path: Annotated[str, Key()] = ""
-    split_special_tokens: Annotated[bool, Key()] = False
-    eval_dataset_path: Annotated[tuple[str, ...], Key()] = ()
-    eval_data_columns: Annotated[tuple[str, ...], Key()] = ("text",)
-    eval_split: Annotated[str, Key()] = "validation"
-    eval_holdout_fraction: Annotated[float, Key(least=0, below=1)] = 0.0
-    seed: Annotated[int, Key(least=0, below=2**32)] = 0
-
-    def __post_init__(self) -> None:
-        check_leaves(self)
-        if self.dataset_type == "synthetic" and self.dataset_path:
-            raise UserError(
-                f"dataset_path={shown(self.dataset_path)} with dataset_type=synthetic, which reads "
-                "no text\nfix: dataset_type=text, or no dataset_path"
-            )
-        for key, columns in (
-            ("train_data_columns", self.train_data_columns),
-            ("eval_data_columns", self.eval_data_columns),
-        ):
-            if len(columns) != 1 or not columns[0]:
-                raise UserError(
-                    f"{key}={shown(columns)} is not one field, and a document is one text here\n"
-                    f"fix: {key}=[text], or the name of another field"
-                )
-        if self.dataset_encoding:
-            try:
-                b"a".decode(self.dataset_encoding)
-            except UnicodeError:
-                pass  # a codec of text that needs more bytes
-            except (LookupError, ValueError):
-                raise UserError(
-                    f"dataset_encoding={shown(self.dataset_encoding)} is no codec of text\n"
-                    "fix: dataset_encoding=latin-1, cp1252 or shift_jis, for example"
-                ) from None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Describe the names and paths of a run.
 
@@ -355,6 +285,11 @@ class Config:
             raise UserError(
                 f"eval_interval={self.evaluation.eval_interval} without text to evaluate on\n"
                 "fix: eval_dataset_path=FILES, or eval_holdout_fraction=0.05 of dataset_path"
+            )
+        if self.data.use_sft and self.train.cross_entropy == "tokamax":
+            raise UserError(
+                "cross_entropy=tokamax has a target for every token, and use_sft=true has not\n"
+                "fix: cross_entropy=auto"
             )
         if self.local.key and not self.train.enable_checkpointing:
             raise UserError(

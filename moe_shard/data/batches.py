@@ -12,7 +12,7 @@ import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import jax
@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Int32, Int64
 
 from moe_shard.config.schema import DataConfig
+from moe_shard.data.chat_text import ChatText
 from moe_shard.data.corpus import ByteCorpus, Corpus, Say, TokenCorpus
 from moe_shard.data.spans import Documents, scattered
 from moe_shard.data.split import split_documents
@@ -51,6 +52,32 @@ def _shuffled(documents: Documents, seed: int) -> Int64[np.ndarray, "documents"]
     # Grain's shuffle and not NumPy's, whose random streams may change with its version.
     shuffled = grain.MapDataset.range(len(documents)).shuffle(seed)
     return np.array([shuffled[i] for i in range(len(shuffled))], np.int64)
+
+
+class TextSequences(Protocol):
+    """Define what batches are made of: sequences of tokens, read in any order.
+
+    Attributes:
+        seq_len: S, tokens in a sequence.
+        bytes_per_token: bytes of text per token; 0 where there is no such number.
+    """
+
+    seq_len: int
+    bytes_per_token: float
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int) -> PackedSequence:
+        """Read one sequence; see `PackedText`."""
+
+    def targets(self, first: int, end: int) -> int:
+        """Count the tokens that sequences are trained on, or judged by."""
+
+    def summary(self, sequences: int) -> str:
+        """Say how much text there is; see `PackedText.summary`."""
+
+    def fingerprint(self) -> Int32[np.ndarray, "4"]:
+        """Hash the text; equal hashes mean equal sequences."""
 
 
 class PackedText:
@@ -177,6 +204,10 @@ class PackedText:
             text = self._corpus.read(int(self._order[document]), first - text_start, last - first)
             parts.insert(1, text)
         return parts
+
+    def targets(self, first: int, end: int) -> int:
+        """Count the targets of sequences: all of their tokens."""
+        return (end - first) * self.seq_len
 
     def summary(self, sequences: int) -> str:
         """Say how much text there is.
@@ -319,13 +350,7 @@ def batches(
     split = split_documents(config, say=say)
     for line in (*split.lines, tokenizer_line(config, tokenizer)):
         say(line)
-    text = PackedText(
-        split.training,
-        seq_len=seq_len,
-        seed=config.seed,
-        tokenizer=None if is_bytes(config) else tokenizer,
-        say=say,
-    )
+    text = cut_text(config, split.training, tokenizer, seq_len=seq_len, seed=config.seed, say=say)
     require_same_text(text)
     say(text.summary(microbatches * rows))
     stream = grain.MapDataset.source(text).shuffle(config.seed).repeat()
@@ -346,7 +371,40 @@ def batches(
     return Batches(steps, sharding, shape, bytes_per_token=text.bytes_per_token)
 
 
-def require_same_text(text: PackedText) -> None:
+def cut_text(
+    config: DataConfig,
+    documents: Documents,
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    seed: int,
+    say: Say,
+) -> TextSequences:
+    """Cut documents into sequences, or put conversations into them.
+
+    Args:
+        config: `use_sft`, and how conversations are read.
+        documents: from `find_text`.
+        tokenizer: from `find_tokenizer`.
+        seq_len: S, tokens in a sequence.
+        seed: seed of the documents' order, in [0, 2**32).
+        say: receives lines about the conversations, and about tokenizing, if any was done.
+
+    Raises:
+        UserError: see `PackedText` and `ChatText`.
+    """
+    if config.use_sft:
+        return ChatText(config, documents, tokenizer, seq_len=seq_len, seed=seed, say=say)
+    return PackedText(
+        documents,
+        seq_len=seq_len,
+        seed=seed,
+        tokenizer=None if is_bytes(config) else tokenizer,
+        say=say,
+    )
+
+
+def require_same_text(text: TextSequences) -> None:
     """Refuse a text that differs between processes.
 
     Raises:

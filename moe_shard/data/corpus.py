@@ -21,7 +21,6 @@ from jaxtyping import Int32, Int64
 
 from moe_shard.data.documents import unreadable
 from moe_shard.data.spans import Documents
-from moe_shard.data.tokenizer import Tokenizer
 from moe_shard.errors import UserError
 from moe_shard.files import cache_folder, new_folder
 
@@ -31,6 +30,16 @@ _VERSION = b"2"
 _TOKEN = np.dtype("<u4")
 
 Say = Callable[[str], object]
+
+
+class Encoder(Protocol):
+    """Define what a corpus needs of a tokenizer; see `Tokenizer` for the attributes."""
+
+    special: frozenset[int]
+    digest: bytes
+
+    def encode_texts(self, texts: Sequence[bytes]) -> list[Int32[np.ndarray, "T"]]:
+        """Encode texts for training, without marks."""
 
 
 class Corpus(Protocol):
@@ -87,7 +96,7 @@ class TokenCorpus:
     """
 
     def __init__(
-        self, documents: Sequence[Path], tokenizer: Tokenizer, *, say: Say = lambda _: None
+        self, documents: Sequence[Path], tokenizer: Encoder, *, say: Say = lambda _: None
     ) -> None:
         documents = Documents.of_files(documents)
         folder = corpus_cache() / _key(documents, tokenizer)
@@ -136,7 +145,7 @@ def _read(path: str, offset: int, size: int, whole: int) -> bytes | None:
     return None if changed or len(content) != size else content
 
 
-def _key(documents: Documents, tokenizer: Tokenizer) -> str:
+def _key(documents: Documents, tokenizer: Encoder) -> str:
     """Derive a name from the tokenizer, the content of each file and where the documents are."""
     key = hashlib.blake2b(_VERSION + tokenizer.digest, digest_size=16)
     for file in documents.keys:
@@ -156,7 +165,7 @@ def _lengths(folder: Path) -> Int64[np.ndarray, "documents"] | None:
     return lengths if whole else None
 
 
-def _tokenize(documents: Documents, tokenizer: Tokenizer, folder: Path, say: Say) -> None:
+def _tokenize(documents: Documents, tokenizer: Encoder, folder: Path, say: Say) -> None:
     started = time.perf_counter()
     lengths = np.zeros(len(documents), np.int64)
     num_bytes = written = invalid = 0

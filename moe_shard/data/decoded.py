@@ -22,8 +22,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64
 
+from moe_shard.data.fields import Columns, DocumentPiece, NoText, Problem
 from moe_shard.data.formats import FileFormat
-from moe_shard.data.records import DocumentPiece, NoText, Problem, read_records
+from moe_shard.data.records import read_records
 from moe_shard.errors import UserError
 from moe_shard.files import cache_folder, new_folder, write_text
 
@@ -94,13 +95,13 @@ def text_cache() -> Path:
     return cache_folder() / "text"
 
 
-def decode(path: Path, form: FileFormat, *, column: str, encoding: str, skip: bool) -> Decoded:
+def decode(path: Path, form: FileFormat, *, columns: Columns, encoding: str, skip: bool) -> Decoded:
     """Return the copy of a file, which is made unless an earlier run did.
 
     Args:
         path: the file.
         form: what it is.
-        column: see `read_records`.
+        columns: see `read_records`.
         encoding: see `read_records`.
         skip: count corrupt records instead of stopping at the first.
 
@@ -111,7 +112,7 @@ def decode(path: Path, form: FileFormat, *, column: str, encoding: str, skip: bo
     info = path.stat()
     facts = (
         *(_VERSION, str(path.resolve()), info.st_size, info.st_mtime_ns),
-        *(form, column if form.kind != "text" else "", encoding, skip),
+        *(form, columns.key if form.kind != "text" else "", encoding, skip),
     )
     key = hashlib.blake2b(repr(facts).encode("utf-8", "surrogateescape"), digest_size=16)
     folder = text_cache() / key.hexdigest()
@@ -121,7 +122,7 @@ def decode(path: Path, form: FileFormat, *, column: str, encoding: str, skip: bo
             with _alone(folder):
                 found = _kept(folder)  # another process may have been faster
                 if found is None:
-                    _write(folder, path, form, column, encoding, skip=skip)
+                    _write(folder, path, form, columns, encoding, skip=skip)
                     found = _kept(folder)
         except OSError as error:
             found = _kept(folder)
@@ -148,14 +149,14 @@ def _kept(folder: Path) -> Decoded | None:
 
 
 def _write(
-    folder: Path, path: Path, form: FileFormat, column: str, encoding: str, *, skip: bool
+    folder: Path, path: Path, form: FileFormat, columns: Columns, encoding: str, *, skip: bool
 ) -> None:
     ends, counts = array("q"), FileCounts()
     end = 0
     shutil.rmtree(folder, ignore_errors=True)  # what is there is damaged
     with new_folder(folder) as aside:
         with open(aside / "text", "wb") as file:
-            for item in read_records(path, form, column, encoding):
+            for item in read_records(path, form, columns, encoding):
                 if isinstance(item, DocumentPiece):
                     end += file.write(item.text)
                     if item.ends:

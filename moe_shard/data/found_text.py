@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 from moe_shard.config.keys import shown
 from moe_shard.config.schema import DataConfig
+from moe_shard.data.conversations import ConversationColumns
 from moe_shard.data.corpus import Say
 from moe_shard.data.decoded import CorruptRecord, FileCounts, decode, text_cache
 from moe_shard.data.documents import FoundFile, find_files
-from moe_shard.data.records import Problem
+from moe_shard.data.fields import Columns, Problem, TextColumn
 from moe_shard.data.remote_files import fetched, is_remote
 from moe_shard.data.spans import Documents, FilePart
 from moe_shard.errors import UserError
@@ -56,7 +57,7 @@ def find_text(
     Raises:
         UserError: a path has no text, or a record is corrupt and `corrupt_records` is "stop".
     """
-    columns = config.train_data_columns if columns is None else columns
+    chosen = config.train_data_columns if columns is None else columns
     column_key = "train_data_columns" if key == "dataset_path" else "eval_data_columns"
     local = [fetched(path, say) if is_remote(path) else path for path in paths]
     found = find_files(local, split=config.train_split if split is None else split)
@@ -68,11 +69,15 @@ def find_text(
     if size >= _LARGE_BYTES:
         say(f"text: reading {size / 1e6:,.0f} MB once, into {text_cache()}, unless it is there")
     for each in found.files:
+        if config.use_sft and each.form.kind == "text":
+            passed[each.path] = _no_conversations(each)
+            continue
         if _is_read_as_it_is(each, config):
             skip = _MARK_BYTES if each.form.encoding else 0
             parts.append((each, FilePart.whole_file(each.path, skip=skip)))
             continue
-        reader = _Reader(each, columns[0], column_key, config)
+        taken = _columns(config, chosen, each.path)
+        reader = _Reader(each, taken, column_key, config)
         reason = reader.read()
         if reason:
             passed[each.path] = reason
@@ -86,7 +91,8 @@ def find_text(
             "fix: a file, folder or glob with at least one document"
         )
     documents = Documents.of_parts([part for _, part in parts])
-    lines = _lines(documents, parts, counts, passed, paths)
+    noun = "conversations" if config.use_sft else "documents"
+    lines = _lines(documents, parts, counts, passed, paths, noun=noun)
     return FoundText(documents, lines)
 
 
@@ -95,11 +101,31 @@ def _is_read_as_it_is(found: FoundFile, config: DataConfig) -> bool:
     return found.form.plain and (found.form.valid or not config.dataset_encoding)
 
 
+def _columns(config: DataConfig, names: Sequence[str], path: Path) -> Columns:
+    """Say what is taken from the records of a file."""
+    return ConversationColumns(names, str(path)) if config.use_sft else TextColumn(names[0])
+
+
+def _no_conversations(found: FoundFile) -> str:
+    """Say why a file of text is passed over where conversations are read.
+
+    Raises:
+        UserError: it is named by itself.
+    """
+    reason = "is text, and conversations are read from records (use_sft=true)"
+    if found.named:
+        raise UserError(
+            f"{found.path} {reason}\nfix: JSON Lines or Parquet with a field messages, or prompt "
+            "and completion"
+        )
+    return reason
+
+
 class _Reader:
     """Decode one file, and turn what is wrong with it into a reason or an error."""
 
-    def __init__(self, found: FoundFile, column: str, key: str, config: DataConfig) -> None:
-        self._found, self._column, self._key, self._config = found, column, key, config
+    def __init__(self, found: FoundFile, columns: Columns, key: str, config: DataConfig) -> None:
+        self._found, self._columns, self._key, self._config = found, columns, key, config
         self.part: FilePart
         self.counts: FileCounts
 
@@ -115,7 +141,7 @@ class _Reader:
             decoded = decode(
                 path,
                 found.form,
-                column=self._column,
+                columns=self._columns,
                 encoding=self._config.dataset_encoding,
                 skip=self._config.corrupt_records == "skip",
             )
@@ -133,7 +159,7 @@ class _Reader:
         if not len(decoded.ends):
             if decoded.counts.lacking and (found.named or found.form.kind != "json"):
                 raise self._lacks(
-                    Problem("every record", f"no field {shown(self._column)}"),
+                    Problem("every record", f"no field {self._columns.words}"),
                     decoded.counts.fields,
                 )
             named = f": {decoded.counts.named[0]}" if decoded.counts.named else ""
@@ -145,6 +171,11 @@ class _Reader:
         fields = problem.fields or fields
         names = ", ".join(map(shown, fields)) or "none"
         likely = next((n for n in fields if n in ("content", "body", "document", "passage")), "")
+        if self._config.use_sft:
+            return UserError(
+                f"{self._found.path}, {problem.where}: {problem.what}; its fields: {names}\n"
+                f"fix: {self._key}=[FIELD] with messages, or [PROMPT, COMPLETION]"
+            )
         return UserError(
             f"{self._found.path}, {problem.where}: {problem.what}; its fields: {names}\n"
             f"fix: {self._key}=[{likely or 'FIELD'}], the field that holds the text"
@@ -157,13 +188,15 @@ def _lines(
     counts: dict[Path, FileCounts],
     passed: dict[Path, str],
     paths: Sequence[str],
+    *,
+    noun: str,
 ) -> tuple[str, ...]:
     """Say what is read, and what is not."""
     kinds = Counter(str(each.form) for each, _ in parts)
     of = ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items()))
     where = ", ".join(paths) if paths else "the source text of Python's standard library"
     lines = [
-        f"text: {len(documents):,} documents in {len(parts):,} files ({of}), "
+        f"text: {len(documents):,} {noun} in {len(parts):,} files ({of}), "
         f"{documents.num_bytes / 1e6:,.2f} MB: {where}"
     ]
     if passed:

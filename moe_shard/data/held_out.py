@@ -9,13 +9,19 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from moe_shard.config.schema import DataConfig
-from moe_shard.data.batches import Batches, PackedText, held_rows, require_same_text
+from moe_shard.data.batches import (
+    Batches,
+    TextSequences,
+    cut_text,
+    held_rows,
+    require_same_text,
+)
 from moe_shard.data.corpus import Say
 from moe_shard.data.found_text import find_text
 from moe_shard.data.spans import Documents
 from moe_shard.data.split import split_documents
 from moe_shard.data.synthetic import HostBatch
-from moe_shard.data.tokenizer import find_tokenizer, is_bytes, require_vocabulary
+from moe_shard.data.tokenizer import find_tokenizer, require_vocabulary
 from moe_shard.errors import UserError
 
 HELD_OUT = "held_out"
@@ -29,14 +35,15 @@ class HeldOutText:
         name: name of the dataset.
         num_batches: batches that are read.
         tokens: targets in them.
-        bytes_per_token: bytes of text per token, marks counted as tokens.
+        weights: targets of each batch, over their mean.
+        bytes_per_token: bytes of text per token, marks counted as tokens; 0: of conversations.
         left_out: sequences of the text that are not read.
     """
 
     def __init__(
         self,
         name: str,
-        text: PackedText,
+        text: TextSequences,
         *,
         rows: int,
         most: int,
@@ -62,7 +69,9 @@ class HeldOutText:
             )
         self.name, self._text, self._rows, self._sharding = name, text, rows, sharding
         self.num_batches = whole if most == -1 else min(most, whole)
-        self.tokens = self.num_batches * rows * text.seq_len
+        counts = [text.targets(n * rows, (n + 1) * rows) for n in range(self.num_batches)]
+        self.tokens = sum(counts)
+        self.weights = [count * len(counts) / max(self.tokens, 1) for count in counts]
         self.bytes_per_token = text.bytes_per_token
         self.left_out = len(text) - self.num_batches * rows
 
@@ -74,7 +83,7 @@ class HeldOutText:
 
 
 class _Steps:
-    def __init__(self, text: PackedText, held: Sequence[int], rows: int) -> None:
+    def __init__(self, text: TextSequences, held: Sequence[int], rows: int) -> None:
         self._text, self._held, self._rows, self._next = text, held, rows, 0
 
     def __next__(self) -> HostBatch:
@@ -136,13 +145,8 @@ def held_out_texts(
         named[HELD_OUT] = split_documents(config).held_out
     found = []
     for name, documents in named.items():
-        text = PackedText(
-            documents,
-            seq_len=seq_len,
-            seed=0,  # another seed of the run must not change what it is judged by
-            tokenizer=None if is_bytes(config) else tokenizer,
-            say=say,
-        )
+        # Another seed of the run must not change what it is judged by.
+        text = cut_text(config, documents, tokenizer, seq_len=seq_len, seed=0, say=say)
         require_same_text(text)
         one = HeldOutText(name, text, rows=rows, most=most, sharding=sharding)
         left = f", {one.left_out:,} sequences left out" if one.left_out else ""

@@ -11,12 +11,12 @@ import io
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 from moe_shard.config.keys import shown
 from moe_shard.data.example_records import example_texts
+from moe_shard.data.fields import Columns, DocumentPiece, NoText, Problem, Read, utf8
 from moe_shard.data.formats import DECODING, FileFormat, needed, open_bytes
 from moe_shard.errors import UserError, first_line
 
@@ -27,51 +27,13 @@ _ROWS = 256
 _BETWEEN = re.compile(r"[ \t\r\n,]*")
 
 
-class DocumentPiece(NamedTuple):
-    """Hold part of a document.
-
-    Attributes:
-        text: UTF-8.
-        ends: whether the document ends with it.
-    """
-
-    text: bytes
-    ends: bool = True
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Describe a record from which no text can be read.
-
-    Attributes:
-        where: its place in the file, such as "line 3".
-        what: what is wrong.
-        fields: names of the record's fields, if the one asked for is missing or no text.
-        rest: whether the rest of the file cannot be read either.
-    """
-
-    where: str
-    what: str
-    fields: tuple[str, ...] = ()
-    rest: bool = False
-
-
-class NoText(NamedTuple):
-    """Stand for a record whose field is empty or null."""
-
-    where: str
-
-
-Read = DocumentPiece | Problem | NoText
-
-
-def read_records(path: Path, form: FileFormat, column: str, encoding: str) -> Iterator[Read]:
+def read_records(path: Path, form: FileFormat, columns: Columns, encoding: str) -> Iterator[Read]:
     """Yield what is in a file, in order.
 
     Args:
         path: the file.
         form: what it is.
-        column: field of a record that holds its text.
+        columns: what is taken from a record.
         encoding: codec of bytes that are not UTF-8; empty: there must be none in records, and in
             text they become U+FFFD.
 
@@ -92,7 +54,7 @@ def read_records(path: Path, form: FileFormat, column: str, encoding: str) -> It
     if form.kind in ("parquet", "arrow"):
         errors = (*DECODING, needed("pyarrow", str(path)).ArrowException)
     try:
-        for item in readers[form.kind](path, form, column, encoding):
+        for item in readers[form.kind](path, form, columns, encoding):
             place = f"after {item.where}" if isinstance(item, Problem | NoText) else "on the way"
             yield item
     except UserError:
@@ -113,14 +75,6 @@ def _decoded(content: bytes, encoding: str) -> str:
         if not encoding:
             raise
         return content.decode(encoding)
-
-
-def utf8(text: str) -> bytes:
-    """Encode text; halves of surrogate pairs, which JSON can hold, become U+FFFD."""
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
 def _is_utf8(path: Path, form: FileFormat) -> bool:
@@ -144,7 +98,7 @@ def _chars(path: Path, form: FileFormat, encoding: str) -> IO[str]:
     return io.TextIOWrapper(file, codec, errors="replace", newline="")
 
 
-def _text(path: Path, form: FileFormat, _: str, encoding: str) -> Iterator[Read]:
+def _text(path: Path, form: FileFormat, _: Columns, encoding: str) -> Iterator[Read]:
     empty = True
     with _chars(path, form, encoding) as file:
         while text := file.read(_PIECE_CHARS):
@@ -168,7 +122,7 @@ def _raw_lines(path: Path, form: FileFormat) -> Iterator[tuple[int, bytes]]:
                 yield number, content
 
 
-def _lines(path: Path, form: FileFormat, column: str, encoding: str) -> Iterator[Read]:
+def _lines(path: Path, form: FileFormat, columns: Columns, encoding: str) -> Iterator[Read]:
     for number, content in _raw_lines(path, form):
         where = f"line {number}"
         try:
@@ -178,32 +132,10 @@ def _lines(path: Path, form: FileFormat, column: str, encoding: str) -> Iterator
         except (ValueError, RecursionError) as error:
             yield Problem(where, f"not JSON: {shown(first_line(error))}")
         else:
-            yield _field(value, column, where)
+            yield columns.read(value, where)
 
 
-def _field(value: Any, column: str, where: str) -> Read:
-    """Return the text of a JSON record."""
-    if not isinstance(value, dict):
-        return Problem(where, f"{_kind_of(value)}, not an object with fields")
-    if column not in value:
-        return Problem(where, f"no field {shown(column)}", fields=tuple(value)[:20])
-    return _text_of(value[column], column, where, tuple(value)[:20])
-
-
-def _text_of(text: Any, column: str, where: str, fields: tuple[str, ...] = ()) -> Read:
-    if text is None or text == "":
-        return NoText(where)
-    if isinstance(text, str):
-        return DocumentPiece(utf8(text))
-    return Problem(where, f"{shown(column)} is {_kind_of(text)}, not text", fields)
-
-
-def _kind_of(value: Any) -> str:
-    kinds = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
-    return kinds.get(type(value), "null" if value is None else "a number")
-
-
-def _values(path: Path, form: FileFormat, column: str, encoding: str) -> Iterator[Read]:
+def _values(path: Path, form: FileFormat, columns: Columns, encoding: str) -> Iterator[Read]:
     """Read a .json file: JSON Lines, values one after another, or one list of them."""
     for _, first in _raw_lines(path, form):
         try:
@@ -211,12 +143,12 @@ def _values(path: Path, form: FileFormat, column: str, encoding: str) -> Iterato
         except (ValueError, RecursionError):
             is_line = False
         if is_line:
-            yield from _lines(path, form, column, encoding)
+            yield from _lines(path, form, columns, encoding)
             return
         break
     for number, value in enumerate(_json_values(path, form, encoding), 1):
         where = f"record {number}"
-        yield value if isinstance(value, Problem) else _field(value[0], column, where)
+        yield value if isinstance(value, Problem) else columns.read(value[0], where)
 
 
 def _json_values(path: Path, form: FileFormat, encoding: str) -> Iterator[tuple[Any] | Problem]:
@@ -251,42 +183,44 @@ def _json_values(path: Path, form: FileFormat, encoding: str) -> Iterator[tuple[
             return
 
 
-def _csv(path: Path, form: FileFormat, column: str, encoding: str) -> Iterator[Read]:
+def _csv(path: Path, form: FileFormat, columns: Columns, encoding: str) -> Iterator[Read]:
     csv.field_size_limit(MOST_RECORD_BYTES)
     with _chars(path, form, encoding) as file:
         tabs = any(ending == ".tsv" for ending in path.suffixes)
         rows = csv.reader(file, delimiter="\t" if tabs else ",")
         try:
             names = next(rows, [])
-            if column not in names:
-                yield Problem("line 1", f"no column {shown(column)}", tuple(names)[:20], rest=True)
+            chosen = columns.chosen(dict.fromkeys(names, ""))
+            if isinstance(chosen, Problem):
+                yield Problem("line 1", chosen.what, tuple(names)[:20], rest=True)
                 return
-            at = names.index(column)
+            places = {name: names.index(name) for name in chosen}
             for row in rows:
                 where = f"line {rows.line_num}"
                 if row and len(row) != len(names):
                     what = f"{len(row)} fields under a head of {len(names)}"
                     yield Problem(where, what)
                 elif row:
-                    yield _text_of(row[at], column, where)
+                    yield columns.read({name: row[at] for name, at in places.items()}, where)
         except csv.Error as error:
             yield Problem(f"line {rows.line_num}", first_line(error), rest=True)
 
 
-def _parquet(path: Path, _: FileFormat, column: str, __: str) -> Iterator[Read]:
+def _parquet(path: Path, _: FileFormat, columns: Columns, __: str) -> Iterator[Read]:
     parquet = needed("pyarrow.parquet", str(path))
     # Without pre_buffer no more of a row group is held than the pages being read.
     with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
-        if problem := _schema_problem(file.schema_arrow, column):
-            yield problem
+        chosen = columns.chosen(_types(file.schema_arrow))
+        if isinstance(chosen, Problem):
+            yield chosen
             return
         row = 0
-        for batch in file.iter_batches(_ROWS, columns=[column], use_threads=False):
-            yield from _column(batch.column(0), column, row)
+        for batch in file.iter_batches(_ROWS, columns=[*chosen], use_threads=False):
+            yield from _rows(batch, columns, row)
             row += batch.num_rows
 
 
-def _arrow(path: Path, _: FileFormat, column: str, __: str) -> Iterator[Read]:
+def _arrow(path: Path, _: FileFormat, columns: Columns, __: str) -> Iterator[Read]:
     arrow = needed("pyarrow", str(path))
     ipc = needed("pyarrow.ipc", str(path))
     with arrow.memory_map(str(path)) as source:
@@ -297,43 +231,28 @@ def _arrow(path: Path, _: FileFormat, column: str, __: str) -> Iterator[Read]:
             source.seek(0)
             reader = ipc.open_stream(source)
             batches = iter(reader)
-        if problem := _schema_problem(reader.schema, column):
-            yield problem
+        chosen = columns.chosen(_types(reader.schema))
+        if isinstance(chosen, Problem):
+            yield chosen
             return
         row = 0
         for batch in batches:
             for first in range(0, batch.num_rows, _ROWS):
-                yield from _column(batch.column(column).slice(first, _ROWS), column, row)
-                row += min(_ROWS, batch.num_rows - first)
+                part = batch.select([*chosen]).slice(first, _ROWS)
+                yield from _rows(part, columns, row)
+                row += part.num_rows
 
 
-def _schema_problem(schema: Any, column: str) -> Problem | None:
-    """Return what is wrong with a table that has no text in the column."""
-    names = tuple(schema.names)
-    if column not in names:
-        what = f"no column {shown(column)}"
-    else:
-        kind = str(schema.field(column).type)
-        nested = "list" in kind or kind.startswith(("struct", "map"))
-        if not nested and ("string" in kind or "binary" in kind or kind == "null"):
-            return None
-        what = f"column {shown(column)} is {kind}, not text"
-    return Problem("its schema", what, names[:20], rest=True)
+def _types(schema: Any) -> dict[str, str]:
+    return {field.name: str(field.type) for field in schema}
 
 
-def _column(array: Any, column: str, first: int) -> Iterator[Read]:
-    for number, value in enumerate(array.to_pylist(), first):
-        where = f"row {number}"
-        if isinstance(value, bytes):
-            try:
-                value = value.decode()
-            except UnicodeDecodeError:
-                yield Problem(where, f"{shown(column)} is bytes that are not UTF-8")
-                continue
-        yield _text_of(value, column, where)
+def _rows(batch: Any, columns: Columns, first: int) -> Iterator[Read]:
+    for number, record in enumerate(batch.to_pylist(), first):
+        yield columns.read(record, f"row {number}")
 
 
-def _array_records(path: Path, _: FileFormat, column: str, __: str) -> Iterator[Read]:
+def _array_records(path: Path, _: FileFormat, columns: Columns, __: str) -> Iterator[Read]:
     library = needed("array_record.python.array_record_module", str(path))
     try:
         reader = library.ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
@@ -350,13 +269,8 @@ def _array_records(path: Path, _: FileFormat, column: str, __: str) -> Iterator[
                 return
             fields = example_texts(content)
             if fields is None:
-                try:
-                    yield DocumentPiece(content) if content.decode() else NoText(where)
-                except UnicodeDecodeError:
-                    yield Problem(where, "neither text nor a tf.train.Example")
-            elif column not in fields:
-                yield Problem(where, f"no field {shown(column)}", tuple(fields)[:20])
+                yield columns.read_whole(content, where)
             else:
-                yield _text_of(fields[column], column, where)
+                yield columns.read(fields, where)
     finally:
         reader.close()

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from moe_shard.data.formats import needed
+from moe_shard.data.placed_tokens import PlacedTokens, by_characters
 from moe_shard.data.tokenizer_files import (
     end_tokens,
     marks_in_words,
@@ -110,6 +111,37 @@ class SentencePieceTokenizer:
         read = [text.decode("utf-8", "replace") for text in texts]
         with refused_by_library(f"{self.name} fails on the text"):
             return [np.array(ids, np.int32) for ids in self._encode(read, special=not self._split)]
+
+    def encode_placed(self, texts: Sequence[str]) -> list[PlacedTokens]:
+        """Encode texts in which special tokens are tokens; say where each token stands."""
+        with refused_by_library(f"{self.name} fails on the text"):
+            return [self._placed(text) for text in texts]
+
+    def _placed(self, text: str) -> PlacedTokens:
+        ids: list[int] = []
+        places: list[tuple[int, int]] = []
+        at = 0  # bytes of the text before the next part
+        for number, part in enumerate(self._pieces(text)):
+            if isinstance(part, int):
+                size = len(self._name(part).encode())
+                ids.append(part)
+                places.append((at, at + size))
+                at += size
+                continue
+            written = self._with_prefix(part, first=number == 0)
+            more = len(written.encode()) - len(part.encode())
+            [proto] = self._bare.encode([written], out_type="proto")
+            end = 0
+            found: list[tuple[int, int]] = []
+            for piece in reversed(proto.pieces):
+                # Of the bytes of a character, the library says for the last one alone where it is.
+                end = piece.end if piece.end > piece.begin or end <= piece.begin else end
+                found.append((piece.begin, end))
+            ids += [piece.id for piece in proto.pieces]
+            places += [(at + max(a - more, 0), at + max(b - more, 0)) for a, b in reversed(found)]
+            at += len(part.encode())
+        pairs = np.array(places, np.int64).reshape(-1, 2)
+        return by_characters(text, np.array(ids, np.int32), pairs[:, 0], pairs[:, 1])
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Encode as the model's own tokenizer does: marks written out in the prompt are marks."""

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from moe_shard.data.formats import needed
+from moe_shard.data.placed_tokens import PlacedTokens, by_characters
 from moe_shard.data.tokenizer_files import (
     end_tokens,
     marks_in_words,
@@ -102,6 +103,23 @@ class TiktokenTokenizer:
                 disallowed_special=(),
             )
         return [np.array(ids, np.int32) for ids in encoded]
+
+    def encode_placed(self, texts: Sequence[str]) -> list[PlacedTokens]:
+        """Encode texts in which special tokens are tokens; say where each token stands."""
+        with refused_by_library(f"{self.name} fails on the text"):
+            encoded = self._encoding.encode_batch(
+                [*texts],
+                num_threads=os.cpu_count() or 1,
+                allowed_special="all",
+                disallowed_special=(),
+            )
+        found = []
+        for text, ids in zip(texts, encoded, strict=True):
+            sizes = [len(self._encoding.decode_single_token_bytes(token)) for token in ids]
+            ends = np.cumsum(np.array(sizes, np.int64))
+            starts = ends - np.array(sizes, np.int64)
+            found.append(by_characters(text, np.array(ids, np.int32), starts, ends))
+        return found
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Encode as the model's own tokenizer does: marks written out in the prompt are marks."""

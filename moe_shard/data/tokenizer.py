@@ -14,6 +14,7 @@ from jaxtyping import Int32
 
 from moe_shard.config.keys import shown
 from moe_shard.config.schema import DataConfig
+from moe_shard.data.placed_tokens import PlacedTokens, by_characters
 from moe_shard.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from moe_shard.data.tiktoken_tokenizer import TiktokenTokenizer, has_ranks
 from moe_shard.data.tokenizer_files import (
@@ -61,6 +62,9 @@ class Tokenizer(Protocol):
     def encode_texts(self, texts: Sequence[bytes]) -> list[Int32[np.ndarray, "T"]]:
         """Encode texts for training, without marks."""
 
+    def encode_placed(self, texts: Sequence[str]) -> list[PlacedTokens]:
+        """Encode texts in which special tokens are tokens; say where each token stands."""
+
     def encode_prompt(self, prompt: str) -> list[int]:
         """Encode the beginning of a document, with its marks; the result is never empty."""
 
@@ -83,6 +87,16 @@ class ByteTokenizer:
     def encode_texts(self, texts: Sequence[bytes]) -> list[Int32[np.ndarray, "T"]]:
         """Return the bytes."""
         return [np.frombuffer(text, np.uint8).astype(np.int32) for text in texts]
+
+    def encode_placed(self, texts: Sequence[str]) -> list[PlacedTokens]:
+        """Return the bytes, and the character that each is of."""
+        found = []
+        for text in texts:
+            content = text.encode()
+            place = np.arange(len(content))
+            ids = np.frombuffer(content, np.uint8).astype(np.int32)
+            found.append(by_characters(text, ids, place, place + 1))
+        return found
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Return the document mark and the bytes in UTF-8."""
@@ -143,6 +157,18 @@ class FileTokenizer:
         with refused_by_library(f"{self.name} fails on the text"):
             encoded = self._rust.encode_batch_fast(read, add_special_tokens=False)
         return [np.array(each.ids, np.int32) for each in encoded]
+
+    def encode_placed(self, texts: Sequence[str]) -> list[PlacedTokens]:
+        """Encode texts in which special tokens are tokens; say where each token stands."""
+        self._rust.encode_special_tokens = False
+        with refused_by_library(f"{self.name} fails on the text"):
+            encoded = self._rust.encode_batch([*texts], add_special_tokens=False)
+        found = []
+        for each in encoded:
+            places = np.array(each.offsets, np.int64).reshape(-1, 2)
+            ids = np.array(each.ids, np.int32)
+            found.append(PlacedTokens(ids, places[:, 0], places[:, 1]))
+        return found
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Encode as the model's own tokenizer does: marks written out in the prompt are marks."""
@@ -238,6 +264,8 @@ def tokenizer_line(config: DataConfig, tokenizer: Tokenizer) -> str:
         return f"tokenizer: {tokenizer.name}, as tokenizer_path is not set"
     if is_bytes(config):
         return f"tokenizer: {tokenizer.name}"
+    if config.use_sft:
+        return f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} tokens"
     written = "as letters" if config.split_special_tokens else "as these"
     return (
         f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} tokens; a document is "

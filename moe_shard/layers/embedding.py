@@ -98,6 +98,7 @@ class Embedding(nnx.Module):
         routine: CrossEntropyName = "auto",
         num_vocab_tiling: int = -1,
         counted: Bool[Array, "B S"] | None = None,
+        divisor: Float[Array, ""] | None = None,
     ) -> Float[Array, ""]:
         """Compute the mean negative log-likelihood of targets, in nats, without [B S V] logits.
 
@@ -107,6 +108,7 @@ class Embedding(nnx.Module):
             routine: see `loss_of`, as the next.
             num_vocab_tiling: chunks that a device divides its tokens into; -1: by size.
             counted: the tokens that the mean is over; None: all.
+            divisor: what the sum over them is divided by; None: their number.
 
         Raises:
             UserError: more chunks than tokens, or tokamax where it cannot run.
@@ -116,7 +118,7 @@ class Embedding(nnx.Module):
         loss = loss_of(self.config, self.sharding, tokens, routine, num_vocab_tiling, masked=masked)
         weight = self.table if self.kernel is None else self.kernel
         bias = None if self.bias is None else self.bias[...]
-        return loss(x, targets, weight[...], bias, counted)
+        return loss(x, targets, weight[...], bias, counted, divisor)
 
 
 def loss_of(

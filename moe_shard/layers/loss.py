@@ -40,6 +40,9 @@ CHUNK_TOKENS = 2048
 """Tokens of a chunk, however many bytes they make: each chunk reads and writes the kernel's
 gradient, which with fewer tokens takes longer than the products do."""
 
+IGNORED = -1
+"""Target of a token that has no loss; see `counted` of `CrossEntropy`."""
+
 # Reports read the pass from JAX's own name of a gradient.
 _BACKWARD = "transpose(jvp(logits))"
 
@@ -197,6 +200,7 @@ class CrossEntropy:
         weight: Float[Array, "_ _"],
         bias: Float[Array, "V"] | None,
         counted: Bool[Array, "B S"] | None = None,
+        divisor: Float[Array, ""] | None = None,
     ) -> Float[Array, ""]:
         """Compute the mean negative log-likelihood, in nats per token.
 
@@ -206,8 +210,9 @@ class CrossEntropy:
             weight: the kernel, or the embedding table, as stored.
             bias: of the logits.
             counted: the tokens that the mean is over, 0 where there are none; None: all.
+            divisor: what the sum over them is divided by; None: their number.
         """
-        return _mean(self, hidden, targets, weight, bias, counted)
+        return _mean(self, hidden, targets, weight, bias, counted, divisor)
 
     def run(
         self,
@@ -216,6 +221,7 @@ class CrossEntropy:
         weight: Float[Array, "_ _"],
         bias: Float[Array, "V"] | None,
         counted: Bool[Array, "B S"] | None,
+        divisor: Float[Array, ""] | None,
         *,
         differentiate: bool,
     ) -> tuple[Float[Array, ""], Gradients | None]:
@@ -226,11 +232,11 @@ class CrossEntropy:
         run: Callable[..., tuple[Float[Array, ""], Gradients | None]] = jax.shard_map(
             partial(self._on_device, count=targets.size, differentiate=differentiate),
             mesh=self.mesh,
-            in_specs=(self.tokens, by_token, self.weight, of_bias, by_token),
+            in_specs=(self.tokens, by_token, self.weight, of_bias, by_token, PartitionSpec()),
             out_specs=(PartitionSpec(), Gradients(*specs) if differentiate else None),
             check_vma=self.routine == "chunks",  # tokamax does not declare how its results vary
         )
-        return run(hidden, targets, weight, bias, counted)
+        return run(hidden, targets, weight, bias, counted, divisor)
 
     def _on_device(
         self,
@@ -239,6 +245,7 @@ class CrossEntropy:
         weight: Float[Array, "_ _"],
         bias: Float[Array, "v"] | None,
         counted: Bool[Array, "b s"] | None,
+        divisor: Float[Array, ""] | None,
         *,
         count: int,
         differentiate: bool,
@@ -256,10 +263,11 @@ class CrossEntropy:
                 w = jax.lax.all_gather(w, stored_axes, axis=self._embed_dim, tiled=True)
             b = None if bias is None else vary_over(bias.astype(jnp.float32), everywhere)
         rows, ids = x.reshape(-1, x.shape[2]), vary_over(targets.reshape(-1), everywhere)
-        total: Any = count
+        total: Any = count if divisor is None else divisor
         if counted is not None:
-            total = jnp.sum(counted, dtype=jnp.float32)
-            total = jnp.maximum(jax.lax.psum(total, token_axes) if token_axes else total, 1)
+            if divisor is None:
+                total = jnp.sum(counted, dtype=jnp.float32)
+                total = jnp.maximum(jax.lax.psum(total, token_axes) if token_axes else total, 1)
             counted = counted.reshape(-1)
         share = 1 / total if differentiate else None
         if self.routine == "tokamax":
@@ -391,8 +399,9 @@ def _mean(
     weight: Float[Array, "_ _"],
     bias: Float[Array, "V"] | None,
     counted: Bool[Array, "B S"] | None,
+    divisor: Float[Array, ""] | None,
 ) -> Float[Array, ""]:
-    return loss.run(hidden, targets, weight, bias, counted, differentiate=False)[0]
+    return loss.run(hidden, targets, weight, bias, counted, divisor, differentiate=False)[0]
 
 
 def _mean_fwd(
@@ -402,8 +411,9 @@ def _mean_fwd(
     weight: Float[Array, "_ _"],
     bias: Float[Array, "V"] | None,
     counted: Bool[Array, "B S"] | None,
+    divisor: Float[Array, ""] | None,
 ) -> tuple[Float[Array, ""], Gradients | None]:
-    return loss.run(hidden, targets, weight, bias, counted, differentiate=True)
+    return loss.run(hidden, targets, weight, bias, counted, divisor, differentiate=True)
 
 
 def _mean_bwd(
@@ -413,7 +423,7 @@ def _mean_bwd(
         return (gradient.astype(jnp.float32) * cotangent).astype(gradient.dtype)
 
     hidden, weight, bias = jax.tree.map(times, gradients)
-    return hidden, None, weight, bias, None
+    return hidden, None, weight, bias, None, None
 
 
 _mean.defvjp(_mean_fwd, _mean_bwd)

@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from moe_shard.config.model_config import LayerKind, ModelConfig
 from moe_shard.layers.heads import make_weight
+from moe_shard.layers.loss import IGNORED
 from moe_shard.models.cycles import PREDICTION
 from moe_shard.models.decoder import Decoder, DecoderLayer, make_norm, make_stack
 from moe_shard.models.remat import remat
@@ -39,7 +40,7 @@ class Ahead(NamedTuple):
     Attributes:
         inputs: the token k ahead of each token; 0 where there is none.
         targets: the token to predict, k + 1 ahead.
-        counted: whether there is one, in the document of the token.
+        counted: whether there is one, in the document of the token, that is trained on.
     """
 
     inputs: Int[Array, "B K S"]
@@ -64,6 +65,7 @@ def look_ahead(batch: dict[str, Int[Array, "B S"]], depths: int) -> Ahead:
     for depth in range(1, depths + 1):
         there = (shifted(segments, depth) == segments) & (places < segments.shape[1] - depth)
         inputs.append(jnp.where(there, shifted(batch["inputs"], depth), 0))
+        there &= shifted(batch["targets"], depth) != IGNORED
         targets.append(jnp.where(there, shifted(batch["targets"], depth), 0))
         counted.append(there)
     return Ahead(*(jnp.stack(each, axis=1) for each in (inputs, targets, counted)))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moe_shard.config.schema import Config, brief_list
 from moe_shard.layers.kernels.load_balance import order_tokens
+from moe_shard.layers.loss import IGNORED
 from moe_shard.models.params import AbstractModel, Params, describe
 from moe_shard.models.remat import kept
 from moe_shard.program.balance import balanced, bias_norms
@@ -125,13 +127,15 @@ def make_program(config: Config, sharding: Sharding) -> Program:
         weights = working_weights(
             params, model.specs, stored, config.model.dtype, cast=config.train.cast_weights_once
         )
-        return _accumulate(grad_fn, weights, params, batch)
+        counted = partial(grad_fn, targets=_targets(config, batch))
+        return _accumulate(counted, weights, params, batch)
 
     def evaluate(params: Params, batch: Batch) -> Float[Array, ""]:
         weights = working_weights(
             params, model.specs, stored, config.model.dtype, cast=config.train.cast_weights_once
         )
-        return held_out_loss_fn(weights, jax.tree.map(lambda x: x[0], batch))[1].ce_loss
+        first = jax.tree.map(lambda x: x[0], batch)
+        return held_out_loss_fn(weights, first, _targets(config, batch))[1].ce_loss
 
     def norms_of(params: Params, batch: Batch) -> Norms:
         loss, _, grads = gradient(params, batch)
@@ -214,7 +218,46 @@ def make_program(config: Config, sharding: Sharding) -> Program:
 GradFn = Callable[[Params, dict[str, Int[Array, "R S"]]], tuple[Float[Array, ""], Losses, Params]]
 
 
-LossFn = Callable[[Params, dict[str, Int[Array, "R S"]]], tuple[Float[Array, ""], Losses]]
+class CountedGradFn(Protocol):
+    """Compute the loss of a microbatch, its parts and its gradients; see `LossFn`."""
+
+    def __call__(
+        self,
+        params: Params,
+        batch: dict[str, Int[Array, "R S"]],
+        targets: Float[Array, ""] | None = None,
+    ) -> tuple[Float[Array, ""], Losses, Params]:
+        """Compute them."""
+
+
+class LossFn(Protocol):
+    """Compute the loss of a microbatch and its parts.
+
+    `targets` is the mean number of targets of the update's microbatches, where some tokens have
+    none; None: each has one.
+    """
+
+    def __call__(
+        self,
+        params: Params,
+        batch: dict[str, Int[Array, "R S"]],
+        targets: Float[Array, ""] | None = None,
+    ) -> tuple[Float[Array, ""], Losses]:
+        """Compute them."""
+
+
+def _targets(config: Config, batch: Batch) -> Float[Array, ""] | None:
+    """Count the targets of a microbatch in the mean, so that each weighs the same in the update.
+
+    Returns:
+        At least a part of one, so that a batch without targets has the loss 0; None where every
+        token has a target.
+    """
+    if not config.data.use_sft:
+        return None
+    with jax.named_scope("loss"):
+        counted = jnp.sum((batch["targets"] != IGNORED).astype(jnp.float32))
+        return jnp.maximum(counted, 1) / batch["targets"].shape[0]
 
 
 def make_loss(config: Config, model: AbstractModel, *, ahead: bool = True) -> LossFn:
@@ -227,7 +270,9 @@ def make_loss(config: Config, model: AbstractModel, *, ahead: bool = True) -> Lo
     """
 
     def loss_fn(
-        params: Params, batch: dict[str, Int[Array, "R S"]]
+        params: Params,
+        batch: dict[str, Int[Array, "R S"]],
+        targets: Float[Array, ""] | None = None,
     ) -> tuple[Float[Array, ""], Losses]:
         order = order_tokens(config.model, model.sharding, batch["inputs"].shape[-1]).order
         further = tokens_ahead(config, batch) if ahead else None
@@ -243,6 +288,8 @@ def make_loss(config: Config, model: AbstractModel, *, ahead: bool = True) -> Lo
             batch["targets"],
             config.train.cross_entropy,
             config.train.num_vocab_tiling,
+            None if targets is None else batch["targets"] != IGNORED,
+            targets,
         )
         mtp_loss, stats = add_mtp_loss(config, decoder, x, further, batch, order, stats)
         with jax.named_scope("loss"):
@@ -253,7 +300,7 @@ def make_loss(config: Config, model: AbstractModel, *, ahead: bool = True) -> Lo
     return loss_fn
 
 
-def make_grad(config: Config, model: AbstractModel, stored: Params | None = None) -> GradFn:
+def make_grad(config: Config, model: AbstractModel, stored: Params | None = None) -> CountedGradFn:
     """Make the gradient function of `make_loss`.
 
     Args:
@@ -265,9 +312,11 @@ def make_grad(config: Config, model: AbstractModel, stored: Params | None = None
     shardings = jax.tree.map(lambda spec: spec.sharding, stored or model.specs)
 
     def grad_fn(
-        params: Params, batch: dict[str, Int[Array, "R S"]]
+        params: Params,
+        batch: dict[str, Int[Array, "R S"]],
+        targets: Float[Array, ""] | None = None,
     ) -> tuple[Float[Array, ""], Losses, Params]:
-        (loss, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
+        (loss, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, targets)
         # Shard gradients as their parameters, so that a sum over microbatches stays sharded.
         return loss, losses, jax.lax.with_sharding_constraint(grads, shardings)
 

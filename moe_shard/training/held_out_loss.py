@@ -108,7 +108,8 @@ class HeldOutLoss:
         """
         for text in self._texts:
             loss = self._loss(state, text)
-            bits = loss / math.log(2) / text.bytes_per_token
+            # Conversations are no text whose bytes count: their loss is that of some tokens.
+            bits = loss / math.log(2) / text.bytes_per_token if text.bytes_per_token else None
             perplexity = math.exp(min(loss, 700))
             record = {
                 "step": updates,
@@ -122,8 +123,9 @@ class HeldOutLoss:
             if not finite:
                 record |= {"loss": None, "bits_per_byte": None, "perplexity": None}
             self._records.append(record)
+            written = "" if bits is None else f"bits/byte {bits:.4f}  "
             self._say(
-                f"after step {updates}, {text.name}: loss {loss:.4f}  bits/byte {bits:.4f}  "
+                f"after step {updates}, {text.name}: loss {loss:.4f}  {written}"
                 f"perplexity {perplexity:.2f}"
             )
         best = self._weigh(updates)
@@ -154,7 +156,8 @@ class HeldOutLoss:
             # devices' memory, and simulated devices would wait for each other without end.
             jax.block_until_ready(losses[-1:])
             losses.append(self._program.evaluate(state.params, batch))
-        return math.fsum(float(loss) for loss in jax.device_get(losses)) / text.num_batches
+        weighted = zip(jax.device_get(losses), text.weights, strict=True)
+        return math.fsum(float(loss) * weight for loss, weight in weighted) / text.num_batches
 
     def _mean(self, updates: int) -> float:
         """Return the loss of an evaluation over all tokens of its datasets."""

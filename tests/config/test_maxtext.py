@@ -553,7 +553,8 @@ MIXTRAL = "decoder_block: mixtral"
 REFUSED = [
     ("load_full_state_path=/x", ["load_full_state_path=/x", "load_parameters_path=PATH"]),
     ("hf_path=a/b", ["hf_path=a/b", "dataset_path=FILES"]),
-    ("use_sft=true", ["use_sft=true asks for another trainer"]),
+    ("use_dpo=true", ["use_dpo=true asks for another trainer"]),
+    ("formatting_func_path=a.b", ["a function of its own that makes conversations"]),
     ("enable_lora=true", ["LoRA"]),
     ("trainable_parameters_mask=[a]", ["all parameters are trained"]),
     ("ici_pipeline_parallelism=2", ["pipeline parallelism", "ici_pipeline_parallelism=1"]),
@@ -636,6 +637,17 @@ def test_the_files_of_its_pipelines_are_the_text(
     assert data.dataset_path == tuple(each.replace("{here}", here) for each in paths)
     assert (data.dataset_type, data.train_data_columns) == ("text", ("body",))
     assert (data.tokenizer_path, data.train_split) == ("/t", "test")
+
+
+def test_its_fine_tuning_trains_on_what_it_does_there(tmp_path: Path) -> None:
+    files = ["dataset_type=hf", f"hf_path={tmp_path}", "train_data_columns=[messages]"]
+    more = ["use_sft=true", "tokenizer_path=/t", "chat_template_path=a.jinja"]
+    data = load(tmp_path, MIXTRAL, *files, *more).data
+    assert (data.use_sft, data.train_data_columns) == (True, ("messages",))
+    assert data.chat_template_path == "a.jinja"
+    assert not data.sft_train_on_completion_only  # MaxText's default; ours is true
+    narrow = load(tmp_path, MIXTRAL, *files, *more, "sft_train_on_completion_only=true").data
+    assert narrow.sft_train_on_completion_only
 
 
 def test_the_evaluation_files_of_its_pipelines(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from flax import nnx
 from moe_shard.config import Config
 from moe_shard.errors import UserError
 from moe_shard.layers.embedding import Embedding, loss_of
-from moe_shard.layers.loss import CHUNK_BYTES, CHUNK_TOKENS, number_of_chunks
+from moe_shard.layers.loss import CHUNK_BYTES, CHUNK_TOKENS, IGNORED, number_of_chunks
 from moe_shard.sharding.annotate import Sharding
 from tests.layers import oracle
 from tests.layers.build import (
@@ -53,10 +53,15 @@ MESHES: list[Sizes] = [
 
 
 def by_hand(
-    x: np.ndarray, targets: np.ndarray, counted: np.ndarray, p: Params, keys: dict[str, Any]
+    x: np.ndarray,
+    targets: np.ndarray,
+    counted: np.ndarray,
+    p: Params,
+    keys: dict[str, Any],
+    divisor: float | None,
 ) -> tuple[float, Any]:
     """Compute loss and gradients in float64, with the chain rule written out."""
-    share = counted / max(counted.sum(), 1)
+    share = counted / (divisor or max(counted.sum(), 1))
     logits = oracle.logits(x, p, keys)
     scores = np.exp(logits - logits.max(-1, keepdims=True))
     probs = scores / scores.sum(-1, keepdims=True)
@@ -80,6 +85,7 @@ def computed(
     rows: int,
     routine: Any,
     share: float | None,
+    divisor: float | None,
 ) -> tuple[Any, tuple[float, Any]]:
     """Return loss and gradients of the package, and by hand."""
     config = layer_config(sizes, *overrides)
@@ -96,7 +102,9 @@ def computed(
     def loss(params: Params, x: jax.Array) -> jax.Array:
         module = nnx.merge(layer.graph, params)
         mask = None if share is None else jnp.asarray(counted)
-        return 3 * module.cross_entropy(x, jnp.asarray(targets), routine, chunks, mask)
+        ids = jnp.where(jnp.asarray(counted), jnp.asarray(targets), IGNORED)
+        total = None if divisor is None else jnp.float32(divisor)
+        return 3 * module.cross_entropy(x, ids, routine, chunks, mask, total)
 
     compiled = (
         jax.jit(
@@ -109,7 +117,8 @@ def computed(
     )
     narrow = jax.tree.map(lambda a: np.asarray(a, np.float32), (params, x))
     found = jax.device_get(compiled(*jax.device_put(narrow, (layer.places, place))))
-    return found, by_hand(x.astype(np.float64), targets, counted, params, config.as_flat_dict())
+    keys = config.as_flat_dict()
+    return found, by_hand(x.astype(np.float64), targets, counted, params, keys, divisor)
 
 
 def check(
@@ -119,8 +128,9 @@ def check(
     rows: int,
     routine: str = "auto",
     share: float | None = None,
+    divisor: float | None = None,
 ) -> None:
-    found, by_numpy = computed(sizes, overrides, chunks, rows, routine, share)
+    found, by_numpy = computed(sizes, overrides, chunks, rows, routine, share, divisor)
     (loss, (grads, dx)), (expected, (by_name, of_x)) = found, by_numpy
     np.testing.assert_allclose(loss / 3, expected, rtol=1e-5)
     if share == 0:
@@ -153,6 +163,10 @@ def test_all_options_together_on_meshes(sizes: Sizes, tied: str) -> None:
 )
 def test_the_mean_is_over_the_tokens_that_count(sizes: Sizes, chunks: int) -> None:
     check(sizes, EVERYTHING, chunks, rows=8, share=0.3)
+
+
+def test_the_sum_over_them_is_divided_by_what_is_said() -> None:
+    check({"data": 2, "tensor": 4}, EVERYTHING, 5, rows=8, share=0.3, divisor=7.5)
 
 
 def test_no_token_counts() -> None:

@@ -301,7 +301,12 @@ def test_one_batch_is_evaluated_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(jax, "device_get", lambda tree: tree)
     text: Any = SimpleNamespace(
-        name="t", tokens=10, bytes_per_token=1.0, num_batches=5, batches=lambda: repeat(None)
+        name="t",
+        tokens=10,
+        bytes_per_token=1.0,
+        num_batches=5,
+        batches=lambda: repeat(None),
+        weights=[1.0] * 5,
     )
     program: Any = SimpleNamespace(evaluate=evaluate)
     evaluation = HeldOutLoss(
