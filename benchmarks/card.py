@@ -22,15 +22,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.curve import computed, train
 from benchmarks.markdown import versions
 from moe_shard.config import load_config
 from moe_shard.config.hardware import find_hardware
-from moe_shard.errors import EXIT_DONE, EXIT_FINDING, CommandParser, UserError, run_command
+from moe_shard.errors import (
+    EXIT_DONE,
+    EXIT_FINDING,
+    CommandParser,
+    Finding,
+    UserError,
+    run_command,
+)
 from moe_shard.files import write_text
 
 _ALONE = (
     *("ici_data_parallelism=-1", "ici_fsdp_parallelism=1", "ici_expert_parallelism=1"),
-    *("enable_checkpointing=false", "enable_tensorboard=false"),
+    *("enable_checkpointing=false", "enable_tensorboard=false", "tokenizer_path=bytes"),
 )
 _PROFILED = ("profile=true", "skip_first_n_steps_for_profiler=8", "profiler_steps=2")
 _STEPS = 14
@@ -268,6 +276,25 @@ def steps(bench: Bench) -> Any:
     return json.loads(done.stdout)
 
 
+def survival(bench: Bench) -> Any:
+    """Train a small model alone, again, and killed three times; compare all records bit for bit."""
+    sizes = ("base_emb_dim=1024", "base_moe_mlp_dim=512", "base_num_decoder_layers=4")
+    heads = ("base_num_query_heads=8", "base_num_kv_heads=8", "num_experts=16", "vocab_size=512")
+    batch = ("num_experts_per_tok=4", "per_device_batch_size=4", "max_target_length=1024")
+    work = bench.work("olmoe-1b-7b", *sizes, *heads, *batch, "moe_dispatch=ragged")
+    saved = ("enable_checkpointing=true", "checkpoint_period=5", "steps=40")
+    command = ["moe-shard", "train", work.model, *work.keys, *saved]
+    for name, at in (("alone", ()), ("again", ()), ("killed", (8, 18, 29))):
+        train(bench.folder, name, command, at, environment=os.environ | _WHOLE_CARD)
+    runs = [computed(bench.folder / "outputs" / name) for name in ("alone", "again", "killed")]
+    return {
+        "keys": [work.model, *work.keys, *saved],
+        "records": len(runs[0]),
+        "again_equal": runs[1] == runs[0],
+        "killed_equal": runs[2] == runs[0],
+    }
+
+
 def _attention_kinds(bench: Bench) -> tuple[str, ...]:
     return ("dot_product",) if bench.tiny else ("dot_product", "flash", "cudnn_flash_jax")
 
@@ -278,7 +305,7 @@ def _profile(bench: Bench) -> tuple[str, ...]:
 
 PARTS: dict[str, Callable[[Bench], Any]] = {
     each.__name__: each
-    for each in (ragged, gather, largest_batch, mixtral, grouped, steps, same_flops)
+    for each in (ragged, gather, largest_batch, mixtral, grouped, steps, same_flops, survival)
 }
 """The parts, the most wanted first."""
 
@@ -301,7 +328,7 @@ def main(argv: Sequence[str]) -> int:
             before = time.monotonic()
             try:
                 found = PARTS[name](bench)
-            except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+            except (UserError, Finding, OSError, ValueError, KeyError, TypeError) as error:
                 found = {"failed": str(error) or type(error).__name__}
                 print(f"        failed: {found['failed']}", file=sys.stderr)
             content["parts"][name] = found | {"seconds": time.monotonic() - before}

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,14 @@ def killed_at(steps: int, kills: int, seed: int) -> list[int]:
     return [round(part * (number + 1 + rng.uniform(-0.4, 0.4))) for number in range(kills)]
 
 
-def train(folder: Path, name: str, command: Sequence[str], at: Sequence[int] = ()) -> Counter[str]:
+def train(
+    folder: Path,
+    name: str,
+    command: Sequence[str],
+    at: Sequence[int] = (),
+    *,
+    environment: Mapping[str, str] | None = None,
+) -> Counter[str]:
     """Train a run to its end, killed on the way.
 
     Args:
@@ -101,6 +108,7 @@ def train(folder: Path, name: str, command: Sequence[str], at: Sequence[int] = (
         name: its name.
         command: the command but for the name.
         at: steps after which it is killed, in rising order.
+        environment: of its processes; None: this one's, on the CPU.
 
     Returns:
         How often each signal ended it.
@@ -109,12 +117,15 @@ def train(folder: Path, name: str, command: Sequence[str], at: Sequence[int] = (
         Finding: a start ended with a code that the contract does not have for it.
     """
     done: Counter[str] = Counter()
+    root = str(Path(__file__).parents[1])
+    found = os.environ | {"JAX_PLATFORMS": "cpu"} if environment is None else environment
+    environment = {**found, "PYTHONPATH": os.pathsep.join([root, *_python_path(found)])}
     metrics = folder / "outputs" / name / "metrics.jsonl"
     arguments = [sys.executable, "-m", "moe_shard", *command[1:], f"run_name={name}"]
     for number, step in enumerate([*at, None]):
         with (folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                arguments, cwd=folder, env=_environment(), stdout=log, stderr=log
+                arguments, cwd=folder, env=environment, stdout=log, stderr=log
             )
         sent = SIGNALS[number % len(SIGNALS)]
         while step is not None and process.poll() is None:
@@ -136,9 +147,8 @@ def train(folder: Path, name: str, command: Sequence[str], at: Sequence[int] = (
     return done
 
 
-def _environment() -> dict[str, str]:
-    root = str(Path(__file__).parents[1])
-    return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": root}
+def _python_path(environment: Mapping[str, str]) -> list[str]:
+    return [part for part in [environment.get("PYTHONPATH", "")] if part]
 
 
 def read(file: Path) -> list[dict[str, Any]]:
