@@ -16,6 +16,12 @@ DEFAULT_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("activation_head_dim", ()),  # elements of a head
     # key heads of gated delta nets, with their value heads:
     ("activation_gdn_head", ("tensor",)),
+    ("activation_mamba_group", ("tensor",)),  # groups of Mamba-2's heads, with their heads
+    ("activation_mamba_group", ()),  # where tensor does not divide them
+    # heads of one group, where tensor does not divide the groups:
+    ("activation_mamba_head", ("tensor",)),
+    ("activation_mamba_head", ()),  # where the groups have taken tensor
+    ("activation_conv_channel", ("tensor",)),  # channels of short convolutions
     ("activation_mlp", ("tensor",)),  # hidden dim of a dense MLP
     ("activation_vocab", ("tensor",)),  # logits
     # activations in the MoE layer
@@ -47,6 +53,11 @@ DEFAULT_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("head_dim", ()),  # elements of a head
     ("gdn_head", ("tensor",)),  # key heads of gated delta nets
     ("gdn_value", ()),  # value heads of one key head
+    ("mamba_group", ("tensor",)),  # groups of Mamba-2's heads
+    ("mamba_group", ()),  # where tensor does not divide them
+    ("mamba_head", ("tensor",)),  # heads of one group
+    ("mamba_head", ()),  # where the groups have taken tensor
+    ("conv_channel", ("tensor",)),  # channels of short convolutions
     ("vocab", ("tensor",)),  # rows of the embedding table
     # model dim of the embedding table:
     ("embed_vocab", ("fsdp", "fsdp_transpose", "context", "expert")),

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, NamedTuple, get_args
 from moe_shard.config.attention_config import AttentionConfig, AttentionSpan
 from moe_shard.config.delta_config import DeltaConfig
 from moe_shard.config.keys import MOST_SIZE, Key, check_leaves, shown
+from moe_shard.config.mamba_config import MambaConfig, ShortConvConfig
 from moe_shard.config.moe_config import MoEConfig
 from moe_shard.config.mtp_config import MTPConfig
 from moe_shard.config.remat_config import RematConfig, RematPolicy
@@ -18,7 +19,7 @@ DType = Literal["bfloat16", "float16", "float32"]
 CrossEntropyName = Literal["auto", "tokamax"]
 Normalization = Literal["rms", "layer"]
 NormPlacement = Literal["input", "output"]
-MixerName = Literal["attention", "gated_delta_net", "none"]
+MixerName = Literal["attention", "gated_delta_net", "mamba2", "short_convolution", "none"]
 MOST_LAYERS = 2**12  # far above any model; the cycle of their kinds is looked for layer by layer
 GATE_ACTIVATIONS = ("silu", "gelu", "gelu_exact", "quick_gelu", "relu", "relu2")
 """Values of the first entry of `mlp_activations`; the second, if any, is `linear`. `gelu` is the
@@ -145,6 +146,8 @@ class ModelConfig:
         gating: the gated MLPs.
         attention: attention of the layers whose mixer it is.
         delta: the gated delta net, likewise.
+        mamba: the state space of Mamba-2, likewise.
+        short_conv: the short convolution, likewise.
         moe: the MoE layer, or None for a dense model (`num_experts: 1`).
         mtp: multi-token prediction.
 
@@ -180,6 +183,8 @@ class ModelConfig:
     gating: GatingConfig = dataclasses.field(default_factory=GatingConfig)
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
     delta: DeltaConfig = dataclasses.field(default_factory=DeltaConfig)
+    mamba: MambaConfig = dataclasses.field(default_factory=MambaConfig)
+    short_conv: ShortConvConfig = dataclasses.field(default_factory=ShortConvConfig)
     moe: MoEConfig | None = None
     mtp: MTPConfig = dataclasses.field(default_factory=MTPConfig)
 

@@ -337,7 +337,7 @@ class Config:
         flat: dict[str, Any] = {}
         model, moe = self.model, self.model.moe
         parts: list[Any] = [self.run, model, model.remat, model.gating, model.attention]
-        parts += [model.attention.rope, model.delta, model.mtp]
+        parts += [model.attention.rope, model.delta, model.mamba, model.short_conv, model.mtp]
         if moe is None:
             flat["num_experts"] = 1
         else:

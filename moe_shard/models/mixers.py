@@ -21,6 +21,8 @@ from moe_shard.layers.attention import make_attention
 from moe_shard.layers.attention_costs import attention_flops, attention_params
 from moe_shard.layers.cache import LayerCache, Memory
 from moe_shard.layers.delta_net import delta_net_flops, delta_net_params, make_delta_net
+from moe_shard.layers.mamba import make_mamba, mamba_flops, mamba_params
+from moe_shard.layers.short_conv import make_short_convolution, short_convolution_params
 from moe_shard.sharding.annotate import Sharding
 
 
@@ -102,6 +104,20 @@ MIXERS: Mapping[MixerName, MixerEntry] = {
         make=make_delta_net,
         params=delta_net_params,
         flops=delta_net_flops,
+    ),
+    "mamba2": MixerEntry(
+        attribute="mamba",
+        words="Mamba-2",
+        make=make_mamba,
+        params=mamba_params,
+        flops=mamba_flops,
+    ),
+    "short_convolution": MixerEntry(
+        attribute="convolution",
+        words="short convolution",
+        make=make_short_convolution,
+        params=short_convolution_params,
+        flops=lambda *_: 0,  # its products are all with parameters
     ),
 }
 """Mixers by the name in `mixer_pattern`; "none" has no entry."""

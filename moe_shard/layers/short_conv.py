@@ -1,0 +1,178 @@
+"""Mix tokens by a short convolution between two gates, as LFM2 does (arXiv 2511.23404).
+
+C  channels, as many as the model dim
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from moe_shard.config.mamba_config import ShortConvConfig
+from moe_shard.config.model_config import LayerKind, ModelConfig
+from moe_shard.layers.cache import LayerCache, Memory
+from moe_shard.layers.causal_conv import causal_conv, earlier_in
+from moe_shard.layers.heads import make_vector, make_weight, param_in_use
+from moe_shard.sharding.annotate import Sharding
+
+_USED = "activation_conv_channel"
+
+
+class ShortConvolution(nnx.Module):
+    """Compute out(b * conv(a * value)), where gates a, b and the value are projected from x.
+
+    Args:
+        config: taps and biases.
+        model_dim: M, the model dim.
+        dtype: dtype of the products.
+        weight_dtype: dtype of the parameters.
+        sharding: the mesh and its rules.
+        rngs: source of the initial weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: ShortConvConfig,
+        model_dim: int,
+        dtype: DTypeLike,
+        weight_dtype: DTypeLike,
+        sharding: Sharding,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.config, self.model_dim = config, model_dim
+        self.dtype, self.sharding = dtype, sharding
+
+        def project() -> nnx.Param[Array]:
+            axes = ("embed", "conv_channel")
+            return make_weight((model_dim, model_dim), axes, dtype=weight_dtype, rngs=rngs)
+
+        def bias(axis: str = "conv_channel") -> nnx.Param[Array] | None:
+            if not config.short_conv_bias:
+                return None
+            return make_vector((model_dim,), (axis,), dtype=weight_dtype)
+
+        self.input_gate, self.output_gate, self.value = project(), project(), project()
+        self.input_gate_bias, self.output_gate_bias, self.value_bias = bias(), bias(), bias()
+        # No matrix: each channel has taps of its own.
+        self.taps = make_weight(
+            (config.short_conv_kernel_dim, model_dim),
+            (None, "conv_channel"),
+            dtype=weight_dtype,
+            rngs=rngs,
+        )
+        self.taps_bias = bias()
+        self.out = make_weight(
+            (model_dim, model_dim), ("conv_channel", "embed"), dtype=weight_dtype, rngs=rngs
+        )
+        self.out_bias = bias("norm")
+
+    def __call__(
+        self,
+        x: Float[Array, "B S M"],
+        positions: Int[Array, "B S"],
+        segment_ids: Int[Array, "B S"],
+        memory: Memory | None = None,
+        order: Int[np.ndarray, "S"] | None = None,
+    ) -> tuple[Float[Array, "B S M"], LayerCache]:
+        """Convolve the tokens of each document.
+
+        Args:
+            x: normalised activations.
+            positions: not read: taps count tokens back from each.
+            segment_ids: equal for tokens of one document, which stand together.
+            memory: cache of earlier calls during generation; None in training.
+            order: None: tokens have to be in the order of the text.
+
+        Returns:
+            The output, to be added to the residual stream, and the cache after these tokens (empty
+            without a memory).
+        """
+        del positions
+        assert order is None, "a tap reaches the token before in the text"
+        with jax.named_scope("token_mixer"):
+            into, out_of, value = (
+                checkpoint_name(self._project(x, name), f"{kept}_proj")
+                for name, kept in (
+                    ("input_gate", "query"),
+                    ("output_gate", "key"),
+                    ("value", "value"),
+                )
+            )
+            taps = self._in_use(self.taps, (None, _USED), "taps")
+            y, tail = causal_conv(into * value, taps, segment_ids, earlier_in(memory, "convolved"))
+            y = checkpoint_name(out_of * self._plus(y, "taps_bias", _USED), "context")
+            cache = {} if memory is None else {"convolved": self._placed_tail(tail)}
+            return checkpoint_name(self._output(y), "out_proj"), cache
+
+    def empty_cache(self, rows: int, places: int) -> LayerCache:
+        """Make a cache without tokens.
+
+        Args:
+            rows: B, sequences.
+            places: not read: taps reach a few tokens back.
+        """
+        del places
+        before = self.config.short_conv_kernel_dim - 1
+        empty = jnp.zeros((rows, before, self.model_dim), self.dtype)
+        return {"convolved": self._placed_tail(empty)}
+
+    def _placed_tail(self, tail: Float[Array, "B before C"]) -> Float[Array, "B before C"]:
+        return self.sharding(tail, "activation_batch", None, _USED, name="convolution earlier")
+
+    def _project(self, x: Float[Array, "B S M"], name: str) -> Float[Array, "B S C"]:
+        kernel = self._in_use(getattr(self, name), (None, _USED), name)
+        y = self.sharding(
+            jnp.einsum("bsm,mc->bsc", x, kernel),
+            "activation_batch",
+            "activation_length",
+            _USED,
+            name=f"convolution {name}",
+        )
+        return self._plus(y, f"{name}_bias", _USED)
+
+    def _plus(self, y: Float[Array, "B S C"], name: str, used: str) -> Float[Array, "B S C"]:
+        """Add a bias, if there is one."""
+        bias: nnx.Param[Array] | None = getattr(self, name)
+        return y if bias is None else y + self._in_use(bias, (used,), name)
+
+    def _in_use(
+        self, param: nnx.Param[Array], used: tuple[str | None, ...], name: str
+    ) -> Float[Array, "*D"]:
+        name = f"convolution {name.replace('_', ' ')}"
+        return param_in_use(param, used, dtype=self.dtype, sharding=self.sharding, name=name)
+
+    def _output(self, y: Float[Array, "B S C"]) -> Float[Array, "B S M"]:
+        y = self.sharding(
+            jnp.einsum("bsc,cm->bsm", y, self._in_use(self.out, (_USED, None), "out")),
+            "activation_batch",
+            "activation_length",
+            "activation_embed",
+            name="convolution output",
+        )
+        return self._plus(y, "out_bias", "activation_embed")
+
+
+def make_short_convolution(
+    config: ModelConfig, kind: LayerKind, sharding: Sharding, rngs: nnx.Rngs
+) -> ShortConvolution:
+    """Make the short convolution of a layer of a model; see the class for the arguments."""
+    assert kind.mixer == "short_convolution", kind
+    return ShortConvolution(
+        config=config.short_conv,
+        model_dim=config.emb_dim,
+        dtype=config.dtype,
+        weight_dtype=config.weight_dtype,
+        sharding=sharding,
+        rngs=rngs,
+    )
+
+
+def short_convolution_params(config: ModelConfig) -> int:
+    """Count the parameters that a token is multiplied with: projections and taps."""
+    return config.emb_dim * (4 * config.emb_dim + config.short_conv.short_conv_kernel_dim)
