@@ -83,6 +83,7 @@ class Attributes:
         at = self._family
         named = {getattr(at.spans, each.name) for each in fields(at.spans)}
         named |= {getattr(at.moe_layers, each.name) for each in fields(at.moe_layers)}
+        named |= {at.mixers.types, at.mixers.full_every, at.correction_bias_switch}
         rules = [*at.settings.values(), at.num_experts_attr, at.top_k_attr, at.route_norm]
         rules += [at.route_scale, at.num_expert_groups, at.num_limited_groups, at.carried_layers]
         for rule in rules:
@@ -121,9 +122,9 @@ class Attributes:
             )
         missing = [
             f"{key}.{entry}: {name}"
-            for key in ("spans", "moe_layers")
+            for key in ("spans", "moe_layers", "mixers")
             for entry, name in (own.get(key) or {}).items()
-            if isinstance(name, str) and name and name not in self._values
+            if entry != "otherwise" and isinstance(name, str) and name and name not in self._values
         ]
         if missing:
             lines.append(
@@ -169,7 +170,9 @@ class Attributes:
         return value
 
     def names(self, name: str, layers: int, known: Collection[str]) -> list[str] | None:
-        """Return an attribute that is a list of names, one for each layer; None where it is null.
+        """Return an attribute that has a name for each layer; None where it is null.
+
+        It is a list, or a text of one letter for each.
 
         Args:
             name: the attribute.
@@ -182,6 +185,8 @@ class Attributes:
         value = self.get(name)
         if value is None:
             return None
+        if isinstance(value, str):
+            value = [*value]
         if not isinstance(value, list) or len(value) != layers:
             raise self.error(
                 f"{self.as_text(name)} is not a list of {layers} names", "one for each layer"

@@ -280,6 +280,7 @@ def _check_expert_layers(
         if kind.moe != ((layer,) in routers):
             at = family.moe_layers
             keys = (at.list, at.types, at.first, at.last, at.step, at.excluded)
+            keys = (family.mixers.types,) if family.mixers.one_block else keys
             texts = ", ".join(attributes.as_text(key) for key in keys if key)
             if {*EXPERT_LAYERS} & family.settings.keys():
                 own = {key: family.settings[key] for key in EXPERT_LAYERS if key in family.settings}

@@ -12,12 +12,13 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from moe_shard.autoep.family_chain import lay_families
 from moe_shard.autoep.strict_json import in_json
 from moe_shard.config.keys import shown
 from moe_shard.config.load import base_settings, configs_dir, find_file, list_names
+from moe_shard.config.model_config import MixerName
 from moe_shard.config.overlays import TYPES_IN_WORDS
 from moe_shard.config.strict_yaml import read_mapping
 from moe_shard.errors import UserError
@@ -103,6 +104,33 @@ class Spans:
 
 
 @dataclass(frozen=True)
+class Mixers:
+    """State what mixes the tokens of each layer.
+
+    Attributes:
+        types: an attribute: a name for each layer, in a list, or a letter, in a text; empty: none.
+        names: name in `types` -> a mixer of `mixer_pattern`, or "experts" or "mlp": a layer that is
+            nothing else. Where there are such, a layer with a mixer is that alone.
+        full_every: an attribute: where `types` is null and this is not, the last of every so many
+            layers has attention.
+        otherwise: the mixer of all other layers where `types` is null.
+    """
+
+    types: str = ""
+    names: Mapping[str, str] = field(default_factory=dict)
+    full_every: str = ""
+    otherwise: str = "attention"
+
+    @property
+    def one_block(self) -> bool:
+        """Return whether a layer is a mixer, or experts, or an MLP, and nothing besides."""
+        return not {*_BLOCKS}.isdisjoint(self.names.values())
+
+
+_BLOCKS = ("experts", "mlp")
+
+
+@dataclass(frozen=True)
 class Family:
     """Hold the keys of one family file, see `configs/families/defaults.yml`.
 
@@ -119,6 +147,7 @@ class Family:
     moe_layer_pattern: str
     router_pattern: str
     correction_bias_pattern: str
+    correction_bias_switch: str
     expert_pattern: str
     expert_w1: str
     expert_w2: str
@@ -142,6 +171,7 @@ class Family:
     num_limited_groups: SettingRule
     moe_layers: LayersWithExperts
     spans: Spans
+    mixers: Mixers
     rope_without_effect: tuple[str, ...]
     rope_alpha: bool
     attributes: Mapping[str, Any]
@@ -299,15 +329,17 @@ def _read(path: Path, key: str, value: Any) -> Any:
     value = {} if value is None else value
     if not isinstance(value, dict):
         raise wrong("a mapping")
-    if kind in (LayersWithExperts, Spans):
-        known = {field.name: field for field in fields(kind)}
+    if kind in (LayersWithExperts, Spans, Mixers):
+        usual = {each.name: getattr(kind(), each.name) for each in fields(kind)}
         for name, each in value.items():
-            _check_known(path, f"{key}.", name, known)
-            kinds = (
-                (list,) if isinstance(known[name].default, tuple) else (type(known[name].default),)
-            )
-            if type(each) not in kinds:
+            _check_known(path, f"{key}.", name, usual)
+            if type(each) is not (list if isinstance(usual[name], tuple) else type(usual[name])):
                 raise wrong("a mapping to attributes")
+        if kind is Mixers:
+            for name in (value.get("otherwise"), *value.get("names", {}).values()):
+                if name not in (None, *get_args(MixerName), *_BLOCKS):
+                    known = ", ".join((*get_args(MixerName), *_BLOCKS))
+                    raise wrong(f"a mapping to mixers ({shown(name)} is none of {known})")
         return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in value.items()})
     if key == "settings":
         for name in value:

@@ -33,6 +33,8 @@ SAID_BY: Mapping[str, tuple[str, ...]] = {
         *("spans.types", "spans.every", "spans.first", "spans.below", "spans.switch"),
         "spans.full_every",
     ),
+    "mixer_pattern": ("mixers",),
+    "layers_without_mlp": ("mixers.names",),
     "sliding_window_size": ("spans.window",),
     "chunk_attn_window_size": ("spans.chunk",),
     "nope_layer_interval": ("spans.rope_flags", "spans.nope_interval", "spans.nope_types"),

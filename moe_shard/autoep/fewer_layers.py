@@ -52,8 +52,8 @@ def with_layers(
     at, spans = family.moe_layers, family.spans
     changes: list[tuple[str, Callable[[Any], Any]]] = [(source, lambda _: layers)]
     changes += [
-        (name, lambda value: value[:layers] if isinstance(value, list) else value)
-        for name in {at.types, spans.types, spans.rope_flags}
+        (name, lambda value: value[:layers] if isinstance(value, list | str) else value)
+        for name in {at.types, spans.types, spans.rope_flags, family.mixers.types}
     ]
     changes += [
         (name, lambda value: [n for n in value if n < layers] if isinstance(value, list) else value)

@@ -72,6 +72,23 @@ _DELTA_KEYS: Mapping[str, tuple[str, ...]] = {
 """Parameter of a gated delta net -> the settings that determine its size."""
 
 
+_HEADS = ("mamba_num_heads",)
+_OF_GROUP = ("mamba_num_groups", "mamba_state_dim")
+_MAMBA_KEYS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("value", "gate", "out"), (*_HEADS, "mamba_head_dim", _MODEL_DIM)),
+    **dict.fromkeys(("key", "query"), (*_OF_GROUP, _MODEL_DIM)),
+    "value_conv": (*_HEADS, "mamba_head_dim", "mamba_conv_kernel_dim"),
+    **dict.fromkeys(("key_conv", "query_conv"), (*_OF_GROUP, "mamba_conv_kernel_dim")),
+    "step": (*_HEADS, _MODEL_DIM),
+    **dict.fromkeys(("decay_log", "step_shift", "skip"), _HEADS),
+    "norm_scale": (*_HEADS, "mamba_head_dim"),
+}
+"""The same of Mamba-2, where a bias is of the sizes of what it is added to."""
+
+TAPS = ("taps", "_conv")
+"""Ends of the names of a convolution's taps: parameters [K, channels], tensors [channels, 1, K]."""
+
+
 class Slot(NamedTuple):
     """Describe one parameter of one layer (of one expert, in `mlp.experts`) or the whole model.
 
@@ -138,6 +155,12 @@ def _slot(path: str, spec: ParamSpec, stacked: int, latent: bool) -> Slot:
     shape, axes = spec.shape[stacked:], spec.logical_axes[stacked:]
     if path.startswith("delta."):
         return Slot(shape, _inputs(axes), _DELTA_KEYS[path.removeprefix("delta.")])
+    inputs = 1 if path.endswith(TAPS) else _inputs(axes)
+    if path.startswith("mamba."):
+        return Slot(shape, inputs, _MAMBA_KEYS[path.removeprefix("mamba.").removesuffix("_bias")])
+    if path.startswith("convolution."):
+        taps = ("short_conv_kernel_dim",) if path.endswith("taps") else ()
+        return Slot(shape, inputs, (*taps, _MODEL_DIM))
     own: Mapping[str, tuple[str, ...]] = {}
     if path.startswith("mlp.shared."):
         own = _SHARED_KEYS

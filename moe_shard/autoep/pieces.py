@@ -10,7 +10,7 @@ from pathlib import Path
 from moe_shard.autoep.family import Family
 from moe_shard.autoep.fused import Fused, read_fused
 from moe_shard.autoep.headers import TensorHeader
-from moe_shard.autoep.param_shapes import Slot, slots_of
+from moe_shard.autoep.param_shapes import TAPS, Slot, slots_of
 from moe_shard.autoep.tensor_names import (
     FUSED,
     LISTED,
@@ -27,8 +27,15 @@ from moe_shard.errors import UserError
 from moe_shard.models.cycles import stacks_of
 
 _FUSED = ("gate_up", "down")
+_OF_HEADS = ("attention.", "mamba.")
+"""Prefixes of parameters whose vectors have dims of heads, which tensors flatten."""
 _JOINED = {
     "attention.query_key_value": ("attention.query", "attention.key", "attention.value"),
+    "convolution.in": tuple(
+        f"convolution.{part}" for part in ("input_gate", "output_gate", "value")
+    ),
+    "mamba.in": tuple(f"mamba.{part}" for part in ("gate", "value", "key", "query", "step")),
+    "mamba.taps": tuple(f"mamba.{part}_conv" for part in ("value", "key", "query")),
     "mlp.gate_up": ("mlp.gate", "mlp.up"),
     "mlp.shared.gate_up": ("mlp.shared.gate", "mlp.shared.up"),
     f"{LISTED}gate_up": (f"{LISTED}gate", f"{LISTED}up"),
@@ -214,9 +221,11 @@ class Pieces:
 def _stored(role: str, slot: Slot) -> tuple[int, ...]:
     """Return the shape in a checkpoint: [out, in] for a matrix, heads flattened."""
     ins, outs = slot.shape[: slot.inputs], slot.shape[slot.inputs :]
+    if role.endswith(TAPS):
+        return math.prod(outs), 1, math.prod(ins)
     if slot.inputs:
         return math.prod(outs), math.prod(ins)
-    return (math.prod(outs),) if role.startswith("attention.") else outs
+    return (math.prod(outs),) if role.startswith(_OF_HEADS) else outs
 
 
 def _layout(slot: Slot, stored: tuple[int, ...]) -> Layout:

@@ -37,7 +37,9 @@ def model_settings(attributes: Attributes, family: Family) -> dict[str, Any]:
     settings = {key: attributes.value(key, rule) for key, rule in setting_rules(family).items()}
     layers = settings["base_num_decoder_layers"]
     found = _spans(attributes, family, layers, settings.get("attention_pattern"))
-    if not {*EXPERT_LAYERS} & family.settings.keys():
+    mixers = _mixers(attributes, family, layers)
+    found |= mixers
+    if "dense_layers" not in mixers and not {*EXPERT_LAYERS} & family.settings.keys():
         found |= _expert_layers(attributes, family, layers)
     if {*_WITHOUT_ROPE} & family.settings.keys():
         found = {key: value for key, value in found.items() if key not in _WITHOUT_ROPE}
@@ -60,7 +62,7 @@ def setting_rules(family: Family) -> dict[str, SettingRule]:
         "num_experts_per_tok": family.top_k_attr,
         "routed_score_func": SettingRule(default=family.score_func),
         "routed_score_on_input": SettingRule(default=family.score_apply == "pre"),
-        "routed_bias": SettingRule(default=bool(family.correction_bias_pattern)),
+        "routed_bias": _correction_bias(family),
         "norm_topk_prob": family.route_norm,
         "routed_scaling_factor": family.route_scale,
         "n_routing_groups": family.num_expert_groups,
@@ -71,6 +73,40 @@ def setting_rules(family: Family) -> dict[str, SettingRule]:
         rules["shared_experts"] = SettingRule(default=0)
         rules["shared_expert_gate"] = SettingRule(default=False)
     return {**rules, **family.settings}
+
+
+def _correction_bias(family: Family) -> SettingRule:
+    """Return whether there is a bias for the choice of experts."""
+    if family.correction_bias_pattern and (switch := family.correction_bias_switch):
+        return SettingRule(sources=(switch,), default=True)
+    return SettingRule(default=bool(family.correction_bias_pattern))
+
+
+def _mixers(attributes: Attributes, family: Family, layers: int) -> dict[str, Any]:
+    """Return the keys that state what mixes the tokens of each layer; none where all attend.
+
+    Where a layer is one block, they also state which layers have experts.
+    """
+    at = family.mixers
+    types = attributes.names(at.types, layers, at.names)
+    if types is not None:
+        mixers = [at.names[name] for name in types]
+    elif attributes.get(at.full_every) is not None:
+        every = max(attributes.number(at.full_every, 1), 1)
+        whole = [(layer + 1) % every == 0 for layer in range(layers)]
+        mixers = ["attention" if is_whole else at.otherwise for is_whole in whole]
+    else:
+        mixers = [at.otherwise] * layers
+    if not at.one_block:
+        return {} if {*mixers} == {"attention"} else {"mixer_pattern": _shortest(mixers)}
+    blocks = [mixer in ("experts", "mlp") for mixer in mixers]
+    both = [*zip(mixers, blocks, strict=True)]
+    return {
+        "mixer_pattern": _shortest(["none" if block else mixer for mixer, block in both]),
+        "layers_without_mlp": [layer for layer, block in enumerate(blocks) if not block],
+        **dict(zip(EXPERT_LAYERS, (0, 1), strict=False)),
+        "dense_layers": [layer for layer, mixer in enumerate(mixers) if mixer == "mlp"],
+    }
 
 
 def _expert_layers(attributes: Attributes, family: Family, layers: int) -> dict[str, Any]:

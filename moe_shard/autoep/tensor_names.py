@@ -42,6 +42,10 @@ _SWITCHES = (
     (r"embedding\.bias", "logits_bias"),
     (r"mlp\.router\.bias", "router_bias"),
     (r"mlp\.shared\..*", "shared_experts"),
+    (r"convolution\..*_bias", "short_conv_bias"),
+    (r"mamba\..*_conv_bias", "mamba_conv_bias"),
+    (r"mamba\..*_bias", "mamba_proj_bias"),
+    (r"(convolution|mamba)\..*", "mixer_pattern"),
     (r"mlp\..*_bias", "mlp_bias"),
 )
 """Optional parameters, as regular expressions -> the setting that adds them."""

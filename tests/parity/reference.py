@@ -185,7 +185,8 @@ def forward(shape: Shape, model: Any, inputs: np.ndarray, targets: np.ndarray) -
 def _correction_biases(model: Any) -> list[torch.Tensor]:
     """Return the correction bias of each layer with experts, if the family has them."""
     state = model.state_dict()
-    return [bias.reshape(-1) for name, bias in state.items() if name.endswith("correction_bias")]
+    ends = ("correction_bias", "expert_bias")
+    return [bias.reshape(-1) for name, bias in state.items() if name.endswith(ends)]
 
 
 def _balance_of_choices(model: Any, router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
