@@ -282,8 +282,9 @@ def _check_expert_layers(
             keys = (at.list, at.types, at.first, at.last, at.step, at.excluded)
             keys = (family.mixers.types,) if family.mixers.one_block else keys
             texts = ", ".join(attributes.as_text(key) for key in keys if key)
-            if {*EXPERT_LAYERS} & family.settings.keys():
-                own = {key: family.settings[key] for key in EXPERT_LAYERS if key in family.settings}
+            deciding = {*EXPERT_LAYERS, "layers_without_mlp"} & family.settings.keys()
+            if deciding:
+                own = {key: family.settings[key] for key in sorted(deciding)}
                 texts = ", ".join(attributes.rule_text(key, rule) for key, rule in own.items())
             raise attributes.error(
                 f"layer {layer} has {'experts' if kind.moe else 'none'} by {texts or family.name}, "

@@ -23,6 +23,8 @@ _TABLE: Final = (
     ("norms", r"norm\."),
     ("attention", r"(^|\.)attention\."),
     ("delta_net", r"(^|\.)delta\."),
+    ("mamba", r"(^|\.)mamba\."),
+    ("convolution", r"(^|\.)convolution\."),
     ("router", r"\.router\."),
     ("experts", r"\.experts\."),
     ("shared_experts", r"\.shared(\.|_gate$)"),

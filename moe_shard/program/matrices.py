@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from moe_shard.models.params import Params, ParamSpec
 
-_HEADS = frozenset({"heads", "kv_heads", "gdn_head", "gdn_value"})
+_HEADS = frozenset({"heads", "kv_heads", "gdn_head", "gdn_value", "mamba_group", "mamba_head"})
 _OF_HEADS = _HEADS | {"head_dim"}
 
 

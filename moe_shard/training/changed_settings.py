@@ -69,6 +69,7 @@ _KEYS: dict[Kind, str] = {
         routing_group_score norm_topk_prob norm_topk_epsilon routed_scaling_factor
         routed_score_on_input
         sparsemixer_jitter normalization_zero_centered use_qk_norm_in_gdn mtp_after_final_norm
+        mamba_step_min mamba_step_max
         """,
     Kind.FIXED: """
         base_emb_dim base_num_decoder_layers base_mlp_dim vocab_size mlp_bias normalization_type
@@ -79,7 +80,9 @@ _KEYS: dict[Kind, str] = {
         qk_norm_type num_experts base_moe_mlp_dim router_bias routed_bias shared_experts
         shared_expert_mlp_dim shared_expert_gate optimizer muon_include_routers
         mixer_pattern layers_without_mlp gdn_num_key_heads gdn_num_value_heads gdn_key_head_dim
-        gdn_value_head_dim gdn_conv_kernel_dim mtp_num_layers
+        gdn_value_head_dim gdn_conv_kernel_dim mtp_num_layers mamba_num_heads mamba_head_dim
+        mamba_num_groups mamba_state_dim mamba_conv_kernel_dim mamba_conv_bias mamba_proj_bias
+        short_conv_kernel_dim short_conv_bias
         """,
     Kind.FREE: """
         enable_emergency_checkpoint local_checkpoint_directory local_checkpoint_period
@@ -93,7 +96,8 @@ _KEYS: dict[Kind, str] = {
         moe_mlpwi_1 moe_mlpwo moe_exchanged attention context_parallel_strategy
         context_parallel_load_balance ragged_transport grouped_product num_moe_token_chunks
         prefuse_moe_weights moe_dispatch_no_expert_sharding cross_entropy num_vocab_tiling
-        gdn_chunk_size cast_weights_once shard_optimizer_over_data optimizer_memory_host_offload
+        gdn_chunk_size mamba_chunk_size cast_weights_once shard_optimizer_over_data
+        optimizer_memory_host_offload
         decode_sampling_strategy decode_sampling_temperature decode_sampling_nucleus_p
         decode_sampling_top_k max_new_tokens dump_hlo profile skip_first_n_steps_for_profiler
         profiler_steps mesh_axes logical_axis_rules rule_conflicts num_simulated_devices

@@ -27,6 +27,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "exaone_moe": SHAPE,
     "granitemoeshared": {**SHAPE, "num_key_value_heads": 8},
     "hunyuan_v1_moe": {**SHAPE, "num_experts": 8, "moe_topk": 2, "head_dim": 128},
+    "lfm2_moe": {**SHAPE, "layer_types": ["conv", "conv", "full_attention", "conv"]},
     "llama4_text": {**SHAPE, "attention_chunk_size": None},
 }
 KEYS = {
@@ -37,12 +38,14 @@ KEYS = {
     "shared": ("shared_experts", "shared_expert_mlp_dim"),
     "theta": ("rope_type", "rope_max_timescale"),
     "chosen": ("num_experts_per_tok",),
+    "mixers": ("mixer_pattern", "layers_without_mlp"),
+    "bias": ("routed_bias", "short_conv_bias", "logits_via_embedding"),
 }
 
 
 def found(family: str, keys: str, **changes: Any) -> tuple[Any, ...]:
     all_of_them = settings({"model_type": family, **SMALL[family]}, **changes)
-    return tuple(all_of_them[key] for key in KEYS[keys])
+    return tuple(all_of_them.get(key) for key in KEYS[keys])
 
 
 @pytest.mark.parametrize(
@@ -79,6 +82,16 @@ def found(family: str, keys: str, **changes: Any) -> tuple[Any, ...]:
             "turned",
             {"rotary_dim": 64, "rope_parameters": {"rope_theta": 2.0, "partial_rotary_factor": 1}},
             (1.0,),
+        ),
+        ("lfm2_moe", "experts", {}, (2, 1, [])),
+        ("lfm2_moe", "mixers", {}, ([*["short_convolution"] * 2, "attention"], None)),
+        ("lfm2_moe", "mixers", {"layer_types": ["full_attention"] * 4}, (None, None)),
+        ("lfm2_moe", "bias", {}, (True, False, True)),
+        (
+            "lfm2_moe",
+            "bias",
+            {"use_expert_bias": False, "conv_bias": True, "tie_embedding": False},
+            (False, True, False),
         ),
         ("exaone_moe", "windows", {}, (["sliding"] * 3 + ["global"], 4096)),
         ("exaone_moe", "positions", {}, (4, [])),

@@ -38,6 +38,8 @@ LISTS: dict[str, Any] = {
     "mlp_activations": ["gelu", "linear"],
     "attention_pattern": ["sliding", "global"],
     "dense_layers": [1],
+    "mixer_pattern": ["mamba2"],
+    "layers_without_mlp": [0],
     "nope_layers": [0],
     "rope_short_factors": [1.5] * 3,
     "rope_long_factors": [2.5] * 3,
@@ -131,6 +133,7 @@ def said_by(key: str) -> dict[str, Any]:
         **{"num_expert_groups": -1, "num_limited_groups": -1, "spans.every": 1},
         **{"correction_bias_pattern": None, "shared_experts_gate_pattern": None},
         **{"moe_layers": {"first": "k"}, "attributes.rope_theta": 5.0},
+        **{"mixers": {"otherwise": "mamba2"}, "mixers.names": {"x": "mamba2"}},
         **{"attributes.partial_rotary_factor": 1.0, "spans.nope_types": ["full_attention"]},
     }
     name, _, entry = key.partition(".")

@@ -59,6 +59,24 @@ def test_operations_are_those_counted_by_hand() -> None:
     assert train_flops_per_token(model, seq_len=10) == 6 * products + of_states + scores
 
 
+def test_operations_of_convolutions_and_state_spaces() -> None:
+    model = small_config(
+        {"data": 8}, *MIXED, "mixer_pattern=[mamba2, attention, short_convolution, none]",
+        "mamba_num_heads=6", "mamba_head_dim=5", "mamba_num_groups=2", "mamba_state_dim=7",
+        "mamba_conv_kernel_dim=3", "short_conv_kernel_dim=4",
+    ).model  # fmt: skip
+    # gate, value and out; key and query; step; then the taps of value, key and query.
+    mamba = 16 * (3 * 6 * 5 + 2 * 2 * 7 + 6) + 3 * (6 * 5 + 2 * 2 * 7)
+    convolution = 16 * 16 * 4 + 4 * 16
+    attention = 16 * 8 * (4 + 2 + 2 + 4)
+    products = mamba + convolution + attention + 3 * (3 * 16 * 32) + 16 * 64
+    assert matmul_params_per_token(model) == products
+    # Of each state: a value and a key are added, and it is multiplied with the query.
+    scores = 6 * 4 * (8 + 8) * 10
+    of_states = 6 * 2 * 6 * 5 * 7
+    assert train_flops_per_token(model, seq_len=10) == 6 * products + of_states + scores
+
+
 def test_a_sequence_of_states_is_not_split() -> None:
     sizes = {"context": 2, "data": 4}
     config = small_config(sizes, *MIXED, "per_device_batch_size=0.5")

@@ -15,7 +15,8 @@ from tests.models.build import annotator, random_params, small_config
 
 EVERYTHING = (
     "dense_layers=[0]",
-    "mixer_pattern=[attention, gated_delta_net]",
+    "base_num_decoder_layers=4",
+    "mixer_pattern=[attention, gated_delta_net, mamba2, short_convolution]",
     "gdn_num_key_heads=2",
     "gdn_num_value_heads=4",
     "gdn_key_head_dim=8",
