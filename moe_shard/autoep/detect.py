@@ -279,8 +279,9 @@ def _check_expert_layers(
     for layer, kind in enumerate(model.layer_kinds):
         if kind.moe != ((layer,) in routers):
             at = family.moe_layers
-            keys = (at.list, at.types, at.first, at.last, at.step, at.excluded)
-            keys = (family.mixers.types,) if family.mixers.one_block else keys
+            keys = [at.list, at.types, at.first, at.last, at.step, at.excluded]
+            if family.mixers.one_block:
+                keys = [family.mixers.types]
             texts = ", ".join(attributes.as_text(key) for key in keys if key)
             deciding = {*EXPERT_LAYERS, "layers_without_mlp"} & family.settings.keys()
             if deciding:

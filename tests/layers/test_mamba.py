@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,9 @@ def layer_of(sizes: Sizes, *overrides: str) -> tuple[Config, Layer, Any]:
     config = layer_config(sizes, *overrides)
     sharding, kind = layer_annotator(config, sizes), config.model.layer_kinds[0]
     entry = MIXERS[kind.mixer]
-    layer = describe(lambda rngs: entry.make(config.model, kind, sharding, rngs), sharding)
+    layer = describe(
+        lambda rngs: cast(nnx.Module, entry.make(config.model, kind, sharding, rngs)), sharding
+    )
     return config, layer, sharding.named_sharding("x", ("activation_batch", None, None), (8, 1, 1))
 
 
