@@ -37,7 +37,10 @@ _NULL_MEANS: Mapping[str, Any] = {
     "run_name": "",
     "base_output_directory": "",
 }
-_ONE_OR_MORE = ("dataset_path", "eval_dataset_path", "train_data_columns", "eval_data_columns")
+_ONE_OR_MORE = (
+    *("dataset_path", "eval_dataset_path", "train_data_columns", "eval_data_columns"),
+    "trainable_parameters_mask",
+)
 """Keys whose list may be written as its only item."""
 _LISTS_OF: Mapping[str, type] = {
     "dense_layers": int,

@@ -70,6 +70,8 @@ class TrainConfig:
         muon_weight_decay: as `adam_weight_decay`, for what Muon updates.
         muon_consistent_rms: root mean square of Muon's updates; -1: scaled by the width instead.
         muon_include_routers: whether Muon updates the routers' matrices too.
+        trainable_parameters_mask: regular expressions; parameters in whose names ("/" between the
+            parts) one is found are trained, the others stay as they are; empty: all are trained.
         seed: seed of the initial parameters and of the order of the data.
         log_period: updates between two lines on the terminal, and between two records of layers.
         enable_checkpointing: whether to save checkpoints, and to resume from those that are there.
@@ -129,6 +131,7 @@ class TrainConfig:
     muon_weight_decay: Annotated[float, Key(least=0)] = 0.0
     muon_consistent_rms: Annotated[float, Key(above=0, off=-1)] = -1.0
     muon_include_routers: Annotated[bool, Key()] = False
+    trainable_parameters_mask: Annotated[tuple[str, ...], Key()] = ()
     seed: Annotated[int, Key(least=0, below=2**32)] = 0
     log_period: Annotated[int, Key(least=1)] = 1
     enable_checkpointing: Annotated[bool, Key()] = True

@@ -51,7 +51,7 @@ def kinds_of(specs: Params) -> tuple[str, ...]:
     return tuple(kind for kind in PARAM_KINDS if kind in found)
 
 
-def norms_by_kind(tree: Params, specs: Params) -> Float[Array, "K"]:
+def norms_by_kind(tree: Params, specs: Params, kinds: tuple[str, ...] = ()) -> Float[Array, "K"]:
     """Compute the norm of each kind that a model has, in float32.
 
     In float32 a sum of squares is the one that `optax.tree.norm` writes, so that XLA computes the
@@ -60,11 +60,12 @@ def norms_by_kind(tree: Params, specs: Params) -> Float[Array, "K"]:
     Args:
         tree: parameters, or anything of the same structure.
         specs: their `ParamSpec`s.
+        kinds: the kinds, of which some may have none of them; empty: `kinds_of` them.
 
     Returns:
-        Norms in the order of `kinds_of`.
+        Norms in the order of the kinds.
     """
-    totals = dict.fromkeys(kinds_of(specs), jnp.float32(0))
+    totals = dict.fromkeys(kinds or kinds_of(specs), jnp.float32(0))
     for spec, leaf in zip(jax.tree.leaves(specs), jax.tree.leaves(tree), strict=True):
         totals[kind_of(spec.name)] += jnp.sum(jnp.square(leaf.astype(jnp.float32)))
     return jnp.sqrt(jnp.stack(list(totals.values())))

@@ -37,7 +37,14 @@ class Norms(NamedTuple):
     bad_parameters: LayerValues
 
 
-def norms(loss: Float[Array, ""], grads: Params, params: Params, specs: Params) -> Norms:
+def norms(
+    loss: Float[Array, ""],
+    grads: Params,
+    params: Params,
+    specs: Params,
+    *,
+    trained: Params | None = None,
+) -> Norms:
     """Reduce a gradient and its parameters to norms.
 
     Args:
@@ -45,21 +52,22 @@ def norms(loss: Float[Array, ""], grads: Params, params: Params, specs: Params) 
         grads: the gradient.
         params: the parameters.
         specs: their `ParamSpec`s, which say which dim is that of layers.
+        trained: those of the gradient; None: the same.
     """
-    flat = jax.tree.leaves(specs)
 
-    def each(tree: Params, *, count: bool) -> LayerValues:
+    def each(tree: Params, of: Params, *, count: bool) -> LayerValues:
         return {
             spec.name: _by_layer(x, spec, count=count)
-            for spec, x in zip(flat, jax.tree.leaves(tree), strict=True)
+            for spec, x in zip(jax.tree.leaves(of), jax.tree.leaves(tree), strict=True)
         }
 
+    with_gradients = specs if trained is None else trained
     return Norms(
         loss,
-        each(grads, count=False),
-        each(params, count=False),
-        each(grads, count=True),
-        each(params, count=True),
+        each(grads, with_gradients, count=False),
+        each(params, specs, count=False),
+        each(grads, with_gradients, count=True),
+        each(params, specs, count=True),
     )
 
 

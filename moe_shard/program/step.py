@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +24,15 @@ from moe_shard.models.params import AbstractModel, Params, describe
 from moe_shard.models.remat import kept
 from moe_shard.program.balance import balanced, bias_norms
 from moe_shard.program.guard import all_finite, change, choose_opt_state, choose_params
-from moe_shard.program.kinds import norms_by_kind
+from moe_shard.program.kinds import kinds_of, norms_by_kind
+from moe_shard.program.loss_function import CountedGradFn, GradFn, LossFn, count_targets
 from moe_shard.program.loss_parts import Losses, expert_metrics, loss_parts
 from moe_shard.program.mtp_loss import add_mtp_loss, tokens_ahead
 from moe_shard.program.norms import Norms, norms
 from moe_shard.program.opt_state import HOST, on_device, over_data, place_state
 from moe_shard.program.optimizer import make_optimizer, make_schedule
 from moe_shard.program.spikes import WithHistory, is_spike, no_history, remember
+from moe_shard.program.trainable import Trainable
 from moe_shard.program.working_weights import as_stored, working_weights
 from moe_shard.sharding.annotate import Sharding
 from moe_shard.units import human_count
@@ -107,13 +109,14 @@ def make_program(config: Config, sharding: Sharding) -> Program:
     whole: tuple[str, ...] = ()
     if config.train.shard_optimizer_over_data:
         stored, whole = over_data(model.specs)
-    optimizer = make_optimizer(config.train, stored)
+    trainable = Trainable(config.train.trainable_parameters_mask, model.specs)
+    optimizer = make_optimizer(config.train, trainable.of(stored))
     schedule = make_schedule(config.train)
-    grad_fn = make_grad(config, model, stored)
+    grad_fn = make_grad(config, model, stored, trainable)
     held_out_loss_fn = make_loss(config, model, ahead=False)
 
     def init_rest(params: Params) -> tuple[Int[Array, ""], Any]:
-        opt_state = optimizer.init(params)
+        opt_state = optimizer.init(trainable.of(params))
         if config.train.skip_step_on_spikes:
             opt_state = WithHistory(opt_state, no_history(config.train.skip_step_interval))
         return jnp.zeros((), jnp.int32), opt_state
@@ -127,47 +130,50 @@ def make_program(config: Config, sharding: Sharding) -> Program:
         weights = working_weights(
             params, model.specs, stored, config.model.dtype, cast=config.train.cast_weights_once
         )
-        counted = partial(grad_fn, targets=_targets(config, batch))
-        return _accumulate(counted, weights, params, batch)
+        counted = partial(grad_fn, targets=count_targets(config, batch))
+        return _accumulate(counted, weights, trainable.of(params), batch)
 
     def evaluate(params: Params, batch: Batch) -> Float[Array, ""]:
         weights = working_weights(
             params, model.specs, stored, config.model.dtype, cast=config.train.cast_weights_once
         )
         first = jax.tree.map(lambda x: x[0], batch)
-        return held_out_loss_fn(weights, first, _targets(config, batch))[1].ce_loss
+        return held_out_loss_fn(weights, first, count_targets(config, batch))[1].ce_loss
 
     def norms_of(params: Params, batch: Batch) -> Norms:
         loss, _, grads = gradient(params, batch)
-        return norms(loss, as_stored(grads, params), params, model.specs)
+        grads = as_stored(grads, trainable.of(params))
+        return norms(loss, grads, params, model.specs, trained=trainable.of(model.specs))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss, losses, grads = gradient(state.params, batch)
+        before = trainable.of(state.params)
         with jax.named_scope("optimizer"):
-            grads = as_stored(grads, state.params)
+            grads = as_stored(grads, before)
             grad_norm = optax.tree.norm(grads)
             opt_state = on_device(state.opt_state, opt_places)
             history = None
             if isinstance(opt_state, WithHistory):
                 opt_state, history = opt_state
-            updates, new_opt_state = optimizer.update(grads, opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            params = balanced(config.model, params, losses.expert_counts)
-            changes = change(state.params, params)
+            updates, new_opt_state = optimizer.update(grads, opt_state, before)
+            params = trainable.into(optax.apply_updates(before, updates), state.params)
+            params = trainable.of(balanced(config.model, params, losses.expert_counts))
+            changes = change(before, params)
             update_norm = optax.tree.norm(changes)
             accept = finite = all_finite(loss, grad_norm, update_norm)
             if history is not None:
                 factor = config.train.skip_step_scaling_factor
                 accept &= ~is_spike(history, loss, grad_norm, factor=factor)
-            params = choose_params(accept, params, state.params)
+            params = trainable.into(choose_params(accept, params, before), state.params)
             opt_state = choose_opt_state(accept, new_opt_state, opt_state)
             if history is not None:
                 history = remember(history, loss, grad_norm, finite=finite)
                 opt_state = WithHistory(opt_state, history)
+            kinds, specs = kinds_of(model.specs), trainable.of(model.specs)
             by_kind = {
-                "grad_norm_by_kind": norms_by_kind(grads, model.specs),
-                "param_norm_by_kind": norms_by_kind(state.params, model.specs),
-                "update_norm_by_kind": norms_by_kind(changes, model.specs),
+                "grad_norm_by_kind": norms_by_kind(grads, specs, kinds),
+                "param_norm_by_kind": norms_by_kind(state.params, model.specs, kinds),
+                "update_norm_by_kind": norms_by_kind(changes, specs, kinds),
             }
         metrics = {
             "loss": loss,
@@ -189,7 +195,7 @@ def make_program(config: Config, sharding: Sharding) -> Program:
     replicated = NamedSharding(sharding.mesh, PartitionSpec())
     return Program(
         model=model,
-        notes=tuple(_notes(config, whole, opt_places, sharding.platform)),
+        notes=tuple(_notes(config, whole, opt_places, sharding.platform, trainable)),
         abstract_state=abstract_state,
         abstract_batch=abstract_batch,
         init=jax.jit(init, out_shardings=state_shardings),
@@ -213,51 +219,6 @@ def make_program(config: Config, sharding: Sharding) -> Program:
             out_shardings=replicated,
         ),
     )
-
-
-GradFn = Callable[[Params, dict[str, Int[Array, "R S"]]], tuple[Float[Array, ""], Losses, Params]]
-
-
-class CountedGradFn(Protocol):
-    """Compute the loss of a microbatch, its parts and its gradients; see `LossFn`."""
-
-    def __call__(
-        self,
-        params: Params,
-        batch: dict[str, Int[Array, "R S"]],
-        targets: Float[Array, ""] | None = None,
-    ) -> tuple[Float[Array, ""], Losses, Params]:
-        """Compute them."""
-
-
-class LossFn(Protocol):
-    """Compute the loss of a microbatch and its parts.
-
-    `targets` is the mean number of targets of the update's microbatches, where some tokens have
-    none; None: each has one.
-    """
-
-    def __call__(
-        self,
-        params: Params,
-        batch: dict[str, Int[Array, "R S"]],
-        targets: Float[Array, ""] | None = None,
-    ) -> tuple[Float[Array, ""], Losses]:
-        """Compute them."""
-
-
-def _targets(config: Config, batch: Batch) -> Float[Array, ""] | None:
-    """Count the targets of a microbatch in the mean, so that each weighs the same in the update.
-
-    Returns:
-        At least a part of one, so that a batch without targets has the loss 0; None where every
-        token has a target.
-    """
-    if not config.data.use_sft:
-        return None
-    with jax.named_scope("loss"):
-        counted = jnp.sum((batch["targets"] != IGNORED).astype(jnp.float32))
-        return jnp.maximum(counted, 1) / batch["targets"].shape[0]
 
 
 def make_loss(config: Config, model: AbstractModel, *, ahead: bool = True) -> LossFn:
@@ -300,23 +261,33 @@ def make_loss(config: Config, model: AbstractModel, *, ahead: bool = True) -> Lo
     return loss_fn
 
 
-def make_grad(config: Config, model: AbstractModel, stored: Params | None = None) -> CountedGradFn:
+def make_grad(
+    config: Config,
+    model: AbstractModel,
+    stored: Params | None = None,
+    trainable: Trainable | None = None,
+) -> CountedGradFn:
     """Make the gradient function of `make_loss`.
 
     Args:
         config: model and training.
         model: the decoder.
         stored: `ParamSpec`s with the placement of the gradients; None: that of the parameters.
+        trainable: the parameters that have gradients; None: all.
     """
     loss_fn = make_loss(config, model)
-    shardings = jax.tree.map(lambda spec: spec.sharding, stored or model.specs)
+    chosen = trainable or Trainable((), model.specs)
+    shardings = jax.tree.map(lambda spec: spec.sharding, chosen.of(stored or model.specs))
 
     def grad_fn(
         params: Params,
         batch: dict[str, Int[Array, "R S"]],
         targets: Float[Array, ""] | None = None,
     ) -> tuple[Float[Array, ""], Losses, Params]:
-        (loss, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, targets)
+        def of_trained(trained: Params) -> tuple[Float[Array, ""], Losses]:
+            return loss_fn(chosen.into(trained, params), batch, targets)
+
+        (loss, losses), grads = jax.value_and_grad(of_trained, has_aux=True)(chosen.of(params))
         # Shard gradients as their parameters, so that a sum over microbatches stays sharded.
         return loss, losses, jax.lax.with_sharding_constraint(grads, shardings)
 
@@ -331,7 +302,7 @@ def _accumulate(
     Args:
         grad_fn: the result of `make_grad`.
         weights: the parameters in the dtypes in which the layers use them.
-        params: the same in the dtypes in which gradients are added up.
+        params: those that are trained, in the dtypes in which gradients are added up.
         batch: see `Batch`.
 
     Returns:
@@ -378,8 +349,16 @@ def _abstract_state(
     return TrainState(step, params, opt_state)
 
 
-def _notes(config: Config, whole: tuple[str, ...], opt_places: Any, platform: str) -> Iterator[str]:
-    """Write what the configuration asks for in vain on these devices, one line each."""
+def _notes(
+    config: Config,
+    whole: tuple[str, ...],
+    opt_places: Any,
+    platform: str,
+    trainable: Trainable,
+) -> Iterator[str]:
+    """Write what is trained, and what is asked for in vain on these devices, one line each."""
+    if note := trainable.note():
+        yield note
     if whole:
         yield (
             f"shard_optimizer_over_data: {human_count(len(whole), 'parameter')} with no dim that "

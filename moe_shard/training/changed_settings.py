@@ -79,6 +79,7 @@ _KEYS: dict[Kind, str] = {
         nope_layer_interval nope_layers attention_bias attention_out_bias attention_sink use_qk_norm
         qk_norm_type num_experts base_moe_mlp_dim router_bias routed_bias shared_experts
         shared_expert_mlp_dim shared_expert_gate optimizer muon_include_routers
+        trainable_parameters_mask
         mixer_pattern layers_without_mlp gdn_num_key_heads gdn_num_value_heads gdn_key_head_dim
         gdn_value_head_dim gdn_conv_kernel_dim mtp_num_layers mamba_num_heads mamba_head_dim
         mamba_num_groups mamba_state_dim mamba_conv_kernel_dim mamba_conv_bias mamba_proj_bias

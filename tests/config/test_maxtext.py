@@ -556,7 +556,6 @@ REFUSED = [
     ("use_dpo=true", ["use_dpo=true asks for another trainer"]),
     ("formatting_func_path=a.b", ["a function of its own that makes conversations"]),
     ("enable_lora=true", ["LoRA"]),
-    ("trainable_parameters_mask=[a]", ["all parameters are trained"]),
     ("ici_pipeline_parallelism=2", ["pipeline parallelism", "ici_pipeline_parallelism=1"]),
     ("max_segments_per_seq=4", ["max_segments_per_seq=4"]),
     ("grain_train_files=/x", ["a dataset of MaxText's pipelines"]),

@@ -1,0 +1,104 @@
+"""Split parameters into those that are trained and those that stay as they are.
+
+What stays has no gradient and no state of the optimizer: it is an input of the step like the batch,
+and comes out of it as it went in.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from moe_shard.config.keys import shown
+from moe_shard.config.schema import brief_list
+from moe_shard.errors import UserError
+from moe_shard.models.params import Params
+from moe_shard.units import human_count
+
+
+class Trainable:
+    """Hold which parameters are trained.
+
+    Args:
+        patterns: regular expressions, one of which is found in the name of each parameter that is
+            trained, its parts joined by "/" as in MaxText; empty: all are trained.
+        specs: the parameters' `ParamSpec`s.
+
+    Raises:
+        UserError: a pattern is none, or is found in no name.
+    """
+
+    def __init__(self, patterns: Sequence[str], specs: Params) -> None:
+        names = [spec.name.replace(".", "/") for spec in jax.tree.leaves(specs)]
+        found: set[str] = set()
+        for pattern in patterns:
+            try:
+                some = {name for name in names if re.search(pattern, name)}
+            except (re.error, RecursionError, OverflowError) as error:
+                raise UserError(
+                    f"trainable_parameters_mask: {shown(pattern)} is no regular expression: {error}"
+                    "\nfix: a part of a parameter's name, such as attention/query"
+                ) from error
+            if not some:
+                raise UserError(
+                    f"trainable_parameters_mask: {shown(pattern)} is in the name of no parameter\n"
+                    f"fix: one of {brief_list(names, 6)}"
+                )
+            found |= some
+        self._all = not patterns
+        self._names = {name.replace("/", ".") for name in found}
+        self._specs = specs
+
+    def of(self, tree: Params) -> Params:
+        """Return what is trained of parameters, or of anything with their structure."""
+        return tree if self._all else _pruned(tree, self._specs, self._names)
+
+    def into(self, trained: Params, whole: Params) -> Params:
+        """Return parameters with those replaced that are trained.
+
+        Args:
+            trained: these.
+            whole: all of them.
+        """
+        return trained if self._all else _joined(trained, whole)
+
+    def has(self, name: str) -> bool:
+        """Return whether a parameter is trained."""
+        return self._all or name in self._names
+
+    def note(self) -> str:
+        """Say what is trained, on one line; empty if all is."""
+        if self._all:
+            return ""
+        specs = jax.tree.leaves(self._specs)
+        sizes = {spec.name: math.prod(spec.shape) for spec in specs}
+        chosen = sum(sizes[name] for name in self._names)
+        return (
+            f"trained: {human_count(len(self._names), 'parameter')} of {len(sizes)}, "
+            f"{chosen:,} numbers of {sum(sizes.values()):,}: {brief_list(sorted(self._names), 5)}; "
+            "the others stay as they are, without gradients or optimizer state"
+        )
+
+
+def _pruned(tree: Any, specs: Any, names: set[str]) -> Params:
+    kept: Params = {}
+    for key, spec in specs.items():
+        if isinstance(spec, dict):
+            if below := _pruned(tree[key], spec, names):
+                kept[key] = below
+        elif spec.name in names:
+            kept[key] = tree[key]
+    return kept
+
+
+def _joined(trained: Any, whole: Any) -> Params:
+    return {
+        key: (_joined(trained[key], value) if isinstance(value, dict) else trained[key])
+        if key in trained
+        else value
+        for key, value in whole.items()
+    }
