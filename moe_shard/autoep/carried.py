@@ -15,6 +15,7 @@ from moe_shard.autoep.attributes import Attributes
 from moe_shard.autoep.family import Family
 from moe_shard.autoep.fewer_layers import KEY, layer_of
 from moe_shard.autoep.headers import TensorHeader
+from moe_shard.autoep.mtp_layers import MTP_KEY
 from moe_shard.autoep.tensor_names import Names, switch_of, unwrapped
 from moe_shard.autoep.tensor_plan import Piece, TensorPlan
 from moe_shard.config.keys import shown
@@ -24,9 +25,20 @@ _ROTARY = re.compile(r".*\.rotary_emb\.(?:original_)?(?:inv_freq|cos_cached|sin_
 
 
 def layers_beyond(
-    headers: Mapping[str, TensorHeader], names: Names, family: Family, attributes: Attributes
+    headers: Mapping[str, TensorHeader],
+    names: Names,
+    family: Family,
+    attributes: Attributes,
+    ahead: int = 0,
 ) -> set[str]:
     """Return the tensors of layers after the model's last, which are carried unchanged.
+
+    Args:
+        headers: all tensors.
+        names: the tensors by role.
+        family: says which layers may be there.
+        attributes: the model's attributes.
+        ahead: layers of multi-token prediction that are not carried but read.
 
     Raises:
         UserError: the layers are not those of `config.json`.
@@ -43,15 +55,21 @@ def layers_beyond(
         raise attributes.error(f"{text}, but no tensor is of layer {missing}", fix)
     carried = attributes.value(KEY, family.carried_layers)
     of = _layers_of(headers, family)
+    if ahead > carried:
+        named = ", ".join(map(attributes.as_text, family.carried_layers.sources))
+        raise attributes.error(
+            f"{MTP_KEY}={ahead}, and there are {carried} such layers by {named or family.name}",
+            f"{MTP_KEY}={carried}",
+        )
     # A layer of multi-token prediction has tensors that the model's layers lack.
-    special = {of[name] for name in names.others if name in of}
+    special = names.predicting_layers() | {of[name] for name in names.others if name in of}
     for name, layer in of.items():
         if layer >= layers + carried or (layer >= layers and layer not in special):
             raise attributes.error(
                 f"{text}, but the tensors go on to layer {layer} ({shown(name)})",
                 f"the config.json of these tensors, or {KEY}={layers} for these layers alone",
             )
-    return {name for name, layer in of.items() if layer >= layers}
+    return {name for name, layer in of.items() if layer >= layers + ahead}
 
 
 def plan_tensors(

@@ -22,6 +22,7 @@ from moe_shard.autoep.fewer_layers import KEY, layer_of, with_layers
 from moe_shard.autoep.head import EMBEDDING_ROLE, HEAD_ROLE, TIE_KEY, read_head
 from moe_shard.autoep.headers import TensorHeader, read_headers
 from moe_shard.autoep.lines import report_lines
+from moe_shard.autoep.mtp_layers import MTP_KEY, copies_in_mtp
 from moe_shard.autoep.pieces import Pieces
 from moe_shard.autoep.quantized import CONFIG_KEY, read_scheme, with_scales
 from moe_shard.autoep.settings import model_settings, setting_rules
@@ -33,6 +34,7 @@ from moe_shard.config.load import load_settings
 from moe_shard.config.model_config import DType, ModelConfig
 from moe_shard.config.overlays import Overlay
 from moe_shard.errors import UserError
+from moe_shard.units import human_count
 
 CONFIG = "config.json"
 _TIED, _TABLE_PATH = "logits_via_embedding", tuple(EMBEDDING_ROLE.split("."))
@@ -93,6 +95,7 @@ def detect(
     tied: bool | None = None,
     layers: int | None = None,
     outside: bool = False,
+    ahead: int | None = None,
 ) -> Detected:
     """Read and describe a model directory.
 
@@ -104,6 +107,8 @@ def detect(
             and head; None: see `read_head`.
         layers: number of layers, if the rest of them is to be left out; None: all.
         outside: whether the weights' index may name files outside of the directory.
+        ahead: layers of multi-token prediction that are read, the others being carried; None: as
+            the family's settings say, else none.
 
     Raises:
         UserError: something is missing, wrong, or unsupported, or `config.json` and the
@@ -124,8 +129,12 @@ def detect(
         headers = {name: entry for name, entry in headers.items() if name not in left_out}
         names = sort_names(headers, known, directory)
     _check_plain(headers, names, directory)
-    beyond = layers_beyond(headers, names, known, attributes)
+    if ahead is None:
+        rule = setting_rules(known).get(MTP_KEY)
+        ahead = attributes.value(MTP_KEY, rule) if rule else 0
+    beyond = layers_beyond(headers, names, known, attributes, ahead)
     settings = model_settings(attributes, known)
+    settings |= {MTP_KEY: ahead} if ahead or MTP_KEY in settings else {}
     head = read_head(
         names,
         headers,
@@ -155,6 +164,7 @@ def detect(
         for piece in found
         if head.copy and piece.param == _TABLE_PATH
     )
+    copies += tuple(copies_in_mtp(found, model, names, headers, directory))
     plan = plan_tensors(found, copies, headers, names, known, beyond, directory)
     dtype = _dtype(plan, headers, directory)
     # Float32 whatever the file's dtype: narrower parameters lose the small steps of an optimizer.
@@ -169,6 +179,11 @@ def detect(
         dtype=dtype,
     )
     lines += (head.note,) if head.note else ()
+    if ahead:
+        lines += (
+            f"multi-token prediction: {human_count(ahead, 'layer')} after the last, with the head "
+            "and the embedding of the decoder",
+        )
     if left_out:
         lines += (
             f"layers: the first {layers} on request ({KEY}={layers}); {len(left_out):,} tensors of "
@@ -203,7 +218,7 @@ def _left_out(
     if layers is None:
         return set()
     last = layers + attributes.value(KEY, family.carried_layers)
-    special = {layer_of(name, family) for name in names.others}
+    special = names.predicting_layers() | {layer_of(name, family) for name in names.others}
     numbers = ((name, layer_of(name, family)) for name in headers)
     return {
         name

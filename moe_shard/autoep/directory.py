@@ -57,6 +57,7 @@ def read_hf_source(
     tied: bool | None = None,
     layers: int | None = None,
     outside: bool = False,
+    ahead: int | None = None,
 ) -> HfSource:
     """Describe a Hugging Face directory; of its weights only embedding and head are read.
 
@@ -66,6 +67,7 @@ def read_hf_source(
         tied: whether embedding and head are one parameter; None: their tensors decide.
         layers: number of layers, the rest being left out; None: all.
         outside: whether the weights' index may name files outside of the directory.
+        ahead: layers of multi-token prediction that are read, see `detect`.
 
     Raises:
         UserError: its family is unknown, or something is missing.
@@ -73,7 +75,7 @@ def read_hf_source(
     # Imported here: copying files needs no family.
     from moe_shard.autoep.detect import detect
 
-    found = detect(directory, family, tied, layers, outside)
+    found = detect(directory, family, tied, layers, outside, ahead)
     scale = found.settings.get("attention_scale", -1)
     return HfSource(found.family, found.plan, found.headers, scale, found.cut)
 
@@ -84,6 +86,7 @@ def keep_hf(
     family: str = "",
     layers: int | None = None,
     outside: bool = False,
+    ahead: int | None = None,
 ) -> None:
     """Make `hf/` in a folder, once, so that its parameters can be exported.
 
@@ -94,6 +97,7 @@ def keep_hf(
         family: see `read_hf_source`.
         layers: see `read_hf_source`.
         outside: see `read_hf_source`; what lies there is exported beside the rest.
+        ahead: see `read_hf_source`.
 
     Raises:
         UserError: the source cannot be read, or has a link to a file outside of it.
@@ -111,7 +115,7 @@ def keep_hf(
                 if (kept / name).is_file():
                     copy_file(kept / name, aside)
             return
-        found = read_hf_source(directory, family, layers=layers, outside=outside)
+        found = read_hf_source(directory, family, layers=layers, outside=outside, ahead=ahead)
         copy_small_files(directory, aside)
         save_carried(found.headers, found.plan.carried, aside)
         if found.cut is not None:
@@ -127,7 +131,7 @@ def keep_hf(
 
 
 def lay_out_again(
-    hf: Path, directory: Path, *, tied: bool, say: Callable[[str], object]
+    hf: Path, directory: Path, *, tied: bool, ahead: int = 0, say: Callable[[str], object]
 ) -> HfSource:
     """Make a Hugging Face directory again, with zeros for the weights of parameters.
 
@@ -137,7 +141,8 @@ def lay_out_again(
         tied: whether embedding and head are one parameter. Where they are two and `config.json`
             says that they are one, the directory's says that they are not: other readers would
             drop the head.
-        say: receives a line on that.
+        ahead: layers of multi-token prediction among the parameters.
+        say: receives a line on `tied`.
 
     Returns:
         A description of the directory; its headers tell where the weights go.
@@ -152,7 +157,7 @@ def lay_out_again(
     if not tied and (changed := untied(read_object(directory / _CONFIG))):
         write_text(directory / _CONFIG, _as_json(changed))
         say(f"{_CONFIG}: {TIE_KEY}=false, because the head is not the embedding")
-    found = read_hf_source(directory, family, tied=tied)
+    found = read_hf_source(directory, family, tied=tied, ahead=ahead)
     kept = carried_in(hf)
     for name in found.plan.carried:
         place = found.headers[name]

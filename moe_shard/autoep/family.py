@@ -25,6 +25,8 @@ from moe_shard.errors import UserError
 
 DEFAULTS = "defaults"
 _MOST_BASES = 8
+OUTSIDE = ("embedding.", "final_norm.")
+"""Prefixes of the paths of parameters outside the layers."""
 
 
 @dataclass(frozen=True)
@@ -218,9 +220,9 @@ def load_family(given: str) -> Family:
 
 def _check_distinct(path: Path, tensors: Mapping[str, tuple[str, ...]]) -> None:
     """Refuse two parameters whose tensors have one name."""
-    roles: dict[str, str] = {}
+    roles: dict[tuple[bool, str], str] = {}
     for role, name in ((role, name) for role, names in tensors.items() for name in names):
-        if (other := roles.setdefault(name, role)) != role:
+        if (other := roles.setdefault((role.startswith(OUTSIDE), name), role)) != role:
             raise UserError(
                 f"{path}: tensors.{other} and tensors.{role} are both {shown(name)}\n"
                 "fix: one name each; attention.query_key_value and mlp.gate_up are several in one"

@@ -41,7 +41,9 @@ class Head:
     note: str = ""
 
 
-class _Equal(Enum):
+class Equal(Enum):
+    """Say whether two tensors are equal."""
+
     NO = "they differ"
     YES = "they are equal"
     UNTOLD = "both begin with one number again and again, as weights that were never made do"
@@ -74,14 +76,14 @@ def read_head(
     if table is None or kernel is None:
         return Head(tied=configured if asked is None else asked)
     if asked is not None:
-        if asked and _equal(headers[table], headers[kernel]) is _Equal.NO:
+        if asked and compare(headers[table], headers[kernel]) is Equal.NO:
             raise UserError(
                 f"{where}: {shown(kernel)} is not {shown(table)}, and logits_via_embedding=true\n"
                 "fix: logits_via_embedding=false"
             )
         return Head(tied=asked, copy=kernel if asked else "")
-    equal = _equal(headers[table], headers[kernel])
-    tied = configured if equal is _Equal.UNTOLD else equal is _Equal.YES
+    equal = compare(headers[table], headers[kernel])
+    tied = configured if equal is Equal.UNTOLD else equal is Equal.YES
     note = ""
     if tied != configured:
         what = "equals" if tied else "differs from"
@@ -92,10 +94,15 @@ def read_head(
     return Head(tied, kernel if tied else "", note)
 
 
-def _equal(table: TensorHeader, kernel: TensorHeader) -> _Equal:
-    """Compare two tensors, bit for bit if they have one dtype, block by block."""
+def compare(table: TensorHeader, kernel: TensorHeader) -> Equal:
+    """Compare two tensors, bit for bit if they have one dtype, block by block.
+
+    Args:
+        table: the header of one.
+        kernel: the header of the other.
+    """
     if table.shape != kernel.shape:
-        return _Equal.NO
+        return Equal.NO
     here, there = (read(entry).reshape(-1) for entry in (table, kernel))
     same = here.dtype == there.dtype
     as_bits = np.dtype(f"u{here.itemsize}")
@@ -103,7 +110,7 @@ def _equal(table: TensorHeader, kernel: TensorHeader) -> _Equal:
         a, b = (x[at : at + _BLOCK] for x in (here, there))
         a, b = (x.view(as_bits) if same else x.astype(np.float32) for x in (a, b))
         if not np.array_equal(a, b):
-            return _Equal.NO
+            return Equal.NO
         if at == 0 and np.all(a == a[0]):
-            return _Equal.UNTOLD  # at once: a file that was never filled may have any size
-    return _Equal.YES
+            return Equal.UNTOLD  # at once: a file that was never filled may have any size
+    return Equal.YES

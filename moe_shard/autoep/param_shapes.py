@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from moe_shard.config.mesh_config import MESH_AXES
 from moe_shard.config.model_config import ModelConfig
-from moe_shard.models.cycles import stacks_of
+from moe_shard.models.cycles import all_stacks
 from moe_shard.quiet import hide_accelerator_warnings
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def slots_of(model: ModelConfig) -> ParamSlots:
     sharding = Sharding(AbstractMesh((1,) * len(MESH_AXES), MESH_AXES), RuleTable.default())
     specs = describe(model, sharding).specs
     outer: dict[str, Slot] = {}
-    layers: dict[str, dict[str, Slot]] = {name: {} for name, _, _ in stacks_of(model.layer_kinds)}
+    layers: dict[str, dict[str, Slot]] = {name: {} for name, _, _ in all_stacks(model)}
     latent = model.attention.attention_type == "mla"
     for spec in jax.tree.leaves(specs):
         first, _, rest = spec.name.partition(".")
@@ -181,6 +181,8 @@ def _inputs(axes: tuple[str | None, ...]) -> int:
     A product with a weight sums over a leading model dim or latent, or over all other dims where
     the model dim is the last. An embedding table is only looked up.
     """
+    if len(axes) == 3 and axes[:2] == (None, "embed"):
+        return 2  # several inputs of one product, as of an MTP layer
     if len(axes) > 1 and axes[-1] in ("embed", "embed_moe"):
         return len(axes) - 1
     is_summed = axes[0] is not None and axes[0].startswith(("embed", "q_lora", "kv_lora"))

@@ -24,7 +24,7 @@ from moe_shard.autoep.tensor_plan import Layout, Piece
 from moe_shard.config.keys import shown
 from moe_shard.config.model_config import ModelConfig
 from moe_shard.errors import UserError
-from moe_shard.models.cycles import stacks_of
+from moe_shard.models.cycles import all_stacks
 
 _FUSED = ("gate_up", "down")
 _OF_HEADS = ("attention.", "mamba.")
@@ -89,7 +89,7 @@ class Pieces:
         slots = slots_of(self.model)
         for role in slots.outer:
             yield self._piece(role, (), slots.outer, tuple(role.split(".")), ())
-        for stack, _, numbers in stacks_of(self.model.layer_kinds):
+        for stack, _, numbers in all_stacks(self.model):
             for index, layer in enumerate(numbers):
                 yield from self._layer(layer, slots.layers[stack], stack, index)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moe_shard.autoep.family import Family
+from moe_shard.autoep.family import OUTSIDE, Family
 from moe_shard.autoep.param_shapes import EXPERTS
 from moe_shard.config.keys import shown
 from moe_shard.errors import UserError
@@ -18,15 +18,21 @@ Place = tuple[int, ...]
 FUSED, LISTED = "mlp.fused.", EXPERTS
 """Roles of tensors that hold all experts of a layer, and of those that hold one."""
 
-_OUTSIDE = ("embedding.", "final_norm.")
-"""Prefixes of the paths of parameters outside the layers."""
-
 _WRAPPERS = re.compile(
     r"^(?:(?:module|_forward_module|base_model\.model)\.)+"
     r"|(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 """Parts of names that are of a wrapper around a module: of data parallelism, compilation, FSDP,
 checkpointing, peft."""
+
+HEAD_COPY, TABLE_COPY = "head_copy", "table_copy"
+"""Roles of tensors of an MTP layer that repeat the head and the embedding."""
+
+_PREDICTING = (
+    *("projection", "embedding_norm.scale", "hidden_norm.scale", "prediction_norm.scale"),
+    *(HEAD_COPY, TABLE_COPY),
+)
+"""Roles of tensors that a layer has for multi-token prediction alone."""
 
 _DIGITS = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 
@@ -37,6 +43,7 @@ _SWITCHES = (
     (r"attention\.(query|key)_norm\..*", "use_qk_norm"),
     (r"attention\.sink", "attention_sink"),
     (r"attention\.(query_down|query_up|latent_.*)", "attention_type"),
+    (r"(embedding|hidden|prediction)_norm\..*|projection", "mtp_num_layers"),
     (r".*norm\.bias", "normalization_type"),
     (r"mlp\.router\.correction_bias", "routed_bias"),
     (r"embedding\.bias", "logits_bias"),
@@ -74,6 +81,10 @@ class Names:
     def layers(self) -> set[int]:
         """Return the numbers of the layers that have tensors."""
         return {place[0] for places in self.roles.values() for place in places if place}
+
+    def predicting_layers(self) -> set[int]:
+        """Return the numbers of the layers that have tensors of multi-token prediction."""
+        return {place[0] for role in _PREDICTING for place in self.roles.get(role, {})}
 
     def experts(self, layer: int) -> set[int]:
         """Return the numbers of the experts in a layer that have tensors of their own."""
@@ -137,7 +148,7 @@ def sort_names(tensors: Iterable[str], family: Family, where: Path) -> Names:
                 )
             known[case] = fits[0] if fits else ""
         role, place = known[case], tuple(map(_number, _DIGITS.findall(name)))
-        depth = 0 if role.startswith(_OUTSIDE) else 2 if role.startswith(LISTED) else 1
+        depth = 0 if role.startswith(OUTSIDE) else 2 if role.startswith(LISTED) else 1
         if role and len(place) == depth:
             names.add(role, place, tensor, where)
         else:
@@ -169,7 +180,7 @@ def _exact(family: Family) -> Iterator[tuple[str, str]]:
     """Yield (name with each number replaced by 0, role)."""
     for role, names in family.tensors.items():
         for name in names:
-            yield name if role.startswith(_OUTSIDE) else f"{family.layers}.0.{name}", role
+            yield name if role.startswith(OUTSIDE) else f"{family.layers}.0.{name}", role
 
 
 def _patterns(family: Family) -> Iterator[tuple[str, str]]:

@@ -38,11 +38,13 @@ from moe_shard.errors import UserError
 from moe_shard.files import expanded, new_folder, write_text
 from moe_shard.maxtext.folders import ITEMS, find_items
 from moe_shard.maxtext.read import read_params
+from moe_shard.models.cycles import PREDICTION
 from moe_shard.models.params import Params
 from moe_shard.program.norms import require_finite
 from moe_shard.terminal import bytes_line
 
 _PARAMS, _HF_CONFIG = "params", "config.json"
+_PROJECTION = (PREDICTION, "projection")  # stacked over the MTP layers
 _CHUNK = 2**28
 """Bytes of an array that are written, and can be read, as one chunk."""
 
@@ -91,7 +93,14 @@ def load_params(
         return to_layout(params, wanted)
     tied = model.logits_via_embedding if model else None
     layers = model.num_decoder_layers if model else None
-    source = read_hf_source(folder.parent, family, tied=tied, layers=layers, outside=outside)
+    source = read_hf_source(
+        folder.parent,
+        family,
+        tied=tied,
+        layers=layers,
+        outside=outside,
+        ahead=model.mtp.mtp_num_layers if model else None,
+    )
     if source.cut is not None:
         say(f"the first {layers} layers alone, as base_num_decoder_layers has it")
     _check_factor(folder.parent, source.attention_scale, model)
@@ -157,7 +166,8 @@ def import_model(
         if jax.process_index() == 0:
             write_text(folder / "config.yml", _movable(config, source).to_yaml())
             outside = config.run.weights_outside_directory
-            keep_hf(str(source), folder, family, config.model.num_decoder_layers, outside)
+            layers, ahead = config.model.num_decoder_layers, config.model.mtp.mtp_num_layers
+            keep_hf(str(source), folder, family, layers, outside, ahead)
         params = load_params(
             str(source),
             specs,
@@ -228,7 +238,8 @@ def export_model(
     with written_aside(target) as directory:
         stored = open_stored(weights, say=_plainly(console))
         tied = tuple(HEAD_ROLE.split(".")) not in stored.paths
-        layout = lay_out_again(source / "hf", directory, tied=tied, say=console.print)
+        ahead = stored.leaves[_PROJECTION].shape[0] if _PROJECTION in stored.paths else 0
+        layout = lay_out_again(source / "hf", directory, tied=tied, ahead=ahead, say=console.print)
         rounding = Rounding(stochastic)
         with bytes_line(console, "writing tensors") as line:
             blocks = stored.blocks()

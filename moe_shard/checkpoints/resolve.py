@@ -10,6 +10,7 @@ from typing import Any
 
 from moe_shard.autoep.detect import CONFIG, Detected, detect
 from moe_shard.autoep.headers import OUTSIDE_KEY
+from moe_shard.autoep.mtp_layers import MTP_KEY
 from moe_shard.autoep.not_a_model import refuse_foreign
 from moe_shard.config.load import base_settings, list_models, load_config, load_settings
 from moe_shard.config.overlays import Overlay, parse_overrides
@@ -68,11 +69,15 @@ def load_directory(directory: Path, overrides: Sequence[str] = ()) -> tuple[Conf
         UserError: as `load_model`.
     """
     asked = parse_overrides(overrides, base_settings())
-    layers = asked.get(_LAYERS)
-    # Of another type it is refused below, by name.
-    layers = layers if type(layers) is int and layers > 0 else None
+    # Of another type or below these bounds they are refused later, by name.
+    layers, ahead = (
+        value if type(value := asked.get(key)) is int and value >= least else None
+        for key, least in ((_LAYERS, 1), (MTP_KEY, 0))
+    )
     outside = asked.get(OUTSIDE_KEY) is True
-    detected = detect(directory, asked.get("hf_family", ""), layers=layers, outside=outside)
+    detected = detect(
+        directory, asked.get("hf_family", ""), layers=layers, outside=outside, ahead=ahead
+    )
     overlay = Overlay(str(directory / CONFIG), directory_settings(directory, detected), {}, ())
     config = load_settings(overlay, overrides, name=directory.resolve().name)
     said = "weight_dtype" in asked or detected.settings["weight_dtype"] != "float32"

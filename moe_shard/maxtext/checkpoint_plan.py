@@ -117,6 +117,11 @@ class _Planner:
         self.axes: dict[str, set[int]] = {}
 
     def plan(self) -> CheckpointPlan:
+        if self.model.mtp_kinds:
+            raise self._error(
+                "layers of multi-token prediction are not read from MaxText's checkpoints",
+                "mtp_num_layers=0 for a checkpoint without them",
+            )
         layers = self._by_layer()
         slots = slots_of(self.model)
         found = {

@@ -117,6 +117,7 @@ def run(config: Config, team: Team | None = None) -> Outcome:
                         config.run.hf_family,
                         config.model.num_decoder_layers,
                         config.run.weights_outside_directory,
+                        config.model.mtp.mtp_num_layers,
                     )
             with console.status("compiling the training step"), wall.part("compile"):
                 step = compile_step(program, compiler_options(config, sharding.platform))

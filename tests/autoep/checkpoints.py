@@ -255,6 +255,7 @@ def detect(
     tied: bool | None = None,
     _layers: int | None = None,
     _outside: bool = False,
+    _ahead: int | None = None,
 ) -> SimpleNamespace:
     """Replace autoep's `detect`: return the plan by hand of the kind that config.json names."""
     kind = json.loads((directory / "config.json").read_text())["model_type"]

@@ -378,6 +378,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path, mixtral: tuple[Pat
         ("logits_via_embedding=true", "logits_dense"),
         ("first_num_dense_layers=1", "no tensor for mlp.down of layer 0"),
         ("shared_experts=1", "no tensor for mlp.shared.down"),
+        ("mtp_num_layers=1", "are not read from MaxText's checkpoints"),
     ],
 )
 def test_another_model_is_refused(mixtral: tuple[Path, Tree], override: str, part: str) -> None:
