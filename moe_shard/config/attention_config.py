@@ -121,6 +121,8 @@ class AttentionConfig:
         attention_bias: whether the projections to queries, keys and values have biases; in MLA,
             those to the latents.
         attention_out_bias: whether the projection back to the model dim has a bias.
+        attention_output_gate: whether what each head attends to is multiplied, element by element,
+            by the sigmoid of another projection of x; its bias is `attention_bias`'s.
         attention_sink: whether each head has a learned score that takes part in the softmax and has
             no value.
         attn_logits_soft_cap: scores s become cap * tanh(s / cap); 0: no cap.
@@ -165,6 +167,7 @@ class AttentionConfig:
     nope_layers: Annotated[tuple[int, ...], Key(least=0)] = ()
     attention_bias: Annotated[bool, Key()] = False
     attention_out_bias: Annotated[bool, Key()] = False
+    attention_output_gate: Annotated[bool, Key()] = False
     attention_sink: Annotated[bool, Key()] = False
     attn_logits_soft_cap: Annotated[float, Key(least=0)] = 0.0
     attention_scale: Annotated[float, Key(above=0, off=-1)] = -1.0
@@ -205,6 +208,7 @@ class AttentionConfig:
             ("use_qk_norm", self.use_qk_norm),
             ("clip_qkv", self.clip_qkv != -1),
             ("temperature_tuning", self.temperature_tuning),
+            ("attention_output_gate", self.attention_output_gate),
         ):
             if on:
                 raise UserError(

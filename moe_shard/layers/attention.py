@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -93,6 +94,9 @@ class Attention(Heads):
         self.key, self.value = project(*keys), project(*keys)
         self.query_bias, self.key_bias, self.value_bias = bias(*queries), bias(*keys), bias(*keys)
         self.query_norm, self.key_norm = norm(*queries), norm(*keys)
+        gated = config.attention_output_gate
+        self.gate = project(*queries) if gated else None
+        self.gate_bias = bias(*queries) if gated else None
         self._make_output(model_dim=model_dim, value_dim=dim, dtype=weight_dtype, rngs=rngs)
 
     def _attended(
@@ -110,6 +114,14 @@ class Attention(Heads):
             cache = self._remember(memory, {"key": key, "value": value})
             key, value = cache["key"], cache["value"]
         return self._attend(query, key, value, positions, segment_ids, memory, order), cache
+
+    def _gated(
+        self, attended: Float[Array, "B S N D"], x: Float[Array, "B S M"]
+    ) -> Float[Array, "B S N D"]:
+        if self.gate is None:
+            return attended
+        gate = self._by_weight(x, self.gate, self.gate_bias, "heads", "output gate")
+        return attended * jax.nn.sigmoid(gate)
 
     def empty_cache(self, rows: int, places: int) -> LayerCache:
         """Make a cache without tokens.

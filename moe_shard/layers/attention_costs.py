@@ -21,7 +21,8 @@ def attention_params(config: AttentionConfig, model_dim: int) -> int:
         latent = model_dim * (config.kv_lora_rank + config.qk_rope_head_dim)
         expanded = config.kv_lora_rank * heads * (config.qk_nope_head_dim + of_value)
         return queries + latent + expanded + out
-    return model_dim * (heads * of_key + config.num_kv_heads * (of_key + of_value)) + out
+    queries = heads * of_key * (1 + config.attention_output_gate)
+    return model_dim * (queries + config.num_kv_heads * (of_key + of_value)) + out
 
 
 def attention_flops(config: AttentionConfig, seq_len: int) -> int:

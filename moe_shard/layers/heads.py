@@ -138,7 +138,7 @@ class Heads(nnx.Module):
         """
         with jax.named_scope("attention"):
             attended, cache = self._attended(x, positions, segment_ids, memory, order)
-            attended = checkpoint_name(attended, "attention_out")
+            attended = checkpoint_name(self._gated(attended, x), "attention_out")
             return checkpoint_name(self._output(attended), "out_proj"), cache
 
     @abstractmethod
@@ -151,6 +151,13 @@ class Heads(nnx.Module):
         order: Int[np.ndarray, "S"] | None,
     ) -> tuple[Float[Array, "B S N Dv"], LayerCache]:
         """Compute each head's weighted values, and the cache; every subclass defines it."""
+
+    def _gated(
+        self, attended: Float[Array, "B S N Dv"], x: Float[Array, "B S M"]
+    ) -> Float[Array, "B S N Dv"]:
+        """Multiply by a gate, where attention has one."""
+        del x
+        return attended
 
     def _make_output(
         self, *, model_dim: int, value_dim: int, dtype: DTypeLike, rngs: nnx.Rngs

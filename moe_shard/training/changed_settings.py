@@ -77,6 +77,7 @@ _KEYS: dict[Kind, str] = {
         dense_layers weight_dtype attention_type base_num_query_heads base_num_kv_heads head_dim
         q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim attention_pattern
         nope_layer_interval nope_layers attention_bias attention_out_bias attention_sink use_qk_norm
+        attention_output_gate
         qk_norm_type num_experts base_moe_mlp_dim router_bias routed_bias shared_experts
         shared_expert_mlp_dim shared_expert_gate optimizer muon_include_routers
         trainable_parameters_mask

@@ -47,6 +47,7 @@ CASES = {
     "norm-projection": ("use_qk_norm=true", "qk_norm_type=projection"),
     "norm-l2": ("use_qk_norm=true", "qk_norm_type=l2"),
     "norm-l2-without-rope": ("use_qk_norm=true", "qk_norm_type=l2", *NO_ROPE),
+    "gate-bias": ("attention_output_gate=true", *BIASES),
     "clip": ("clip_qkv=0.6",),
     "clip-after-norm": ("use_qk_norm=true", "qk_norm_type=projection", "clip_qkv=0.6"),
     "no-rope": NO_ROPE,

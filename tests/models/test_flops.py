@@ -49,6 +49,10 @@ def test_every_token_passes_the_shared_experts(overrides: tuple[str, ...], each:
     assert active(*overrides) == active() + 4 * each
 
 
+def test_a_gate_is_as_large_as_the_queries() -> None:
+    assert active("attention_output_gate=true") == active() + 4 * 16 * 4 * 8
+
+
 @pytest.mark.parametrize(
     ("rank", "queries"), [(0, 16 * 4 * (6 + 2)), (12, 16 * 12 + 12 * 4 * (6 + 2))]
 )
