@@ -43,6 +43,8 @@ _QUANTIZED = re.compile(r".*(_blocks|_scales|_scale_inv|_scale|\.qweight|\.qzero
 """Names of tensors from which weights are still to be computed, such as scales."""
 
 
+_OF_ANY_DTYPE = ("router", "delta")
+"""Parts of a layer that may have parameters in float32 beside those that decide the dtype."""
 _MADE_OF = {"head_dim": "base_num_query_heads", "shared_expert_mlp_dim": "base_moe_mlp_dim"}
 """Settings that may be derived -> one that they are derived from."""
 
@@ -310,7 +312,7 @@ def _check_expert_layers(
 
 
 def _dtype(plan: TensorPlan, headers: Mapping[str, TensorHeader], where: Path) -> DType:
-    """Return the narrowest dtype that holds all weights; a router's are float32 in any case."""
+    """Return the narrowest dtype that holds all weights, but for what computes in float32."""
     found: set[DType] = set()
     for piece in plan.pieces:
         dtype = headers[piece.tensor].dtype
@@ -319,6 +321,6 @@ def _dtype(plan: TensorPlan, headers: Mapping[str, TensorHeader], where: Path) -
                 f"{where}: {shown(piece.tensor)} has dtype {dtype}\n"
                 f"fix: weights in one of {', '.join(_DTYPES)}"
             )
-        if "router" not in piece.param:
+        if not {*_OF_ANY_DTYPE} & {*piece.param}:
             found.add(_DTYPES[dtype])
     return found.pop() if len(found) == 1 else "float32"

@@ -49,12 +49,24 @@ def report_lines(
     stored = f"in one tensor, {fused.words}" if fused else "one by one"
     inward = _example(names, f"{FUSED}gate_up" if fused else f"{LISTED}gate", f"{LISTED}gate_up")
     return (
-        f"family: {family}; layers: {layers}, with experts in {which}",
+        f"family: {family}; layers: {layers}, with experts in {which}{_mixers(model)}",
         f"experts: {moe.num_experts} of hidden size {moe.moe_mlp_dim}, {stored}: {inward}",
         f"router: {', '.join(_router(moe))}: {_example(names, 'mlp.router.kernel')}",
         f"shared experts: {_shared(moe, names)}",
         f"biases: {', '.join(_biases(model, names)) or 'none'}",
         _weights(headers, plan, dtype),
+    )
+
+
+def _mixers(model: ModelConfig) -> str:
+    """Name what mixes tokens other than attention, with the layers that have it."""
+    layers: dict[str, list[int]] = {}
+    for number, kind in enumerate(model.layer_kinds):
+        layers.setdefault(kind.mixer, []).append(number)
+    others = {mixer: numbers for mixer, numbers in layers.items() if mixer != "attention"}
+    return "".join(
+        f"; {mixer} in {len(numbers)}: {human_ranges(numbers, most=4)}"
+        for mixer, numbers in others.items()
     )
 
 

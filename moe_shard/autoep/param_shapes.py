@@ -153,9 +153,9 @@ def slots_of(model: ModelConfig) -> ParamSlots:
 def _slot(path: str, spec: ParamSpec, stacked: int, latent: bool) -> Slot:
     """Describe one parameter without its leading dims of layers and experts."""
     shape, axes = spec.shape[stacked:], spec.logical_axes[stacked:]
-    if path.startswith("delta."):
-        return Slot(shape, _inputs(axes), _DELTA_KEYS[path.removeprefix("delta.")])
     inputs = 1 if path.endswith(TAPS) else _inputs(axes)
+    if path.startswith("delta."):
+        return Slot(shape, inputs, _DELTA_KEYS[path.removeprefix("delta.")])
     if path.startswith("mamba."):
         return Slot(shape, inputs, _MAMBA_KEYS[path.removeprefix("mamba.").removesuffix("_bias")])
     if path.startswith("convolution."):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from moe_shard.autoep.family import Family
 from moe_shard.autoep.fused import Fused, read_fused
@@ -27,26 +29,51 @@ from moe_shard.errors import UserError
 from moe_shard.models.cycles import all_stacks
 
 _FUSED = ("gate_up", "down")
-_OF_HEADS = ("attention.", "mamba.")
+_OF_HEADS = ("attention.", "delta.", "mamba.")
 """Prefixes of parameters whose vectors have dims of heads, which tensors flatten."""
+
+
+class _Joined(NamedTuple):
+    """Describe a tensor whose rows are the outputs of several parameters.
+
+    Attributes:
+        parts: the parameters.
+        by_head: whether all parts of one head come before those of the next; else all heads of
+            one part come before the next part.
+    """
+
+    parts: tuple[str, ...]
+    by_head: bool = False
+
+
+_DELTA_QKV = ("delta.query", "delta.key", "delta.value")
 _JOINED = {
-    "attention.query_key_value": ("attention.query", "attention.key", "attention.value"),
-    "convolution.in": tuple(
-        f"convolution.{part}" for part in ("input_gate", "output_gate", "value")
+    "attention.query_key_value": _Joined(("attention.query", "attention.key", "attention.value")),
+    "attention.query_gate": _Joined(("attention.query", "attention.gate"), by_head=True),
+    "delta.query_key_value": _Joined(_DELTA_QKV),
+    "delta.query_key_value_gate": _Joined((*_DELTA_QKV, "delta.gate"), by_head=True),
+    "delta.rate_decay": _Joined(("delta.rate", "delta.decay"), by_head=True),
+    "delta.conv": _Joined(tuple(f"{name}_conv" for name in _DELTA_QKV)),
+    "convolution.in": _Joined(
+        tuple(f"convolution.{part}" for part in ("input_gate", "output_gate", "value"))
     ),
-    "mamba.in": tuple(f"mamba.{part}" for part in ("gate", "value", "key", "query", "step")),
-    "mamba.taps": tuple(f"mamba.{part}_conv" for part in ("value", "key", "query")),
-    "mlp.gate_up": ("mlp.gate", "mlp.up"),
-    "mlp.shared.gate_up": ("mlp.shared.gate", "mlp.shared.up"),
-    f"{LISTED}gate_up": (f"{LISTED}gate", f"{LISTED}up"),
+    "mamba.in": _Joined(
+        tuple(f"mamba.{part}" for part in ("gate", "value", "key", "query", "step"))
+    ),
+    "mamba.taps": _Joined(tuple(f"mamba.{part}_conv" for part in ("value", "key", "query"))),
+    "mlp.gate_up": _Joined(("mlp.gate", "mlp.up")),
+    "mlp.shared.gate_up": _Joined(("mlp.shared.gate", "mlp.shared.up")),
+    f"{LISTED}gate_up": _Joined((f"{LISTED}gate", f"{LISTED}up")),
 }
-"""Role of a tensor -> the parameters whose outputs are its rows, one after the other."""
-_JOINED_BY_PART = {
-    f"{part}{end}": (f"{whole}{end}", tuple(f"{each}{end}" for each in parts))
-    for whole, parts in _JOINED.items()
-    for part in parts
-    for end in ("", "_bias")
-}
+"""Role of a tensor -> the parameters whose outputs are its rows."""
+_WHOLES: dict[str, list[str]] = defaultdict(list)
+"""Parameter -> roles of the tensors that it may be a part of."""
+for _whole, _joined in [*_JOINED.items()]:
+    _biases = tuple(f"{part}_bias" for part in _joined.parts)
+    _JOINED[f"{_whole}_bias"] = _joined._replace(parts=_biases)
+for _whole, _joined in _JOINED.items():
+    for _part in _joined.parts:
+        _WHOLES[_part].append(_whole)
 
 Explain = Callable[[tuple[str, ...]], str]
 """Maps settings to the attributes of `config.json` behind them, as `name=value, ...`."""
@@ -164,19 +191,8 @@ class Pieces:
     ) -> Piece:
         """Return the piece of a tensor that fills a parameter, or a layer's or expert's part."""
         slot = slots[role]
-        whole, parts = _JOINED_BY_PART.get(role, ("", ()))
-        if whole and (
-            place in self.names.roles.get(whole, {}) or self._is_never_alone(role, whole)
-        ):
-            tensor = self._tensor(whole, place)
-            rows = [_stored(each, slots[each])[0] for each in parts]
-            stored = (sum(rows), *_stored(role, slot)[1:])
-            if self.headers[tensor].shape != stored:
-                raise self._other_shape(tensor, slot.keys, shown(stored))
-            end = sum(rows[: parts.index(role) + 1])
-            own = (rows[parts.index(role)], *stored[1:])
-            take = (slice(end - own[0], end),)
-            return Piece(tensor, path, index, replace(_layout(slot, own), take=take))
+        if whole := self._whole(role, place):
+            return self._part(role, whole, place, slots, path, index)
         tensor = self._tensor(role, place)
         stored = self.headers[tensor].shape
         allowed = _stored(role, slot)
@@ -185,9 +201,42 @@ class Pieces:
             raise self._other_shape(tensor, slot.keys, shown(allowed))
         return Piece(tensor, path, index, _layout(slot, stored))
 
-    def _is_never_alone(self, role: str, whole: str) -> bool:
-        """Return whether the family has a name for what holds several parameters alone."""
-        return whole in self._named and role not in self._named
+    def _whole(self, role: str, place: Place) -> str:
+        """Return the role of the tensor that a parameter is a part of; empty where it is alone."""
+        wholes = _WHOLES.get(role, [])
+        there = [whole for whole in wholes if place in self.names.roles.get(whole, {})]
+        if not there and role not in self._named:
+            # The family has a name for what holds several parameters alone.
+            there = [whole for whole in wholes if whole in self._named]
+        return next(iter(there), "")
+
+    def _part(
+        self,
+        role: str,
+        whole: str,
+        place: Place,
+        slots: Mapping[str, Slot],
+        path: tuple[str, ...],
+        index: Place,
+    ) -> Piece:
+        """Return the piece of a parameter that is a part of a tensor."""
+        slot, joined, tensor = slots[role], _JOINED[whole], self._tensor(whole, place)
+        rows = [_stored(each, slots[each])[0] for each in joined.parts]
+        stored = (sum(rows), *_stored(role, slot)[1:])
+        if self.headers[tensor].shape != stored:
+            keys = dict.fromkeys(key for each in joined.parts for key in slots[each].keys)
+            raise self._other_shape(tensor, tuple(keys), shown(stored))
+        heads = slot.shape[slot.inputs] if joined.by_head else 1
+        at = joined.parts.index(role)
+        end, own = sum(rows[: at + 1]) // heads, rows[at] // heads
+        take = (slice(end - own, end),)
+        if not joined.by_head:
+            layout = replace(_layout(slot, (own, *stored[1:])), take=take)
+        else:
+            of_head = _layout(slot, (heads, own, *stored[1:]))
+            split = (heads, stored[0] // heads, *stored[1:])
+            layout = Layout(split=split, inside=replace(of_head, take=(slice(None), *take)))
+        return Piece(tensor, path, index, layout)
 
     def _tensor(self, role: str, place: Place) -> str:
         tensor = self.names.roles.get(role, {}).get(place)
@@ -219,7 +268,7 @@ class Pieces:
 
 
 def _stored(role: str, slot: Slot) -> tuple[int, ...]:
-    """Return the shape in a checkpoint: [out, in] for a matrix, heads flattened."""
+    """Return the shape in a checkpoint: [out, in] for a matrix, [out, 1, in] for taps."""
     ins, outs = slot.shape[: slot.inputs], slot.shape[slot.inputs :]
     if role.endswith(TAPS):
         return math.prod(outs), 1, math.prod(ins)

@@ -231,9 +231,9 @@ def _nope_interval(flags: Sequence[bool]) -> int | None:
     return interval if regular == list(flags) else None
 
 
-def _shortest(spans: list[str]) -> list[str]:
-    """Return the shortest list whose repetition gives these spans."""
-    for period in range(1, len(spans)):
-        if all(span == spans[layer % period] for layer, span in enumerate(spans)):
-            return spans[:period]
-    return spans
+def _shortest(names: list[str]) -> list[str]:
+    """Return the shortest list whose repetition gives these names."""
+    for period in range(1, len(names)):
+        if all(name == names[layer % period] for layer, name in enumerate(names)):
+            return names[:period]
+    return names

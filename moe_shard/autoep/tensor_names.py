@@ -40,6 +40,8 @@ _DIGITS = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 _SWITCHES = (
     (r"attention\.(query|key|value|query_down|latent_down)_bias", "attention_bias"),
     (r"attention\.out_bias", "attention_out_bias"),
+    (r"attention\.gate(_bias)?", "attention_output_gate"),
+    (r"delta\..*", "mixer_pattern"),
     (r"attention\.(query|key)_norm\..*", "use_qk_norm"),
     (r"attention\.sink", "attention_sink"),
     (r"attention\.(query_down|query_up|latent_.*)", "attention_type"),

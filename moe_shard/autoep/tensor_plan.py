@@ -19,21 +19,26 @@ Take = tuple[slice, ...]
 class Layout:
     """Describe how a tensor's elements are ordered in a parameter: a part, reshaped, transposed.
 
+    Where a part is found only in the reshaped tensor, `inside` is what becomes of that.
+
     Attributes:
         take: the part, a slice for each of the tensor's leading dims; empty: all of it.
         split: the shape that the part is reshaped to; empty: its own.
         order: the order of these dims, as in `numpy.transpose`; empty: unchanged.
+        inside: the layout of the result in the parameter; None: it is the parameter's part.
     """
 
     take: Take = ()
     split: tuple[int, ...] = ()
     order: tuple[int, ...] = ()
+    inside: Layout | None = None
 
     @property
     def keeps_first(self) -> bool:
         """Return whether the whole first dim of the tensor is the first dim of the part."""
         is_whole = self.take[:1] in ((), (slice(None),))
-        return is_whole and not self.split and self.order[:1] in ((), (0,))
+        plain = not self.split and self.inside is None
+        return is_whole and plain and self.order[:1] in ((), (0,))
 
     def view(self, tensor: np.ndarray) -> np.ndarray:
         """View a tensor's elements in the order of the parameter, in the same memory.
@@ -51,7 +56,9 @@ class Layout:
         """
         if self.split:
             part = part.reshape(self.split, copy=False)
-        return part.transpose(self.order) if self.order else part
+        if self.order:
+            part = part.transpose(self.order)
+        return part if self.inside is None else self.inside.view(part)
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,10 @@ def gqa_row(
         shared = head // (len(query) // len(key))
         sink = p["sink"][head] if "sink" in p else None
         weights = _softmax(each, key[shared], seen, scale, keys, sink)
-        y += weights @ value[shared] @ p["out"][head]
+        attended = weights @ value[shared]
+        if keys["attention_output_gate"]:
+            attended = attended / (1 + np.exp(-_head(p, "gate", x, head)))
+        y += attended @ p["out"][head]
     return y + p["out_bias"] if "out_bias" in p else y
 
 
