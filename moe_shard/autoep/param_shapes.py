@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from moe_shard.config.lora_config import LoraConfig
 from moe_shard.config.mesh_config import MESH_AXES
 from moe_shard.config.model_config import ModelConfig
 from moe_shard.models.cycles import all_stacks
@@ -135,6 +136,7 @@ def slots_of(model: ModelConfig) -> ParamSlots:
 
     if model.moe is not None:
         model = replace(model, moe=replace(model.moe, prefuse_moe_weights=False))
+    model = replace(model, lora=LoraConfig())  # adapters are no part of the model's checkpoint
     sharding = Sharding(AbstractMesh((1,) * len(MESH_AXES), MESH_AXES), RuleTable.default())
     specs = describe(model, sharding).specs
     outer: dict[str, Slot] = {}

@@ -26,6 +26,12 @@ from moe_shard.autoep.importing import import_params
 from moe_shard.autoep.not_a_model import refuse_foreign
 from moe_shard.autoep.quantize import Method, quantize_directory
 from moe_shard.autoep.rounding import Rounding
+from moe_shard.checkpoints.adapters import (
+    export_adapters,
+    lora_of,
+    merged_blocks,
+    read_stored,
+)
 from moe_shard.checkpoints.checksums import CUSTOM_METADATA, committed_with_checksums
 from moe_shard.checkpoints.convert import is_fused, other_layout, to_layout
 from moe_shard.checkpoints.run_files import address_of, checkpoints_of, opened
@@ -211,8 +217,11 @@ def export_model(
     console: Console,
     stochastic: int | None = None,
     quantize: Method | None = None,
+    merge: bool = False,
 ) -> None:
     """Write the Hugging Face directory of an imported model, or of a run that began with one.
+
+    Of a run with adapters, these are written in peft's format.
 
     The parameters are read a chunk at a time, which is a shard of the run that saved them, and are
     written directly into the files, without a device.
@@ -223,6 +232,7 @@ def export_model(
         console: shows the progress, and how many values were rounded to the checkpoint's dtypes.
         stochastic: seed of stochastic rounding; None: to nearest.
         quantize: format of few bits that the projections are then stored in; None: plain weights.
+        merge: of a run with adapters, write the model with these added to its weights.
 
     Raises:
         UserError: the source does not come from a Hugging Face directory or cannot be read, or the
@@ -238,11 +248,20 @@ def export_model(
     with written_aside(target) as directory:
         stored = open_stored(weights, say=_plainly(console))
         tied = tuple(HEAD_ROLE.split(".")) not in stored.paths
+        lora = read_stored(stored)
+        if lora and not merge:
+            if quantize is not None or stochastic is not None:
+                raise UserError(
+                    f"{source} has adapters, which are exported in float32\n"
+                    "fix: --merge-adapters, to have them added to weights that are rounded"
+                )
+            export_adapters(source, directory, lora, tied=tied, say=console.print)
+            return
         ahead = stored.leaves[_PROJECTION].shape[0] if _PROJECTION in stored.paths else 0
         layout = lay_out_again(source / "hf", directory, tied=tied, ahead=ahead, say=console.print)
         rounding = Rounding(stochastic)
         with bytes_line(console, "writing tensors") as line:
-            blocks = stored.blocks()
+            blocks = merged_blocks(stored, lora, lora_of(source)) if lora else stored.blocks()
             export_params(layout.plan, layout.headers, blocks, rounding=rounding, progress=line)
         console.print(f"dtypes of the checkpoint: {rounding.line()}", markup=False, soft_wrap=True)
         if quantize is not None:

@@ -10,7 +10,8 @@ same to the byte. Trained parameters are rounded to the checkpoint's dtypes, to 
 as bfloat16. With --quantize the matrices of attention, MLPs and experts (mxfp4: stacked experts)
 are stored in few bits, and how far that is from the plain numbers is said. For a run, the newest
 checkpoint is exported. The parameters are copied from checkpoint to files one shard at a time; no
-accelerator is used. DST is written completely or not at all.
+accelerator is used. DST is written completely or not at all. Of a run with enable_lora=true the
+adapters are written, in peft's format; with --merge-adapters the model that they make.
 """
 
 from __future__ import annotations
@@ -42,6 +43,11 @@ def main(argv: Sequence[str], prog: str = "moe-shard export") -> int:
         choices=("fp8", "mxfp4"),
         help="store projections in 8 bits with a scale for each 128 x 128, or stacked experts in 4",
     )
+    parser.add_argument(
+        "--merge-adapters",
+        action="store_true",
+        help="of a run with adapters, write the whole model with these added to its weights",
+    )
     arguments = parser.parse_args(argv)
     # The CPU is enough, and an accelerator may be in use.
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -56,6 +62,7 @@ def main(argv: Sequence[str], prog: str = "moe-shard export") -> int:
         console=console,
         stochastic=arguments.stochastic_rounding,
         quantize=arguments.quantize,
+        merge=arguments.merge_adapters,
     )
     console.print(f"exported: {arguments.target}", markup=False)
     return EXIT_DONE

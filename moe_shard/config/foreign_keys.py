@@ -8,7 +8,7 @@ from typing import Any
 from moe_shard.config.keys import shown
 from moe_shard.config.maxtext import RENAMED, no_meaning, refused
 from moe_shard.config.maxtext_data import DATA_KEYS
-from moe_shard.config.maxtext_keys import UNSET, MaxTextKeys
+from moe_shard.config.maxtext_keys import UNSET, MaxTextKeys, without_blocks
 from moe_shard.config.overlays import Overlay, unknown_key
 from moe_shard.errors import UserError
 
@@ -30,7 +30,7 @@ def sift(
     values: dict[str, Any] = {}
     unbuilt: dict[str, tuple[Any, str] | None] = {}
     idle: dict[str, Any] = {}
-    for name, value in written.items():
+    for name, value in without_blocks(written).items():
         if name in base:
             values[name] = value
         elif name not in keys:

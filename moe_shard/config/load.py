@@ -22,6 +22,7 @@ from moe_shard.config.foreign_keys import sift
 from moe_shard.config.generate_config import GenerateConfig
 from moe_shard.config.keys import leaf_keys, shown
 from moe_shard.config.local_config import LocalConfig
+from moe_shard.config.lora_config import LoraConfig
 from moe_shard.config.mamba_config import MambaConfig, ShortConvConfig
 from moe_shard.config.maxtext import is_maxtext, read_run, why_tokens_cannot_move
 from moe_shard.config.maxtext_keys import MaxTextKeys, read_maxtext_keys
@@ -271,6 +272,7 @@ def _build_model(settings: Mapping[str, Any]) -> ModelConfig:
         short_conv=_build(ShortConvConfig, settings),
         moe=moe if moe.num_experts > 1 else None,
         mtp=_build(MTPConfig, settings),
+        lora=_build(LoraConfig, settings),
     )
 
 

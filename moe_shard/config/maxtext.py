@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_shard.config.keys import shown
-from moe_shard.config.maxtext_keys import UNSET, MaxTextKeys
+from moe_shard.config.maxtext_keys import UNSET, MaxTextKeys, without_blocks
 from moe_shard.config.maxtext_model import Translation, translate_model
 from moe_shard.config.maxtext_run import KEYS as RUN_KEYS
 from moe_shard.config.maxtext_run import check_data, run_values
@@ -90,7 +90,7 @@ def read_run(
     by: dict[str, str] = {}
     for source, content in [*files, (COMMAND_LINE, arguments)]:
         rows = explicit.get("logical_axis_rules")
-        more = _checked(source, content, base, keys)
+        more = _checked(source, without_blocks(content), base, keys)
         if rows and "logical_axis_rules" in more and not more.get("override_logical_axis_rules"):
             more["logical_axis_rules"] = _laid(rows, more["logical_axis_rules"])
         explicit |= more

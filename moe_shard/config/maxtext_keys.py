@@ -99,6 +99,14 @@ def read_maxtext_keys(path: Path) -> MaxTextKeys:
     )
 
 
+def without_blocks(written: Mapping[str, Any]) -> dict[str, Any]:
+    """Return keys with those of MaxText's block `lora:` among them."""
+    block = written.get("lora")
+    if not isinstance(block, Mapping):
+        return {**written}
+    return {**block, **{key: value for key, value in written.items() if key != "lora"}}
+
+
 def _flat(groups: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
     for keys in groups.values():
         yield from keys.items()

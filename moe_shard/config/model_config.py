@@ -8,6 +8,7 @@ from typing import Annotated, Literal, NamedTuple, get_args
 from moe_shard.config.attention_config import AttentionConfig, AttentionSpan
 from moe_shard.config.delta_config import DeltaConfig
 from moe_shard.config.keys import MOST_SIZE, Key, check_leaves, shown
+from moe_shard.config.lora_config import LoraConfig
 from moe_shard.config.mamba_config import MambaConfig, ShortConvConfig
 from moe_shard.config.moe_config import MoEConfig
 from moe_shard.config.mtp_config import MTPConfig
@@ -150,6 +151,7 @@ class ModelConfig:
         short_conv: the short convolution, likewise.
         moe: the MoE layer, or None for a dense model (`num_experts: 1`).
         mtp: multi-token prediction.
+        lora: low-rank adapters of weights.
 
     Raises:
         UserError: on a value out of range or a contradiction between keys.
@@ -187,6 +189,7 @@ class ModelConfig:
     short_conv: ShortConvConfig = dataclasses.field(default_factory=ShortConvConfig)
     moe: MoEConfig | None = None
     mtp: MTPConfig = dataclasses.field(default_factory=MTPConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         check_leaves(self)
@@ -202,6 +205,11 @@ class ModelConfig:
                     f"{self.num_decoder_layers}\nfix: numbers below {self.num_decoder_layers}"
                 )
         self._check_mixers()
+        if self.lora.enable_lora and self.mtp.mtp_num_layers:
+            raise UserError(
+                f"enable_lora=true with mtp_num_layers={self.mtp.mtp_num_layers}: adapters are of "
+                "decoder layers\nfix: mtp_num_layers=0"
+            )
         if self.moe is not None and not any(kind.moe for kind in self.layer_kinds):
             raise UserError(
                 f"num_experts={self.moe.num_experts}, but no layer has experts: "

@@ -294,6 +294,12 @@ class Config:
                 "cross_entropy=tokamax has a target for every token, and use_sft=true has not\n"
                 "fix: cross_entropy=auto"
             )
+        if self.model.lora.enable_lora and self.train.trainable_parameters_mask:
+            raise UserError(
+                "enable_lora=true trains the adapters, and trainable_parameters_mask="
+                f"{shown(self.train.trainable_parameters_mask)} other parameters\n"
+                "fix: lora_module_path names the weights that have adapters"
+            )
         if self.local.key and not self.train.enable_checkpointing:
             raise UserError(
                 f"{self.local.key}=true saves beside the run's own checkpoints, and "
@@ -340,7 +346,14 @@ class Config:
         flat: dict[str, Any] = {}
         model, moe = self.model, self.model.moe
         parts: list[Any] = [self.run, model, model.remat, model.gating, model.attention]
-        parts += [model.attention.rope, model.delta, model.mamba, model.short_conv, model.mtp]
+        parts += [
+            model.attention.rope,
+            model.delta,
+            model.mamba,
+            model.short_conv,
+            model.mtp,
+            model.lora,
+        ]
         if moe is None:
             flat["num_experts"] = 1
         else:

@@ -163,7 +163,8 @@ class Attention(Heads):
     ) -> Float[Array, "B S N D"]:
         used = (f"activation_{heads}", "activation_head_dim")
         kernel = self._in_use(weight, (None, *used), name)
-        y = self._by_head(jnp.einsum("bsm,mnd->bsnd", x, kernel), heads, name)
+        product = self._adapted(jnp.einsum("bsm,mnd->bsnd", x, kernel), x, (None, *used), name)
+        y = self._by_head(product, heads, name)
         return y if bias is None else y + self._in_use(bias, used, f"{name} bias")
 
     def _placed(

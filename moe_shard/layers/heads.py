@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from moe_shard.config.attention_config import AttentionConfig
 from moe_shard.config.model_config import LayerKind
+from moe_shard.layers.adapter import adapter_of
 from moe_shard.layers.cache import LayerCache, Memory
 from moe_shard.layers.kernels import dot_product
 from moe_shard.layers.kernels.choose import SHORT
@@ -315,11 +316,32 @@ class Heads(nnx.Module):
         tokens = Tokens(positions, segment_ids, order)
         return tokens, tokens
 
+    def _adapted(
+        self,
+        y: Float[Array, "B S *outs"],
+        x: Float[Array, "B S *ins"],
+        used: tuple[str | None, ...],
+        name: str,
+    ) -> Float[Array, "B S *outs"]:
+        """Add what the adapter of a weight makes of x to its product with the weight.
+
+        Args:
+            y: the product.
+            x: what the weight is multiplied with.
+            used: the logical axes that the weight is used with.
+            name: the weight's name in reports.
+        """
+        adapter = adapter_of(self, name.replace(" ", "_"))
+        if adapter is None:
+            return y
+        return y + adapter(x, used, dtype=self.dtype, sharding=self.sharding, name=name)
+
     def _output(self, attended: Float[Array, "B S N Dv"]) -> Float[Array, "B S M"]:
         attended = self._by_head(attended, "heads", "attended")
-        out = self._in_use(self.out, ("activation_heads", "activation_head_dim", None), "out")
+        used = ("activation_heads", "activation_head_dim", None)
+        out = self._in_use(self.out, used, "out")
         y = self.sharding(
-            jnp.einsum("bsnd,ndm->bsm", attended, out),
+            self._adapted(jnp.einsum("bsnd,ndm->bsm", attended, out), attended, used, "out"),
             "activation_batch",
             "activation_length",
             "activation_embed",

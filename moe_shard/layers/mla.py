@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_shard.config.attention_config import AttentionConfig
 from moe_shard.config.model_config import LayerKind
+from moe_shard.layers.adapter import adapter_of
 from moe_shard.layers.cache import LayerCache, Memory
 from moe_shard.layers.heads import Heads, make_vector, make_weight
 from moe_shard.layers.kernels.choose import SHORT
@@ -151,7 +152,7 @@ class LatentAttention(Heads):
     ) -> Float[Array, "B S R"]:
         kernel = self._in_use(weight, (None, None), name)
         y = self.sharding(
-            jnp.einsum("bsm,mr->bsr", x, kernel),
+            self._adapted(jnp.einsum("bsm,mr->bsr", x, kernel), x, (None, None), name),
             "activation_batch",
             "activation_length",
             None,
@@ -166,8 +167,10 @@ class LatentAttention(Heads):
         name: str,
         length: str = "activation_length",
     ) -> Float[Array, "B S N D"]:
-        kernel = self._in_use(weight, (None, "activation_heads", "activation_head_dim"), name)
-        return self._by_head(jnp.einsum("bsr,rnd->bsnd", x, kernel), "heads", name, length)
+        used = (None, "activation_heads", "activation_head_dim")
+        kernel = self._in_use(weight, used, name)
+        y = self._adapted(jnp.einsum("bsr,rnd->bsnd", x, kernel), x, used, name)
+        return self._by_head(y, "heads", name, length)
 
     def _expanded(
         self,
@@ -218,6 +221,8 @@ class LatentAttention(Heads):
         """
         used = (None, "activation_heads", "activation_head_dim")
         up = self._in_use(self.latent_up, used, "latent up")
+        if (adapter := adapter_of(self, "latent_up")) is not None:
+            up += adapter.whole(used, dtype=self.dtype, sharding=self.sharding, name="latent up")
         to_key, to_value = jnp.split(up, [self.config.qk_nope_head_dim], axis=-1)
         query = jnp.einsum("bsnd,rnd->bsnr", nope, to_key)
         rule = self._rule

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from moe_shard.config.model_config import GatingConfig
 from moe_shard.layers.activation import activated
+from moe_shard.layers.adapter import adapter_of
 from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.parameter import parameter
 
@@ -81,7 +82,9 @@ class MLP(nnx.Module):
                 ("activation_mlp", None),
                 name="mlp down",
             )
-            y = jnp.einsum("bsf,fm->bsm", activated(inward, self.gating), down)
+            hidden = activated(inward, self.gating)
+            y = jnp.einsum("bsf,fm->bsm", hidden, down)
+            y = self._adapted(y, hidden, "down", ("activation_mlp", None))
             y = self.sharding(
                 y, "activation_batch", "activation_length", "activation_embed", name="mlp output"
             )
@@ -98,14 +101,29 @@ class MLP(nnx.Module):
         kernel_in_use = self.sharding.use_weight(
             kernel[...].astype(self.dtype), WEIGHT_IN, (None, "activation_mlp"), name=name
         )
+        product = jnp.einsum("bsm,mf->bsf", x, kernel_in_use)
         y = self.sharding(
-            jnp.einsum("bsm,mf->bsf", x, kernel_in_use),
+            self._adapted(product, x, name.split()[-1], (None, "activation_mlp")),
             "activation_batch",
             "activation_length",
             "activation_mlp",
             name="mlp hidden",
         )
         return self._add(y, bias, ("mlp",), ("activation_mlp",), f"{name} bias")
+
+    def _adapted(
+        self,
+        y: Float[Array, "B S P"],
+        x: Float[Array, "B S A"],
+        weight: str,
+        used: tuple[str | None, ...],
+    ) -> Float[Array, "B S P"]:
+        """Add what the adapter of a weight makes of x, if there is one."""
+        adapter = adapter_of(self, weight)
+        if adapter is None:
+            return y
+        name = f"mlp {weight}"
+        return y + adapter(x, used, dtype=self.dtype, sharding=self.sharding, name=name)
 
     def _add(
         self,

@@ -16,6 +16,7 @@ from moe_shard.layers.cache import EMPTY, LayerCache, Memory
 from moe_shard.layers.embedding import Embedding
 from moe_shard.layers.mlp import MLP
 from moe_shard.layers.norm import LayerNorm, RMSNorm
+from moe_shard.models.adapted import add_adapters
 from moe_shard.models.cycles import Cycle, cycles_of
 from moe_shard.models.mixers import MIXERS, TokenMixer
 from moe_shard.models.remat import LAYER_INPUT, remat
@@ -87,6 +88,8 @@ class DecoderLayer(nnx.Module):
                 rngs=rngs,
                 **dtypes,
             )
+        if config.lora.enable_lora:
+            add_adapters(self, config, rngs=rngs)
 
     def __call__(
         self,

@@ -12,7 +12,7 @@ so it gets no gradient either.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import jax
@@ -23,8 +23,11 @@ from jax.nn.initializers import variance_scaling
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from moe_shard.config.lora_config import LoraConfig
 from moe_shard.config.model_config import GatingConfig
+from moe_shard.errors import UserError
 from moe_shard.layers.activation import activated
+from moe_shard.layers.adapter import first_a
 from moe_shard.moe.axes import (
     EXPERT_BIAS_FUSED,
     EXPERT_BIAS_IN,
@@ -79,16 +82,24 @@ def gated_mlp(
             `product` is called for each.
         pin_hidden: places the hidden activations; not called with `fused_mlp`.
     """
-    if fused_mlp is not None and not weights.fused:
+    if fused_mlp is not None and not weights.fused and not weights.adapted:
         return checkpoint_name(fused_mlp(x, weights), "moe_mlpwo")
     biases = weights.inward_bias or (None,) * len(weights.inward)
     pairs = zip(weights.inward, biases, strict=True)
     inward = [product(x, w, bias) for w, bias in pairs]
     if weights.fused:
         inward = [*unfuse(inward[0])]
+    if weights.inward_lora:
+        low = product(x, weights.inward_lora[0])
+        outs = zip(inward, weights.inward_lora[1:], strict=True)
+        inward = [each + product(low, b) for each, b in outs]
     inward = [checkpoint_name(each, f"moe_mlpwi_{n}") for n, each in enumerate(inward)]
     hidden = activated([pin_hidden(each) for each in inward], gating)
-    return checkpoint_name(product(hidden, weights.down, weights.down_bias), "moe_mlpwo")
+    y = product(hidden, weights.down, weights.down_bias)
+    if weights.down_lora:
+        a, b = weights.down_lora
+        y = y + product(product(hidden, a), b)
+    return checkpoint_name(y, "moe_mlpwo")
 
 
 def batched_product(
@@ -133,6 +144,40 @@ _multiply.defvjp(_multiply_fwd, _multiply_bwd)
 def _letters(x: Float[Array, "E *R A"], w: Float[Array, "E A *P"]) -> tuple[str, str]:
     """Return einsum's letters for the dims of rows, and of outputs."""
     return "bc"[: x.ndim - 2], "gh"[-(w.ndim - 2) :]
+
+
+class ExpertAdapter(nnx.Module):
+    """Hold A and B of weights of all experts that have the same inputs; see `layers.adapter`.
+
+    Args:
+        weights: the weights, [E A P] each.
+        config: rank and scale.
+        rngs: source of A.
+    """
+
+    def __init__(
+        self, weights: Sequence[nnx.Param[Array]], *, config: LoraConfig, rngs: nnx.Rngs
+    ) -> None:
+        experts, inputs, outputs = weights[0].get_value().shape
+        exp, of_inputs, of_outputs = weights[0].get_metadata("out_sharding")
+        rank = config.lora_rank
+        shape = (experts, inputs, rank)
+        self.a = first_a(shape, (exp, of_inputs, None), fan_in=inputs, rngs=rngs)
+
+        def zeros() -> nnx.Param[Array]:
+            drawn = jnp.zeros((experts, rank, outputs), jnp.float32)
+            return parameter(drawn, (exp, None, of_outputs))
+
+        self.b = zeros()
+        if len(weights) == 2:
+            self.b_up = zeros()
+        self.scale = config.scale
+
+    def weights(self, dtype: DTypeLike) -> tuple[Array, ...]:
+        """Return A, and B times the scale of each weight, as they are stored."""
+        outs = [self.b] if not hasattr(self, "b_up") else [self.b, self.b_up]
+        scaled = ((each[...] * self.scale).astype(dtype) for each in outs)
+        return (self.a[...].astype(dtype), *scaled)
 
 
 class Experts(nnx.Module):
@@ -188,10 +233,39 @@ class Experts(nnx.Module):
 
         inward = cast(*((self.gate_up,) if self.fused else self._inward("")))
         (down,) = cast(self.down)
+        inward_lora: ExpertAdapter | None = getattr(self, "inward_lora", None)
+        down_lora: ExpertAdapter | None = getattr(self, "down_lora", None)
+        lora = (
+            inward_lora.weights(self.dtype) if inward_lora else (),
+            down_lora.weights(self.dtype) if down_lora else (),
+        )
         if not self.gating.mlp_bias:
-            return ExpertWeights(inward, down)
+            return ExpertWeights(inward, down, (), None, *lora)
         biases = cast(*((self.gate_up_bias,) if self.fused else self._inward("_bias")))
-        return ExpertWeights(inward, down, biases, *cast(self.down_bias))
+        (down_bias,) = cast(self.down_bias)
+        return ExpertWeights(inward, down, biases, down_bias, *lora)
+
+    def add_adapters(self, config: LoraConfig, *, inward: bool, down: bool, rngs: nnx.Rngs) -> None:
+        """Add adapters beside the weights.
+
+        Args:
+            config: rank and scale.
+            inward: of gate and up, which share A as one tensor of both would.
+            down: of the second projection.
+            rngs: source of A.
+
+        Raises:
+            UserError: gate and up are one parameter.
+        """
+        if inward and self.fused:
+            raise UserError(
+                "enable_lora=true adapts gate and up of the experts, which prefuse_moe_weights="
+                "true makes one parameter\nfix: prefuse_moe_weights=false"
+            )
+        if inward:
+            self.inward_lora = ExpertAdapter(self._inward(""), config=config, rngs=rngs)
+        if down:
+            self.down_lora = ExpertAdapter([self.down], config=config, rngs=rngs)
 
     def _inward(self, end: str) -> list[nnx.Param[Array]]:
         """Return the weights, or biases, of gate and up, or without a gate of up."""

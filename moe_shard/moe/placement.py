@@ -23,6 +23,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from moe_shard.moe.axes import (
+    EXPERT_A_IN,
+    EXPERT_A_OUT,
+    EXPERT_B_IN,
+    EXPERT_B_OUT,
     EXPERT_BIAS_FUSED,
     EXPERT_BIAS_IN,
     EXPERT_BIAS_OUT,
@@ -144,14 +148,39 @@ class Placement:
             stored, used = EXPERT_WEIGHT_FUSED, (exp, None, None, hidden)
         inward = tuple(use(w, stored, used, name="moe gate, up") for w in weights.inward)
         down = use(weights.down, EXPERT_WEIGHT_OUT, (exp, hidden, None), name="moe down")
+        inside, outside = (exp, None, hidden), (exp, hidden, None)
+        whole = (exp, None, None)
+        lora = (
+            self._adapters(
+                weights.inward_lora, (EXPERT_A_IN, EXPERT_B_IN), (whole, inside), "gate, up"
+            ),
+            self._adapters(
+                weights.down_lora, (EXPERT_A_OUT, EXPERT_B_OUT), (outside, whole), "down"
+            ),
+        )
         if weights.down_bias is None:
-            return ExpertWeights(inward, down)
+            return ExpertWeights(inward, down, (), None, *lora)
         stored, used = EXPERT_BIAS_IN, (exp, hidden)
         if weights.fused:
             stored, used = EXPERT_BIAS_FUSED, (exp, None, hidden)
         biases = tuple(use(b, stored, used, name="moe gate, up bias") for b in weights.inward_bias)
         bias = use(weights.down_bias, EXPERT_BIAS_OUT, (exp, None), name="moe down bias")
-        return ExpertWeights(inward, down, biases, bias)
+        return ExpertWeights(inward, down, biases, bias, *lora)
+
+    def _adapters(
+        self,
+        arrays: tuple[Array, ...],
+        stored: tuple[LogicalAxes, LogicalAxes],
+        used: tuple[LogicalAxes, LogicalAxes],
+        name: str,
+    ) -> tuple[Array, ...]:
+        """Bring A and the Bs to where they are multiplied; see `weights_in_use`."""
+        return tuple(
+            self.sharding.use_weight(
+                each, stored[n > 0], used[n > 0], name=f"moe {name} adapter {'AB'[n > 0]}"
+            )
+            for n, each in enumerate(arrays)
+        )
 
     def shards(self, x: Float[Array, "B S M"], weights: ExpertWeights, *, strategy: str) -> Shards:
         """Return how the layer's arrays are split, for code that runs per device.
@@ -180,6 +209,14 @@ class Placement:
                 spec("moe down as stored", EXPERT_WEIGHT_OUT, weights.down),
                 tuple(spec("moe gate, up bias as stored", of_bias, b) for b in weights.inward_bias),
                 None if bias is None else spec("moe down bias as stored", EXPERT_BIAS_OUT, bias),
+                tuple(
+                    spec("moe gate, up adapter as stored", EXPERT_B_IN if n else EXPERT_A_IN, each)
+                    for n, each in enumerate(weights.inward_lora)
+                ),
+                tuple(
+                    spec("moe down adapter as stored", EXPERT_B_OUT if n else EXPERT_A_OUT, each)
+                    for n, each in enumerate(weights.down_lora)
+                ),
             ),
             expert_axes=self.expert_axes,
             strategy=f"moe_dispatch={strategy}",

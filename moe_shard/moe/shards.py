@@ -31,6 +31,8 @@ class WeightSpecs(NamedTuple):
     down: PartitionSpec
     inward_bias: tuple[PartitionSpec, ...]
     down_bias: PartitionSpec | None
+    inward_lora: tuple[PartitionSpec, ...] = ()
+    down_lora: tuple[PartitionSpec, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,16 @@ class Shards:
             pairs = zip(arrays, specs, strict=True)
             return tuple(self._gathered(w, spec, hidden=w.ndim - 1) for w, spec in pairs)
 
+        def adapters(
+            arrays: tuple[Array, ...],
+            specs: tuple[PartitionSpec, ...],
+            hidden: tuple[int | None, int | None],
+        ) -> tuple[Array, ...]:
+            pairs = zip(arrays, specs, strict=True)
+            return tuple(
+                self._gathered(w, spec, hidden=hidden[n > 0]) for n, (w, spec) in enumerate(pairs)
+            )
+
         specs = self.weights
         bias = stored.down_bias
         if bias is not None:
@@ -148,6 +160,8 @@ class Shards:
             self._gathered(stored.down, specs.down, hidden=1),
             inward(stored.inward_bias, specs.inward_bias),
             None if bias is None else self._once(bias),
+            adapters(stored.inward_lora, specs.inward_lora, (None, 2)),
+            adapters(stored.down_lora, specs.down_lora, (1, None)),
         )
 
     def _once(self, bias: Float[Array, "E M"]) -> Float[Array, "E M"]:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from moe_shard.config.schema import TrainConfig
 from moe_shard.models.params import Params, ParamSpec
 from moe_shard.program.matrices import adafactor, is_muons, scale_by_muon
+from moe_shard.program.trainable import is_adapter
 
 
 def make_schedule(config: TrainConfig) -> optax.Schedule:
@@ -137,4 +138,4 @@ def _is_decayed(spec: ParamSpec, vectors: bool) -> bool:
     if vectors:
         # This bias has no gradient; decay must not move it either.
         return not spec.name.endswith("correction_bias")
-    return spec.is_matrix
+    return spec.is_matrix or is_adapter(spec.name)

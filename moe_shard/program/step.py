@@ -32,7 +32,7 @@ from moe_shard.program.norms import Norms, norms
 from moe_shard.program.opt_state import HOST, on_device, over_data, place_state
 from moe_shard.program.optimizer import make_optimizer, make_schedule
 from moe_shard.program.spikes import WithHistory, is_spike, no_history, remember
-from moe_shard.program.trainable import Trainable
+from moe_shard.program.trainable import ADAPTERS, Trainable
 from moe_shard.program.working_weights import as_stored, working_weights
 from moe_shard.sharding.annotate import Sharding
 from moe_shard.units import human_count
@@ -109,7 +109,9 @@ def make_program(config: Config, sharding: Sharding) -> Program:
     whole: tuple[str, ...] = ()
     if config.train.shard_optimizer_over_data:
         stored, whole = over_data(model.specs)
-    trainable = Trainable(config.train.trainable_parameters_mask, model.specs)
+    lora = config.model.lora.enable_lora
+    chosen = (ADAPTERS,) if lora else config.train.trainable_parameters_mask
+    trainable = Trainable(chosen, model.specs)
     optimizer = make_optimizer(config.train, trainable.of(stored))
     schedule = make_schedule(config.train)
     grad_fn = make_grad(config, model, stored, trainable)

@@ -16,8 +16,21 @@ import jax
 from moe_shard.config.keys import shown
 from moe_shard.config.schema import brief_list
 from moe_shard.errors import UserError
+from moe_shard.layers.adapter import ADAPTER
 from moe_shard.models.params import Params
 from moe_shard.units import human_count
+
+ADAPTERS = rf"{ADAPTER}/"
+"""Pattern of the names of adapters."""
+
+
+def is_adapter(name: str) -> bool:
+    """Return whether a parameter is of an adapter.
+
+    >>> is_adapter("layers.attention.query_lora.a"), is_adapter("layers.attention.query")
+    (True, False)
+    """
+    return f"{ADAPTER}." in name
 
 
 class Trainable:
@@ -66,9 +79,10 @@ class Trainable:
         """
         return trained if self._all else _joined(trained, whole)
 
-    def has(self, name: str) -> bool:
-        """Return whether a parameter is trained."""
-        return self._all or name in self._names
+    def rest(self, tree: Params) -> Params:
+        """Return what is not trained."""
+        names = {spec.name for spec in jax.tree.leaves(self._specs)} - self._names
+        return {} if self._all else _pruned(tree, self._specs, names)
 
     def note(self) -> str:
         """Say what is trained, on one line; empty if all is."""
@@ -101,4 +115,4 @@ def _joined(trained: Any, whole: Any) -> Params:
         if key in trained
         else value
         for key, value in whole.items()
-    }
+    } | {key: value for key, value in trained.items() if key not in whole}

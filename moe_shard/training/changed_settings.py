@@ -54,6 +54,7 @@ _KEYS: dict[Kind, str] = {
         seed dataset_type dataset_path tokenizer_path eval_holdout_fraction train_data_columns
         train_split dataset_encoding corrupt_records split_special_tokens
         use_sft sft_train_on_completion_only chat_template chat_template_path chat_template_date
+        lora_alpha
         per_device_batch_size max_target_length gradient_accumulation_steps dtype
         mlp_activations mlp_activations_limit mlp_linear_offset
         normalization_layer_epsilon norm_placement
@@ -80,7 +81,7 @@ _KEYS: dict[Kind, str] = {
         attention_output_gate
         qk_norm_type num_experts base_moe_mlp_dim router_bias routed_bias shared_experts
         shared_expert_mlp_dim shared_expert_gate optimizer muon_include_routers
-        trainable_parameters_mask
+        trainable_parameters_mask enable_lora lora_rank lora_module_path
         mixer_pattern layers_without_mlp gdn_num_key_heads gdn_num_value_heads gdn_key_head_dim
         gdn_value_head_dim gdn_conv_kernel_dim mtp_num_layers mamba_num_heads mamba_head_dim
         mamba_num_groups mamba_state_dim mamba_conv_kernel_dim mamba_conv_bias mamba_proj_bias
@@ -90,6 +91,7 @@ _KEYS: dict[Kind, str] = {
         enable_emergency_checkpoint local_checkpoint_directory local_checkpoint_period
         enable_multi_tier_checkpointing multi_tier_checkpointing_backup_interval_minutes
         multi_tier_checkpointing_backup_interval_steps mtc_data_parallelism
+        lora_restore_path
         model_name hf_family load_parameters_path run_name base_output_directory jax_cache_dir
         weights_outside_directory
         jax_distributed_initialization_timeout

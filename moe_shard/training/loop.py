@@ -12,17 +12,17 @@ import jax
 from rich.console import Console
 
 from moe_shard.checkpoints.checkpoint import Checkpointer
-from moe_shard.checkpoints.imported import find_weights, load_params
+from moe_shard.checkpoints.imported import find_weights
 from moe_shard.checkpoints.run_files import checkpoints_of
 from moe_shard.checkpoints.tiers import open_checkpoints
 from moe_shard.config.schema import Config
 from moe_shard.data.batches import Batches, batches
 from moe_shard.data.corpus import Say
 from moe_shard.data.held_out import HeldOutText, held_out_texts
-from moe_shard.program.norms import require_finite
 from moe_shard.program.step import Batch, Metrics, Program, TrainState
 from moe_shard.runtime.team import Team
 from moe_shard.training.bad_steps import BadSteps
+from moe_shard.training.first_params import first_params
 from moe_shard.training.goodput import STEPS, WallTime
 from moe_shard.training.held_out_loss import HeldOutLoss
 from moe_shard.training.metrics import MetricsWriter, Record
@@ -202,15 +202,7 @@ class Trainer:
             return self.checkpointer.restore(self.first, abstract_state, say=console.print)
         run = self.config.run
         if run.load_parameters_path:
-            params = load_params(
-                run.load_parameters_path,
-                self.program.model.specs,
-                model=self.config.model,
-                family=run.hf_family,
-                outside=run.weights_outside_directory,
-                console=console,
-            )
-            require_finite(params, self.program.model.specs, run.load_parameters_path)
+            params = first_params(self.config, self.program.model, console)
             step, opt_state = self.program.init_rest(params)
             # As the optimizer stores them, which may be over more axes than the layers use.
             places = jax.tree.map(lambda leaf: leaf.sharding, self.program.abstract_state.params)

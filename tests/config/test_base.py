@@ -16,6 +16,7 @@ from moe_shard.config.generate_config import GenerateConfig
 from moe_shard.config.keys import leaf_keys, to_plain
 from moe_shard.config.load import LOADER_KEYS, maxtext_keys
 from moe_shard.config.local_config import LocalConfig
+from moe_shard.config.lora_config import LoraConfig
 from moe_shard.config.mamba_config import MambaConfig, ShortConvConfig
 from moe_shard.config.mesh_config import LEVELS, MESH_AXES, MeshConfig, parallelism_key
 from moe_shard.config.model_config import GatingConfig, ModelConfig
@@ -41,6 +42,7 @@ SCHEMAS = (
     MoEConfig,
     RouterConfig,
     MTPConfig,
+    LoraConfig,
     MeshConfig,
     TrainConfig,
     DataConfig,

@@ -555,11 +555,11 @@ REFUSED = [
     ("hf_path=a/b", ["hf_path=a/b", "dataset_path=FILES"]),
     ("use_dpo=true", ["use_dpo=true asks for another trainer"]),
     ("formatting_func_path=a.b", ["a function of its own that makes conversations"]),
-    ("enable_lora=true", ["LoRA"]),
+    ("lora_weight_qtype=nf4", ["QLoRA"]),
     ("ici_pipeline_parallelism=2", ["pipeline parallelism", "ici_pipeline_parallelism=1"]),
     ("max_segments_per_seq=4", ["max_segments_per_seq=4"]),
     ("grain_train_files=/x", ["a dataset of MaxText's pipelines"]),
-    ("lora_input_adapters_path=/x", ["LoRA"]),
+    ("lora_input_adapters_path=/x", ["lora_restore_path=a directory in peft's format"]),
     ("dense_init_scale=2", ["other first parameters"]),
     ("use_qwix_quantization=true", ["quantized products (qwix)"]),
     ("lr_schedule_type=wsd", ["lr_schedule_type=cosine"]),
@@ -647,6 +647,14 @@ def test_its_fine_tuning_trains_on_what_it_does_there(tmp_path: Path) -> None:
     assert not data.sft_train_on_completion_only  # MaxText's default; ours is true
     narrow = load(tmp_path, MIXTRAL, *files, *more, "sft_train_on_completion_only=true").data
     assert narrow.sft_train_on_completion_only
+
+
+def test_its_block_of_lora(tmp_path: Path) -> None:
+    block = "\nlora: {enable_lora: true, lora_rank: 4, lora_alpha: 8.0, lora_weight_qtype: null}"
+    lora = load(tmp_path, MIXTRAL + block).model.lora
+    assert (lora.enable_lora, lora.lora_rank, lora.lora_alpha, lora.scale) == (True, 4, 8.0, 2.0)
+    wanted = "\nlora: {enable_lora: true, lora_rank: 4, lora_alpha: 8.0, lora_weight_qtype: nf4}"
+    says(error(tmp_path, MIXTRAL + wanted), "QLoRA")
 
 
 def test_the_evaluation_files_of_its_pipelines(tmp_path: Path) -> None:
