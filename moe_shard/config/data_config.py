@@ -22,6 +22,8 @@ class DataConfig:
             step, for benchmarks.
         dataset_path: files, directories or globs of text, JSON Lines, Parquet and the like; empty:
             the source text of Python's standard library.
+        dataset_weights: weight of each item of `dataset_path`, which then is a dataset of its own
+            with that share of the sequences; empty: all are one, in proportion to their size.
         train_data_columns: the one field of a record that holds its text; with `use_sft` the one
             with messages, or those of a prompt and what completes it.
         train_split: split that is read of a directory whose files are named by split.
@@ -48,6 +50,7 @@ class DataConfig:
 
     dataset_type: Annotated[DatasetType, Key(choices=get_args(DatasetType))] = "text"
     dataset_path: Annotated[tuple[str, ...], Key()] = ()
+    dataset_weights: Annotated[tuple[float, ...], Key(above=0)] = ()
     train_data_columns: Annotated[tuple[str, ...], Key()] = ("text",)
     train_split: Annotated[str, Key()] = "train"
     dataset_encoding: Annotated[str, Key()] = ""
@@ -72,6 +75,7 @@ class DataConfig:
                 f"dataset_path={shown(self.dataset_path)} with dataset_type=synthetic, which reads "
                 "no text\nfix: dataset_type=text, or no dataset_path"
             )
+        self._check_weights()
         self._check_chat()
         for key, columns in (
             ("train_data_columns", self.train_data_columns),
@@ -94,6 +98,22 @@ class DataConfig:
                     f"dataset_encoding={shown(self.dataset_encoding)} is no codec of text\n"
                     "fix: dataset_encoding=latin-1, cp1252 or shift_jis, for example"
                 ) from None
+
+    def _check_weights(self) -> None:
+        weights = self.dataset_weights
+        if not weights:
+            return
+        if len(weights) != len(self.dataset_path) or len(weights) < 2:
+            raise UserError(
+                f"dataset_weights={shown(weights)} are {len(weights)} for "
+                f"{len(self.dataset_path)} items of dataset_path\n"
+                "fix: a weight for each item, of two at least"
+            )
+        if self.eval_holdout_fraction:
+            raise UserError(
+                f"eval_holdout_fraction={self.eval_holdout_fraction:g} keeps documents of one "
+                "dataset, and dataset_weights makes several\nfix: eval_dataset_path=FILES"
+            )
 
     def _check_chat(self) -> None:
         if self.use_sft and self.dataset_type != "text":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ DATA_KEYS = (
     *("dataset_type", "dataset_path", "tokenizer_path", "hf_path", "hf_data_dir"),
     *("hf_train_files", "hf_eval_files", "hf_eval_split"),
     *("grain_train_files", "grain_eval_files", "grain_file_type"),
+    "grain_train_mixture_config_path",
 )
 """MaxText's keys that are translated here."""
 _OF = {"hf": "hf_", "grain": "grain_"}
@@ -65,7 +67,10 @@ def data_values(
     elif kind == "grain":
         if given["grain_file_type"] not in ("arrayrecord", "parquet"):
             raise _not_read("grain_file_type", given["grain_file_type"])
-        paths = _patterns("grain_train_files", given["grain_train_files"])
+        paths, weights = _grain(given)
+        if weights:
+            values["dataset_weights"] = weights
+            translation.words.append(f"a mixture: dataset_weights={shown(weights)}")
     elif kind not in {"text", "synthetic"}:
         raise _not_read("dataset_type", kind)
     for key in ("dataset_path", "tokenizer_path"):
@@ -118,18 +123,40 @@ def _hugging_face(given: Mapping[str, Any]) -> list[str]:
     )
 
 
-def _patterns(key: str, value: Any) -> list[str]:
+def _grain(given: Mapping[str, Any]) -> tuple[list[str], list[float]]:
+    """Return the patterns of Grain's pipeline, and their weights if there are several."""
+    named = given["grain_train_mixture_config_path"]
+    if named in UNSET:
+        return _patterns("grain_train_files", given["grain_train_files"])
+    path = Path(os.path.expanduser(str(named)))
+    try:
+        parts = list(json.loads(path.read_text(encoding="utf-8")).values())
+        weights = [float(each["weight"]) for each in parts]
+        return [str(each["path"]) for each in parts], weights if len(parts) > 1 else []
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"grain_train_mixture_config_path={shown(named)} is no mixture: {shown(str(error))}\n"
+            'fix: JSON as {"name": {"path": PATTERN, "weight": 0.3}, ...}'
+        ) from error
+
+
+def _patterns(key: str, value: Any) -> tuple[list[str], list[float]]:
     """Return the patterns of a key of Grain's pipeline: `PATTERN` or `PATTERN,WEIGHT;...`."""
     if value in UNSET:
         raise UserError(f"dataset_type=grain without {key}\nfix: {key}=FILES, or {_OURS}")
     entries = [each.strip() for each in str(value).split(";") if each.strip()]
-    if len(entries) > 1:
-        raise UserError(
-            f"{key}={shown(value)} is a mixture with weights, which is not built here\n"
-            f"fix: one pattern; {_OURS} reads several in proportion to their size"
-        )
-    pattern, comma, weight = entries[0].rpartition(",")
-    return [pattern if comma and weight.replace(".", "", 1).isdecimal() else entries[0]]
+    patterns, weights = [], []
+    for entry in entries:
+        pattern, comma, weight = entry.rpartition(",")
+        is_weight = bool(comma) and weight.strip().replace(".", "", 1).isdecimal()
+        if len(entries) > 1 and not is_weight:
+            raise UserError(
+                f"{key}={shown(value)}: {shown(entry)} has no weight\n"
+                f"fix: {key}=PATTERN,WEIGHT;PATTERN,WEIGHT"
+            )
+        patterns.append(pattern if is_weight else entry)
+        weights += [float(weight)] if is_weight else []
+    return patterns, weights if len(patterns) > 1 else []
 
 
 def _evaluation(
@@ -146,5 +173,5 @@ def _evaluation(
         values["eval_dataset_path"] = (
             [str(each) for each in files]
             if isinstance(files, list)
-            else _patterns("eval files", files)
+            else _patterns("eval files", files)[0]
         )

@@ -43,6 +43,7 @@ _ONE_OR_MORE = (
 )
 """Keys whose list may be written as its only item."""
 _LISTS_OF: Mapping[str, type] = {
+    "dataset_weights": float,
     "dense_layers": int,
     "nope_layers": int,
     "layers_without_mlp": int,

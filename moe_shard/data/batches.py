@@ -24,6 +24,7 @@ from jaxtyping import Int32, Int64
 from moe_shard.config.schema import DataConfig
 from moe_shard.data.chat_text import ChatText
 from moe_shard.data.corpus import ByteCorpus, Corpus, Say, TokenCorpus
+from moe_shard.data.mixture import cut_parts, mean_bytes_per_token, stream_of
 from moe_shard.data.spans import Documents, scattered
 from moe_shard.data.split import split_documents
 from moe_shard.data.synthetic import HostBatch, SyntheticSteps
@@ -347,13 +348,19 @@ def batches(
         config.tokenizer_path, split_special_tokens=config.split_special_tokens
     )
     require_vocabulary(tokenizer, vocab_size)
-    split = split_documents(config, say=say)
-    for line in (*split.lines, tokenizer_line(config, tokenizer)):
-        say(line)
-    text = cut_text(config, split.training, tokenizer, seq_len=seq_len, seed=config.seed, say=say)
-    require_same_text(text)
-    say(text.summary(microbatches * rows))
-    stream = grain.MapDataset.source(text).shuffle(config.seed).repeat()
+    say_tokenizer = tokenizer_line(config, tokenizer)
+
+    def cut(part: DataConfig, say: Say) -> TextSequences:
+        split = split_documents(part, say=say)
+        for line in (*split.lines, say_tokenizer):
+            say(line)
+        text = cut_text(part, split.training, tokenizer, seq_len=seq_len, seed=part.seed, say=say)
+        require_same_text(text)
+        say(text.summary(microbatches * rows))
+        return text
+
+    texts = cut_parts(config, cut, say)
+    stream = stream_of(config, texts)
 
     def read(step: int) -> HostBatch:
         first = step * microbatches
@@ -368,7 +375,8 @@ def batches(
         .to_iter_dataset(grain.ReadOptions(READ_THREADS, READ_AHEAD_STEPS))
     )
     steps.start_prefetch()
-    return Batches(steps, sharding, shape, bytes_per_token=text.bytes_per_token)
+    mean = mean_bytes_per_token(config, texts)
+    return Batches(steps, sharding, shape, bytes_per_token=mean)
 
 
 def cut_text(

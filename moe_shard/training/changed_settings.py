@@ -51,6 +51,7 @@ _KEYS: dict[Kind, str] = {
         enable_wandb wandb_project_name wandb_run_name
         """,
     Kind.RUN: """
+        dataset_weights
         seed dataset_type dataset_path tokenizer_path eval_holdout_fraction train_data_columns
         train_split dataset_encoding corrupt_records split_special_tokens
         use_sft sft_train_on_completion_only chat_template chat_template_path chat_template_date

@@ -649,6 +649,16 @@ def test_its_fine_tuning_trains_on_what_it_does_there(tmp_path: Path) -> None:
     assert narrow.sft_train_on_completion_only
 
 
+def test_its_mixtures(tmp_path: Path) -> None:
+    data = load(tmp_path, MIXTRAL, "dataset_type=grain", "grain_train_files=/a*,0.3;/b*, 0.7").data
+    assert (data.dataset_path, data.dataset_weights) == (("/a*", "/b*"), (0.3, 0.7))
+    path = tmp_path / "mixture.json"
+    path.write_text('{"x": {"path": "/c", "weight": 2}, "y": {"path": "/d", "weight": 1}}')
+    data = load(tmp_path, MIXTRAL, "dataset_type=grain",
+                f"grain_train_mixture_config_path={path}").data  # fmt: skip
+    assert (data.dataset_path, data.dataset_weights) == (("/c", "/d"), (2.0, 1.0))
+
+
 def test_its_block_of_lora(tmp_path: Path) -> None:
     block = "\nlora: {enable_lora: true, lora_rank: 4, lora_alpha: 8.0, lora_weight_qtype: null}"
     lora = load(tmp_path, MIXTRAL + block).model.lora
@@ -675,7 +685,8 @@ def test_the_evaluation_files_of_its_pipelines(tmp_path: Path) -> None:
         (["dataset_type=hf", "hf_path=allenai/c4"], ["hub", "hf download", "dataset_path=DIR"]),
         (["dataset_type=hf", "hf_path=org/x", "hf_train_files=a*"], ["hub"]),
         (["dataset_type=hf", "hf_path=json", "grain_train_files=a"], ["grain_train_files=a"]),
-        (["dataset_type=grain", "grain_train_files=a,0.3;b,0.7"], ["mixture with weights"]),
+        (["dataset_type=grain", "grain_train_files=a,0.3;b"], ["b has no weight"]),
+        (["dataset_type=grain", "grain_train_mixture_config_path=/none"], ["is no mixture"]),
         (["dataset_type=grain", "grain_train_files=a", "grain_file_type=tfrecord"], ["tfrecord"]),
         (["dataset_type=text", "hf_path=x"], ["hf_path=x", "dataset_type=text"]),
         (["dataset_type=grain", "grain_train_files=a", "train_data_columns=[a, b]"],
