@@ -234,6 +234,8 @@ class Attributes:
         value = self.get(name)
         if rule.mapping:
             known = dict(rule.mapping)
+            if isinstance(value, list) and value and all(each == value[0] for each in value):
+                value = value[0]  # one for each layer
             if shown(value) not in known:
                 raise self.error(
                     f"{self.as_text(name)} is not computed here", f"one of {', '.join(known)}"

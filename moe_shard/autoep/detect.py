@@ -43,7 +43,7 @@ _QUANTIZED = re.compile(r".*(_blocks|_scales|_scale_inv|_scale|\.qweight|\.qzero
 """Names of tensors from which weights are still to be computed, such as scales."""
 
 
-_OF_ANY_DTYPE = ("router", "delta")
+_OF_ANY_DTYPE = ("router", "delta", "indexer")
 """Parts of a layer that may have parameters in float32 beside those that decide the dtype."""
 _MADE_OF = {"head_dim": "base_num_query_heads", "shared_expert_mlp_dim": "base_moe_mlp_dim"}
 """Settings that may be derived -> one that they are derived from."""

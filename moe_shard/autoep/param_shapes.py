@@ -7,6 +7,7 @@ gate and up separate. Describing a model takes about a tenth of a second.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -56,6 +57,10 @@ _LATENT_KEYS: dict[str, dict[str, tuple[str, ...]]] = {
     "attention.latent_norm": {"norm": ("kv_lora_rank",)},
     "attention.latent_up": {"head_dim": ("qk_nope_head_dim", "v_head_dim")},
     "attention.out": {"head_dim": ("v_head_dim",)},
+    "attention.indexer.query": {"head_dim": ("indexer_n_heads", "indexer_head_dim")},
+    "attention.indexer.key": {"head_dim": ("indexer_head_dim",)},
+    "attention.indexer.key_norm": {"norm": ("indexer_head_dim",)},
+    "attention.indexer.weight": {"head_dim": ("indexer_n_heads",)},
 }
 """The same where multi-head latent attention gives an axis another size."""
 
@@ -167,7 +172,7 @@ def _slot(path: str, spec: ParamSpec, stacked: int, latent: bool) -> Slot:
     if path.startswith("mlp.shared."):
         own = _SHARED_KEYS
     elif latent:
-        own = _LATENT_KEYS.get(path.removesuffix(".scale").removesuffix("_bias"), {})
+        own = _LATENT_KEYS.get(re.sub(r"(\.scale|[._]bias)$", "", path), {})
     keys: list[str] = []
     for axis in axes:
         # In attention a dim without a name holds a head's elements, elsewhere it is the model dim.

@@ -38,6 +38,7 @@ _DIGITS = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 
 
 _SWITCHES = (
+    (r"attention\.indexer\..*", "use_indexer"),
     (r"attention\.(query|key|value|query_down|latent_down)_bias", "attention_bias"),
     (r"attention\.out_bias", "attention_out_bias"),
     (r"attention\.gate(_bias)?", "attention_output_gate"),

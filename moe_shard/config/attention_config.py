@@ -111,6 +111,13 @@ class AttentionConfig:
             heads.
         v_head_dim: MLA: elements of a value.
         latent_norm_epsilon: MLA: added to the mean square in the latents' norms.
+        use_indexer: MLA: whether tokens of longer sequences than `indexer_topk` attend to the ones
+            that an indexer chooses (DeepSeek-V3.2, arXiv 2512.02556). Its parameters have no
+            gradient.
+        indexer_head_dim: elements of the indexer's queries and keys.
+        indexer_n_heads: heads of the indexer.
+        indexer_topk: tokens that each token attends to.
+        indexer_rope_interleave: as `rope_interleave`, of the indexer.
         attention_pattern: span of each layer's attention ("global", "sliding" or "chunked"),
             repeated over the layers.
         sliding_window_size: tokens that a token of a "sliding" layer attends to, itself included.
@@ -158,6 +165,11 @@ class AttentionConfig:
     qk_rope_head_dim: Annotated[int, Key(least=2, most=MOST_SIZE)] = 64
     v_head_dim: Annotated[int, Key(least=1, most=MOST_SIZE)] = 128
     latent_norm_epsilon: Annotated[float, Key(above=0)] = 1e-06
+    use_indexer: Annotated[bool, Key()] = False
+    indexer_head_dim: Annotated[int, Key(least=2, most=MOST_SIZE)] = 128
+    indexer_n_heads: Annotated[int, Key(least=1, most=MOST_HEADS)] = 64
+    indexer_topk: Annotated[int, Key(least=1)] = 2048
+    indexer_rope_interleave: Annotated[bool, Key()] = False
     attention_pattern: Annotated[tuple[AttentionSpan, ...], Key(each=get_args(AttentionSpan))] = (
         "global",
     )
@@ -202,6 +214,18 @@ class AttentionConfig:
                 )
 
     def _check_latent(self) -> None:
+        if self.use_indexer and (self.attention_type != "mla" or self.q_lora_rank == 0):
+            raise UserError(
+                f"use_indexer=true with attention_type={self.attention_type}, q_lora_rank="
+                f"{self.q_lora_rank}: it reads the latents of the queries\n"
+                "fix: attention_type=mla with a q_lora_rank, or use_indexer=false"
+            )
+        if self.use_indexer and self.indexer_head_dim < self.qk_rope_head_dim:
+            raise UserError(
+                f"indexer_head_dim={self.indexer_head_dim} is below qk_rope_head_dim="
+                f"{self.qk_rope_head_dim}, which RoPE turns in the indexer too\n"
+                f"fix: indexer_head_dim={self.qk_rope_head_dim} or more"
+            )
         if self.attention_type != "mla":
             return
         for key, on in (

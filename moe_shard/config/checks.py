@@ -47,6 +47,7 @@ def check_against_mesh(config: Config, sizes: Mapping[str, int]) -> tuple[str, .
             devices share where layers pass a state over them.
     """
     _check_states(config, sizes)
+    _check_indexer(config, sizes)
     batch_axes = ["activation_batch"]
     if config.model.moe is not None:
         batch_axes += ["activation_batch_moe", "activation_batch_no_exp"]
@@ -69,6 +70,20 @@ def _check_states(config: Config, sizes: Mapping[str, int]) -> None:
             f"({', '.join(sorted({mixer for _, mixer in layers}))})\npass a state from token to "
             "token, which is not done across devices\nfix: "
             + " ".join(f"ici_{axis}_parallelism=1" for axis in axes)
+        )
+
+
+def _check_indexer(config: Config, sizes: Mapping[str, int]) -> None:
+    attention, length = config.model.attention, config.train.max_target_length
+    axes = [axis for axis in config.mesh.axes_of("activation_length") if sizes[axis] > 1]
+    if axes and attention.use_indexer and length > attention.indexer_topk:
+        split = " * ".join(f"{axis}={sizes[axis]}" for axis in axes)
+        raise UserError(
+            f"{split} splits sequences (rule of activation_length), whose tokens an indexer "
+            f"chooses among (max_target_length={length}, indexer_topk={attention.indexer_topk})\n"
+            "fix: "
+            + " ".join(f"ici_{axis}_parallelism=1" for axis in axes)
+            + ", or max_target_length of at most indexer_topk"
         )
 
 

@@ -33,7 +33,18 @@ def attention_flops(config: AttentionConfig, seq_len: int) -> int:
         seq_len: S, tokens in a sequence, all of which count for each.
     """
     of_key, of_value = _head_dims(config)
-    return 6 * config.num_query_heads * (of_key + of_value) * seq_len
+    return 6 * config.num_query_heads * (of_key + of_value) * seq_len + _indexer(config, seq_len)
+
+
+def _indexer(config: AttentionConfig, seq_len: int) -> int:
+    """Count the operations of one token's scores by an indexer, which has no backward pass.
+
+    Its projections from the model dim are left out: they are less than a hundredth of the others.
+    """
+    if not config.use_indexer or seq_len <= config.indexer_topk:
+        return 0
+    width = config.indexer_n_heads * config.indexer_head_dim
+    return 2 * width * (seq_len + config.q_lora_rank)
 
 
 def _head_dims(config: AttentionConfig) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from moe_shard.config.model_config import LayerKind, ModelConfig
 from moe_shard.layers.kernels.load_balance import order_tokens
 from moe_shard.layers.kernels.on_mesh import plan_attention
 from moe_shard.layers.kernels.rule import AttentionRule
+from moe_shard.layers.sparse_attention import BLOCK
 from moe_shard.sharding.annotate import Sharding
 from moe_shard.units import human_ranges
 
@@ -114,10 +115,22 @@ def _record(
     if order.reason:
         context += f"; tokens {'in the order of the text' if order.order is None else 'reordered'}"
         context += f" ({order.reason})"
+    scores = _scores_in_words(rule, sink=attention.attention_sink)
+    if attention.use_indexer and tokens[1] > attention.indexer_topk:
+        return AttentionRecord(
+            implementation="sparse",
+            reason=f"an indexer chooses {attention.indexer_topk} of {tokens[1]} tokens",
+            scores=f"{scores}, under a mask: {BLOCK} x {tokens[1]} a head at once, in float32",
+            context=context,
+            not_taken={"kernels": "they know no mask for each pair of tokens"},
+        )
+    reason = kernel.reason
+    if attention.use_indexer:
+        reason += f"; {tokens[1]} tokens are at most indexer_topk={attention.indexer_topk}: all"
     return AttentionRecord(
         implementation=kernel.name,
-        reason=kernel.reason,
-        scores=_scores_in_words(rule, sink=attention.attention_sink),
+        reason=reason,
+        scores=scores,
         context=context,
         not_taken=dict(kernel.refused),
     )

@@ -21,10 +21,12 @@ from moe_shard.config.model_config import LayerKind
 from moe_shard.layers.adapter import adapter_of
 from moe_shard.layers.cache import LayerCache, Memory
 from moe_shard.layers.heads import Heads, make_vector, make_weight
+from moe_shard.layers.indexer import Indexed, Indexer, chosen
 from moe_shard.layers.kernels.choose import SHORT
 from moe_shard.layers.kernels.dot_product import attention_weights
 from moe_shard.layers.kernels.rule import seen_tokens
 from moe_shard.layers.norm import RMSNorm
+from moe_shard.layers.sparse_attention import attend_sparsely
 from moe_shard.sharding.annotate import Sharding
 
 
@@ -89,6 +91,19 @@ class LatentAttention(Heads):
         self._make_output(
             model_dim=model_dim, value_dim=config.v_head_dim, dtype=weight_dtype, rngs=rngs
         )
+        self.indexer = (
+            Indexer(
+                config=config,
+                model_dim=model_dim,
+                rope=kind.rope,
+                dtype=dtype,
+                weight_dtype=weight_dtype,
+                sharding=sharding,
+                rngs=rngs,
+            )
+            if config.use_indexer
+            else None
+        )
 
     def _attended(
         self,
@@ -98,20 +113,27 @@ class LatentAttention(Heads):
         memory: Memory | None,
         order: Int[np.ndarray, "S"] | None,
     ) -> tuple[Float[Array, "B S N Dv"], LayerCache]:
-        nope, turned = jnp.split(self._queries(x), [self.config.qk_nope_head_dim], axis=-1)
+        of_queries = self._query_latent(x)
+        by_head = self._queries(of_queries)
+        nope, turned = jnp.split(by_head, [self.config.qk_nope_head_dim], axis=-1)
         latent, key = self._latents(x)
         if self.kind.rope:
             turned = self._turn(turned, positions, memory)
             key = self._turn(key[:, :, None], positions, memory)[:, :, 0]
+        length = x.shape[1] if memory is None else memory.positions.shape[1]
+        new = {"latent": latent, "rope_key": key}
+        indexed = None
+        if self.indexer is not None and length > self.config.indexer_topk:
+            indexed = self.indexer.queries(x, of_queries, positions, length)
+            new["index_key"] = self.indexer.keys(x, positions, length)
         if memory is None:
             tokens = positions, segment_ids, None, order
-            return self._expanded(nope, turned, latent, key, *tokens), {}
-        cache = self._remember(memory, {"latent": latent, "rope_key": key})
+            return self._expanded(nope, turned, new, indexed, *tokens), {}
+        cache = self._remember(memory, new)
         if x.shape[1] > SHORT:  # a prompt: every latent is used often enough to be expanded once
-            latent, key = cache["latent"], cache["rope_key"]
             of_prompt = positions, segment_ids, memory, None
-            return self._expanded(nope, turned, latent, key, *of_prompt), cache
-        return self._absorbed(nope, turned, cache, positions, segment_ids, memory), cache
+            return self._expanded(nope, turned, cache, indexed, *of_prompt), cache
+        return self._absorbed(nope, turned, cache, indexed, positions, segment_ids, memory), cache
 
     def empty_cache(self, rows: int, places: int) -> LayerCache:
         """Make a cache without tokens.
@@ -122,17 +144,22 @@ class LatentAttention(Heads):
         """
         config = self.config
         dims = {"latent": (config.kv_lora_rank,), "rope_key": (config.qk_rope_head_dim,)}
+        if config.use_indexer and places > config.indexer_topk:
+            dims["index_key"] = (config.indexer_head_dim,)
         return self._empty_cache(rows, places, dims)
 
-    def _queries(self, x: Float[Array, "B S M"]) -> Float[Array, "B S N Dq"]:
+    def _query_latent(self, x: Float[Array, "B S M"]) -> Float[Array, "B S R"]:
+        """Compute the normalised latent of the queries; x itself where they have none."""
         if self.config.q_lora_rank == 0:
-            weight, name = self.query, "query"
-        else:
-            x = self._latent(x, self.query_down, self.query_down_bias, "query down")
-            x = self.query_norm(checkpoint_name(x, "query_wa_proj"))
-            x = checkpoint_name(x, "mla_q")
-            weight, name = self.query_up, "query up"
-        return self._expand(x, weight, name)
+            return x
+        x = self._latent(x, self.query_down, self.query_down_bias, "query down")
+        x = self.query_norm(checkpoint_name(x, "query_wa_proj"))
+        return checkpoint_name(x, "mla_q")
+
+    def _queries(self, latent: Float[Array, "B S R"]) -> Float[Array, "B S N Dq"]:
+        if self.config.q_lora_rank == 0:
+            return self._expand(latent, self.query, "query")
+        return self._expand(latent, self.query_up, "query up")
 
     def _latents(
         self, x: Float[Array, "B S M"]
@@ -176,8 +203,8 @@ class LatentAttention(Heads):
         self,
         nope: Float[Array, "B S N Dn"],
         turned: Float[Array, "B S N Dr"],
-        latent: Float[Array, "B T R"],
-        key: Float[Array, "B T Dr"],
+        cache: LayerCache,
+        indexed: Indexed | None,
         positions: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
         memory: Memory | None,
@@ -190,15 +217,31 @@ class LatentAttention(Heads):
         # Gather the latents over a context axis here, not the keys and values of all heads later.
         latent, key = (
             self.sharding(x, "activation_batch", length, None, name=name)
-            for x, name in ((latent, "latents attended to"), (key, "shared keys attended to"))
+            for x, name in (
+                (cache["latent"], "latents attended to"),
+                (cache["rope_key"], "shared keys attended to"),
+            )
         )
         by_head = self._expand(latent, self.latent_up, "latent up", length)
         key_nope, value = jnp.split(by_head, [self.config.qk_nope_head_dim], axis=-1)
         shared = jnp.broadcast_to(key[:, :, None], (*key_nope.shape[:-1], key.shape[-1]))
-        return self._attend(
+        projected = (
             checkpoint_name(jnp.concatenate([nope, turned], axis=-1), "query_proj"),
             checkpoint_name(jnp.concatenate([key_nope, shared], axis=-1), "key_proj"),
             checkpoint_name(value, "value_proj"),
+        )
+        if indexed is not None:
+            return attend_sparsely(
+                *projected,
+                *self._tokens(positions, segment_ids, memory, order),
+                indexed,
+                cache["index_key"],
+                rule=self._rule,
+                sink=self._sink_in_use(),
+                most=self.config.indexer_topk,
+            )
+        return self._attend(
+            *projected,
             positions,
             segment_ids,
             memory,
@@ -211,6 +254,7 @@ class LatentAttention(Heads):
         nope: Float[Array, "B S N Dn"],
         turned: Float[Array, "B S N Dr"],
         cache: LayerCache,
+        indexed: Indexed | None,
         positions: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
         memory: Memory,
@@ -232,9 +276,12 @@ class LatentAttention(Heads):
                 "bsnd,btd->bnst", turned, cache["rope_key"], preferred_element_type=jnp.float32
             )
         )
+        seen = seen_tokens(*self._tokens(positions, segment_ids, memory), rule=rule)
+        if indexed is not None:
+            seen = chosen(indexed, cache["index_key"], seen, most=self.config.indexer_topk)
         weights = attention_weights(
             scores,
-            seen_tokens(*self._tokens(positions, segment_ids, memory), rule=rule)[:, None],
+            seen[:, None],
             soft_cap=rule.soft_cap,
             sink=self._sink_in_use(),
         )

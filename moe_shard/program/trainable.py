@@ -1,7 +1,7 @@
 """Split parameters into those that are trained and those that stay as they are.
 
 What stays has no gradient and no state of the optimizer: it is an input of the step like the batch,
-and comes out of it as it went in.
+and comes out of it as it went in. Parameters that only decide a choice never have a gradient.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from moe_shard.errors import UserError
 from moe_shard.layers.adapter import ADAPTER
 from moe_shard.models.params import Params
 from moe_shard.units import human_count
+
+_CHOOSE = re.compile(r"\.indexer\.")
+"""Parameters that have no gradient, because they only choose what others compute with."""
 
 ADAPTERS = rf"{ADAPTER}/"
 """Pattern of the names of adapters."""
@@ -38,7 +41,7 @@ class Trainable:
 
     Args:
         patterns: regular expressions, one of which is found in the name of each parameter that is
-            trained, its parts joined by "/" as in MaxText; empty: all are trained.
+            trained, its parts joined by "/" as in MaxText; empty: all that can have a gradient.
         specs: the parameters' `ParamSpec`s.
 
     Raises:
@@ -46,7 +49,8 @@ class Trainable:
     """
 
     def __init__(self, patterns: Sequence[str], specs: Params) -> None:
-        names = [spec.name.replace(".", "/") for spec in jax.tree.leaves(specs)]
+        known = [spec.name for spec in jax.tree.leaves(specs)]
+        names = [name.replace(".", "/") for name in known if not _CHOOSE.search(name)]
         found: set[str] = set()
         for pattern in patterns:
             try:
@@ -62,8 +66,9 @@ class Trainable:
                     f"fix: one of {brief_list(names, 6)}"
                 )
             found |= some
-        self._all = not patterns
-        self._names = {name.replace("/", ".") for name in found}
+        self._all = not patterns and len(names) == len(known)
+        self._patterns = bool(patterns)
+        self._names = {name.replace("/", ".") for name in (found if patterns else names)}
         self._specs = specs
 
     def of(self, tree: Params) -> Params:
@@ -90,6 +95,13 @@ class Trainable:
             return ""
         specs = jax.tree.leaves(self._specs)
         sizes = {spec.name: math.prod(spec.shape) for spec in specs}
+        if not self._patterns:
+            still = sorted(sizes.keys() - self._names)
+            return (
+                f"not trained: {human_count(len(still), 'parameter')}, "
+                f"{sum(sizes[name] for name in still):,} numbers: {brief_list(still, 2)}; they "
+                "only choose the tokens to attend to: they have no gradient and stay as they are"
+            )
         chosen = sum(sizes[name] for name in self._names)
         return (
             f"trained: {human_count(len(self._names), 'parameter')} of {len(sizes)}, "

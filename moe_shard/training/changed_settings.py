@@ -71,6 +71,7 @@ _KEYS: dict[Kind, str] = {
         routing_group_score norm_topk_prob norm_topk_epsilon routed_scaling_factor
         routed_score_on_input
         sparsemixer_jitter normalization_zero_centered use_qk_norm_in_gdn mtp_after_final_norm
+        indexer_topk indexer_rope_interleave
         mamba_step_min mamba_step_max
         """,
     Kind.FIXED: """
@@ -84,7 +85,8 @@ _KEYS: dict[Kind, str] = {
         shared_expert_mlp_dim shared_expert_gate optimizer muon_include_routers
         trainable_parameters_mask enable_lora lora_rank lora_module_path
         mixer_pattern layers_without_mlp gdn_num_key_heads gdn_num_value_heads gdn_key_head_dim
-        gdn_value_head_dim gdn_conv_kernel_dim mtp_num_layers mamba_num_heads mamba_head_dim
+        gdn_value_head_dim gdn_conv_kernel_dim mtp_num_layers
+        use_indexer indexer_head_dim indexer_n_heads mamba_num_heads mamba_head_dim
         mamba_num_groups mamba_state_dim mamba_conv_kernel_dim mamba_conv_bias mamba_proj_bias
         short_conv_kernel_dim short_conv_bias
         """,

@@ -413,8 +413,9 @@ def test_positions_of_the_other_blocks_are_halves_of_a_head(tmp_path: Path) -> N
         ("decoder_block: deepseek4\nfirst_num_hash_layers: 3",
          ["compressed attention", "hash layers (first_num_hash_layers=3)"]),
         ("decoder_block: somebodys", ["layers of the kind somebodys"]),
-        ("decoder_block: deepseek\nattention_type: mla\nuse_indexer: true\n"
-         "routed_score_func: softmax", ["sparse attention by an indexer (DSA)"]),
+        ("decoder_block: deepseek\nattention_type: mla\nuse_indexer: true\nq_lora_rank: 8\n"
+         "routed_score_func: softmax\nindexer_mask_exact_topk: false",
+         ["an indexer's choice of about, or of more than, indexer_topk tokens"]),
         ("decoder_block: qwen3_moe\nuse_multimodal: true\nuse_mrope: true",
          ["a vision tower (use_multimodal=true)", "M-RoPE"]),
         ("decoder_block: mixtral\nquantization: fp8", ["quantized products (quantization=fp8)"]),
@@ -455,6 +456,16 @@ def test_muon_and_moments_of_their_own_dtype(tmp_path: Path) -> None:
 def test_what_is_asked_for_can_be_taken_back(tmp_path: Path) -> None:
     text = "decoder_block: mixtral\ndropout_rate: 0.1\nmoba: true\nopt_type: adam_pax"
     load(tmp_path, text, "enable_dropout=false", "moba=false", "opt_type=sgd").require_built()
+
+
+def test_an_indexer_is_maxtexts(tmp_path: Path) -> None:
+    text = DEEPSEEK + "q_lora_rank: 8\nuse_indexer: true\nindexer_n_heads: 3\nindexer_topk: 7\n"
+    config = load(tmp_path, text + "indexer_sparse_training: true")
+    config.require_built()
+    found = config.model.attention
+    told = (found.use_indexer, found.indexer_n_heads, found.indexer_topk, found.indexer_head_dim)
+    assert told == (True, 3, 7, 128)
+    says(error(tmp_path, text + "indexer_loss_scaling_factor: 0.1"), "a loss of the indexer")
 
 
 def test_multi_token_prediction_is_maxtexts(tmp_path: Path) -> None:

@@ -168,6 +168,8 @@ def mla_row(
     if keys["q_lora_rank"]:
         to_query = "query_up"
         source = _rms(down("query"), keys["latent_norm_epsilon"]) * p["query_norm"]["scale"]
+    if keys["use_indexer"] and len(x) > keys["indexer_topk"]:
+        seen = chosen(x, source, p["indexer"], positions, seen, keys, rope)
     both = down("latent")
     latent = _rms(both[:, :rank], keys["latent_norm_epsilon"]) * p["latent_norm"]["scale"]
     turned_key = rotate(both[:, rank:], positions, keys) if rope else both[:, rank:]
@@ -186,6 +188,40 @@ def mla_row(
         weights = _softmax(query, key, seen, scale, keys, sink)
         y += weights @ key_value[:, nope:] @ p["out"][head]
     return y + p["out_bias"] if "out_bias" in p else y
+
+
+def chosen(
+    x: np.ndarray,
+    latent: np.ndarray,
+    p: Params,
+    positions: np.ndarray,
+    seen: np.ndarray,
+    keys: Keys,
+    rope: bool,
+) -> np.ndarray:
+    """Leave of what each token sees what an indexer chooses, token by token."""
+    turning = {**keys, "rope_interleave": keys["indexer_rope_interleave"]}
+    first = keys["qk_rope_head_dim"]
+
+    def turned(h: np.ndarray) -> np.ndarray:
+        return (
+            np.concatenate([rotate(h[:, :first], positions, turning), h[:, first:]], 1)
+            if rope
+            else h
+        )
+
+    key = x @ p["key"]
+    key = key - key.mean(axis=1, keepdims=True)
+    key = turned(_rms(key, 1e-6) * p["key_norm"]["scale"] + p["key_norm"]["bias"])
+    weights, scores = x @ p["weight"], np.zeros(seen.shape)
+    for head in range(weights.shape[1]):
+        products = turned(latent @ p["query"][:, head]) @ key.T
+        scores += weights[:, [head]] * np.maximum(products, 0)
+    left = np.zeros_like(seen)
+    for at, row in enumerate(scores):
+        best = sorted((-row[other], other) for other in np.flatnonzero(seen[at]))
+        left[at, [other for _, other in best[: keys["indexer_topk"]]]] = True
+    return left
 
 
 def attention(

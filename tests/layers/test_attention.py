@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moe_shard.layers import sparse_attention
 from moe_shard.layers.cache import Memory
+from moe_shard.layers.indexer import best
 from moe_shard.layers.kernels import blockwise
 from moe_shard.layers.kernels.load_balance import zigzag
 from moe_shard.lowering.reports import report_from_text
@@ -35,6 +37,10 @@ SLIDING = ("attention_pattern=[sliding]", "sliding_window_size=3")
 CHUNKED = ("attention_pattern=[chunked]", "chunk_attn_window_size=3")
 NO_ROPE = ("nope_layer_interval=1",)
 BIASES = ("attention_bias=true", "attention_out_bias=true")
+INDEXER = (
+    *(*MLA, "use_indexer=true", "q_lora_rank=24", "indexer_topk=3"),
+    *("indexer_head_dim=6", "indexer_n_heads=7"),
+)
 CASES = {
     "plain": (),
     "bias": BIASES,
@@ -79,6 +85,14 @@ CASES = {
         "attention_sink=true",
         "attn_logits_soft_cap=2",
         "attention_scale=0.4",
+    ),
+    "mla-indexer": INDEXER,
+    "mla-indexer-interleaved-sink": (
+        *INDEXER,
+        *TYPES["yarn"],
+        "rope_interleave=true",
+        "indexer_rope_interleave=true",
+        "attention_sink=true",
     ),
     "mla-equal-sizes-no-rope": (*MLA, *NO_ROPE, "v_head_dim=10"),
 }
@@ -136,8 +150,11 @@ def check(
     ]
 
     def forward(at: tuple[Any, np.ndarray]) -> np.ndarray:
-        return oracle.attention(at[1], at[0], masks, text.positions, keys, kind.rope)
+        return oracle.attention(at[1], at[0] | choosing, masks, text.positions, keys, kind.rope)
 
+    # What only chooses has no gradient.
+    choosing = {name: params.pop(name) for name in ("indexer",) if name in params}
+    assert not any(grad.any() for name in choosing for grad in jax.tree.leaves(of_params.pop(name)))
     at = (params, text.x.astype(np.float64))
     assert_close(y, forward(at))
     assert_gradients(grads, at, lambda at: float(np.sum(forward(at) * probe)))
@@ -148,6 +165,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make blocks of 4 tokens or so, of which a test's text has several."""
     monkeypatch.setattr(blockwise, "CPU_BLOCK", 8)
     monkeypatch.setattr(blockwise, "_SMALLEST", 4)
+    monkeypatch.setattr(sparse_attention, "BLOCK", 5)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -164,6 +182,22 @@ def test_on_one_device(case: str) -> None:
 def test_on_meshes(case: str, sizes: Sizes) -> None:
     implementation = "autoselected" if case == "norm-projection" else "blockwise"
     check(sizes, (f"attention={implementation}", *CASES[case]), rows=8)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_an_indexer_on_a_mesh() -> None:
+    check({"data": 2, "fsdp": 2, "tensor": 2}, CASES["mla-indexer"], rows=8)
+
+
+def test_the_best_are_exactly_so_many_the_first_of_equal_ones() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.integers(-2, 3, (40, 9)).astype(np.float32)
+    scores[0] = -np.inf
+    for most in (1, 4, 9):
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :most]
+        expected = np.zeros(scores.shape, bool)
+        np.put_along_axis(expected, order, True, axis=1)
+        np.testing.assert_array_equal(best(jnp.asarray(scores), most), expected)
 
 
 @pytest.mark.usefixtures("small_blocks")

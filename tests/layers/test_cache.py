@@ -42,6 +42,7 @@ KEPT = (
     "mla",
     "mla-query-latent-bias-yarn",
     "mla-sliding-sink-soft-cap",
+    "mla-indexer-interleaved-sink",
 )
 
 
@@ -114,7 +115,9 @@ def test_read_at_once(case: str) -> None:
     assert_close(got.y, got.expected)
 
 
-@pytest.mark.parametrize("case", ["plain", "chunked", "sliding-sink-soft-cap-bias", "mla"])
+@pytest.mark.parametrize(
+    "case", ["plain", "chunked", "sliding-sink-soft-cap-bias", "mla", "mla-indexer"]
+)
 def test_a_long_prompt_is_read_block_by_block(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (heads, mla):
         monkeypatch.setattr(module, "SHORT", 4)

@@ -227,7 +227,7 @@ V3_DIMS = (7168, 61, 18432, 2048, 2048, 129_280)
 V3_HEADS = (128, 1536, 512, 128, 64, 128)
 
 MODELS: dict[str, Model | tuple[str, ...]] = {
-    "deepseek-custom": ("use_indexer=true", "mhc_expansion_rate=4", "engram_layers=[1, 4]"),
+    "deepseek-custom": ("mhc_expansion_rate=4", "engram_layers=[1, 4]"),
     "deepseek2-16b": deepseek(
         (2048, 27, 10944, 1408, 2816, 102_400), (16, 0, 512, 128, 64, 128), (64, 6),
         dense=1, version=2, scaling=1.0, mscale=0.707,
@@ -245,7 +245,7 @@ MODELS: dict[str, Model | tuple[str, ...]] = {
     "deepseek3-tiny": deepseek(
         (64, 61, 64, 64, 64, 129_280), (4, 32, 16, 128, 64, 128), (16, 8), dense=3
     ),
-    "deepseek3.2-671b": ("sparse attention by an indexer (DSA) (use_indexer=true)",),
+    "deepseek3.2-671b": deepseek(V3_DIMS, V3_HEADS, (256, 8), dense=3),
     "deepseek4-284b": ("compressed attention", "hash layers (first_num_hash_layers=3)"),
     "deepseek4-tiny": ("compressed attention", "hash layers (first_num_hash_layers=3)"),
     "envy-switch-base": ("a norm after each MLP (decoder_block=envy)",),

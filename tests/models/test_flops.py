@@ -69,6 +69,19 @@ def test_latent_attention(rank: int, queries: int) -> None:
     assert train_flops_per_token(config, seq_len=7) == 6 * by_hand + scores
 
 
+def test_an_indexer_scores_without_a_backward_pass() -> None:
+    overrides = (
+        *("attention_type=mla", "q_lora_rank=12", "kv_lora_rank=10", "qk_nope_head_dim=6"),
+        *("qk_rope_head_dim=2", "v_head_dim=5", "use_indexer=true", "indexer_topk=7"),
+        *("indexer_n_heads=3", "indexer_head_dim=4"),
+    )
+    config = small_config({"data": 8}, *SMALL, *overrides).model
+    within, beyond = (train_flops_per_token(config, seq_len=tokens) for tokens in (7, 8))
+    # In 4 layers: one token more for 4 heads of 6 + 2 and 5, and 3 heads of 4 against 8 tokens and
+    # from a latent of 12.
+    assert beyond - within == 4 * (6 * 4 * (6 + 2 + 5) + 2 * 3 * 4 * (8 + 12))
+
+
 def test_mtp_layers_are_layers_with_a_projection_and_logits_of_their_own() -> None:
     overrides = ("first_num_dense_layers=1", "mtp_num_layers=2")
     by_hand = 6 * ATTENTION + 5 * MOE + DENSE + 2 * (2 * 16 * 16) + 3 * LOGITS

@@ -19,7 +19,7 @@ from moe_shard.inference.generator import Generator
 from moe_shard.models.params import AbstractModel, Params, describe
 from moe_shard.moe.losses import load_balance_loss
 from moe_shard.program import step
-from moe_shard.program.optimizer import make_optimizer
+from moe_shard.program.trainable import Trainable
 from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.mesh import mesh_from_config
 from moe_shard.sharding.rules import RuleTable
@@ -138,7 +138,9 @@ def gradients(
     batch = batch_of(opened, inputs, targets)
     compiled = grad_fn.lower(opened.params, batch).compile(QUICK)
     loss, _, grads = compiled(opened.params, batch)
-    overwrite(directory, grads)
+    # What has no gradient is exported as 0, which transformers' side is taken for.
+    zeros = jax.tree.map(jnp.zeros_like, opened.params)
+    overwrite(directory, Trainable((), opened.model.specs).into(grads, zeros))
     return float(loss), weights.read(directory)
 
 
@@ -153,9 +155,8 @@ def train(opened: Opened, inputs: np.ndarray, targets: np.ndarray) -> list[float
     program = step.make_program(opened.config, opened.sharding)
     batch = {name: each[None] for name, each in batch_of(opened, inputs, targets).items()}
     batch = jax.device_put(batch, program.batch_sharding)
-    optimizer = make_optimizer(opened.config.train, opened.model.specs)
-    state = step.TrainState(jnp.zeros((), jnp.int32), opened.params, optimizer.init(opened.params))
-    state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state))
+    made, opt_state = program.init_rest(opened.params)
+    state = step.TrainState(made, opened.params, opt_state)
     compiled = program.step.lower(program.abstract_state, program.abstract_batch).compile(QUICK)
     losses = []
     for _ in range(UPDATES):
