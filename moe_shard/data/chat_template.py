@@ -15,7 +15,6 @@ from typing import Any
 
 from moe_shard.config.keys import shown
 from moe_shard.config.schema import DataConfig
-from moe_shard.data import chat_render
 from moe_shard.data.formats import needed
 from moe_shard.data.tokenizer import is_bytes, tokenizer_file
 from moe_shard.data.tokenizer_files import read_tokenizer, settings_beside
@@ -27,6 +26,7 @@ SECONDS = 10.0
 """Processor time for a conversation."""
 MEMORY_BYTES = 2 << 30
 """Address space of the child that renders."""
+_PROGRAM = Path(__file__).with_name("chat_render.py")  # not imported: it needs Jinja
 _VERSION = 1
 _VARIABLES = (
     *("bos_token", "eos_token", "unk_token", "sep_token"),
@@ -240,7 +240,7 @@ class Renderer:
 
     def _start(self) -> None:
         self._child = subprocess.Popen(
-            [sys.executable, "-P", chat_render.__file__],
+            [sys.executable, "-P", str(_PROGRAM)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
