@@ -245,6 +245,11 @@ class Experts(nnx.Module):
         (down_bias,) = cast(self.down_bias)
         return ExpertWeights(inward, down, biases, down_bias, *lora)
 
+    @property
+    def adapted(self) -> bool:
+        """Return whether weights have adapters."""
+        return hasattr(self, "inward_lora") or hasattr(self, "down_lora")
+
     def add_adapters(self, config: LoraConfig, *, inward: bool, down: bool, rngs: nnx.Rngs) -> None:
         """Add adapters beside the weights.
 

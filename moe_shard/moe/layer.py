@@ -200,7 +200,11 @@ class MoELayer(nnx.Module):
             tokens: [B S M], the shape of the layer's input on all devices together.
         """
         record = self.strategy.record(tokens, self.experts.dtype)
-        return record if self.experts.gating.has_gate else record.without_gate()
+        if not self.experts.gating.has_gate:
+            return record.apart("the experts have no gate")
+        if self.experts.adapted:
+            return record.apart("adapters have products between")
+        return record
 
     def _of_shared(self, x: Float[Array, "B S M"]) -> Float[Array, "B S M"] | None:
         """Apply the shared experts; return None where there are none."""

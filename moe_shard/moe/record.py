@@ -88,13 +88,17 @@ class MoERecord:
             not_taken={path: why for path, why in why_not.items() if why},
         )
 
-    def without_gate(self) -> MoERecord:
-        """Return the record of a layer whose experts have no gate, so none to fuse."""
+    def apart(self, why: str) -> MoERecord:
+        """Return the record of a layer whose gate and up are never one product.
+
+        Args:
+            why: why not.
+        """
         path = "fused-gate-up"
         return replace(
             self,
             fast_paths=tuple(each for each in self.fast_paths if each != path),
-            not_taken=self.not_taken | {path: "the experts have no gate"},
+            not_taken=self.not_taken | {path: why},
         )
 
     def lines(self, layers: str) -> list[str]:

@@ -214,7 +214,9 @@ def moe_records(config: Config, sharding: Sharding) -> dict[str, MoERecord]:
     tokens = (sequences, config.train.max_target_length, config.model.emb_dim)
     record = moe_record(config.model.moe, sharding, tokens, config.model.dtype)
     if not config.model.gating.has_gate:
-        record = record.without_gate()
+        record = record.apart("the experts have no gate")
+    elif any(config.model.lora.adapts(f"mlp/experts/{part}") for part in ("gate", "down")):
+        record = record.apart("adapters have products between")
     layers = [layer for layer, kind in enumerate(config.model.all_layer_kinds) if kind.moe]
     name = f"layer{'s' if len(layers) > 1 else ''} {human_ranges(layers)}"
     return {name: record}

@@ -14,8 +14,10 @@ import pytest
 
 from moe_shard.config import load_config
 from moe_shard.errors import UserError
+from moe_shard.runtime.compile import moe_records
 from tests.models.build import (
     NO_DROPS,
+    annotator,
     assert_close,
     evaluate,
     random_batch,
@@ -146,3 +148,9 @@ def test_which_weights_have_adapters() -> None:
 def test_what_does_not_go_together(overrides: tuple[str, ...], part: str) -> None:
     with pytest.raises(UserError, match=part):
         load_config("mixtral-tiny", list(overrides))
+
+
+def test_the_record_says_that_gate_and_up_stay_apart() -> None:
+    config = small_config({"fsdp": 2, "expert": 4}, *LORA)
+    for record in moe_records(config, annotator(config)).values():
+        assert record.not_taken["fused-gate-up"] == "adapters have products between"
