@@ -25,7 +25,7 @@ _WITHOUT_EFFECT = frozenset(
 
 
 class Attributes:
-    """Give a model's attributes by name; dots lead into objects.
+    """Give a model's attributes by name; dots lead into objects, and by number into lists.
 
     Args:
         written: the content of `config.json`.
@@ -70,7 +70,10 @@ class Attributes:
         value: Any = self._values
         self._read.add(name.partition(".")[0])
         for part in name.split(".") if name else ():
-            value = value.get(part) if isinstance(value, dict) else None
+            if isinstance(value, list) and part.isdecimal():
+                value = value[int(part)] if int(part) < len(value) else None
+            else:
+                value = value.get(part) if isinstance(value, dict) else None
         return value if name else None
 
     def notes(self) -> list[str]:
@@ -232,6 +235,9 @@ class Attributes:
         if rule.some is not None:
             return rule.some
         value = self.get(name)
+        if rule.count and isinstance(value, list | str):
+            self._check_count(rule, name, len(value))
+            return len(value)
         if rule.mapping:
             known = dict(rule.mapping)
             if isinstance(value, list) and value and all(each == value[0] for each in value):
@@ -260,6 +266,16 @@ class Attributes:
             raise self.error(
                 f"{self.as_text(name)} is out of range", "as the model has it"
             ) from None
+
+    def _check_count(self, rule: SettingRule, name: str, found: int) -> None:
+        """Refuse another number than that of a list's entries, or a text's letters."""
+        for other in rule.sources:
+            number = self.get(other)
+            if isinstance(number, int) and number != found:
+                raise self.error(
+                    f"{self.as_text(other)}, and {name} has {found} entries",
+                    "as many as there are layers",
+                )
 
     def _check_computed(self, family: Family) -> None:
         for name, allowed in family.require.items():

@@ -42,6 +42,7 @@ class SettingRule:
         when: attribute -> the value that it must have for the sources to apply.
         skip: values of the sources that count as null.
         some: the setting's value wherever a source applies; None: that source's.
+        count: whether it is the number of a list's entries, or of a text's letters.
     """
 
     sources: tuple[str, ...] = ()
@@ -51,6 +52,7 @@ class SettingRule:
     when: tuple[tuple[str, Any], ...] = ()
     skip: tuple[Any, ...] = ()
     some: Any = None
+    count: bool = False
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,12 @@ def load_family(given: str) -> Family:
     merged = _merged(path)
     values = {key: _read(path, key, merged.get(key)) for key in _KINDS}
     _check_distinct(path, values["tensors"])
+    if values["tensors"].get("block_norm.scale") and not values["mixers"].one_block:
+        raise UserError(
+            f"{path}: tensors.block_norm.scale is of layers that are one block, and mixers.names "
+            "has no experts and no mlp\n"
+            "fix: tensors.attention_norm.scale and tensors.mlp_norm.scale"
+        )
     if not values["moe_layer_pattern"]:
         raise UserError(
             f"{path}: no moe_layer_pattern\nfix: for example model\\.layers\\.\\d+\\.mlp"
@@ -394,7 +402,7 @@ def read_rule(path: Path, key: str, value: Any) -> SettingRule:
         return SettingRule(default=value)
     for name in value:
         _check_known(
-            path, f"{key}.", name, ("from", "else", "map", "when", "skip", "some", "value")
+            path, f"{key}.", name, ("from", "else", "map", "when", "skip", "some", "count", "value")
         )
     if set(value) == {"value"}:
         return SettingRule(default=value["value"])
@@ -414,6 +422,7 @@ def read_rule(path: Path, key: str, value: Any) -> SettingRule:
         when=tuple(when.items()),
         skip=(value["skip"],) if "skip" in value else (),
         some=value.get("some"),
+        count=value.get("count") is True,
     )
 
 

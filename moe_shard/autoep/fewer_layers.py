@@ -50,10 +50,14 @@ def with_layers(
     if layers == there:
         return dict(written)
     at, spans = family.moe_layers, family.spans
-    changes: list[tuple[str, Callable[[Any], Any]]] = [(source, lambda _: layers)]
+    changes: list[tuple[str, Callable[[Any], Any]]] = [
+        (name, lambda value: layers if isinstance(value, int) else value[:layers])
+        for name in ((source,) if not rule.count else rule.sources)
+    ]
     changes += [
         (name, lambda value: value[:layers] if isinstance(value, list | str) else value)
         for name in {at.types, spans.types, spans.rope_flags, family.mixers.types}
+        if name not in rule.sources
     ]
     changes += [
         (name, lambda value: [n for n in value if n < layers] if isinstance(value, list) else value)

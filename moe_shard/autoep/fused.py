@@ -1,4 +1,4 @@
-"""Tell the dims apart where a layer's experts are one tensor, with gate and up in one."""
+"""Tell the dims apart where a layer's experts are one tensor, with gate, if any, and up in one."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ class Fused(NamedTuple):
             M, 2H] and [E, H, M].
         interleaved: whether even entries of the fused dim are gate and odd ones up; else it has two
             halves.
+        gate: whether there is a gate; without one, 2H is H.
     """
 
     experts: int
@@ -27,15 +28,20 @@ class Fused(NamedTuple):
     hidden_dim: int
     gate_up_first: bool
     interleaved: bool
+    gate: bool = True
 
     @property
     def words(self) -> str:
         """Return the dims in words, for a report."""
+        if not self.gate:
+            return "[E H M] and [E M H]" if self.gate_up_first else "[E M H] and [E H M]"
         order = "[E 2H M] and [E M H]" if self.gate_up_first else "[E M 2H] and [E H M]"
         return f"{order}, {'gate and up in turn' if self.interleaved else 'gate, then up'}"
 
     def part(self, name: str) -> slice:
         """Return the part of the fused dim that holds gate or up."""
+        if not self.gate:
+            return slice(None)
         if self.interleaved:
             return slice(int(name == "up"), None, 2)
         return slice(0, self.hidden_dim) if name == "gate" else slice(self.hidden_dim, None)
@@ -54,15 +60,21 @@ class Fused(NamedTuple):
 
 
 def read_fused(
-    gate_up: tuple[int, ...], down: tuple[int, ...], *, interleaved: bool, where: str
+    gate_up: tuple[int, ...],
+    down: tuple[int, ...],
+    *,
+    interleaved: bool,
+    where: str,
+    gate: bool = True,
 ) -> Fused:
     """Tell the layout from the two shapes.
 
     Args:
-        gate_up: shape of the tensor with gate and up.
+        gate_up: shape of the tensor with gate and up, or up alone.
         down: shape of the tensor with the down projections.
         interleaved: the family's setting.
         where: the tensors, for messages.
+        gate: whether there is a gate.
 
     Raises:
         UserError: the shapes fit neither layout.
@@ -70,11 +82,12 @@ def read_fused(
     if len(gate_up) == len(down) == 3:
         experts, rows, columns = gate_up
         for first, both, dim in ((True, rows, columns), (False, columns, rows)):
-            hidden = both // 2
+            hidden = both // (1 + gate)
             back = (experts, dim, hidden) if first else (experts, hidden, dim)
-            if both % 2 == 0 and down == back:
-                return Fused(experts, dim, hidden, first, interleaved)
+            if both == hidden * (1 + gate) and down == back:
+                return Fused(experts, dim, hidden, first, interleaved, gate)
     raise UserError(
         f"{where}: shapes {shown(gate_up)} and {shown(down)} are neither [E 2H M] with [E M H] nor "
-        "[E M 2H] with [E H M]\nfix: expert_w1 and expert_w2 of hf_family name other tensors"
+        f"[E M 2H] with [E H M]{'' if gate else ', where 2H is H without a gate'}\n"
+        "fix: expert_w1 and expert_w2 of hf_family name other tensors"
     )

@@ -76,13 +76,13 @@ def read_head(
     if table is None or kernel is None:
         return Head(tied=configured if asked is None else asked)
     if asked is not None:
-        if asked and compare_tensors(headers[table], headers[kernel]) is Equal.NO:
+        if asked and compare_heads(headers[table], headers[kernel]) is Equal.NO:
             raise UserError(
                 f"{where}: {shown(kernel)} is not {shown(table)}, and logits_via_embedding=true\n"
                 "fix: logits_via_embedding=false"
             )
         return Head(tied=asked, copy=kernel if asked else "")
-    equal = compare_tensors(headers[table], headers[kernel])
+    equal = compare_heads(headers[table], headers[kernel])
     tied = configured if equal is Equal.UNTOLD else equal is Equal.YES
     note = ""
     if tied != configured:
@@ -94,7 +94,7 @@ def read_head(
     return Head(tied, kernel if tied else "", note)
 
 
-def compare_tensors(table: TensorHeader, kernel: TensorHeader) -> Equal:
+def compare_heads(table: TensorHeader, kernel: TensorHeader) -> Equal:
     """Compare two tensors, bit for bit if they have one dtype, block by block.
 
     Args:

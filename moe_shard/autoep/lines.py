@@ -47,7 +47,8 @@ def report_lines(
     if len(with_experts) < layers:
         which = f"{len(with_experts)}: {human_ranges(with_experts, most=4)}"
     stored = f"in one tensor, {fused.words}" if fused else "one by one"
-    inward = _example(names, f"{FUSED}gate_up" if fused else f"{LISTED}gate", f"{LISTED}gate_up")
+    of = FUSED if fused else LISTED
+    inward = _example(names, *(f"{of}{part}" for part in ("gate", "gate_up", "up")))
     return (
         f"family: {family}; layers: {layers}, with experts in {which}{_mixers(model)}",
         f"experts: {moe.num_experts} of hidden size {moe.moe_mlp_dim}, {stored}: {inward}",
@@ -89,7 +90,7 @@ def _shared(moe: MoEConfig, names: Names) -> str:
     if not moe.shared_experts:
         return "none"
     gate = f", weighed by {_example(names, 'mlp.shared_gate')}" if moe.shared_expert_gate else ""
-    where = _example(names, "mlp.shared.gate")
+    where = _example(names, "mlp.shared.gate", "mlp.shared.gate_up", "mlp.shared.up")
     return f"{moe.shared_experts} as one MLP of hidden size {moe.shared_dim}{gate}: {where}"
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from moe_shard.autoep.head import EMBEDDING_ROLE, HEAD_ROLE, Equal, compare_tensors
+from moe_shard.autoep.head import EMBEDDING_ROLE, HEAD_ROLE, Equal, compare_heads
 from moe_shard.autoep.headers import TensorHeader
 from moe_shard.autoep.tensor_names import HEAD_COPY, TABLE_COPY, Names
 from moe_shard.autoep.tensor_plan import Piece
@@ -48,7 +48,7 @@ def copies_in_mtp(
             copy = names.roles.get(role, {}).get((layer,))
             if copy is None:
                 continue
-            if compare_tensors(headers[of.tensor], headers[copy]) is Equal.NO:
+            if compare_heads(headers[of.tensor], headers[copy]) is Equal.NO:
                 raise UserError(
                     f"{where}: {shown(copy)} is not {shown(of.tensor)}, which all layers share "
                     f"here\nfix: {MTP_KEY}=0 carries the layer as it is"

@@ -28,7 +28,8 @@ from moe_shard.config.model_config import ModelConfig
 from moe_shard.errors import UserError
 from moe_shard.models.cycles import all_stacks
 
-_FUSED = ("gate_up", "down")
+_FUSED, _WITHOUT_GATE = ("gate_up", "down"), ("up", "down")
+_BLOCK_NORM, _NORMS = "block_norm.scale", ("attention_norm.scale", "mlp_norm.scale")
 _OF_HEADS = ("attention.", "delta.", "mamba.")
 """Prefixes of parameters whose vectors have dims of heads, which tensors flatten."""
 
@@ -129,7 +130,8 @@ class Pieces:
                 yield self._piece(role, (layer,), slots, (stack, *role.split(".")), (index,))
         if not experts:
             return
-        is_fused = any((layer,) in self.names.roles.get(f"{FUSED}{part}", {}) for part in _FUSED)
+        fused = _FUSED if self.model.gating.has_gate else _WITHOUT_GATE
+        is_fused = any((layer,) in self.names.roles.get(f"{FUSED}{part}", {}) for part in fused)
         if is_fused and self.names.experts(layer):
             raise UserError(
                 f"{self.where}: layer {layer} has experts one by one and all in one tensor\n"
@@ -142,17 +144,21 @@ class Pieces:
         self, layer: int, slots: Mapping[str, Slot], stack: str, index: int
     ) -> Iterator[Piece]:
         """Yield the pieces of experts that are one tensor for gate and up and one for down."""
-        inward, outward = (self._tensor(f"{FUSED}{part}", (layer,)) for part in _FUSED)
+        gate = self.model.gating.has_gate
+        both, back = _FUSED if gate else _WITHOUT_GATE
+        inward, outward = (self._tensor(f"{FUSED}{part}", (layer,)) for part in (both, back))
         shapes = self.headers[inward].shape, self.headers[outward].shape
         self.fused = fused = read_fused(
             *shapes,
             interleaved=self.family.expert_gate_up_interleaved,
+            gate=gate,
             where=f"{self.where}: {shown(inward)} and {shown(outward)}",
         )
         self._check_count(fused.experts, f"{shown(inward)} has {fused.experts} experts")
-        dims, keys = slots[f"{LISTED}gate"].shape, slots[f"{LISTED}gate"].keys
+        dims, keys = slots[f"{LISTED}up"].shape, slots[f"{LISTED}up"].keys
         if dims != (fused.model_dim, fused.hidden_dim):
-            raise self._other_shape(inward, keys, f"[E 2H M] or [E M 2H] with M, H = {shown(dims)}")
+            layouts = "[E 2H M] or [E M 2H]" if gate else "[E H M] or [E M H]"
+            raise self._other_shape(inward, keys, f"{layouts} with M, H = {shown(dims)}")
         for role in slots:
             part = role.removeprefix(LISTED)
             name = part.removesuffix("_bias")
@@ -161,9 +167,8 @@ class Pieces:
                 tensor = outward if name == "down" else inward
                 yield Piece(tensor, path, (index,), fused.layout(name))
                 continue
-            both = "down" if name == "down" else "gate_up"
-            tensor = self._tensor(f"{FUSED}{both}_bias", (layer,))
-            size = fused.model_dim if name == "down" else 2 * fused.hidden_dim
+            tensor = self._tensor(f"{FUSED}{back if name == 'down' else both}_bias", (layer,))
+            size = fused.model_dim if name == "down" else (1 + gate) * fused.hidden_dim
             if self.headers[tensor].shape != (fused.experts, size):
                 raise self._other_shape(tensor, slots[role].keys, f"[{fused.experts}, {size}]")
             yield Piece(tensor, path, (index,), fused.bias_layout(name))
@@ -193,7 +198,9 @@ class Pieces:
         slot = slots[role]
         if whole := self._whole(role, place):
             return self._part(role, whole, place, slots, path, index)
-        tensor = self._tensor(role, place)
+        # A layer that is one block has one of the norms, whose name says nothing of the block.
+        is_block = role in _NORMS and _BLOCK_NORM in self._named
+        tensor = self._tensor(_BLOCK_NORM if is_block else role, place)
         stored = self.headers[tensor].shape
         allowed = _stored(role, slot)
         # Vectors of some routers and gates have a leading dim of size 1.

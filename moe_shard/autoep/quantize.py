@@ -54,7 +54,7 @@ _BIAS = 127
 
 
 @dataclass(frozen=True)
-class Stored:
+class QuantizedTensor:
     """Describe how one tensor is to be stored.
 
     Attributes:
@@ -128,7 +128,7 @@ def quantize_directory(
 
 def _chosen(
     headers: Mapping[str, TensorHeader], plan: TensorPlan, method: Method
-) -> dict[str, Stored]:
+) -> dict[str, QuantizedTensor]:
     """Return how each tensor that the format is for is to be stored, by name."""
     found = {}
     for piece in plan.pieces:
@@ -140,14 +140,16 @@ def _chosen(
             high, wide = SCHEMES[method].block
             grid = (*outer, -(-rows // high), -(-columns // wide))
             bits, scales = stored_names(piece.tensor, method)
-            found[piece.tensor] = Stored(
+            found[piece.tensor] = QuantizedTensor(
                 entry, (bits, "F8_E4M3", entry.shape), (scales, "F32", grid)
             )
         elif method == "mxfp4" and _is_stack(piece, entry):
             experts, ins, outs = entry.shape
             groups = (experts, outs, ins // 32)
             bits, scales = stored_names(piece.tensor, method)
-            found[piece.tensor] = Stored(entry, (bits, "U8", (*groups, 16)), (scales, "U8", groups))
+            found[piece.tensor] = QuantizedTensor(
+                entry, (bits, "U8", (*groups, 16)), (scales, "U8", groups)
+            )
     return found
 
 
@@ -158,7 +160,7 @@ def _is_stack(piece: Piece, entry: TensorHeader) -> bool:
 
 
 def _entries(
-    own: Mapping[str, TensorHeader], chosen: Mapping[str, Stored]
+    own: Mapping[str, TensorHeader], chosen: Mapping[str, QuantizedTensor]
 ) -> dict[str, TensorHeader]:
     """Return the tensors of a new file, in the order of those that they stand for."""
     found = {}
@@ -173,7 +175,7 @@ def _entries(
 
 
 def _store(
-    stored: Stored, method: Method, written: Mapping[str, TensorHeader]
+    stored: QuantizedTensor, method: Method, written: Mapping[str, TensorHeader]
 ) -> tuple[float, float]:
     """Write a tensor's bits and scales; return the sums of squares of what is lost and of all."""
     plain = view(stored.plain)
@@ -240,7 +242,7 @@ def encode_mxfp4(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
 def _state(
     folder: Path,
     headers: Mapping[str, TensorHeader],
-    chosen: Mapping[str, Stored],
+    chosen: Mapping[str, QuantizedTensor],
     plan: TensorPlan,
     method: Method,
     places: Mapping[str, str],
@@ -268,7 +270,7 @@ def _state(
 
 
 def _left_out(
-    headers: Mapping[str, TensorHeader], chosen: Mapping[str, Stored], plan: TensorPlan
+    headers: Mapping[str, TensorHeader], chosen: Mapping[str, QuantizedTensor], plan: TensorPlan
 ) -> Iterator[str]:
     """Yield the modules of matrices that stay as they are, but for the lookup."""
     lookup = {piece.tensor for piece in plan.pieces if piece.param == ("embedding", "table")}

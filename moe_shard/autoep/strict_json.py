@@ -22,7 +22,7 @@ def parse_json(text: bytes) -> Any:
         UserError: not JSON in UTF-8, or a key is given twice; one line, without the file's name.
     """
     try:
-        return json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        return json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_constant)
     except UserError:
         raise
     except UnicodeDecodeError:
@@ -66,7 +66,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _refuse_constant(name: str) -> Any:
+def _constant(name: str) -> Any:
+    """Read Infinity, which published files have as a limit, in the form of newer ones.
+
+    It is an object, so that nothing takes it for a number that does not know the form.
+    """
+    if name == "Infinity":
+        return {"__float__": name}
     raise UserError(f"{name} is not a number of JSON")
 
 

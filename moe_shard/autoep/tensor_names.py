@@ -219,7 +219,7 @@ def _patterns(family: Family) -> Iterator[tuple[str, str]]:
             each = (family.expert_pattern, r"\d+", name)
             yield f"{LISTED}{part}", of(*each)
             yield f"{LISTED}{part}_bias", of(*each, end=bias)
-    for part, name in (("gate_up", inward[1]), ("down", fused)):
+    for part, name in (("gate_up" if family.expert_w1 else "up", inward[1]), ("down", fused)):
         if name:
             yield f"{FUSED}{part}", of(family.expert_pattern, name, end=r"(?:\.weight)?")
             yield f"{FUSED}{part}_bias", of(family.expert_pattern, name, end=r"(?:_bias|\.bias)")

@@ -256,6 +256,15 @@ def _derive(settings: dict[str, Any], name: str) -> None:
             )
         settings["head_dim"] = max(emb_dim // heads, 2) if latent else emb_dim // heads
 
+    if settings["mamba_head_dim"] == -1:
+        inner, states = settings["mamba_expand"] * emb_dim, settings["mamba_num_heads"]
+        if states < 1 or inner % states:
+            raise UserError(
+                "mamba_head_dim=-1 is mamba_expand * base_emb_dim / mamba_num_heads, and "
+                f"{inner} / {states} is not a whole number\nfix: set mamba_head_dim"
+            )
+        settings["mamba_head_dim"] = inner // states
+
 
 def _build_model(settings: Mapping[str, Any]) -> ModelConfig:
     """Build the decoder's configuration; its MoE layer is None for one expert."""

@@ -21,6 +21,8 @@ class MambaConfig:
     Attributes:
         mamba_num_heads: heads, each with a state of its own.
         mamba_head_dim: P, elements of a head's values.
+        mamba_expand: elements of all heads' values over the model dim, where `mamba_head_dim` is
+            not given.
         mamba_num_groups: G, groups of heads that share keys and queries (B and C in the paper);
             divides `mamba_num_heads`.
         mamba_state_dim: D, elements of a key and of a query.
@@ -38,6 +40,7 @@ class MambaConfig:
 
     mamba_num_heads: Annotated[int, Key(least=1, most=2**16)] = 32
     mamba_head_dim: Annotated[int, Key(least=1, most=MOST_SIZE)] = 64
+    mamba_expand: Annotated[int, Key(least=1, most=2**10)] = 2
     mamba_num_groups: Annotated[int, Key(least=1, most=2**16)] = 1
     mamba_state_dim: Annotated[int, Key(least=1, most=MOST_SIZE)] = 128
     mamba_conv_kernel_dim: Annotated[int, Key(least=1, most=MOST_TAPS)] = 4

@@ -85,10 +85,10 @@ _KEYS: dict[Kind, str] = {
         shared_expert_mlp_dim shared_expert_gate optimizer muon_include_routers
         trainable_parameters_mask enable_lora lora_rank lora_module_path
         mixer_pattern layers_without_mlp gdn_num_key_heads gdn_num_value_heads gdn_key_head_dim
-        gdn_value_head_dim gdn_conv_kernel_dim mtp_num_layers
-        use_indexer indexer_head_dim indexer_n_heads mamba_num_heads mamba_head_dim
-        mamba_num_groups mamba_state_dim mamba_conv_kernel_dim mamba_conv_bias mamba_proj_bias
-        short_conv_kernel_dim short_conv_bias
+        gdn_value_head_dim gdn_conv_kernel_dim mtp_num_layers mamba_num_heads mamba_head_dim
+        use_indexer indexer_head_dim indexer_n_heads
+        mamba_expand mamba_num_groups mamba_state_dim mamba_conv_kernel_dim mamba_conv_bias
+        mamba_proj_bias short_conv_kernel_dim short_conv_bias
         """,
     Kind.FREE: """
         enable_emergency_checkpoint local_checkpoint_directory local_checkpoint_period
