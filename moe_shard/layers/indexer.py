@@ -158,7 +158,8 @@ def best(scores: Float[Array, "*B T"], most: int) -> Bool[Array, "*B T"]:
     >>> best(jnp.array([3.0, 1.0, 2.0, 1.0]), 3).tolist()
     [True, True, True, False]
     """
-    least = jax.lax.top_k(scores, most)[0][..., -1:]
+    # A sort, and not `top_k`: the partitioner would gather all rows for that.
+    least = jnp.sort(scores, axis=-1)[..., -most][..., None]
     above, equal = scores > least, scores == least
     left = most - jnp.sum(above, axis=-1, keepdims=True)
     return above | (equal & (jnp.cumsum(equal, axis=-1) <= left))

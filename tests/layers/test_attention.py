@@ -200,6 +200,16 @@ def test_the_best_are_exactly_so_many_the_first_of_equal_ones() -> None:
         np.testing.assert_array_equal(best(jnp.asarray(scores), most), expected)
 
 
+def test_devices_choose_for_their_own_rows() -> None:
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    rows = jax.ShapeDtypeStruct((8, 4, 16), np.float32, sharding=place)
+    lowered = jax.jit(lambda scores: best(scores, 3), out_shardings=place).lower(rows)
+    text = lowered.compile(QUICK).as_text()
+    assert text is not None
+    assert "all-gather" not in text
+
+
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("case", ["sliding-sink-soft-cap-bias", "mla-query-latent-bias-yarn"])
 def test_round_a_ring(case: str) -> None:
