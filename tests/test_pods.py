@@ -26,6 +26,7 @@ PODS = {
     "olmoe-1b-7b": ("v6e:2x4", "per_device_batch_size=1"),
     "qwen3-235b-a22b": ("v6e:16x16", "per_device_batch_size=1"),
     "qwen3-30b-a3b": ("v6e:8x8", "per_device_batch_size=1"),
+    "qwen3-next-80b-a3b": ("mi355x:32", "per_device_batch_size=1"),
     "solar-open-100b": ("mi355x:32", "per_device_batch_size=1"),
 }
 """Model -> a target that it fits on, and the batch that fits with it."""

@@ -28,6 +28,8 @@ UNKNOWN_TO_CLASS = {
     *(("glm4v_moe", name) for name in ("use_qk_norm", "num_nextn_predict_layers")),
     *(("sarvam_moe", name) for name in ("use_qkv_bias", "use_bias", "num_experts")),
     ("sarvam_moe", "num_shared_experts"),
+    *((name, "full_attention_interval") for name in ("qwen3_next", "qwen3_5_moe")),
+    ("qwen3_5_moe_text", "full_attention_interval"),
 }
 """Attributes of published files that a class turns into another, or has as a constant."""
 RECORDED = sorted((HERE / "classes").glob("*.json"))

@@ -39,6 +39,7 @@ SAME = {
 CONFIG_ALONE: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4.7-flash": ("glm4_moe_lite", {"rope_theta": 1000000}),
     "minimax-m2": ("minimax_m2", {"rotary_dim": 64, "scoring_func": "sigmoid"}),
+    "qwen3-next-80b-a3b": ("qwen3_next", {"intermediate_size": 5120, "rope_theta": 10000000}),
     "solar-open-100b": ("solar_open", {}),
 }
 """Model in configs/models/ -> its family, and what its config.json has other than the default."""

@@ -48,7 +48,7 @@ def rebuild(path: Path, directory: Path) -> SimpleNamespace:
     model = json.loads(str(known["model"]))
     (directory / "config.json").write_text(json.dumps(model["config"]))
     tensors = {
-        name: weights.tensor(name, entry["shape"], model["seed"])
+        name: weights.tensor(name, entry["shape"], model["seed"], model.get("zero_centered"))
         for name, entry in model["tensors"].items()
     }
     weights.write(directory / model["file"], tensors)

@@ -36,6 +36,8 @@ class Shape:
         seed: the seed of its weights and tokens.
         around: arguments of the class that are not the text decoder's, where it has other parts;
             `settings` are its `text_config` then.
+        trained: whether float32 determines its gradients and updates to 1e-5.
+        zero_centered: regular expression of the norms that multiply by 1 + weight, if any do.
     """
 
     family: str
@@ -44,6 +46,8 @@ class Shape:
     settings: dict[str, Any]
     seed: int
     around: dict[str, Any] = dataclasses.field(default_factory=dict)
+    trained: bool = True
+    zero_centered: str | None = None
 
     @property
     def id(self) -> str:

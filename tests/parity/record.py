@@ -31,6 +31,7 @@ def record(shape: Shape, reference: Reference) -> bytes:
         "config": json.loads((reference.directory / "config.json").read_text()),
         "file": path.name,
         "seed": shape.seed,
+        **({"zero_centered": shape.zero_centered} if shape.zero_centered else {}),
         "tensors": {
             name: {"dtype": "F32", "shape": values.shape}
             for name, values in weights.read(reference.directory).items()

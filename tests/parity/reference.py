@@ -122,7 +122,7 @@ def write(shape: Shape, directory: Path) -> None:
     _model(config).save_pretrained(directory)
     (path,) = directory.glob("*.safetensors")
     drawn = {
-        name: weights.tensor(name, values.shape, shape.seed)
+        name: weights.tensor(name, values.shape, shape.seed, shape.zero_centered)
         for name, values in _published(shape.family, weights.read(directory)).items()
     }
     weights.write(path, drawn)

@@ -3,7 +3,7 @@
 The rule: the values of a tensor are drawn by NumPy's PCG64, seeded by the crc32 of its name and the
 model's seed, and scaled by its kind, which follows from its name and shape:
 
-- a norm's weight: uniform from 0.5 to 1.5;
+- a norm's weight: uniform from 0.5 to 1.5, less 1 where the norm multiplies by 1 + weight;
 - a bias, a sink, a correction bias, any other vector, an embedding table: normal, times 0.3;
 - a router's matrix: normal, times 2 over the root of its input dim, so that tokens differ in the
   experts they choose, and the chosen scores are well above the others;
@@ -14,6 +14,7 @@ model's seed, and scaled by its kind, which follows from its name and shape:
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,19 +24,23 @@ import numpy as np
 ROUTERS = (".gate.weight", ".router.weight", ".router.layer.weight", ".gate.wg.weight")
 
 
-def tensor(name: str, shape: Iterable[int], seed: int) -> np.ndarray:
+def tensor(
+    name: str, shape: Iterable[int], seed: int, zero_centered: str | None = None
+) -> np.ndarray:
     """Return the float32 values of one tensor, by the rule above.
 
     Args:
         name: the tensor's name in the checkpoint.
         shape: the tensor's shape.
         seed: the model's seed.
+        zero_centered: regular expression of the norms that multiply by 1 + weight; None: none do.
     """
     shape = tuple(shape)
     rng = np.random.Generator(np.random.PCG64(zlib.crc32(f"{name} {seed}".encode())))
     kind = name.rsplit(".", 1)[-1]
     if "norm" in name and kind == "weight":
-        return rng.uniform(0.5, 1.5, shape).astype(np.float32)
+        centre = 1.0 if zero_centered is None or not re.search(zero_centered, name) else 0.0
+        return rng.uniform(centre - 0.5, centre + 0.5, shape).astype(np.float32)
     if "bias" in kind or kind == "sinks" or "embed" in name or len(shape) < 2:
         scale = 0.3
     elif name.endswith(ROUTERS):
