@@ -254,7 +254,8 @@ class Roles:
             (shape_bytes(shape), self._of_operand(site, kind, state, shape))
             for state, shape in zip(states, shapes, strict=False)
         ]
-        least = _LEAST_SHARE * sum(size for size, _ in sized)
+        sizes = [size for size, _ in sized]
+        least = min(_LEAST_SHARE * sum(sizes), max(sizes))  # of many alike none has that share
         large = [each for each in sized if each[0] >= least]
         weights = Counter[tuple[str, bool]]()
         for size, role in large:

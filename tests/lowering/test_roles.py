@@ -109,3 +109,29 @@ def test_damaged_operands_are_one_error() -> None:
     damaged = STEP.replace("LAST", REDUCED).replace("gather(%x, %place)", "gather(%x)")
     with pytest.raises(ValueError, match=r"%?rows"):
         extract_collectives(damaged, {"expert": 8})
+
+
+def test_a_sum_of_many_alike_has_a_role() -> None:
+    """Of more than a hundred operands of one size none has the share that counts as large."""
+    names = [f"%x{n}" for n in range(120)]
+    parameters = "\n".join(
+        f"  {name} = f32[] parameter({n}), sharding={{replicated}}" for n, name in enumerate(names)
+    )
+    result = f"({', '.join(['f32[]'] * 120)})"
+    text = f"""\
+HloModule norms, is_scheduled=true, num_partitions=8
+
+%sum (c: f32[], d: f32[]) -> f32[] {{
+  %c = f32[] parameter(0)
+  %d = f32[] parameter(1)
+  ROOT %e = f32[] add(%c, %d)
+}}
+
+ENTRY %main ({", ".join(f"{name[1:]}: f32[]" for name in names)}) -> {result} {{
+{parameters}
+  ROOT %all = {result} all-reduce({", ".join(names)}), channel_id=1, replica_groups=[1,8]<=[8], use_global_device_ids=true, to_apply=%sum
+}}
+"""
+    (found,) = extract_collectives(text, mesh={"data": 8}).collectives
+    assert found.kind == "all-reduce"
+    assert found.role != "unknown"
