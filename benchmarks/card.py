@@ -128,6 +128,14 @@ class Bench:
             raise UserError(_last_line(done.stderr or done.stdout))
         return done
 
+    def report(self, command: Sequence[str], limit: float, *, alone: bool = True) -> Any:
+        """Run a command that prints JSON, and return that; arguments and errors as `call`."""
+        name, *arguments = command
+        done = self.call([name, "--json", *arguments], limit, alone=alone)
+        if not done.stdout.strip():
+            raise UserError(_last_line(done.stderr))
+        return json.loads(done.stdout)
+
     def train(self, work: Work, name: str, *keys: str, limit: float, steps: int = -1) -> Any:
         """Train, and return what the run recorded.
 
@@ -255,8 +263,7 @@ def _device_memory(bench: Bench) -> float:
 
 def grouped(bench: Bench) -> Any:
     """Measure the grouped products: share of the card's own matmul, forward, dx, dw."""
-    done = bench.call(["bench", "--tune", "--json"], 180)
-    return json.loads(done.stdout)
+    return bench.report(["bench", "--tune"], 180)
 
 
 def steps(bench: Bench) -> Any:
@@ -266,14 +273,13 @@ def steps(bench: Bench) -> Any:
         *("base_num_decoder_layers=2", "per_device_batch_size=4", "max_target_length=2048"),
         *("capacity_factor=1.0",),
     )
-    command = ["bench", "--step", "--json", "--rounds", "3" if bench.tiny else "9"]
+    command = ["bench", "--step", "--rounds", "3" if bench.tiny else "9"]
     command += ["--tokens", "32" if bench.tiny else "2048", "--variants", "gather"]
     for kind in _attention_kinds(bench):
         command += ["--variant", f"{kind}: moe_dispatch=gather attention={kind}"]
     # Not MaxText: it wants a mesh of its own choice on one device.
     command += ["--against", "transformers", "--", work.model, *work.keys]
-    done = bench.call(command, 200, alone=False)  # torch has its part of the memory
-    return json.loads(done.stdout)
+    return bench.report(command, 200, alone=False)  # torch has its part of the memory
 
 
 def survival(bench: Bench) -> Any:
