@@ -30,6 +30,8 @@ UNKNOWN_TO_CLASS = {
     ("sarvam_moe", "num_shared_experts"),
     *((name, "full_attention_interval") for name in ("qwen3_next", "qwen3_5_moe")),
     ("qwen3_5_moe_text", "full_attention_interval"),
+    *(("deepseek_v32", name) for name in ("rope_interleave", "num_nextn_predict_layers")),
+    *(("glm_moe_dsa", name) for name in ("rope_interleave", "num_nextn_predict_layers")),
 }
 """Attributes of published files that a class turns into another, or has as a constant."""
 RECORDED = sorted((HERE / "classes").glob("*.json"))
