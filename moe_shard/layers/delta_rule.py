@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -120,12 +120,12 @@ def _pairs(total: Float[Array, "n B c J R"]) -> Float[Array, "n B J R c 1"]:
     return total.transpose(0, 1, 3, 4, 2)[..., None]
 
 
-def _masked_exp(x: Float[Array, "..."], mask: Array) -> Float[Array, "..."]:
+def _masked_exp(x: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, "..."]:
     """Return exp(x) where the mask is true, else 0, without a gradient of what is not finite."""
     return jnp.where(mask, jnp.exp(jnp.where(mask, x, 0)), 0)
 
 
-def _split(x: Array, size: int) -> Array:
+def _split(x: Shaped[Array, "B S *dims"], size: int) -> Shaped[Array, "n B c *dims"]:
     """Split tokens into chunks, in front; absent tokens of the last one change nothing."""
     x = x if jnp.issubdtype(x.dtype, jnp.integer) else x.astype(jnp.float32)
     pad = -x.shape[1] % size
@@ -158,7 +158,9 @@ def _inverse(below: Float[Array, "*n c c"]) -> Float[Array, "*n c c"]:
     return inverse
 
 
-def _inverse_fwd(below: Float[Array, "*n c c"]) -> tuple[Array, Array]:
+def _inverse_fwd(
+    below: Float[Array, "*n c c"],
+) -> tuple[Float[Array, "*n c c"], Float[Array, "*n c c"]]:
     inverse = _inverse(below)
     return inverse, inverse
 

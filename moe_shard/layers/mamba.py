@@ -244,10 +244,17 @@ class Mamba2(nnx.Module):
         name = f"{of}{what} by head"
         return self._placed(x, "activation_length", *_used(_AXES[of]), name=name)
 
-    def _placed(self, x: Float[Array, "B *dims"], *axes: str | None, name: str) -> Array:
-        return self.sharding(x, "activation_batch", *axes, name=f"mamba {name}")
+    def _placed(
+        self, x: Float[Array, "B *dims"], *axes: str | None, name: str
+    ) -> Float[Array, "B *dims"]:
+        placed: Float[Array, "B *dims"] = self.sharding(
+            x, "activation_batch", *axes, name=f"mamba {name}"
+        )
+        return placed
 
-    def _placed_tail(self, tail: Float[Array, "B before *heads"], name: str) -> Array:
+    def _placed_tail(
+        self, tail: Float[Array, "B before *heads"], name: str
+    ) -> Float[Array, "B before *heads"]:
         return self._placed(tail, None, *_used(_AXES[name]), name=f"earlier {name}")
 
     def _placed_state(self, state: Float[Array, "B G R P D"]) -> Float[Array, "B G R P D"]:

@@ -21,7 +21,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32, Shaped
 
 _FASTEST = 80.0
 """Largest decay, as a negative exponent: exp(-80) is nothing beside what a token adds."""
@@ -54,7 +54,7 @@ def scan_states(
     chunk = min(chunk, length)
     more = -length % chunk
 
-    def split(array: Array) -> Array:
+    def split(array: Shaped[Array, "B S *dims"]) -> Shaped[Array, "n B Q *dims"]:
         # A token of zeros changes no state: its factor is exp(0) and it adds nothing.
         padded = jnp.pad(array, ((0, 0), (0, more), *((0, 0),) * (array.ndim - 2)))
         return padded.reshape(batch, -1, chunk, *array.shape[2:]).swapaxes(0, 1)
@@ -85,7 +85,9 @@ def _chunk(
     coarse, fine = _summed(decay)
 
     def factor(
-        later: tuple[Array, Array], earlier: tuple[Array, Array], kept: Bool[Array, "B _ _"]
+        later: tuple[Float32[Array, "B _ _ G R"], Float32[Array, "B _ _ G R"]],
+        earlier: tuple[Float32[Array, "B _ _ G R"], Float32[Array, "B _ _ G R"]],
+        kept: Bool[Array, "B _ _"],
     ) -> Float32[Array, "B _ _ G R"]:
         """Return what is left of a state; where it is of another document, nothing."""
         exponent = (later[0] - earlier[0]) + (later[1] - earlier[1])

@@ -62,8 +62,9 @@ UNREAD = {
     "heads": {"mscale"},
     "plain positions": {"rope_factor", "original_max_position_embeddings", "rope_truncate"},
     "one group": {"routing_group_score"},
+    "no layers further ahead": {"mtp_after_final_norm"},
 }
-"""Keys that other kinds of attention and positions read."""
+"""Keys that models of other kinds read."""
 
 PARAMETERS = {
     "Mixtral-8x7B-v0.1": 46_702_792_704,
@@ -158,6 +159,8 @@ def differences(model: ModelConfig, name: str) -> dict[str, Any]:
         of_others = of_others | UNREAD["plain positions"]
     if known["n_routing_groups"] == -1:
         of_others = of_others | UNREAD["one group"]
+    if known["mtp_num_layers"] == 0:
+        of_others = of_others | UNREAD["no layers further ahead"]
     return {
         key: (found[key], known[key])
         for key in found

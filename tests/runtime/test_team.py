@@ -20,11 +20,13 @@ PROGRAM = """
 import os, sys, time
 from moe_shard.errors import Finding, UserError, run_command
 from moe_shard.runtime.team import Team
-mode, wait = sys.argv[1], float(sys.argv[2])
+mode, wait, late = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
 def main():
     with Team() as team:
         if mode == "slow" and team.index == 1:
             print("greeted", flush=True)
+            time.sleep(60)
+        if team.index == late:
             time.sleep(60)
         if team.launch:
             team.join_seconds = wait
@@ -71,9 +73,11 @@ print(*words)
 
 
 class Processes:
-    """Start processes of one run, and read what they print."""
+    """Start processes of one run, and read what they print; one may be late to meet the others."""
 
-    def __init__(self, mode: str, count: int, *, only: int | None = None, wait: float = 60) -> None:
+    def __init__(
+        self, mode: str, count: int, *, only: int | None = None, wait: float = 60, late: int = -1
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -81,7 +85,7 @@ class Processes:
         env = base | {"PYTHONPATH": str(ROOT)}
         self.all = [
             subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, mode, str(wait)],
+                [sys.executable, "-c", PROGRAM, mode, str(wait), str(late)],
                 env=env | {"JAX_PROCESS_ID": str(index)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -163,7 +167,7 @@ def test_the_others_say_who_is_gone(mode: str, victim: int) -> None:
 
 @pytest.mark.parametrize("asked", [0, 1])
 def test_a_signal_before_they_have_met_ends_both(asked: int) -> None:
-    run = Processes("start", 2)
+    run = Processes("steps", 2, late=1 - asked)
     while not answers(run.all[asked].pid):
         time.sleep(0.001)
     run.all[asked].send_signal(signal.SIGTERM)
