@@ -57,8 +57,8 @@ $(MAXTEXT)/.installed: pyproject.toml constraints-maxtext.txt
 test-maxtext: $(MAXTEXT)/.installed  ## MaxText itself, watched and compared with; needs NEWEST_PYTHON (minutes)
 	$(MAXTEXT)/bin/python -m pytest -m maxtext $(or $(TESTS),tests/maxtext)
 
-test-recorded: $(READY)  ## all families against recorded numbers of transformers, without torch
-	$(RUN) -m pytest -n 2 -m recorded tests/autoep/test_recorded.py
+test-recorded: $(READY)  ## all families against recorded numbers of transformers, without torch, and what else is long
+	$(RUN) -m pytest -n 2 -m recorded
 
 test-survival: $(READY)  ## kills, several processes and full disks (minutes)
 	$(RUN) -m pytest -n 2 -m survival

@@ -65,7 +65,8 @@ def write(directory: Path, name: str, **changed: Any) -> Tensors:
 
 
 @pytest.mark.parametrize(
-    "name", ["deepseek_v3-0", pytest.param("glm4_moe-0", marks=pytest.mark.recorded)]
+    "name",
+    [pytest.param(name, marks=pytest.mark.recorded) for name in ("deepseek_v3-0", "glm4_moe-0")],
 )
 def test_imported_and_exported_it_is_the_same_to_the_bit(name: str, tmp_path: Path) -> None:
     where = tmp_path / "model"

@@ -86,7 +86,11 @@ def only_adapters(grads: Any) -> Any:
     ("sizes", "overrides"),
     [
         ({"fsdp": 2, "expert": 4}, ("moe_dispatch_no_expert_sharding=true", NO_DROPS)),
-        ({"fsdp": 2, "tensor": 2, "expert": 2}, ("moe_dispatch=ragged",)),
+        pytest.param(
+            {"fsdp": 2, "tensor": 2, "expert": 2},
+            ("moe_dispatch=ragged",),
+            marks=pytest.mark.recorded,
+        ),
         pytest.param(
             {"data": 2, "tensor": 2, "expert": 2},
             (*MLA, NO_DROPS, "shared_experts=1"),
