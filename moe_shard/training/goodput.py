@@ -131,8 +131,12 @@ class WallTime:
                 self._open.pop()
 
     def begin(self, first_step: int) -> None:
-        """Set the step that this process begins with."""
+        """Set the step that this process begins with, and write the file.
+
+        A process that is killed within seconds would not be in it otherwise, nor the time it took.
+        """
         self._start.first_step = self._start.updates = first_step
+        self.write()
 
     def made(self, updates: int) -> None:
         """Count updates up to this number as made; write the file if it is some seconds old."""

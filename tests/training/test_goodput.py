@@ -46,6 +46,7 @@ def test_time_between_starts_and_steps_done_twice_count(tmp_path: Path) -> None:
     clock = Clock(0)
     first = WallTime(tmp_path, clock=clock)
     first.begin(0)
+    assert [each.updates for each in read_starts(tmp_path)] == [0]
     with first.part("steps"):
         clock.now += 50
         first.made(10)  # killed here: the checkpoint is after step 6
