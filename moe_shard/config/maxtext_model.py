@@ -57,6 +57,7 @@ def translate_model(
     if kind not in BLOCKS:
         what = OTHER_BLOCKS.get(kind, f"layers of the kind {shown(kind)}")
         found.unbuilt["decoder_block"] = (kind, what)
+        found.values["use_indexer"] = False  # of an attention that is not built
     block = BLOCKS.get(kind, Block(has_experts=True, reads=FOR_LOOKING_AT))
     for key, off in OPTIONAL.items():
         if key in block.reads:
