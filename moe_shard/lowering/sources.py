@@ -221,6 +221,10 @@ def parse_stages(text: str) -> dict[str, str]:
     return stages
 
 
+_DIGITS, _SHOWN = 10, 60
+"""Digits that no axis has, and characters of a text that an error shows."""
+
+
 def parse_mesh(text: str, option: str = "--mesh") -> dict[str, int]:
     """Parse a mesh as a person types it: `data=1,fsdp=1,expert=8`.
 
@@ -234,8 +238,10 @@ def parse_mesh(text: str, option: str = "--mesh") -> dict[str, int]:
     mesh: dict[str, int] = {}
     for item in text.split(","):
         axis, _, size = (part.strip() for part in item.partition("="))
-        if not axis or axis in mesh or not size.isdecimal() or int(size) < 1:
-            raise UserError(f"{option}: cannot read {item!r}; write it as data=1,fsdp=1,expert=8")
+        is_size = size.isdecimal() and len(size) < _DIGITS and int(size) > 0
+        if not axis or axis in mesh or not is_size:
+            found = item if len(item) <= _SHOWN else f"{item[:_SHOWN]}..."
+            raise UserError(f"{option}: cannot read {found!r}; write it as data=1,fsdp=1,expert=8")
         mesh[axis] = int(size)
     return mesh
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe_shard.errors import UserError
-from moe_shard.lowering.sources import read_text, recorded_mesh
+from moe_shard.lowering.sources import parse_mesh, read_text, recorded_mesh
 
 
 def test_a_device_and_zeros_are_no_text(tmp_path: Path) -> None:
@@ -46,3 +46,9 @@ def test_a_record_without_a_mesh_says_the_fix(tmp_path: Path, record: str) -> No
 def test_the_mesh_of_a_record(tmp_path: Path) -> None:
     (tmp_path / "lowering.json").write_text(json.dumps({"mesh": {"expert": 8}}))
     assert recorded_mesh(tmp_path / "a.txt") == {"expert": 8}
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "x", "", "9" * 5000])
+def test_a_size_that_no_axis_has(size: str) -> None:
+    with pytest.raises(UserError, match=r"^--mesh: cannot read 'data=.{0,60}'; write it as data=1"):
+        parse_mesh(f"expert=8,data={size}")
