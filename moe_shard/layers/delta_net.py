@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
@@ -18,8 +17,9 @@ from moe_shard.config.model_config import LayerKind, ModelConfig
 from moe_shard.layers.cache import LayerCache, Memory
 from moe_shard.layers.causal_conv import causal_conv, earlier_in, first_of_document
 from moe_shard.layers.delta_rule import DeltaInputs, gated_delta_rule
-from moe_shard.layers.heads import make_weight, param_in_use
+from moe_shard.layers.heads import make_weight
 from moe_shard.layers.norm import RMSNorm
+from moe_shard.layers.state_mixer import StateMixer
 from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.parameter import parameter
 
@@ -29,7 +29,7 @@ _DECAYS = (0.01, 16.0)
 """Range of the initial decays."""
 
 
-class GatedDeltaNet(nnx.Module):
+class GatedDeltaNet(StateMixer):
     """Keep a state for each value head, which each token decays, corrects and reads.
 
     Args:
@@ -42,6 +42,8 @@ class GatedDeltaNet(nnx.Module):
         rngs: source of the initial weights.
     """
 
+    words = "delta net"
+
     def __init__(
         self,
         *,
@@ -53,7 +55,8 @@ class GatedDeltaNet(nnx.Module):
         sharding: Sharding,
         rngs: nnx.Rngs,
     ) -> None:
-        self.config, self.dtype, self.sharding = config, dtype, sharding
+        super().__init__(dtype=dtype, sharding=sharding)
+        self.config = config
         heads, each, taps = (
             config.gdn_num_key_heads,
             config.values_per_key,
@@ -95,55 +98,24 @@ class GatedDeltaNet(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(
-        self,
-        x: Float[Array, "B S M"],
-        positions: Int[Array, "B S"],
-        segment_ids: Int[Array, "B S"],
-        memory: Memory | None = None,
-        order: Int[np.ndarray, "S"] | None = None,
-    ) -> tuple[Float[Array, "B S M"], LayerCache]:
-        """Pass the states over the tokens of each document.
+    def _mixed(
+        self, x: Float[Array, "B S M"], segment_ids: Int[Array, "B S"], memory: Memory | None
+    ) -> tuple[Float[Array, "B S J R E"], LayerCache]:
+        cache: LayerCache = {}
+        query, key, value = (
+            self._convolved(x, name, segment_ids, memory, cache)
+            for name in ("query", "key", "value")
+        )
+        inputs = self._inputs(x, query, key, value, first_of_document(segment_ids, memory))
+        before = self._empty_state(x.shape[0]) if memory is None else memory.layer["state"]
+        y, state = gated_delta_rule(inputs, before, chunk_size=self.config.gdn_chunk_size)
+        y = self._by_head(y, "values read")
+        if memory is not None:
+            cache["state"] = self._placed(state, name="state")
+        gate = self._project(x, self.gate, "gate").astype(jnp.float32)
+        return (self.norm(y) * jax.nn.silu(gate)).astype(self.dtype), cache
 
-        Args:
-            x: normalised activations.
-            positions: not read: a state has no positions.
-            segment_ids: equal for tokens of one document, which stand together.
-            memory: cache of earlier calls during generation; None in training.
-            order: None: tokens have to be in the order of the text.
-
-        Returns:
-            The output, to be added to the residual stream, and the cache after these tokens (empty
-            without a memory).
-        """
-        del positions
-        assert order is None, "a state passes from a token to the next one of the text"
-        with jax.named_scope("token_mixer"):
-            cache: LayerCache = {}
-            query, key, value = (
-                self._convolved(x, name, segment_ids, memory, cache)
-                for name in ("query", "key", "value")
-            )
-            inputs = self._inputs(x, query, key, value, first_of_document(segment_ids, memory))
-            before = self._empty_state(x.shape[0]) if memory is None else memory.layer["state"]
-            y, state = gated_delta_rule(inputs, before, chunk_size=self.config.gdn_chunk_size)
-            y = self._by_head(y, "values read")
-            if memory is None:
-                cache = {}
-            else:
-                cache["state"] = self._placed(state, name="state")
-            gate = self._project(x, self.gate, "gate").astype(jnp.float32)
-            y = checkpoint_name((self.norm(y) * jax.nn.silu(gate)).astype(self.dtype), "context")
-            return checkpoint_name(self._output(y), "out_proj"), cache
-
-    def empty_cache(self, rows: int, places: int) -> LayerCache:
-        """Make a cache without tokens.
-
-        Args:
-            rows: B, sequences.
-            places: not read: a state is as large as for one token.
-        """
-        del places
+    def _empty_cache(self, rows: int) -> LayerCache:
         config = self.config
         heads, before = config.gdn_num_key_heads, config.gdn_conv_kernel_dim - 1
         of_key = (rows, before, heads, config.gdn_key_head_dim)
@@ -204,14 +176,8 @@ class GatedDeltaNet(nnx.Module):
         self, x: Float[Array, "B S M"], weight: nnx.Param[Array], name: str
     ) -> Float[Array, "B S *heads"]:
         used = (None, "activation_gdn_head", *(None,) * (weight[...].ndim - 2))
-        kernel = self._in_use(weight, used, name, self.dtype)
+        kernel = self._in_use(weight, used, name)
         return self._by_head(jnp.tensordot(x, kernel, 1), name)
-
-    def _in_use(
-        self, param: nnx.Param[Array], used: tuple[str | None, ...], name: str, dtype: DTypeLike
-    ) -> Float[Array, "*D"]:
-        name = f"delta net {name}"
-        return param_in_use(param, used, dtype=dtype, sharding=self.sharding, name=name)
 
     def _by_head(self, x: Float[Array, "B S *heads"], name: str) -> Float[Array, "B S *heads"]:
         return self._placed(x, "activation_length", name=f"{name} by head")
@@ -222,7 +188,7 @@ class GatedDeltaNet(nnx.Module):
         """Place an array whose dims are sequences, then `before`, then heads."""
         axes = ("activation_batch", *before, "activation_gdn_head")
         rest = (None,) * (x.ndim - len(axes))
-        return self.sharding(x, *axes, *rest, name=f"delta net {name}")
+        return self.sharding(x, *axes, *rest, name=f"{self.words} {name}")
 
     def _empty_state(self, rows: int) -> Float[Array, "B J R D E"]:
         config = self.config
@@ -232,13 +198,8 @@ class GatedDeltaNet(nnx.Module):
 
     def _output(self, y: Float[Array, "B S J R E"]) -> Float[Array, "B S M"]:
         used = ("activation_gdn_head", None, "activation_head_dim", None)
-        out = self._in_use(self.out, used, "out", self.dtype)
-        return self.sharding(
-            jnp.einsum("bsjre,jrem->bsm", y, out),
-            "activation_batch",
-            "activation_length",
-            "activation_embed",
-            name="delta net output",
+        return self._placed_output(
+            jnp.einsum("bsjre,jrem->bsm", y, self._in_use(self.out, used, "out"))
         )
 
 

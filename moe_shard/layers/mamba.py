@@ -9,7 +9,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
@@ -19,8 +18,9 @@ from moe_shard.config.mamba_config import MambaConfig
 from moe_shard.config.model_config import LayerKind, ModelConfig
 from moe_shard.layers.cache import LayerCache, Memory
 from moe_shard.layers.causal_conv import causal_conv, earlier_in, first_of_document
-from moe_shard.layers.heads import make_vector, make_weight, param_in_use
+from moe_shard.layers.heads import make_vector, make_weight
 from moe_shard.layers.norm import normalise
+from moe_shard.layers.state_mixer import StateMixer
 from moe_shard.layers.state_space import scan_states
 from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.parameter import parameter
@@ -37,7 +37,7 @@ _AXES = {"gate": _VALUE, "value": _VALUE, "key": _KEY, "query": _KEY, "step": _V
 _CONVOLVED = ("value", "key", "query")
 
 
-class Mamba2(nnx.Module):
+class Mamba2(StateMixer):
     """Keep a state for each head, which each token decays, adds to and reads.
 
     Args:
@@ -50,6 +50,8 @@ class Mamba2(nnx.Module):
         rngs: source of the initial weights.
     """
 
+    words = "mamba"
+
     def __init__(
         self,
         *,
@@ -61,7 +63,8 @@ class Mamba2(nnx.Module):
         sharding: Sharding,
         rngs: nnx.Rngs,
     ) -> None:
-        self.config, self.dtype, self.sharding = config, dtype, sharding
+        super().__init__(dtype=dtype, sharding=sharding)
+        self.config = config
         self.norm_epsilon = norm_epsilon
         taps, heads = (
             config.mamba_conv_kernel_dim,
@@ -118,59 +121,30 @@ class Mamba2(nnx.Module):
             else None
         )
 
-    def __call__(
-        self,
-        x: Float[Array, "B S M"],
-        positions: Int[Array, "B S"],
-        segment_ids: Int[Array, "B S"],
-        memory: Memory | None = None,
-        order: Int[np.ndarray, "S"] | None = None,
-    ) -> tuple[Float[Array, "B S M"], LayerCache]:
-        """Pass the states over the tokens of each document.
+    def _mixed(
+        self, x: Float[Array, "B S M"], segment_ids: Int[Array, "B S"], memory: Memory | None
+    ) -> tuple[Float[Array, "B S G R P"], LayerCache]:
+        cache: LayerCache = {}
+        value, key, query = (
+            self._convolved(x, name, segment_ids, memory, cache) for name in _CONVOLVED
+        )
+        step, decay = self._steps(x)
+        y, state = scan_states(
+            value,
+            key,
+            query,
+            step,
+            decay,
+            first_of_document(segment_ids, memory).astype(bool),
+            self._empty_state(x.shape[0]) if memory is None else memory.layer["state"],
+            chunk=self.config.mamba_chunk_size,
+        )
+        cache["state"] = self._placed_state(state)
+        skip = self._of_heads(self.skip, "skip")[..., None]
+        y = self._by_head(y + skip * value.astype(jnp.float32), "value", " read")
+        return self._gated(y, self._project(x, "gate")), cache
 
-        Args:
-            x: normalised activations.
-            positions: not read: a state has no positions.
-            segment_ids: equal for tokens of one document, which stand together.
-            memory: cache of earlier calls during generation; None in training.
-            order: None: tokens have to be in the order of the text.
-
-        Returns:
-            The output, to be added to the residual stream, and the cache after these tokens (empty
-            without a memory).
-        """
-        del positions
-        assert order is None, "a state passes from a token to the next one of the text"
-        with jax.named_scope("token_mixer"):
-            cache: LayerCache = {}
-            value, key, query = (
-                self._convolved(x, name, segment_ids, memory, cache) for name in _CONVOLVED
-            )
-            step, decay = self._steps(x)
-            y, state = scan_states(
-                value,
-                key,
-                query,
-                step,
-                decay,
-                first_of_document(segment_ids, memory).astype(bool),
-                self._empty_state(x.shape[0]) if memory is None else memory.layer["state"],
-                chunk=self.config.mamba_chunk_size,
-            )
-            cache["state"] = self._placed_state(state)
-            skip = self._of_heads(self.skip, "skip")[..., None]
-            y = self._by_head(y + skip * value.astype(jnp.float32), "value", " read")
-            y = checkpoint_name(self._gated(y, self._project(x, "gate")), "context")
-            return checkpoint_name(self._output(y), "out_proj"), {} if memory is None else cache
-
-    def empty_cache(self, rows: int, places: int) -> LayerCache:
-        """Make a cache without tokens.
-
-        Args:
-            rows: B, sequences.
-            places: not read: a state is as large as for one token.
-        """
-        del places
+    def _empty_cache(self, rows: int) -> LayerCache:
         cache = {"state": self._empty_state(rows)}
         for name in _CONVOLVED:
             dims = getattr(self, f"{name}_conv")[...].shape[-len(_AXES[name]) :]
@@ -220,22 +194,8 @@ class Mamba2(nnx.Module):
         y = self._by_head(jnp.tensordot(x, kernel, 1), name)
         return self._plus(y, f"{name}_bias", used)
 
-    def _plus(
-        self, y: Float[Array, "B S *heads"], name: str, used: LogicalAxes
-    ) -> Float[Array, "B S *heads"]:
-        """Add a bias, if there is one."""
-        bias: nnx.Param[Array] | None = getattr(self, name)
-        return y if bias is None else y + self._in_use(bias, used, name.replace("_", " "))
-
     def _of_heads(self, param: nnx.Param[Array], name: str) -> Float[Array, "G R"]:
         return self._in_use(param, _used(_AXES["step"]), name, jnp.float32)
-
-    def _in_use(
-        self, param: nnx.Param[Array], used: LogicalAxes, name: str, dtype: DTypeLike | None = None
-    ) -> Float[Array, "*D"]:
-        dtype = self.dtype if dtype is None else dtype
-        name = f"mamba {name}"
-        return param_in_use(param, tuple(used), dtype=dtype, sharding=self.sharding, name=name)
 
     def _by_head(
         self, x: Float[Array, "B S *heads"], of: str, what: str = ""
@@ -248,7 +208,7 @@ class Mamba2(nnx.Module):
         self, x: Float[Array, "B *dims"], *axes: str | None, name: str
     ) -> Float[Array, "B *dims"]:
         placed: Float[Array, "B *dims"] = self.sharding(
-            x, "activation_batch", *axes, name=f"mamba {name}"
+            x, "activation_batch", *axes, name=f"{self.words} {name}"
         )
         return placed
 
@@ -268,16 +228,8 @@ class Mamba2(nnx.Module):
 
     def _output(self, y: Float[Array, "B S G R P"]) -> Float[Array, "B S M"]:
         out = self._in_use(self.out, (*_used(_VALUE), None), "out")
-        y = self.sharding(
-            jnp.einsum("bsgrp,grpm->bsm", y, out),
-            "activation_batch",
-            "activation_length",
-            "activation_embed",
-            name="mamba output",
-        )
-        if self.out_bias is None:
-            return y
-        return y + self._in_use(self.out_bias, ("activation_embed",), "out bias")
+        y = self._placed_output(jnp.einsum("bsgrp,grpm->bsm", y, out))
+        return self._plus(y, "out_bias", ("activation_embed",))
 
 
 def _used(axes: LogicalAxes) -> LogicalAxes:

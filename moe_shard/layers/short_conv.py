@@ -5,9 +5,7 @@ C  channels, as many as the model dim
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
@@ -17,13 +15,14 @@ from moe_shard.config.mamba_config import ShortConvConfig
 from moe_shard.config.model_config import LayerKind, ModelConfig
 from moe_shard.layers.cache import LayerCache, Memory
 from moe_shard.layers.causal_conv import causal_conv, earlier_in
-from moe_shard.layers.heads import make_vector, make_weight, param_in_use
+from moe_shard.layers.heads import make_vector, make_weight
+from moe_shard.layers.state_mixer import StateMixer
 from moe_shard.sharding.annotate import Sharding
 
 _USED = "activation_conv_channel"
 
 
-class ShortConvolution(nnx.Module):
+class ShortConvolution(StateMixer):
     """Compute out(b * conv(a * value)), where gates a, b and the value are projected from x.
 
     Args:
@@ -35,6 +34,8 @@ class ShortConvolution(nnx.Module):
         rngs: source of the initial weights.
     """
 
+    words = "convolution"
+
     def __init__(
         self,
         *,
@@ -45,8 +46,8 @@ class ShortConvolution(nnx.Module):
         sharding: Sharding,
         rngs: nnx.Rngs,
     ) -> None:
+        super().__init__(dtype=dtype, sharding=sharding)
         self.config, self.model_dim = config, model_dim
-        self.dtype, self.sharding = dtype, sharding
 
         def project() -> nnx.Param[Array]:
             axes = ("embed", "conv_channel")
@@ -72,52 +73,22 @@ class ShortConvolution(nnx.Module):
         )
         self.out_bias = bias("norm")
 
-    def __call__(
-        self,
-        x: Float[Array, "B S M"],
-        positions: Int[Array, "B S"],
-        segment_ids: Int[Array, "B S"],
-        memory: Memory | None = None,
-        order: Int[np.ndarray, "S"] | None = None,
-    ) -> tuple[Float[Array, "B S M"], LayerCache]:
-        """Convolve the tokens of each document.
-
-        Args:
-            x: normalised activations.
-            positions: not read: taps count tokens back from each.
-            segment_ids: equal for tokens of one document, which stand together.
-            memory: cache of earlier calls during generation; None in training.
-            order: None: tokens have to be in the order of the text.
-
-        Returns:
-            The output, to be added to the residual stream, and the cache after these tokens (empty
-            without a memory).
-        """
-        del positions
-        assert order is None, "a tap reaches the token before in the text"
-        with jax.named_scope("token_mixer"):
-            into, out_of, value = (
-                checkpoint_name(self._project(x, name), f"{kept}_proj")
-                for name, kept in (
-                    ("input_gate", "query"),
-                    ("output_gate", "key"),
-                    ("value", "value"),
-                )
+    def _mixed(
+        self, x: Float[Array, "B S M"], segment_ids: Int[Array, "B S"], memory: Memory | None
+    ) -> tuple[Float[Array, "B S C"], LayerCache]:
+        into, out_of, value = (
+            checkpoint_name(self._project(x, name), f"{kept}_proj")
+            for name, kept in (
+                ("input_gate", "query"),
+                ("output_gate", "key"),
+                ("value", "value"),
             )
-            taps = self._in_use(self.taps, (None, _USED), "taps")
-            y, tail = causal_conv(into * value, taps, segment_ids, earlier_in(memory, "convolved"))
-            y = checkpoint_name(out_of * self._plus(y, "taps_bias", _USED), "context")
-            cache = {} if memory is None else {"convolved": self._placed_tail(tail)}
-            return checkpoint_name(self._output(y), "out_proj"), cache
+        )
+        taps = self._in_use(self.taps, (None, _USED), "taps")
+        y, tail = causal_conv(into * value, taps, segment_ids, earlier_in(memory, "convolved"))
+        return out_of * self._plus(y, "taps_bias", (_USED,)), {"convolved": self._placed_tail(tail)}
 
-    def empty_cache(self, rows: int, places: int) -> LayerCache:
-        """Make a cache without tokens.
-
-        Args:
-            rows: B, sequences.
-            places: not read: taps reach a few tokens back.
-        """
-        del places
+    def _empty_cache(self, rows: int) -> LayerCache:
         before = self.config.short_conv_kernel_dim - 1
         empty = jnp.zeros((rows, before, self.model_dim), self.dtype)
         return {"convolved": self._placed_tail(empty)}
@@ -134,28 +105,12 @@ class ShortConvolution(nnx.Module):
             _USED,
             name=f"convolution {name}",
         )
-        return self._plus(y, f"{name}_bias", _USED)
-
-    def _plus(self, y: Float[Array, "B S C"], name: str, used: str) -> Float[Array, "B S C"]:
-        """Add a bias, if there is one."""
-        bias: nnx.Param[Array] | None = getattr(self, name)
-        return y if bias is None else y + self._in_use(bias, (used,), name)
-
-    def _in_use(
-        self, param: nnx.Param[Array], used: tuple[str | None, ...], name: str
-    ) -> Float[Array, "*D"]:
-        name = f"convolution {name.replace('_', ' ')}"
-        return param_in_use(param, used, dtype=self.dtype, sharding=self.sharding, name=name)
+        return self._plus(y, f"{name}_bias", (_USED,))
 
     def _output(self, y: Float[Array, "B S C"]) -> Float[Array, "B S M"]:
-        y = self.sharding(
-            jnp.einsum("bsc,cm->bsm", y, self._in_use(self.out, (_USED, None), "out")),
-            "activation_batch",
-            "activation_length",
-            "activation_embed",
-            name="convolution output",
-        )
-        return self._plus(y, "out_bias", "activation_embed")
+        out = self._in_use(self.out, (_USED, None), "out")
+        y = self._placed_output(jnp.einsum("bsc,cm->bsm", y, out))
+        return self._plus(y, "out_bias", ("activation_embed",))
 
 
 def make_short_convolution(
