@@ -26,12 +26,11 @@ from moe_shard.autoep.tensor_names import unwrapped
 from moe_shard.autoep.tensor_plan import Piece, TensorPlan
 from moe_shard.autoep.tensors import view, writable
 from moe_shard.config.keys import shown
-from moe_shard.config.lora_config import LoraConfig
+from moe_shard.config.lora_config import ADAPTER, LoraConfig
 from moe_shard.errors import UserError
 from moe_shard.files import write_text
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_LORA = "_lora"
 _FIRST = "base_model.model."
 Adapters = Mapping[ParamPath, np.ndarray]
 """Path of a parameter, such as ("layers", "attention", "query_lora", "a") -> all of it, float32."""
@@ -121,7 +120,7 @@ def plan_adapters(plan: TensorPlan, paths: frozenset[ParamPath], family: Family)
     found = AdapterPlan()
     for piece in plan.pieces:
         *owner, weight = piece.param
-        path = (*owner, weight + _LORA)
+        path = (*owner, weight + ADAPTER)
         if (*path, "a") in paths and "experts" not in owner:
             _add_matrix(found, piece, path)
         elif owner[-1:] == ["experts"] and weight in ("gate", "up", "down"):
@@ -154,12 +153,12 @@ def _add_experts(
 ) -> None:
     """Add the adapters of all experts of a layer: those of up, with gate's, or those of down."""
     inward = piece.param[-1] == "up"
-    lora = (*owner, "inward_lora" if inward else "down_lora")
+    lora = (*owner, ("inward" if inward else "down") + ADAPTER)
     if (*lora, "a") not in paths:
         return
     module = _experts_module(unwrapped(piece.tensor), family)
     parameter = "gate_up_proj" if inward else "down_proj"
-    both = (*owner, "inward_lora", "a") in paths and (*owner, "down_lora", "a") in paths
+    both = all((*owner, name + ADAPTER, "a") in paths for name in ("inward", "down"))
     wrapped = ".base_layer" if inward and both else ""
     outs = [name for name in ("b", "b_up") if (*lora, name) in paths]
     layer = piece.index[0]
@@ -297,10 +296,10 @@ def merged_weight(
     *owner, weight = param
     experts = owner[-1:] == ["experts"]
     module = {"gate": "inward", "up": "inward"}.get(weight, weight) if experts else weight
-    a = adapters.get((*owner, module + _LORA, "a"))
-    both = (*owner, module + _LORA, "b_up") in adapters
+    a = adapters.get((*owner, module + ADAPTER, "a"))
+    both = (*owner, module + ADAPTER, "b_up") in adapters
     second = "b_up" if experts and weight == "up" and both else "b"
-    b = adapters.get((*owner, module + _LORA, second))
+    b = adapters.get((*owner, module + ADAPTER, second))
     if a is None or b is None:
         return None
     lead = 2 if experts else 1
@@ -317,4 +316,4 @@ def merged_weight(
 
 def adapter_paths(paths: frozenset[ParamPath]) -> Iterator[ParamPath]:
     """Yield the paths that are of adapters."""
-    yield from (path for path in sorted(paths) if any(part.endswith(_LORA) for part in path))
+    yield from (path for path in sorted(paths) if any(part.endswith(ADAPTER) for part in path))

@@ -9,6 +9,9 @@ from typing import Annotated
 from moe_shard.config.keys import Key, check_leaves, shown
 from moe_shard.errors import UserError
 
+ADAPTER = "_lora"
+"""End of the name of the module that holds the adapter of a weight."""
+
 _MAXTEXTS = (
     ("attention/", "self_attention/"),
     ("mlp/experts/gate", "MoeBlock_0/wi_0"),

@@ -18,13 +18,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from moe_shard.config.lora_config import LoraConfig
+from moe_shard.config.lora_config import ADAPTER, LoraConfig
 from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.parameter import parameter
 from moe_shard.sharding.rules import LogicalAxes
-
-ADAPTER = "_lora"
-"""End of the name of the module that holds the adapter of a weight."""
 
 
 def first_a(

@@ -7,9 +7,10 @@ from typing import Any
 
 from flax import nnx
 
+from moe_shard.config.lora_config import ADAPTER
 from moe_shard.config.model_config import ModelConfig
 from moe_shard.errors import UserError
-from moe_shard.layers.adapter import ADAPTER, Adapter
+from moe_shard.layers.adapter import Adapter
 from moe_shard.moe.layer import MoELayer
 
 _OF_ATTENTION = (

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 
 from moe_shard.config.keys import shown
+from moe_shard.config.lora_config import ADAPTER
 from moe_shard.config.schema import brief_list
 from moe_shard.errors import UserError
-from moe_shard.layers.adapter import ADAPTER
 from moe_shard.models.params import Params
 from moe_shard.units import human_count
 
