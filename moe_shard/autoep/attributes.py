@@ -89,6 +89,7 @@ class Attributes:
         named |= {at.mixers.types, at.mixers.full_every, at.correction_bias_switch}
         rules = [*at.settings.values(), at.num_experts_attr, at.top_k_attr, at.route_norm]
         rules += [at.route_scale, at.num_expert_groups, at.num_limited_groups, at.carried_layers]
+        rules.append(at.carried_experts)
         for rule in rules:
             named.update(rule.sources, (name for name, _ in rule.when))
         roots = {str(name).partition(".")[0] for name in named} | self._read | _WITHOUT_EFFECT

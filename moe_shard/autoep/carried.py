@@ -89,7 +89,7 @@ def plan_tensors(
         headers: all tensors.
         names: the tensors by role.
         family: says by patterns what is carried.
-        beyond: tensors of layers that are carried as a whole.
+        beyond: tensors of layers and of experts that are carried as a whole.
         where: the directory, for messages.
 
     Raises:

@@ -158,9 +158,17 @@ def detect(
         return ", ".join(dict.fromkeys(texts))
 
     pieces = Pieces(
-        model=model, family=known, names=names, headers=headers, where=directory, explain=explain
+        model=model,
+        family=known,
+        names=names,
+        headers=headers,
+        where=directory,
+        explain=explain,
+        beside=attributes.value("num_experts", known.carried_experts),
     )
     found = tuple(pieces.find())
+    if pieces.beside:
+        beyond |= names.beyond_expert(model.num_experts) | pieces.partly
     copies = tuple(
         replace(piece, tensor=head.copy)
         for piece in found

@@ -79,7 +79,8 @@ def export_params(
         # Otherwise it would stay in memory while the next one is read.
         del block
         progress(done, total)
-    for name in used:
+    # A tensor that is carried too is read in part; the rest of it is as it was.
+    for name in used - {*plan.carried}:
         size = math.prod(headers[name].shape)
         if filled[name] != size:
             raise UserError(

@@ -152,6 +152,7 @@ class Family:
     router_pattern: str
     correction_bias_pattern: str
     correction_bias_switch: str
+    router_transposed: bool
     expert_pattern: str
     expert_w1: str
     expert_w2: str
@@ -185,6 +186,8 @@ class Family:
     tensors: Mapping[str, tuple[str, ...]]
     carried: tuple[str, ...]
     carried_layers: SettingRule
+    carried_experts: SettingRule
+    carried_router_pattern: str
     name: str = ""
     own: Mapping[str, Any] = field(default_factory=dict)
 

@@ -117,9 +117,9 @@ def _weights(headers: Mapping[str, TensorHeader], plan: TensorPlan, dtype: str) 
     stored = [entry for name in used if isinstance(entry := headers[name], Quantized)]
     if stored:
         line += f"; {len(stored):,} of them stored as {stored[0].scheme.words}"
-    if plan.carried:
-        line += f"; {len(plan.carried):,} more tensors are carried: {_general(plan.carried[0])}"
-        line += ", ..." if len(plan.carried) > 1 else ""
+    if carried := [name for name in plan.carried if name not in used]:
+        line += f"; {len(carried):,} more tensors are carried: {_general(carried[0])}"
+        line += ", ..." if len(carried) > 1 else ""
     return line
 
 

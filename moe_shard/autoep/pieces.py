@@ -30,6 +30,7 @@ from moe_shard.models.cycles import all_stacks
 
 _FUSED, _WITHOUT_GATE = ("gate_up", "down"), ("up", "down")
 _BLOCK_NORM, _NORMS = "block_norm.scale", ("attention_norm.scale", "mlp_norm.scale")
+_ROUTER, _CHOICE_BIAS = "mlp.router.kernel", "mlp.router.correction_bias"
 _OF_HEADS = ("attention.", "delta.", "mamba.")
 """Prefixes of parameters whose vectors have dims of heads, which tensors flatten."""
 
@@ -90,6 +91,7 @@ class Pieces:
         headers: the tensors' headers.
         where: the directory, for messages.
         explain: names the attributes behind settings, for messages about sizes.
+        beside: experts of a layer that are carried, after the model's.
     """
 
     def __init__(
@@ -101,12 +103,16 @@ class Pieces:
         headers: Mapping[str, TensorHeader],
         where: Path,
         explain: Explain,
+        beside: int = 0,
     ) -> None:
         self.model, self.family, self.names = model, family, names
         self.headers, self.where, self.explain = headers, where, explain
+        self.beside = beside
         self._named = named_roles(family)
         self.fused: Fused | None = None
         """How experts of the last layer seen are stored if fused; None: one by one."""
+        self.partly: set[str] = set()
+        """Tensors seen so far of which a part is carried."""
 
     def find(self) -> Iterator[Piece]:
         """Yield a piece for each part of each parameter.
@@ -180,7 +186,7 @@ class Pieces:
         found = self.names.experts(layer)
         if found:
             count = max(found) + 1
-            self._check_count(count, f"layer {layer} has experts 0 to {count - 1}")
+            self._check_count(count, f"layer {layer} has experts 0 to {count - 1}", self.beside)
         for expert in range(self.model.num_experts):
             place = (layer, expert)
             for role in slots:
@@ -202,7 +208,14 @@ class Pieces:
         is_block = role in _NORMS and _BLOCK_NORM in self._named
         tensor = self._tensor(_BLOCK_NORM if is_block else role, place)
         stored = self.headers[tensor].shape
+        if role == _ROUTER and self.family.router_transposed:
+            if stored != slot.shape:
+                raise self._other_shape(tensor, slot.keys, shown(slot.shape))
+            return Piece(tensor, path, index)
         allowed = _stored(role, slot)
+        if role == _CHOICE_BIAS and self.beside and stored == (2, *allowed):
+            self.partly.add(tensor)
+            return Piece(tensor, path, index, Layout(take=(slice(1),), split=allowed))
         # Vectors of some routers and gates have a leading dim of size 1.
         if stored != allowed and not (len(allowed) == 1 and stored == (1, *allowed)):
             raise self._other_shape(tensor, slot.keys, shown(allowed))
@@ -259,10 +272,12 @@ class Pieces:
             )
         return tensor
 
-    def _check_count(self, found: int, what: str) -> None:
-        if found != self.model.num_experts:
+    def _check_count(self, found: int, what: str, beside: int = 0) -> None:
+        if found not in (self.model.num_experts, self.model.num_experts + beside):
+            known = self.explain(("num_experts",))
+            known += f" and {beside} beside them" if beside else ""
             raise UserError(
-                f"{self.where}: {what}, but config.json has {self.explain(('num_experts',))}\n"
+                f"{self.where}: {what}, but config.json has {known}\n"
                 "fix: the config.json of these tensors"
             )
 

@@ -17,6 +17,7 @@ from moe_shard.config.keys import shown
 _TYPES = {
     "default": "default",
     "mrope": "default",
+    "ernie_3d": "default",
     "llama3": "llama3.1",
     "yarn": "yarn",
     "deepseek_yarn": "yarn",

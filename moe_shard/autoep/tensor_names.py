@@ -28,6 +28,9 @@ checkpointing, peft."""
 HEAD_COPY, TABLE_COPY = "head_copy", "table_copy"
 """Roles of tensors of an MTP layer that repeat the head and the embedding."""
 
+_CARRIED_ROUTER = "mlp.carried_router"
+"""Role of the router of experts that are carried."""
+
 _PREDICTING = (
     *("projection", "embedding_norm.scale", "hidden_norm.scale", "prediction_norm.scale"),
     *(HEAD_COPY, TABLE_COPY),
@@ -88,6 +91,16 @@ class Names:
     def predicting_layers(self) -> set[int]:
         """Return the numbers of the layers that have tensors of multi-token prediction."""
         return {place[0] for role in _PREDICTING for place in self.roles.get(role, {})}
+
+    def beyond_expert(self, experts: int) -> set[str]:
+        """Return the tensors of experts after the model's, and of their router.
+
+        Args:
+            experts: number of experts that the model has in a layer.
+        """
+        listed = [self.roles[role] for role in self.roles if role.startswith(LISTED)]
+        found = {at[place] for at in listed for place in at if place[1] >= experts}
+        return found | {*self.roles.get(_CARRIED_ROUTER, {}).values()}
 
     def experts(self, layer: int) -> set[int]:
         """Return the numbers of the experts in a layer that have tensors of their own."""
@@ -196,6 +209,8 @@ def _patterns(family: Family) -> Iterator[tuple[str, str]]:
     bias = r"\.bias"
     yield "mlp.router.kernel", of(family.router_pattern)
     yield "mlp.router.bias", of(family.router_pattern, end=bias)
+    if family.carried_router_pattern:
+        yield _CARRIED_ROUTER, of(family.carried_router_pattern, end="")
     if family.correction_bias_pattern:
         yield "mlp.router.correction_bias", of(family.correction_bias_pattern, end="")
     if family.has_shared_experts:

@@ -84,8 +84,8 @@ class TensorPlan:
     """Hold the plan of all tensors of a checkpoint.
 
     Attributes:
-        pieces: pieces that together fill each parameter and use up each tensor.
-        carried: names of tensors that fill no parameter and are exported unchanged.
+        pieces: pieces that together fill each parameter, and use up each tensor not carried.
+        carried: names of tensors that are exported unchanged, but for the parts that pieces take.
         copies: pieces of tensors that repeat what another one has, as a head the embedding: they
             are not read, and an export writes them like the other.
     """

@@ -18,6 +18,7 @@ from tests.autoep.directory import HERE, write_model
 from tests.autoep.published import CONFIGS
 from tests.autoep.test_settings import settings
 
+PARTS = ("gate", "up", "down")
 WHERE = Path("m/config.json")
 SHAPE = {"num_hidden_layers": 4, "rope_theta": 5e4}
 SMALL: dict[str, dict[str, Any]] = {
@@ -334,6 +335,64 @@ def test_kimi_vl_is_read_as_kimi_k25(tmp_path: Path) -> None:
     other = config | {"model_type": "kimi_vl", "text_config": section}
     found = detect(write_model(tmp_path / "vl", other, renamed))
     assert (found.settings, found.plan.pieces) == (known.settings, known.plan.pieces)
+
+
+def ernie(flat: bool = False) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """Return a small ERNIE-VL as transformers wrote it, or with its authors' config.json."""
+    config, shapes = recorded("ernie4_5_vl_moe")
+    if not flat:
+        return config, shapes
+    section = dict(config["text_config"])
+    section.pop("mlp_layer_types")
+    experts = section["moe_num_experts"]
+    return {
+        **section,
+        "model_type": "ernie4_5_moe_vl",
+        "moe_num_experts": [experts, experts],
+        "moe_layer_start_index": [1, 2],
+        "moe_layer_end_index": [29, 28],
+        "rope_parameters": None,
+        "rope_theta": 10000.0,
+        "rope_scaling": {"rope_type": "ernie_3d", "freq_allocation": 20},
+        "rope_3d": True,
+    }, shapes
+
+
+def test_experts_of_images_are_carried_after_those_of_text(tmp_path: Path) -> None:
+    config, shapes = ernie()
+    found = detect(write_model(tmp_path / "vl", config, shapes))
+    carried = {name for name in found.plan.carried if ".mlp." in name and ".layers." in name}
+    experts = [f"experts.{n}.{part}_proj.weight" for n in range(8, 16) for part in PARTS]
+    beside = (*experts, "gate.weight_1", "moe_statics.e_score_correction_bias")
+    assert carried == {f"model.layers.{n}.mlp.{name}" for n in (1, 2) for name in beside}
+    by_tensor = {piece.tensor: piece for piece in found.plan.pieces}
+    assert carried & by_tensor.keys() == {
+        f"model.layers.{n}.mlp.moe_statics.e_score_correction_bias" for n in (1, 2)
+    }
+    bias, kernel = np.arange(16).reshape(2, 8), np.arange(32 * 8).reshape(32, 8)
+    of = "model.layers.2.mlp."
+    layouts = [by_tensor[f"{of}{name}"].layout for name in (beside[-1], "gate.weight")]
+    np.testing.assert_array_equal(layouts[0].view(bias), bias[0])
+    np.testing.assert_array_equal(layouts[1].view(kernel), kernel)  # [M, E], as the parameter
+
+
+def test_the_authors_config_of_ernie_vl_is_the_same_model(tmp_path: Path) -> None:
+    known, other = (detect(write_model(tmp_path / str(f), *ernie(f))) for f in (False, True))
+    assert (other.settings, other.plan) == (known.settings, known.plan)
+
+
+def test_layers_without_experts_of_images_are_read(tmp_path: Path) -> None:
+    config, shapes = ernie(flat=True)
+    of = "model.layers.1.mlp."
+    other = {f"{of}experts.{n}.{part}_proj.weight" for n in range(8, 16) for part in PARTS}
+    shapes = {n: s for n, s in shapes.items() if n not in other and n != f"{of}gate.weight_1"}
+    shapes[f"{of}moe_statics.e_score_correction_bias"] = [1, 8]
+    carried = detect(write_model(tmp_path / "vl", config, shapes)).plan.carried
+    assert not any(name.startswith(of) for name in carried)
+    assert any(name.startswith("model.layers.2.mlp.") for name in carried)
+    shapes[f"{of}experts.8.up_proj.weight"] = [8, 32]
+    with pytest.raises(UserError, match=r"experts 0 to 8, .*moe_num_experts.*and 8 beside them"):
+        detect(write_model(tmp_path / "odd", config, shapes))
 
 
 def test_one_name_for_several_parameters_is_refused(tmp_path: Path) -> None:

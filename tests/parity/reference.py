@@ -186,7 +186,8 @@ def _correction_biases(model: Any) -> list[torch.Tensor]:
     """Return the correction bias of each layer with experts, if the family has them."""
     state = model.state_dict()
     ends = ("correction_bias", "expert_bias")
-    return [bias.reshape(-1) for name, bias in state.items() if name.endswith(ends)]
+    of_text = {name: bias for name, bias in state.items() if "vision" not in name}
+    return [bias.reshape(-1) for name, bias in of_text.items() if name.endswith(ends)]
 
 
 def _balance_of_choices(model: Any, router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:

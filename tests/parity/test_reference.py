@@ -48,6 +48,7 @@ NOT_ALONE = {
     ("qwen3_vl_moe", "rope_parameters"),
     ("qwen3_omni_moe_thinker", "rope_parameters"),
     ("glm4v_moe", "rope_parameters"),
+    ("ernie4_5_vl_moe", "rope_parameters"),
     ("qwen3_5_moe", "rope_parameters"),
 }
 
