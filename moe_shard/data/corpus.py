@@ -11,7 +11,6 @@ import hashlib
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -20,6 +19,7 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from moe_shard.data.documents import unreadable
+from moe_shard.data.long_work import LongWork, sole_writer
 from moe_shard.data.spans import Documents
 from moe_shard.errors import UserError
 from moe_shard.files import cache_folder, new_folder
@@ -103,8 +103,7 @@ class TokenCorpus:
         self._file = os.fspath(folder / "tokens")
         found = _lengths(folder)
         if found is None:
-            _tokenize(documents, tokenizer, folder, say)
-            found = _lengths(folder)
+            found = _make(documents, tokenizer, folder, say)
         if found is None:
             raise UserError(f"{folder} is incomplete\nfix: remove it; the next run makes it again")
         self.lengths = found
@@ -165,39 +164,57 @@ def _lengths(folder: Path) -> Int64[np.ndarray, "documents"] | None:
     return lengths if whole else None
 
 
-def _tokenize(documents: Documents, tokenizer: Encoder, folder: Path, say: Say) -> None:
-    started = time.perf_counter()
-    lengths = np.zeros(len(documents), np.int64)
-    num_bytes = written = invalid = 0
-    special = np.array(sorted(tokenizer.special), np.int32)
+def _make(
+    documents: Documents, tokenizer: Encoder, folder: Path, say: Say
+) -> Int64[np.ndarray, "documents"] | None:
+    """Tokenize documents into a cache, unless another process does; return their lengths.
+
+    Raises:
+        UserError: a document cannot be read, or the cache cannot be written.
+    """
     try:
-        with new_folder(folder) as aside:
-            with open(aside / "tokens", "wb") as file:
-                for batch in _batches(documents):
-                    all_tokens = tokenizer.encode_texts([text for _, text in batch])
-                    for (document, text), tokens in zip(batch, all_tokens, strict=True):
-                        file.write(tokens.astype(_TOKEN).tobytes())
-                        lengths[document] += len(tokens)
-                        num_bytes += len(text)
-                        invalid += not _is_utf8(text)
-                    written += int(np.isin(np.concatenate(all_tokens), special).sum())
-            np.save(aside / "lengths.npy", lengths)
-            if _lengths(folder) is None:  # missing or damaged
-                shutil.rmtree(folder, ignore_errors=True)
+        with sole_writer(folder):
+            if _lengths(folder) is None:
+                _tokenize(documents, tokenizer, folder, say)
     except OSError as error:
-        # If another process was faster, the rename fails and its folder is used.
         if _lengths(folder) is None:
             raise UserError(
                 f"cannot keep tokens in {folder.parent}: {error.strerror}\n"
                 "fix: XDG_CACHE_HOME=FOLDER in the environment, where you may write"
             ) from error
-    seconds = time.perf_counter() - started
+    return _lengths(folder)
+
+
+def _tokenize(documents: Documents, tokenizer: Encoder, folder: Path, say: Say) -> None:
+    work = LongWork(say)
+    lengths = np.zeros(len(documents), np.int64)
+    num_bytes = written = invalid = 0
+    special = np.array(sorted(tokenizer.special), np.int32)
+    total = documents.num_bytes
+
+    def progress() -> str:
+        return f"tokenized {num_bytes / 1e6:,.0f} of {total / 1e6:,.0f} MB so far"
+
+    with new_folder(folder) as aside:
+        with open(aside / "tokens", "wb") as file:
+            for batch in _batches(documents):
+                all_tokens = tokenizer.encode_texts([text for _, text in batch])
+                for (document, text), tokens in zip(batch, all_tokens, strict=True):
+                    file.write(tokens.astype(_TOKEN).tobytes())
+                    lengths[document] += len(tokens)
+                    num_bytes += len(text)
+                    invalid += not _is_utf8(text)
+                written += int(np.isin(np.concatenate(all_tokens), special).sum())
+                work.tell(progress)
+        np.save(aside / "lengths.npy", lengths)
+        if _lengths(folder) is None:  # missing or damaged
+            shutil.rmtree(folder, ignore_errors=True)
     marks = f"; {written:,} special tokens were written in the text" if written else ""
     if invalid:
         marks += f"; {invalid:,} documents (or pieces of 4 MiB) are not UTF-8 and have U+FFFD"
     say(
-        f"tokenized {num_bytes / 1e6:,.1f} MB to {int(lengths.sum()):,} tokens in {seconds:.1f} s, "
-        f"kept in {folder}{marks}"
+        f"tokenized {num_bytes / 1e6:,.1f} MB to {int(lengths.sum()):,} tokens in "
+        f"{work.seconds:.1f} s, kept in {folder}{marks}"
     )
 
 

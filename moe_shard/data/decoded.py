@@ -8,14 +8,12 @@ and 8 bytes a document.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from array import array
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from jaxtyping import Int64
 
 from moe_shard.data.fields import Columns, DocumentPiece, NoText, Problem
 from moe_shard.data.formats import FileFormat
+from moe_shard.data.long_work import sole_writer
 from moe_shard.data.records import read_records
 from moe_shard.errors import UserError
 from moe_shard.files import cache_folder, new_folder, write_text
@@ -95,7 +94,15 @@ def text_cache() -> Path:
     return cache_folder() / "text"
 
 
-def decode(path: Path, form: FileFormat, *, columns: Columns, encoding: str, skip: bool) -> Decoded:
+def decode(
+    path: Path,
+    form: FileFormat,
+    *,
+    columns: Columns,
+    encoding: str,
+    skip: bool,
+    watch: Callable[[int], object] = lambda _: None,
+) -> Decoded:
     """Return the copy of a file, which is made unless an earlier run did.
 
     Args:
@@ -104,6 +111,7 @@ def decode(path: Path, form: FileFormat, *, columns: Columns, encoding: str, ski
         columns: see `read_records`.
         encoding: see `read_records`.
         skip: count corrupt records instead of stopping at the first.
+        watch: receives now and then the bytes of text that are read, if the copy is made.
 
     Raises:
         CorruptRecord: there is one, and `skip` is false.
@@ -119,10 +127,10 @@ def decode(path: Path, form: FileFormat, *, columns: Columns, encoding: str, ski
     found = _kept(folder)
     if found is None:
         try:
-            with _alone(folder):
+            with sole_writer(folder):
                 found = _kept(folder)  # another process may have been faster
                 if found is None:
-                    _write(folder, path, form, columns, encoding, skip=skip)
+                    _write(folder, path, form, columns, encoding, skip=skip, watch=watch)
                     found = _kept(folder)
         except OSError as error:
             found = _kept(folder)
@@ -149,7 +157,14 @@ def _kept(folder: Path) -> Decoded | None:
 
 
 def _write(
-    folder: Path, path: Path, form: FileFormat, columns: Columns, encoding: str, *, skip: bool
+    folder: Path,
+    path: Path,
+    form: FileFormat,
+    columns: Columns,
+    encoding: str,
+    *,
+    skip: bool,
+    watch: Callable[[int], object],
 ) -> None:
     ends, counts = array("q"), FileCounts()
     end = 0
@@ -159,6 +174,7 @@ def _write(
             for item in read_records(path, form, columns, encoding):
                 if isinstance(item, DocumentPiece):
                     end += file.write(item.text)
+                    watch(end)
                     if item.ends:
                         ends.append(end)
                 elif isinstance(item, NoText):
@@ -171,17 +187,3 @@ def _write(
                 ends.append(end)  # a text whose compressed file is cut
         np.save(aside / "ends.npy", np.array(ends, np.int64))
         write_text(aside / "counts.json", json.dumps(asdict(counts)))
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Let other processes that would make the same copy wait, where the file system can."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = folder.with_name(f".{folder.name}.lock")
-    with open(lock, "wb") as file:
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from moe_shard.data.corpus import Say
 from moe_shard.data.decoded import CorruptRecord, FileCounts, decode, text_cache
 from moe_shard.data.documents import FoundFile, find_files
 from moe_shard.data.fields import Columns, Problem, TextColumn
+from moe_shard.data.long_work import LongWork
 from moe_shard.data.remote_files import fetched, is_remote
 from moe_shard.data.spans import Documents, FilePart
 from moe_shard.errors import UserError
@@ -68,6 +69,7 @@ def find_text(
     size = sum(each.path.stat().st_size for each in to_decode)
     if size >= _LARGE_BYTES:
         say(f"text: reading {size / 1e6:,.0f} MB once, into {text_cache()}, unless it is there")
+    work = _Reading(say, len(to_decode))
     for each in found.files:
         if config.use_sft and each.form.kind == "text":
             passed[each.path] = _no_conversations(each)
@@ -78,12 +80,15 @@ def find_text(
             continue
         taken = _columns(config, chosen, each.path)
         reader = _Reader(each, taken, column_key, config)
-        reason = reader.read()
+        reason = reader.read(work.watch)
+        work.files += 1
         if reason:
             passed[each.path] = reason
         else:
+            work.text += reader.part.size
             parts.append((each, reader.part))
             counts[each.path] = reader.counts
+    work.end()
     if not parts:
         first, reason = next(iter(passed.items()))
         raise UserError(
@@ -121,6 +126,33 @@ def _no_conversations(found: FoundFile) -> str:
     return reason
 
 
+class _Reading:
+    """Say how much is read, if that takes long.
+
+    Attributes:
+        files: files that are read by now.
+        text: bytes of text in them.
+    """
+
+    def __init__(self, say: Say, count: int) -> None:
+        self._say, self._work, self._count = say, LongWork(say), count
+        self.files = self.text = 0
+
+    def watch(self, written: int) -> None:
+        """Say it, with what is read of the file being read."""
+        self._work.tell(
+            lambda: (
+                f"text: {(self.text + written) / 1e6:,.0f} MB of text read so far, "
+                f"{self.files:,} of {self._count:,} files done"
+            )
+        )
+
+    def end(self) -> None:
+        """Say what it took, if it was long."""
+        if self._work.long:
+            self._say(f"text: {self.text / 1e6:,.0f} MB of text read in {self._work.seconds:.0f} s")
+
+
 class _Reader:
     """Decode one file, and turn what is wrong with it into a reason or an error."""
 
@@ -129,8 +161,11 @@ class _Reader:
         self.part: FilePart
         self.counts: FileCounts
 
-    def read(self) -> str:
+    def read(self, watch: Callable[[int], object]) -> str:
         """Read the file; return why it is passed over, or nothing.
+
+        Args:
+            watch: see `decode`.
 
         Raises:
             UserError: a record is corrupt, and `corrupt_records` is "stop"; or no record of a
@@ -144,6 +179,7 @@ class _Reader:
                 columns=self._columns,
                 encoding=self._config.dataset_encoding,
                 skip=self._config.corrupt_records == "skip",
+                watch=watch,
             )
         except CorruptRecord as stopped:
             problem = stopped.problem
