@@ -25,15 +25,16 @@ def attention_params(config: AttentionConfig, model_dim: int) -> int:
     return model_dim * (queries + config.num_kv_heads * (of_key + of_value)) + out
 
 
-def attention_flops(config: AttentionConfig, seq_len: int) -> int:
-    """Count the operations of one token's scores and values, forward and backward.
+def attention_flops(config: AttentionConfig, seq_len: int) -> tuple[int, int]:
+    """Count the operations of one token's scores and values, forward and, apart, backward.
 
     Args:
         config: heads and their sizes.
         seq_len: S, tokens in a sequence, all of which count for each.
     """
     of_key, of_value = _head_dims(config)
-    return 6 * config.num_query_heads * (of_key + of_value) * seq_len + _indexer(config, seq_len)
+    scores = 2 * config.num_query_heads * (of_key + of_value) * seq_len
+    return scores + _indexer(config, seq_len), 2 * scores
 
 
 def _indexer(config: AttentionConfig, seq_len: int) -> int:

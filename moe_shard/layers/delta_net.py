@@ -233,8 +233,8 @@ def delta_net_params(config: ModelConfig) -> int:
     return projected + delta.gdn_conv_kernel_dim * (keys + of_values)
 
 
-def delta_net_flops(config: ModelConfig, seq_len: int) -> int:
-    """Count the operations on the states for one token, forward and backward.
+def delta_net_flops(config: ModelConfig, seq_len: int) -> tuple[int, int]:
+    """Count the operations on the states for one token, forward and, apart, backward.
 
     Token by token a state is multiplied with the key, changed by a key and a value, and multiplied
     with the query: three products of D * E, 6 operations each as for a parameter. What chunks add
@@ -247,4 +247,5 @@ def delta_net_flops(config: ModelConfig, seq_len: int) -> int:
     del seq_len
     delta = config.delta
     state = delta.gdn_key_head_dim * delta.gdn_value_head_dim
-    return 6 * 3 * delta.gdn_num_value_heads * state
+    products = 3 * delta.gdn_num_value_heads * state
+    return 2 * products, 4 * products

@@ -246,8 +246,8 @@ def mamba_params(config: ModelConfig) -> int:
     return projected + mamba.mamba_conv_kernel_dim * (values + keys)
 
 
-def mamba_flops(config: ModelConfig, seq_len: int) -> int:
-    """Count the operations on the states for one token, forward and backward.
+def mamba_flops(config: ModelConfig, seq_len: int) -> tuple[int, int]:
+    """Count the operations on the states for one token, forward and, apart, backward.
 
     Token by token a value and a key are added to each state of P * D numbers, and it is multiplied
     with the query: two products, 6 operations each as for a parameter. What chunks add to that is
@@ -259,7 +259,8 @@ def mamba_flops(config: ModelConfig, seq_len: int) -> int:
     """
     del seq_len
     mamba = config.mamba
-    return 6 * 2 * mamba.mamba_num_heads * mamba.mamba_head_dim * mamba.mamba_state_dim
+    products = 2 * mamba.mamba_num_heads * mamba.mamba_head_dim * mamba.mamba_state_dim
+    return 2 * products, 4 * products
 
 
 def make_mamba(config: ModelConfig, kind: LayerKind, sharding: Sharding, rngs: nnx.Rngs) -> Mamba2:

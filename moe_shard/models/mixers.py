@@ -64,14 +64,14 @@ class MixerEntry:
         make: makes that of one layer.
         params: counts the parameters that a token is multiplied with.
         flops: counts the operations for one token in a sequence of so many that are no products
-            with parameters, forward and backward.
+            with parameters: forward and, apart, backward.
     """
 
     attribute: str
     words: str
     make: Callable[[ModelConfig, LayerKind, Sharding, nnx.Rngs], TokenMixer]
     params: Callable[[ModelConfig], int]
-    flops: Callable[[ModelConfig, int], int]
+    flops: Callable[[ModelConfig, int], tuple[int, int]]
 
 
 def _attention(
@@ -117,7 +117,7 @@ MIXERS: Mapping[MixerName, MixerEntry] = {
         words="short convolution",
         make=make_short_convolution,
         params=short_convolution_params,
-        flops=lambda *_: 0,  # its products are all with parameters
+        flops=lambda *_: (0, 0),  # its products are all with parameters
     ),
 }
 """Mixers by the name in `mixer_pattern`; "none" has no entry."""

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from moe_shard.config.schema import Config, brief_list
 from moe_shard.layers.kernels.load_balance import order_tokens
 from moe_shard.layers.loss import IGNORED
+from moe_shard.models.flops import step_flops_per_token
 from moe_shard.models.params import AbstractModel, Params, describe
 from moe_shard.models.remat import kept
 from moe_shard.program.balance import balanced, bias_norms
@@ -76,6 +77,8 @@ class Program:
             gradient or update is not finite leaves parameters and moments as they were.
         norms: (params, batch) -> `Norms`; jitted, for a step that went bad.
         evaluate: (params, batch of one microbatch) -> its mean cross entropy in nats; jitted.
+        trained: `ParamSpec`s of the parameters that are trained.
+        flops_per_token: useful operations of a step for each token, see `models.flops`.
     """
 
     model: AbstractModel
@@ -87,6 +90,8 @@ class Program:
     step: jax.stages.Wrapped
     norms: jax.stages.Wrapped
     evaluate: jax.stages.Wrapped
+    trained: Params
+    flops_per_token: int
 
     @property
     def batch_sharding(self) -> NamedSharding:
@@ -112,6 +117,7 @@ def make_program(config: Config, sharding: Sharding) -> Program:
     lora = config.model.lora.enable_lora
     chosen = (ADAPTERS,) if lora else config.train.trainable_parameters_mask
     trainable = Trainable(chosen, model.specs)
+    trained = trainable.of(model.specs)
     optimizer = make_optimizer(config.train, trainable.of(stored))
     schedule = make_schedule(config.train)
     grad_fn = make_grad(config, model, stored, trainable)
@@ -145,7 +151,7 @@ def make_program(config: Config, sharding: Sharding) -> Program:
     def norms_of(params: Params, batch: Batch) -> Norms:
         loss, _, grads = gradient(params, batch)
         grads = as_stored(grads, trainable.of(params))
-        return norms(loss, grads, params, model.specs, trained=trainable.of(model.specs))
+        return norms(loss, grads, params, model.specs, trained=trained)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss, losses, grads = gradient(state.params, batch)
@@ -171,11 +177,11 @@ def make_program(config: Config, sharding: Sharding) -> Program:
             if history is not None:
                 history = remember(history, loss, grad_norm, finite=finite)
                 opt_state = WithHistory(opt_state, history)
-            kinds, specs = kinds_of(model.specs), trainable.of(model.specs)
+            kinds = kinds_of(model.specs)
             by_kind = {
-                "grad_norm_by_kind": norms_by_kind(grads, specs, kinds),
+                "grad_norm_by_kind": norms_by_kind(grads, trained, kinds),
                 "param_norm_by_kind": norms_by_kind(state.params, model.specs, kinds),
-                "update_norm_by_kind": norms_by_kind(changes, specs, kinds),
+                "update_norm_by_kind": norms_by_kind(changes, trained, kinds),
             }
         metrics = {
             "loss": loss,
@@ -219,6 +225,10 @@ def make_program(config: Config, sharding: Sharding) -> Program:
             evaluate,
             in_shardings=(state_shardings.params, _shardings(abstract_batch)),
             out_shardings=replicated,
+        ),
+        trained=trained,
+        flops_per_token=step_flops_per_token(
+            config.model, model.specs, trained, seq_len=config.train.max_target_length
         ),
     )
 

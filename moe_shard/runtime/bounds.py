@@ -4,7 +4,8 @@ The bounds are counted from the configuration and the rule table, for one device
 (forward, backward, all layers, all microbatches). There are two counts: for the configured
 capacity, empty slots included, since a capacity strategy exchanges and multiplies them; and
 dropless, for the tokens alone, routed evenly over the experts, with one copy for each choice.
-Shared experts, which are a dense MLP, and the experts' biases are in neither.
+Shared experts, which are a dense MLP, the experts' biases and what adapters add are in neither;
+gradients that no parameter that is trained needs are not in them either.
 """
 
 from __future__ import annotations
@@ -12,13 +13,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from moe_shard.config.model_config import ModelConfig
 from moe_shard.config.schema import Config
 from moe_shard.lowering.collectives import Collective, Extraction
 from moe_shard.lowering.op_names import MOE_SCOPES
 from moe_shard.lowering.work import flops_by_scope, memory_by_scope
+from moe_shard.models.flops import trained_products
+from moe_shard.program.step import Program
+from moe_shard.program.trainable import is_adapter
 from moe_shard.sharding.rules import BoundTable
 from moe_shard.units import human_bytes, human_flops
 
@@ -26,6 +32,41 @@ LAYER_EXCHANGES = 4
 """Exchanges of a layer: to the experts and back, in the forward and in the backward pass."""
 PRODUCTS = 3 * 3
 """Products of an expert with a gate: gate, up and down, each once forward and twice backward."""
+
+
+class Shares(NamedTuple):
+    """Hold for which share of the experts' weights a step computes gradients.
+
+    Attributes:
+        of_input: of what they are multiplied with.
+        of_param: of themselves.
+    """
+
+    of_input: float = 1.0
+    of_param: float = 1.0
+
+    @property
+    def passes(self) -> float:
+        """Return how often a product is done: once forward, and for each gradient."""
+        return 1 + self.of_input + self.of_param
+
+
+ALL = Shares()
+"""Where all parameters are trained."""
+
+
+def gradient_shares(config: ModelConfig, program: Program) -> Shares:
+    """Return for which share of a model's experts the step of a program computes gradients."""
+    found = [
+        each
+        for each in trained_products(config, program.model.specs, program.trained)
+        if "exp" in each.spec.logical_axes and not is_adapter(each.spec.name)
+    ]
+    total = sum(each.params for each in found)
+    return Shares(
+        sum(each.params * each.of_input for each in found) / total,
+        sum(each.params * each.of_param for each in found) / total,
+    )
 
 
 @dataclass(frozen=True)
@@ -41,7 +82,7 @@ class MoEBounds:
             gradients.
         memory_bytes: `weight_bytes`, and the bytes to read and write for the configured slots:
             their vectors before and after both layers of the experts' MLP, once forward, twice
-            backward.
+            backward where inputs and weights have gradients.
     """
 
     wire_bytes: int
@@ -84,7 +125,13 @@ def _times(done: float, least: float) -> str:
     return f", {done / least:.2f} x the least" if least and done else ""
 
 
-def moe_bounds(config: Config, table: BoundTable, *, copies_per_sequence: int) -> MoEBounds | None:
+def moe_bounds(
+    config: Config,
+    table: BoundTable,
+    *,
+    copies_per_sequence: int,
+    gradients: Shares = ALL,
+) -> MoEBounds | None:
     """Compute the bounds of a configuration on a mesh; None for a dense model.
 
     Args:
@@ -92,6 +139,7 @@ def moe_bounds(config: Config, table: BoundTable, *, copies_per_sequence: int) -
         table: the rules on the mesh.
         copies_per_sequence: token copies, or slots, of all experts together for one sequence, see
             `moe.capacity.copies_per_sequence`.
+        gradients: those that the step computes.
     """
     moe = config.model.moe
     if moe is None:
@@ -109,23 +157,25 @@ def moe_bounds(config: Config, table: BoundTable, *, copies_per_sequence: int) -
     sequences = layers * rows / shards("activation_batch_moe")
     slots = sequences * copies_per_sequence
     choices = sequences * config.train.max_target_length * moe.num_experts_per_tok
-    sent = LAYER_EXCHANGES * token_bytes / shards("activation_embed_moe") * (experts - 1) / experts
+    exchanges = LAYER_EXCHANGES * (1 + gradients.of_input) / 2
+    sent = exchanges * token_bytes / shards("activation_embed_moe") * (experts - 1) / experts
     projections = config.model.gating.projections
     elements = projections * config.model.emb_dim * moe.moe_mlp_dim
-    multiplied = 2 * 3 * elements / shards("activation_mlp_moe")
+    multiplied = 2 * gradients.passes * elements / shards("activation_mlp_moe")
     weights = moe.num_experts * elements / experts
     weights *= layers / shards("activation_mlp_moe")
     itemsize = jnp.dtype(config.model.dtype).itemsize
-    weight_bytes = weights * config.train.gradient_accumulation_steps * 3 * itemsize
+    weight_bytes = weights * config.train.gradient_accumulation_steps * gradients.passes * itemsize
     ends = config.model.emb_dim / shards("activation_embed_moe")
     hidden = moe.moe_mlp_dim / shards("activation_mlp_moe")
+    slot_bytes = gradients.passes * 2 * (ends + hidden) * itemsize
     return MoEBounds(
         wire_bytes=round(slots * sent),
         dropless_wire_bytes=round(choices * sent),
         flops=round(slots * multiplied),
         dropless_flops=round(choices * multiplied),
         weight_bytes=round(weight_bytes),
-        memory_bytes=round(weight_bytes + slots * 3 * 2 * (ends + hidden) * itemsize),
+        memory_bytes=round(weight_bytes + slots * slot_bytes),
     )
 
 

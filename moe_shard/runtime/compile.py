@@ -24,7 +24,7 @@ from moe_shard.moe.capacity import copies_per_sequence
 from moe_shard.moe.record import MoERecord
 from moe_shard.moe.strategy import moe_record
 from moe_shard.program.step import Program
-from moe_shard.runtime.bounds import moe_bounds
+from moe_shard.runtime.bounds import MoEBounds, gradient_shares, moe_bounds
 from moe_shard.runtime.compile_cache import (
     Counted,
     count_cached,
@@ -188,19 +188,30 @@ def option_lines(step: CompiledStep) -> list[str]:
     return [f"compiler options, for num_moe_token_chunks: {options}"] if options else []
 
 
-def bound_lines(config: Config, sharding: Sharding, report: LoweringReport) -> list[str]:
+def bounds_of_step(config: Config, program: Program) -> MoEBounds | None:
+    """Compute the least work of the MoE layers in a training step; None for a dense model."""
+    if config.model.moe is None:
+        return None
+    return moe_bounds(
+        config,
+        program.model.sharding.table,
+        copies_per_sequence=copies_per_sequence(
+            config.model.moe, tokens=config.train.max_target_length
+        ),
+        gradients=gradient_shares(config.model, program),
+    )
+
+
+def bound_lines(config: Config, program: Program, report: LoweringReport) -> list[str]:
     """Write the least work of the MoE layers and what the program sends, for people.
 
     A dense model has no such lines.
     """
-    if config.model.moe is None:
-        return []
-    copies = copies_per_sequence(config.model.moe, tokens=config.train.max_target_length)
-    bounds = moe_bounds(config, sharding.table, copies_per_sequence=copies)
+    bounds = bounds_of_step(config, program)
     if bounds is None:
         return []
     assert report.extraction is not None, "the step was compiled"
-    return bounds.lines(report.extraction, sharding.table.expert_axes)
+    return bounds.lines(report.extraction, program.model.sharding.table.expert_axes)
 
 
 def moe_records(config: Config, sharding: Sharding) -> dict[str, MoERecord]:

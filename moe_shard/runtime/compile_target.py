@@ -156,7 +156,7 @@ def compile_for_target(config: Config, target: Target) -> TargetReport:
     return TargetReport(
         target=target,
         lowering=lowering,
-        bounds=(*option_lines(step), *bound_lines(config, sharding, lowering)) if step else (),
+        bounds=(*option_lines(step), *bound_lines(config, program, lowering)) if step else (),
         loss=tuple(loss_lines(config, sharding)),
         estimate=found,
         estimate_lines=tuple(estimate_lines(config, found, sharding.mesh.size)) if step else (),

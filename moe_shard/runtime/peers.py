@@ -52,6 +52,8 @@ _PLAIN = {
     "logits_via_embedding": False,
     "gradient_accumulation_steps": 1,
     "optimizer": "adamw",
+    "enable_lora": False,
+    "trainable_parameters_mask": [],
 }
 """What a model must be to be one of the peers' Mixtrals: key -> value."""
 _FLAG = "moe_dispatch_no_expert_sharding"

@@ -24,11 +24,15 @@ from moe_shard.lowering.memory import memory_from_compiled
 from moe_shard.lowering.reports import LoweringReport, report_from_text
 from moe_shard.lowering.work import flops_by_scope
 from moe_shard.models.flops import train_flops_per_token
-from moe_shard.moe.capacity import copies_per_sequence
-from moe_shard.program.step import BATCH_FIELDS, make_program
-from moe_shard.runtime.bounds import moe_bounds, moe_wire_bytes
-from moe_shard.runtime.compile import compile_step, compiler_options, lay_out, report_step
-from moe_shard.sharding.annotate import Sharding
+from moe_shard.program.step import BATCH_FIELDS, Program, make_program
+from moe_shard.runtime.bounds import moe_wire_bytes
+from moe_shard.runtime.compile import (
+    bounds_of_step,
+    compile_step,
+    compiler_options,
+    lay_out,
+    report_step,
+)
 
 OWN = "moe_shard"
 """The package of a row that is a variant of this one."""
@@ -49,6 +53,8 @@ class StepFacts:
             `models.flops`.
         temp_bytes: bytes of temporaries per device.
         compile_seconds: time to trace and compile.
+        flops_per_token: operations that a token needs, see `models.flops`; None: as if all
+            parameters were trained.
     """
 
     verdict: str | None = None
@@ -56,6 +62,7 @@ class StepFacts:
     flops_over_ideal: float | None = None
     temp_bytes: int | None = None
     compile_seconds: float | None = None
+    flops_per_token: int | None = None
 
 
 @dataclass(frozen=True)
@@ -93,11 +100,12 @@ class StepMeasurement:
         tokens_per_second: of one device.
         mfu: useful FLOPs per second over the device's peak; None where that is unknown.
         loss: the loss of the last update.
-        verdict: see `StepFacts`, as the four below.
+        verdict: see `StepFacts`, as the five below.
         wire_over_bound: bytes over the least.
         flops_over_ideal: FLOPs over the ideal.
         temp_bytes: temporaries of a device.
         compile_seconds: time to compile.
+        flops_per_token: operations that a token needs.
         remark: how its work differs; "" where it does not.
     """
 
@@ -117,6 +125,7 @@ class StepMeasurement:
     flops_over_ideal: float | None
     temp_bytes: int | None
     compile_seconds: float | None
+    flops_per_token: int | None
     remark: str
 
     def to_json(self) -> dict[str, Any]:
@@ -161,7 +170,7 @@ def prepare_own(name: str, config: Config) -> Contender:
     program = make_program(config, sharding)
     compiled = compile_step(program, compiler_options(config, sharding.platform))
     report = report_step(compiled, sharding, jax.default_backend())
-    facts = program_facts(config, sharding, report, compiled.seconds)
+    facts = program_facts(config, program, report, compiled.seconds)
     shape = program.abstract_batch["inputs"].shape
     batch = {
         field: jax.device_put(each.reshape(shape), program.batch_sharding)
@@ -183,37 +192,37 @@ def facts_of_text(config: Config, compiled: jax.stages.Compiled, seconds: float)
     assert text is not None, "every backend of jax prints its HLO"
     sharding, _ = lay_out(config)
     report = report_from_text(text, memory=memory_from_compiled(compiled))
-    return program_facts(config, sharding, report, seconds)
+    return program_facts(config, make_program(config, sharding), report, seconds)
 
 
 def program_facts(
-    config: Config, sharding: Sharding, report: LoweringReport, seconds: float
+    config: Config, program: Program, report: LoweringReport, seconds: float
 ) -> StepFacts:
     """Compare a program with the least work of a configuration.
 
     Args:
         config: model and batch.
-        sharding: its mesh and rules, from which the least follows.
-        report: the program.
+        program: its step, from which the least follows.
+        report: what was compiled.
         seconds: time to compile it.
     """
     assert report.extraction is not None, "the step was compiled"
     length, wire = config.train.max_target_length, None
-    if (moe := config.model.moe) is not None:
-        copies = copies_per_sequence(moe, tokens=length)
-        bounds = moe_bounds(config, sharding.table, copies_per_sequence=copies)
-        if bounds is not None and bounds.wire_bytes:
-            axes = sharding.table.expert_axes
-            wire = moe_wire_bytes(report.collectives, axes) / bounds.wire_bytes
+    sharding = program.model.sharding
+    bounds = bounds_of_step(config, program)
+    if bounds is not None and bounds.wire_bytes:
+        axes = sharding.table.expert_axes
+        wire = moe_wire_bytes(report.collectives, axes) / bounds.wire_bytes
     done = flops_by_scope(report.extraction.walk, report.extraction.roles.flow).total()
     tokens = config.train.global_batch_rows(sharding.mesh.size) * length / sharding.mesh.size
-    ideal = tokens * train_flops_per_token(config.model, seq_len=length)
+    ideal = tokens * program.flops_per_token
     return StepFacts(
         verdict=report.verdict,
         wire_over_bound=wire,
         flops_over_ideal=done / ideal if done else None,
         temp_bytes=report.memory["temp_bytes"] if report.memory else None,
         compile_seconds=seconds,
+        flops_per_token=program.flops_per_token,
     )
 
 
@@ -253,7 +262,7 @@ def measure_steps(
     )
     hardware = find_hardware(jax.devices()[0].device_kind)
     peak = hardware.peak_flops.get(config.model.dtype) if hardware else None
-    flops = train_flops_per_token(config.model, seq_len=length)
+    of_all = train_flops_per_token(config.model, seq_len=length)
 
     def ratio(of: int, to: int) -> float:
         return statistics.median(row[of] / row[to] for row in times)
@@ -262,6 +271,7 @@ def measure_steps(
     for at, contender in enumerate(contenders):
         seconds = statistics.median(row[at] for row in times)
         per_device = rows * length / seconds / jax.device_count()
+        flops = contender.facts.flops_per_token or of_all
         found.append(
             StepMeasurement(
                 name=contender.name,

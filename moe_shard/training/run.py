@@ -144,7 +144,7 @@ def run(config: Config, team: Team | None = None) -> Outcome:
             ]
             lines += state_lines(config, program)
             lines += loss_lines(config, sharding) + option_lines(step)
-            lines += bound_lines(config, sharding, report)
+            lines += bound_lines(config, program, report)
             if found := estimate_step(config, hardware, report):
                 lines += estimate_lines(config, found, sharding.mesh.size)
             for line in lines:

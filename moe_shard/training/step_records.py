@@ -9,7 +9,6 @@ import jax
 
 from moe_shard.config.hardware import find_hardware
 from moe_shard.config.schema import Config
-from moe_shard.models.flops import train_flops_per_token
 from moe_shard.program.step import Batch, Metrics, Program, TrainState
 from moe_shard.training.bad_steps import BadSteps
 from moe_shard.training.goodput import WallTime
@@ -53,7 +52,7 @@ class StepRecords:
         hardware = find_hardware(jax.devices()[0].device_kind)
         self._pace = Pace(
             tokens=math.prod(shape) / jax.device_count(),
-            flops_per_token=train_flops_per_token(config.model, seq_len=shape[-1]),
+            flops_per_token=program.flops_per_token,
             peak_flops=hardware.peak_flops.get(config.model.dtype) if hardware else None,
         )
         self.last: Record | None = None

@@ -5,8 +5,14 @@ from __future__ import annotations
 import pytest
 
 from moe_shard.config import load_config
-from moe_shard.models.flops import matmul_params_per_token, train_flops_per_token
-from tests.models.build import small_config
+from moe_shard.models.flops import (
+    matmul_params_per_token,
+    step_flops_per_token,
+    train_flops_per_token,
+)
+from moe_shard.models.params import describe
+from moe_shard.program.trainable import ADAPTERS, Trainable
+from tests.models.build import annotator, small_config
 
 SMALL = (
     "base_num_decoder_layers=4", "base_emb_dim=16", "base_num_query_heads=4",
@@ -106,3 +112,76 @@ def test_published_models_have_their_published_active_parameters(
 ) -> None:
     config = load_config(model).model
     assert matmul_params_per_token(config) / 1e9 == pytest.approx(billions, rel=0.08)
+
+
+def trained(*overrides: str, patterns: tuple[str, ...] = ()) -> int:
+    """Count the operations for a token of training what patterns name, of sequences of 7."""
+    config = small_config({"data": 8}, *SMALL, *overrides)
+    specs = describe(config.model, annotator(config)).specs
+    some = Trainable(patterns, specs).of(specs)
+    return step_flops_per_token(config.model, specs, some, seq_len=7)
+
+
+SCORES = 2 * 4 * (8 + 8) * 7
+"""Operations of a token's scores and values in a layer, forward."""
+
+
+def test_what_is_not_trained_has_no_gradient_of_its_own() -> None:
+    layers = 4 * (ATTENTION + MOE)
+    everything = 6 * (layers + LOGITS) + 4 * 3 * SCORES
+    assert trained() == everything
+    routed, shared = 4 * 2 * 3 * 16 * 32, 4 * 16 * 8 * (4 + 4)  # query and out
+    some = trained(patterns=("experts", "attention/(query|out)"))
+    assert some == everything - 2 * (layers + LOGITS - routed - shared)
+    # Nothing before the head is trained: no gradient passes it.
+    forward = 2 * (layers + LOGITS) + 4 * SCORES
+    assert trained(patterns=("embedding/kernel",)) == forward + 2 * LOGITS
+    assert trained(patterns=("final_norm",)) == forward + 2 * LOGITS
+    assert trained(patterns=("embedding/table",)) == 2 * forward - 4 * SCORES + 4 * 2 * SCORES
+    tied = trained("logits_via_embedding=true", patterns=("embedding/table",))
+    assert tied == trained(patterns=("embedding/table",)) + 2 * LOGITS
+
+
+def test_no_gradient_passes_layers_before_those_that_are_trained() -> None:
+    dense = ("first_num_dense_layers=1",)
+    first, rest = ATTENTION + DENSE, 3 * (ATTENTION + MOE)
+    found = trained(*dense, patterns=("layers_1/attention/query",))
+    query = 3 * 16 * 8 * 4
+    assert found == 2 * first + SCORES + 4 * (rest + LOGITS) + 3 * 3 * SCORES + 2 * query
+
+
+def test_adapters_are_trained_and_their_weights_are_not() -> None:
+    rank = 3
+    lora = ("enable_lora=true", f"lora_rank={rank}", "lora_alpha=6")
+    attention = rank * (3 * 16 + 8 * (4 + 2 + 2) + 8 * 4 + 16)
+    # Of the 2 experts of a token: gate and up share A.
+    experts = 2 * rank * (16 + 32 + 32 + 32 + 16)
+    weights = 4 * (ATTENTION + MOE) + LOGITS
+    adapters = 4 * (attention + experts)
+    assert trained(*lora, patterns=(ADAPTERS,)) == 4 * weights + 6 * adapters + 4 * 3 * SCORES
+
+
+def test_mtp_layers_alone() -> None:
+    mtp = ("mtp_num_layers=1",)
+    layers, ahead = 4 * (ATTENTION + MOE), ATTENTION + MOE + 2 * 16 * 16
+    found = trained(*mtp, patterns=("^mtp/",))
+    assert found == 2 * (layers + LOGITS) + 4 * SCORES + 6 * ahead + 4 * LOGITS + 3 * SCORES
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("shared_experts=1", "shared_expert_gate=true", "logits_bias=true", "mlp_bias=true"),
+        ("attention_output_gate=true", "attention_bias=true", "mtp_num_layers=2"),
+        ("mixer_pattern=[gated_delta_net, attention, mamba2, short_convolution]",),
+        ("attention_type=mla", "q_lora_rank=12", "kv_lora_rank=10", "qk_nope_head_dim=6",
+         "qk_rope_head_dim=2", "v_head_dim=5", "use_indexer=true", "indexer_topk=4",
+         "indexer_n_heads=3", "indexer_head_dim=4", "logits_via_embedding=true"),
+    ],
+    ids=["shared", "gate-mtp", "mixers", "mla"],
+)  # fmt: skip
+def test_parameters_counted_one_by_one_are_those_of_the_configuration(
+    overrides: tuple[str, ...],
+) -> None:
+    config = small_config({"data": 8}, *SMALL, *overrides)
+    assert trained(*overrides) == train_flops_per_token(config.model, seq_len=7)

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from moe_shard.errors import UserError
+from moe_shard.lowering.reports import report_from_text
+from moe_shard.lowering.work import flops_by_scope
 from moe_shard.models.params import describe
 from moe_shard.program.step import make_program
 from moe_shard.program.trainable import Trainable
@@ -23,6 +25,7 @@ def run(*overrides: str) -> tuple[Any, Any, Any, Any]:
     """Return the program, its executable, a first state, and the one after a step."""
     config = small_config(
         SIZES, "base_num_decoder_layers=2", "gradient_clipping_threshold=0",
+        "remat_policy=none",
         "routed_bias=true", "routed_bias_update_rate=0.01", *overrides,
     )  # fmt: skip
     program = make_program(config, annotator(config))
@@ -32,6 +35,13 @@ def run(*overrides: str) -> tuple[Any, Any, Any, Any]:
     batch = jax.device_put(random_batch(), program.batch_sharding)
     after, metrics = compiled(state, batch)
     return program, compiled, before, (jax.device_get(after), jax.device_get(metrics))
+
+
+def products(compiled: Any) -> int:
+    """Count the operations of a program's products on one device."""
+    extraction = report_from_text(compiled.as_text()).extraction
+    assert extraction is not None
+    return flops_by_scope(extraction.walk, extraction.roles.flow).total()
 
 
 def by_name(tree: Any, specs: Any) -> dict[str, Any]:
@@ -56,6 +66,10 @@ def test_what_is_trained_moves_as_it_would_and_the_rest_stays() -> None:
     moments = [leaf for leaf in jax.tree.leaves(after.opt_state) if leaf.ndim]
     assert sum(leaf.size for leaf in moments) == 2 * sum(first[name].size for name in trained)
     assert part.cost_analysis()["flops"] < whole.cost_analysis()["flops"]
+    # Nothing is computed twice, and every capacity slot has a token: the program does what counts.
+    tokens = random_batch()["inputs"].size / 8
+    for each, compiled in ((program, whole), (some, part)):
+        assert products(compiled) == tokens * each.flops_per_token
     kinds = dict(zip(("experts", "head"), metrics["grad_norm_by_kind"][[-3, -1]], strict=True))
     assert kinds["experts"] > 0 == kinds["head"]
     [note] = [note for note in some.notes if note.startswith("trained: ")]
@@ -65,6 +79,23 @@ def test_what_is_trained_moves_as_it_would_and_the_rest_stays() -> None:
     )
     assert set(found.gradients) == trained
     assert set(found.parameters) == set(first)
+
+
+@pytest.mark.recorded
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("enable_lora=true", "lora_rank=4", "lora_alpha=8"),
+        ("enable_lora=true", "lora_rank=4", "lora_alpha=8", "num_experts=1",
+         "num_experts_per_tok=1", "routed_bias=false", "routed_bias_update_rate=0"),
+        ("trainable_parameters_mask=[embedding/kernel]",),
+        ("trainable_parameters_mask=[layers_1/]", "first_num_dense_layers=1"),
+    ],
+    ids=["adapters", "adapters-dense", "head", "upper-layer"],
+)  # fmt: skip
+def test_the_program_does_the_operations_that_are_counted(overrides: tuple[str, ...]) -> None:
+    program, compiled, *_ = run(*overrides)
+    assert products(compiled) == random_batch()["inputs"].size / 8 * program.flops_per_token
 
 
 def test_patterns_that_find_nothing_are_refused() -> None:

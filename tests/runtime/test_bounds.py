@@ -5,16 +5,25 @@ from __future__ import annotations
 from moe_shard.config import load_config
 from moe_shard.lowering.collectives import Collective
 from moe_shard.moe.capacity import copies_per_sequence
-from moe_shard.runtime.bounds import MoEBounds, moe_bounds, moe_wire_bytes
+from moe_shard.program.step import make_program
+from moe_shard.runtime.bounds import (
+    ALL,
+    MoEBounds,
+    Shares,
+    gradient_shares,
+    moe_bounds,
+    moe_wire_bytes,
+)
 from moe_shard.sharding.rules import RuleTable
+from tests.models.build import annotator, small_config
 
 
-def bounds(*overrides: str, devices: int = 8) -> MoEBounds:
+def bounds(*overrides: str, devices: int = 8, gradients: Shares = ALL) -> MoEBounds:
     config = load_config("mixtral-tiny", overrides)
     table = RuleTable(config.mesh.logical_axis_rules).on(config.mesh.resolve(devices))
     assert config.model.moe is not None
     slots = copies_per_sequence(config.model.moe, tokens=config.train.max_target_length)
-    found = moe_bounds(config, table, copies_per_sequence=slots)
+    found = moe_bounds(config, table, copies_per_sequence=slots, gradients=gradients)
     assert found is not None
     return found
 
@@ -75,6 +84,24 @@ def test_a_dense_model_has_no_bounds() -> None:
     config = load_config("mixtral-tiny", ["num_experts=1", "num_experts_per_tok=1"])
     table = RuleTable(config.mesh.logical_axis_rules).on(config.mesh.resolve(8))
     assert moe_bounds(config, table, copies_per_sequence=1) is None
+
+
+def shares(*overrides: str) -> Shares:
+    config = small_config({"expert": 8}, *overrides)
+    return gradient_shares(config.model, make_program(config, annotator(config)))
+
+
+def test_experts_that_stay_are_read_twice_and_have_no_gradient() -> None:
+    lora = ("enable_lora=true", "lora_rank=2", "lora_alpha=2")
+    assert shares() == shares("trainable_parameters_mask=[experts]") == ALL
+    assert shares(*lora) == Shares(1, 0)
+    assert shares("trainable_parameters_mask=[experts/down]") == Shares(1, 1 / 3)
+    assert shares("trainable_parameters_mask=[final_norm]") == Shares(0, 0)
+    whole, still = bounds(), bounds(gradients=Shares(1, 0))
+    assert still.wire_bytes == whole.wire_bytes
+    assert 3 * still.flops == 2 * whole.flops
+    assert 3 * still.memory_bytes == 2 * whole.memory_bytes
+    assert 2 * bounds(gradients=Shares(0, 0)).wire_bytes == whole.wire_bytes
 
 
 def collective(scope: str, axes: tuple[str, ...], wire: int, count: int = 1) -> Collective:
