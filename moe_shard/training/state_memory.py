@@ -1,4 +1,4 @@
-"""Say what parameters and optimizer take on each device, and what another dtype would take."""
+"""Say what the state takes on each device and in a checkpoint, and what another dtype would."""
 
 from __future__ import annotations
 
@@ -39,7 +39,28 @@ def state_lines(config: Config, program: Program) -> list[str]:
             "weight is lost; weight_dtype=float32 keeps it, and an export has the checkpoint's "
             "dtypes in any case"
         )
+    if config.train.enable_checkpointing and (still := _still(program)):
+        lines.append(
+            f"each checkpoint: {human_bytes(_whole(state))}, {human_bytes(_whole(still))} of it "
+            "parameters that are not trained, as a checkpoint has all of them"
+        )
     return lines
+
+
+def _still(program: Program) -> list[Any]:
+    """Return what a state has of parameters that are not trained."""
+    trained = {spec.name for spec in jax.tree.leaves(program.trained)}
+    params = zip(
+        jax.tree.leaves(program.model.specs),
+        jax.tree.leaves(program.abstract_state.params),
+        strict=True,
+    )
+    return [leaf for spec, leaf in params if spec.name not in trained]
+
+
+def _whole(tree: Any) -> int:
+    """Return the bytes of arrays, whatever their shards."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _sizes(config: Config, params: Params, opt_state: Any) -> str:
