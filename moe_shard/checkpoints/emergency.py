@@ -20,6 +20,7 @@ from orbax.checkpoint.experimental.emergency import checkpoint_manager as emerge
 
 from moe_shard.checkpoints.checksums import CHECKSUMS, Damage, read_manifest
 from moe_shard.checkpoints.local import LocalCheckpoints, mesh_of, why_unusable
+from moe_shard.checkpoints.together import SavesTogether, barriers_of
 from moe_shard.data.corpus import Say
 from moe_shard.errors import UserError
 from moe_shard.files import next_numbered
@@ -59,7 +60,7 @@ class EmergencyCheckpoints(LocalCheckpoints):
         self, folder: Path, run: str, state: TrainState, *, verify: bool, say: Say
     ) -> None:
         mesh = mesh_of(state)
-        require_replicas(mesh)
+        replica, processes = own_replica(mesh)
         own = folder / str(jax.process_index()) / "checkpoints"
         # Orbax wants a folder for checkpoints that all share; those are saved elsewhere.
         shared = own.with_name("none")
@@ -71,13 +72,19 @@ class EmergencyCheckpoints(LocalCheckpoints):
                     f"cannot write local checkpoints to {each}: {error.strerror}\n"
                     "fix: local_checkpoint_directory=FOLDER that you may write to"
                 ) from error
-        super().__init__(own, run, state, say=say)
+        together = SavesTogether(f"local of replica {replica}", processes)
+        super().__init__(own, run, state, together, say=say)
         self._tell(self._examine(verify=verify))
-        self._manager = emergency.CheckpointManager(
+        with barriers_of(together):
+            self._manager = self._open(mesh, shared)
+        self.latest = self._manager.latest_step()
+
+    def _open(self, mesh: Any, shared: Path) -> Any:
+        return emergency.CheckpointManager(
             self._folder,
             shared,
             global_mesh=mesh,
-            abstract_state=state,
+            abstract_state=self._state,
             options=emergency.CheckpointManagerOptions(
                 local=emergency.LocalCheckpointOptions(
                     max_to_keep=_KEPT, save_decision_policy=_Save(True)
@@ -86,7 +93,6 @@ class EmergencyCheckpoints(LocalCheckpoints):
                 replica_axis_index=mesh.axis_names.index(_REPLICA_AXIS),
             ),
         )
-        self.latest = self._manager.latest_step()
 
     def begin(self, updates: int) -> None:
         """Remove what is of later updates than the run goes on from: other replicas lack it."""
@@ -129,11 +135,11 @@ class EmergencyCheckpoints(LocalCheckpoints):
         return lines
 
 
-def require_replicas(mesh: Any) -> None:
-    """Refuse a mesh without two replicas on processes of their own.
+def own_replica(mesh: Any) -> tuple[int, set[int]]:
+    """Return which replica this process is of, and the processes of that replica.
 
     Raises:
-        UserError: there are none.
+        UserError: the mesh has no two replicas on processes of their own.
     """
     at = mesh.axis_names.index(_REPLICA_AXIS)
     replicas = [
@@ -147,3 +153,8 @@ def require_replicas(mesh: Any) -> None:
             f"processes of their own: there are {len(replicas)} on {jax.process_count()}\n"
             "fix: data parallelism over the processes, or checkpoint_period_minutes=MINUTES"
         )
+    return next(
+        (number, processes)
+        for number, processes in enumerate(replicas)
+        if jax.process_index() in processes
+    )

@@ -36,6 +36,7 @@ from moe_shard.checkpoints.room import (
     why_not_writable,
     why_not_written,
 )
+from moe_shard.checkpoints.together import FailedElsewhere, SavesTogether
 from moe_shard.checkpoints.whole import said_by_all
 from moe_shard.data.corpus import Say
 from moe_shard.errors import UserError
@@ -57,14 +58,17 @@ class LocalCheckpoints(ABC):
         folder: where this process saves.
         run: names the run.
         state: shapes, dtypes and shardings of its state.
+        together: the processes that write parts of the same.
         say: receives a line on each that is damaged or cannot be used.
     """
 
     latest: int | None = None
     _manager: Any  # of Orbax; its two kinds share no class
 
-    def __init__(self, folder: Path, run: str, state: TrainState, *, say: Say) -> None:
-        self._folder, self._state, self._say = folder, state, say
+    def __init__(
+        self, folder: Path, run: str, state: TrainState, together: SavesTogether, *, say: Say
+    ) -> None:
+        self._folder, self._state, self._together, self._say = folder, state, together, say
         self._id = f"{run}, {_form(state)}"
         self._in_flight: int | None = None
         self._sums: threading.Thread | None = None
@@ -99,8 +103,12 @@ class LocalCheckpoints(ABC):
         """Read the newest by Orbax's manager."""
 
     def save(self, state: TrainState, *, updates: int) -> None:
-        """Save in the background; one that fails is said with the next, on any process."""
+        """Save in the background; one that fails on a process is given up by those with parts.
+
+        It is said with the next.
+        """
         self.finish()
+        self._together.begin()
         # Begun by all processes or by none: they wait for each other.
         if hindered := said_by_all(self._hindrance()):
             process, why = next(iter(hindered.items()))
@@ -168,6 +176,9 @@ class LocalCheckpoints(ABC):
         shutil.rmtree(self._part(updates), ignore_errors=True)
         with suppress(Exception):
             self._manager.reload()
+        self._together.tell(error, why_not_written(error))
+        if isinstance(error, FailedElsewhere):
+            self._failed = ""  # the other says it
 
     def finish(self) -> None:
         """Wait until everything is written, and say it of any process where it has failed."""

@@ -8,11 +8,9 @@ travel with it, also from another machine or the bucket.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from moe_shard.checkpoints.checksums import read_manifest, write_manifest
 from moe_shard.checkpoints.local import OTHER_FORM, LocalCheckpoints, mesh_of, why_unusable
 from moe_shard.checkpoints.replicator import ERRORS, FAILED, Node, Replicator
 from moe_shard.checkpoints.room import why_not_writable, why_not_written
-from moe_shard.checkpoints.together import FailedElsewhere, SavesTogether
+from moe_shard.checkpoints.together import SavesTogether, barriers_of
 from moe_shard.checkpoints.whole import said_by_all
 from moe_shard.config.local_config import LocalConfig
 from moe_shard.data.corpus import Say
@@ -70,7 +68,7 @@ class ReplicatedCheckpoints(LocalCheckpoints):
     ) -> None:
         groups = _groups(state, config.mtc_data_parallelism)
         _require_own_folders(folder)
-        super().__init__(folder, run, state, say=say)
+        super().__init__(folder, run, state, SavesTogether("local"), say=say)
         count = jax.process_count()
         self._service = Replicator(
             folder,
@@ -94,8 +92,7 @@ class ReplicatedCheckpoints(LocalCheckpoints):
         say(f"GKE's replicator service is there; of {count} processes, {same} hold the same")
         self.latest = self._bring(verify=verify)
         self._bytes = 0
-        self._together = SavesTogether("local")
-        with _barriers(self._together.wait):
+        with barriers_of(self._together):
             self._manager = orbax.ReplicatorCheckpointManager(
                 folder,
                 orbax.ReplicatorCheckpointManagerOptions(
@@ -163,12 +160,6 @@ class ReplicatedCheckpoints(LocalCheckpoints):
     def _needed(self) -> int:
         return self._bytes
 
-    def save(self, state: TrainState, *, updates: int) -> None:
-        """Save in the background; one that fails on a process is given up by all."""
-        self.finish()
-        self._together.begin()
-        super().save(state, updates=updates)
-
     def poll(self) -> None:
         """Write the checksums of one that is complete, or give up one that has failed."""
         super().poll()
@@ -179,12 +170,6 @@ class ReplicatedCheckpoints(LocalCheckpoints):
             and self._sums is None
         ):
             self.settle()
-
-    def _fail(self, updates: int, error: Exception) -> None:
-        super()._fail(updates, error)
-        self._together.tell(error, why_not_written(error))
-        if isinstance(error, FailedElsewhere):
-            self._failed = ""  # the other says it
 
     def _hindrance(self) -> str:
         if failed := self._service.complaint(FAILED):
@@ -211,25 +196,6 @@ class ReplicatedCheckpoints(LocalCheckpoints):
         super().finish()
         error = self._service.complaint(ERRORS)
         self._tell([f"GKE's replicator service: {error}"] if error else [])
-
-
-@contextmanager
-def _barriers(wait: Callable[..., None]) -> Iterator[None]:
-    """Give managers that are opened in the block barriers of ours, which their options lack.
-
-    At Orbax's own, the background threads of the others wait 20 minutes for one that has failed.
-    """
-    made = orbax._get_checkpoint_manager_options
-
-    def with_ours(*arguments: Any) -> ocp.CheckpointManagerOptions:
-        ours = ocp.AsyncOptions(barrier_sync_fn=wait)
-        return dataclasses.replace(made(*arguments), async_options=ours)
-
-    orbax._get_checkpoint_manager_options = with_ours
-    try:
-        yield
-    finally:
-        orbax._get_checkpoint_manager_options = made
 
 
 def identical_groups(parts: Sequence[object]) -> int:

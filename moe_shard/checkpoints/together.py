@@ -9,12 +9,14 @@ each then gives the checkpoint up, before it gets its name.
 from __future__ import annotations
 
 import threading
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from jax._src.distributed import global_state
+from orbax.checkpoint import checkpoint_manager
 
 _TIMEOUT_MS = 1_200_000
 _WRITTEN, _NAMED = "async_write_complete", "async_commit_complete"
@@ -30,10 +32,11 @@ class SavesTogether:
 
     Args:
         manager: names it among those of a run.
+        processes: that save together; None for all.
     """
 
-    def __init__(self, manager: str = "saves") -> None:
-        self._manager = manager
+    def __init__(self, manager: str = "saves", processes: set[int] | None = None) -> None:
+        self._manager, self._processes = manager, processes
         self._saves = 0  # counts alike on all processes, which save after the same steps
         self._at = _WRITTEN
 
@@ -66,7 +69,8 @@ class SavesTogether:
             error: what has ended it.
             why: a line.
         """
-        if jax.process_count() == 1 or isinstance(error, FailedElsewhere):
+        others = (self._processes or {*range(jax.process_count())}) - {jax.process_index()}
+        if not others or isinstance(error, FailedElsewhere):
             return
         at = self._at
         _store().key_value_set(f"{self._name(at)}/failed/{jax.process_index()}", why)
@@ -81,7 +85,27 @@ class SavesTogether:
             self._meet(at, _TIMEOUT_MS)
 
     def _meet(self, at: str, timeout_ms: int) -> None:
-        ocp.multihost.get_barrier_sync_fn()(key=self._name(at), timeout_ms=timeout_ms)
+        meet = ocp.multihost.get_barrier_sync_fn(processes=self._processes)
+        meet(key=self._name(at), timeout_ms=timeout_ms)
+
+
+@contextmanager
+def barriers_of(together: SavesTogether) -> Iterator[None]:
+    """Give managers that are opened in the block barriers of ours, which their options lack.
+
+    At Orbax's own, the background threads of the others wait 20 minutes for one that has failed.
+    """
+    made: Callable[..., Any] = checkpoint_manager.CheckpointManagerOptions
+
+    def with_ours(**options: Any) -> Any:
+        ours = ocp.AsyncOptions(barrier_sync_fn=together.wait)
+        return made(**options | {"async_options": ours})
+
+    checkpoint_manager.CheckpointManagerOptions = with_ours
+    try:
+        yield
+    finally:
+        checkpoint_manager.CheckpointManagerOptions = made
 
 
 def of_process(process: int, why: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import resource
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 
 from moe_shard.checkpoints import local as local_checkpoints
 from moe_shard.checkpoints.checksums import write_manifest
-from moe_shard.checkpoints.emergency import EmergencyCheckpoints, require_replicas
+from moe_shard.checkpoints.emergency import EmergencyCheckpoints, own_replica
 from moe_shard.errors import UserError
 from tests.checkpoints.damage import bit_flipped
 from tests.models.build import small_config
@@ -57,6 +58,21 @@ def test_two_processes_go_on_from_their_own_disks_bit_for_bit(tmp_path: Path) ->
     assert metrics[0] == metrics[1]
 
 
+@pytest.mark.survival
+def test_a_save_that_fails_on_one_process_of_a_replica_ends_on_all_of_it(tmp_path: Path) -> None:
+    keys = (*KEYS, "steps=4", "local_checkpoint_period=2")
+    run = start(tmp_path, 4, keys, XLA_FLAGS=FLAGS)  # processes 2 and 3 are the second replica
+    resource.prlimit(run.processes[3].pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    assert wait(run, 300) < 300
+    assert [each.returncode for each in run.processes] == [0] * 4, run.texts()
+    said = [line for line in run.texts()[0].splitlines() if "local checkpoint" in line]
+    assert [line.split(" in ")[0] for line in said] == [
+        f"process 3: the local checkpoint after step {step} was not saved" for step in (2, 4)
+    ]
+    assert all("File too large" in line for line in said)
+    assert not [path for path in tmp_path.glob("ram/*/*/checkpoints/*") if path.name.isdecimal()]
+
+
 def test_parts_that_cannot_be_used_are_set_aside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,7 +108,7 @@ def test_parts_that_cannot_be_used_are_set_aside(
 def test_what_has_no_replicas_is_refused() -> None:
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "expert"))
     with pytest.raises(UserError, match="there are 2 on 1"):
-        require_replicas(mesh)
+        own_replica(mesh)
     keys = ("enable_emergency_checkpoint=true", "local_checkpoint_directory=x")
     with pytest.raises(UserError, match="fix: local_checkpoint_directory=FOLDER"):
         small_config({"data": 8}, *keys)
