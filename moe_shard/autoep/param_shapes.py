@@ -43,7 +43,13 @@ _KEYS = {
 }
 """Logical axis -> the settings that determine the size of its dim."""
 
-_SHARED_KEYS = {"mlp": ("shared_experts", "shared_expert_mlp_dim", "base_moe_mlp_dim")}
+_LATENT_DIM = "moe_latent_dim"
+_MOE_KEYS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "mlp.shared.": {"mlp": ("shared_experts", "shared_expert_mlp_dim", "base_moe_mlp_dim")},
+    "mlp.latent.": {"mlp": (_LATENT_DIM,)},
+}
+"""The same of parameters whose paths have a prefix."""
+_EXPERTS_ON_LATENTS = {"embed_moe": (_LATENT_DIM,), "embed": (_LATENT_DIM,)}
 _QUERY_KEYS = ("qk_nope_head_dim", "qk_rope_head_dim")
 _LATENT_KEYS: dict[str, dict[str, tuple[str, ...]]] = {
     "attention.query": {"head_dim": _QUERY_KEYS},
@@ -146,18 +152,27 @@ def slots_of(model: ModelConfig) -> ParamSlots:
     specs = describe(model, sharding).specs
     outer: dict[str, Slot] = {}
     layers: dict[str, dict[str, Slot]] = {name: {} for name, _, _ in all_stacks(model)}
+    own = dict(_MOE_KEYS)
+    if model.moe is not None and model.moe.moe_latent_dim != -1:
+        own[EXPERTS] = _EXPERTS_ON_LATENTS
     latent = model.attention.attention_type == "mla"
     for spec in jax.tree.leaves(specs):
         first, _, rest = spec.name.partition(".")
         if first in layers:
             dims = 2 if rest.startswith(EXPERTS) else 1
-            layers[first][rest] = _slot(rest, spec, dims, latent)
+            layers[first][rest] = _slot(rest, spec, dims, latent, own)
         else:
-            outer[spec.name] = _slot(spec.name, spec, 0, latent)
+            outer[spec.name] = _slot(spec.name, spec, 0, latent, own)
     return ParamSlots(outer, layers)
 
 
-def _slot(path: str, spec: ParamSpec, stacked: int, latent: bool) -> Slot:
+def _slot(
+    path: str,
+    spec: ParamSpec,
+    stacked: int,
+    latent: bool,
+    of_prefix: Mapping[str, Mapping[str, tuple[str, ...]]],
+) -> Slot:
     """Describe one parameter without its leading dims of layers and experts."""
     shape, axes = spec.shape[stacked:], spec.logical_axes[stacked:]
     inputs = 1 if path.endswith(TAPS) else _inputs(axes)
@@ -168,10 +183,9 @@ def _slot(path: str, spec: ParamSpec, stacked: int, latent: bool) -> Slot:
     if path.startswith("convolution."):
         taps = ("short_conv_kernel_dim",) if path.endswith("taps") else ()
         return Slot(shape, inputs, (*taps, _MODEL_DIM))
-    own: Mapping[str, tuple[str, ...]] = {}
-    if path.startswith("mlp.shared."):
-        own = _SHARED_KEYS
-    elif latent:
+    found = (keys for prefix, keys in of_prefix.items() if path.startswith(prefix))
+    own: Mapping[str, tuple[str, ...]] = next(found, {})
+    if latent and not own:
         own = _LATENT_KEYS.get(re.sub(r"(\.scale|[._]bias)$", "", path), {})
     keys: list[str] = []
     for axis in axes:

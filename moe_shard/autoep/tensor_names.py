@@ -55,6 +55,7 @@ _SWITCHES = (
     (r"embedding\.bias", "logits_bias"),
     (r"mlp\.router\.bias", "router_bias"),
     (r"mlp\.shared\..*", "shared_experts"),
+    (r"mlp\.latent\..*", "moe_latent_dim"),
     (r"convolution\..*_bias", "short_conv_bias"),
     (r"mamba\..*_conv_bias", "mamba_conv_bias"),
     (r"mamba\..*_bias", "mamba_proj_bias"),

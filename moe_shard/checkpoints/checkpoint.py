@@ -35,6 +35,7 @@ _SHAPING_KEYS = (
     "head_dim",
     "base_mlp_dim",
     "base_moe_mlp_dim",
+    "moe_latent_dim",
     "num_experts",
     "vocab_size",
     "logits_via_embedding",

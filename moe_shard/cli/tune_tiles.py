@@ -123,4 +123,5 @@ def _shape(text: str) -> tuple[int, int, int, int]:
             f"--tune {text}: the model has no experts\nfix: a model that has, or GxNxAxP"
         )
     tokens = int(config.train.per_device_batch_size * config.train.max_target_length)
-    return moe.num_experts, tokens * moe.num_experts_per_tok, config.model.emb_dim, moe.moe_mlp_dim
+    into = moe.expert_dim(config.model.emb_dim)
+    return moe.num_experts, tokens * moe.num_experts_per_tok, into, moe.moe_mlp_dim

@@ -117,6 +117,8 @@ class MoEConfig:
         num_experts: E, experts in each MoE layer.
         num_experts_per_tok: K, experts that each token is routed to.
         moe_mlp_dim: H, hidden size of one expert.
+        moe_latent_dim: size of the latent of a token that experts take in and give, and that is
+            exchanged; -1: the token itself, of the model dim.
         shared_experts: number of experts that process every token; they are one MLP.
         shared_expert_mlp_dim: hidden size of that MLP; -1: `shared_experts` times H.
         shared_expert_gate: whether that MLP's output is multiplied by the sigmoid of a learned
@@ -149,6 +151,7 @@ class MoEConfig:
     num_experts: Annotated[int, Key(least=1, most=MOST_EXPERTS)] = 1
     num_experts_per_tok: Annotated[int, Key(least=1)] = 1
     moe_mlp_dim: Annotated[int, Key("base_moe_mlp_dim", least=1, most=MOST_SIZE)] = -1
+    moe_latent_dim: Annotated[int, Key(least=1, most=MOST_SIZE, off=-1)] = -1
     shared_experts: Annotated[int, Key(least=0)] = 0
     shared_expert_mlp_dim: Annotated[int, Key(least=1, most=MOST_SIZE, off=-1)] = -1
     shared_expert_gate: Annotated[bool, Key()] = False
@@ -211,6 +214,14 @@ class MoEConfig:
                 f"num_experts_per_tok={self.num_experts_per_tok}\n"
                 f"fix: topk_routing_group={-(-self.num_experts_per_tok // size)} or more"
             )
+
+    def expert_dim(self, model_dim: int) -> int:
+        """Return the size of what an expert takes in and gives: of the latent, if there is one."""
+        return model_dim if self.moe_latent_dim == -1 else self.moe_latent_dim
+
+    def dispatched(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of what is dispatched of tokens [B S M]."""
+        return (*tokens[:-1], self.expert_dim(tokens[-1]))
 
     @property
     def shared_dim(self) -> int:

@@ -157,6 +157,8 @@ def _uses(config: ModelConfig, spec: ParamSpec) -> Iterator[tuple[str, int]]:
 
 
 def _moe_params(config: MoEConfig, emb_dim: int, projections: int) -> int:
-    hidden = config.num_experts_per_tok * config.moe_mlp_dim + config.shared_dim
+    expert_dim = config.expert_dim(emb_dim)
     router = emb_dim * (config.num_experts + config.shared_expert_gate)
-    return router + projections * emb_dim * hidden
+    latent = 2 * emb_dim * expert_dim if config.moe_latent_dim != -1 else 0
+    routed = config.num_experts_per_tok * projections * expert_dim * config.moe_mlp_dim
+    return router + latent + routed + projections * emb_dim * config.shared_dim

@@ -1,5 +1,6 @@
 """Build the MoE layer: route; then dispatch, exchange, experts, exchange, combine by a strategy.
 
+Where experts work on a latent, tokens are projected to it before dispatch and back after combine.
 The output of shared experts, which process every token, is added to the sum. Reports label
 collectives by the named scopes `router`, `dispatch`, `experts` and `combine`.
 """
@@ -19,6 +20,7 @@ from moe_shard.config.moe_config import MoEConfig
 from moe_shard.layers.mlp import MLP
 from moe_shard.moe.axes import SHARED_GATE
 from moe_shard.moe.experts import Experts
+from moe_shard.moe.latent import Latent
 from moe_shard.moe.losses import expert_counts, router_z_loss
 from moe_shard.moe.placement import Placement
 from moe_shard.moe.record import MoERecord
@@ -103,13 +105,25 @@ class MoELayer(nnx.Module):
         )
         self.experts = Experts(
             num_experts=config.num_experts,
-            model_dim=model_dim,
+            model_dim=config.expert_dim(model_dim),
             hidden_dim=config.moe_mlp_dim,
             gating=gating,
             fused=config.prefuse_moe_weights and gating.has_gate,
             dtype=dtype,
             weight_dtype=weight_dtype,
             rngs=rngs,
+        )
+        self.latent = (
+            Latent(
+                model_dim=model_dim,
+                latent_dim=config.moe_latent_dim,
+                dtype=dtype,
+                weight_dtype=weight_dtype,
+                sharding=sharding,
+                rngs=rngs,
+            )
+            if config.moe_latent_dim != -1
+            else None
         )
         self.shared = (
             MLP(
@@ -158,6 +172,8 @@ class MoELayer(nnx.Module):
         x = placement.tokens(x)
         routing = self.route(x)
         name = self.config.moe_dispatch
+        if self.latent is not None:
+            x = placement.tokens(self.latent.of_tokens(x))
         results = self.strategy(x, routing, self.experts)
         y, dropped = checked_results(results, x, self.experts.dtype, name=name)
         with jax.named_scope("router"):
@@ -168,6 +184,8 @@ class MoELayer(nnx.Module):
                 dropped,
             )
         y = placement.tokens(y)
+        if self.latent is not None:
+            y = placement.tokens(self.latent.to_tokens(y))
         return y if shared is None else y + shared, stats
 
     def _with_auto_axes(self, x: Float[Array, "B S M"]) -> tuple[Float[Array, "B S M"], MoEStats]:
@@ -199,7 +217,7 @@ class MoELayer(nnx.Module):
         Args:
             tokens: [B S M], the shape of the layer's input on all devices together.
         """
-        record = self.strategy.record(tokens, self.experts.dtype)
+        record = self.strategy.record(self.config.dispatched(tokens), self.experts.dtype)
         if not self.experts.gating.has_gate:
             return record.apart("the experts have no gate")
         if self.experts.adapted:

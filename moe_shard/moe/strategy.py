@@ -46,7 +46,7 @@ class Strategy(Protocol):
         """Return how a call with such tokens runs, and why not otherwise; nothing is traced.
 
         Args:
-            tokens: [B S M], the shape of the layer's input on all devices together.
+            tokens: [B S M], the shape of what is dispatched, on all devices together.
             dtype: dtype of the experts' products.
         """
         ...
@@ -130,4 +130,4 @@ def moe_record(
         UserError: as the layer's call.
     """
     placement = Placement(sharding, no_expert_sharding=config.moe_dispatch_no_expert_sharding)
-    return make_strategy(config, placement).record(tokens, dtype)
+    return make_strategy(config, placement).record(config.dispatched(tokens), dtype)

@@ -26,7 +26,7 @@ _TABLE: Final = (
     ("mamba", r"(^|\.)mamba\."),
     ("convolution", r"(^|\.)convolution\."),
     ("router", r"\.router\."),
-    ("experts", r"\.experts\."),
+    ("experts", r"\.(experts|latent)\."),
     ("shared_experts", r"\.shared(\.|_gate$)"),
     ("dense_mlp", r"\.mlp\."),
     ("embedding", r"^embedding\.table$"),

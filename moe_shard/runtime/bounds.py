@@ -151,7 +151,8 @@ def moe_bounds(
         return math.prod(sizes[axis] for axis in table.sharding_axes(logical_axis))
 
     experts = math.prod(sizes[axis] for axis in table.expert_axes)
-    token_bytes = config.model.emb_dim * jnp.dtype(config.model.dtype).itemsize
+    expert_dim = moe.expert_dim(config.model.emb_dim)
+    token_bytes = expert_dim * jnp.dtype(config.model.dtype).itemsize
     layers = sum(kind.moe for kind in config.model.all_layer_kinds)
     # For the sequences that one device holds, over all layers.
     sequences = layers * rows / shards("activation_batch_moe")
@@ -160,13 +161,13 @@ def moe_bounds(
     exchanges = LAYER_EXCHANGES * (1 + gradients.of_input) / 2
     sent = exchanges * token_bytes / shards("activation_embed_moe") * (experts - 1) / experts
     projections = config.model.gating.projections
-    elements = projections * config.model.emb_dim * moe.moe_mlp_dim
+    elements = projections * expert_dim * moe.moe_mlp_dim
     multiplied = 2 * gradients.passes * elements / shards("activation_mlp_moe")
     weights = moe.num_experts * elements / experts
     weights *= layers / shards("activation_mlp_moe")
     itemsize = jnp.dtype(config.model.dtype).itemsize
     weight_bytes = weights * config.train.gradient_accumulation_steps * gradients.passes * itemsize
-    ends = config.model.emb_dim / shards("activation_embed_moe")
+    ends = expert_dim / shards("activation_embed_moe")
     hidden = moe.moe_mlp_dim / shards("activation_mlp_moe")
     slot_bytes = gradients.passes * 2 * (ends + hidden) * itemsize
     return MoEBounds(

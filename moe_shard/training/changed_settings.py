@@ -81,8 +81,8 @@ _KEYS: dict[Kind, str] = {
         q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim attention_pattern
         nope_layer_interval nope_layers attention_bias attention_out_bias attention_sink use_qk_norm
         attention_output_gate
-        qk_norm_type num_experts base_moe_mlp_dim router_bias routed_bias shared_experts
-        shared_expert_mlp_dim shared_expert_gate optimizer muon_include_routers
+        qk_norm_type num_experts base_moe_mlp_dim moe_latent_dim router_bias routed_bias
+        shared_experts shared_expert_mlp_dim shared_expert_gate optimizer muon_include_routers
         trainable_parameters_mask enable_lora lora_rank lora_module_path
         mixer_pattern layers_without_mlp gdn_num_key_heads gdn_num_value_heads gdn_key_head_dim
         gdn_value_head_dim gdn_conv_kernel_dim mtp_num_layers mamba_num_heads mamba_head_dim

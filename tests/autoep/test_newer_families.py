@@ -178,7 +178,6 @@ def test_what_a_config_says(
         ("granitemoehybrid", {"hidden_act": "gelu"}, 'hidden_act="gelu" is not computed'),
         ("nemotron_h", {"num_hidden_layers": 5}, "num_hidden_layers=5, and .* has 6 entries"),
         ("nemotron_h", {"hybrid_override_pattern": "MXE"}, '"X" is not computed here'),
-        ("nemotron_h", {"moe_latent_size": 64}, "moe_latent_size=64 is not computed"),
         ("nemotron_h", {"mlp_bias": True}, "mlp_bias=true is not computed"),
         ("minimax_m2", {"rotary_dim": 256}, "rotary_dim=256 of a head of 128 elements"),
         ("hunyuan_v1_moe", {"moe_topk": [3, 2, 3, 3]}, "moe_topk=.* differs between layers"),

@@ -49,9 +49,12 @@ def test_dense_layers_have_one_wide_mlp(overrides: tuple[str, ...], moe_layers: 
         (("shared_experts=2",), 3 * 16 * 2 * 32),
         (("shared_experts=1", "shared_expert_mlp_dim=80"), 3 * 16 * 80),
         (("shared_experts=1", "shared_expert_gate=true"), 3 * 16 * 32 + 16),
+        (("moe_latent_dim=4",), 2 * 16 * 4 - 2 * 3 * (16 - 4) * 32),
     ],
 )
-def test_every_token_passes_the_shared_experts(overrides: tuple[str, ...], each: int) -> None:
+def test_shared_experts_and_latents_are_of_every_token(
+    overrides: tuple[str, ...], each: int
+) -> None:
     assert active(*overrides) == active() + 4 * each
 
 

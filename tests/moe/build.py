@@ -45,6 +45,9 @@ PATHS = {
         for leaf in ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
     },
     "shared_score": ("shared_gate",),
+    # where experts work on a latent
+    "latent_down": ("latent", "down"),
+    "latent_up": ("latent", "up"),
 }
 ROUTER_FIELDS = {field.name for field in dataclasses.fields(RouterConfig)}
 

@@ -42,6 +42,7 @@ EVERYTHING = (
         ("layers_1.attention.sink", "attention"),
         ("layers_1.mlp.router.correction_bias", "router"),
         ("layers_1.mlp.experts.gate_up_bias", "experts"),
+        ("layers_1.mlp.latent.down", "experts"),
         ("layers_1.mlp.shared.gate", "shared_experts"),
         ("layers_1.mlp.shared_gate", "shared_experts"),
         ("layers_0.mlp.gate", "dense_mlp"),
