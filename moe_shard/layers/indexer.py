@@ -26,6 +26,8 @@ from moe_shard.sharding.annotate import Sharding
 
 _EPSILON = 1e-6
 _QUERY, _DOWN = ("q_lora", None, "head_dim"), ("embed", "head_dim")
+# Its heads have no axis, so that it is no matrix for the casts ahead of a step: it is in float32.
+_WEIGHT = ("embed", None)
 
 
 class Indexed(NamedTuple):
@@ -71,7 +73,7 @@ class Indexer(nnx.Module):
         self.query = make_weight(of_query, _QUERY, dtype=weight_dtype, rngs=rngs)
         self.key = make_weight((model_dim, size), _DOWN, dtype=weight_dtype, rngs=rngs)
         self.key_norm = LayerNorm(dim=size, epsilon=_EPSILON, weight_dtype=weight_dtype)
-        self.weight = make_weight((model_dim, heads), _DOWN, dtype=weight_dtype, rngs=rngs)
+        self.weight = make_weight((model_dim, heads), _WEIGHT, dtype=weight_dtype, rngs=rngs)
         self.turned_dim = config.turned_dim if rope else 0
         self.rope = replace(config.rope, rope_interleave=config.indexer_rope_interleave)
         self.dtype, self.sharding = dtype, sharding
@@ -95,7 +97,7 @@ class Indexer(nnx.Module):
         latent, x = jax.lax.stop_gradient((latent, x))
         kernel = self._in_use(self.query, _QUERY, self.dtype, "query")
         query = self._turn(jnp.einsum("bsr,rhd->bshd", latent, kernel), positions, length)
-        kernel = self._in_use(self.weight, _DOWN, jnp.float32, "weight")
+        kernel = self._in_use(self.weight, _WEIGHT, jnp.float32, "weight")
         weight = jnp.einsum("bsm,mh->bsh", x.astype(jnp.float32), kernel)
         return Indexed(query, weight * self.scale)
 
@@ -122,7 +124,7 @@ class Indexer(nnx.Module):
         dtype: DTypeLike,
         name: str,
     ) -> Float[Array, "*D"]:
-        kernel = jax.lax.stop_gradient(param[...]).astype(dtype)
+        kernel = jax.lax.stop_gradient(param[...].astype(dtype))
         used = (None,) * len(stored)
         return self.sharding.use_weight(kernel, stored, used, name=f"indexer {name}")
 

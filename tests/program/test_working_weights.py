@@ -42,6 +42,7 @@ def test_what_is_cast_ahead_is_what_every_model_casts(name: str) -> None:
             *("dtype=bfloat16", "weight_dtype=float32", "remat_policy=none"),
             *("ici_data_parallelism=8", "ici_fsdp_parallelism=1", "ici_expert_parallelism=1"),
             *("num_simulated_devices=8", f"max_target_length={LENGTH}", "moe_dispatch=gather"),
+            "indexer_topk=8",
         ],
     )
     model = describe(config.model, annotator(config))
