@@ -147,7 +147,7 @@ class Family:
     architectures: tuple[str, ...]
     config_section: str
     prefix: str
-    layers: str
+    layers: tuple[str, ...]
     moe_layer_pattern: str
     router_pattern: str
     correction_bias_pattern: str
@@ -222,6 +222,8 @@ def load_family(given: str) -> Family:
             "has no experts and no mlp\n"
             "fix: tensors.attention_norm.scale and tensors.mlp_norm.scale"
         )
+    if not values["layers"]:
+        raise UserError(f"{path}: no layers\nfix: for example model.layers")
     if not values["moe_layer_pattern"]:
         raise UserError(
             f"{path}: no moe_layer_pattern\nfix: for example model\\.layers\\.\\d+\\.mlp"

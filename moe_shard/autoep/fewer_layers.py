@@ -16,8 +16,9 @@ KEY = "base_num_decoder_layers"
 
 def layer_of(tensor: str, family: Family) -> int | None:
     """Return the number of the decoder layer that a tensor is of; None: of none."""
-    plain, below = unwrapped(tensor), f"{family.prefix}{family.layers}."
-    if not plain.startswith(below):
+    plain, starts = unwrapped(tensor), (f"{family.prefix}{name}." for name in family.layers)
+    below = next((start for start in starts if plain.startswith(start)), None)
+    if below is None:
         return None
     number, dot, _ = plain[len(below) :].partition(".")
     if not dot or not (number.isascii() and number.isdecimal()) or len(number) > 9:

@@ -182,7 +182,7 @@ def expected(role: str, family: Family, place: Place) -> str:
         place: its layer and expert.
     """
     if family.tensors.get(role):
-        below = "".join(f"{family.layers}.{layer}." for layer in place)
+        below = "".join(f"{family.layers[0]}.{layer}." for layer in place)
         return f"{family.prefix}{below}{family.tensors[role][0]}"
     text = dict(_patterns(family)).get(role)
     return f"{family.prefix}{text}" if text else "no name or pattern in the family's file"
@@ -197,7 +197,10 @@ def _exact(family: Family) -> Iterator[tuple[str, str]]:
     """Yield (name with each number replaced by 0, role)."""
     for role, names in family.tensors.items():
         for name in names:
-            yield name if role.startswith(OUTSIDE) else f"{family.layers}.0.{name}", role
+            if role.startswith(OUTSIDE):
+                yield name, role
+            else:
+                yield from ((f"{layers}.0.{name}", role) for layers in family.layers)
 
 
 def _patterns(family: Family) -> Iterator[tuple[str, str]]:

@@ -32,7 +32,7 @@ def pattern_of(name: str) -> str:
 def test_no_pattern_carries_a_tensor_of_a_layer(name: str, tmp_path: Path) -> None:
     where = write_model(tmp_path / "model", SMALL[name]["config"], SMALL[name]["saved"])
     family, headers = load_family(name.removesuffix("-0")), read_headers(where)
-    below = f"{family.prefix}{family.layers}."
+    below = f"{family.prefix}{family.layers[0]}."
     kinds = {pattern_of(tensor): tensor for tensor in headers if tensor.startswith(below)}
     assert len(kinds) > 8
     for pattern, tensor in kinds.items():

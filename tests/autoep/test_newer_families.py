@@ -30,6 +30,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {**SHAPE, "num_experts": 8, "moe_topk": 2, "head_dim": 128},
     "lfm2_moe": {**SHAPE, "layer_types": ["conv", "conv", "full_attention", "conv"]},
     "granitemoehybrid": {**SHAPE, "num_key_value_heads": 8},
+    "glm_moe_dsa": SHAPE,
     "nemotron_h": {"hybrid_override_pattern": "MEM*-E"},
     "llama4_text": {**SHAPE, "attention_chunk_size": None},
 }
@@ -179,6 +180,9 @@ def test_what_a_config_says(
         ("nemotron_h", {"num_hidden_layers": 5}, "num_hidden_layers=5, and .* has 6 entries"),
         ("nemotron_h", {"hybrid_override_pattern": "MXE"}, '"X" is not computed here'),
         ("nemotron_h", {"mlp_bias": True}, "mlp_bias=true is not computed"),
+        ("glm_moe_dsa", {"indexer_types": ["full", "shared"] * 2}, '"shared".* is not computed'),
+        ("glm_moe_dsa", {"index_topk_pattern": "FSFS"}, 'index_topk_pattern="FSFS" is not'),
+        ("glm_moe_dsa", {"index_topk_freq": 2}, "index_topk_freq=2 is not computed"),
         ("minimax_m2", {"rotary_dim": 256}, "rotary_dim=256 of a head of 128 elements"),
         ("hunyuan_v1_moe", {"moe_topk": [3, 2, 3, 3]}, "moe_topk=.* differs between layers"),
         ("hunyuan_v1_moe", {"use_cla": True}, "use_cla=true is not computed"),
@@ -392,6 +396,29 @@ def test_layers_without_experts_of_images_are_read(tmp_path: Path) -> None:
     shapes[f"{of}experts.8.up_proj.weight"] = [8, 32]
     with pytest.raises(UserError, match=r"experts 0 to 8, .*moe_num_experts.*and 8 beside them"):
         detect(write_model(tmp_path / "odd", config, shapes))
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_both_spellings_of_nemotron(stacked: bool, tmp_path: Path) -> None:
+    config, shapes = recorded("nemotron_h")
+    known = detect(write_model(tmp_path / "published", config, shapes))
+    renamed = {name.replace("backbone.", "model."): shape for name, shape in shapes.items()}
+    if stacked:  # as transformers has them inside
+        experts = [name for name in renamed if ".experts." in name]
+        for name in experts:
+            layer, _, (_, part, _) = (*name.partition(".experts.")[:2], name.rsplit(".", 2))
+            renamed[f"{layer}.experts.{part}"] = [16, *renamed.pop(name)]
+    found = detect(write_model(tmp_path / "inside", config, renamed))
+    assert found.settings == known.settings
+    assert {piece.tensor for piece in found.plan.pieces} == renamed.keys()  # exported as they came
+    if not stacked:
+        back = {n: n.replace("model.", "backbone.") for n in renamed}
+        assert [(back[p.tensor], p.param, p.layout) for p in found.plan.pieces] == [
+            (p.tensor, p.param, p.layout) for p in known.plan.pieces
+        ]
+    both = renamed | {"backbone.layers.0.norm.weight": [32]}
+    with pytest.raises(UserError, match=r"backbone\.layers\.0.* have one role"):
+        detect(write_model(tmp_path / "both", config, both))
 
 
 def test_one_name_for_several_parameters_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from tests.parity.package import open_model, overwrite
 
 pytestmark = pytest.mark.parity
 
-NATIVE_NAMES = ("ernie4_5_vl_moe", "kimi_k25", "nemotron_h", "qwen3_omni_moe_thinker")
+NATIVE_NAMES = ("ernie4_5_vl_moe", "kimi_k25", "qwen3_omni_moe_thinker")
 """Families whose tensors transformers names otherwise inside than in any file that is published."""
 
 
