@@ -95,7 +95,10 @@ OTHER_BLOCKS: Mapping[str, str] = {
     **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma4", "gemma4_small"), "Gemma's layers"),
     "gpt3": "learned positions and LayerNorm",
     "olmo3": "norms after attention and MLP",
-    **dict.fromkeys(("qwen3_next", "qwen3_5"), "gated delta nets"),
+    # They get no segment ids. Here a state begins at 0 with each document.
+    **dict.fromkeys(
+        ("qwen3_next", "qwen3_5"), "gated delta nets whose states pass from document to document"
+    ),
     "qwen3_custom_moe": "experts of another width than the model",
     **dict.fromkeys(("simple", "simple_mlp"), "layers without attention"),
 }

@@ -226,6 +226,7 @@ def llama4(dense: int, experts: int, *, step: int, norm: str, stretch: str) -> M
 V3_DIMS = (7168, 61, 18432, 2048, 2048, 129_280)
 V3_HEADS = (128, 1536, 512, 128, 64, 128)
 
+STATES = ("gated delta nets whose states pass from document to document",)
 MODELS: dict[str, Model | tuple[str, ...]] = {
     "deepseek-custom": ("mhc_expansion_rate=4", "engram_layers=[1, 4]"),
     "deepseek2-16b": deepseek(
@@ -268,13 +269,13 @@ MODELS: dict[str, Model | tuple[str, ...]] = {
     "qwen3-30b-a3b-base": qwen3(2048, 48, 768, (32, 4), 1_000_000),
     "qwen3-480b-a35b": qwen3(6144, 62, 2560, (96, 8), 10_000_000, experts=160),
     "qwen3-custom-30b-a3b": ("experts of another width", "moe_expert_input_dim=768"),
-    "qwen3-next-80b-a3b": ("gated delta nets (decoder_block=qwen3_next)",),
+    "qwen3-next-80b-a3b": (*STATES, "(decoder_block=qwen3_next)"),
     "qwen3-omni-30b-a3b": ("a vision tower", "an audio tower"),
     "qwen3-vl-30b-a3b": ("a vision tower", "M-RoPE"),
-    "qwen3.5-35b-a3b": ("gated delta nets (decoder_block=qwen3_5)",),
-    "qwen3.5-35b-a3b-fp8": ("gated delta nets (decoder_block=qwen3_5)", "float8 weights"),
-    "qwen3.5-397b-a17b": ("gated delta nets (decoder_block=qwen3_5)",),
-    "qwen3.5-397b-a17b-fp8": ("gated delta nets (decoder_block=qwen3_5)", "float8 weights"),
+    "qwen3.5-35b-a3b": (*STATES, "(decoder_block=qwen3_5)"),
+    "qwen3.5-35b-a3b-fp8": (*STATES, "(decoder_block=qwen3_5)", "float8 weights"),
+    "qwen3.5-397b-a17b": (*STATES, "(decoder_block=qwen3_5)"),
+    "qwen3.5-397b-a17b-fp8": (*STATES, "(decoder_block=qwen3_5)", "float8 weights"),
 }  # fmt: skip
 
 
