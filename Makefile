@@ -41,7 +41,7 @@ $(PARITY): $(READY)
 test-parity: $(PARITY)  ## small models of every family against transformers (minutes; ATTENTION=blockwise)
 	$(RUN) -m pytest -n 2 -m "parity and not parity_all" tests/parity $(if $(ATTENTION),--attention $(ATTENTION))
 
-test-parity-all: $(PARITY)  ## the same, with every shape and mesh of the newer families (half an hour)
+test-parity-all: $(PARITY)  ## the same, with every shape of every family on every mesh (an hour)
 	$(RUN) -m pytest -n 2 -m parity tests/parity $(if $(ATTENTION),--attention $(ATTENTION))
 
 record-parity: $(PARITY)  ## keep transformers' numbers for the tests that run without it

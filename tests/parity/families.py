@@ -107,20 +107,29 @@ TRAINED = (
 
 
 def each_shape(
-    shapes: Iterable[Shape] = SHAPES, also: Sequence[int] = (), quick: Sequence[int] = ()
+    shapes: Iterable[Shape] = SHAPES,
+    also: Sequence[int] = (),
+    quick: Sequence[int] = (),
+    newer: Sequence[int] = (),
 ) -> pytest.MarkDecorator:
-    """Run a test for each shape; newer families are part of `make test-parity-all` alone.
+    """Run a test for each shape; what is not quick is part of `make test-parity-all` alone.
 
     Args:
         shapes: the shapes.
-        also: sizes of the expert axis, a second argument; empty: there is none.
-        quick: sizes for which the first shape of a newer family is part of `make test-parity` too.
+        also: sizes of the expert axis, a second argument; empty: there is none, and the shapes of
+            the first twelve families are quick.
+        quick: sizes that are quick for the first twelve families.
+        newer: sizes that are quick for the first shape of each newer family.
     """
     first = {shape.family: shape for shape in reversed(NEWER)}
 
+    def is_quick(shape: Shape, size: Sequence[int]) -> bool:
+        if shape not in NEWER:
+            return not size or {*size} <= {*quick}
+        return shape is first[shape.family] and {*size} <= {*newer} and bool(size)
+
     def case(shape: Shape, *size: int) -> Any:
-        is_quick = shape not in NEWER or (shape is first[shape.family] and {*size} & {*quick})
-        marks = [] if is_quick else [pytest.mark.parity_all]
+        marks = [] if is_quick(shape, size) else [pytest.mark.parity_all]
         return pytest.param(shape, *size, marks=marks, id="-".join((shape.id, *map(str, size))))
 
     if not also:

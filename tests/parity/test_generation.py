@@ -14,7 +14,7 @@ from tests.parity.package import greedy, open_model
 pytestmark = pytest.mark.parity
 
 
-@each_shape(also=(1, 8))
+@each_shape(also=(1, 8), quick=(8,))
 def test_greedy(shape: Shape, experts: int, reference: Callable[[Shape], Any]) -> None:
     known = reference(shape)
     opened = open_model(known.directory, experts)

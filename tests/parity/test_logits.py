@@ -14,7 +14,7 @@ from tests.parity.package import evaluate, open_model
 pytestmark = pytest.mark.parity
 
 
-@each_shape(also=(1, 2, 4, 8), quick=(8,))
+@each_shape(also=(1, 2, 4, 8), quick=(2, 8), newer=(8,))
 def test_forward(shape: Shape, experts: int, reference: Callable[[Shape], Any]) -> None:
     known = reference(shape)
     opened = open_model(known.directory, experts)

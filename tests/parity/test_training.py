@@ -19,7 +19,7 @@ pytestmark = pytest.mark.parity
 TRAINED_SHAPES = [shape for shape in SHAPES if shape.family in TRAINED and shape.trained]
 
 
-@each_shape(TRAINED_SHAPES, also=(1, 2, 4, 8))
+@each_shape(TRAINED_SHAPES, also=(1, 2, 4, 8), quick=(4, 8))
 def test_gradients(
     shape: Shape,
     experts: int,
