@@ -548,10 +548,20 @@ def saved(folder: Path) -> list[dict[str, np.ndarray]]:
     return [{name: rows(step, name) for name in FIELDS} for step in range(3)]
 
 
-def test_other_processes_make_the_same_batches_and_read_only_their_rows(tmp_path: Path) -> None:
-    # Large enough that no sequence comes twice in all the steps that are read ahead.
-    root = corpus(tmp_path / "text", documents=40)
-    outs = [tmp_path / "alone", tmp_path / "together"]
+def together_and_alone(
+    root: Path, folder: Path, wait_s: float = WAIT_S
+) -> tuple[list[list[dict[str, np.ndarray]]], list[tuple[str, str]]]:
+    """Read a folder by two processes that begin at once, and by one.
+
+    Args:
+        root: the text; what each of the two is refused is in its `0` and `1`.
+        folder: receives the batches.
+        wait_s: seconds that a process may take.
+
+    Returns:
+        The batches of the one and of the two; what the two and the one wrote.
+    """
+    outs = [folder / "alone", folder / "together"]
     for out in outs:
         out.mkdir()
     with socket.socket() as free:
@@ -563,15 +573,22 @@ def test_other_processes_make_the_same_batches_and_read_only_their_rows(tmp_path
         start(0, 0, root, outs[0], devices=8, hash_seed=3),
     ]
     try:
-        outputs = [child.communicate(timeout=WAIT_S) for child in children]
+        outputs = [child.communicate(timeout=wait_s) for child in children]
     finally:
         for child in children:
             child.kill()
     for child, (stdout, stderr) in zip(children, outputs, strict=True):
         assert child.returncode == 0, stdout + stderr
+    return [saved(out) for out in outs], outputs
+
+
+def test_other_processes_make_the_same_batches_and_read_only_their_rows(tmp_path: Path) -> None:
+    # Large enough that no sequence comes twice in all the steps that are read ahead.
+    root = corpus(tmp_path / "text", documents=40)
+    found, outputs = together_and_alone(root, tmp_path)
     expected = take(config(root), 3, rows=8, microbatches=2)
-    assert_same(saved(outs[0]), expected)
-    assert_same(saved(outs[1]), expected)
+    for each in found:
+        assert_same(each, expected)
     assert outputs[2] == ('{"shards": 8}\n', ""), "noise on the terminal"
     # Gloo prints to standard output first.
     first, second = (json.loads(stdout.splitlines()[-1]) for stdout, _ in outputs[:2])
