@@ -54,15 +54,17 @@ def start(
     arguments: Sequence[str],
     *,
     own: Sequence[Mapping[str, str]] = (),
+    program: Sequence[str] = ("moe_shard.train", *TINY),
     **environment: str,
 ) -> Start:
-    """Start a run of `count` processes on four simulated devices.
+    """Start a run of `count` processes; by default of a model on four simulated devices.
 
     Args:
         folder: where they run.
         count: number of processes.
         arguments: of the command.
         own: variables of each process; none where it is empty.
+        program: the module that is run, and the arguments before the others.
         environment: variables of all.
     """
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
@@ -78,7 +80,7 @@ def start(
         variables |= own[index] if own else {}
         outputs.append(folder / f"output-{index}.txt")
         with outputs[-1].open("wb") as output:
-            command = [sys.executable, "-m", "moe_shard.train", *TINY, *arguments]
+            command = [sys.executable, "-m", *program, *arguments]
             processes.append(
                 subprocess.Popen(command, cwd=folder, env=variables, stdout=output, stderr=output)
             )
