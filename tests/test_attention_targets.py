@@ -186,6 +186,8 @@ MODELS = {
     "gpt-oss-20b": ("num_experts_per_tok=2", "base_num_decoder_layers=2"),
     "llama4-17b-16e": ("base_num_decoder_layers=4", "chunk_attn_window_size=1024"),
     "deepseek2-16b": ("num_experts_per_tok=2", "base_num_decoder_layers=2"),
+    "k-exaone-236b-a23b": ("num_experts_per_tok=2", "base_num_decoder_layers=4"),
+    "phi3.5-moe": (),
 }
 SMALL = (
     "base_num_decoder_layers=1",

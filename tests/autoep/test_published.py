@@ -10,18 +10,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 import yaml
+from jax.sharding import AbstractMesh, AxisType
 
 from moe_shard.autoep.attributes import Attributes
 from moe_shard.autoep.detect import detect
-from moe_shard.autoep.family import load_family
+from moe_shard.autoep.family import list_families, load_family
 from moe_shard.autoep.settings import model_settings
 from moe_shard.checkpoints.resolve import load_model
-from moe_shard.config import load_config
+from moe_shard.config import list_models, load_config
 from moe_shard.config.model_config import ModelConfig
+from moe_shard.models.params import describe
+from moe_shard.sharding.annotate import Sharding
+from tests.autoep import published_settings
 from tests.autoep.directory import write_model
 from tests.autoep.published import CONFIGS, tensors
+from tests.autoep.published_settings import SETTINGS
 from tests.counted import counted
 
 SAME = {
@@ -36,13 +42,20 @@ SAME = {
 }
 """Models that configs/models/ has too, written down by another hand."""
 
-CONFIG_ALONE: dict[str, tuple[str, dict[str, Any]]] = {
-    "glm4.7-flash": ("glm4_moe_lite", {"rope_theta": 1000000}),
-    "minimax-m2": ("minimax_m2", {"rotary_dim": 64, "scoring_func": "sigmoid"}),
-    "qwen3-next-80b-a3b": ("qwen3_next", {"intermediate_size": 5120, "rope_theta": 10000000}),
-    "solar-open-100b": ("solar_open", {}),
+SHARED = {
+    "bailing_moe": "ling-mini-2.0",  # the router of its first generation
+    "ernie4_5_moe_vl": "ernie4.5-21b-a3b",
+    "ernie4_5_vl_moe": "ernie4.5-21b-a3b",
+    "glm4v_moe": "glm4.5-air",
+    "granitemoeshared": "granite4-h-small",  # its layers of attention
+    "kimi_k25": "kimi-k2-1t",
+    "llama4_text": "llama4-17b-16e",
+    "qwen3_5_moe": "qwen3.5-35b-a3b",
+    "qwen3_omni_moe": "qwen3-30b-a3b",
+    "qwen3_omni_moe_thinker": "qwen3-30b-a3b",
+    "qwen3_vl_moe": "qwen3-30b-a3b",
 }
-"""Model in configs/models/ -> its family, and what its config.json has other than the default."""
+"""Family -> a model in configs/models/ that is as large as its own, or made of the same layers."""
 
 TRAINING = {
     *(
@@ -126,14 +139,31 @@ def test_the_same_model_as_the_one_in_configs(name: str, published: Any) -> None
     assert not differences(load_model(str(published(name))).model, SAME[name])
 
 
-@pytest.mark.parametrize("name", CONFIG_ALONE)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_a_config_is_the_model_in_configs(name: str, tmp_path: Path) -> None:
-    """Of the models whose tensors are named as another's here."""
-    family, written = CONFIG_ALONE[name]
+    """Of the models whose tensors are not listed here."""
+    family, written = SETTINGS[name]
     attributes = Attributes(written, load_family(family), tmp_path)
     settings = model_settings(attributes, load_family(family))
     (tmp_path / "model.yml").write_text(yaml.safe_dump(settings))
     assert not differences(load_config(str(tmp_path / "model.yml")).model, name)
+
+
+@pytest.mark.recorded
+@pytest.mark.parametrize("name", published_settings.PARAMETERS)
+def test_parameters_are_as_many_as_published(name: str) -> None:
+    sharding = Sharding(AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,)))
+    specs = jax.tree.leaves(describe(load_config(name).model, sharding).specs)
+    assert sum(math.prod(spec.shape) for spec in specs) == published_settings.PARAMETERS[name]
+
+
+def test_every_model_is_compared_and_every_family_has_one() -> None:
+    models = {*SAME.values(), *SETTINGS}
+    assert models == set(list_models()) - {"mixtral-tiny"}
+    families = {family for family, _ in SETTINGS.values()}
+    families |= {str(CONFIGS[name]["model_type"]) for name in SAME} | {*SHARED}
+    assert families == set(list_families())
+    assert models >= set(SHARED.values())
 
 
 def differences(model: ModelConfig, name: str) -> dict[str, Any]:
