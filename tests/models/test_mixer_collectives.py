@@ -17,14 +17,16 @@ import pytest
 from flax import nnx
 
 from moe_shard.layers import sparse_attention
+from moe_shard.lowering.api import verdict
 from moe_shard.lowering.collectives import Collective, extract_collectives
 from moe_shard.models.mixers import MIXERS
+from moe_shard.program.step import make_program
 from moe_shard.runtime.targets.target import devices_for, parse_target
 from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.mesh import mesh_from_config
 from moe_shard.sharding.rules import RuleTable
 from tests.layers.build import Sizes, describe, layer_config
-from tests.models.build import QUICK, label
+from tests.models.build import QUICK, annotator, label, small_config
 
 ROWS, S, M = 8, 32, 64
 T = ROWS // 4 * S
@@ -240,6 +242,17 @@ def test_bytes_of_every_kind_and_axis(case: str, sizes: Sizes) -> None:
         if not 0 <= total[key] - known[key] <= SCALARS
     }
     assert not wrong, f"(found, by hand): {wrong}"
+
+
+@pytest.mark.recorded
+def test_an_indexer_is_no_router() -> None:
+    """Scores masked by a choice of tokens are not tokens sent to experts."""
+    config = small_config(
+        EXPERT, *MIXED["indexer"].overrides, "base_num_decoder_layers=1", "indexer_topk=4"
+    )
+    program = make_program(config, annotator(config))
+    compiled = program.step.lower(program.abstract_state, program.abstract_batch).compile(QUICK)
+    assert verdict(compiled) == "expert-parallel"
 
 
 @pytest.mark.targets

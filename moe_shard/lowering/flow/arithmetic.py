@@ -46,7 +46,8 @@ def _score(
     state = join_operands(operands)
     if is_computed(state) and not state.marks & GRADIENT and instruction.shape[0] != "(":
         run.flow.scored.update(array_dims(instruction.shape)[-1:])
-    return shaped(state, instruction.shape)
+    # A score is no token: attention to chosen tokens masks scores, and what it gives is not routed.
+    return shaped(state._replace(marks=state.marks & ~ON_TOKENS), instruction.shape)
 
 
 def _add(
