@@ -36,7 +36,6 @@ class Shape:
         seed: the seed of its weights and tokens.
         around: arguments of the class that are not the text decoder's, where it has other parts;
             `settings` are its `text_config` then.
-        trained: whether float32 determines its gradients and updates to 1e-5.
         zero_centered: regular expression of the norms that multiply by 1 + weight, if any do.
     """
 
@@ -46,7 +45,6 @@ class Shape:
     settings: dict[str, Any]
     seed: int
     around: dict[str, Any] = dataclasses.field(default_factory=dict)
-    trained: bool = True
     zero_centered: str | None = None
 
     @property

@@ -117,6 +117,14 @@ def test_every_weight_is_as_the_rule_says(shape: Shape, reference: Callable[[Sha
         assert values.std() > 0.05, name
 
 
+@each_shape(shape for shape in NEWER if "linear_num_key_heads" in shape.settings)
+def test_float32_determines_the_gradients(shape: Shape, tmp_path: Path) -> None:
+    """Leave half of the tolerance to the package, at least."""
+    from tests.parity.float64 import error_of_gradients
+
+    assert error_of_gradients(shape, tmp_path) < 5e-6
+
+
 def test_two_shapes_or_more_of_every_family() -> None:
     for family in FAMILIES:
         assert sum(shape.family == family for shape in SHAPES) >= 2

@@ -16,7 +16,7 @@ from tests.parity.package import gradients, open_model, train
 
 pytestmark = pytest.mark.parity
 
-TRAINED_SHAPES = [shape for shape in SHAPES if shape.family in TRAINED and shape.trained]
+TRAINED_SHAPES = [shape for shape in SHAPES if shape.family in TRAINED]
 
 
 @each_shape(TRAINED_SHAPES, also=(1, 2, 4, 8), quick=(4, 8))
