@@ -207,7 +207,7 @@ def test_kimi_k2_is_deepseek_v3_by_another_name() -> None:
 
 
 LING: dict[str, Any] = {
-    **{"hidden_size": 12, "num_hidden_layers": 2, "vocab_size": 300, "intermediate_size": 10},
+    **{"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 300, "intermediate_size": 10},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 4},
     **{"moe_intermediate_size": 8, "num_experts_per_tok": 2, "num_shared_experts": 1},
     **{"max_position_embeddings": 64, "rms_norm_eps": 1e-6, "use_qkv_bias": True},
@@ -218,27 +218,27 @@ def ling(**changes: Any) -> tuple[dict[str, Any], dict[str, list[int]]]:
     """Return config.json and tensors of a small Ling, as its published code names them."""
     named = {"architectures": ["BailingMoeForCausalLM"], "model_type": "bailing_moe"}
     config: dict[str, Any] = {**named, **LING, "use_bias": False, **changes}
-    shapes = {"model.word_embeddings.weight": [300, 12], "lm_head.weight": [300, 12]}
-    shapes["model.norm.weight"] = [12]
+    shapes = {"model.word_embeddings.weight": [300, 16], "lm_head.weight": [300, 16]}
+    shapes["model.norm.weight"] = [16]
     for layer in range(2):
         at = f"model.layers.{layer}"
-        shapes |= {f"{at}.{name}_layernorm.weight": [12] for name in ("input", "post_attention")}
-        shapes[f"{at}.attention.query_key_value.weight"] = [(4 + 2 + 2) * 8, 12]
+        shapes |= {f"{at}.{name}_layernorm.weight": [16] for name in ("input", "post_attention")}
+        shapes[f"{at}.attention.query_key_value.weight"] = [(4 + 2 + 2) * 8, 16]
         shapes[f"{at}.attention.query_key_value.bias"] = [(4 + 2 + 2) * 8]
-        shapes[f"{at}.attention.dense.weight"] = [12, 32]
+        shapes[f"{at}.attention.dense.weight"] = [16, 32]
         if config.get("use_qk_norm"):
             shapes |= {f"{at}.attention.{n}_layernorm.weight": [8] for n in ("query", "key")}
         blocks = {"shared_experts": 8} | {f"experts.{e}": 8 for e in range(4)}
         if layer < config.get("first_k_dense_replace", 0):
             blocks = {"": 10}
         else:
-            shapes[f"{at}.mlp.gate.weight"] = [4, 12]
+            shapes[f"{at}.mlp.gate.weight"] = [4, 16]
             if config.get("moe_router_enable_expert_bias"):
                 shapes[f"{at}.mlp.gate.expert_bias"] = [4]
         for block, size in blocks.items():
             inside = f"{at}.mlp.{block}".removesuffix(".")
-            shapes |= {f"{inside}.{name}_proj.weight": [size, 12] for name in ("gate", "up")}
-            shapes[f"{inside}.down_proj.weight"] = [12, size]
+            shapes |= {f"{inside}.{name}_proj.weight": [size, 16] for name in ("gate", "up")}
+            shapes[f"{inside}.down_proj.weight"] = [16, size]
     return config, shapes
 
 
@@ -246,7 +246,7 @@ def test_a_fused_tensor_is_queries_then_keys_then_values(tmp_path: Path) -> None
     detected = detect(write_model(tmp_path / "ling", *ling()))
     assert detected.settings["routed_score_func"] == "softmax"
     rng = np.random.default_rng(0)
-    fused, bias = rng.standard_normal((64, 12)), rng.standard_normal(64)
+    fused, bias = rng.standard_normal((64, 16)), rng.standard_normal(64)
     at = "model.layers.1.attention.query_key_value"
     parts = {
         ".".join(piece.param[1:]): piece.layout.view(fused if "weight" in piece.tensor else bias)
@@ -254,7 +254,7 @@ def test_a_fused_tensor_is_queries_then_keys_then_values(tmp_path: Path) -> None
         if piece.tensor.startswith(at)
     }
     # As the published code splits it: into heads first, then 4, 2 and 2 of them.
-    heads = fused.reshape(8, 8, 12)
+    heads = fused.reshape(8, 8, 16)
     for name, head in (("query", heads[:4]), ("key", heads[4:6]), ("value", heads[6:])):
         np.testing.assert_array_equal(parts[f"attention.{name}"], head.transpose(2, 0, 1))
         start = {"query": 0, "key": 32, "value": 48}[name]
@@ -265,7 +265,7 @@ def test_a_fused_tensor_is_queries_then_keys_then_values(tmp_path: Path) -> None
 
 def test_a_fused_tensor_of_another_size(tmp_path: Path) -> None:
     config, shapes = ling()
-    shapes["model.layers.0.attention.query_key_value.weight"] = [42, 12]
+    shapes["model.layers.0.attention.query_key_value.weight"] = [42, 16]
     with pytest.raises(UserError, match=r"query_key_value.* has shape .*42.*, not .*64"):
         detect(write_model(tmp_path / "ling", config, shapes))
 
