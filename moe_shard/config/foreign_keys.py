@@ -30,7 +30,7 @@ def sift(
     values: dict[str, Any] = {}
     unbuilt: dict[str, tuple[Any, str] | None] = {}
     idle: dict[str, Any] = {}
-    for name, value in without_blocks(written).items():
+    for name, value in without_blocks(written, source).items():
         if name in base:
             values[name] = value
         elif name not in keys:

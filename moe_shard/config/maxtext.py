@@ -90,7 +90,7 @@ def read_run(
     by: dict[str, str] = {}
     for source, content in [*files, (COMMAND_LINE, arguments)]:
         rows = explicit.get("logical_axis_rules")
-        more = _checked(source, without_blocks(content), base, keys)
+        more = _checked(source, without_blocks(content, source), base, keys)
         if rows and "logical_axis_rules" in more and not more.get("override_logical_axis_rules"):
             more["logical_axis_rules"] = _laid(rows, more["logical_axis_rules"])
         explicit |= more
@@ -124,6 +124,7 @@ def read_run(
         f"says nothing: {_defaults(explicit, given, values)}",
         *notes,
         *_in_other_words(translation, source, given["decoder_block"]),
+        *_adapted(given, source),
         *([f"{source}: of no effect with what else it has: {', '.join(idle)}"] if idle else []),
         *no_meaning(explicit, keys, source),
     ]
@@ -133,6 +134,17 @@ def read_run(
         if own:
             overlays.append(Overlay(source, own, {}, ()))
     return overlays, name
+
+
+def _adapted(given: Mapping[str, Any], source: str) -> list[str]:
+    """Say which weights have adapters where a file leaves that open: MaxText has others."""
+    if given["enable_lora"] is not True or given["lora_module_path"]:
+        return []
+    return [
+        f"{source}: lora_module_path is empty: attention, experts and MLPs have adapters; MaxText "
+        "then goes by model_name, and for most models leaves out routed experts "
+        "(lora_module_path='self_attention/|/mlp/|shared_experts/')"
+    ]
 
 
 def _files(

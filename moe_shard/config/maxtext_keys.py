@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 import yaml
 
+from moe_shard.config.keys import shown
+from moe_shard.errors import UserError
+
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the strict loader is slow
 
 UNSET: tuple[Any, ...] = (None, "", "None", "none", [])
@@ -99,12 +102,32 @@ def read_maxtext_keys(path: Path) -> MaxTextKeys:
     )
 
 
-def without_blocks(written: Mapping[str, Any]) -> dict[str, Any]:
-    """Return keys with those of MaxText's block `lora:` among them."""
+def without_blocks(written: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return keys with those of MaxText's block `lora:` among them.
+
+    Args:
+        written: the keys of a file, or of the command line.
+        source: its name.
+
+    Raises:
+        UserError: `lora` is no block, or has a key that stands beside it with another value.
+    """
     block = written.get("lora")
+    beside = {key: value for key, value in written.items() if key != "lora"}
+    if block in UNSET:
+        return beside
     if not isinstance(block, Mapping):
-        return {**written}
-    return {**block, **{key: value for key, value in written.items() if key != "lora"}}
+        raise UserError(
+            f"{source}: lora={shown(block)} is no block of keys\n"
+            "fix: lora: {enable_lora: true, lora_rank: 16, lora_alpha: 32}"
+        )
+    for key in block.keys() & beside.keys():
+        if block[key] != beside[key]:
+            raise UserError(
+                f"{source}: {key} is {shown(block[key])} in the block lora and "
+                f"{shown(beside[key])} beside it\nfix: one of the two"
+            )
+    return {**block, **beside}
 
 
 def _flat(groups: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:

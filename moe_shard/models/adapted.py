@@ -7,8 +7,10 @@ from typing import Any
 
 from flax import nnx
 
+from moe_shard.config.keys import shown
 from moe_shard.config.lora_config import ADAPTER
 from moe_shard.config.model_config import ModelConfig
+from moe_shard.config.schema import brief_list
 from moe_shard.errors import UserError
 from moe_shard.layers.adapter import Adapter
 from moe_shard.moe.layer import MoELayer
@@ -36,12 +38,13 @@ def add_adapters(layer: Any, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         UserError: of gate and up of the experts, which share A, one is named alone; or they are
             one parameter.
     """
+    mlp = getattr(layer, "mlp", None)
+    moe = isinstance(mlp, MoELayer)
     for owner, path, name in _weights(layer):
-        if config.lora.adapts(f"{path}/{name}"):
+        if config.lora.adapts(f"{path}/{name}", moe=moe):
             inputs = 2 if path == "attention" and name == "out" else 1
             adapter = Adapter(getattr(owner, name), inputs=inputs, config=config.lora, rngs=rngs)
             setattr(owner, name + ADAPTER, adapter)
-    mlp = getattr(layer, "mlp", None)
     if isinstance(mlp, MoELayer):
         parts = ("gate", "up") if mlp.experts.gating.has_gate else ("up",)
         inward = [config.lora.adapts(f"mlp/experts/{part}") for part in parts]
@@ -52,6 +55,25 @@ def add_adapters(layer: Any, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
             )
         down = config.lora.adapts("mlp/experts/down")
         mlp.experts.add_adapters(config.lora, inward=all(inward), down=down, rngs=rngs)
+
+
+def require_adapters(config: ModelConfig, names: Sequence[str]) -> None:
+    """Refuse a model none of whose weights has an adapter though it is to have some.
+
+    Args:
+        config: the model.
+        names: of its parameters.
+
+    Raises:
+        UserError: `lora_module_path` is in the path of no weight, or no weight can have one.
+    """
+    if not config.lora.enable_lora or any(f"{ADAPTER}." in name for name in names):
+        return
+    there = {name.partition(".")[2].replace(".", "/") for name in names}
+    raise UserError(
+        f"lora_module_path={shown(config.lora.lora_module_path)} is in the path of no weight"
+        f"\nfix: one of {brief_list([path for path in PATHS if path in there], 8)}"
+    )
 
 
 def _weights(layer: Any) -> Iterator[tuple[Any, str, str]]:

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import PRNGKeyArray
 
 from moe_shard.config.model_config import ModelConfig
+from moe_shard.models.adapted import require_adapters
 from moe_shard.models.decoder import Decoder
 from moe_shard.models.mtp import PredictingDecoder
 from moe_shard.sharding.annotate import Sharding
@@ -87,7 +88,7 @@ def describe(config: ModelConfig, sharding: Sharding) -> AbstractModel:
 
     Raises:
         UserError: a parameter has a dim that its mesh axes do not divide, or a logical axis without
-            a rule.
+            a rule, or no weight has an adapter that `enable_lora` asks for.
     """
     decoder = PredictingDecoder if config.mtp_kinds else Decoder
 
@@ -104,6 +105,7 @@ def describe(config: ModelConfig, sharding: Sharding) -> AbstractModel:
     # The key is made within, so that describing a model starts no device.
     graph, params = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))))
     specs = nnx.to_pure_dict(nnx.map_state(spec, params))
+    require_adapters(config, [each.name for each in jax.tree.leaves(specs)])
     return AbstractModel(
         graph, specs, sharding, lambda key: nnx.to_pure_dict(nnx.state(build(key)))
     )

@@ -564,7 +564,7 @@ MIXTRAL = "decoder_block: mixtral"
 REFUSED = [
     ("load_full_state_path=/x", ["load_full_state_path=/x", "load_parameters_path=PATH"]),
     ("hf_path=a/b", ["hf_path=a/b", "dataset_path=FILES"]),
-    ("use_dpo=true", ["use_dpo=true asks for another trainer"]),
+    ("use_dpo=true", ["use_dpo=true asks for training on preferences or rewards"]),
     ("formatting_func_path=a.b", ["a function of its own that makes conversations"]),
     ("lora_weight_qtype=nf4", ["QLoRA"]),
     ("ici_pipeline_parallelism=2", ["pipeline parallelism", "ici_pipeline_parallelism=1"]),
@@ -676,6 +676,54 @@ def test_its_block_of_lora(tmp_path: Path) -> None:
     assert (lora.enable_lora, lora.lora_rank, lora.lora_alpha, lora.scale) == (True, 4, 8.0, 2.0)
     wanted = "\nlora: {enable_lora: true, lora_rank: 4, lora_alpha: 8.0, lora_weight_qtype: nf4}"
     says(error(tmp_path, MIXTRAL + wanted), "QLoRA")
+    twice = error(tmp_path, MIXTRAL + block + "\nlora_rank: 8")
+    says(twice, "lora_rank is 4 in the block lora and 8 beside it")
+    says(error(tmp_path, MIXTRAL + "\nlora: [1]"), "lora=[1] is no block of keys")
+    says(error(tmp_path, MIXTRAL + "\nlora: {lora_rank: 4}"), "lora_rank=4 has no effect")
+
+
+def test_adapters_that_a_file_leaves_open_are_said_to_be_others(tmp_path: Path) -> None:
+    block = "\nlora: {enable_lora: true, lora_rank: 4, lora_alpha: 8.0"
+    lines = load(tmp_path, MIXTRAL + block + "}").warnings
+    says("\n".join(lines), "lora_module_path is empty: attention, experts and MLPs")
+    plain = load(tmp_path, MIXTRAL + block + ", lora_module_path: self_attention/query}")
+    assert not any("lora_module_path" in line for line in plain.warnings)
+
+
+SFT = [
+    ("use_sft=false", {"use_sft": False}),
+    ("sft_train_on_completion_only=true", {"sft_train_on_completion_only": True}),
+    ("chat_template_path=b.json", {"chat_template_path": "b.json"}),
+    ("train_data_columns=[prompt, completion]", {"train_data_columns": ("prompt", "completion")}),
+    ("train_split=train_sft", {"train_split": "train_sft"}),
+    ("packing=false", "packing"),
+    ("formatting_func_kwargs={a: 1}", "formatting_func_kwargs"),
+    ("use_grpo=true", "training on preferences or rewards"),
+    ("dpo_beta=0.1", "of no meaning here: dpo_beta"),
+    ("dpo={algo: orpo}", "of no meaning here: dpo"),
+    ("use_tunix_gradient_accumulation=true", "use_tunix_gradient_accumulation (microbatches"),
+    ("hf_lora_adapter_path=/x", "lora_restore_path=a directory"),
+    ("lora_tile_size=32", "QLoRA"),
+    ("quantize_router_proj=false", "of no meaning here: quantize_router_proj"),
+]
+
+
+@pytest.mark.parametrize(("override", "expected"), SFT)
+def test_no_key_of_its_fine_tuning_is_dropped_in_silence(
+    tmp_path: Path, override: str, expected: str | dict[str, Any]
+) -> None:
+    """It reaches the configuration, or a line or an error names it."""
+    files = ["dataset_type=hf", f"hf_path={tmp_path}", "train_data_columns=[messages]"]
+    given = [*files, "use_sft=true", "tokenizer_path=/t", override]
+    if isinstance(expected, dict):
+        data = load(tmp_path, MIXTRAL, *given).data
+        assert {key: getattr(data, key) for key in expected} == expected
+        return
+    try:
+        lines: tuple[str, ...] = load(tmp_path, MIXTRAL, *given).warnings
+    except UserError as refusal:
+        lines = (str(refusal),)
+    says("\n".join(lines), expected)
 
 
 def test_the_evaluation_files_of_its_pipelines(tmp_path: Path) -> None:

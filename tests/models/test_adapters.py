@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from moe_shard.config import load_config
+from moe_shard.config.lora_config import LoraConfig
 from moe_shard.errors import UserError
 from moe_shard.runtime.compile import moe_records
 from tests.models.build import (
@@ -137,6 +138,49 @@ def test_which_weights_have_adapters() -> None:
     assert names("lora_module_path=MoeBlock_0/(wi_0|wi_1|wo)") == experts
     with pytest.raises(UserError, match="adapts one of gate and up"):
         names("lora_module_path=experts/up")
+    with pytest.raises(UserError, match="lora_module_path=experts/gat_ is in the path of no") as no:
+        names("lora_module_path=experts/gat_")
+    assert "fix: one of attention/query, attention/key" in str(no.value)
+
+
+DEEPSEEK = (
+    r"decoder/(dense_layers|moe_stack)/self_attention/(query|out|wkv_a|wkv_b)"
+    r"|decoder/(dense_layers|moe_stack)/(mlp|shared_experts)/(wi_0|wi_1|wo)"
+)
+"""The patterns of these tests are from MaxText 0.2.5, post_train/lora_module_path.yml."""
+
+
+@pytest.mark.parametrize(
+    ("pattern", "dense", "moe"),
+    [
+        (r"decoder/layers/.*(self_attention/(query|key|value|out)|mlp/(wi_0|wi_1|wo))",
+         {"attention/query", "attention/out", "mlp/gate", "mlp/down"},
+         {"attention/query", "attention/out"}),
+        (DEEPSEEK,
+         {"attention/query", "attention/out", "attention/latent_down", "attention/latent_up",
+          "mlp/gate", "mlp/down"},
+         {"attention/query", "attention/out", "attention/latent_down", "attention/latent_up",
+          "mlp/shared/gate", "mlp/shared/down"}),
+        (r"decoder/layers/.*(GptOssAttention/(query|key|value|out)|GptOssMlp/(wi_0|wi_1|wo))",
+         {"attention/query", "attention/out"},
+         {"attention/query", "attention/out", "mlp/experts/gate", "mlp/experts/down"}),
+        (r"decoder/scanned_blocks/layers.*/.*(MoeBlock_0|shared_experts)/(wi_0|wo)", set(),
+         {"mlp/experts/gate", "mlp/experts/down", "mlp/shared/gate", "mlp/shared/down"}),
+        (r"decoder/dense_layers/.*query", {"attention/query"}, set()),
+        (r"DeepSeekMoeBlock_0/MoeBlock_0/wi_0", set(), {"mlp/experts/gate"}),
+        (r"decoder/layers/moe_block/wo", set(), {"mlp/experts/down"}),
+    ],
+    ids=["default", "deepseek", "gpt-oss", "cycles", "dense", "nested", "qwen"],
+)  # fmt: skip
+def test_patterns_of_maxtexts_models_find_the_same_weights(
+    pattern: str, dense: set[str], moe: set[str]
+) -> None:
+    lora = LoraConfig(enable_lora=True, lora_rank=1, lora_alpha=1.0, lora_module_path=pattern)
+    attention = {f"attention/{name}" for name in ("query", "out", "latent_down", "latent_up")}
+    experts = {f"mlp/{at}/{name}" for at in ("experts", "shared") for name in ("gate", "down")}
+    assert {path for path in attention | experts if lora.adapts(path)} == moe
+    mlp = {"mlp/gate", "mlp/down"}
+    assert {path for path in attention | mlp if lora.adapts(path, moe=False)} == dense
 
 
 @pytest.mark.parametrize(
@@ -144,6 +188,7 @@ def test_which_weights_have_adapters() -> None:
     [
         (("enable_lora=true",), "lora_rank=0 and lora_alpha=0 would add nothing"),
         (("lora_module_path=query",), "enable_lora=false"),
+        (("lora_rank=4",), "lora_rank=4 has no effect: enable_lora=false"),
         ((*LORA, "lora_module_path=("), "no regular expression"),
         ((*LORA, "trainable_parameters_mask=query"), "trains the adapters"),
         ((*LORA, "mtp_num_layers=1"), "adapters are of decoder layers"),
