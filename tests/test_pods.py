@@ -21,6 +21,7 @@ PODS = {
     "dots1-142b-a14b": ("mi355x:32", "per_device_batch_size=1"),
     "ernie4.5-21b-a3b": ("mi355x:8", "per_device_batch_size=1"),
     "flex-olmo-7x7b": ("mi355x:56", "per_device_batch_size=1"),
+    "gemma4-26b-a4b": ("mi355x:8", "per_device_batch_size=1"),
     "glm4.5-air": ("mi355x:32", "per_device_batch_size=1"),
     "glm4.7-flash": ("mi355x:8", "per_device_batch_size=1"),
     "glm5-744b-a40b": ("mi355x:256", "per_device_batch_size=1"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_shard.autoep.family import Family, SettingRule
+from moe_shard.autoep.layer_overrides import OVERRIDES, of_global_layers
 from moe_shard.autoep.strict_json import fix_of, in_json
 from moe_shard.config.keys import shown
 from moe_shard.config.load import base_settings
@@ -56,9 +57,17 @@ class Attributes:
             if self.written.setdefault(name, value) != value:
                 both = f"{other}={in_json(value)} and {name}={in_json(self.written[name])}"
                 raise self.error(f"{both} are one thing", "keep one of them")
+        try:
+            of_layers = of_global_layers(self.written, family)
+        except ValueError as error:
+            raise self.error(str(error), "a model whose layers of one type are alike") from None
+        for name, value in of_layers.items():
+            if self.written.setdefault(name, value) != value:
+                both = f"{name}={in_json(self.written[name])} and {OVERRIDES}"
+                raise self.error(f"{both} say two things", "keep one of them")
         self._values = {**family.attributes, **self.written}
         self._family = family
-        self._read: set[str] = set()
+        self._read: set[str] = {OVERRIDES}
         self._check_computed(family)
 
     def error(self, what: str, fix: str) -> UserError:
@@ -75,6 +84,10 @@ class Attributes:
             else:
                 value = value.get(part) if isinstance(value, dict) else None
         return value if name else None
+
+    def usual(self, name: str) -> Any:
+        """Return the family's value of an attribute, where null in `config.json` means that."""
+        return self._family.attributes.get(name)
 
     def notes(self) -> list[str]:
         """Return lines on how `config.json` and the family differ; call it once all is read.
@@ -128,7 +141,10 @@ class Attributes:
             f"{key}.{entry}: {name}"
             for key in ("spans", "moe_layers", "mixers")
             for entry, name in (own.get(key) or {}).items()
-            if entry != "otherwise" and isinstance(name, str) and name and name not in self._values
+            if entry not in ("otherwise", "last")
+            and isinstance(name, str)
+            and name
+            and name not in self._values
         ]
         if missing:
             lines.append(
@@ -262,8 +278,9 @@ class Attributes:
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
             raise self.error(f"{self.as_text(name)} is not {TYPES_IN_WORDS[kind]}", fix_of(value))
         try:
-            return kind(value)
-        except OverflowError:
+            # A root of a negative number is complex, which no kind takes.
+            return kind(value if rule.power == 1 else value**rule.power)
+        except (ArithmeticError, TypeError):
             raise self.error(
                 f"{self.as_text(name)} is out of range", "as the model has it"
             ) from None

@@ -61,6 +61,8 @@ def describe_directory(directory: Path, config: Config, found: Detected) -> dict
             "query_heads": model.attention.num_query_heads,
             "kv_heads": model.attention.num_kv_heads,
             "head": model.attention.head_dim,
+            "global_kv_heads": model.attention.in_layers("global").num_kv_heads,
+            "global_head": model.attention.in_layers("global").head_dim,
             "positions": model.attention.rope.max_position_embeddings,
         },
         "attention": model.attention.attention_type,
@@ -96,10 +98,12 @@ def description_lines(directory: Path, config: Config, found: Detected) -> Itera
     told = describe_directory(directory, config, found)
     dims, stored = told["dims"], told["stored"]
     yield from found.lines
+    wide, usual = ((dims[f"{of}head"], dims[f"{of}kv_heads"]) for of in ("global_", ""))
+    of_global = f" (of {wide[0]} on {wide[1]} in global layers)" if wide != usual else ""
     yield (
         f"dims: model {dims['model']:,}, vocabulary {dims['vocab']:,}, {dims['query_heads']} heads "
-        f"of {dims['head']} on {dims['kv_heads']}, dense MLP {dims['dense_mlp']:,}, positions "
-        f"{dims['positions']:,}; attention {told['attention']}"
+        f"of {dims['head']} on {dims['kv_heads']}{of_global}, dense MLP {dims['dense_mlp']:,}, "
+        f"positions {dims['positions']:,}; attention {told['attention']}"
     )
     yield f"head: {'the embedding' if told['tied_head'] else 'its own'}"
     yield (

@@ -43,6 +43,7 @@ class SettingRule:
         skip: values of the sources that count as null.
         some: the setting's value wherever a source applies; None: that source's.
         count: whether it is the number of a list's entries, or of a text's letters.
+        power: exponent that a number is raised to.
     """
 
     sources: tuple[str, ...] = ()
@@ -53,6 +54,7 @@ class SettingRule:
     skip: tuple[Any, ...] = ()
     some: Any = None
     count: bool = False
+    power: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Spans:
         nope_interval: the last of every so many layers has no RoPE, unless the flags apply.
         nope_types: names in `types` of layers without RoPE where some layer has a window.
         full_every: the last of every so many layers has no window, unless it is null.
+        last: span that the model's last layer must have; empty: any.
     """
 
     types: str = ""
@@ -105,6 +108,7 @@ class Spans:
     nope_interval: str = ""
     nope_types: tuple[str, ...] = ()
     full_every: str = ""
+    last: str = ""
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,7 @@ class Family:
     moe_layers: LayersWithExperts
     spans: Spans
     mixers: Mixers
+    global_layers: Mapping[str, str]
     rope_without_effect: tuple[str, ...]
     rope_alpha: bool
     attributes: Mapping[str, Any]
@@ -195,6 +200,8 @@ class Family:
 _KINDS = {key: kind for key, kind in get_type_hints(Family).items() if key not in ("name", "own")}
 _PATTERNS = tuple(name for name in _KINDS if name.endswith(("_pattern", "_w1", "_w2", "_w3")))
 """Keys whose values are regular expressions."""
+_RULE = ("from", "else", "map", "when", "skip", "some", "count", "power")
+"""Entries of a rule that says where a value comes from."""
 _CHOICES = {"score_func": ("softmax", "sigmoid", "sparsemixer"), "score_apply": ("pre", "post")}
 
 
@@ -377,7 +384,9 @@ def _read(path: Path, key: str, value: Any) -> Any:
             raise wrong("a mapping to names or lists of them")
         value = {role: tuple(name for name in names if name) for role, names in value.items()}
     texts = sum(value.values(), ()) if key == "tensors" else value.values()
-    if key in ("tensors", "aliases") and not all(isinstance(text, str) for text in texts):
+    if key in ("tensors", "aliases", "global_layers") and not all(
+        isinstance(text, str) for text in texts
+    ):
         raise wrong("a mapping to names")
     return value
 
@@ -406,15 +415,15 @@ def read_rule(path: Path, key: str, value: Any) -> SettingRule:
     if not isinstance(value, dict):
         return SettingRule(default=value)
     for name in value:
-        _check_known(
-            path, f"{key}.", name, ("from", "else", "map", "when", "skip", "some", "count", "value")
-        )
+        _check_known(path, f"{key}.", name, (*_RULE, "value"))
     if set(value) == {"value"}:
         return SettingRule(default=value["value"])
     sources, mapping, when = value.get("from"), value.get("map", {}), value.get("when", {})
     sources = [sources] if isinstance(sources, str) else sources
+    power = value.get("power", 1.0)
     is_list = isinstance(sources, list) and all(isinstance(name, str) for name in sources)
-    if not sources or not is_list or not isinstance(mapping, dict) or not isinstance(when, dict):
+    is_rule = isinstance(mapping, dict) and isinstance(when, dict) and type(power) is float
+    if not sources or not is_list or not is_rule:
         raise UserError(
             f"{path}: {key}={shown(value)} does not say where its value comes from\n"
             "fix: {from: attribute, else: value}, for example"
@@ -428,6 +437,7 @@ def read_rule(path: Path, key: str, value: Any) -> SettingRule:
         skip=(value["skip"],) if "skip" in value else (),
         some=value.get("some"),
         count=value.get("count") is True,
+        power=power,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from moe_shard.autoep.attributes import Attributes
 from moe_shard.autoep.family import Family
+from moe_shard.autoep.layer_overrides import OVERRIDES, of_first_layers
 from moe_shard.autoep.tensor_names import unwrapped
 from moe_shard.errors import UserError
 
@@ -65,6 +66,7 @@ def with_layers(
         for name in {at.list, at.excluded}
     ]
     changes += [(name, lambda _: 0) for name in family.carried_layers.sources]
+    changes += [(OVERRIDES, lambda value: of_first_layers(value, layers))]
     changed = dict(written)
     section = changed
     for part in family.config_section.split(".") if family.config_section else ():

@@ -74,7 +74,8 @@ def _mixers(model: ModelConfig) -> str:
 def _router(moe: MoEConfig) -> Iterator[str]:
     router = moe.router
     groups, kept = router.groups
-    yield f"{router.routed_score_func} scores, top {moe.num_experts_per_tok}"
+    of = " of what a norm of its own gives" if router.router_norm else ""
+    yield f"{router.routed_score_func} scores{of}, top {moe.num_experts_per_tok}"
     if groups > 1:
         best = "best expert" if router.routing_group_score == "max" else "best two experts"
         yield f"in {kept} of {groups} groups by their {best}"
@@ -82,6 +83,8 @@ def _router(moe: MoEConfig) -> Iterator[str]:
         yield "weights over their sum"
     if router.routed_scaling_factor != 1:
         yield f"times {router.routed_scaling_factor:g}"
+    if router.router_expert_scale:
+        yield "times each expert's factor"
     if router.routed_score_on_input:
         yield "on what experts take in"
 

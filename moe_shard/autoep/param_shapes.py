@@ -50,6 +50,8 @@ _MOE_KEYS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 """The same of parameters whose paths have a prefix."""
 _EXPERTS_ON_LATENTS = {"embed_moe": (_LATENT_DIM,), "embed": (_LATENT_DIM,)}
+_GLOBAL_KEYS = {"kv_heads": ("global_num_kv_heads",), "head_dim": ("global_head_dim",)}
+"""The same in attention of global layers, where these settings are set."""
 _QUERY_KEYS = ("qk_nope_head_dim", "qk_rope_head_dim")
 _LATENT_KEYS: dict[str, dict[str, tuple[str, ...]]] = {
     "attention.query": {"head_dim": _QUERY_KEYS},
@@ -156,11 +158,16 @@ def slots_of(model: ModelConfig) -> ParamSlots:
     if model.moe is not None and model.moe.moe_latent_dim != -1:
         own[EXPERTS] = _EXPERTS_ON_LATENTS
     latent = model.attention.attention_type == "mla"
+    wide = {axis: keys for axis, keys in _GLOBAL_KEYS.items() if getattr(model.attention, keys[0])}
+    of_stack = {
+        name: {"attention.": wide} if wide and kind.span == "global" else {}
+        for name, kind, _ in all_stacks(model)
+    }
     for spec in jax.tree.leaves(specs):
         first, _, rest = spec.name.partition(".")
         if first in layers:
             dims = 2 if rest.startswith(EXPERTS) else 1
-            layers[first][rest] = _slot(rest, spec, dims, latent, own)
+            layers[first][rest] = _slot(rest, spec, dims, latent, own | of_stack[first])
         else:
             outer[spec.name] = _slot(spec.name, spec, 0, latent, own)
     return ParamSlots(outer, layers)

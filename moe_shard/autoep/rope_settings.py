@@ -23,9 +23,12 @@ _TYPES = {
     "deepseek_yarn": "yarn",
     "longrope": "longrope",
     "su": "longrope",
+    "proportional": "proportional",
 }
 """Name in `config.json` -> `rope_type`."""
 _AS_IT_IS = "as the model has it"
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+"""Types of layers that may have parameters of their own."""
 _PARAMETERS = (
     *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"),
     *("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "truncate"),
@@ -63,7 +66,15 @@ def rope_settings(
         "rope_max_timescale": theta,
         "partial_rotary_factor": written.or_attribute("partial_rotary_factor", _turned(attributes)),
     }
-    if written.type == "default":
+    if (theta := written.sliding_theta()) is not None:
+        settings["local_rope_max_timescale"] = theta
+    if written.type == "proportional" and written.number("factor", 1.0) != 1:
+        raise attributes.error(
+            f"{written.name}.factor={in_json(written.values['factor'])} of rope_type=proportional "
+            "is not computed here",
+            "a model without it",
+        )
+    if written.type in ("default", "proportional"):
         return settings
     original = _or(
         attributes.get("original_max_position_embeddings"),
@@ -105,18 +116,22 @@ class _Parameters:
     def __init__(self, attributes: Attributes, without_effect: Collection[str]) -> None:
         self.attributes = attributes
         self.name = "rope_scaling" if attributes.get("rope_scaling") else "rope_parameters"
-        values = _or(attributes.get(self.name), {})
+        values = _or(attributes.get(self.name), attributes.usual(self.name), {})
         if not isinstance(values, dict):
             raise attributes.error(f"{attributes.as_text(self.name)} is not an object", "{...}")
         nested = list(values.values())
+        self.of_sliding: dict[str, Any] | None = None
         if nested and all(isinstance(each, dict) for each in nested):
             # One dictionary for each type of layer.
-            if any(each != nested[0] for each in nested):
+            if all(each == nested[0] for each in nested):
+                values = nested[0]
+            elif values.keys() == {_FULL, _SLIDING}:
+                values, self.of_sliding = values[_FULL], values[_SLIDING]
+            else:
                 raise attributes.error(
                     f"{self.name} differs between types of layers, which is not computed here",
-                    "a model with one RoPE",
+                    f"a model with one RoPE, or with one of {_FULL} and one of {_SLIDING}",
                 )
-            values = nested[0]
         for key in values:
             if key not in _PARAMETERS and key not in without_effect:
                 raise attributes.error(
@@ -133,6 +148,25 @@ class _Parameters:
                 f"one of {', '.join(_TYPES)}",
             )
         self.type = _TYPES[kind]
+
+    def sliding_theta(self) -> float | None:
+        """Return theta of sliding layers where it is their own; else None."""
+        if self.of_sliding is None:
+            return None
+        usual = {"rope_type": "default", "partial_rotary_factor": 1.0}
+        for key, value in self.of_sliding.items():
+            if key != "rope_theta" and value not in (None, usual.get(key)):
+                raise self.attributes.error(
+                    f"{self.name}.{_SLIDING}.{shown(key)}={in_json(value)} is not computed here",
+                    "a model whose sliding layers have another rope_theta alone",
+                )
+        theta = _or(self.of_sliding.get("rope_theta"), self.attributes.get("rope_theta"))
+        if not _is_number(theta):
+            raise self.attributes.error(
+                f"{self.name}.{_SLIDING}.rope_theta={in_json(theta)} is not a number",
+                fix_of(theta),
+            )
+        return float(theta)
 
     def number(self, key: str, default: Any = None) -> float:
         """Return a parameter that is a finite number; anything else is an error."""

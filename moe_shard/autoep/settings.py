@@ -183,6 +183,12 @@ def _spans(
                 spans[layer] = "sliding"
             elif chunk and rope:
                 spans[layer] = "chunked"
+    if at.last and pattern is None and spans[-1] != at.last:
+        raise attributes.error(
+            f"{attributes.as_text(at.types)}: the last of {layers} layers is {spans[-1]}, where "
+            f"this family has {at.last}",
+            f"a model whose last layer is {at.last}, or its first layers up to such a one",
+        )
     if window:
         without = {_SPANS[name] for name in at.nope_types}
         flags = [rope and span not in without for rope, span in zip(flags, spans, strict=True)]

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, get_args
 from moe_shard.config.keys import MOST_SIZE, Key, check_leaves, divisors, shown
 from moe_shard.errors import UserError
 
-RopeType = Literal["default", "llama3.1", "yarn", "longrope"]
+RopeType = Literal["default", "llama3.1", "yarn", "longrope", "proportional"]
 AttentionType = Literal["global", "mla"]
 AttentionSpan = Literal["global", "sliding", "chunked"]
 ContextStrategy = Literal["all_gather", "ring"]
@@ -23,9 +23,13 @@ class RopeConfig:
 
     Attributes:
         rope_type: how positions are stretched: a `RopeType`; "yarn" is arXiv 2309.00071, "longrope"
-            arXiv 2402.13753.
+            arXiv 2402.13753. "proportional" does not stretch: pairs and frequencies are those of
+            the whole head, of which the first ones, of the highest frequencies, turn (Gemma 4).
         rope_max_timescale: theta, the base of the frequencies, in positions.
-        partial_rotary_factor: the fraction of each head, from its first element, that is rotated.
+        local_rope_max_timescale: theta in layers whose span is "sliding", which turn whole heads
+            and are not stretched; -1: they have the positions of the others.
+        partial_rotary_factor: the fraction of each head, from its first element, that is rotated;
+            "proportional": the fraction of its pairs.
         rope_interleave: whether the elements of a rotated pair are neighbours (2i, 2i + 1), rather
             than in the two halves of a head (i, i + D/2).
         rope_factor: stretched context length over the original one.
@@ -53,6 +57,7 @@ class RopeConfig:
 
     rope_type: Annotated[RopeType, Key(choices=get_args(RopeType))] = "default"
     rope_max_timescale: Annotated[float, Key(above=1)] = 10000.0
+    local_rope_max_timescale: Annotated[float, Key(above=1, off=-1)] = -1.0
     partial_rotary_factor: Annotated[float, Key(above=0, most=1)] = 1.0
     rope_interleave: Annotated[bool, Key()] = False
     rope_factor: Annotated[float, Key(least=1)] = 40.0
@@ -86,6 +91,25 @@ class RopeConfig:
                 "fix: 4 and 1, as Llama 3.1 has"
             )
 
+    def turned_dim(self, size: int) -> int:
+        """Return how many elements of a head are in pairs that have a frequency, be it 0.
+
+        Args:
+            size: elements of the head.
+        """
+        part = int(size * self.partial_rotary_factor)
+        return size if self.rope_type == "proportional" and part > 1 else part
+
+    def of_sliding_layers(self) -> RopeConfig:
+        """Return the positions of layers whose span is "sliding"."""
+        if self.local_rope_max_timescale == -1:
+            return self
+        return RopeConfig(
+            rope_max_timescale=self.local_rope_max_timescale,
+            rope_interleave=self.rope_interleave,
+            max_position_embeddings=self.max_position_embeddings,
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
@@ -104,6 +128,10 @@ class AttentionConfig:
         num_kv_heads: J, key and value heads; divides N. MLA has N of each.
         head_dim: D, elements of a head; even, because RoPE rotates pairs. MLA has the sizes below
             instead.
+        global_num_kv_heads: J in layers whose span is "global"; 0: `num_kv_heads`.
+        global_head_dim: D in these layers; 0: `head_dim`.
+        share_kv_projections: whether the values of these layers are what is projected to keys,
+            before norm and positions.
         q_lora_rank: MLA: size of the latent of queries; 0: queries are projected from x directly.
         kv_lora_rank: MLA: size of the latent of keys and values.
         qk_nope_head_dim: MLA: elements of a query and key that RoPE does not rotate.
@@ -139,6 +167,7 @@ class AttentionConfig:
         qk_norm_type: how they are normalised, a `QKNorm`: RMSNorm of each head before RoPE; of all
             heads together before they are split; or after RoPE, without a scale, in the layers that
             have RoPE; or of each head with a scale, after RoPE in the layers that have it.
+        use_v_norm: whether each value is divided by its root mean square.
         clip_qkv: largest magnitude of queries, keys and values; -1: no clipping.
         temperature_tuning: whether queries of layers without RoPE grow with the position p, by the
             factor 1 + temperature_tuning_scale * ln(1 + floor((p + 1) / temperature_tuning_floor)).
@@ -159,6 +188,9 @@ class AttentionConfig:
     num_query_heads: Annotated[int, Key("base_num_query_heads", least=1, most=MOST_HEADS)] = 16
     num_kv_heads: Annotated[int, Key("base_num_kv_heads", least=1, most=MOST_HEADS)] = 16
     head_dim: Annotated[int, Key(least=2, most=MOST_SIZE)] = -1
+    global_num_kv_heads: Annotated[int, Key(least=0, most=MOST_HEADS)] = 0
+    global_head_dim: Annotated[int, Key(least=0, most=MOST_SIZE)] = 0
+    share_kv_projections: Annotated[bool, Key()] = False
     q_lora_rank: Annotated[int, Key(least=0, most=MOST_SIZE)] = 0
     kv_lora_rank: Annotated[int, Key(least=1, most=MOST_SIZE)] = 512
     qk_nope_head_dim: Annotated[int, Key(least=1, most=MOST_SIZE)] = 128
@@ -185,6 +217,7 @@ class AttentionConfig:
     attention_scale: Annotated[float, Key(above=0, off=-1)] = -1.0
     use_qk_norm: Annotated[bool, Key()] = False
     qk_norm_type: Annotated[QKNorm, Key(choices=get_args(QKNorm))] = "head"
+    use_v_norm: Annotated[bool, Key()] = False
     clip_qkv: Annotated[float, Key(above=0, off=-1)] = -1.0
     temperature_tuning: Annotated[bool, Key()] = False
     temperature_tuning_scale: Annotated[float, Key(above=0)] = 0.1
@@ -193,14 +226,20 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         check_leaves(self)
-        if self.num_query_heads % self.num_kv_heads:
-            raise UserError(
-                f"base_num_query_heads={self.num_query_heads} is not a multiple of "
-                f"base_num_kv_heads={self.num_kv_heads}: every key head serves as many queries\n"
-                f"fix: base_num_kv_heads one of {divisors(self.num_query_heads)}"
-            )
+        for key, heads in (
+            ("base_num_kv_heads", self.num_kv_heads),
+            ("global_num_kv_heads", self.global_num_kv_heads or self.num_kv_heads),
+        ):
+            if self.num_query_heads % heads:
+                raise UserError(
+                    f"base_num_query_heads={self.num_query_heads} is not a multiple of "
+                    f"{key}={heads}: every key head serves as many queries\n"
+                    f"fix: {key} one of {divisors(self.num_query_heads)}"
+                )
         self._check_latent()
-        self._check_turned()
+        self._check_turned("head_dim", self.head_dim)
+        if self.global_head_dim:
+            self._check_turned("global_head_dim", self.global_head_dim)
         if not self.attention_pattern:
             raise UserError("attention_pattern=[] names no span\nfix: [global], for example")
         for span, key, size in (
@@ -233,6 +272,10 @@ class AttentionConfig:
             ("clip_qkv", self.clip_qkv != -1),
             ("temperature_tuning", self.temperature_tuning),
             ("attention_output_gate", self.attention_output_gate),
+            ("global_num_kv_heads", self.global_num_kv_heads),
+            ("global_head_dim", self.global_head_dim),
+            ("share_kv_projections", self.share_kv_projections),
+            ("use_v_norm", self.use_v_norm),
         ):
             if on:
                 raise UserError(
@@ -240,23 +283,23 @@ class AttentionConfig:
                     f"of their own\nfix: leave {key} out, or attention_type=global"
                 )
 
-    def _check_turned(self) -> None:
-        name, size = "head_dim", self.head_dim
+    def _check_turned(self, name: str, size: int) -> None:
         if self.attention_type == "mla":
             name, size = "qk_rope_head_dim", self.qk_rope_head_dim
         if size % 2:
             raise UserError(
                 f"{name}={size} is odd, and RoPE turns pairs of elements\nfix: {name}={size + 1}"
             )
-        if self.turned_dim < 2 or self.turned_dim % 2:
+        turned = self.rope.turned_dim(size)
+        if turned < 2 or turned % 2:
             raise UserError(
                 f"partial_rotary_factor={self.rope.partial_rotary_factor:g} of {name}={size} turns "
-                f"{self.turned_dim} elements, not pairs\nfix: 0.5 or 1, for example"
+                f"{turned} elements, not pairs\nfix: 0.5 or 1, for example"
             )
         factors = len(self.rope.rope_short_factors)
-        if self.rope.rope_type == "longrope" and factors != self.turned_dim // 2:
+        if self.rope.rope_type == "longrope" and factors != turned // 2:
             raise UserError(
-                f"rope_type=longrope: {factors} rope_short_factors for {self.turned_dim // 2} "
+                f"rope_type=longrope: {factors} rope_short_factors for {turned // 2} "
                 f"pairs ({name}={size})\nfix: one for every pair"
             )
 
@@ -264,4 +307,21 @@ class AttentionConfig:
     def turned_dim(self) -> int:
         """Return how many elements of a query or key RoPE rotates."""
         of = self.qk_rope_head_dim if self.attention_type == "mla" else self.head_dim
-        return int(of * self.rope.partial_rotary_factor)
+        return self.rope.turned_dim(of)
+
+    def in_layers(self, span: AttentionSpan) -> AttentionConfig:
+        """Return the attention of the layers with a span, whose heads and positions may differ.
+
+        >>> import moe_shard as ms
+        >>> config = ms.load_config("gemma4-26b-a4b").model.attention
+        >>> [config.in_layers(span).head_dim for span in ("sliding", "global")]
+        [256, 512]
+        """
+        if span == "global":
+            return dataclasses.replace(
+                self,
+                num_kv_heads=self.global_num_kv_heads or self.num_kv_heads,
+                head_dim=self.global_head_dim or self.head_dim,
+            )
+        rope = self.rope.of_sliding_layers() if span == "sliding" else self.rope
+        return dataclasses.replace(self, share_kv_projections=False, rope=rope)

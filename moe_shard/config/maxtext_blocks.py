@@ -55,6 +55,10 @@ OPTIONAL: Mapping[str, Any] = {
     "sliding_window_size": 0,
     "chunk_attn_window_size": 0,
     "partial_rotary_factor": 1.0,
+    "global_head_dim": 0,
+    "global_num_kv_heads": 0,
+    "share_kv_projections": False,
+    "local_rope_max_timescale": -1.0,
 }
 """Keys that only some blocks read, and their values in blocks that do not."""
 

@@ -19,7 +19,7 @@ from moe_shard.units import human_ranges
 DType = Literal["bfloat16", "float16", "float32"]
 CrossEntropyName = Literal["auto", "tokamax"]
 Normalization = Literal["rms", "layer"]
-NormPlacement = Literal["input", "output"]
+NormPlacement = Literal["input", "output", "both"]
 MixerName = Literal["attention", "gated_delta_net", "mamba2", "short_convolution", "none"]
 MOST_LAYERS = 2**12  # far above any model; the cycle of their kinds is looked for layer by layer
 GATE_ACTIVATIONS = ("silu", "gelu", "gelu_exact", "quick_gelu", "relu", "relu2")
@@ -126,7 +126,10 @@ class ModelConfig:
         normalization_zero_centered: whether RMSNorms multiply by 1 + scale, which begins at 0, and
             not by scale, which begins at 1.
         norm_placement: a `NormPlacement`: whether attention and MLP are of normalised activations,
-            or what they add to the residual stream is normalised (OLMo 2, arXiv 2501.00656).
+            or what they add to the residual stream is normalised (OLMo 2, arXiv 2501.00656), or
+            both, by norms of their own (Gemma).
+        layer_scalar: whether what each layer leaves is multiplied by a number of its own, which is
+            not trained (Gemma 4).
         logits_via_embedding: whether the output projection is the embedding table, transposed.
         logits_bias: whether the output projection has a bias.
         embedding_multiplier: factor of the token embeddings.
@@ -167,6 +170,7 @@ class ModelConfig:
     normalization_layer_epsilon: Annotated[float, Key(above=0)] = 1e-05
     normalization_zero_centered: Annotated[bool, Key()] = False
     norm_placement: Annotated[NormPlacement, Key(choices=get_args(NormPlacement))] = "input"
+    layer_scalar: Annotated[bool, Key()] = False
     logits_via_embedding: Annotated[bool, Key()] = False
     logits_bias: Annotated[bool, Key()] = False
     embedding_multiplier: Annotated[float, Key(above=0)] = 1.0
@@ -225,6 +229,11 @@ class ModelConfig:
             raise UserError(
                 f"normalization_zero_centered=true with normalization_type="
                 f"{self.normalization_type}: it is about RMSNorm\nfix: normalization_type=rms"
+            )
+        if self.moe is not None and self.moe.routed_norms and self.normalization_type != "rms":
+            raise UserError(
+                f"routed_norms=true with normalization_type={self.normalization_type}: these norms "
+                "are RMSNorms\nfix: normalization_type=rms"
             )
         empty = [n for n, kind in enumerate(self.layer_kinds) if kind[3:] == ("none", False)]
         if empty:

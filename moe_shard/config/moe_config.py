@@ -39,6 +39,8 @@ class RouterConfig:
         routed_score_func: scores of the logits over all experts: a `ScoreFunction`. "sparsemixer"
             chooses one expert after the other, each weighted by a softmax over the logits near it
             (Phi-3.5-MoE, SparseMixer-v2, arXiv 2409.12136).
+        router_norm: whether logits are of the input over its root mean square, times a learned
+            vector, over the root of the model dim (Gemma 4).
         router_bias: whether the logits have a learned bias.
         routed_bias: whether a bias is added to the scores by which experts are chosen, but not to
             the combine weights (arXiv 2408.15664); no gradient reaches it.
@@ -51,6 +53,8 @@ class RouterConfig:
         norm_topk_prob: whether a token's K combine weights are divided by their sum.
         norm_topk_epsilon: number added to that sum.
         routed_scaling_factor: factor of the combine weights, after that.
+        router_expert_scale: whether each expert's combine weights, after that, have a learned
+            factor of their own.
         routed_score_on_input: whether the combine weights multiply the experts' input, not their
             output (Llama 4).
         load_balance_probs: probabilities in the load-balance loss, a `BalanceProbs`: each score
@@ -66,6 +70,7 @@ class RouterConfig:
     """
 
     routed_score_func: Annotated[ScoreFunction, Key(choices=get_args(ScoreFunction))] = "softmax"
+    router_norm: Annotated[bool, Key()] = False
     router_bias: Annotated[bool, Key()] = False
     routed_bias: Annotated[bool, Key()] = False
     routed_bias_update_rate: Annotated[float, Key(least=0)] = 0.0
@@ -75,6 +80,7 @@ class RouterConfig:
     norm_topk_prob: Annotated[bool, Key()] = True
     norm_topk_epsilon: Annotated[float, Key(least=0)] = 0.0
     routed_scaling_factor: Annotated[float, Key(above=0)] = 1.0
+    router_expert_scale: Annotated[bool, Key()] = False
     routed_score_on_input: Annotated[bool, Key()] = False
     load_balance_probs: Annotated[BalanceProbs, Key(choices=get_args(BalanceProbs))] = "scores"
     sparsemixer_jitter: Annotated[float, Key(least=0, below=0.5)] = 0.01
@@ -123,6 +129,9 @@ class MoEConfig:
         shared_expert_mlp_dim: hidden size of that MLP; -1: `shared_experts` times H.
         shared_expert_gate: whether that MLP's output is multiplied by the sigmoid of a learned
             score of the token.
+        routed_norms: whether router and routed experts read the residual stream itself, the experts
+            through a norm of their own, and the outputs of routed and of shared experts are
+            normalised, each by its own, before they are added (Gemma 4).
         capacity_factor: slots per expert over those of a balanced load; 0 or less: as many slots as
             the sequence has tokens, so that nothing is dropped.
         capacity_rule: how the number of slots is rounded, a `CapacityRule`.
@@ -155,6 +164,7 @@ class MoEConfig:
     shared_experts: Annotated[int, Key(least=0)] = 0
     shared_expert_mlp_dim: Annotated[int, Key(least=1, most=MOST_SIZE, off=-1)] = -1
     shared_expert_gate: Annotated[bool, Key()] = False
+    routed_norms: Annotated[bool, Key()] = False
     capacity_factor: Annotated[float, Key()] = -1.0
     capacity_rule: Annotated[CapacityRule, Key(choices=get_args(CapacityRule))] = "maxtext"
     min_capacity: Annotated[int, Key(least=0)] = 0

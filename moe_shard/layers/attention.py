@@ -91,8 +91,10 @@ class Attention(Heads):
         # Scores are neither scaled nor normalised here, so small initial queries keep them small.
         variance = 1 / dim if config.attention_scale == 1 and not config.use_qk_norm else 1.0
         self.query = project(*queries, variance)
-        self.key, self.value = project(*keys), project(*keys)
-        self.query_bias, self.key_bias, self.value_bias = bias(*queries), bias(*keys), bias(*keys)
+        shared = config.share_kv_projections
+        self.key, self.value = project(*keys), None if shared else project(*keys)
+        self.query_bias, self.key_bias = bias(*queries), bias(*keys)
+        self.value_bias = None if shared else bias(*keys)
         self.query_norm, self.key_norm = norm(*queries), norm(*keys)
         gated = config.attention_output_gate
         self.gate = project(*queries) if gated else None
@@ -137,7 +139,11 @@ class Attention(Heads):
         """Compute queries, keys and values, without positions."""
         query = self._by_weight(x, self.query, self.query_bias, "heads", "query")
         key = self._by_weight(x, self.key, self.key_bias, "kv_heads", "key")
-        value = self._by_weight(x, self.value, self.value_bias, "kv_heads", "value")
+        value = key
+        if self.value is not None:
+            value = self._by_weight(x, self.value, self.value_bias, "kv_heads", "value")
+        if self.config.use_v_norm:
+            value = self._divided(value)
         if self.config.qk_norm_type != "head_after_rope":
             query, key = self._normalised(query, key)
         most = self.config.clip_qkv
@@ -182,11 +188,12 @@ class Attention(Heads):
         if config.qk_norm_type == "head_after_rope":
             query, key = self._normalised(query, key)
         if self.kind.rope and config.use_qk_norm and config.qk_norm_type == "l2":
-            query, key = (
-                normalise(each.astype(jnp.float32), epsilon=self.norm_epsilon).astype(each.dtype)
-                for each in (query, key)
-            )
+            query, key = self._divided(query), self._divided(key)
         return Projected(query, key, value)
+
+    def _divided(self, x: Float[Array, "B S N D"]) -> Float[Array, "B S N D"]:
+        """Divide each head by its root mean square."""
+        return normalise(x.astype(jnp.float32), epsilon=self.norm_epsilon).astype(x.dtype)
 
 
 def _tempered(
@@ -210,7 +217,11 @@ def make_attention(
     rngs: nnx.Rngs,
     zero_centered: bool = False,
 ) -> Attention | LatentAttention:
-    """Make the attention that `attention_type` names; see the classes for the arguments."""
+    """Make the attention that `attention_type` names for a layer; see the classes.
+
+    Heads and positions are those that the configuration has for layers of this kind.
+    """
+    config = config.in_layers(kind.span)
     if config.attention_type == "mla":
         return LatentAttention(
             config=config,

@@ -9,7 +9,7 @@ def attention_params(config: AttentionConfig, model_dim: int) -> int:
     """Count the parameters that a token is multiplied with.
 
     Args:
-        config: heads and latents.
+        config: heads and latents of a layer.
         model_dim: M, the model dim.
     """
     heads = config.num_query_heads
@@ -22,14 +22,15 @@ def attention_params(config: AttentionConfig, model_dim: int) -> int:
         expanded = config.kv_lora_rank * heads * (config.qk_nope_head_dim + of_value)
         return queries + latent + expanded + out
     queries = heads * of_key * (1 + config.attention_output_gate)
-    return model_dim * (queries + config.num_kv_heads * (of_key + of_value)) + out
+    values = 0 if config.share_kv_projections else of_value
+    return model_dim * (queries + config.num_kv_heads * (of_key + values)) + out
 
 
 def attention_flops(config: AttentionConfig, seq_len: int) -> tuple[int, int]:
     """Count the operations of one token's scores and values, forward and, apart, backward.
 
     Args:
-        config: heads and their sizes.
+        config: heads of a layer and their sizes.
         seq_len: S, tokens in a sequence, all of which count for each.
     """
     of_key, of_value = _head_dims(config)

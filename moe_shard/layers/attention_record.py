@@ -87,7 +87,8 @@ def _named(numbers: list[int]) -> str:
 def _record(
     config: ModelConfig, kind: LayerKind, sharding: Sharding, tokens: tuple[int, int]
 ) -> AttentionRecord:
-    attention, rule = config.attention, AttentionRule.of(config.attention, kind.span)
+    attention = config.attention.in_layers(kind.span)
+    rule = AttentionRule.of(attention, kind.span)
     kv_heads, key_dim, value_dim = attention.num_kv_heads, attention.head_dim, attention.head_dim
     latent = attention.attention_type == "mla"
     gathers_latents = latent and attention.context_parallel_strategy == "all_gather"

@@ -75,6 +75,9 @@ def rope_frequencies(
             from the start, so that cached keys stay valid as the sequence grows.
     """
     kept = rope.rope_max_timescale ** (-np.arange(0, turned_dim, 2) / turned_dim)
+    if rope.rope_type == "proportional":
+        turning = int(turned_dim * rope.partial_rotary_factor) // 2
+        return np.where(np.arange(len(kept)) < turning, kept, 0.0)
     if rope.rope_type == "llama3.1":
         return _by_wavelength(kept, rope)
     if rope.rope_type == "yarn":

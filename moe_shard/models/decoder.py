@@ -22,6 +22,7 @@ from moe_shard.models.mixers import MIXERS, TokenMixer
 from moe_shard.models.remat import LAYER_INPUT, remat
 from moe_shard.moe.layer import MoELayer, MoEStats
 from moe_shard.sharding.annotate import Sharding
+from moe_shard.sharding.parameter import parameter
 
 StackCaches = dict[str, dict[str, Shaped[Array, "layers B ..."]]]
 """Cached arrays by stack and name."""
@@ -49,7 +50,8 @@ class DecoderLayer(nnx.Module):
 
     A layer may lack one of the two. The mixer stands at the attribute that its entry in `MIXERS`
     names, so that the parameters of each kind have names of their own; its norm is
-    `attention_norm` whatever the kind.
+    `attention_norm` whatever the kind. Where input and output are normalised, the outputs' norms
+    are `attention_out_norm` and `mlp_out_norm`.
     """
 
     def __init__(
@@ -57,16 +59,19 @@ class DecoderLayer(nnx.Module):
     ) -> None:
         dtypes = {"dtype": config.dtype, "weight_dtype": config.weight_dtype}
         self.residual_multiplier = config.residual_multiplier
-        self.normalises_input = config.norm_placement == "input"
+        self.normalises_input = config.norm_placement != "output"
+        self.normalises_output = config.norm_placement != "input"
         self.mixer_attribute = ""
         if kind.mixer != "none":
             entry = MIXERS[kind.mixer]
             self.attention_norm = make_norm(config)
+            self.attention_out_norm = make_out_norm(config)
             self.mixer_attribute = entry.attribute
             setattr(self, entry.attribute, entry.make(config, kind, sharding, rngs))
         self.mlp: MoELayer | MLP | None
         if kind.mlp:
             self.mlp_norm = make_norm(config)
+            self.mlp_out_norm = make_out_norm(config)
         if kind.moe:
             assert config.moe is not None, "a layer kind with experts needs config.moe"
             self.mlp = MoELayer(
@@ -75,6 +80,8 @@ class DecoderLayer(nnx.Module):
                 gating=config.gating,
                 sharding=sharding,
                 rngs=rngs,
+                norm_epsilon=config.normalization_layer_epsilon,
+                zero_centered=config.normalization_zero_centered,
                 **dtypes,
             )
         elif not kind.mlp:
@@ -88,6 +95,9 @@ class DecoderLayer(nnx.Module):
                 rngs=rngs,
                 **dtypes,
             )
+        self.layer_scalar = (
+            parameter(jnp.ones((1,), config.weight_dtype), (None,)) if config.layer_scalar else None
+        )
         if config.lora.enable_lora:
             add_adapters(self, config, rngs=rngs)
 
@@ -102,17 +112,21 @@ class DecoderLayer(nnx.Module):
         """Apply the layer. Statistics are None for a dense layer."""
         x = checkpoint_name(x, LAYER_INPUT)
         cache: LayerCache = {}
+        stats = None
         if self.mixer is not None:
             taken = self._taken(x, self.attention_norm)
             mixed, cache = self.mixer(taken, positions, segment_ids, memory, order)
-            x = self._add(x, mixed, self.attention_norm)
-        if self.mlp is None:
-            return x, None, cache
-        taken = self._taken(x, self.mlp_norm)
-        if isinstance(self.mlp, MoELayer):
-            y, stats = self.mlp(taken)
-            return self._add(x, y, self.mlp_norm), stats, cache
-        return self._add(x, self.mlp(taken), self.mlp_norm), None, cache
+            x = self._add(x, mixed, self.attention_out_norm or self.attention_norm)
+        if self.mlp is not None:
+            taken = self._taken(x, self.mlp_norm)
+            if isinstance(self.mlp, MoELayer):
+                y, stats = self.mlp(taken, x if self.mlp.config.routed_norms else None)
+            else:
+                y = self.mlp(taken)
+            x = self._add(x, y, self.mlp_out_norm or self.mlp_norm)
+        if self.layer_scalar is not None:
+            x = x * jax.lax.stop_gradient(self.layer_scalar[...]).astype(x.dtype)
+        return x, stats, cache
 
     @property
     def mixer(self) -> TokenMixer | None:
@@ -131,7 +145,7 @@ class DecoderLayer(nnx.Module):
     def _add(
         self, x: Float[Array, "B S M"], y: Float[Array, "B S M"], norm: Norm
     ) -> Float[Array, "B S M"]:
-        y = y if self.normalises_input else norm(y)
+        y = norm(y) if self.normalises_output else y
         return x + y if self.residual_multiplier == 1 else x + y * self.residual_multiplier
 
 
@@ -323,6 +337,11 @@ def make_norm(config: ModelConfig) -> Norm:
         weight_dtype=config.weight_dtype,
         zero_centered=config.normalization_zero_centered,
     )
+
+
+def make_out_norm(config: ModelConfig) -> Norm | None:
+    """Make the norm of what a layer adds, where what it takes in has another; else None."""
+    return make_norm(config) if config.norm_placement == "both" else None
 
 
 Layer = TypeVar("Layer", bound=DecoderLayer)

@@ -40,7 +40,7 @@ def matmul_params_per_token(config: ModelConfig) -> int:
     total = config.emb_dim * config.vocab_size
     for kind in config.all_layer_kinds:
         if kind.mixer != "none":
-            total += MIXERS[kind.mixer].params(config)
+            total += MIXERS[kind.mixer].params(config, kind)
         if kind.moe and config.moe is not None:
             total += _moe_params(config.moe, config.emb_dim, config.gating.projections)
         elif kind.mlp:
@@ -58,7 +58,7 @@ def train_flops_per_token(config: ModelConfig, *, seq_len: int) -> int:
         seq_len: S, tokens in a sequence.
     """
     mixed = sum(
-        sum(MIXERS[kind.mixer].flops(config, seq_len))
+        sum(MIXERS[kind.mixer].flops(config, kind, seq_len))
         for kind in config.all_layer_kinds
         if kind.mixer != "none"
     )

@@ -62,16 +62,16 @@ class MixerEntry:
         attribute: attribute of a decoder layer that holds it, first part of its parameters' names.
         words: what reports call it.
         make: makes that of one layer.
-        params: counts the parameters that a token is multiplied with.
-        flops: counts the operations for one token in a sequence of so many that are no products
-            with parameters: forward and, apart, backward.
+        params: counts the parameters of a layer that a token is multiplied with.
+        flops: counts the operations of a layer for one token in a sequence of so many that are no
+            products with parameters: forward and, apart, backward.
     """
 
     attribute: str
     words: str
     make: Callable[[ModelConfig, LayerKind, Sharding, nnx.Rngs], TokenMixer]
-    params: Callable[[ModelConfig], int]
-    flops: Callable[[ModelConfig, int], tuple[int, int]]
+    params: Callable[[ModelConfig, LayerKind], int]
+    flops: Callable[[ModelConfig, LayerKind, int], tuple[int, int]]
 
 
 def _attention(
@@ -95,28 +95,32 @@ MIXERS: Mapping[MixerName, MixerEntry] = {
         attribute="attention",
         words="attention",
         make=_attention,
-        params=lambda config: attention_params(config.attention, config.emb_dim),
-        flops=lambda config, length: attention_flops(config.attention, length),
+        params=lambda config, kind: attention_params(
+            config.attention.in_layers(kind.span), config.emb_dim
+        ),
+        flops=lambda config, kind, length: attention_flops(
+            config.attention.in_layers(kind.span), length
+        ),
     ),
     "gated_delta_net": MixerEntry(
         attribute="delta",
         words="gated delta net",
         make=make_delta_net,
-        params=delta_net_params,
-        flops=delta_net_flops,
+        params=lambda config, _: delta_net_params(config),
+        flops=lambda config, _, length: delta_net_flops(config, length),
     ),
     "mamba2": MixerEntry(
         attribute="mamba",
         words="Mamba-2",
         make=make_mamba,
-        params=mamba_params,
-        flops=mamba_flops,
+        params=lambda config, _: mamba_params(config),
+        flops=lambda config, _, length: mamba_flops(config, length),
     ),
     "short_convolution": MixerEntry(
         attribute="convolution",
         words="short convolution",
         make=make_short_convolution,
-        params=short_convolution_params,
+        params=lambda config, _: short_convolution_params(config),
         flops=lambda *_: (0, 0),  # its products are all with parameters
     ),
 }

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from moe_shard.config.model_config import GatingConfig
 from moe_shard.config.moe_config import MoEConfig
 from moe_shard.layers.mlp import MLP
+from moe_shard.layers.norm import RMSNorm
 from moe_shard.moe.axes import SHARED_GATE
 from moe_shard.moe.experts import Experts
 from moe_shard.moe.latent import Latent
@@ -78,6 +79,8 @@ class MoELayer(nnx.Module):
         gating: the experts' activation, gate, clamps, offset and biases.
         dtype: dtype of the experts' products and the layer's output.
         weight_dtype: dtype of the experts' parameters; the router is always float32.
+        norm_epsilon: number added to mean squares, where the layer normalises.
+        zero_centered: whether its norms multiply by 1 + scale.
 
     Raises:
         UserError: the strategy cannot run on this mesh.
@@ -93,6 +96,8 @@ class MoELayer(nnx.Module):
         gating: GatingConfig = GatingConfig(),  # noqa: B008  (frozen)
         dtype: DTypeLike = jnp.float32,
         weight_dtype: DTypeLike = jnp.float32,
+        norm_epsilon: float = 1e-6,
+        zero_centered: bool = False,
     ) -> None:
         self.config = config
         self.sharding = sharding
@@ -102,6 +107,7 @@ class MoELayer(nnx.Module):
             k=config.num_experts_per_tok,
             config=config.router,
             rngs=rngs,
+            norm_epsilon=norm_epsilon,
         )
         self.experts = Experts(
             num_experts=config.num_experts,
@@ -141,6 +147,19 @@ class MoELayer(nnx.Module):
         self.shared_gate = (
             _shared_gate(model_dim, weight_dtype, rngs) if config.shared_expert_gate else None
         )
+
+        def norm(of: bool) -> RMSNorm | None:
+            if not (config.routed_norms and of):
+                return None
+            return RMSNorm(
+                dim=model_dim,
+                epsilon=norm_epsilon,
+                weight_dtype=weight_dtype,
+                zero_centered=zero_centered,
+            )
+
+        self.routed_norm, self.routed_out_norm = norm(True), norm(True)
+        self.shared_out_norm = norm(self.shared is not None)
         _ = self.strategy  # raises its errors here rather than during tracing
 
     @property
@@ -158,19 +177,27 @@ class MoELayer(nnx.Module):
         """
         return make_strategy(self.config, self.placement)
 
-    def __call__(self, x: Float[Array, "B S M"]) -> tuple[Float[Array, "B S M"], MoEStats]:
+    def __call__(
+        self, x: Float[Array, "B S M"], residual: Float[Array, "B S M"] | None = None
+    ) -> tuple[Float[Array, "B S M"], MoEStats]:
         """Apply the layer.
+
+        Args:
+            x: activations.
+            residual: what router and routed experts read with `routed_norms`, where x is what
+                the shared experts read; None: x.
 
         Returns:
             The weighted sum of the expert outputs, in the dtype of `x` (see `dtype`), and the
             sequences' statistics.
         """
         if self.sharding.is_explicit:
-            return self._with_auto_axes(x)
+            return self._with_auto_axes(x, residual)
         placement = self.placement
         shared = self._of_shared(x)
-        x = placement.tokens(x)
+        x = placement.tokens(x if residual is None else residual)
         routing = self.route(x)
+        x = x if self.routed_norm is None else self.routed_norm(x)
         name = self.config.moe_dispatch
         if self.latent is not None:
             x = placement.tokens(self.latent.of_tokens(x))
@@ -186,9 +213,12 @@ class MoELayer(nnx.Module):
         y = placement.tokens(y)
         if self.latent is not None:
             y = placement.tokens(self.latent.to_tokens(y))
+        y = y if self.routed_out_norm is None else self.routed_out_norm(y)
         return y if shared is None else y + shared, stats
 
-    def _with_auto_axes(self, x: Float[Array, "B S M"]) -> tuple[Float[Array, "B S M"], MoEStats]:
+    def _with_auto_axes(
+        self, x: Float[Array, "B S M"], residual: Float[Array, "B S M"] | None
+    ) -> tuple[Float[Array, "B S M"], MoEStats]:
         """Apply the layer where the mesh has Explicit axes; within the call they are Auto."""
         # Parameters are arguments: closed over, they would keep their Explicit types.
         graph, state = nnx.split(self)
@@ -197,12 +227,13 @@ class MoELayer(nnx.Module):
         stats = dict.fromkeys(MoEStats._fields, outside(each))
 
         def apply(
-            state: nnx.State[Any, Any], x: Float[Array, "B S M"]
+            state: nnx.State[Any, Any], *read: Float[Array, "B S M"]
         ) -> tuple[Float[Array, "B S M"], MoEStats]:
-            return nnx.merge(graph, state)(x)  # where `is_explicit` is False
+            return nnx.merge(graph, state)(*read)  # where `is_explicit` is False
 
         out = (outside(y), MoEStats(**stats))  # type: ignore[arg-type]
-        return jax.sharding.auto_axes(apply, out_sharding=out)(state, x)
+        read = (x,) if residual is None else (x, residual)
+        return jax.sharding.auto_axes(apply, out_sharding=out)(state, *read)
 
     def route(self, x: Float[Array, "B S M"]) -> Routing:
         """Choose experts and combine weights for every token."""
@@ -229,12 +260,12 @@ class MoELayer(nnx.Module):
         if self.shared is None:
             return None
         y = self.shared(x)
-        if self.shared_gate is None:
-            return y
-        with jax.named_scope("mlp"):
-            gate = self.shared_gate[...].astype(x.dtype)
-            scale = jax.nn.sigmoid(jnp.einsum("bsm,m->bs", x, gate))
-            return scale[..., None] * y
+        if self.shared_gate is not None:
+            with jax.named_scope("mlp"):
+                gate = self.shared_gate[...].astype(x.dtype)
+                scale = jax.nn.sigmoid(jnp.einsum("bsm,m->bs", x, gate))
+                y = scale[..., None] * y
+        return y if self.shared_out_norm is None else self.shared_out_norm(y)
 
 
 def _shared_gate(model_dim: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Param[Array]:

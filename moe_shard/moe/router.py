@@ -15,7 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from moe_shard.config.moe_config import RouterConfig
-from moe_shard.moe.axes import ROUTER_KERNEL, ROUTER_VECTOR
+from moe_shard.layers.norm import normalise
+from moe_shard.moe.axes import ROUTER_KERNEL, ROUTER_SCALE, ROUTER_VECTOR
 from moe_shard.sharding.parameter import parameter
 
 ROUTING = "routing"
@@ -170,6 +171,7 @@ def route(
     *,
     config: RouterConfig,
     correction: Float[Array, "E"] | None = None,
+    scale: Float[Array, "E"] | None = None,
 ) -> Routing:
     """Score all experts, choose the k best, and compute their combine weights.
 
@@ -178,6 +180,7 @@ def route(
         k: K, experts per token.
         config: score function, groups, normalisation and scaling of the weights.
         correction: added to the scores by which experts are chosen, not to the combine weights.
+        scale: factor of each expert's combine weights.
     """
     logits = logits.astype(jnp.float32)
     if config.routed_score_func == "sigmoid":
@@ -197,6 +200,10 @@ def route(
         weights = _normalised(weights, config.norm_topk_epsilon)
     if config.routed_scaling_factor != 1:
         weights = weights * config.routed_scaling_factor
+    if scale is not None:
+        scales = jnp.broadcast_to(scale, logits.shape)
+        of_choice = [_at(scales, indices[..., slot]) for slot in range(k)]
+        weights = weights * jnp.stack(of_choice, axis=-1)
     return Routing(logits, probs, indices, weights)
 
 
@@ -207,12 +214,20 @@ class Router(nnx.Module):
         model_dim: M, the model dim.
         num_experts: E, experts of the layer.
         k: K, experts per token.
-        config: see `route`; also states which biases there are.
+        config: see `route`; also states which biases, norm and factors there are.
         rngs: source of the initial kernel.
+        norm_epsilon: number added to the mean square of the input, where it is normalised.
     """
 
     def __init__(
-        self, *, model_dim: int, num_experts: int, k: int, config: RouterConfig, rngs: nnx.Rngs
+        self,
+        *,
+        model_dim: int,
+        num_experts: int,
+        k: int,
+        config: RouterConfig,
+        rngs: nnx.Rngs,
+        norm_epsilon: float = 1e-6,
     ) -> None:
         init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
         self.kernel = parameter(
@@ -220,26 +235,37 @@ class Router(nnx.Module):
             ROUTER_KERNEL,
         )
 
-        def vector() -> nnx.Param[Array]:
-            return parameter(jnp.zeros((num_experts,), jnp.float32), ROUTER_VECTOR)
+        def vector(value: float = 0.0) -> nnx.Param[Array]:
+            return parameter(jnp.full((num_experts,), value, jnp.float32), ROUTER_VECTOR)
 
+        self.scale = (
+            parameter(jnp.ones((model_dim,), jnp.float32), ROUTER_SCALE)
+            if config.router_norm
+            else None
+        )
         self.bias = vector() if config.router_bias else None
         # No gradient reaches it, so no optimizer moves it; `program.balance` may.
         self.correction_bias = vector() if config.routed_bias else None
+        self.expert_scale = vector(1.0) if config.router_expert_scale else None
         self.k = k
         self.config = config
+        self.norm_epsilon = norm_epsilon
 
     def __call__(self, x: Float[Array, "B S M"]) -> Routing:
         """Route every token of `x`."""
+        x = x.astype(jnp.float32)
+        if self.scale is not None:
+            x = normalise(x, epsilon=self.norm_epsilon) * self.scale[...] * x.shape[-1] ** -0.5
         # HIGHEST: accelerators would round float32 operands to bfloat16, and rounding would then
         # decide a near tie.
         logits = jnp.einsum(
             "bsm,me->bse",
-            x.astype(jnp.float32),
+            x,
             self.kernel[...],
             precision=jax.lax.Precision.HIGHEST,
         )
         if self.bias is not None:
             logits = logits + self.bias[...]
         correction = None if self.correction_bias is None else self.correction_bias[...]
-        return route(logits, self.k, config=self.config, correction=correction)
+        scale = None if self.expert_scale is None else self.expert_scale[...]
+        return route(logits, self.k, config=self.config, correction=correction, scale=scale)

@@ -1,7 +1,8 @@
 """Split parameters into those that are trained and those that stay as they are.
 
 What stays has no gradient and no state of the optimizer: it is an input of the step like the batch,
-and comes out of it as it went in. Parameters that only decide a choice never have a gradient.
+and comes out of it as it went in. Parameters that only decide a choice never have a gradient, nor
+does what is a constant of its checkpoint.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from moe_shard.errors import UserError
 from moe_shard.models.params import Params
 from moe_shard.units import human_count
 
-_CHOOSE = re.compile(r"\.indexer\.")
-"""Parameters that have no gradient, because they only choose what others compute with."""
+_STILL = {
+    r"\.indexer\.": "they only choose the tokens to attend to",
+    r"\.layer_scalar$": "they are constants of their checkpoint",
+}
+"""Pattern of parameters that have no gradient -> why."""
 
 ADAPTERS = rf"{ADAPTER}/"
 """Pattern of the names of adapters."""
@@ -34,6 +38,11 @@ def is_adapter(name: str) -> bool:
     (True, False)
     """
     return f"{ADAPTER}." in name
+
+
+def _why_still(name: str) -> str:
+    """Return why a parameter never has a gradient; empty where it has one."""
+    return next((why for pattern, why in _STILL.items() if re.search(pattern, name)), "")
 
 
 class Trainable:
@@ -50,7 +59,7 @@ class Trainable:
 
     def __init__(self, patterns: Sequence[str], specs: Params) -> None:
         known = [spec.name for spec in jax.tree.leaves(specs)]
-        names = [name.replace(".", "/") for name in known if not _CHOOSE.search(name)]
+        names = [name.replace(".", "/") for name in known if not _why_still(name)]
         found: set[str] = set()
         for pattern in patterns:
             try:
@@ -97,10 +106,11 @@ class Trainable:
         sizes = {spec.name: math.prod(spec.shape) for spec in specs}
         if not self._patterns:
             still = sorted(sizes.keys() - self._names)
+            why = ", ".join(dict.fromkeys(map(_why_still, still)))
             return (
                 f"not trained: {human_count(len(still), 'parameter')}, "
-                f"{sum(sizes[name] for name in still):,} numbers: {brief_list(still, 2)}; they "
-                "only choose the tokens to attend to: they have no gradient and stay as they are"
+                f"{sum(sizes[name] for name in still):,} numbers: {brief_list(still, 2)}; "
+                f"{why}: they have no gradient and stay as they are"
             )
         chosen = sum(sizes[name] for name in self._names)
         return (

@@ -58,8 +58,9 @@ _KEYS: dict[Kind, str] = {
         lora_alpha
         per_device_batch_size max_target_length gradient_accumulation_steps dtype
         mlp_activations mlp_activations_limit mlp_linear_offset
-        normalization_layer_epsilon norm_placement
+        normalization_layer_epsilon
         embedding_multiplier residual_multiplier logits_scaling
+        local_rope_max_timescale use_v_norm
         final_logits_soft_cap latent_norm_epsilon sliding_window_size chunk_attn_window_size
         attn_logits_soft_cap attention_scale clip_qkv temperature_tuning temperature_tuning_scale
         temperature_tuning_floor rope_type rope_max_timescale partial_rotary_factor rope_interleave
@@ -80,7 +81,8 @@ _KEYS: dict[Kind, str] = {
         dense_layers weight_dtype attention_type base_num_query_heads base_num_kv_heads head_dim
         q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim attention_pattern
         nope_layer_interval nope_layers attention_bias attention_out_bias attention_sink use_qk_norm
-        attention_output_gate
+        attention_output_gate global_num_kv_heads global_head_dim share_kv_projections
+        norm_placement router_norm router_expert_scale routed_norms layer_scalar
         qk_norm_type num_experts base_moe_mlp_dim moe_latent_dim router_bias routed_bias
         shared_experts shared_expert_mlp_dim shared_expert_gate optimizer muon_include_routers
         trainable_parameters_mask enable_lora lora_rank lora_module_path

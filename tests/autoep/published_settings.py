@@ -38,6 +38,16 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "ernie4.5-21b-a3b": ("ernie4_5_moe", {"moe_layer_end_index": 27}),
     "flex-olmo-7x7b": ("flex_olmo", {}),
+    "gemma4-26b-a4b": (
+        "gemma4_text",
+        {
+            "attention_k_eq_v": True, "enable_moe_block": True, "final_logit_softcapping": 30.0,
+            "hidden_size": 2816, "hidden_size_per_layer_input": 0, "intermediate_size": 2112,
+            "moe_intermediate_size": 704, "num_attention_heads": 16, "num_experts": 128,
+            "num_global_key_value_heads": 2, "num_key_value_heads": 8, "sliding_window": 1024,
+            "top_k_experts": 8, "use_bidirectional_attention": "vision",
+        },
+    ),
     "glm4.7-flash": ("glm4_moe_lite", {"rope_theta": 1000000}),
     "glm5-744b-a40b": ("glm_moe_dsa", {"rope_theta": 1000000}),
     "gpt-oss-120b": ("gpt_oss", {"num_hidden_layers": 36, "num_local_experts": 128}),

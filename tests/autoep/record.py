@@ -275,7 +275,7 @@ NEWER = (
     *("dots1", "exaone_moe", "flex_olmo", "glm4_moe_lite", "glm4v_moe", "granitemoeshared"),
     *("hunyuan_v1_moe", "kimi_k25", "minimax_m2", "qwen3_omni_moe", "qwen3_omni_moe_thinker"),
     *("qwen3_vl_moe", "sarvam_mla", "sarvam_moe", "solar_open", "deepseek_v32", "glm_moe_dsa"),
-    *("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "ernie4_5_vl_moe"),
+    *("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "ernie4_5_vl_moe", "gemma4", "gemma4_text"),
 )
 """Families of which only the class is recorded: `tests/parity` reads whole models of theirs."""
 

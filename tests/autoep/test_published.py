@@ -46,6 +46,7 @@ SHARED = {
     "bailing_moe": "ling-mini-2.0",  # the router of its first generation
     "ernie4_5_moe_vl": "ernie4.5-21b-a3b",
     "ernie4_5_vl_moe": "ernie4.5-21b-a3b",
+    "gemma4": "gemma4-26b-a4b",
     "glm4v_moe": "glm4.5-air",
     "granitemoeshared": "granite4-h-small",  # its layers of attention
     "kimi_k25": "kimi-k2-1t",

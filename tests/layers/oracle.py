@@ -59,10 +59,26 @@ def magnitude(keys: Keys) -> float:
     return 0.1 * math.log(keys["rope_factor"]) + 1 if keys["rope_attention_scaling"] else 1.0
 
 
+def of_span(keys: Keys, span: str) -> Keys:
+    """Return the keys as they are for layers with a span, which may have a theta of their own."""
+    theta = keys["local_rope_max_timescale"]
+    if span != "sliding" or theta < 0:
+        return keys
+    own = {"rope_type": "default", "partial_rotary_factor": 1.0, "rope_max_timescale": theta}
+    return {**keys, **own}
+
+
 def rotate(x: np.ndarray, positions: np.ndarray, keys: Keys) -> np.ndarray:
     """Rotate one head, [S D], with pairs as complex numbers."""
     turned = int(x.shape[1] * keys["partial_rotary_factor"])
     pairs = turned // 2
+    if keys["rope_type"] == "proportional":
+        half, y = x.shape[1] // 2, x.copy()
+        for pair in range(pairs):
+            angle = positions * keys["rope_max_timescale"] ** -(pair / half)
+            z = (x[:, pair] + 1j * x[:, pair + half]) * np.exp(1j * angle)
+            y[:, pair], y[:, pair + half] = z.real, z.imag
+        return y
     y = x.copy()
     for pair in range(pairs):
         at = (2 * pair, 2 * pair + 1) if keys["rope_interleave"] else (pair, pair + pairs)
@@ -114,8 +130,11 @@ def _head(p: Params, name: str, x: np.ndarray, head: int) -> np.ndarray:
 
 def _gqa_heads(p: Params, name: str, x: np.ndarray, keys: Keys) -> list[np.ndarray]:
     """Compute all heads of queries, keys or values, normalised and clipped, without positions."""
-    heads = [_head(p, name, x, head) for head in range(p[name].shape[1])]
+    of = name if name in p else "key"  # values may be keys
+    heads = [_head(p, of, x, head) for head in range(p[of].shape[1])]
     epsilon = keys["normalization_layer_epsilon"]
+    if keys["use_v_norm"] and name == "value":
+        heads = [_rms(h, epsilon) for h in heads]
     if keys["use_qk_norm"] and name != "value":
         kind = keys["qk_norm_type"]
         if kind == "head":

@@ -41,6 +41,11 @@ INDEXER = (
     *(*MLA, "use_indexer=true", "q_lora_rank=24", "indexer_topk=3"),
     *("indexer_head_dim=6", "indexer_n_heads=7"),
 )
+OWN_WIDTHS = (
+    *("share_kv_projections=true", "use_v_norm=true", "use_qk_norm=true", "attention_scale=1"),
+    *("global_head_dim=12", "global_num_kv_heads=4", "local_rope_max_timescale=50"),
+    *("rope_type=proportional", "partial_rotary_factor=0.35"),
+)
 CASES = {
     "plain": (),
     "bias": BIASES,
@@ -69,6 +74,8 @@ CASES = {
         "attention_sink=true",
         "attn_logits_soft_cap=2",
     ),
+    "values-are-keys": (*OWN_WIDTHS, *BIASES),
+    "own-widths-sliding": (*OWN_WIDTHS, *SLIDING),
     "mla": MLA,
     "mla-query-latent-bias-yarn": (
         *MLA,
@@ -124,7 +131,8 @@ def check(
     config = layer_config(sizes, *overrides)
     sharding = layer_annotator(config, sizes)
     layer = attention_layer(config, sharding)
-    keys, kind = config.as_flat_dict(), config.model.layer_kinds[0]
+    kind = config.model.layer_kinds[0]
+    keys = oracle.of_span(config.as_flat_dict(), kind.span)
     text, params = packed(rows), random_like(layer.shapes)
     shuffled = np.arange(text.x.shape[1]) if order is None else order
     positions, segment_ids = (
@@ -182,6 +190,11 @@ def test_on_one_device(case: str) -> None:
 def test_on_meshes(case: str, sizes: Sizes) -> None:
     implementation = "autoselected" if case == "norm-projection" else "blockwise"
     check(sizes, (f"attention={implementation}", *CASES[case]), rows=8)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_values_that_are_keys_on_a_mesh() -> None:
+    check({"data": 2, "fsdp": 2, "tensor": 2}, CASES["values-are-keys"], rows=8)
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -36,8 +36,11 @@ transformers.utils.logging.disable_progress_bar()
 RENAMED = {"kimi_k25": ("language_model.model.blocks.", "language_model.model.layers.")}
 """Family -> a part of names that transformers saves -> what it is in published files."""
 
-# The position of the logits in a router's output; the other routers return them first.
-ROUTER_LOGITS_AT = {"llama4_text": 1}
+# The part of a router that computes logits, where the whole returns probabilities alone.
+ROUTER_LOGITS_OF = {"gemma4": "proj", "gemma4_text": "proj"}
+
+# The position of the logits in that output, or all of it; the other routers return them first.
+ROUTER_LOGITS_AT = {"llama4_text": 1, **dict.fromkeys(ROUTER_LOGITS_OF, ...)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,17 +144,22 @@ def load(shape: Shape, directory: Path) -> Any:
     )
     assert not any(report.values()), report
     rope = (COMMON | shape.settings)["rope_parameters"]
-    if rope["rope_type"] == "longrope" and rope["original_max_position_embeddings"] < LENGTH:
+    if rope.get("rope_type") == "longrope" and rope["original_max_position_embeddings"] < LENGTH:
         # In 5.24 this family's rotary module computes its frequencies without the sequence length,
         # and so never uses the long factors. The model's authors do.
         rotary = model.model.rotary_emb
         rotary.rope_init_fn = functools.partial(rotary.rope_init_fn, seq_len=LENGTH)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None  # a family that needs such a token has one that is drawn too
     return model.eval()
 
 
 def forward(shape: Shape, model: Any, inputs: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
     """Compute logits, router logits and losses of a batch."""
     routers = [m for m in model.modules() if type(m).__name__.lower().endswith(("router", "gate"))]
+    if shape.family in ROUTER_LOGITS_OF:
+        routers = [getattr(router, ROUTER_LOGITS_OF[shape.family]) for router in routers]
     at = ROUTER_LOGITS_AT.get(shape.family, 0)
     seen: list[torch.Tensor] = []
     hooks = [
@@ -248,7 +256,8 @@ def margin(shape: Shape, model: Any, router_logits: np.ndarray) -> float:
             gaps.append(_gap(best, kept))
             allowed = best >= np.sort(best)[..., -kept, None]
             scores = np.where(np.repeat(allowed, split.shape[-1], axis=-1), scores, -100.0)
-        gaps.append(_gap(scores, config.num_experts_per_tok))
+        chosen = getattr(config, "top_k_experts", None) or config.num_experts_per_tok
+        gaps.append(_gap(scores, chosen))
         jitter = getattr(config, "router_jitter_noise", 0)
         if shape.family == "phimoe":
             best, second = np.sort(logits)[..., -1:], np.sort(logits)[..., -2:-1]

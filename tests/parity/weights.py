@@ -3,10 +3,12 @@
 The rule: the values of a tensor are drawn by NumPy's PCG64, seeded by the crc32 of its name and the
 model's seed, and scaled by its kind, which follows from its name and shape:
 
-- a norm's weight: uniform from 0.5 to 1.5, less 1 where the norm multiplies by 1 + weight;
+- a norm's weight, or another factor: uniform from 0.5 to 1.5, less 1 where the norm multiplies by
+  1 + weight;
 - a bias, a sink, a correction bias, any other vector, an embedding table: normal, times 0.3;
 - a router's matrix: normal, times 2 over the root of its input dim, so that tokens differ in the
-  experts they choose, and the chosen scores are well above the others;
+  experts they choose, and the chosen scores are well above the others; times 2 alone where its
+  input is over that root already;
 - any other matrix, or stack of them: normal, over the fourth root of the product of its last two
   dims, which does not depend on which of them is the input.
 """
@@ -22,6 +24,8 @@ from pathlib import Path
 import numpy as np
 
 ROUTERS = (".gate.weight", ".router.weight", ".router.layer.weight", ".gate.wg.weight")
+SMALL_INPUT = ".router.proj.weight"
+FACTORS = ("router.scale", "router.per_expert_scale", "layer_scalar")
 
 
 def tensor(
@@ -38,13 +42,15 @@ def tensor(
     shape = tuple(shape)
     rng = np.random.Generator(np.random.PCG64(zlib.crc32(f"{name} {seed}".encode())))
     kind = name.rsplit(".", 1)[-1]
-    if "norm" in name and kind == "weight":
+    if ("norm" in name and kind == "weight") or name.endswith(FACTORS):
         centre = 1.0 if zero_centered is None or not re.search(zero_centered, name) else 0.0
         return rng.uniform(centre - 0.5, centre + 0.5, shape).astype(np.float32)
     if "bias" in kind or kind == "sinks" or "embed" in name or len(shape) < 2:
         scale = 0.3
     elif name.endswith(ROUTERS):
         scale = 2 * shape[-1] ** -0.5
+    elif name.endswith(SMALL_INPUT):
+        scale = 2.0
     else:
         scale = (shape[-1] * shape[-2]) ** -0.25
     return (rng.standard_normal(shape) * scale).astype(np.float32)
