@@ -66,8 +66,8 @@ def rope_settings(
         "rope_max_timescale": theta,
         "partial_rotary_factor": written.or_attribute("partial_rotary_factor", _turned(attributes)),
     }
-    if (theta := written.sliding_theta()) is not None:
-        settings["local_rope_max_timescale"] = theta
+    if (of_sliding := written.sliding_theta()) is not None:
+        settings["local_rope_max_timescale"] = of_sliding
     if written.type == "proportional" and written.number("factor", 1.0) != 1:
         raise attributes.error(
             f"{written.name}.factor={in_json(written.values['factor'])} of rope_type=proportional "

@@ -80,4 +80,4 @@ def test_a_layer(explicit: bool) -> None:
         ]
         y, stats = nnx.jit(lambda layer, x, residual: layer(x, residual))(layer, *placed)
         assert int(stats.expert_counts.sum()) == ROWS * TOKENS * K
-        np.testing.assert_allclose(y, expected(*read, params), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(y, expected(read[0], read[1], params), rtol=1e-4, atol=1e-5)
