@@ -279,7 +279,8 @@ class Attributes:
             raise self.error(f"{self.as_text(name)} is not {TYPES_IN_WORDS[kind]}", fix_of(value))
         try:
             # A root of a negative number is complex, which no kind takes.
-            return kind(value if rule.power == 1 else float(value) ** rule.power)
+            number: Any = value
+            return kind(number if rule.power == 1 else number**rule.power)
         except (ArithmeticError, TypeError):
             raise self.error(
                 f"{self.as_text(name)} is out of range", "as the model has it"

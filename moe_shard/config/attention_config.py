@@ -237,9 +237,8 @@ class AttentionConfig:
                     f"fix: {key} one of {divisors(self.num_query_heads)}"
                 )
         self._check_latent()
-        self._check_turned("head_dim", self.head_dim)
-        if self.global_head_dim:
-            self._check_turned("global_head_dim", self.global_head_dim)
+        for span in dict.fromkeys(self.attention_pattern):
+            self._check_turned(span)
         if not self.attention_pattern:
             raise UserError("attention_pattern=[] names no span\nfix: [global], for example")
         for span, key, size in (
@@ -283,21 +282,25 @@ class AttentionConfig:
                     f"of their own\nfix: leave {key} out, or attention_type=global"
                 )
 
-    def _check_turned(self, name: str, size: int) -> None:
+    def _check_turned(self, span: AttentionSpan) -> None:
+        name, size = "head_dim", self.head_dim
+        if span == "global" and self.global_head_dim:
+            name, size = "global_head_dim", self.global_head_dim
+        rope = self.rope.of_sliding_layers() if span == "sliding" else self.rope
         if self.attention_type == "mla":
             name, size = "qk_rope_head_dim", self.qk_rope_head_dim
         if size % 2:
             raise UserError(
                 f"{name}={size} is odd, and RoPE turns pairs of elements\nfix: {name}={size + 1}"
             )
-        turned = self.rope.turned_dim(size)
+        turned = rope.turned_dim(size)
         if turned < 2 or turned % 2:
             raise UserError(
-                f"partial_rotary_factor={self.rope.partial_rotary_factor:g} of {name}={size} turns "
+                f"partial_rotary_factor={rope.partial_rotary_factor:g} of {name}={size} turns "
                 f"{turned} elements, not pairs\nfix: 0.5 or 1, for example"
             )
-        factors = len(self.rope.rope_short_factors)
-        if self.rope.rope_type == "longrope" and factors != turned // 2:
+        factors = len(rope.rope_short_factors)
+        if rope.rope_type == "longrope" and factors != turned // 2:
             raise UserError(
                 f"rope_type=longrope: {factors} rope_short_factors for {turned // 2} "
                 f"pairs ({name}={size})\nfix: one for every pair"

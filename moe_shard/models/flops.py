@@ -118,7 +118,7 @@ def step_flops_per_token(
     total = sum(2 * each.params * each.passes for each in trained_products(config, specs, trained))
     for stack, kind, layers in all_stacks(config):
         if kind.mixer != "none":
-            forward, backward = MIXERS[kind.mixer].flops(config, seq_len)
+            forward, backward = MIXERS[kind.mixer].flops(config, kind, seq_len)
             total += len(layers) * (forward + backward * (stack in reached))
     return total
 

@@ -115,11 +115,11 @@ def test_layers_with_values_of_their_own_are_not_of_this_config(tmp_path: Path) 
     config, shapes = recorded("gemma4")
     name = "model.language_model.layers.1.self_attn.v_proj.weight"
     assert name not in shapes
-    extra = shapes | {name: [16, 32]}
+    extra = shapes | {name: [8, 32]}
     with pytest.raises(UserError, match=r"v_proj.*\n.*share_kv_projections"):
         detect(write_model(tmp_path / "more", config, extra))
     config["text_config"]["attention_k_eq_v"] = False
-    with pytest.raises(UserError, match=r"k_proj.weight has shape \[16, 32\], not \[32, 32\]"):
+    with pytest.raises(UserError, match=r"k_proj.weight has shape \[8, 32\], not \[16, 32\]"):
         detect(write_model(tmp_path / "fewer", config, shapes))
 
 
@@ -127,8 +127,8 @@ def test_a_tensor_of_other_widths_is_named_with_the_attribute_of_full_layers(
     tmp_path: Path,
 ) -> None:
     config, shapes = recorded("gemma4")
-    shapes["model.language_model.layers.3.self_attn.k_proj.weight"] = [8, 32]
-    with pytest.raises(UserError, match="global_head_dim=16"):
+    shapes["model.language_model.layers.3.self_attn.k_proj.weight"] = [4, 32]
+    with pytest.raises(UserError, match="global_head_dim=8"):
         detect(write_model(tmp_path / "model", config, shapes))
 
 
@@ -136,7 +136,7 @@ def test_the_first_layers_keep_their_own_overrides_alone(tmp_path: Path) -> None
     where = write_model(tmp_path / "model", *recorded("gemma4"))
     found = detect(where, layers=2)
     assert found.settings["attention_pattern"] == ["sliding", "global"]
-    assert found.settings["global_head_dim"] == 16
+    assert found.settings["global_head_dim"] == 8
     assert found.cut is not None
     assert [*found.cut["text_config"]["per_layer_config"]] == ["1"]
     assert len(found.cut["text_config"]["layer_types"]) == 2
