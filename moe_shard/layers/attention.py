@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from moe_shard.config.attention_config import AttentionConfig
 from moe_shard.config.model_config import LayerKind
 from moe_shard.layers.cache import LayerCache, Memory
-from moe_shard.layers.heads import WHOLE, Heads, make_vector, make_weight
+from moe_shard.layers.heads import WHOLE_DIM, Heads, make_vector, make_weight
 from moe_shard.layers.mla import LatentAttention
 from moe_shard.layers.norm import RMSNorm, normalise
 from moe_shard.sharding.annotate import Sharding
@@ -169,7 +169,7 @@ class Attention(Heads):
     ) -> Float[Array, "B S N D"]:
         used = (f"activation_{heads}", "activation_head_dim")
         # For all projections and their gradients at once: XLA would gather it for either.
-        x = self.sharding(x, *WHOLE, name="attention input")
+        x = self.sharding(x, *WHOLE_DIM, name="attention input")
         kernel = self._in_use(weight, (None, *used), name)
         product = self._adapted(jnp.einsum("bsm,mnd->bsnd", x, kernel), x, (None, *used), name)
         y = self._by_head(product, heads, name)

@@ -27,7 +27,7 @@ from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.parameter import parameter
 
 OUT = ("heads", "head_dim", "embed")
-WHOLE = ("activation_batch", "activation_length", None)
+WHOLE_DIM = ("activation_batch", "activation_length", None)
 """Logical axes of activations whose model dim is not sharded, as projections by head read it."""
 
 

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moe_shard.layers.cache import LayerCache, Memory
-from moe_shard.layers.heads import WHOLE, param_in_use
+from moe_shard.layers.heads import WHOLE_DIM, param_in_use
 from moe_shard.sharding.annotate import Sharding
 from moe_shard.sharding.rules import LogicalAxes
 
@@ -57,7 +57,7 @@ class StateMixer(nnx.Module):
         assert order is None, "what a token leaves is for the next one of the text"
         with jax.named_scope("token_mixer"):
             # For all projections and their gradients at once: XLA would gather it for either.
-            x = self.sharding(x, *WHOLE, name=f"{self.words} input")
+            x = self.sharding(x, *WHOLE_DIM, name=f"{self.words} input")
             mixed, cache = self._mixed(x, segment_ids, memory)
             y = self._output(checkpoint_name(mixed, "context"))
             return checkpoint_name(y, "out_proj"), {} if memory is None else cache
