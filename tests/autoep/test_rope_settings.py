@@ -155,8 +155,11 @@ def test_one_dictionary_for_each_type_of_layer() -> None:
     found = settings(rope_parameters={"full_attention": one, "sliding_attention": dict(one)})
     assert (found["rope_type"], found["rope_max_timescale"]) == ("llama3.1", 5e5)
     other = {"rope_type": "default", "rope_theta": 1e4}
+    two = {"full_attention": one, "sliding_attention": other}
+    found = settings(rope_parameters=two)
+    assert (found["rope_max_timescale"], found["local_rope_max_timescale"]) == (5e5, 1e4)
     with pytest.raises(UserError, match="differs between types of layers"):
-        settings(rope_parameters={"full_attention": one, "sliding_attention": other})
+        settings(rope_parameters={**two, "chunked_attention": other})
 
 
 @pytest.mark.parametrize(
