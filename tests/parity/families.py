@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import zlib
 from collections.abc import Iterable, Sequence
@@ -59,7 +60,7 @@ class Shape:
 
     def config_with(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Return those of a model with other settings."""
-        text = COMMON | settings
+        text = copy.deepcopy(COMMON | settings)  # classes of transformers write into it
         if not self.around:
             return text
         tied = {"tie_word_embeddings": text.get("tie_word_embeddings", False)}
