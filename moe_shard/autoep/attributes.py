@@ -7,8 +7,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from moe_shard.autoep.family import Family, SettingRule
+from moe_shard.autoep.family import Family
 from moe_shard.autoep.layer_overrides import OVERRIDES, of_global_layers
+from moe_shard.autoep.setting_rule import SettingRule
 from moe_shard.autoep.strict_json import fix_of, in_json
 from moe_shard.config.keys import shown
 from moe_shard.config.load import base_settings

@@ -6,15 +6,15 @@ based on, if any, and that over `defaults.yml`, which lists every key with its m
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from moe_shard.autoep.family_chain import lay_families
+from moe_shard.autoep.setting_rule import SettingRule, check_known, read_rule
 from moe_shard.autoep.strict_json import in_json
 from moe_shard.config.keys import shown
 from moe_shard.config.load import base_settings, configs_dir, find_file, list_names
@@ -27,34 +27,6 @@ DEFAULTS = "defaults"
 _MOST_BASES = 8
 OUTSIDE = ("embedding.", "final_norm.")
 """Prefixes of the paths of parameters outside the layers."""
-
-
-@dataclass(frozen=True)
-class SettingRule:
-    """Describe where the value of a setting comes from.
-
-    Attributes:
-        sources: attributes of `config.json`, the first of which that is not null applies; dots lead
-            into objects.
-        default: the value where all are null; without sources, always.
-        required: whether it is an error if all are null.
-        mapping: the attribute's value as text -> the setting's value; empty: the same value.
-        when: attribute -> the value that it must have for the sources to apply.
-        skip: values of the sources that count as null.
-        some: the setting's value wherever a source applies; None: that source's.
-        count: whether it is the number of a list's entries, or of a text's letters.
-        power: exponent that a number is raised to.
-    """
-
-    sources: tuple[str, ...] = ()
-    default: Any = None
-    required: bool = False
-    mapping: tuple[tuple[str, Any], ...] = ()
-    when: tuple[tuple[str, Any], ...] = ()
-    skip: tuple[Any, ...] = ()
-    some: Any = None
-    count: bool = False
-    power: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -200,8 +172,6 @@ class Family:
 _KINDS = {key: kind for key, kind in get_type_hints(Family).items() if key not in ("name", "own")}
 _PATTERNS = tuple(name for name in _KINDS if name.endswith(("_pattern", "_w1", "_w2", "_w3")))
 """Keys whose values are regular expressions."""
-_RULE = ("from", "else", "map", "when", "skip", "some", "count", "power")
-"""Entries of a rule that says where a value comes from."""
 _CHOICES = {"score_func": ("softmax", "sigmoid", "sparsemixer"), "score_apply": ("pre", "post")}
 
 
@@ -305,16 +275,8 @@ def _merged(path: Path) -> dict[str, Any]:
 def _checked(path: Path) -> dict[str, Any]:
     content = read_mapping(path)
     for key in content:
-        _check_known(path, "", key, [*_KINDS, "based_on"])
+        check_known(path, "", key, [*_KINDS, "based_on"])
     return content
-
-
-def _check_known(path: Path, inside: str, key: Any, known: Collection[str]) -> None:
-    if key in known:
-        return
-    near = difflib.get_close_matches(str(key), known, n=1)
-    fix = f"did you mean {near[0]}?" if near else "configs/families/defaults.yml lists every key"
-    raise UserError(f"{path}: unknown key {inside}{shown(key)}\nfix: {fix}")
 
 
 def _read(path: Path, key: str, value: Any) -> Any:
@@ -354,7 +316,7 @@ def _read(path: Path, key: str, value: Any) -> Any:
     if kind in (LayersWithExperts, Spans, Mixers):
         usual = {each.name: getattr(kind(), each.name) for each in fields(kind)}
         for name, each in value.items():
-            _check_known(path, f"{key}.", name, usual)
+            check_known(path, f"{key}.", name, usual)
             if type(each) is not (list if isinstance(usual[name], tuple) else type(usual[name])):
                 raise wrong("a mapping to attributes")
         if kind is Mixers:
@@ -365,7 +327,7 @@ def _read(path: Path, key: str, value: Any) -> Any:
         return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in value.items()})
     if key == "settings":
         for name in value:
-            _check_known(path, f"{key}.", name, base_settings())
+            check_known(path, f"{key}.", name, base_settings())
         rules = {name: read_rule(path, name, each) for name, each in value.items()}
         for name, rule in rules.items():
             kind = type(base_settings()[name])
@@ -378,7 +340,7 @@ def _read(path: Path, key: str, value: Any) -> Any:
         return rules
     if key == "tensors":
         for name in value:
-            _check_known(path, f"{key}.", name, _default_tensors())
+            check_known(path, f"{key}.", name, _default_tensors())
         value = {role: [name] if isinstance(name, str) else name for role, name in value.items()}
         if not all(isinstance(each, list) for each in value.values()):
             raise wrong("a mapping to names or lists of them")
@@ -397,48 +359,6 @@ def _default_tensors() -> dict[str, str]:
     content = read_mapping(configs_dir() / "families" / f"{DEFAULTS}.yml")
     tensors: dict[str, str] = content["tensors"]
     return tensors
-
-
-def read_rule(path: Path, key: str, value: Any) -> SettingRule:
-    """Read a rule in its YAML form.
-
-    Args:
-        path: the family's file, for messages.
-        key: the setting, for messages.
-        value: text: an attribute; a mapping: see `defaults.yml`; anything else: the value itself.
-
-    Raises:
-        UserError: a mapping of another form.
-    """
-    if isinstance(value, str):
-        return SettingRule(sources=(value,), required=True)
-    if not isinstance(value, dict):
-        return SettingRule(default=value)
-    for name in value:
-        _check_known(path, f"{key}.", name, (*_RULE, "value"))
-    if set(value) == {"value"}:
-        return SettingRule(default=value["value"])
-    sources, mapping, when = value.get("from"), value.get("map", {}), value.get("when", {})
-    sources = [sources] if isinstance(sources, str) else sources
-    power = value.get("power", 1.0)
-    is_list = isinstance(sources, list) and all(isinstance(name, str) for name in sources)
-    is_rule = isinstance(mapping, dict) and isinstance(when, dict) and type(power) is float
-    if not sources or not is_list or not is_rule:
-        raise UserError(
-            f"{path}: {key}={shown(value)} does not say where its value comes from\n"
-            "fix: {from: attribute, else: value}, for example"
-        )
-    return SettingRule(
-        sources=tuple(sources),
-        default=value.get("else"),
-        required="else" not in value,
-        mapping=tuple((shown(name), each) for name, each in mapping.items()),
-        when=tuple(when.items()),
-        skip=(value["skip"],) if "skip" in value else (),
-        some=value.get("some"),
-        count=value.get("count") is True,
-        power=power,
-    )
 
 
 def _check_pattern(path: Path, key: str, text: str) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_shard.autoep.attributes import Attributes
-from moe_shard.autoep.family import Family, SettingRule
+from moe_shard.autoep.family import Family
 from moe_shard.autoep.family_chain import EXPERT_LAYERS
 from moe_shard.autoep.rope_settings import rope_settings
+from moe_shard.autoep.setting_rule import SettingRule
 
 _SPANS = {
     "full_attention": "global",

@@ -148,9 +148,7 @@ class MoELayer(nnx.Module):
             _shared_gate(model_dim, weight_dtype, rngs) if config.shared_expert_gate else None
         )
 
-        def norm(of: bool) -> RMSNorm | None:
-            if not (config.routed_norms and of):
-                return None
+        def norm() -> RMSNorm:
             return RMSNorm(
                 dim=model_dim,
                 epsilon=norm_epsilon,
@@ -158,8 +156,9 @@ class MoELayer(nnx.Module):
                 zero_centered=zero_centered,
             )
 
-        self.routed_norm, self.routed_out_norm = norm(True), norm(True)
-        self.shared_out_norm = norm(self.shared is not None)
+        self.routed_norm = norm() if config.routed_norms else None
+        self.routed_out_norm = norm() if config.routed_norms else None
+        self.shared_out_norm = norm() if config.routed_norms and self.shared is not None else None
         _ = self.strategy  # raises its errors here rather than during tracing
 
     @property
