@@ -35,6 +35,7 @@ class DataConfig:
             the vocabulary is that small.
         use_sft: read conversations, each whole in a sequence; tokens by a chat template.
         sft_train_on_completion_only: whether only what the assistant says is trained on.
+        packing: whether a sequence holds as many conversations as fit, or one.
         chat_template: name of one of the tokenizer's templates, or the text of one.
         chat_template_path: file with a template; empty: the tokenizer's own.
         chat_template_date: day that a template writes where it asks for today's, as YYYY-MM-DD.
@@ -58,6 +59,7 @@ class DataConfig:
     tokenizer_path: Annotated[str, Key()] = ""
     use_sft: Annotated[bool, Key()] = False
     sft_train_on_completion_only: Annotated[bool, Key()] = True
+    packing: Annotated[bool, Key()] = True
     chat_template: Annotated[str, Key()] = ""
     chat_template_path: Annotated[str, Key()] = ""
     chat_template_date: Annotated[str, Key()] = ""
@@ -130,6 +132,11 @@ class DataConfig:
             raise UserError(
                 "split_special_tokens=true would read the marks of the chat template as letters\n"
                 "fix: split_special_tokens=false with use_sft=true"
+            )
+        if not self.packing and not self.use_sft:
+            raise UserError(
+                "packing=false pads conversations, and use_sft=false reads text, which is cut into "
+                "sequences without padding\nfix: packing=true, or use_sft=true"
             )
         for key in ("chat_template", "chat_template_path", "chat_template_date"):
             if getattr(self, key) and not self.use_sft:

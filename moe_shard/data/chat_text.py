@@ -14,6 +14,7 @@ from moe_shard.data.corpus import Say, TokenCorpus
 from moe_shard.data.spans import Documents, scattered
 from moe_shard.data.tokenizer import Tokenizer
 from moe_shard.errors import UserError
+from moe_shard.layers.cache import PADDING
 from moe_shard.layers.loss import IGNORED
 
 _READ_TOKENS = 1 << 22
@@ -24,8 +25,9 @@ class ChatText:
 
     A conversation begins at position 0 of a segment of its own, and the target of each token is the
     next one where that is trained on, otherwise `IGNORED`. One longer than S is cut at its end, as
-    TRL does. Conversations go into sequences by best fit, the longest first; what remains of a
-    sequence is padding: tokens 0 in a segment of their own, without targets.
+    TRL does. Conversations go into sequences by best fit, the longest first, or with
+    `packing=false` each into one of its own; what remains of a sequence is padding: tokens 0 in the
+    segment `PADDING`, without targets, which no expert gets.
 
     Args:
         config: template, and what is trained on.
@@ -79,7 +81,8 @@ class ChatText:
                 f"max_target_length={seq_len}\nfix: a larger max_target_length, or conversations "
                 "in which the assistant speaks"
             )
-        sequence = best_fit(self._kept[order], seq_len)
+        alone = np.arange(len(order))
+        sequence = best_fit(self._kept[order], seq_len) if config.packing else alone
         by_sequence = np.argsort(sequence, kind="stable")
         self._members = order[by_sequence]
         counts = np.bincount(sequence)
@@ -117,7 +120,7 @@ class ChatText:
         Returns:
             `inputs` and `targets`, one ahead, or `IGNORED`. `positions`, counted from the start of
             the conversation. `segment_ids`: 1 for the first conversation, one more for each later
-            one, and for the padding.
+            one; `PADDING` for the padding.
 
         Raises:
             UserError: the cache was removed or has changed.
@@ -135,11 +138,13 @@ class ChatText:
             at += size
         begins[at : at + 1] = True
         place = np.arange(self.seq_len, dtype=np.int32)
+        segments = np.cumsum(begins, dtype=np.int32)
+        segments[at:] = PADDING
         return {
             "inputs": inputs,
             "targets": targets,
             "positions": place - np.maximum.accumulate(np.where(begins, place, 0)),
-            "segment_ids": np.cumsum(begins, dtype=np.int32),
+            "segment_ids": segments,
         }
 
     def targets(self, first: int, end: int) -> int:

@@ -20,6 +20,9 @@ LayerCache = dict[str, Shaped[Array, "B ..."]]
 EMPTY = -1
 """Segment id of a place without a token."""
 
+PADDING = 0
+"""Segment id of the tokens that fill a sequence up, which belong to no document."""
+
 
 class Memory(NamedTuple):
     """Pass one layer its cache, and what all layers share about its places.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from moe_shard.config.model_config import LayerKind, ModelConfig
 from moe_shard.layers.cache import EMPTY, LayerCache, Memory
@@ -108,6 +108,7 @@ class DecoderLayer(nnx.Module):
         segment_ids: Int[Array, "B S"],
         memory: Memory | None = None,
         order: Int[np.ndarray, "S"] | None = None,
+        real: Bool[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "B S M"], MoEStats | None, LayerCache]:
         """Apply the layer. Statistics are None for a dense layer."""
         x = checkpoint_name(x, LAYER_INPUT)
@@ -120,7 +121,7 @@ class DecoderLayer(nnx.Module):
         if self.mlp is not None:
             taken = self._taken(x, self.mlp_norm)
             if isinstance(self.mlp, MoELayer):
-                y, stats = self.mlp(taken, x if self.mlp.config.routed_norms else None)
+                y, stats = self.mlp(taken, x if self.mlp.config.routed_norms else None, real)
             else:
                 y = self.mlp(taken)
             x = self._add(x, y, self.mlp_out_norm or self.mlp_norm)
@@ -179,6 +180,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
         order: Int[np.ndarray, "S"] | None = None,
+        real: Bool[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "B S V"], MoEStats | None]:
         """Predict the token after each token.
 
@@ -187,12 +189,13 @@ class Decoder(nnx.Module):
             positions: position of each token in its document.
             segment_ids: equal for tokens of one document; no token attends across documents.
             order: index of each token in its sequence, where they are not in the order of the text.
+            real: which tokens are not padding, which no expert gets; None: all.
 
         Returns:
             Logits in float32, and the statistics of the MoE layers, each with a leading dim of MoE
             layers (None for a dense model).
         """
-        x, stats = self.hidden_states(tokens, positions, segment_ids, order)
+        x, stats = self.hidden_states(tokens, positions, segment_ids, order, real)
         return self.embedding.logits(x), stats
 
     def hidden_states(
@@ -201,12 +204,13 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
         order: Int[np.ndarray, "S"] | None = None,
+        real: Bool[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "B S M"], MoEStats | None]:
         """Compute what the logits are made of, for `embedding.logits` or `.cross_entropy`.
 
         Arguments and statistics are those of a call.
         """
-        x, stats = self.residual_stream(tokens, positions, segment_ids, order)
+        x, stats = self.residual_stream(tokens, positions, segment_ids, order, real)
         return self.final_norm(x), stats
 
     def residual_stream(
@@ -215,9 +219,10 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
         order: Int[np.ndarray, "S"] | None = None,
+        real: Bool[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "B S M"], MoEStats | None]:
         """Compute what the last layer leaves, before the final norm, as `hidden_states` does."""
-        x, stats, _ = self._layers(tokens, positions, segment_ids, None, order)
+        x, stats, _ = self._layers(tokens, positions, segment_ids, None, order, real)
         return x, stats
 
     def extend(
@@ -275,13 +280,14 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "B S"],
         cache: Cache | None,
         order: Int[np.ndarray, "S"] | None = None,
+        real: Bool[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "B S M"], MoEStats | None, StackCaches]:
         x = self.embedding.embed(tokens)
         found: list[MoEStats] = []
         stacks: StackCaches = {}
         with jax.named_scope("layers"):
             for cycle in self.cycles:
-                x, stats, kept = self._turn(cycle, x, positions, segment_ids, cache, order)
+                x, stats, kept = self._turn(cycle, x, positions, segment_ids, cache, order, real)
                 found += stats
                 stacks |= kept
         if not found:
@@ -296,6 +302,7 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "B S"],
         cache: Cache | None,
         order: Int[np.ndarray, "S"] | None = None,
+        real: Bool[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "B S M"], list[MoEStats], StackCaches]:
         """Run all turns of one cycle; return statistics by layer and caches by stack."""
         parts = [nnx.split(getattr(self, name)) for name in cycle.names]
@@ -306,7 +313,7 @@ class Decoder(nnx.Module):
                 memory = None
                 if cache is not None:
                     memory = Memory(kept, cache.length, cache.positions, cache.segment_ids)
-                return nnx.merge(graph, params)(x, positions, segment_ids, memory, order)
+                return nnx.merge(graph, params)(x, positions, segment_ids, memory, order, real)
 
             return remat(layer, self.remat_policy, self.remat)
 

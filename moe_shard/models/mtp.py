@@ -136,15 +136,17 @@ class PredictingDecoder(Decoder):
         positions: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
         order: Int[np.ndarray, "S"] | None = None,
+        real: Bool[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "B*K S M"], MoEStats | None]:
         """Compute what the logits of tokens further ahead are made of.
 
         Args:
             x: what `residual_stream` returns.
             inputs: see `Ahead`, in the order of the other tokens.
-            positions: see `Decoder.__call__`, as the next two.
+            positions: see `Decoder.__call__`, as the next three.
             segment_ids: the document of each token.
             order: index of each token in its sequence.
+            real: which tokens are not padding.
 
         Returns:
             Normalised activations, the K of a sequence one after the other, and the statistics of
@@ -158,7 +160,7 @@ class PredictingDecoder(Decoder):
 
         def layer(x: Float[Array, "B S M"], params: Any, ahead: Float[Array, "B S M"]) -> Any:
             module = nnx.merge(graph, params)
-            x, stats, _ = module(module.join(x, ahead), positions, segment_ids, None, order)
+            x, stats, _ = module(module.join(x, ahead), positions, segment_ids, None, order, real)
             return x, module.prediction_norm(x), stats
 
         layer = remat(layer, self.remat_policy, self.remat)

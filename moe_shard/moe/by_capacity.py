@@ -58,7 +58,7 @@ class ByCapacity(ABC):
         """Apply the experts, see `Strategy`."""
         with jax.named_scope("router"):
             slots = self.assign(routing)
-            dropped = jnp.sum(~slots.has_slot(), axis=(1, 2), dtype=jnp.int32)
+            dropped = self.count_dropped(slots, routing)
         with jax.named_scope("dispatch"):
             sent, sent_slots, combine_weights = x, slots, routing.weights
             if self.config.router.routed_score_on_input:
@@ -114,6 +114,13 @@ class ByCapacity(ABC):
         return assign_slots(
             routing.indices, routing.probs, capacity=capacity, drop=self.config.drop_policy
         )
+
+    def count_dropped(self, slots: Slots, routing: Routing) -> Int[Array, "B"]:
+        """Count the choices of each sequence without a slot, those of padding excepted."""
+        dropped = ~slots.has_slot()
+        if routing.real is not None:
+            dropped &= routing.real[..., None]
+        return jnp.sum(dropped, axis=(1, 2), dtype=jnp.int32)
 
     def _check_dispatched(self, found: Array, batch: int, slots: Slots, dim: int) -> None:
         """Check that what a subclass's `dispatch` returned is [E B C M].

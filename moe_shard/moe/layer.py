@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_shard.config.model_config import GatingConfig
 from moe_shard.config.moe_config import MoEConfig
@@ -22,7 +22,7 @@ from moe_shard.layers.norm import RMSNorm
 from moe_shard.moe.axes import SHARED_GATE
 from moe_shard.moe.experts import Experts
 from moe_shard.moe.latent import Latent
-from moe_shard.moe.losses import expert_counts, router_z_loss
+from moe_shard.moe.losses import expert_counts, mean_over_tokens, router_z_loss
 from moe_shard.moe.placement import Placement
 from moe_shard.moe.record import MoERecord
 from moe_shard.moe.router import Router, Routing
@@ -34,17 +34,21 @@ from moe_shard.sharding.parameter import parameter
 class MoEStats(NamedTuple):
     """Hold statistics of each sequence; unreduced, so that they cost no collective here.
 
+    Padding counts nowhere.
+
     Attributes:
         mean_probs: the router's scores, summing to 1, averaged over the sequence's tokens.
         router_z_loss: see `losses.router_z_loss`; not yet weighted.
         expert_counts: number of choices of each expert, before drops.
         dropped: number of choices beyond the capacity.
+        tokens: number of tokens that are not padding; None where the layer was not told of any.
     """
 
     mean_probs: Float[Array, "B E"]
     router_z_loss: Float[Array, "B"]
     expert_counts: Int[Array, "B E"]
     dropped: Int[Array, "B"]
+    tokens: Int[Array, "B"] | None = None
 
 
 class MoELayer(nnx.Module):
@@ -177,25 +181,35 @@ class MoELayer(nnx.Module):
         return make_strategy(self.config, self.placement)
 
     def __call__(
-        self, x: Float[Array, "B S M"], residual: Float[Array, "B S M"] | None = None
+        self,
+        x: Float[Array, "B S M"],
+        residual: Float[Array, "B S M"] | None = None,
+        real: Bool[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "B S M"], MoEStats]:
         """Apply the layer.
+
+        Padding is sent to no expert, takes none's capacity, and counts in no statistics; what the
+        layer adds for it is the shared experts' output. With `force_load_balance` it is routed as
+        all tokens are, since that routing is known before the tokens are.
 
         Args:
             x: activations.
             residual: what router and routed experts read with `routed_norms`, where x is what
                 the shared experts read; None: x.
+            real: which tokens are not padding; None: all.
 
         Returns:
             The weighted sum of the expert outputs, in the dtype of `x` (see `dtype`), and the
             sequences' statistics.
         """
         if self.sharding.is_explicit:
-            return self._with_auto_axes(x, residual)
+            return self._with_auto_axes(x, residual, real)
         placement = self.placement
         shared = self._of_shared(x)
         x = placement.tokens(x if residual is None else residual)
         routing = self.route(x)
+        if real is not None and not self.config.router.force_load_balance:
+            routing = routing.of_real(real)
         x = x if self.routed_norm is None else self.routed_norm(x)
         name = self.config.moe_dispatch
         if self.latent is not None:
@@ -204,10 +218,11 @@ class MoELayer(nnx.Module):
         y, dropped = checked_results(results, x, self.experts.dtype, name=name)
         with jax.named_scope("router"):
             stats = MoEStats(
-                jnp.mean(routing.probs, axis=1),
-                router_z_loss(routing.logits),
+                mean_over_tokens(routing.probs, routing.real),
+                router_z_loss(routing.logits, routing.real),
                 expert_counts(routing.indices, self.config.num_experts),
                 dropped,
+                None if routing.real is None else jnp.sum(routing.real, axis=1, dtype=jnp.int32),
             )
         y = placement.tokens(y)
         if self.latent is not None:
@@ -216,7 +231,10 @@ class MoELayer(nnx.Module):
         return y if shared is None else y + shared, stats
 
     def _with_auto_axes(
-        self, x: Float[Array, "B S M"], residual: Float[Array, "B S M"] | None
+        self,
+        x: Float[Array, "B S M"],
+        residual: Float[Array, "B S M"] | None,
+        real: Bool[Array, "B S"] | None,
     ) -> tuple[Float[Array, "B S M"], MoEStats]:
         """Apply the layer where the mesh has Explicit axes; within the call they are Auto."""
         # Parameters are arguments: closed over, they would keep their Explicit types.
@@ -224,15 +242,19 @@ class MoELayer(nnx.Module):
         y, each = self.placement.of_tokens(x.shape), self.placement.of_batch(x.shape[0])
         outside = self.sharding.outside
         stats = dict.fromkeys(MoEStats._fields, outside(each))
+        if real is None or self.config.router.force_load_balance:
+            del stats["tokens"]
 
         def apply(
-            state: nnx.State[Any, Any], *read: Float[Array, "B S M"]
+            state: nnx.State[Any, Any],
+            x: Float[Array, "B S M"],
+            residual: Float[Array, "B S M"] | None,
+            real: Bool[Array, "B S"] | None,
         ) -> tuple[Float[Array, "B S M"], MoEStats]:
-            return nnx.merge(graph, state)(*read)  # where `is_explicit` is False
+            return nnx.merge(graph, state)(x, residual, real)  # where `is_explicit` is False
 
         out = (outside(y), MoEStats(**stats))  # type: ignore[arg-type]
-        read = (x,) if residual is None else (x, residual)
-        return jax.sharding.auto_axes(apply, out_sharding=out)(state, *read)
+        return jax.sharding.auto_axes(apply, out_sharding=out)(state, x, residual, real)
 
     def route(self, x: Float[Array, "B S M"]) -> Routing:
         """Choose experts and combine weights for every token."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_shard.config.moe_config import RouterConfig
 from moe_shard.layers.norm import normalise
@@ -29,14 +29,26 @@ class Routing(NamedTuple):
     Attributes:
         logits: raw scores, a learned bias included.
         probs: scores over all experts that sum to 1, for the load-balance loss.
-        indices: the chosen experts, best first.
+        indices: the chosen experts, best first; E, which is none, for padding.
         weights: the combine weights of the chosen experts.
+        real: which tokens are not padding; None where the layer was not told of any.
     """
 
     logits: Float[Array, "B S E"]
     probs: Float[Array, "B S E"]
     indices: Int[Array, "B S K"]
     weights: Float[Array, "B S K"]
+    real: Bool[Array, "B S"] | None = None
+
+    def of_real(self, real: Bool[Array, "B S"]) -> Routing:
+        """Return the decision without padding, which has no expert and no weight.
+
+        Args:
+            real: which tokens are not padding.
+        """
+        indices = jnp.where(real[..., None], self.indices, self.probs.shape[-1])
+        weights = jnp.where(real[..., None], self.weights, 0.0)
+        return self._replace(indices=indices, weights=weights, real=real)
 
 
 def top_k_indices(scores: Float[Array, "B S E"], k: int) -> Int[Array, "B S K"]:

@@ -43,7 +43,7 @@ def assign_slots(
     """Assign the choices of each sequence to their experts' slots, in token order.
 
     Args:
-        indices: the experts each token chose.
+        indices: the experts each token chose; E for none, which has no slot.
         probs: their probabilities; read only by drop="probability".
         capacity: C, slots of an expert for one sequence.
         drop: which choices an overfull expert keeps: the first ones of the sequence ("position"),
@@ -54,9 +54,12 @@ def assign_slots(
     choices = tokens * k
     expert = indices.reshape(batch, choices)
     if drop == "probability":
-        chosen = jnp.take_along_axis(jax.lax.stop_gradient(probs), indices, axis=-1)
+        # No expert, an index past the end, has the probability 0: it comes last.
+        chosen = jnp.take_along_axis(
+            jax.lax.stop_gradient(probs), indices, axis=-1, mode="fill", fill_value=0
+        )
         preference = jnp.argsort(-chosen.reshape(batch, choices), axis=-1, stable=True)
-        _, position = positions_in_expert(expert, num_experts, order_first=preference)
+        _, position = positions_in_expert(expert, num_experts + 1, order_first=preference)
         # Dropped choices form an extra, last expert, so that the others stay in token order below.
         expert = jnp.where(position < capacity, expert, num_experts)
     order, position = positions_in_expert(expert, num_experts + 1)

@@ -7,9 +7,10 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_shard.config.schema import Config
+from moe_shard.layers.cache import PADDING
 from moe_shard.layers.loss import IGNORED
 from moe_shard.models.params import Params
 from moe_shard.program.loss_parts import Losses
@@ -56,3 +57,13 @@ def count_targets(config: Config, batch: dict[str, Int[Array, "A R S"]]) -> Floa
     with jax.named_scope("loss"):
         counted = jnp.sum((batch["targets"] != IGNORED).astype(jnp.float32))
         return jnp.maximum(counted, 1) / batch["targets"].shape[0]
+
+
+def real_tokens(config: Config, batch: Microbatch) -> Bool[Array, "R S"] | None:
+    """Return which tokens are not padding; None where there is none.
+
+    Args:
+        config: whether sequences are filled up.
+        batch: a microbatch.
+    """
+    return batch["segment_ids"] != PADDING if config.data.use_sft else None

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from moe_shard.config.schema import Config
 from moe_shard.moe.layer import MoEStats
-from moe_shard.moe.losses import load_balance_loss
+from moe_shard.moe.losses import load_balance_loss, mean_over_sequences
 
 
 class Losses(NamedTuple):
@@ -59,11 +59,11 @@ def loss_parts(
     balance = moe.load_balance_loss_weight * load_balance_loss(
         stats.mean_probs,
         stats.expert_counts,
-        tokens=config.train.max_target_length,
+        tokens=config.train.max_target_length if stats.tokens is None else stats.tokens,
         k=moe.num_experts_per_tok,
         convention=moe.load_balance_loss_type,
     )
-    layer_z = jnp.mean(stats.router_z_loss, axis=1)
+    layer_z = mean_over_sequences(stats.router_z_loss, stats.tokens)
     expert_counts = jnp.sum(stats.expert_counts.astype(jnp.float32), axis=1)
     dropped = jnp.sum(stats.dropped, axis=1)
     return Losses(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_shard.config.schema import Config
 from moe_shard.models.decoder import Decoder, join_layers
@@ -32,6 +32,7 @@ def add_mtp_loss(
     ahead: Ahead | None,
     batch: Fields,
     order: Int[np.ndarray, "S"] | None,
+    real: Bool[Array, "B S"] | None,
     stats: MoEStats | None,
 ) -> tuple[Float[Array, ""] | None, MoEStats | None]:
     """Compute the weighted loss of the MTP layers: the mean over all that they predict, together.
@@ -43,6 +44,7 @@ def add_mtp_loss(
         ahead: the result of `tokens_ahead`, in the order of the batch.
         batch: the microbatch, in `order`.
         order: index of each token in its sequence.
+        real: which tokens are not padding.
         stats: statistics of the decoder's MoE layers.
 
     Returns:
@@ -52,7 +54,7 @@ def add_mtp_loss(
         return None, stats
     assert isinstance(decoder, PredictingDecoder), "a model with MTP layers is made of this class"
     predicted, further = decoder.predict(
-        x, ahead.inputs, batch["positions"], batch["segment_ids"], order
+        x, ahead.inputs, batch["positions"], batch["segment_ids"], order, real
     )
     loss = decoder.embedding.cross_entropy(
         predicted,

@@ -26,7 +26,13 @@ from moe_shard.models.remat import kept
 from moe_shard.program.balance import balanced, bias_norms
 from moe_shard.program.guard import all_finite, change, choose_opt_state, choose_params
 from moe_shard.program.kinds import kinds_of, norms_by_kind
-from moe_shard.program.loss_function import CountedGradFn, GradFn, LossFn, count_targets
+from moe_shard.program.loss_function import (
+    CountedGradFn,
+    GradFn,
+    LossFn,
+    count_targets,
+    real_tokens,
+)
 from moe_shard.program.loss_parts import Losses, expert_metrics, loss_parts
 from moe_shard.program.mtp_loss import add_mtp_loss, tokens_ahead
 from moe_shard.program.norms import Norms, norms
@@ -252,9 +258,9 @@ def make_loss(config: Config, model: AbstractModel, *, ahead: bool = True) -> Lo
         if order is not None:
             # Means over tokens do not depend on their order, nor does any layer but attention.
             batch, further = jax.tree.map(lambda x: x[..., order], (batch, further))
-        decoder = model.apply(params)
+        decoder, real = model.apply(params), real_tokens(config, batch)
         x, stats = decoder.residual_stream(
-            batch["inputs"], batch["positions"], batch["segment_ids"], order
+            batch["inputs"], batch["positions"], batch["segment_ids"], order, real
         )
         ce_loss = decoder.embedding.cross_entropy(
             decoder.final_norm(x),
@@ -264,7 +270,7 @@ def make_loss(config: Config, model: AbstractModel, *, ahead: bool = True) -> Lo
             None if targets is None else batch["targets"] != IGNORED,
             targets,
         )
-        mtp_loss, stats = add_mtp_loss(config, decoder, x, further, batch, order, stats)
+        mtp_loss, stats = add_mtp_loss(config, decoder, x, further, batch, order, real, stats)
         with jax.named_scope("loss"):
             losses = loss_parts(config, ce_loss, stats, mtp_loss)
             loss = ce_loss + losses.aux_loss

@@ -54,8 +54,8 @@ _KEYS: dict[Kind, str] = {
         dataset_weights
         seed dataset_type dataset_path tokenizer_path eval_holdout_fraction train_data_columns
         train_split dataset_encoding corrupt_records split_special_tokens
-        use_sft sft_train_on_completion_only chat_template chat_template_path chat_template_date
-        lora_alpha
+        use_sft sft_train_on_completion_only packing chat_template chat_template_path
+        chat_template_date lora_alpha
         per_device_batch_size max_target_length gradient_accumulation_steps dtype
         mlp_activations mlp_activations_limit mlp_linear_offset
         normalization_layer_epsilon

@@ -29,6 +29,7 @@ from moe_shard.data.found_text import find_text
 from moe_shard.data.held_out import HeldOutText
 from moe_shard.data.tokenizer import find_tokenizer
 from moe_shard.errors import UserError
+from moe_shard.layers.cache import PADDING
 from moe_shard.layers.loss import IGNORED
 from tests.data.chats import (
     CALLS,
@@ -115,7 +116,7 @@ def test_tokens_and_what_is_trained_on(tmp_path: Path, template: str, parts: Any
     assert row["inputs"].tolist() == ids + [0] * (400 - size)
     assert row["targets"].tolist() == targets + [IGNORED] * (400 - size)
     assert row["positions"].tolist() == [*range(size), *range(400 - size)]
-    assert row["segment_ids"].tolist() == [1] * size + [2] * (400 - size)
+    assert row["segment_ids"].tolist() == [1] * size + [PADDING] * (400 - size)
     kept = sum(each != IGNORED for each in targets)
     assert f"1 conversations, {kept:,} tokens trained on of {size:,} read" in lines[-1]
     everything, _ = made(
@@ -134,6 +135,17 @@ def test_a_message_of_the_context_may_look_like_the_assistants(tmp_path: Path) -
     assert text[0]["targets"].tolist()[: len(targets)] == targets
 
 
+def test_without_packing_each_has_a_sequence_of_its_own(tmp_path: Path) -> None:
+    draw = random.Random(1)
+    answers = [f"{number} " + "a" * draw.randint(0, 60) for number in range(20)]
+    records = [{"messages": [said("user", "u"), said("assistant", each)]} for each in answers]
+    text, lines = made(tmp_path, records, seq_len=120, packing=False)
+    assert len(text) == 20
+    assert all(set(text[row]["segment_ids"]) == {1, PADDING} for row in range(20))
+    assert len({text[row]["inputs"].tobytes() for row in range(20)}) == 20
+    assert "in 20 sequences of 120" in lines[-1]
+
+
 def test_each_conversation_is_whole_and_once_in_a_sequence(tmp_path: Path) -> None:
     draw = random.Random(5)
     records = [
@@ -148,14 +160,14 @@ def test_each_conversation_is_whole_and_once_in_a_sequence(tmp_path: Path) -> No
     for number in range(len(text)):
         row = text[number]
         last = int(row["segment_ids"].max())
+        padding = row["segment_ids"] == PADDING
+        assert not row["inputs"][padding].any()
+        assert (row["targets"][padding] == IGNORED).all()
+        assert not np.diff(padding.astype(int)).min(initial=0) < 0  # at the end
         for segment in range(1, last + 1):
             inside = row["segment_ids"] == segment
             ids, aims = row["inputs"][inside], row["targets"][inside]
             assert row["positions"][inside].tolist() == list(range(len(ids)))
-            if not ids.any():
-                assert segment == last  # the padding
-                assert (aims == IGNORED).all()
-                continue
             kept = aims != IGNORED
             assert (aims[:-1][kept[:-1]] == ids[1:][kept[:-1]]).all()
             assert not kept[-1]

@@ -123,6 +123,7 @@ class BuiltLayer:
     sharding: Sharding
     config: MoEConfig
     fused: bool
+    real: np.ndarray | None = None
 
     def apply(self, params: dict[str, jax.Array], x: jax.Array) -> tuple[jax.Array, MoEStats]:
         """Apply the layer as a pure function of its parameters."""
@@ -139,7 +140,8 @@ class BuiltLayer:
                 if f"gate{end}" in experts:
                     both = [experts.pop(f"gate{end}"), experts.pop(f"up{end}")]
                     experts[f"gate_up{end}"] = jnp.stack(both, axis=-2)
-        return nnx.merge(self.graphdef, nnx.State(state))(x)
+        real = None if self.real is None else jnp.asarray(self.real)
+        return nnx.merge(self.graphdef, nnx.State(state))(x, real=real)
 
     def step(
         self,
@@ -158,7 +160,7 @@ class BuiltLayer:
             balance = load_balance_loss(
                 stats.mean_probs[None],
                 stats.expert_counts[None],
-                tokens=x.shape[1],
+                tokens=x.shape[1] if stats.tokens is None else stats.tokens[None],
                 k=self.settings.k,
                 convention=self.settings.load_balance,
             )
@@ -236,6 +238,7 @@ def build_layer(
     rules: Sequence[tuple[str, Sequence[str]]] = RULES,
     biases: bool = False,
     gate: bool = True,
+    real: np.ndarray | None = None,
     **route: Any,
 ) -> BuiltLayer:
     """Trace the layer's constructor and place what it declares by its logical axes.
@@ -243,6 +246,7 @@ def build_layer(
     Args:
         biases: whether the experts have biases.
         gate: whether they have a gate.
+        real: [B S], which tokens are not padding.
     """
     sharding = Sharding(mesh, RuleTable(rules), "record")
     config = moe_config(
@@ -294,4 +298,5 @@ def build_layer(
         sharding=sharding,
         config=config,
         fused=fused,
+        real=real,
     )

@@ -43,7 +43,7 @@ class Outside(Gather):
             )
         with jax.named_scope("router"):
             slots = self.assign(routing)
-            dropped = jnp.sum(~slots.has_slot(), axis=(1, 2), dtype=jnp.int32)
+            dropped = self.count_dropped(slots, routing)
         with jax.named_scope("dispatch"):
             sent, sent_slots, combine_weights = x, slots, routing.weights
             if self.config.router.routed_score_on_input:

@@ -80,6 +80,21 @@ def test_explicit_axes_against_float64(sizes: dict[str, int], dispatch: Any) -> 
         )
 
 
+@pytest.mark.parametrize("forced", [False, True])
+def test_padding_where_axes_are_explicit(forced: bool) -> None:
+    x = np.random.default_rng(0).normal(size=(8, 4, MODEL)).astype(np.float32)
+    real = np.arange(4) < np.array([4, 1, 2, 3] * 2)[:, None]
+    found = {}
+    for explicit in (False, True):
+        with mesh_of({"data": 2, "expert": 4, "explicit": explicit}) as mesh:
+            router = dataclasses.replace(CONFIG.router, force_load_balance=forced)
+            layer = make(mesh, dataclasses.replace(CONFIG, router=router))
+            found[explicit] = jax.device_get(jax.jit(layer)(x, real=real))
+    jax.tree.map(np.testing.assert_array_equal, *found.values())
+    stats = found[True][1]
+    assert int(stats.expert_counts.sum()) == 2 * (real.size if forced else real.sum())
+
+
 class Stack(nnx.Module):
     """Apply layers with stacked parameters, then one layer with another configuration."""
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe_shard.config.moe_config import LoadBalanceLoss
-from moe_shard.moe.losses import expert_counts, load_balance_loss, router_z_loss
+from moe_shard.moe.losses import (
+    expert_counts,
+    load_balance_loss,
+    mean_over_sequences,
+    mean_over_tokens,
+    router_z_loss,
+)
 from moe_shard.moe.router import top_k_indices
 from tests.moe.oracle import load_balance_rows, top_k
 from tests.moe.test_capacity import LOGITS, PROBS
@@ -73,6 +81,49 @@ def test_values_and_gradients_are_the_oracles(convention: LoadBalanceLoss, k: in
     found_grad = jax.grad(mean)(jnp.array(probs, jnp.float32))
     np.testing.assert_allclose(loss(probs, k, convention), expected.mean(), rtol=1e-6)
     np.testing.assert_allclose(found_grad, expected_grad, rtol=1e-5)
+
+
+@pytest.mark.parametrize("convention", ["maxtext", "sequence", "gshard", "huggingface"])
+def test_padding_has_no_part_in_any_loss(convention: LoadBalanceLoss) -> None:
+    """Two layers and three sequences of unlike lengths, against sums over their tokens by hand."""
+    rng = np.random.default_rng(0)
+    lengths, experts, k = [7, 2, 5], 5, 2
+    probs = rng.dirichlet(np.ones(experts), size=(2, 3, 7))
+    chosen = np.argsort(-probs, axis=-1)[..., :k]
+    real = np.arange(7) < np.array(lengths)[:, None]
+    counts = jnp.stack([expert_counts(jnp.where(real[..., None], c, experts), experts)
+                        for c in jnp.array(chosen)])  # fmt: skip
+    means = jnp.stack([mean_over_tokens(p, jnp.array(real)) for p in jnp.array(probs)])
+    found = load_balance_loss(means, counts, tokens=jnp.array([lengths, lengths]), k=k,
+                              convention=convention)  # fmt: skip
+
+    def one(tokens: list[tuple[np.ndarray, np.ndarray]]) -> float:
+        """Return E times the sum of mean probability times choices per token."""
+        mean = np.mean([p for p, _ in tokens], axis=0)
+        choices = np.bincount(np.concatenate([c for _, c in tokens]), minlength=experts)
+        return float(experts * np.sum(mean * choices / len(tokens)))
+
+    each = [[[(probs[layer, row, at], chosen[layer, row, at]) for at in range(lengths[row])]
+             for row in range(3)] for layer in range(2)]  # fmt: skip
+    by_sequence = [one(row) for layer in each for row in layer]
+    by_layer = [one(list(chain(*layer))) for layer in each]
+    expected = {
+        "maxtext": by_sequence,
+        "sequence": [value / k for value in by_sequence],
+        "gshard": [value / k for value in by_layer],
+        "huggingface": [one(list(chain(*chain(*each))))],
+    }
+    np.testing.assert_allclose(found, np.mean(expected[convention]), rtol=1e-6)
+
+
+def test_the_z_loss_of_tokens_that_are_not_padding() -> None:
+    logits = np.stack([LOGITS, LOGITS[::-1]])
+    real = np.arange(len(LOGITS)) < np.array([[2], [3]])
+    squares = np.log(np.exp(logits).sum(axis=-1)) ** 2
+    rows = router_z_loss(jnp.array(logits), jnp.array(real))
+    np.testing.assert_allclose(rows, [squares[0, :2].mean(), squares[1, :3].mean()], rtol=1e-6)
+    mean = mean_over_sequences(rows[None], jnp.array([[2, 3]]))
+    np.testing.assert_allclose(mean, [squares[real].mean()], rtol=1e-6)
 
 
 def test_z_loss_is_the_mean_square_of_log_z() -> None:

@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
 ]
 
-LENGTH, STEPS, RATE, DECAY = 160, 10, 3e-3, 0.1
+LENGTH, STEPS, RATE, DECAY, AUX = 160, 10, 3e-3, 0.1, 0.5
 SHAPES = {
     "mixtral": {"num_local_experts": 8, "intermediate_size": 48, "router_aux_loss_coef": 0.0},
     "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 24, "intermediate_size": 48,
@@ -75,8 +75,13 @@ def ours(folder: Path, name: str, *more: str) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
-def theirs(model: Any, folder: Path, chats: list[list[dict[str, Any]]]) -> list[float]:
-    """Train the parameters of a torch model that have gradients; return the losses."""
+def tokens_and_labels(
+    folder: Path, chats: list[list[dict[str, Any]]]
+) -> tuple[list[tuple[Any, Any]], int]:
+    """Return the tokens [1 S] of each conversation with the labels of all but the last.
+
+    The number is how many are trained on in all.
+    """
     torch = importlib.import_module("torch")
     tokenizer = importlib.import_module("transformers").AutoTokenizer.from_pretrained(
         folder / "tokenizer"
@@ -98,7 +103,13 @@ def theirs(model: Any, folder: Path, chats: list[list[dict[str, Any]]]) -> list[
             start, end = len(ids(chat[:turn], prompt=True)), len(ids(chat[: turn + 1]))
             labels[start:end] = tokens[start:end]
         examples.append((torch.tensor([tokens]), torch.tensor(labels[1:])))
-    total = sum(int((labels != -100).sum()) for _, labels in examples)
+    return examples, sum(int((labels != -100).sum()) for _, labels in examples)
+
+
+def theirs(model: Any, folder: Path, chats: list[list[dict[str, Any]]]) -> list[float]:
+    """Train the parameters of a torch model that have gradients; return the losses."""
+    torch = importlib.import_module("torch")
+    examples, total = tokens_and_labels(folder, chats)
     trained = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=DECAY)
     losses = []
@@ -136,6 +147,42 @@ def test_sft(tmp_path: Path, family: str) -> None:
     expected = theirs(load(tmp_path, family), tmp_path, chats)
     assert expected[-1] < expected[0] - 0.5
     found = ours(tmp_path, "sft", "enable_checkpointing=false")
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_balance_of_experts_is_of_tokens_that_are_not_padding(
+    tmp_path: Path, family: str
+) -> None:
+    """Transformers' auxiliary loss of a padded batch, with its attention mask, and its gradient."""
+    torch = importlib.import_module("torch")
+    chats, model = prepare(tmp_path, family), load(tmp_path, family)
+    examples, total = tokens_and_labels(tmp_path, chats)
+    rows, labels = (torch.full((len(chats), LENGTH), fill) for fill in (0, -100))
+    mask = torch.zeros((len(chats), LENGTH), dtype=torch.long)
+    for row, (tokens, aims) in enumerate(examples):
+        size = tokens.shape[1]
+        rows[row, :size], mask[row, :size], labels[row, : size - 1] = tokens[0], 1, aims
+    assert mask.float().mean() < 0.9
+    model.router_aux_loss_coef = AUX
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=DECAY
+    )
+    expected = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        found = model(rows, attention_mask=mask, output_router_logits=True)
+        ce = torch.nn.functional.cross_entropy(found.logits.flatten(0, 1), labels.flatten(),
+                                               reduction="sum") / total  # fmt: skip
+        loss = ce + AUX * found.aux_loss
+        loss.backward()
+        expected.append((loss.item(), AUX * found.aux_loss.item()))
+        optimizer.step()
+    ours(tmp_path, "aux", "enable_checkpointing=false", "gradient_accumulation_steps=1",
+         "per_device_batch_size=2", "steps=3", f"load_balance_loss_weight={AUX}",
+         "load_balance_loss_type=huggingface")  # fmt: skip
+    lines = map(json.loads, (tmp_path / "aux" / "metrics.jsonl").read_text().splitlines())
+    found = [(line["loss"], line["aux_loss"]) for line in lines]
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 

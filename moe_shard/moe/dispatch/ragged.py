@@ -111,7 +111,8 @@ class Ragged:
         shards = self.placement.shards(x, stored, strategy=self.config.moe_dispatch)
         plan = plan_ragged(self.config, self.placement, x.shape, experts.dtype)
         platform = self.placement.sharding.platform
-        device = _Device(self.config, shards, plan, experts.gating, platform)
+        padded = routing.real is not None
+        device = _Device(self.config, shards, plan, experts.gating, platform, padded)
         local: Callable[..., Local] = device.exchanged
         if plan.exchange == "equal":
             local = device.in_equal_pieces
@@ -136,6 +137,7 @@ class _Device:
         plan: what was decided for these shapes.
         gating: activation, clamps, offset and biases between the experts' products.
         platform: platform of the devices.
+        padded: whether some choices are of no expert.
     """
 
     config: MoEConfig
@@ -143,6 +145,7 @@ class _Device:
     plan: RaggedPlan
     gating: GatingConfig
     platform: str
+    padded: bool
 
     def exchanged(
         self,
@@ -262,7 +265,7 @@ class _Device:
     def _sort(self, chunk: int, chosen: Int[Array, "T K"]) -> SortedChoices:
         if self.plan.known is not None:
             return sort_known_choices(self.plan.known[chunk], self.config.num_experts)
-        return sort_by_expert(chosen, self.config.num_experts)
+        return sort_by_expert(chosen, self.config.num_experts, padded=self.padded)
 
     def _exchange_counts(self, sorted_choices: list[SortedChoices]) -> tuple[Counts, ...]:
         """Gather how much every device of the group sends to every expert, in each chunk."""
@@ -307,7 +310,8 @@ class _Device:
             beyond: list[Bool[Array, "T K"]] = []
             for count, order, choice in zip(counts, sorted_choices, chosen, strict=True):
                 held = clip_to_capacity(count, self.plan.first)[me].reshape(-1)
-                beyond.append(order.position >= held[choice])
+                is_sent = choice < self.config.num_experts
+                beyond.append(is_sent & (order.position >= held[choice]))
             lost = jnp.concatenate(beyond)
         dropped = jnp.sum(lost.reshape(indices.shape), axis=(1, 2), dtype=jnp.int32)
         if self.shards.length_axes:

@@ -32,16 +32,21 @@ class SortedChoices(NamedTuple):
     counts: Int[Array, "E"]
 
 
-def sort_by_expert(indices: Int[Array, "T K"], num_experts: int) -> SortedChoices:
+def sort_by_expert(
+    indices: Int[Array, "T K"], num_experts: int, *, padded: bool = False
+) -> SortedChoices:
     """Sort a device's choices by expert.
 
     Args:
         indices: each token's experts.
         num_experts: E, experts of the layer.
+        padded: whether some choices are E, of no expert: they come last, and are not counted, so
+            that no device sends them.
     """
     expert = indices.reshape(1, -1)
-    order, position = positions_in_expert(expert, num_experts)
-    counts = count_experts(expert, num_experts)[0]
+    groups = num_experts + padded
+    order, position = positions_in_expert(expert, groups)
+    counts = count_experts(expert, groups)[0]
     sorted_at = exclusive_cumsum(counts)[expert] + position
     return SortedChoices(
         Slots(
@@ -49,7 +54,7 @@ def sort_by_expert(indices: Int[Array, "T K"], num_experts: int) -> SortedChoice
             checkpoint_name(order, ROUTING),
         ),
         checkpoint_name(position.reshape(indices.shape), ROUTING),
-        checkpoint_name(counts, ROUTING),
+        checkpoint_name(counts[:num_experts], ROUTING),
     )
 
 
@@ -77,7 +82,7 @@ def align_groups(
 
     Args:
         choices: the result of `sort_by_expert`.
-        indices: each token's experts.
+        indices: each token's experts; E for none, which has no place.
         alignment: groups start at multiples of this.
         length: R, of the buffer.
 
@@ -95,4 +100,5 @@ def align_groups(
         missing=total,
     )
     order = jnp.append(choices.slots.choice_of_slot[0], total)
-    return Slots((starts[indices] + choices.position)[None], order[sorted_at][None]), sizes
+    place = jnp.append(starts, length)[indices] + choices.position
+    return Slots(place[None], order[sorted_at][None]), sizes
