@@ -9,15 +9,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from moe_shard.config.schema import DataConfig
-from moe_shard.data.batches import (
-    Batches,
-    TextSequences,
-    cut_text,
-    held_rows,
-    require_same_text,
-)
+from moe_shard.data.batches import Batches, held_rows
 from moe_shard.data.corpus import Say
 from moe_shard.data.found_text import find_text
+from moe_shard.data.sequences import TextSequences, cut_text, require_same_text
 from moe_shard.data.spans import Documents
 from moe_shard.data.split import split_documents
 from moe_shard.data.synthetic import HostBatch

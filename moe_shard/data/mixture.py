@@ -10,15 +10,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grain
 
 from moe_shard.config.schema import DataConfig
 from moe_shard.data.corpus import Say
-
-if TYPE_CHECKING:
-    from moe_shard.data.batches import TextSequences
+from moe_shard.data.sequences import TextSequences
 
 
 def parts_of(config: DataConfig) -> list[DataConfig]:

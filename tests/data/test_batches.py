@@ -26,8 +26,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_shard.config.schema import DataConfig
 from moe_shard.data import batches as data
-from moe_shard.data.batches import PackedText, batches
+from moe_shard.data.batches import batches
 from moe_shard.data.documents import find_documents
+from moe_shard.data.packed_text import PackedText
 from moe_shard.data.tokenizer import DOCUMENT
 from moe_shard.errors import UserError
 from tests.counted import counted
@@ -492,10 +493,11 @@ from moe_shard.config.schema import DataConfig
 from moe_shard.errors import UserError
 from tests.counted import counted
 from moe_shard.data import batches as data
+from moe_shard.data.packed_text import PackedText
 
 read = []
-original = data.PackedText.__getitem__
-data.PackedText.__getitem__ = lambda self, row: read.append(row) or original(self, row)
+original = PackedText.__getitem__
+PackedText.__getitem__ = lambda self, row: read.append(row) or original(self, row)
 sharding = NamedSharding(Mesh(jax.devices(), "x"), PartitionSpec(None, "x", None))
 
 def make(path):

@@ -22,11 +22,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_shard.config.schema import DataConfig
 from moe_shard.data import chat_template, conversations
-from moe_shard.data.batches import cut_text
 from moe_shard.data.chat_template import find_chat_template
 from moe_shard.data.chat_text import ChatText, best_fit
 from moe_shard.data.found_text import find_text
 from moe_shard.data.held_out import HeldOutText
+from moe_shard.data.sequences import cut_text
 from moe_shard.data.tokenizer import find_tokenizer
 from moe_shard.errors import UserError
 from moe_shard.layers.cache import PADDING

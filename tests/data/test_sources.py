@@ -30,9 +30,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_shard.config.schema import DataConfig
 from moe_shard.data import records
-from moe_shard.data.batches import PackedText, batches
+from moe_shard.data.batches import batches
 from moe_shard.data.documents import find_files
 from moe_shard.data.found_text import FoundText, find_text
+from moe_shard.data.packed_text import PackedText
 from moe_shard.data.spans import Documents, scattered
 from moe_shard.data.split import split_documents
 from moe_shard.errors import UserError

@@ -23,9 +23,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from moe_shard.config import load_config
 from moe_shard.config.schema import DataConfig
 from moe_shard.data import corpus as corpora
-from moe_shard.data.batches import PackedText, batches
+from moe_shard.data.batches import batches
 from moe_shard.data.corpus import TokenCorpus, corpus_cache
 from moe_shard.data.documents import find_documents
+from moe_shard.data.packed_text import PackedText
 from moe_shard.data.tokenizer import (
     DOCUMENT,
     ByteTokenizer,
