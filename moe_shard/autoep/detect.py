@@ -145,7 +145,7 @@ def detect(
         where=directory,
     )
     settings[_TIED] = head.tied
-    model = _model(settings, where, _names_there(settings, known, attributes))
+    model = make_model(settings, where, attributes_of_keys(settings, known, attributes))
     _check_expert_layers(model, names, known, attributes)
 
     def explain(keys: Sequence[str]) -> str:
@@ -263,13 +263,16 @@ def _check_plain(headers: Mapping[str, TensorHeader], names: Names, where: Path)
             )
 
 
-def _model(settings: Mapping[str, Any], where: Path, names: Mapping[str, str]) -> ModelConfig:
+def make_model(settings: Mapping[str, Any], where: Path, names: Mapping[str, str]) -> ModelConfig:
     """Make the model, with errors in the words of its `config.json`.
 
     Args:
         settings: key of `base.yml` -> value.
         where: the file, for messages.
         names: key of `base.yml` -> the attribute that its value is from.
+
+    Raises:
+        UserError: there is no such model.
     """
     layer = Overlay(str(where), dict(settings), {}, ())
     try:
@@ -279,7 +282,7 @@ def _model(settings: Mapping[str, Any], where: Path, names: Mapping[str, str]) -
         raise UserError(text if text.startswith(str(where)) else f"{where}: {text}") from error
 
 
-def _names_there(
+def attributes_of_keys(
     settings: Mapping[str, Any], family: Family, attributes: Attributes
 ) -> dict[str, str]:
     """Return, for each key of `base.yml` whose value is an attribute's, the attribute."""

@@ -236,4 +236,7 @@ def _no_files(directory: Path) -> UserError:
             f"{directory}: only pickled weights ({pickled[0]}), which run code when they are read\n"
             "fix: save_pretrained of transformers 5 writes them as safetensors"
         )
-    return UserError(f"{directory}: no safetensors file\nfix: a directory with {SINGLE} or {INDEX}")
+    return UserError(
+        f"{directory}: no safetensors file\nfix: a directory with {SINGLE} or {INDEX}; or "
+        f"{directory / 'config.json'}, for the model without its weights"
+    )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from moe_shard.autoep.config_alone import describe_config
 from moe_shard.autoep.detect import CONFIG, Detected, detect
 from moe_shard.autoep.headers import OUTSIDE_KEY
 from moe_shard.autoep.mtp_layers import MTP_KEY
@@ -20,7 +21,10 @@ from moe_shard.files import expanded
 from moe_shard.maxtext.folders import find_items
 
 _LAYERS = "base_num_decoder_layers"
-MODEL_HELP = "a name in configs/models/, a .yml file, or a Hugging Face model directory"
+MODEL_HELP = (
+    "a name in configs/models/, a .yml file, a Hugging Face model directory, or its config.json "
+    "for the model without its weights"
+)
 """The help text of MODEL on command lines."""
 
 
@@ -29,7 +33,7 @@ def load_model(model: str, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         model: see `load_config`; or a directory with `config.json`, which then also provides the
-            initial parameters.
+            initial parameters; or that file, which does not.
         overrides: `key=value` arguments, which override all else.
 
     Raises:
@@ -38,6 +42,8 @@ def load_model(model: str, overrides: Sequence[str] = ()) -> Config:
     directory = expanded(model)
     if model in list_models():
         return load_config(model, overrides)
+    if directory.name == CONFIG and os.path.isfile(directory):
+        return load_without_weights(directory, overrides)
     if not os.path.isdir(directory):  # False where the name is too long
         if not model.endswith((".yml", ".yaml")):
             refuse_foreign(model)
@@ -69,11 +75,7 @@ def load_directory(directory: Path, overrides: Sequence[str] = ()) -> tuple[Conf
         UserError: as `load_model`.
     """
     asked = parse_overrides(overrides, base_settings())
-    # Of another type or below these bounds they are refused later, by name.
-    layers, ahead = (
-        value if type(value := asked.get(key)) is int and value >= least else None
-        for key, least in ((_LAYERS, 1), (MTP_KEY, 0))
-    )
+    layers, ahead = _layers_asked(asked)
     outside = asked.get(OUTSIDE_KEY) is True
     detected = detect(
         directory, asked.get("hf_family", ""), layers=layers, outside=outside, ahead=ahead
@@ -88,6 +90,36 @@ def load_directory(directory: Path, overrides: Sequence[str] = ()) -> tuple[Conf
         stored_dtype="" if said else detected.dtype,
     )
     return config, detected
+
+
+def load_without_weights(where: Path, overrides: Sequence[str] = ()) -> Config:
+    """Load one run's configuration from a `config.json`, for a model whose weights are not here.
+
+    Args:
+        where: the file.
+        overrides: `key=value` arguments, which override all else.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    asked = parse_overrides(overrides, base_settings())
+    layers, ahead = _layers_asked(asked)
+    described = describe_config(where, asked.get("hf_family", ""), layers=layers, ahead=ahead)
+    settings = described.settings
+    settings.setdefault("tokenizer_path", str(where.parent))
+    overlay = Overlay(str(where), settings, {}, ())
+    config = load_settings(overlay, overrides, name=where.resolve().parent.name)
+    return replace(config, detected=(described.line,))
+
+
+def _layers_asked(asked: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Return how many layers are asked for, and how many of multi-token prediction."""
+    # Of another type or below these bounds they are refused later, by name.
+    layers, ahead = (
+        value if type(value := asked.get(key)) is int and value >= least else None
+        for key, least in ((_LAYERS, 1), (MTP_KEY, 0))
+    )
+    return layers, ahead
 
 
 def directory_settings(directory: Path, detected: Detected) -> dict[str, Any]:

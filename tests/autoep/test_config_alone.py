@@ -1,0 +1,83 @@
+"""Check that a config.json alone says what the whole directory says, for published models."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_shard.checkpoints.resolve import load_model
+from moe_shard.config import list_models, load_config
+from moe_shard.errors import UserError
+from tests.autoep.directory import write_model
+from tests.autoep.published import CONFIGS, tensors
+from tests.autoep.published_settings import SETTINGS
+
+SMALL = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "vocab_size": 288,
+         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8,
+         "num_experts_per_tok": 2, "max_position_embeddings": 512}  # fmt: skip
+
+
+def write(folder: Path, settings: dict[str, object]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.json"
+    path.write_text(json.dumps(settings))
+    return path
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_model_is_that_of_the_whole_directory(name: str, tmp_path: Path) -> None:
+    shapes = tensors(name)
+    float32 = {key: "F32" for key in shapes if "correction_bias" in key}
+    whole = load_model(str(write_model(tmp_path / name, CONFIGS[name], shapes, dtypes=float32)))
+    alone = load_model(str(write(tmp_path / "alone" / name, CONFIGS[name])))
+    assert alone.model == whole.model
+    assert whole.run.load_parameters_path
+    assert not alone.run.load_parameters_path
+    assert "no weights are read" in alone.detected[0]
+    assert alone.run.run_name == whole.run.run_name
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_it_is_the_model_of_configs_models(name: str, tmp_path: Path) -> None:
+    assert name in list_models()
+    family, settings = SETTINGS[name]
+    found = load_model(str(write(tmp_path, {"model_type": family, **settings}))).model
+    expected = load_config(name).model
+    assert found.moe is not None
+    assert expected.moe is not None
+    assert found.layer_kinds == expected.layer_kinds
+    assert (found.emb_dim, found.vocab_size) == (expected.emb_dim, expected.vocab_size)
+    assert found.moe.num_experts == expected.moe.num_experts
+
+
+def test_a_directory_without_weights_names_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, SMALL)
+    with pytest.raises(UserError) as caught:
+        load_model(str(tmp_path))
+    assert f"or {path}, for the model without its weights" in str(caught.value)
+
+
+def test_fewer_layers_and_a_dtype_that_is_not_computed_in(tmp_path: Path) -> None:
+    path = write(tmp_path, {**SMALL, "torch_dtype": "float8_e4m3fn"})
+    config = load_model(str(path), ["base_num_decoder_layers=1"])
+    assert (config.model.num_decoder_layers, config.model.dtype) == (1, "bfloat16")
+    assert load_model(str(write(tmp_path, {**SMALL, "dtype": "float32"}))).model.dtype == "float32"
+    with pytest.raises(UserError, match="at most 2, the layers that there are"):
+        load_model(str(path), ["base_num_decoder_layers=3"])
+
+
+@pytest.mark.recorded
+def test_training_says_that_it_begins_from_random_weights(tmp_path: Path) -> None:
+    path = write(tmp_path / "model", {**SMALL, "num_hidden_layers": 1})
+    done = subprocess.run(
+        [sys.executable, "-m", "moe_shard.train", str(path), "steps=1", "tokenizer_path=bytes",
+         "max_target_length=64", "enable_checkpointing=false", "num_simulated_devices=2"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "training would begin from random ones" in done.stdout
