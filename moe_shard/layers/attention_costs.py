@@ -1,29 +1,8 @@
-"""Count the parameters and floating-point operations of attention from its configuration."""
+"""Count the floating-point operations of attention from its configuration."""
 
 from __future__ import annotations
 
 from moe_shard.config.attention_config import AttentionConfig
-
-
-def attention_params(config: AttentionConfig, model_dim: int) -> int:
-    """Count the parameters that a token is multiplied with.
-
-    Args:
-        config: heads and latents of a layer.
-        model_dim: M, the model dim.
-    """
-    heads = config.num_query_heads
-    of_key, of_value = _head_dims(config)
-    out = heads * of_value * model_dim
-    if config.attention_type == "mla":
-        inner = config.q_lora_rank or model_dim
-        queries = model_dim * config.q_lora_rank + inner * heads * of_key
-        latent = model_dim * (config.kv_lora_rank + config.qk_rope_head_dim)
-        expanded = config.kv_lora_rank * heads * (config.qk_nope_head_dim + of_value)
-        return queries + latent + expanded + out
-    queries = heads * of_key * (1 + config.attention_output_gate)
-    values = 0 if config.share_kv_projections else of_value
-    return model_dim * (queries + config.num_kv_heads * (of_key + values)) + out
 
 
 def attention_flops(config: AttentionConfig, seq_len: int) -> tuple[int, int]:

@@ -224,15 +224,6 @@ def make_delta_net(
     )
 
 
-def delta_net_params(config: ModelConfig) -> int:
-    """Count the parameters that a token is multiplied with: projections and taps."""
-    delta = config.delta
-    heads, values = delta.gdn_num_key_heads, delta.gdn_num_value_heads
-    keys, of_values = 2 * heads * delta.gdn_key_head_dim, values * delta.gdn_value_head_dim
-    projected = config.emb_dim * (keys + 3 * of_values + 2 * values)
-    return projected + delta.gdn_conv_kernel_dim * (keys + of_values)
-
-
 def delta_net_flops(config: ModelConfig, seq_len: int) -> tuple[int, int]:
     """Count the operations on the states for one token, forward and, apart, backward.
 

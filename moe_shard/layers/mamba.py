@@ -237,15 +237,6 @@ def _used(axes: LogicalAxes) -> LogicalAxes:
     return tuple(None if axis is None else f"activation_{axis}" for axis in axes)
 
 
-def mamba_params(config: ModelConfig) -> int:
-    """Count the parameters that a token is multiplied with: projections and taps."""
-    mamba = config.mamba
-    values = mamba.mamba_num_heads * mamba.mamba_head_dim
-    keys = 2 * mamba.mamba_num_groups * mamba.mamba_state_dim
-    projected = config.emb_dim * (3 * values + keys + mamba.mamba_num_heads)
-    return projected + mamba.mamba_conv_kernel_dim * (values + keys)
-
-
 def mamba_flops(config: ModelConfig, seq_len: int) -> tuple[int, int]:
     """Count the operations on the states for one token, forward and, apart, backward.
 

@@ -126,8 +126,3 @@ def make_short_convolution(
         sharding=sharding,
         rngs=rngs,
     )
-
-
-def short_convolution_params(config: ModelConfig) -> int:
-    """Count the parameters that a token is multiplied with: projections and taps."""
-    return config.emb_dim * (4 * config.emb_dim + config.short_conv.short_conv_kernel_dim)

@@ -1,4 +1,4 @@
-"""Count the floating-point operations of a training step from the configuration.
+"""Count the floating-point operations of a training step from the model's parameters.
 
 The count is PaLM's (arXiv 2204.02311, appendix B): 6 operations per token for each parameter of a
 product (2 forward, 4 backward), and for attention 6 * N * S for each element of a key and of a
@@ -24,7 +24,6 @@ import jax
 
 from moe_shard.config.lora_config import ADAPTER
 from moe_shard.config.model_config import ModelConfig
-from moe_shard.config.moe_config import MoEConfig
 from moe_shard.models.cycles import PREDICTION, all_stacks, cycles_of
 from moe_shard.models.mixers import MIXERS
 from moe_shard.models.params import Params, ParamSpec
@@ -33,36 +32,6 @@ _VECTORS = re.compile(r"(_conv|\.taps|\.shared_gate)$")
 """Parameters that a token is multiplied with though they are no matrices: taps, and one gate."""
 _NO_PRODUCT = re.compile(r"\.indexer\.")
 """Matrices that are left out: see `layers.attention_costs`."""
-
-
-def matmul_params_per_token(config: ModelConfig) -> int:
-    """Count the parameters that a token is multiplied with, without norms and lookup."""
-    total = config.emb_dim * config.vocab_size
-    for kind in config.all_layer_kinds:
-        if kind.mixer != "none":
-            total += MIXERS[kind.mixer].params(config, kind)
-        if kind.moe and config.moe is not None:
-            total += _moe_params(config.moe, config.emb_dim, config.gating.projections)
-        elif kind.mlp:
-            total += config.gating.projections * config.emb_dim * config.mlp_dim
-    # An MTP layer also projects two vectors to one, and the head makes its logits.
-    ahead = 2 * config.emb_dim**2 + config.emb_dim * config.vocab_size
-    return total + config.mtp.mtp_num_layers * ahead
-
-
-def train_flops_per_token(config: ModelConfig, *, seq_len: int) -> int:
-    """Count the floating-point operations of training on one token, forward and backward.
-
-    Args:
-        config: the model, all of which is trained; its adapters are not counted.
-        seq_len: S, tokens in a sequence.
-    """
-    mixed = sum(
-        sum(MIXERS[kind.mixer].flops(config, kind, seq_len))
-        for kind in config.all_layer_kinds
-        if kind.mixer != "none"
-    )
-    return 6 * matmul_params_per_token(config) + mixed
 
 
 class TrainedProduct(NamedTuple):
@@ -154,11 +123,3 @@ def _uses(config: ModelConfig, spec: ParamSpec) -> Iterator[tuple[str, int]]:
         if config.moe is not None and "exp" in spec.logical_axes:
             size = size * config.moe.num_experts_per_tok // config.moe.num_experts
         yield spec.name.partition(".")[0], size
-
-
-def _moe_params(config: MoEConfig, emb_dim: int, projections: int) -> int:
-    expert_dim = config.expert_dim(emb_dim)
-    router = emb_dim * (config.num_experts + config.shared_expert_gate)
-    latent = 2 * emb_dim * expert_dim if config.moe_latent_dim != -1 else 0
-    routed = config.num_experts_per_tok * projections * expert_dim * config.moe_mlp_dim
-    return router + latent + routed + projections * emb_dim * config.shared_dim

@@ -18,11 +18,11 @@ from jaxtyping import Array, Float, Int
 
 from moe_shard.config.model_config import LayerKind, MixerName, ModelConfig
 from moe_shard.layers.attention import make_attention
-from moe_shard.layers.attention_costs import attention_flops, attention_params
+from moe_shard.layers.attention_costs import attention_flops
 from moe_shard.layers.cache import LayerCache, Memory
-from moe_shard.layers.delta_net import delta_net_flops, delta_net_params, make_delta_net
-from moe_shard.layers.mamba import make_mamba, mamba_flops, mamba_params
-from moe_shard.layers.short_conv import make_short_convolution, short_convolution_params
+from moe_shard.layers.delta_net import delta_net_flops, make_delta_net
+from moe_shard.layers.mamba import make_mamba, mamba_flops
+from moe_shard.layers.short_conv import make_short_convolution
 from moe_shard.sharding.annotate import Sharding
 
 
@@ -62,7 +62,6 @@ class MixerEntry:
         attribute: attribute of a decoder layer that holds it, first part of its parameters' names.
         words: what reports call it.
         make: makes that of one layer.
-        params: counts the parameters of a layer that a token is multiplied with.
         flops: counts the operations of a layer for one token in a sequence of so many that are no
             products with parameters: forward and, apart, backward.
     """
@@ -70,7 +69,6 @@ class MixerEntry:
     attribute: str
     words: str
     make: Callable[[ModelConfig, LayerKind, Sharding, nnx.Rngs], TokenMixer]
-    params: Callable[[ModelConfig, LayerKind], int]
     flops: Callable[[ModelConfig, LayerKind, int], tuple[int, int]]
 
 
@@ -95,9 +93,6 @@ MIXERS: Mapping[MixerName, MixerEntry] = {
         attribute="attention",
         words="attention",
         make=_attention,
-        params=lambda config, kind: attention_params(
-            config.attention.in_layers(kind.span), config.emb_dim
-        ),
         flops=lambda config, kind, length: attention_flops(
             config.attention.in_layers(kind.span), length
         ),
@@ -106,21 +101,18 @@ MIXERS: Mapping[MixerName, MixerEntry] = {
         attribute="delta",
         words="gated delta net",
         make=make_delta_net,
-        params=lambda config, _: delta_net_params(config),
         flops=lambda config, _, length: delta_net_flops(config, length),
     ),
     "mamba2": MixerEntry(
         attribute="mamba",
         words="Mamba-2",
         make=make_mamba,
-        params=lambda config, _: mamba_params(config),
         flops=lambda config, _, length: mamba_flops(config, length),
     ),
     "short_convolution": MixerEntry(
         attribute="convolution",
         words="short convolution",
         make=make_short_convolution,
-        params=lambda config, _: short_convolution_params(config),
         flops=lambda *_: (0, 0),  # its products are all with parameters
     ),
 }

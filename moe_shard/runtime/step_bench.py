@@ -23,7 +23,8 @@ from moe_shard.config.strategies import strategy_names
 from moe_shard.lowering.memory import memory_from_compiled
 from moe_shard.lowering.reports import LoweringReport, report_from_text
 from moe_shard.lowering.work import flops_by_scope
-from moe_shard.models.flops import train_flops_per_token
+from moe_shard.models.flops import step_flops_per_token
+from moe_shard.models.params import describe
 from moe_shard.program.step import BATCH_FIELDS, Program, make_program
 from moe_shard.runtime.bounds import moe_wire_bytes
 from moe_shard.runtime.compile import (
@@ -262,7 +263,8 @@ def measure_steps(
     )
     hardware = find_hardware(jax.devices()[0].device_kind)
     peak = hardware.peak_flops.get(config.model.dtype) if hardware else None
-    of_all = train_flops_per_token(config.model, seq_len=length)
+    specs = describe(config.model, lay_out(config)[0]).specs
+    of_all = step_flops_per_token(config.model, specs, specs, seq_len=length)
 
     def ratio(of: int, to: int) -> float:
         return statistics.median(row[of] / row[to] for row in times)

@@ -11,6 +11,7 @@ import numpy as np
 
 from moe_shard.config import Config, load_config
 from moe_shard.config.mesh_config import MESH_AXES
+from moe_shard.models.flops import step_flops_per_token, trained_products
 from moe_shard.models.params import Params, describe
 from moe_shard.moe.layer import MoEStats
 from moe_shard.sharding.annotate import Sharding
@@ -56,6 +57,18 @@ def annotator(config: Config) -> Sharding:
     return Sharding(
         mesh_from_config(config.mesh), RuleTable(config.mesh.logical_axis_rules), "record"
     )
+
+
+def products_per_token(config: Config) -> int:
+    """Count the parameters that a token is multiplied with, all of them trained."""
+    specs = describe(config.model, annotator(config)).specs
+    return sum(each.params for each in trained_products(config.model, specs, specs))
+
+
+def flops_per_token(config: Config, *, seq_len: int) -> int:
+    """Count the operations of training all of a model on one token."""
+    specs = describe(config.model, annotator(config)).specs
+    return step_flops_per_token(config.model, specs, specs, seq_len=seq_len)
 
 
 def architecture(config: Config) -> Architecture:

@@ -11,7 +11,6 @@ import pytest
 
 from moe_shard.config import load_config
 from moe_shard.lowering.reports import LoweringReport, report_from_text
-from moe_shard.models.flops import matmul_params_per_token, train_flops_per_token
 from moe_shard.models.params import Params, describe
 from moe_shard.program.step import make_program
 from tests.models.build import (
@@ -23,7 +22,9 @@ from tests.models.build import (
     assert_close,
     errors,
     evaluate,
+    flops_per_token,
     label,
+    products_per_token,
     random_batch,
     random_params,
     small_config,
@@ -263,16 +264,16 @@ def test_mixtral_8x7b_is_described_without_being_allocated() -> None:
 
 
 def test_flops_are_those_counted_by_hand() -> None:
-    config = load_config("mixtral-8x7b").model
+    config = load_config("mixtral-8x7b")
     # 12.9 billion active parameters less the lookup table and the norms.
     active = 32 * (4096 * 4096 * 2 + 4096 * 1024 * 2 + 8 * 4096 + 2 * 3 * 4096 * 14336)
     active += 4096 * 32000
-    assert matmul_params_per_token(config) == active
+    assert products_per_token(config) == active
     attention = 12 * 32 * 4096 * 2048
-    assert train_flops_per_token(config, seq_len=2048) == 6 * active + attention
-    dense = small_config({"data": 8}, *FEATURES["dense"]).model
+    assert flops_per_token(config, seq_len=2048) == 6 * active + attention
+    dense = small_config({"data": 8}, *FEATURES["dense"])
     by_hand = 3 * (16 * 8 * (8 + 4 + 4 + 8) + 3 * 16 * 32) + 16 * 64
-    assert matmul_params_per_token(dense) == by_hand
+    assert products_per_token(dense) == by_hand
 
 
 def test_errors_is_a_measure() -> None:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import pytest
 
 from moe_shard.config import load_config
-from moe_shard.models.flops import (
-    matmul_params_per_token,
-    step_flops_per_token,
-    train_flops_per_token,
-)
+from moe_shard.config.mesh_config import MESH_AXES
+from moe_shard.models.flops import step_flops_per_token
 from moe_shard.models.params import describe
 from moe_shard.program.trainable import ADAPTERS, Trainable
-from tests.models.build import annotator, small_config
+from tests.models.build import annotator, flops_per_token, products_per_token, small_config
 
 SMALL = (
     "base_num_decoder_layers=4", "base_emb_dim=16", "base_num_query_heads=4",
@@ -26,7 +23,7 @@ LOGITS = 16 * 100
 
 
 def active(*overrides: str) -> int:
-    return matmul_params_per_token(small_config({"data": 8}, *SMALL, *overrides).model)
+    return products_per_token(small_config({"data": 8}, *SMALL, *overrides))
 
 
 @pytest.mark.parametrize(
@@ -69,13 +66,13 @@ def test_latent_attention(rank: int, queries: int) -> None:
     config = small_config(
         {"data": 8}, *SMALL, "attention_type=mla", f"q_lora_rank={rank}", "kv_lora_rank=10",
         "qk_nope_head_dim=6", "qk_rope_head_dim=2", "v_head_dim=5",
-    ).model  # fmt: skip
+    )  # fmt: skip
     each = queries + 16 * (10 + 2) + 10 * 4 * (6 + 5) + 4 * 5 * 16
     by_hand = 4 * (each + MOE) + LOGITS
-    assert matmul_params_per_token(config) == by_hand
+    assert products_per_token(config) == by_hand
     # Of 7 tokens' keys (6 + 2) and values (5), for 4 heads: 2 operations forward, 4 backward.
     scores = 4 * 6 * 4 * (6 + 2 + 5) * 7
-    assert train_flops_per_token(config, seq_len=7) == 6 * by_hand + scores
+    assert flops_per_token(config, seq_len=7) == 6 * by_hand + scores
 
 
 def test_an_indexer_scores_without_a_backward_pass() -> None:
@@ -84,8 +81,8 @@ def test_an_indexer_scores_without_a_backward_pass() -> None:
         *("qk_rope_head_dim=2", "v_head_dim=5", "use_indexer=true", "indexer_topk=7"),
         *("indexer_n_heads=3", "indexer_head_dim=4"),
     )
-    config = small_config({"data": 8}, *SMALL, *overrides).model
-    within, beyond = (train_flops_per_token(config, seq_len=tokens) for tokens in (7, 8))
+    config = small_config({"data": 8}, *SMALL, *overrides)
+    within, beyond = (flops_per_token(config, seq_len=tokens) for tokens in (7, 8))
     # In 4 layers: one token more for 4 heads of 6 + 2 and 5, and 3 heads of 4 against 8 tokens and
     # from a latent of 12.
     assert beyond - within == 4 * (6 * 4 * (6 + 2 + 5) + 2 * 3 * 4 * (8 + 12))
@@ -95,9 +92,9 @@ def test_mtp_layers_are_layers_with_a_projection_and_logits_of_their_own() -> No
     overrides = ("first_num_dense_layers=1", "mtp_num_layers=2")
     by_hand = 6 * ATTENTION + 5 * MOE + DENSE + 2 * (2 * 16 * 16) + 3 * LOGITS
     assert active(*overrides) == by_hand
-    config = small_config({"data": 8}, *SMALL, *overrides).model
+    config = small_config({"data": 8}, *SMALL, *overrides)
     scores = 6 * 6 * 4 * (8 + 8) * 7  # of 7 tokens, 4 heads, in 6 layers
-    assert train_flops_per_token(config, seq_len=7) == 6 * by_hand + scores
+    assert flops_per_token(config, seq_len=7) == 6 * by_hand + scores
 
 
 @pytest.mark.parametrize(
@@ -113,8 +110,9 @@ def test_mtp_layers_are_layers_with_a_projection_and_logits_of_their_own() -> No
 def test_published_models_have_their_published_active_parameters(
     model: str, billions: float
 ) -> None:
-    config = load_config(model).model
-    assert matmul_params_per_token(config) / 1e9 == pytest.approx(billions, rel=0.08)
+    mesh = [f"ici_{axis}_parallelism={8 if axis == 'expert' else 1}" for axis in MESH_AXES]
+    config = load_config(model, mesh)
+    assert products_per_token(config) / 1e9 == pytest.approx(billions, rel=0.08)
 
 
 def trained(*overrides: str, patterns: tuple[str, ...] = ()) -> int:
@@ -169,22 +167,3 @@ def test_mtp_layers_alone() -> None:
     layers, ahead = 4 * (ATTENTION + MOE), ATTENTION + MOE + 2 * 16 * 16
     found = trained(*mtp, patterns=("^mtp/",))
     assert found == 2 * (layers + LOGITS) + 4 * SCORES + 6 * ahead + 4 * LOGITS + 3 * SCORES
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ("shared_experts=1", "shared_expert_gate=true", "logits_bias=true", "mlp_bias=true"),
-        ("attention_output_gate=true", "attention_bias=true", "mtp_num_layers=2"),
-        ("mixer_pattern=[gated_delta_net, attention, mamba2, short_convolution]",),
-        ("attention_type=mla", "q_lora_rank=12", "kv_lora_rank=10", "qk_nope_head_dim=6",
-         "qk_rope_head_dim=2", "v_head_dim=5", "use_indexer=true", "indexer_topk=4",
-         "indexer_n_heads=3", "indexer_head_dim=4", "logits_via_embedding=true"),
-    ],
-    ids=["shared", "gate-mtp", "mixers", "mla"],
-)  # fmt: skip
-def test_parameters_counted_one_by_one_are_those_of_the_configuration(
-    overrides: tuple[str, ...],
-) -> None:
-    config = small_config({"data": 8}, *SMALL, *overrides)
-    assert trained(*overrides) == train_flops_per_token(config.model, seq_len=7)

@@ -8,9 +8,8 @@ import pytest
 from moe_shard.config.checks import check_against_mesh
 from moe_shard.config.model_config import LayerKind
 from moe_shard.errors import UserError
-from moe_shard.models.flops import matmul_params_per_token, train_flops_per_token
 from moe_shard.models.params import describe
-from tests.models.build import annotator, small_config
+from tests.models.build import annotator, flops_per_token, products_per_token, small_config
 
 MIXED = (
     "num_experts=1", "num_experts_per_tok=1", "base_num_decoder_layers=4", "base_emb_dim=16",
@@ -48,15 +47,15 @@ def test_parameters_are_named_by_mixer() -> None:
 
 
 def test_operations_are_those_counted_by_hand() -> None:
-    model = small_config({"data": 8}, *MIXED).model
+    model = small_config({"data": 8}, *MIXED)
     # query and key, value and gate, rate and decay, out; then the taps of query, key and value.
     delta = 16 * (2 * 2 * 8 + 2 * 6 * 5 + 2 * 6) + 6 * 5 * 16 + 3 * (2 * 2 * 8 + 6 * 5)
     attention = 16 * 8 * (4 + 2 + 2 + 4)
     products = delta + 2 * attention + 3 * (3 * 16 * 32) + 16 * 64
-    assert matmul_params_per_token(model) == products
+    assert products_per_token(model) == products
     of_states = 6 * 3 * 6 * 8 * 5
     scores = 2 * 6 * 4 * (8 + 8) * 10
-    assert train_flops_per_token(model, seq_len=10) == 6 * products + of_states + scores
+    assert flops_per_token(model, seq_len=10) == 6 * products + of_states + scores
 
 
 def test_operations_of_convolutions_and_state_spaces() -> None:
@@ -64,17 +63,17 @@ def test_operations_of_convolutions_and_state_spaces() -> None:
         {"data": 8}, *MIXED, "mixer_pattern=[mamba2, attention, short_convolution, none]",
         "mamba_num_heads=6", "mamba_head_dim=5", "mamba_num_groups=2", "mamba_state_dim=7",
         "mamba_conv_kernel_dim=3", "short_conv_kernel_dim=4",
-    ).model  # fmt: skip
+    )  # fmt: skip
     # gate, value and out; key and query; step; then the taps of value, key and query.
     mamba = 16 * (3 * 6 * 5 + 2 * 2 * 7 + 6) + 3 * (6 * 5 + 2 * 2 * 7)
     convolution = 16 * 16 * 4 + 4 * 16
     attention = 16 * 8 * (4 + 2 + 2 + 4)
     products = mamba + convolution + attention + 3 * (3 * 16 * 32) + 16 * 64
-    assert matmul_params_per_token(model) == products
+    assert products_per_token(model) == products
     # Of each state: a value and a key are added, and it is multiplied with the query.
     scores = 6 * 4 * (8 + 8) * 10
     of_states = 6 * 2 * 6 * 5 * 7
-    assert train_flops_per_token(model, seq_len=10) == 6 * products + of_states + scores
+    assert flops_per_token(model, seq_len=10) == 6 * products + of_states + scores
 
 
 def test_a_sequence_of_states_is_not_split() -> None:
