@@ -224,3 +224,19 @@ def test_saving_what_crossed_the_wire_spares_its_second_crossing(
     layer = build(EXPERT_8, flagged, True)
     found = collectives(layer.lower(wrap=remat(*names)).compile().as_text())
     assert kinds(found)["all-to-all"] == exchanges
+
+
+@pytest.mark.parametrize(
+    ("sizes", "experts"), [({"data": 2, "expert": 4}, 8), (EXPERT_8, 16)], ids=["mesh", "experts"]
+)
+def test_a_loop_over_blocks_of_several_experts_is_a_product_of_experts(
+    sizes: dict[str, int], experts: int
+) -> None:
+    """Each block's weights are chosen by an index that the router decided."""
+    layer = build(sizes, "ragged", True, tokens=64, model=64, hidden=96, experts=experts)
+    report = report_from_text(layer.lower().compile().as_text(), mesh=sizes)
+    assert report.verdict == "expert-parallel"
+    exchanged = [each for each in report.collectives if each.kind == "all-to-all"]
+    assert sorted((each.scope, each.pass_) for each in exchanged) == [
+        (scope, pass_) for scope in ("combine", "dispatch") for pass_ in ("backward", "forward")
+    ]

@@ -62,7 +62,25 @@ def _dynamic_slice(
 ) -> Value:
     data = flat(operands[0])
     index = join_operands(operands[1:]) if len(operands) > 1 else CONSTANT
+    if _chooses_an_expert(run, data, index):
+        return data._replace(deps=data.deps | index.deps)
     return _selected(run, data, index, instruction.shape)
+
+
+def _chooses_an_expert(run: Evaluation, data: State, index: State) -> bool:
+    """Return whether a routed index chooses among the matrices of a stack: one of an expert.
+
+    A loop over blocks of token copies does, each block being of one expert. What is chosen is
+    still weights; tokens that a routed index chooses have decided upon that index themselves.
+    """
+    if data.origin is None or data.origin.main < 0 or not index.marks & (INDICES | MASK):
+        return False
+    parameter = run.flow.parameters[data.origin.main]
+    stacked = sum(size > 1 or not parameter.sharding_known for size in parameter.global_sizes)
+    if parameter.is_data or stacked < 3:
+        return False
+    known = data.origin.main in run.flow.experts
+    return known or not index.deps >> data.origin.main & 1
 
 
 def _update_slice(
