@@ -18,6 +18,7 @@ import gc  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
@@ -26,6 +27,12 @@ from tests import shape_checks  # noqa: E402
 shape_checks.install()  # before anything imports the package
 
 from tests.moe.build import forget_programs  # noqa: E402
+
+# What is slow is the machine, never the test: a second on one may be ten on another.
+hypothesis.settings.register_profile(
+    "slow machines", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("slow machines")
 
 
 @pytest.fixture(scope="session", autouse=True)

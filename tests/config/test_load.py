@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_shard.config import check_against_mesh, configs_dir, expert_parallelism, load_config
@@ -284,7 +284,7 @@ VALUES = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150)
 @given(st.lists(st.tuples(KEYS, VALUES), min_size=1, max_size=3))
 def test_any_arguments_give_a_config_or_a_user_error(pairs: list[tuple[str, str]]) -> None:
     try:

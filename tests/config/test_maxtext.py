@@ -932,7 +932,7 @@ VALUES: st.SearchStrategy[object] = st.one_of(
 NAMES = sorted(maxtext_keys().defaults)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=3), st.sampled_from([*BLOCKS, "?"]))
 def test_any_file_gives_a_config_or_a_user_error(
     tmp_path: Path, extra: dict[str, Any], block: str

@@ -274,7 +274,7 @@ def plain_rows(documents: list[bytes], seq_len: int) -> list[dict[str, list[int]
 
 @example(documents=[b"abc"], seq_len=4, seed=0)  # one token too few
 @example(documents=[b"abc"], seq_len=3, seed=0)  # just enough
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     documents=st.lists(st.binary(min_size=1, max_size=9), min_size=1, max_size=9),
     seq_len=st.integers(1, 12),

@@ -184,7 +184,7 @@ sides = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(sides, sides)
 def test_the_changes_are_what_takes_one_total_to_the_other(a: list[Any], b: list[Any]) -> None:
     there, back = diff(record(*a), record(*b)), diff(record(*b), record(*a))

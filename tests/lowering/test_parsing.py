@@ -443,7 +443,7 @@ def test_a_missing_stack_frame_is_damage_but_missing_tables_are_not() -> None:
 NAMES = ["cpu_three_axes", "cpu_scan", "tpu_gathered"]
 LINES = {name: read(name).split("\n") for name in NAMES}
 RIGHT = {name: extract_collectives(read(name), HAND_COUNTED[name][0]).collectives for name in NAMES}
-fuzz = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+fuzz = settings(max_examples=60, suppress_health_check=list(HealthCheck))
 
 
 def same_or_error(name: str, text: str) -> None:

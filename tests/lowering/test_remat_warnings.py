@@ -102,7 +102,7 @@ def test_a_frame_of_another_module_gives_no_source() -> None:
     assert found.source is None
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.sampled_from([NAMED, NAMELESS, OLDER]), st.data())
 def test_a_damaged_line_is_read_or_refused_and_never_breaks(line: str, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, len(line)))

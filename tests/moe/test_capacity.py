@@ -69,7 +69,7 @@ def test_maxtext_capacity(tokens: int, experts: int, k: int, factor: float, slot
     assert expert_capacity(tokens=tokens, num_experts=experts, k=k, factor=factor) == slots
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     st.integers(1, 300),
     st.integers(1, 64),
@@ -116,7 +116,7 @@ def routings(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int, DropPolicy]:
     return probs, indices, capacity, drop
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(routings())
 def test_slots_are_those_of_a_plain_loop_and_pointers_are_inverse(
     routing: tuple[np.ndarray, np.ndarray, int, DropPolicy],

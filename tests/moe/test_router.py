@@ -23,7 +23,7 @@ NORMED = TINY.model.moe.router
 RAW = replace(NORMED, norm_topk_prob=False)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), min_size=30, max_size=30),
     st.sampled_from([1, 2, 3, 5]),

@@ -44,7 +44,7 @@ arrays = st.lists(st.sampled_from(LOGICAL), unique=True, min_size=1, max_size=4)
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(rows_of(tuple(ALL_LARGE)), arrays)
 def test_placement_is_flaxs_where_every_axis_is_larger_than_one(
     rules: Rules, names: list[str | None]
@@ -55,7 +55,7 @@ def test_placement_is_flaxs_where_every_axis_is_larger_than_one(
     assert canonical(found.spec) == canonical(expected)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(rows_of(tuple(ALL_LARGE)), arrays, st.sets(st.sampled_from(tuple(ALL_LARGE))))
 def test_axes_of_size_one_might_as_well_not_stand_in_the_table(
     rules: Rules, names: list[str | None], ones: set[str]
@@ -69,7 +69,7 @@ def test_axes_of_size_one_might_as_well_not_stand_in_the_table(
     assert len(found.conflicts) == len(expected.conflicts)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(rows_of(tuple(ALL_LARGE)), arrays)
 def test_nothing_is_lost_without_a_record(rules: Rules, names: list[str | None]) -> None:
     """Each rule of each dim won, lost to the dim that has its axis, or came after the winner."""
@@ -94,7 +94,7 @@ def test_nothing_is_lost_without_a_record(rules: Rules, names: list[str | None])
 SIZES_OF_DIMS = st.sampled_from([0, 1, 2, 6, 10, 12, 20, 30, 45, 60, 120])
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(rows_of(tuple(ALL_LARGE)), arrays, st.data())
 def test_rules_that_do_not_divide_have_no_effect(
     rules: Rules, names: list[str | None], data: st.DataObject

@@ -111,7 +111,7 @@ tables = st.tuples(st.integers(1, 4), st.integers(1, 3)).flatmap(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(tables, st.integers(1, 12), st.none() | st.integers(1, 6), st.sampled_from([1, 4]))
 def test_rounds_send_every_copy_once_and_to_its_expert(
     counts: np.ndarray, rows: int, piece: int | None, alignment: int
@@ -145,7 +145,7 @@ def test_rounds_send_every_copy_once_and_to_its_expert(
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(tables, st.integers(1, 30), st.booleans())
 def test_what_is_clipped_fits_and_every_expert_gives_up_the_same_fraction(
     counts: np.ndarray, room: int, pieces: bool
@@ -170,7 +170,7 @@ def test_what_is_clipped_fits_where_float32_rounds_up() -> None:
     assert clip_to_capacity(counts, RoundLimit(room)).tolist() == [[[room, 0]]]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=30), st.sampled_from([1, 8]))
 def test_the_order_by_expert_is_a_stable_sort(experts: list[int], alignment: int) -> None:
     indices = jnp.array(experts)[:, None]

@@ -101,14 +101,14 @@ def winners(rules: Rules, sizes: dict[str, int], size: int = 64 * 81) -> set[int
     return won
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(tables)
 def test_a_row_called_dead_never_wins(rules: Rules) -> None:
     found = dead_rules(number_rules(rules))
     assert not {lint.rules[0] for lint in found} & winners(rules, dict.fromkeys(AXES, 3))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(tables, st.sampled_from([1, 2, 3, 4, 6, 9, 12]))
 def test_nor_where_rows_are_passed_over_for_their_sizes(rules: Rules, size: int) -> None:
     found = dead_rules(number_rules(rules), by_flax=False)
@@ -120,7 +120,7 @@ def test_nor_where_rows_are_passed_over_for_their_sizes(rules: Rules, size: int)
     assert not by_size & winners(rules, sizes)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(tables, st.sets(st.sampled_from(AXES)))
 def test_a_shadowed_row_never_wins_on_any_mesh(rules: Rules, ones: set[str]) -> None:
     sizes = {axis: 1 if axis in ones else 2 for axis in AXES}
