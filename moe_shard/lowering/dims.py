@@ -46,6 +46,22 @@ def transposed(dims: Dims, instruction: Instruction) -> Dims | None:
     return tuple(dims[dim] for dim in order)
 
 
+def gathered(dims: Dims, instruction: Instruction) -> Dims | None:
+    """Return the dims after a `gather`: a dim of picks holds the dims that are picked from."""
+    named = instruction.attributes
+    kept = integers(named.get("offset_dims", ""))
+    dropped = integers(named.get("collapsed_slice_dims", ""))
+    dropped += integers(named.get("operand_batching_dims", ""))
+    picked = integers(named.get("start_index_map", ""))
+    left = [dim for dim in range(len(dims)) if dim not in dropped]
+    rank = len(array_dims(instruction.shape))
+    if len(kept) != len(left) or any(dim >= rank for dim in kept) or max(picked) >= len(dims):
+        return None
+    whole_dims = dict(zip(kept, left, strict=True))
+    picks = tuple(sorted({each for dim in picked for each in dims[dim]}))
+    return tuple(dims[whole_dims[at]] if at in whole_dims else picks for at in range(rank))
+
+
 def broadcast(dims: Dims, instruction: Instruction) -> Dims | None:
     """Return the dims after a `broadcast`."""
     kept = integers(instruction.attributes.get("dimensions", ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moe_shard.lowering.dims import gathered
 from moe_shard.lowering.flow.evaluation import Evaluation, OpcodeRule
 from moe_shard.lowering.flow.states import (
     CONSTANT,
@@ -53,7 +54,9 @@ def _gather(
     run: Evaluation, _computation: Computation, instruction: Instruction, operands: list[Value]
 ) -> Value:
     data, index = flat(operands[0]), flat(operands[1])
-    # Each gather keeps other dims of the data.
+    if _chooses_experts(run, data, index):
+        chosen = _of_chosen_experts(data, index)
+        return with_dims(chosen, lambda dims: gathered(dims, instruction))
     return with_dims(_selected(run, data, index, instruction.shape), lambda _dims: None)
 
 
@@ -62,16 +65,22 @@ def _dynamic_slice(
 ) -> Value:
     data = flat(operands[0])
     index = join_operands(operands[1:]) if len(operands) > 1 else CONSTANT
-    if _chooses_an_expert(run, data, index):
-        return data._replace(deps=data.deps | index.deps)
+    if _chooses_experts(run, data, index):
+        return _of_chosen_experts(data, index)
     return _selected(run, data, index, instruction.shape)
 
 
-def _chooses_an_expert(run: Evaluation, data: State, index: State) -> bool:
-    """Return whether a routed index chooses among the matrices of a stack: one of an expert.
+def _of_chosen_experts(data: State, index: State) -> State:
+    """Return the state of experts' weights that a routed index has chosen."""
+    return data._replace(deps=data.deps | index.deps, marks=data.marks | ROUTED)
 
-    A loop over blocks of token copies does, each block being of one expert. What is chosen is
-    still weights; tokens that a routed index chooses have decided upon that index themselves.
+
+def _chooses_experts(run: Evaluation, data: State, index: State) -> bool:
+    """Return whether a routed index chooses among the matrices of a stack, which are experts'.
+
+    A loop over blocks of token copies does, each block being of one expert, and a gather of
+    weights for every token. What is chosen is still weights; tokens that a routed index chooses
+    have decided upon that index themselves.
     """
     if data.origin is None or data.origin.main < 0 or not index.marks & (INDICES | MASK):
         return False

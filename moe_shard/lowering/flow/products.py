@@ -124,11 +124,14 @@ def _gives_scores(
 def takes_tokens(run: Evaluation, weights: State, tokens: State) -> bool:
     """Return whether a product's operands can be a parameter and experts' input.
 
-    The data must not depend on the parameter, unless that is known to be an expert weight: tokens
-    selected by a router's mask depend on themselves, weights do not where they are first used.
+    Experts' input is routed, or a routed index has chosen the weights for it. It must not depend on
+    the parameter, unless that is known to be an expert weight: tokens selected by a router's mask
+    depend on themselves, weights do not where they are first used.
     """
     origin = weights.origin
-    if origin is None or origin.main < 0 or not run.are_tokens(tokens):
+    if origin is None or origin.main < 0:
+        return False
+    if not run.are_tokens(tokens) and not weights.marks & ROUTED:
         return False
     if run.flow.data >> origin.main & 1:
         return False
