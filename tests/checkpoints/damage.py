@@ -67,12 +67,20 @@ def bit_flipped(checkpoint: Path, rng: random.Random) -> str:
 
 
 def renamed(checkpoint: Path, rng: random.Random) -> str:
-    number = int(checkpoint.name) + rng.randrange(1, 50)
+    path = _of_a_later_number(checkpoint, rng)
     if rng.random() < 0.5:
-        shutil.copytree(checkpoint, checkpoint.with_name(str(number)))
+        shutil.copytree(checkpoint, path)
     else:
-        checkpoint.rename(checkpoint.with_name(str(number)))
-    return str(number)
+        checkpoint.rename(path)
+    return path.name
+
+
+def _of_a_later_number(checkpoint: Path, rng: random.Random) -> Path:
+    """Return a path beside a checkpoint on which nothing lies, of another harm either."""
+    number = int(checkpoint.name) + rng.randrange(1, 50)
+    while os.path.lexists(path := checkpoint.with_name(str(number))):
+        number += 1
+    return path
 
 
 def foreign_inside(checkpoint: Path, rng: random.Random) -> str:
@@ -87,9 +95,7 @@ def foreign_inside(checkpoint: Path, rng: random.Random) -> str:
 
 def foreign_beside(checkpoint: Path, rng: random.Random) -> str:
     """Put something that is no checkpoint where the next one would be."""
-    number = int(checkpoint.name) + rng.randrange(1, 50)
-    while os.path.lexists(path := checkpoint.with_name(str(number))):  # of another harm
-        number += 1
+    path = _of_a_later_number(checkpoint, rng)
     kind = rng.randrange(4)
     if kind == 0:
         path.write_bytes(rng.randbytes(30))
