@@ -55,7 +55,11 @@ def gathered(dims: Dims, instruction: Instruction) -> Dims | None:
     picked = integers(named.get("start_index_map", ""))
     left = [dim for dim in range(len(dims)) if dim not in dropped]
     rank = len(array_dims(instruction.shape))
-    if len(kept) != len(left) or any(dim >= rank for dim in kept) or max(picked) >= len(dims):
+    if (
+        len(kept) != len(left)
+        or any(dim >= rank for dim in kept)
+        or max(picked, default=0) >= len(dims)
+    ):
         return None
     whole_dims = dict(zip(kept, left, strict=True))
     picks = tuple(sorted({each for dim in picked for each in dims[dim]}))
