@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from moe_shard.autoep.attributes import Attributes
-from moe_shard.autoep.detect import attributes_of_keys, make_model
+from moe_shard.autoep.detect import attributes_of_keys, configured_tied, make_model
 from moe_shard.autoep.family import choose_family, load_family
 from moe_shard.autoep.fewer_layers import with_layers
-from moe_shard.autoep.head import TIE_KEY
-from moe_shard.autoep.mtp_layers import MTP_KEY
-from moe_shard.autoep.settings import model_settings, setting_rules
+from moe_shard.autoep.settings import model_settings
 from moe_shard.autoep.strict_json import read_object
 from moe_shard.units import human_count
 
@@ -58,13 +56,8 @@ def describe_config(
     if layers is not None:
         written = with_layers(written, known, layers, where)
     attributes = Attributes(written, known, where)
-    rules = setting_rules(known)
-    if ahead is None:
-        ahead = attributes.value(MTP_KEY, rules[MTP_KEY]) if MTP_KEY in rules else 0
-    settings = model_settings(attributes, known)
-    settings |= {MTP_KEY: ahead} if ahead or MTP_KEY in settings else {}
-    if rules[_TIED].sources:
-        settings[_TIED] = settings[_TIED] or written.get(TIE_KEY) is True
+    settings = model_settings(attributes, known, ahead)
+    settings[_TIED] = configured_tied(settings, known, written, has_head=True)
     model = make_model(settings, where, attributes_of_keys(settings, known, attributes))
     many = human_count(model.num_decoder_layers, "layer")
     line = (

@@ -131,16 +131,13 @@ def detect(
         headers = {name: entry for name, entry in headers.items() if name not in left_out}
         names = sort_names(headers, known, directory)
     _check_plain(headers, names, directory)
-    if ahead is None:
-        rule = setting_rules(known).get(MTP_KEY)
-        ahead = attributes.value(MTP_KEY, rule) if rule else 0
+    settings = model_settings(attributes, known, ahead)
+    ahead = settings.get(MTP_KEY, 0)
     beyond = layers_beyond(headers, names, known, attributes, ahead)
-    settings = model_settings(attributes, known)
-    settings |= {MTP_KEY: ahead} if ahead or MTP_KEY in settings else {}
     head = read_head(
         names,
         headers,
-        configured=_configured_tied(settings, known, written, names),
+        configured=configured_tied(settings, known, written, HEAD_ROLE in names.roles),
         asked=tied,
         where=directory,
     )
@@ -237,18 +234,24 @@ def _left_out(
     }
 
 
-def _configured_tied(
-    settings: Mapping[str, Any], family: Family, written: Mapping[str, Any], names: Names
+def configured_tied(
+    settings: Mapping[str, Any], family: Family, written: Mapping[str, Any], has_head: bool
 ) -> bool:
     """Return whether head and embedding are one by the family or `config.json`.
 
     A model around the decoder has its own word, which transformers goes by; without a head among
     the tensors one word of the two is enough.
+
+    Args:
+        settings: what `model_settings` returns.
+        family: the model's.
+        written: the content of `config.json`.
+        has_head: whether there is a head among the tensors.
     """
     own, around = settings[_TIED], written.get(TIE_KEY)
     if not setting_rules(family)[_TIED].sources:
         return bool(own)
-    if HEAD_ROLE in names.roles and isinstance(around, bool):
+    if has_head and isinstance(around, bool):
         return around
     return own or around is True
 

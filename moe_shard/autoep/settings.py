@@ -9,6 +9,7 @@ from typing import Any
 from moe_shard.autoep.attributes import Attributes
 from moe_shard.autoep.family import Family
 from moe_shard.autoep.family_chain import EXPERT_LAYERS
+from moe_shard.autoep.mtp_layers import MTP_KEY
 from moe_shard.autoep.rope_settings import rope_settings
 from moe_shard.autoep.setting_rule import SettingRule
 
@@ -23,7 +24,9 @@ _WITHOUT_ROPE = ("nope_layer_interval", "nope_layers")
 """Settings that state together which layers have no RoPE."""
 
 
-def model_settings(attributes: Attributes, family: Family) -> dict[str, Any]:
+def model_settings(
+    attributes: Attributes, family: Family, ahead: int | None = None
+) -> dict[str, Any]:
     """Return the settings of the model, by key of `base.yml`.
 
     What the family's settings say is laid over what is found layer by layer or among positions.
@@ -31,11 +34,14 @@ def model_settings(attributes: Attributes, family: Family) -> dict[str, Any]:
     Args:
         attributes: the model's attributes.
         family: states where each setting is found.
+        ahead: layers of multi-token prediction; None: as the family's settings say, else none.
 
     Raises:
         UserError: an attribute is missing, has another type, or is not supported.
     """
     settings = {key: attributes.value(key, rule) for key, rule in setting_rules(family).items()}
+    if ahead is not None and (ahead or MTP_KEY in settings):
+        settings[MTP_KEY] = ahead
     layers = settings["base_num_decoder_layers"]
     found = _spans(attributes, family, layers, settings.get("attention_pattern"))
     mixers = _mixers(attributes, family, layers)

@@ -202,13 +202,15 @@ class MoELayer(nnx.Module):
             The weighted sum of the expert outputs, in the dtype of `x` (see `dtype`), and the
             sequences' statistics.
         """
+        if self.config.router.force_load_balance:
+            real = None
         if self.sharding.is_explicit:
             return self._with_auto_axes(x, residual, real)
         placement = self.placement
         shared = self._of_shared(x)
         x = placement.tokens(x if residual is None else residual)
         routing = self.route(x)
-        if real is not None and not self.config.router.force_load_balance:
+        if real is not None:
             routing = routing.of_real(real)
         x = x if self.routed_norm is None else self.routed_norm(x)
         name = self.config.moe_dispatch
@@ -242,7 +244,7 @@ class MoELayer(nnx.Module):
         y, each = self.placement.of_tokens(x.shape), self.placement.of_batch(x.shape[0])
         outside = self.sharding.outside
         stats = dict.fromkeys(MoEStats._fields, outside(each))
-        if real is None or self.config.router.force_load_balance:
+        if real is None:
             del stats["tokens"]
 
         def apply(

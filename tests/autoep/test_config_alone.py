@@ -71,6 +71,15 @@ def test_fewer_layers_and_a_dtype_that_is_not_computed_in(tmp_path: Path) -> Non
         load_model(str(path), ["base_num_decoder_layers=3"])
 
 
+@pytest.mark.parametrize("around", [False, True])
+def test_the_word_of_the_model_around_the_decoder_goes(tmp_path: Path, around: bool) -> None:
+    """As transformers and a whole directory with a head have it, whatever the decoder's says."""
+    whole = CONFIGS["Llama-4-Scout-17B-16E"]
+    inner = whole["text_config"] | {"tie_word_embeddings": not around}
+    path = write(tmp_path, {**whole, "text_config": inner, "tie_word_embeddings": around})
+    assert load_model(str(path)).model.logits_via_embedding == around
+
+
 @pytest.mark.recorded
 def test_training_says_that_it_begins_from_random_weights(tmp_path: Path) -> None:
     path = write(tmp_path / "model", {**SMALL, "num_hidden_layers": 1})
