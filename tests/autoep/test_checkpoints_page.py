@@ -1,12 +1,14 @@
 """Run the commands of docs/checkpoints.md on a small directory of the model that it names.
 
-What is trained is read up to the first batch; training itself is tested elsewhere.
+What is trained is read up to the first batch, and what is compiled up to its model and its target;
+training and compilers are tested elsewhere.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from moe_shard.checkpoints.imported import find_weights
 from moe_shard.checkpoints.resolve import load_model
 from moe_shard.cli import command
 from moe_shard.data.batches import batches
+from moe_shard.runtime.targets.target import parse_target
 from tests.autoep.directory import small_models, write_model
 from tests.data.chats import chat_tokenizer
 
@@ -63,6 +66,14 @@ def test_every_command_reads_the_checkpoint(
     done: list[str] = []
     for program, name, *arguments in commands():
         assert program == "moe-shard"
+        if name == "compile":
+            path, target = arguments
+            shutil.copy(Path(MODEL) / "config.json", path)
+            assert parse_target(target).shape == (64,)
+            alone = load_model(path, []).model
+            assert alone == load_model(MODEL, []).model
+            done.append(name)
+            continue
         assert arguments[0] == MODEL
         if name != "train":
             assert command(name)(arguments) == 0
@@ -89,7 +100,7 @@ def test_every_command_reads_the_checkpoint(
         assert "1 documents in 1 files (1 text), 0.16 MB: corpus/" in lines[0]
         assert any(line.startswith("tokenizer: ") and f"{MODEL}, 272" in line for line in lines)
         done.append("corpus")
-    assert done == ["detect", "steps=0", "corpus", "import"]
+    assert done == ["detect", "steps=0", "corpus", "import", "compile"]
     assert "qwen3_moe" in capsys.readouterr().out
     assert find_weights("models/qwen3") is not None
     imported: Any = load_model("models/qwen3", []).model

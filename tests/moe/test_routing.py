@@ -43,7 +43,8 @@ def routed(
         config=replace(PLAIN, **router),
         correction=None if correction is None else jnp.array(correction, jnp.float32),
     )
-    return Routing(*(np.asarray(each)[0] for each in found))
+    assert found.real is None
+    return Routing(*(np.asarray(each)[0] for each in found[:-1]))
 
 
 def softmax(u: np.ndarray) -> np.ndarray:

@@ -116,7 +116,7 @@ def evaluate(opened: Opened, inputs: np.ndarray, targets: np.ndarray) -> Answer:
     batch = batch_of(opened, inputs, targets)
     with pytest.MonkeyPatch.context() as patch:
         # A layer computes one statistic from its logits; it is replaced by the logits themselves.
-        patch.setattr("moe_shard.moe.layer.router_z_loss", lambda logits: logits)
+        patch.setattr("moe_shard.moe.layer.router_z_loss", lambda logits, _: logits)
         lowered = jax.jit(forward).lower(opened.params, batch)
     answer = jax.device_get(lowered.compile(QUICK)(opened.params, batch))
     return Answer(*answer[:2], *(float(loss) for loss in answer[2:]))
