@@ -12,6 +12,7 @@ from moe_shard.autoep.family_chain import EXPERT_LAYERS
 from moe_shard.autoep.mtp_layers import MTP_KEY
 from moe_shard.autoep.rope_settings import rope_settings
 from moe_shard.autoep.setting_rule import SettingRule
+from moe_shard.config.model_config import MOST_LAYERS
 
 _SPANS = {
     "full_attention": "global",
@@ -19,6 +20,7 @@ _SPANS = {
     "chunked_attention": "chunked",
 }
 """Name in `layer_types` -> name in `attention_pattern`."""
+_LAYERS = "base_num_decoder_layers"
 _MLP_TYPES = ("dense", "sparse")
 _WITHOUT_ROPE = ("nope_layer_interval", "nope_layers")
 """Settings that state together which layers have no RoPE."""
@@ -42,7 +44,10 @@ def model_settings(
     settings = {key: attributes.value(key, rule) for key, rule in setting_rules(family).items()}
     if ahead is not None and (ahead or MTP_KEY in settings):
         settings[MTP_KEY] = ahead
-    layers = settings["base_num_decoder_layers"]
+    layers = settings[_LAYERS]
+    if layers > MOST_LAYERS:
+        written = attributes.rule_text(_LAYERS, setting_rules(family)[_LAYERS])
+        raise attributes.error(f"{written} is out of range", f"at most {MOST_LAYERS} layers")
     found = _spans(attributes, family, layers, settings.get("attention_pattern"))
     mixers = _mixers(attributes, family, layers)
     found |= mixers

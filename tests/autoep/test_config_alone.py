@@ -71,6 +71,12 @@ def test_fewer_layers_and_a_dtype_that_is_not_computed_in(tmp_path: Path) -> Non
         load_model(str(path), ["base_num_decoder_layers=3"])
 
 
+def test_a_count_of_layers_that_no_memory_holds_is_refused_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path, {**SMALL, "num_hidden_layers": 10**15})
+    with pytest.raises(UserError, match=f"num_hidden_layers={10**15} is out of range\nfix: at mo"):
+        load_model(str(path))
+
+
 @pytest.mark.parametrize("around", [False, True])
 def test_the_word_of_the_model_around_the_decoder_goes(tmp_path: Path, around: bool) -> None:
     """As transformers and a whole directory with a head have it, whatever the decoder's says."""
