@@ -28,10 +28,12 @@ class Described:
     """Describe a model without weights.
 
     Attributes:
+        family: the family's name.
         settings: key of `base.yml` -> value.
         line: what was found, for people.
     """
 
+    family: str
     settings: dict[str, Any]
     line: str
 
@@ -64,7 +66,8 @@ def describe_config(
         f"family: {known.name}, by {where.name} alone: {many}, {model.num_experts} experts; no "
         "weights are read, and training would begin from random ones"
     )
-    return Described({"weight_dtype": "float32", "dtype": _dtype(attributes)} | settings, line)
+    settings = {"weight_dtype": "float32", "dtype": _dtype(attributes)} | settings
+    return Described(known.name, settings, line)
 
 
 def _dtype(attributes: Attributes) -> str:

@@ -19,7 +19,7 @@ from moe_shard.models.cycles import all_stacks
 from moe_shard.quiet import hide_accelerator_warnings
 
 if TYPE_CHECKING:
-    from moe_shard.models.params import ParamSpec
+    from moe_shard.models.params import AbstractModel, ParamSpec
 
 EXPERTS = "mlp.experts."
 """Prefix of the paths of parameters that have a dim of experts."""
@@ -130,6 +130,11 @@ class ParamSlots:
     layers: Mapping[str, Mapping[str, Slot]]
 
 
+def count_parameters(model: ModelConfig) -> int:
+    """Count the numbers in a model's parameters, adapters apart. No device is started."""
+    return _abstract(model).num_params
+
+
 def slots_of(model: ModelConfig) -> ParamSlots:
     """List the parameters of a model.
 
@@ -138,20 +143,11 @@ def slots_of(model: ModelConfig) -> ParamSlots:
     Args:
         model: the model; only what determines its parameters is read.
     """
-    # Imported here: reading families and headers does not need jax.
-    with hide_accelerator_warnings():
-        import jax
-        from jax.sharding import AbstractMesh
-
-        from moe_shard.models.params import describe
-        from moe_shard.sharding.annotate import Sharding
-        from moe_shard.sharding.rules import RuleTable
-
     if model.moe is not None:
         model = replace(model, moe=replace(model.moe, prefuse_moe_weights=False))
-    model = replace(model, lora=LoraConfig())  # adapters are no part of the model's checkpoint
-    sharding = Sharding(AbstractMesh((1,) * len(MESH_AXES), MESH_AXES), RuleTable.default())
-    specs = describe(model, sharding).specs
+    specs = _abstract(model).specs
+    import jax
+
     outer: dict[str, Slot] = {}
     layers: dict[str, dict[str, Slot]] = {name: {} for name, _, _ in all_stacks(model)}
     own = dict(_MOE_KEYS)
@@ -171,6 +167,20 @@ def slots_of(model: ModelConfig) -> ParamSlots:
         else:
             outer[spec.name] = _slot(spec.name, spec, 0, latent, own)
     return ParamSlots(outer, layers)
+
+
+def _abstract(model: ModelConfig) -> AbstractModel:
+    """Describe a model without its adapters, which are no part of its checkpoint."""
+    # Imported here: reading families and headers does not need jax.
+    with hide_accelerator_warnings():
+        from jax.sharding import AbstractMesh
+
+        from moe_shard.models.params import describe
+        from moe_shard.sharding.annotate import Sharding
+        from moe_shard.sharding.rules import RuleTable
+
+    sharding = Sharding(AbstractMesh((1,) * len(MESH_AXES), MESH_AXES), RuleTable.default())
+    return describe(replace(model, lora=LoraConfig()), sharding)
 
 
 def _slot(

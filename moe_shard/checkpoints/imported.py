@@ -145,6 +145,11 @@ def find_weights(path: str) -> Any:
             return folder / name
     if (folder / _HF_CONFIG).is_file():
         return folder / _HF_CONFIG
+    if folder.name == _HF_CONFIG and folder.is_file():
+        raise UserError(
+            f"{path} is the model without its weights\n"
+            f"fix: a directory that has both: {_HF_CONFIG} and the safetensors files"
+        )
     refuse_foreign(path)
     raise UserError(
         f"{path} holds no parameters: no config.json, params, checkpoints or items in it\n"

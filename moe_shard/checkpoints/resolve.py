@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moe_shard.autoep.config_alone import describe_config
+from moe_shard.autoep.config_alone import Described, describe_config
 from moe_shard.autoep.detect import CONFIG, Detected, detect
 from moe_shard.autoep.headers import OUTSIDE_KEY
 from moe_shard.autoep.mtp_layers import MTP_KEY
@@ -43,7 +43,7 @@ def load_model(model: str, overrides: Sequence[str] = ()) -> Config:
     if model in list_models():
         return load_config(model, overrides)
     if directory.name == CONFIG and os.path.isfile(directory):
-        return load_without_weights(directory, overrides)
+        return load_without_weights(directory, overrides)[0]
     if not os.path.isdir(directory):  # False where the name is too long
         if not model.endswith((".yml", ".yaml")):
             refuse_foreign(model)
@@ -92,8 +92,8 @@ def load_directory(directory: Path, overrides: Sequence[str] = ()) -> tuple[Conf
     return config, detected
 
 
-def load_without_weights(where: Path, overrides: Sequence[str] = ()) -> Config:
-    """Load one run's configuration from a `config.json`, for a model whose weights are not here.
+def load_without_weights(where: Path, overrides: Sequence[str] = ()) -> tuple[Config, Described]:
+    """Load one run's configuration from a `config.json` alone, and what was found there.
 
     Args:
         where: the file.
@@ -105,11 +105,10 @@ def load_without_weights(where: Path, overrides: Sequence[str] = ()) -> Config:
     asked = parse_overrides(overrides, base_settings())
     layers, ahead = _layers_asked(asked)
     described = describe_config(where, asked.get("hf_family", ""), layers=layers, ahead=ahead)
-    settings = described.settings
-    settings.setdefault("tokenizer_path", str(where.parent))
+    settings = {"tokenizer_path": str(where.parent), **described.settings}
     overlay = Overlay(str(where), settings, {}, ())
     config = load_settings(overlay, overrides, name=where.resolve().parent.name)
-    return replace(config, detected=(described.line,))
+    return replace(config, detected=(described.line,)), described
 
 
 def _layers_asked(asked: Mapping[str, Any]) -> tuple[int | None, int | None]:

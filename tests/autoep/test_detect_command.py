@@ -62,6 +62,29 @@ def test_json_counts_what_is_in_the_files(
     assert "parameters in float32" in text
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_a_config_alone_says_what_the_directory_says_but_for_its_tensors(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = write_model(tmp_path / "model", SMALL[name]["config"], SMALL[name]["saved"])
+    whole: dict[str, Any] = json.loads(shown(capsys, where, "--json"))
+    alone: dict[str, Any] = json.loads(shown(capsys, where / "config.json", "--json"))
+    same = alone.keys() - {"config", "dtype"}
+    assert {key: alone[key] for key in same} == {key: whole[key] for key in same}
+    text = shown(capsys, where / "config.json")
+    assert "by config.json alone" in text
+    assert f"{whole['experts']['per_token']} a token" in text
+
+
+@pytest.mark.parametrize("name", ["import", "export"])
+def test_what_needs_weights_says_that_they_are_elsewhere(name: str, tmp_path: Path) -> None:
+    where = write_model(tmp_path / "model", SMALL["mixtral-0"]["config"], {}) / "config.json"
+    with pytest.raises(UserError) as caught:
+        command(name)([str(where), str(tmp_path / "new")])
+    assert str(caught.value).startswith(f"{where} is the model without its weights\nfix: a direc")
+    assert not (tmp_path / "new").exists()
+
+
 def test_what_training_refuses_is_refused(tmp_path: Path) -> None:
     model = SMALL["mixtral-0"]
     config = model["config"] | {"num_local_experts": 9}
