@@ -31,16 +31,26 @@ def of_global_layers(written: Mapping[str, Any], family: Family) -> dict[str, An
         return {}
     if not isinstance(given, dict) or not all(isinstance(each, dict) for each in given.values()):
         raise ValueError(f"{OVERRIDES}={in_json(given)} is not an object for each layer")
+    if wrong := [key for key in given if not _is_number(key)]:
+        raise ValueError(f"{OVERRIDES}: {in_json(wrong[0])} is not the number of a layer")
+    by_layer = {int(key): each for key, each in given.items()}
+    if len(by_layer) < len(given):
+        raise ValueError(f"{OVERRIDES} has the number of one layer twice")
     others = {name for each in given.values() for name in each} - family.global_layers.keys()
     if others:
         raise ValueError(f"{OVERRIDES}: {min(others)} of some layers is not computed here")
     types = written.get(family.spans.types)
-    full = [str(n) for n, name in enumerate(types or ()) if name == _FULL]
-    alike = [given.get(number, {}) for number in full]
-    if given.keys() - {*full} or any(each != alike[0] for each in alike):
+    full = [layer for layer, name in enumerate(types or ()) if name == _FULL]
+    alike = [by_layer.get(layer, {}) for layer in full]
+    if by_layer.keys() - {*full} or any(each != alike[0] for each in alike):
         raise ValueError(f"{OVERRIDES} is not one for all layers of {_FULL} and for none besides")
     of = alike[0] if alike else {}
     return {attribute: of.get(name) for name, attribute in family.global_layers.items()}
+
+
+def _is_number(key: str) -> bool:
+    """Return whether a key is the number of a layer; transformers pads them, such as "05" of 30."""
+    return key.isascii() and key.isdecimal() and len(key) < 10
 
 
 def of_first_layers(given: Any, layers: int) -> Any:

@@ -50,6 +50,7 @@ WIDE = {"head_dim": 48, "num_key_value_heads": 1}
         ({"global_head_dim": 32, "num_global_key_value_heads": 2}, (32, 0, False)),
         ({"num_global_key_value_heads": 2, "attention_k_eq_v": True}, (512, 2, True)),
         ({"attention_k_eq_v": True, "per_layer_config": {"1": WIDE, "3": WIDE}}, (48, 1, True)),
+        ({"attention_k_eq_v": True, "per_layer_config": {"01": WIDE, "03": WIDE}}, (48, 1, True)),
         ({"per_layer_config": {}}, (0, 0, False)),
     ],
 )
@@ -89,6 +90,8 @@ def rope(**of_sliding: Any) -> dict[str, Any]:
         ({"per_layer_config": {"0": WIDE, "1": WIDE, "3": WIDE}}, "and for none besides"),
         ({"per_layer_config": {"1": {"sliding_window": 4}}}, "sliding_window of some layers"),
         ({"per_layer_config": [WIDE]}, "is not an object for each layer"),
+        ({"per_layer_config": {"x": WIDE}}, '"x" is not the number of a layer'),
+        ({"per_layer_config": {"1": WIDE, "01": WIDE, "3": WIDE}}, "the number of one layer twice"),
         (
             {"per_layer_config": {"1": WIDE, "3": WIDE}, "global_head_dim": 32},
             "global_head_dim=32 and per_layer_config say two things",
