@@ -1,0 +1,45 @@
+"""Check that a config.json as transformers saves it again is of the same model, for published ones.
+
+Transformers fills in what a file leaves out, and spells some of it in another way.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from moe_shard.checkpoints.resolve import load_model
+from moe_shard.config.model_config import ModelConfig
+from tests.autoep.published import CONFIGS
+from tests.autoep.published_settings import SETTINGS
+
+pytestmark = pytest.mark.parity
+
+WRITTEN: dict[str, dict[str, Any]] = copy.deepcopy(CONFIGS) | {
+    name: {"model_type": family, **settings} for name, (family, settings) in SETTINGS.items()
+}
+# Published as 4, which transformers 5 refuses.
+WRITTEN["Llama-4-Scout-17B-16E"]["text_config"]["attn_temperature_tuning"] = True
+NAMES = [name for name, written in WRITTEN.items() if written["model_type"] in CONFIG_MAPPING]
+
+
+def model_of(written: str, folder: Path) -> ModelConfig:
+    (folder / "config.json").write_text(written, encoding="utf-8")
+    return load_model(str(folder / "config.json")).model
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_that_transformers_saves_is_of_the_same_model(name: str, tmp_path: Path) -> None:
+    written = json.dumps(WRITTEN[name])
+    # It writes into what it is given, which is a copy here.
+    known = CONFIG_MAPPING[WRITTEN[name]["model_type"]].from_dict(json.loads(written))
+    assert model_of(known.to_json_string(), tmp_path) == model_of(written, tmp_path)
+
+
+def test_only_families_with_code_of_their_own_are_left_out() -> None:
+    assert {WRITTEN[name]["model_type"] for name in WRITTEN.keys() - {*NAMES}} == {"bailing_moe_v2"}
