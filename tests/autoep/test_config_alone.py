@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_shard.autoep.param_shapes import count_parameters
 from moe_shard.checkpoints.resolve import load_model
 from moe_shard.config import list_models, load_config
 from moe_shard.errors import UserError
@@ -53,6 +54,7 @@ def test_it_is_the_model_of_configs_models(name: str, tmp_path: Path) -> None:
     assert found.layer_kinds == expected.layer_kinds
     assert (found.emb_dim, found.vocab_size) == (expected.emb_dim, expected.vocab_size)
     assert found.moe.num_experts == expected.moe.num_experts
+    assert count_parameters(found) == count_parameters(expected)
 
 
 def test_a_directory_without_weights_names_the_file(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
-"""Check that a config.json as transformers saves it again is of the same model, for published ones.
+"""Compare the models of published config.json files with those that transformers makes of them.
 
-Transformers fills in what a file leaves out, and spells some of it in another way.
+A file that transformers saves again is of the same model: it fills in what is left out, and spells
+some of it in another way. And of the whole model, without memory for its weights, as many numbers
+are parameters there as here.
 """
 
 from __future__ import annotations
@@ -11,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from moe_shard.autoep.param_shapes import count_parameters
 from moe_shard.checkpoints.resolve import load_model
 from moe_shard.config.model_config import ModelConfig
 from tests.autoep.published import CONFIGS
@@ -39,6 +44,19 @@ def test_a_config_that_transformers_saves_is_of_the_same_model(name: str, tmp_pa
     # It writes into what it is given, which is a copy here.
     known = CONFIG_MAPPING[WRITTEN[name]["model_type"]].from_dict(json.loads(written))
     assert model_of(known.to_json_string(), tmp_path) == model_of(written, tmp_path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_model_has_as_many_parameters(name: str, tmp_path: Path) -> None:
+    written = json.dumps(WRITTEN[name])
+    known = CONFIG_MAPPING[WRITTEN[name]["model_type"]].from_dict(json.loads(written))
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(known.get_text_config())
+    kept = (
+        made.state_dict().keys()
+    )  # correction biases and scales of layers are buffers that it has
+    numbers = [*made.parameters(), *(each for key, each in made.named_buffers() if key in kept)]
+    assert count_parameters(model_of(written, tmp_path)) == sum(each.numel() for each in numbers)
 
 
 def test_only_families_with_code_of_their_own_are_left_out() -> None:
