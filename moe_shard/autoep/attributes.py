@@ -24,6 +24,8 @@ _WITHOUT_EFFECT = frozenset(
     )
 )
 """Attributes that do not affect what the decoder computes from weights and tokens."""
+_MOST = 2**63 - 1
+"""Far above any size; what follows divides and multiplies floats by it."""
 
 
 class Attributes:
@@ -159,7 +161,7 @@ class Attributes:
         return f"{name}={in_json(self.get(name))}"
 
     def number(self, name: str, default: int) -> int:
-        """Return an attribute that is a whole number of 0 or more, or -1.
+        """Return an attribute that is a whole number of 0 or more, or -1, and of 63 bits.
 
         Args:
             name: the attribute; empty: the default.
@@ -173,6 +175,8 @@ class Attributes:
             return default
         if type(value) is not int or value < -1:
             raise self.error(f"{self.as_text(name)} is not a whole number", fix_of(value))
+        if value > _MOST:
+            raise self.error(f"{self.as_text(name)} is out of range", "as the model has it")
         return value
 
     def numbers(self, name: str) -> list[int] | None:

@@ -59,8 +59,7 @@ def rope_settings(
     written = _Parameters(attributes, {*without_effect, *(["alpha"] if alpha else [])})
     theta = written.or_attribute("rope_theta")
     if alpha and written.values.get("alpha") is not None:
-        size = attributes.number("head_dim", _head_dim(attributes))
-        theta *= written.number("alpha") ** (size / (size - 2))
+        theta *= _raised(written.number("alpha"), attributes)
     settings = {
         "rope_type": written.type,
         "rope_max_timescale": theta,
@@ -82,7 +81,7 @@ def rope_settings(
     )
     longest = attributes.number("max_position_embeddings", 0)
     original = longest if original is None else original
-    if type(original) is not int or original < 2:
+    if type(original) is not int or not 2 <= original < 2**63:
         raise attributes.error(
             f"original_max_position_embeddings={in_json(original)} is not a length",
             fix_of(original),
@@ -107,7 +106,20 @@ def _turned(attributes: Attributes) -> float:
 
 
 def _head_dim(attributes: Attributes) -> int:
-    return attributes.number("hidden_size", 0) // attributes.number("num_attention_heads", 1)
+    heads = attributes.number("num_attention_heads", 1)
+    return attributes.number("hidden_size", 0) // heads if heads > 0 else 0
+
+
+def _raised(alpha: float, attributes: Attributes) -> float:
+    """Return the factor of the time scale that stretches the slowest wave of a head by alpha."""
+    size = attributes.number("head_dim", _head_dim(attributes))
+    try:
+        return math.pow(alpha, size / (size - 2))
+    except (ArithmeticError, ValueError):
+        raise attributes.error(
+            f"alpha={in_json(alpha)} of a head of {size} elements is out of range",
+            "as the model has it",
+        ) from None
 
 
 class _Parameters:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
 
@@ -21,6 +26,13 @@ SMALL = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "voca
          "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8,
          "num_experts_per_tok": 2, "max_position_embeddings": 512}  # fmt: skip
+
+
+ODD: tuple[Any, ...] = (
+    *(None, True, "x", "1", "", 1.5, -1.5, 1e300, float("inf"), float("nan"), 0, -1, 3, 10**9),
+    *(10**15, 10**400, [], [1], ["a"], [None], [[]], {}, {"a": 1}),
+)
+ODD_SIZES = (0, -2, 10**15, 10**400)
 
 
 def write(folder: Path, settings: dict[str, object]) -> Path:
@@ -77,6 +89,38 @@ def test_a_count_of_layers_that_no_memory_holds_is_refused_at_once(tmp_path: Pat
     path = write(tmp_path, {**SMALL, "num_hidden_layers": 10**15})
     with pytest.raises(UserError, match=f"num_hidden_layers={10**15} is out of range\nfix: at mo"):
         load_model(str(path))
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield every object or list within, with each of its keys or its first two places."""
+    for key in [*value] if isinstance(value, dict) else range(len(value[:2])):
+        yield value, key
+        if isinstance(value[key], dict | list):
+            yield from places(value[key])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_value_at_any_place_is_read_or_refused(seed: int, tmp_path: Path) -> None:
+    random = Random(seed)
+    for _ in range(40):
+        written = copy.deepcopy(CONFIGS[random.choice([*CONFIGS])])
+        for _ in range(random.choice([1, 1, 2])):
+            where, key = random.choice([*places(written)])
+            where[key] = copy.deepcopy(random.choice(ODD))
+        with suppress(UserError):
+            load_model(str(write(tmp_path, written)))
+
+
+@pytest.mark.parametrize("key", ["num_attention_heads", "hidden_size", "head_dim"])
+@pytest.mark.parametrize("value", ODD_SIZES)
+@pytest.mark.parametrize("name", ["mixtral-8x22b", "hunyuan-80b-a13b"])
+def test_a_size_that_no_head_has_is_refused(
+    name: str, value: int, key: str, tmp_path: Path
+) -> None:
+    family, settings = SETTINGS[name]
+    with pytest.raises(UserError) as caught:
+        load_model(str(write(tmp_path, {**settings, "model_type": family, key: value})))
+    assert str(caught.value).count("\n") < 3
 
 
 @pytest.mark.parametrize("around", [False, True])
