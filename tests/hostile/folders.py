@@ -245,22 +245,25 @@ def _models() -> dict[str, str]:
 
 def hugging_face(rng: random.Random) -> Case:
     """Make a Hugging Face directory whose config, header or index is wrong."""
-    model = json.loads(_models()[rng.choice(sorted(_models()))])
-    config, shapes = model["config"], dict(model[rng.choice(["saved", "stacked"])])
+    small = json.loads(_models()[rng.choice(sorted(_models()))])
+    config, shapes = small["config"], dict(small[rng.choice(["saved", "stacked"])])
     header: dict[str, Any] = {}
     at = 0
     for name, shape in shapes.items():
         size = math.prod(shape) * BYTES["BF16"]
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
         at += size
-    what = rng.choice(["config", "config", "header", "file", "index", "beside"])
-    if what == "config":
+    what = rng.choice(["config", "config", "header", "file", "index", "beside", "alone"])
+    if what in ("config", "alone"):
         config = other_json(config, rng, rng.choice([1, 1, 2, 3]))
     if what == "header":
         header = other_json(header, rng, rng.randint(1, 2))
     settings = json.dumps(config).encode()
-    if what == "config" and rng.random() < 0.3:
+    if what in ("config", "alone") and rng.random() < 0.3:
         settings = damaged(settings, rng)
+    if what == "alone":
+        model = "hf/config.json"
+        return Case("Hugging Face", rng.choice(_commands(model, rng)), {model: settings})
     written = json.dumps(header).encode()
     if what == "header" and rng.random() < 0.3:
         written = damaged(written, rng)
@@ -292,15 +295,17 @@ def hugging_face(rng: random.Random) -> Case:
             ]
         )
         files[f"hf/{name}"] = something(rng)
-    argv = rng.choice(
-        [
-            ["train", "hf", "steps=1"],
-            ["train", "hf", "steps=1", setting(rng)],
-            ["import", "hf", "imported"],
-            ["import", "hf", "imported"],
-            ["generate", "hf", "a"],
-            ["explain", "hf"],
-            ["compile", "hf", "h100:8"],
-        ]
-    )
-    return Case("Hugging Face", argv, files)
+    return Case("Hugging Face", rng.choice(_commands("hf", rng)), files)
+
+
+def _commands(model: str, rng: random.Random) -> list[list[str]]:
+    return [
+        ["train", model, "steps=1"],
+        ["train", model, "steps=1", setting(rng)],
+        ["import", model, "imported"],
+        ["import", model, "imported"],
+        ["generate", model, "a"],
+        ["explain", model],
+        ["detect", model],
+        ["compile", model, "h100:8"],
+    ]
