@@ -7,7 +7,7 @@
 Family, layers, experts, dims, dtypes, quantisation, whether the head is the embedding, tokenizer,
 and which tensors are used or carried; the settings with --json. What training would refuse is
 refused here. No weight is read but embedding and head, where both are stored; nothing is written.
-Of a config.json alone, what the file says is shown: which tensors there are, no one knows yet.
+Of a config.json alone, what the file says is shown; which tensors there are is not known then.
 """
 
 from __future__ import annotations
