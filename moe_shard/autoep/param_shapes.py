@@ -146,7 +146,7 @@ def slots_of(model: ModelConfig) -> ParamSlots:
     if model.moe is not None:
         model = replace(model, moe=replace(model.moe, prefuse_moe_weights=False))
     specs = _abstract(model).specs
-    import jax
+    import jax  # only now: what it warns of at its first import is hidden
 
     outer: dict[str, Slot] = {}
     layers: dict[str, dict[str, Slot]] = {name: {} for name, _, _ in all_stacks(model)}

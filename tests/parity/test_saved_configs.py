@@ -52,9 +52,7 @@ def test_the_model_has_as_many_parameters(name: str, tmp_path: Path) -> None:
     known = CONFIG_MAPPING[WRITTEN[name]["model_type"]].from_dict(json.loads(written))
     with torch.device("meta"):
         made = AutoModelForCausalLM.from_config(known.get_text_config())
-    kept = (
-        made.state_dict().keys()
-    )  # correction biases and scales of layers are buffers that it has
+    kept = made.state_dict().keys()  # with the buffers that files have, such as biases of choices
     numbers = [*made.parameters(), *(each for key, each in made.named_buffers() if key in kept)]
     assert count_parameters(model_of(written, tmp_path)) == sum(each.numel() for each in numbers)
 
