@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
@@ -42,3 +43,11 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Shape], Ref
         return made[shape.id]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def transformers_models() -> ModuleType:
+    """Return the module of transformers' models, which imports torch."""
+    from tests.parity import transformers_models
+
+    return transformers_models
