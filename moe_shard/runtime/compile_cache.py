@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jax
+from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
 from moe_shard.errors import first_line
@@ -39,6 +40,8 @@ _HIT = "/jax/compilation_cache/cache_hits"
 _KEPT = "/jax/compilation_cache/cache_misses"  # jax records it where it has written an entry
 _PROBLEM = r"Error (reading|writing) persistent compilation cache entry|Cache value for key"
 _WARNINGS_KEPT = 1000
+_ANSWER_SECONDS = 20.0
+"""How long the server of a cache in a bucket may take to answer at the start."""
 _own: set[str] = set()
 """Folders that jax has from here."""
 
@@ -48,11 +51,11 @@ class CompileCache:
     """Describe where this process keeps compiled programs.
 
     Attributes:
-        folder: the folder; None: nothing is kept.
+        folder: the folder, or the address of one (gs://...); None: nothing is kept.
         notes: one line each on what a person may want to change.
     """
 
-    folder: Path | None
+    folder: Path | str | None
     notes: tuple[str, ...] = ()
 
     def words(self, counted: Counted) -> str:
@@ -60,6 +63,8 @@ class CompileCache:
         if self.folder is None or not (counted.found or counted.kept):
             return ""
         what = "from" if counted.found and not counted.kept else "kept for the next start in"
+        if isinstance(self.folder, str):
+            return f" ({what} {self.folder})"
         with suppress(RuntimeError):  # there is no home
             home = Path.home()
             if self.folder.is_relative_to(home):
@@ -84,8 +89,11 @@ def start_compile_cache(directory: str) -> CompileCache:
     apart = jax.process_count() > 1 and jax.default_backend() == "cpu"
     given = _setting("jax_compilation_cache_dir")
     if given and given not in _own:
+        if unreached := _why_unreached(given):
+            # jax would wait for as long at each program, without a word.
+            return _use(None, f"no compilation cache: {_VARIABLE}={given}: {unreached}")
         note = f"{_VARIABLE}: a start fails where one process finds its program and another not"
-        return CompileCache(Path(given), (note,) if apart else ())
+        return CompileCache(_place(given), (note,) if apart else ())
     if not directory:
         return _use(None)
     if apart:
@@ -106,6 +114,31 @@ def start_compile_cache(directory: str) -> CompileCache:
         )
     _forget_old_warnings(folder)
     return _use(folder)
+
+
+def _why_unreached(place: str) -> str:
+    """Return why the cache of an address (gs://...) cannot be asked; empty for one that can."""
+    if isinstance(_place(place), Path):
+        return ""
+    found = [f"no answer within {_ANSWER_SECONDS:.0f} s"]
+
+    def ask() -> None:
+        try:
+            epath.Path(place).exists()
+            found.append("")
+        except Exception as error:  # whatever the packages of clouds raise
+            found.append(first_line(error)[:160])
+
+    asking = threading.Thread(target=ask, daemon=True, name="moe-shard-cache")
+    asking.start()
+    asking.join(_ANSWER_SECONDS)
+    return found[-1]
+
+
+def _place(given: str) -> Path | str:
+    """Return the folder that jax is given, or the address as it is."""
+    local = given.removeprefix("file://")
+    return given if "://" in local else Path(local)
 
 
 def _setting(name: str) -> Any:
@@ -266,8 +299,10 @@ def kept_warnings(key: str) -> list[str] | None:
 
 
 def _warnings_path(key: str) -> Path | None:
-    folder = _setting("jax_compilation_cache_dir")
-    return Path(folder) / f"{key}-partitioner.json" if folder else None
+    given = _setting("jax_compilation_cache_dir")
+    folder = _place(given) if given else None
+    # Beside programs in a bucket none are kept: they are said to be unknown.
+    return folder / f"{key}-partitioner.json" if isinstance(folder, Path) else None
 
 
 def _forget_old_warnings(folder: Path) -> None:

@@ -30,8 +30,9 @@ def watch_signals(answer: Callable[[int], None]) -> Callable[[], None]:
     def ignore(_number: int, _frame: FrameType | None) -> None:
         """Let the thread answer."""
 
-    previous = {number: signal.signal(number, ignore) for number in SIGNALS}
+    # First the socket: a signal between a handler that ignores it and the socket would be lost.
     before = signal.set_wakeup_fd(far.fileno(), warn_on_full_buffer=False)
+    previous = {number: signal.signal(number, ignore) for number in SIGNALS}
 
     def read() -> None:
         while number := near.recv(1):
@@ -42,9 +43,9 @@ def watch_signals(answer: Callable[[int], None]) -> Callable[[], None]:
     threading.Thread(target=read, daemon=True, name="moe-shard-signals").start()
 
     def restore() -> None:
-        signal.set_wakeup_fd(before)
         for number, handler in previous.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(before)
         far.close()
 
     return restore

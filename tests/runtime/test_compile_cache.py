@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.checkpoints.emulator import BUCKET, emulator
 from tests.test_train import REPOSITORY, TINY
 
 START = """
@@ -189,3 +190,50 @@ print(json.dumps([found, jax.config.jax_compilation_cache_dir]))
         "auto": str(tmp_path / "home" / "moe_shard" / "jax"),
     }
     assert kept == found["auto"]
+
+
+@pytest.mark.parametrize(
+    ("place", "why"), [("gs://x/y", "no answer within 0 s"), ("nowhere://x", "nowhere")]
+)
+def test_a_bucket_that_does_not_answer_is_a_line(tmp_path: Any, place: str, why: str) -> None:
+    code = """
+from moe_shard.runtime import compile_cache
+from moe_shard.runtime.devices import start_devices
+compile_cache._ANSWER_SECONDS = 0.2
+start_devices(8)
+made = compile_cache.start_compile_cache("auto")
+print(json.dumps([made.folder, made.notes, jax.config.jax_compilation_cache_dir]))
+"""
+    nobody = {"STORAGE_EMULATOR_HOST": "http://127.0.0.1:9"}
+    folder, (note,), kept = printed(tmp_path, code, JAX_COMPILATION_CACHE_DIR=place, **nobody)
+    assert folder is None
+    assert kept is None
+    assert note.startswith(f"no compilation cache: JAX_COMPILATION_CACHE_DIR={place}: ")
+    assert why in note
+
+
+def test_a_bucket_keeps_programs_and_no_warnings(tmp_path: Any) -> None:
+    code = """
+from moe_shard.runtime.compile_cache import count_cached, keep_warnings, kept_warnings
+from moe_shard.runtime.compile_cache import start_compile_cache
+from moe_shard.runtime.devices import start_devices
+start_devices(8)
+made = start_compile_cache("auto")
+said = []
+for _ in range(2):
+    jax.clear_caches()
+    with count_cached() as counted:
+        jax.jit(lambda x: x + 1).lower(1.0).compile()
+    said.append(made.words(counted))
+keep_warnings("key", ["a line"])
+print(json.dumps([made.notes, said, kept_warnings("key"), os.listdir()]))
+"""
+    place = f"gs://{BUCKET}/programs"
+    every = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    with emulator() as variables:
+        found = printed(tmp_path, code, JAX_COMPILATION_CACHE_DIR=place, **variables, **every)
+    notes, (first, second), warned, files = found
+    assert notes == files == []
+    assert first == f" (kept for the next start in {place})"
+    assert second == f" (from {place})"
+    assert warned is None
