@@ -90,6 +90,7 @@ class Checkpointer:
         self._train, self._say = train, say
         self._in_flight: int | None = None
         self._failed: str | None = None
+        self._said_tight = False
         self.to_keep: Callable[[], Collection[int | None]] = tuple
         self.when_saved: list[Callable[[], object]] = []
         self._together = SavesTogether()
@@ -160,6 +161,9 @@ class Checkpointer:
     def save(self, state: TrainState, *, updates: int) -> None:
         """Save, in the background if so configured; do nothing if it is saved already.
 
+        Where it may not fit, the step waits for it: a run that goes on while it is written would
+        hear late that it was not.
+
         A save that fails is said, now or by `poll`, and leaves the checkpoints before it as they
         are; the next is tried as if nothing had happened.
         """
@@ -175,6 +179,11 @@ class Checkpointer:
             first, why = next(iter(hindered.items()))
             self._give_up(updates, own or of_process(first, why), here=own is not None)
             return
+        tight = self._train.async_checkpointing and self._place.is_tight(self._needed)
+        if tight and not self._said_tight:
+            self._said_tight = True
+            room = self._place.room(self._needed)
+            self._say(f"little room for checkpoints ({room}): steps wait for each to be written")
         self._together.begin()
         try:
             saves = self._manager.save(
@@ -197,7 +206,7 @@ class Checkpointer:
             self._give_up(updates, why_not_written(error))
             return
         self._in_flight = updates
-        if self._train.async_checkpointing:
+        if self._train.async_checkpointing and not tight:
             self.poll()
         else:
             self.settle()

@@ -135,6 +135,10 @@ class InBucket(CheckpointPlace):
         """Return nothing: a bucket has no end."""
         return ""
 
+    def is_tight(self, needed: int) -> bool:  # noqa: ARG002
+        """Return False: a bucket has no end."""
+        return False
+
     def room(self, needed: int) -> str:
         """Name what is needed."""
         return f"about {human_bytes(needed)}"

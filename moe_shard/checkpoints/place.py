@@ -30,6 +30,8 @@ DAMAGED = ".damaged"
 UNFINISHED = ".orbax-checkpoint-tmp"
 _NUMBER = re.compile(r"0|[1-9]\d{0,17}")
 _TRIES = 100
+_AMPLE = 3
+"""Room for so many times the least that a checkpoint needs is room for it however it is stored."""
 
 
 class CheckpointPlace(ABC):
@@ -116,6 +118,10 @@ class CheckpointPlace(ABC):
     @abstractmethod
     def hindrance(self, needed: int) -> str:
         """Return why a checkpoint of so many bytes cannot be written; empty if it may be."""
+
+    @abstractmethod
+    def is_tight(self, needed: int) -> bool:
+        """Return whether a checkpoint that needs at least so many bytes may still not fit."""
 
     @abstractmethod
     def room(self, needed: int) -> str:
@@ -212,6 +218,11 @@ class InFolder(CheckpointPlace):
         if free is not None and free < needed:
             return "it cannot fit on the disk"
         return why_not_writable(self.path)
+
+    def is_tight(self, needed: int) -> bool:
+        """Compare the room on the disk with more than a checkpoint may take."""
+        free = free_bytes(self.path)
+        return free is not None and free < _AMPLE * needed
 
     def room(self, needed: int) -> str:
         """Name what is free and what is needed."""

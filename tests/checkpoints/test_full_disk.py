@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from moe_shard.checkpoints.checkpoint import Checkpointer
+from moe_shard.checkpoints.room import least_bytes
 from moe_shard.errors import Finding
 from tests.checkpoints.test_damage import abstract, state_of
 from tests.models.build import small_config
@@ -100,3 +101,21 @@ def test_what_cannot_fit_is_not_tried(tmp_path: Path, monkeypatch: pytest.Monkey
     checkpointer.finish()
     checkpointer.close()
     assert len(lines) == 1
+
+
+@pytest.mark.parametrize(("times", "waits"), [(2, True), (4, False)])
+def test_a_step_waits_for_one_that_may_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int, waits: bool
+) -> None:
+    lines: list[str] = []
+    config = small_config({"data": 8})
+    checkpointer = Checkpointer(tmp_path / "checkpoints", config, say=lines.append)
+    free = times * least_bytes(state_of(2), None)
+    monkeypatch.setattr("moe_shard.checkpoints.place.free_bytes", lambda _: free)
+    monkeypatch.setattr(checkpointer._manager, "is_saving_in_progress", lambda: True)
+    for updates in (2, 4):
+        checkpointer.save(state_of(updates), updates=updates)
+        assert (updates in checkpointer.complete()) == waits
+    checkpointer.finish()
+    checkpointer.close()
+    assert [line.split(" (")[0] for line in lines] == ["little room for checkpoints"] * waits
