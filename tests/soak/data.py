@@ -51,6 +51,7 @@ SMALL = (RECORDED, *TINY, f"max_target_length={SEQ_LEN}", f"per_device_batch_siz
 """A model of which a kill costs seconds; its batches are the demo model's."""
 WEIGHTS = {"a": 0.5, "b": 0.3, "c": 0.2}
 MOST_WAITING, MOST_MEMORY = 0.01, 1e9
+WAITS = "it waits for data"
 _WARM_STEPS = 20
 _PARQUET_ROWS = 400
 _START_S = 3600.0
@@ -207,7 +208,7 @@ class Soak:
         left = [path for path in self.cache.glob("moe_shard/text/.*") if path.is_dir()]
         row.wrong += [f"left in the cache: {path.name}" for path in left]
         if not row.first.waiting <= MOST_WAITING:  # also where it is not known
-            row.wrong.append("it waits for data")
+            row.wrong.append(WAITS)
         if row.beyond > MOST_MEMORY:
             row.wrong.append("it takes too much memory")
         alone = in_order(read_recorded(self.folder / "recorded" / row.name, SEQ_LEN), row.wrong)
