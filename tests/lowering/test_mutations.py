@@ -125,7 +125,7 @@ def test_damage_is_an_error_or_no_smaller_table(batch: int) -> None:
             long = len(str(error).splitlines()) > 3
             ends["refused at length" if long else "refused"] += 1
             continue
-        smaller = any(now < was for now, was in zip(sizes(found), sizes(right(path)), strict=True))
+        smaller = any(a < b for a, b in zip(sizes(found), sizes(right(path)), strict=True))
         if not smaller:
             ends["as large"] += 1
         elif set(found.warnings) > set(right(path).warnings):

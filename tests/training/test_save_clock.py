@@ -71,4 +71,4 @@ def test_several_processes_agree_with_few_messages(
     other_time = Clock()
     other = saves(SaveClock(10, other_time), other_time, steps=steps, step_s=step_s * 1.001)
     assert len(other) == len(found)
-    assert other == pytest.approx([now * 1.001 for now in found])
+    assert other == pytest.approx([second * 1.001 for second in found])
